@@ -1,0 +1,185 @@
+"""Folders of images, and the tables beside them: labels, boxes, class indices."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from attrib.datasets.transform import Box
+from attrib.types import UserError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def existing_folder(path: str | Path, field: str) -> Path:
+    """The folder, relative to the current directory. Raises UserError naming ``field``."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{field}: {folder} {what} (current directory: {Path.cwd()})")
+    return folder
+
+
+def image_files(root: Path) -> list[str]:
+    """Paths of all images below ``root``, relative to it, with "/", sorted; hidden files and folders are skipped.
+
+    Symbolic links are followed, but not into a folder that we are inside already. Raises UserError
+    for a folder that may not be listed.
+    """
+
+    def walk(folder: Path, inside: tuple[str, ...]) -> Iterator[str]:
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"dataset.root: {folder} cannot be listed: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if real not in inside:
+                    yield from walk(Path(entry.path), (*inside, real))
+            elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES:
+                yield Path(entry.path).relative_to(root).as_posix()
+
+    return sorted(walk(root, (os.path.realpath(root),)))
+
+
+def uids_of(files: Sequence[str]) -> dict[str, str]:
+    """uid -> file. A uid is the path without its extension; files that would share one keep theirs."""
+    stems = Counter(str(PurePosixPath(f).with_suffix("")) for f in files)
+    known = set(files)  # the stem of "a.jpg.png" is the whole name of "a.jpg"
+
+    def uid(file: str) -> str:
+        stem = str(PurePosixPath(file).with_suffix(""))
+        return file if stems[stem] > 1 or stem in known else stem
+
+    return {uid(f): f for f in files}
+
+
+def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tuple[str, dict[str, str]]]:
+    """(where, row) for each row of a CSV with a header; ``where`` names field, file and line.
+
+    Raises UserError if the file cannot be read, a column is missing or a row is too short.
+    """
+    path = Path(path).expanduser()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            missing = [c for c in columns if c not in header]
+            if missing:
+                raise UserError(f"{field}: {path} has no column {', '.join(missing)}; it has {', '.join(header)}")
+            rows = [(f"{field}: {path}, line {reader.line_num}", row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{field}: {path} cannot be read as CSV: {error}") from error
+    for where, row in rows:
+        for column in columns:
+            if row[column] is None:
+                raise UserError(f"{where}: no value for {column}")
+    return rows
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A class index. ``labels`` finds the class index by WordNet id, or by name where that is unambiguous."""
+
+    names: Mapping[int, str]
+    labels: Mapping[str, int]
+
+
+def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]:
+    """Class index -> WordNet id and name, from JSON {"0": ["n01440764", "tench"], ...} or CSV label,wnid,name.
+
+    JSON {"0": "tench", ...} has the name as its id too. Raises UserError naming the field, the file
+    and what is wrong in it.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() == ".csv":
+        rows = read_rows(path, ("label", "wnid", "name"), field)
+        entries = [(where, row["label"], (row["wnid"], row["name"])) for where, row in rows]
+    else:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{field}: {path} cannot be read as JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f'{field}: {path} must hold an object such as {{"0": ["n01440764", "tench"]}}')
+        entries = [(f"{field}: {path}", k, (v, v) if isinstance(v, str) else v) for k, v in content.items()]
+    table: dict[int, tuple[str, str]] = {}
+    for where, label, value in entries:
+        if not (label.isdecimal() and isinstance(value, (list, tuple)) and len(value) == 2):
+            raise UserError(f"{where}: {label!r}: {value!r} is not a class index with a WordNet id and a name")
+        if int(label) in table:
+            raise UserError(f"{where}: class {label} stands there twice")
+        table[int(label)] = (str(value[0]), str(value[1]))
+    twice = [wnid for wnid, n in Counter(wnid for wnid, _ in table.values()).items() if n > 1]
+    if twice:
+        raise UserError(f"{field}: {path} has {twice[0]} for two classes")
+    return table
+
+
+def read_classes(path: str | Path, field: str = "dataset.classes") -> Classes:
+    """Reads and raises like ``read_class_table``."""
+    table = read_class_table(path, field)
+    counts = Counter(name for _, name in table.values())  # ImageNet has two classes called "crane"
+    labels = {name: label for label, (_, name) in table.items() if counts[name] == 1}
+    labels |= {wnid: label for label, (wnid, _) in table.items()}
+    return Classes({label: name for label, (_, name) in table.items()}, labels)
+
+
+def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None) -> dict[str, int]:
+    """file -> class index for all ``files``, from CSV file,label. A label is a number, or a name in ``classes``.
+
+    Raises UserError for a row without its file, a file without its row, and a label outside ``classes``.
+    """
+    field = "dataset.labels"
+    known, labels = set(files), {}
+    for where, row in read_rows(path, ("file", "label"), field):
+        file, text = row["file"], row["label"].strip()
+        if file not in known:
+            raise UserError(f"{where}: there is no image {file}")
+        if file in labels:
+            raise UserError(f"{where}: a second label for {file}")
+        label = int(text) if text.isdecimal() else classes.labels.get(text) if classes else None
+        if label is None:
+            raise UserError(f"{where}: label {text!r} is neither a class index nor in dataset.classes")
+        if classes and label not in classes.names:
+            raise UserError(f"{where}: label {label} is not one of the {len(classes.names)} in dataset.classes")
+        labels[file] = label
+    without = [f for f in files if f not in labels]
+    if without:
+        raise UserError(f"{field}: {path} has no label for {len(without)} of {len(files)} images, such as {without[0]}")
+    return labels
+
+
+def read_boxes(path: str | Path, files: Sequence[str]) -> dict[str, tuple[Box, ...]]:
+    """file -> boxes in pixels of the stored image, from CSV file,x1,y1,x2,y2 with any number of rows per file.
+
+    Raises UserError for a row without its file, and for a box that is no rectangle.
+    """
+    known = set(files)
+    boxes: dict[str, tuple[Box, ...]] = {}
+    for where, row in read_rows(path, ("file", *Box._fields), "dataset.boxes"):
+        file = row["file"]
+        if file not in known:
+            raise UserError(f"{where}: there is no image {file}")
+        boxes[file] = (*boxes.get(file, ()), parse_box([row[c] for c in Box._fields], where))
+    return boxes
+
+
+def parse_box(edges: Sequence[str], where: str) -> Box:
+    """Raises UserError, beginning with ``where``, unless x1 < x2 and y1 < y2 are finite numbers."""
+    try:
+        box = Box(*(float(e) for e in edges))
+    except ValueError:
+        raise UserError(f"{where}: box {', '.join(edges)} is not four numbers") from None
+    if not (all(map(math.isfinite, box)) and box.x1 < box.x2 and box.y1 < box.y2):
+        raise UserError(f"{where}: box {', '.join(edges)} is inverted or empty; it needs x1 < x2 and y1 < y2")
+    return box

@@ -1,0 +1,77 @@
+"""A folder of images, sorted into one folder per class or flat, with optional CSV tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from attrib.datasets.files import Classes, existing_folder, image_files, read_boxes, read_classes, read_labels, uids_of
+from attrib.datasets.images import ImageDataset
+from attrib.datasets.transform import Box, ImageTransform
+from attrib.types import UserError
+
+
+class ImageFolder(ImageDataset):
+    """All images below ``root``.
+
+    labels   CSV file,label (the path below root; a class index or a name in ``classes``), for every image
+    boxes    CSV file,x1,y1,x2,y2 in pixels of the stored image; several rows per file, or none
+    classes  class index, JSON {"0": ["n01440764", "tench"]} or CSV label,wnid,name
+
+    Without ``labels`` the first folder below root is the class: its WordNet id or name in
+    ``classes``, else its position among the sorted folder names. An image directly in root has no
+    label (target -1).
+
+    Raises UserError, naming field, file and line, if the folder is missing or without images, or a table is wrong.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        transform: ImageTransform,
+        labels: str | None = None,
+        boxes: str | None = None,
+        classes: str | None = None,
+    ) -> None:
+        self._root = existing_folder(root, "dataset.root")
+        files = image_files(self._root)
+        if not files:
+            raise UserError(f"dataset.root: {self._root} holds no images")
+        index = read_classes(classes) if classes else None
+        if labels:
+            by_file = read_labels(labels, files, index)
+        else:
+            index = index or _sorted_folders(self._root)
+            by_file = {file: _class_of_folder(file, index, self._root) for file in files}
+        self._files = uids_of(files)
+        self._labels = {uid: by_file[file] for uid, file in self._files.items()}
+        boxes_by_file = read_boxes(boxes, files) if boxes else {}
+        self._boxes = {uid: boxes_by_file.get(file, ()) for uid, file in self._files.items()}
+        super().__init__(self._files, transform, index.names if index else None, boxed=boxes is not None)
+
+    def open(self, uid: str) -> BinaryIO:
+        return open(self._root / self._files[uid], "rb")
+
+    def label(self, uid: str) -> int:
+        return self._labels[uid]
+
+    def boxes(self, uid: str) -> tuple[Box, ...]:
+        return self._boxes[uid]
+
+    def file(self, uid: str) -> str:
+        return str(self._root / self._files[uid])
+
+
+def _sorted_folders(root: Path) -> Classes:
+    """Every visible folder counts, also one without images, so that a part of the data has the same indices."""
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return Classes(dict(enumerate(folders)), {name: i for i, name in enumerate(folders)})
+
+
+def _class_of_folder(file: str, classes: Classes, root: Path) -> int:
+    folder, slash, _ = file.partition("/")
+    if not slash:
+        return -1
+    if folder not in classes.labels:
+        raise UserError(f"dataset.classes: folder {root / folder} is not in the class index")
+    return classes.labels[folder]

@@ -1,0 +1,106 @@
+"""ImageNet in the folder layout of the InputIBA code (Zhang et al., 2021); ``tools/prepare_imagenet.py`` makes it."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from attrib.datasets.files import existing_folder, image_files, parse_box, read_classes, uids_of
+from attrib.datasets.images import ImageDataset
+from attrib.datasets.transform import Box, ImageTransform
+from attrib.types import SampleError, UserError
+
+
+class _NoDoctype(ET.TreeBuilder):
+    """Annotations need no DOCTYPE, and without one there are no entities that could expand without end."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError("has a DOCTYPE, which is refused")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Boxes per object name, and the (width, height) that they refer to, None if not stated."""
+
+    boxes: Mapping[str, tuple[Box, ...]]
+    size: tuple[float, float] | None
+
+
+def read_voc(path: Path) -> Annotation:
+    """A PASCAL VOC annotation; its coordinates are taken as edges of pixels, as InputIBA does.
+
+    Raises SampleError naming the file if it is not one, or if a box is inverted or empty.
+    """
+    boxes: dict[str, tuple[Box, ...]] = {}
+    try:
+        tree = ET.fromstring(path.read_bytes(), ET.XMLParser(target=_NoDoctype()))
+        for item in tree.iter("object"):
+            name = (item.findtext("name") or "").strip()
+            edges = [item.findtext(f"bndbox/{tag}") or "" for tag in ("xmin", "ymin", "xmax", "ymax")]
+            boxes[name] = (*boxes.get(name, ()), parse_box(edges, str(path)))
+        width, height = (float(tree.findtext(f"size/{tag}") or 0) for tag in ("width", "height"))
+    except UserError as error:  # one bad annotation concerns one sample
+        raise SampleError(str(error)) from error
+    except (OSError, ET.ParseError, ValueError, LookupError) as error:
+        raise SampleError(f"{path}: cannot be read as a VOC annotation: {error}") from error
+    return Annotation(boxes, (width, height) if width > 0 and height > 0 else None)
+
+
+class ImageNet(ImageDataset):
+    """``images/<split>/<wnid>/*.JPEG`` below ``root``, with ``imagenet_class_index.json``.
+
+    Boxes come from ``annotations/<split>/<wnid>/*.xml`` or ``annotations/<split>/*.xml``, where there
+    are any: those whose object is the image's WordNet id, scaled if the annotation states another image size.
+
+    split    "attribution": the images to explain; "estimation": those that feature statistics are taken from
+    classes  another class index: JSON, or CSV label,wnid,name
+
+    Raises UserError if a folder or the class index is missing, or a folder is not in the class index.
+    """
+
+    def __init__(self, root: str, transform: ImageTransform, split: str = "attribution", classes: str | None = None):
+        top = existing_folder(root, "dataset.root")
+        self._images, self._annotations = top / "images" / split, top / "annotations" / split
+        if not self._images.is_dir():
+            raise UserError(f"dataset.root: there is no {self._images}; tools/prepare_imagenet.py makes it")
+        files = image_files(self._images)
+        if not files:
+            raise UserError(f"dataset.root: {self._images} holds no images")
+        index = read_classes(classes or top / "imagenet_class_index.json")
+        for file in files:
+            wnid, slash, _ = file.partition("/")
+            if not slash:
+                raise UserError(f"dataset.root: {self._images / file} should lie in a folder named by its WordNet id")
+            if wnid not in index.labels:
+                raise UserError(f"dataset.classes: folder {self._images / wnid} is not in the class index")
+        self._files, self._labels = uids_of(files), index.labels
+        super().__init__(self._files, transform, index.names, boxed=self._annotations.is_dir())
+
+    def _wnid(self, uid: str) -> str:
+        return self._files[uid].partition("/")[0]
+
+    def open(self, uid: str) -> BinaryIO:
+        return open(self._images / self._files[uid], "rb")
+
+    def label(self, uid: str) -> int:
+        return self._labels[self._wnid(uid)]
+
+    def boxes(self, uid: str) -> tuple[Box, ...]:
+        file = Path(self._files[uid]).with_suffix(".xml")
+        for path in (self._annotations / file, self._annotations / file.name):
+            if path.exists():
+                return self._scaled(read_voc(path), uid)
+        return ()
+
+    def _scaled(self, annotation: Annotation, uid: str) -> tuple[Box, ...]:
+        boxes = annotation.boxes.get(self._wnid(uid), ())
+        if not boxes or annotation.size is None:
+            return boxes
+        sx, sy = (actual / stated for actual, stated in zip(self.size(uid), annotation.size, strict=True))
+        return tuple(Box(b.x1 * sx, b.y1 * sy, b.x2 * sx, b.y2 * sy) for b in boxes)
+
+    def file(self, uid: str) -> str:
+        return str(self._images / self._files[uid])

@@ -1,0 +1,149 @@
+"""What all image datasets share: decoding, batches, fingerprints, areas of boxes."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from attrib.datasets.transform import Box, ImageTransform
+from attrib.keys import digest
+from attrib.types import Batch, SampleError
+
+
+def decode(stream: BinaryIO) -> Image.Image:
+    """An RGB image as stored: EXIF orientation and transparency are ignored.
+
+    That is ImageNet's convention and torchvision's: boxes refer to the pixels as they are stored,
+    and the colours beneath transparent pixels show. 16-bit images keep their high byte.
+
+    Raises whatever Pillow raises, and ValueError for images of floating-point numbers.
+    """
+    image = Image.open(stream)
+    image.load()
+    if image.mode == "F":
+        raise ValueError("images of floating-point numbers have no fixed range; convert it to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion to RGB would clip at 255.
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns if a transparent palette goes to RGB at once
+    return image.convert("RGB")
+
+
+def union_area(boxes: Sequence[Box]) -> float:
+    """Area covered by at least one of the boxes, in squared pixels."""
+    xs = sorted({x for b in boxes for x in (b.x1, b.x2)})
+    ys = sorted({y for b in boxes for y in (b.y1, b.y2)})
+    covered = np.zeros((len(ys), len(xs)), dtype=bool)
+    for b in boxes:
+        covered[ys.index(b.y1) : ys.index(b.y2), xs.index(b.x1) : xs.index(b.x2)] = True
+    return float(np.diff(ys, append=ys[-1]) @ covered @ np.diff(xs, append=xs[-1]))
+
+
+class ImageDataset(ABC):
+    """Images that Pillow can read. A subclass says where the bytes are, the label and the boxes.
+
+    ``boxed`` says whether samples may have boxes at all (``Batch.roi`` is None otherwise).
+    """
+
+    def __init__(
+        self,
+        uids: Iterable[str],
+        transform: ImageTransform,
+        names: Mapping[int, str] | None = None,
+        boxed: bool = False,
+    ) -> None:
+        self.uids = tuple(sorted(uids))
+        self.transform = transform
+        self.names = dict(names or {})
+        self.key = digest(type(self).__qualname__, transform, self.uids)
+        self._boxed = boxed
+        self._fingerprints: dict[str, str] = {}
+
+    @abstractmethod
+    def open(self, uid: str) -> BinaryIO:
+        """The encoded image, positioned at its start. Raises OSError."""
+
+    @abstractmethod
+    def label(self, uid: str) -> int:
+        """Class index, -1 where unknown."""
+
+    def boxes(self, uid: str) -> tuple[Box, ...]:
+        """Boxes of the labelled class, in pixels of the stored image. Raises SampleError."""
+        return ()
+
+    def file(self, uid: str) -> str:
+        """What messages call the sample."""
+        return uid
+
+    def image(self, uid: str) -> Image.Image:
+        """The stored image, RGB. Raises SampleError."""
+        with self._blame(uid), self.open(uid) as stream:
+            return decode(stream)
+
+    @contextmanager
+    def _blame(self, uid: str) -> Iterator[None]:
+        """Any failure inside becomes a SampleError that names the file: on damaged data Pillow's decoders raise
+        OSError, SyntaxError, ValueError, struct.error, zlib.error, IndexError and more."""
+        try:
+            yield
+        except SampleError:
+            raise
+        except UnidentifiedImageError as error:
+            raise SampleError(f"{self.file(uid)}: empty, damaged or not an image that Pillow knows") from error
+        except OSError as error:
+            raise SampleError(f"{self.file(uid)}: cannot be read: {error.strerror or error}") from error
+        except Exception as error:
+            raise SampleError(f"{self.file(uid)}: {error or type(error).__name__}") from error
+
+    def fingerprint(self, uid: str) -> str:
+        if uid not in self._fingerprints:
+            try:
+                with self.open(uid) as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+                value = digest(content, self.label(uid), self.boxes(uid))[:16]
+            except (OSError, SampleError):
+                return "unreadable"  # not remembered: the file server may come back
+            self._fingerprints[uid] = value
+        return self._fingerprints[uid]
+
+    def batch(self, uids: Sequence[str]) -> Batch:
+        rows = [self._row(uid) for uid in uids]
+        return Batch(
+            uids=tuple(uids),
+            x=torch.stack([x for x, _ in rows]),
+            target=torch.tensor([self.label(uid) for uid in uids], dtype=torch.long),
+            roi=torch.stack([mask for _, mask in rows]) if self._boxed else None,
+        )
+
+    def _row(self, uid: str) -> tuple[Tensor, Tensor]:
+        image = self.image(uid)
+        with self._blame(uid):
+            return self.transform.tensor(image), self.transform.mask(self.boxes(uid), image.size)
+
+    def picture(self, uid: str) -> np.ndarray:
+        image = self.image(uid)
+        with self._blame(uid):
+            return np.array(self.transform.picture(image).convert("RGB"))
+
+    def size(self, uid: str) -> tuple[int, int]:
+        """(width, height) of the stored image, from its header. Raises SampleError."""
+        with self._blame(uid), self.open(uid) as stream:
+            return Image.open(stream).size
+
+    def box_area(self, uid: str) -> float | None:
+        boxes = self.boxes(uid)
+        if not boxes:
+            return None
+        width, height = self.size(uid)
+        inside = [c for c in (b.clipped(width, height) for b in boxes) if c is not None]
+        return union_area(inside) / (width * height) if inside else None

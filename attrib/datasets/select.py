@@ -1,0 +1,96 @@
+"""Which samples of a dataset an experiment is about."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from attrib.keys import stable_hash
+from attrib.types import SampleError, UserError
+
+if TYPE_CHECKING:
+    from attrib.datasets import Dataset
+
+Confidence = Callable[[Sequence[str]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rules, applied in the order list, max_box_area, min_confidence, count; None leaves a rule out.
+
+    list            text file: a uid or relative file name per line; blank lines are skipped
+    max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box go
+    min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6)
+    count           the ``count`` samples with the smallest hash of (seed, uid), which mixes the classes
+
+    A sample that a rule cannot judge because it cannot be read stays, so that the run reports it.
+    """
+
+    count: int | None = None
+    seed: int = 0
+    list: str | None = None
+    min_confidence: float | None = None
+    max_box_area: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise UserError(f"select.count must be at least 1, not {self.count}")
+        for name in ("min_confidence", "max_box_area"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"select.{name} must be between 0 and 1, not {value}")
+
+    def apply(self, dataset: Dataset, confidence: Confidence) -> tuple[str, ...]:
+        """The selected uids, sorted.
+
+        ``confidence`` maps uids to the probability of their target and may leave out those that
+        cannot be read. It is called at most once, for the samples that the cheaper rules left.
+
+        Raises UserError if the list names an unknown sample, or if nothing is left, saying which rule removed what.
+        """
+        left, removed = dataset.uids, []
+
+        def keep(rule: str, uids: Sequence[str]) -> tuple[str, ...]:
+            removed.append(f"{rule} removed {len(left) - len(uids)}")
+            return tuple(sorted(uids))
+
+        if self.list is not None:
+            left = keep(f"select.list={self.list}", self._listed(dataset.uids))
+        if self.max_box_area is not None:
+            left = keep(f"select.max_box_area={self.max_box_area}", [u for u in left if self._small(dataset, u)])
+        if self.min_confidence is not None and left:
+            known = confidence(left)
+            sure = [u for u in left if u not in known or known[u] >= self.min_confidence]
+            left = keep(f"select.min_confidence={self.min_confidence}", sure)
+        if not left:
+            raise UserError(f"no sample is left of {len(dataset.uids)}: {', '.join(removed)}")
+        ranked = sorted(left, key=lambda uid: (stable_hash(f"{self.seed}/{uid}"), uid))
+        return tuple(sorted(ranked[: self.count]))
+
+    def _small(self, dataset: Dataset, uid: str) -> bool:
+        try:
+            area = dataset.box_area(uid)
+        except SampleError:
+            return True
+        return area is not None and area < self.max_box_area
+
+    def _listed(self, uids: Sequence[str]) -> set[str]:
+        path, known = Path(self.list).expanduser(), set(uids)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"select.list: {path} cannot be read: {error}") from error
+        found = set()
+        for number, line in enumerate(lines, 1):
+            entry = line.strip()
+            if not entry:
+                continue
+            uid = entry if entry in known else str(PurePosixPath(entry).with_suffix(""))
+            if uid not in known:
+                near = difflib.get_close_matches(uid, uids, n=3) or uids[:3]
+                raise UserError(f"select.list: {path}, line {number}: no sample {entry}; there are {', '.join(near)}")
+            found.add(uid)
+        return found

@@ -1,0 +1,97 @@
+"""One cell of a table: what is computed, and the keys that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from attrib import keys
+from attrib.datasets import Dataset, Selection
+from attrib.methods import Method
+from attrib.metrics import Metric
+from attrib.models import Classifier
+from attrib.samples import Samples, Target
+from attrib.types import UserError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A dataset, a model, a method and metrics. How it is run (``run.Options``) is not part of it.
+
+    names    labels for people and folders: {"dataset": "photos", "model": ..., "method": ...}
+    target   which class is explained, see ``samples.Samples``
+    estimation   what the method's state is fitted on; None if it has none
+    config   the resolved configuration it was built from, kept for the record
+    """
+
+    names: Mapping[str, str]
+    dataset: Dataset
+    model: Classifier
+    method: Method
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    target: Target = "label"
+    select: Selection = Selection()
+    estimation: Dataset | None = None
+    estimation_select: Selection = Selection()
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def samples(self, uids: Sequence[str], batch: int) -> Samples:
+        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
+
+    def estimation_samples(self, batch: int) -> Samples:
+        """The model's own class is the target where a label would not be known."""
+        if self.estimation is None:
+            raise UserError(f"{self.names['method']} needs an estimation set: dataset.estimation")
+        whole = Samples(self.estimation, self.model, self.estimation.uids, target=self.target, batch=batch)
+        return Samples(
+            self.estimation,
+            self.model,
+            self.estimation_select.apply(self.estimation, whole.confidence),
+            target=self.target,
+            batch=batch,
+        )
+
+    # ---- keys ---------------------------------------------------------------------------------
+
+    @cached_property
+    def dataset_key(self) -> str:
+        """Which samples, explained for which class. A list file counts by its content."""
+        return keys.digest(self.dataset.key, self.target, _selection_spec(self.select))
+
+    def _layers(self, roles: Sequence[str]) -> dict[str, str]:
+        return {role: self.model.path(role) for role in roles}
+
+    def state_key(self, samples: Samples) -> str:
+        """What the state is fitted on, sample by sample, and by what."""
+        fit = self.method.fit
+        assert fit is not None
+        content = [(uid, samples.dataset.fingerprint(uid)) for uid in samples.uids]
+        return keys.digest(fit, self.model.key, self._layers(fit.roles), samples.dataset.key, content, self.target)
+
+    def cell_key(self, state_key: str | None) -> str:
+        return keys.digest(
+            self.dataset_key, self.model.key, self._layers(self.method.roles), self.method, self.seed, state_key
+        )
+
+    def metric_key(self, name: str) -> str:
+        return keys.digest(self.metrics[name], self.seed)
+
+    def folder(self, cell_key: str) -> str:
+        """Names are labels that people choose: only plain characters become part of a path."""
+        parts = [
+            "".join(c if c.isalnum() or c in "-_" else "-" for c in self.names[p]) for p in ("dataset", "model", "method")
+        ]
+        return ".".join([*parts, cell_key[:8]])
+
+
+def _selection_spec(select: Selection) -> Any:
+    if select.list is None:
+        return select
+    content = hashlib.sha256(Path(select.list).read_bytes()).hexdigest()
+    return dataclasses.replace(select, list=content)

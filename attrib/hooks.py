@@ -1,0 +1,114 @@
+"""mmengine hooks of every run: progress for people, pictures, scalars for visualisation backends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from mmengine.hooks import Hook
+from PIL import Image
+from tqdm import tqdm
+
+from attrib.pictures import overlay
+from attrib.types import Batch, SampleError
+
+if TYPE_CHECKING:
+    from attrib.run import AttributionRunner, Step
+
+
+class ProgressHook(Hook):
+    """A bar in samples with an ETA; on a log file instead of a terminal, a line every 30 seconds."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._stage = ""
+
+    def _open(self, runner: AttributionRunner, step: Step) -> None:
+        name = runner.attribution.plan.experiment.names["method"]
+        self._stage = step.stage
+        self._bar = tqdm(
+            total=step.total,
+            desc=f"{name}: {step.stage}",
+            unit=" samples",
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if self._stage != outputs.stage or self._bar is None:
+            self._close()
+            self._open(runner, outputs)
+        assert self._bar is not None
+        self._bar.update(outputs.done - self._bar.n)
+        if runner.attribution.summary.failed:
+            self._bar.set_postfix(failed=runner.attribution.summary.failed, refresh=False)
+        if outputs.done == outputs.total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def after_test(self, runner: AttributionRunner) -> None:
+        self._close()
+
+
+class ScalarHook(Hook):
+    """Seconds per sample and mean scores of each batch, for the visualisation backends."""
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if not outputs.uids:
+            return
+        scalars = {f"{outputs.stage}/seconds_per_sample": outputs.seconds / len(outputs.uids)}
+        if outputs.stage != "maps":
+            scalars |= {f"{outputs.stage}/{k}": float(v.mean()) for k, v in outputs.arrays.items() if v.ndim == 1}
+        runner.visualizer.add_scalars(scalars, step=batch_idx)
+
+
+def picture_path(folder: Path, uid: str) -> Path:
+    """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it."""
+    parts = [quote(part, safe=" ,+=@()") for part in uid.split("/")]
+    parts = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in parts]
+    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}.png")
+
+
+class PictureHook(Hook):
+    """``masks/<map>/<uid>.png``: each map over its image (``run.png=true``)."""
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if outputs.stage != "maps" or data_batch is None:
+            return
+        plan = runner.attribution.plan
+        stored = plan.cell.maps
+        for i, uid in enumerate(outputs.uids):
+            try:
+                arrays = stored.read(plan.key(uid))
+                picture = plan.experiment.dataset.picture(uid)
+            except (KeyError, SampleError):
+                continue  # it failed, and the ledger says why
+            roi = data_batch.roi[i].cpu().numpy() if data_batch.roi is not None else None
+            for name in plan.experiment.method.MAPS:
+                image = overlay(picture, arrays[name], roi)
+                path = picture_path(plan.cell.folder / "masks" / name, uid)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+                runner.visualizer.add_image(f"{name}/{path.stem}", image, step=batch_idx)
+
+
+def standard_hooks(*, progress: bool, png: bool) -> list[Hook]:
+    hooks: list[Hook] = [ScalarHook()]
+    if progress:
+        hooks.append(ProgressHook())
+    if png:
+        hooks.append(PictureHook())
+    return hooks

@@ -1,0 +1,70 @@
+"""Keys: short digests of *what* is computed, never of *how* (device, batch size, paths)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def spec(thing: Any) -> Any:
+    """A plain, JSON-ready description of ``thing``.
+
+    A dataclass becomes its class, its VERSION and its fields; two objects with the same spec
+    compute the same numbers.
+
+    Raises TypeError for anything that has no stable description (a lambda, an open file).
+    """
+    if thing is None or isinstance(thing, (bool, int, str)):
+        return thing
+    if isinstance(thing, float):
+        # json writes inf and nan in a way that other readers refuse.
+        return thing if thing == thing and abs(thing) != float("inf") else repr(thing)
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        kind = type(thing)
+        fields = {f.name: spec(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+        return {
+            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "version": getattr(kind, "VERSION", 0),
+            **fields,
+        }
+    if isinstance(thing, Mapping):
+        return {str(k): spec(v) for k, v in sorted(thing.items(), key=lambda item: str(item[0]))}
+    if isinstance(thing, (list, tuple)):
+        return [spec(v) for v in thing]
+    if isinstance(thing, (set, frozenset)):
+        return sorted((spec(v) for v in thing), key=str)
+    if isinstance(thing, Tensor):
+        return {"tensor": tensor_digest({"": thing})}
+    raise TypeError(f"no stable description for {type(thing).__name__}: {thing!r}")
+
+
+def digest(*things: Any) -> str:
+    """64 hex digits that identify the specs of ``things``."""
+    text = json.dumps([spec(t) for t in things], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and values. Independent of device and of memory layout."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def stable_hash(text: str) -> int:
+    """A 64-bit hash of a string that is the same in every process (Python's own is salted)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def shard_of(uid: str, shards: int) -> int:
+    """The shard in 0 .. shards-1 that a sample belongs to."""
+    return stable_hash(uid) % shards

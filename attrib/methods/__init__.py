@@ -1,0 +1,81 @@
+"""Attribution methods.
+
+A method is a frozen dataclass. Its fields are its hyper-parameters: they are what its YAML may
+set and what enters the key of its results. Methods know models, batches and noise; they know
+nothing of datasets, metrics, the store or each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch
+
+State = dict[str, Tensor]
+
+
+class FitData(Protocol):
+    """The samples that a state is fitted on."""
+
+    uids: tuple[str, ...]
+
+    def batch(self, uids: Sequence[str]) -> Batch: ...
+
+    def __iter__(self) -> Iterable[Batch]:
+        """All samples, in batches of a size that must not matter."""
+        ...
+
+
+class Partial(Protocol):
+    """Where a fit keeps its intermediate state, so that a killed job goes on where it was."""
+
+    def load(self) -> State | None: ...
+
+    def save(self, state: State) -> None: ...
+
+
+class Fit(Protocol):
+    """What a method needs to know of the data before it can explain anything.
+
+    A frozen dataclass with a key of its own: methods with an equal fit share its state.
+    """
+
+    VERSION: ClassVar[int]
+
+    @property
+    def roles(self) -> tuple[str, ...]: ...
+
+    def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
+        """The fitted state; ``report`` takes a line of progress for people."""
+        ...
+
+
+class Method(Protocol):
+    """Explains the target's score of every sample of a batch."""
+
+    VERSION: ClassVar[int]  # raised whenever numbers change
+    MAPS: ClassVar[Mapping[str, str]]  # name -> one line: unit, sign, resolution
+    EXTRAS: ClassVar[Mapping[str, str]] = {}  # other arrays kept per sample, such as losses
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The layers it reads; their paths enter the key of its maps."""
+        return ()
+
+    @property
+    def fit(self) -> Fit | None:
+        """What must be fitted first, or None."""
+        return None
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        """Every name in MAPS -> (B, H, W) (text: (B, T)), finite, signed; every EXTRA -> (B, ...).
+
+        Equal, within floating-point noise, for any batch size and order; leaves the model and
+        the batch as they were, also after an error.
+        """
+        ...

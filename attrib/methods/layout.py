@@ -1,0 +1,131 @@
+"""Where the places of a layer are: conv maps, tokens of a transformer, plain vectors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+Name = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's output (B, *layer) lies on the image.
+
+    ``auto`` takes (B, C, H, W) as a conv map, (B, T, C) as tokens and (B, C) as a vector.
+    Tokens form a grid of the input's aspect ratio; those that do not fit in it (class token,
+    registers) are taken to stand at the front. A vector has one place, the whole image.
+    """
+
+    name: Name
+    shape: tuple[int, ...]  # of the layer, without B
+    image: tuple[int, int]
+
+    @classmethod
+    def of(cls, z: Tensor, image: tuple[int, int], name: Name = "auto") -> Layout:
+        """Raises ValueError if the layer does not have the shape that the name says."""
+        by_rank: dict[int, Name] = {4: "channels_first", 3: "tokens", 2: "vector"}
+        resolved = by_rank.get(z.ndim) if name == "auto" else name
+        rank = {"channels_first": 4, "channels_last": 4, "tokens": 3, "vector": 2}.get(resolved or "", 0)
+        if z.ndim != rank:
+            raise ValueError(f"a layer of shape {tuple(z.shape)} has no layout {name!r}")
+        return cls(resolved, tuple(z.shape[1:]), image)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Places from top to bottom and from left to right."""
+        if self.name == "channels_first":
+            return self.shape[1], self.shape[2]
+        if self.name == "channels_last":
+            return self.shape[0], self.shape[1]
+        if self.name == "vector":
+            return 1, 1
+        tokens, (height, width) = self.shape[0], self.image
+        rows = math.isqrt(tokens * height // width)
+        return rows, min(tokens // rows, max(1, rows * width // height)) if rows else (1, tokens)
+
+    def to_grid(self, z: Tensor) -> Tensor:
+        """(B, *layer) -> (B, C, h, w); tokens in front of the grid are left out."""
+        if self.name == "channels_first":
+            return z
+        if self.name == "channels_last":
+            return z.movedim(-1, 1)
+        h, w = self.grid
+        if self.name == "vector":
+            return z[..., None, None]
+        return z[:, -h * w :].transpose(1, 2).reshape(len(z), -1, h, w)
+
+    def from_grid(self, grid: Tensor, like: Tensor) -> Tensor:
+        """The inverse; tokens in front of the grid are taken from ``like``."""
+        if self.name == "channels_first":
+            return grid
+        if self.name == "channels_last":
+            return grid.movedim(1, -1)
+        if self.name == "vector":
+            return grid[..., 0, 0]
+        h, w = self.grid
+        return torch.cat((like[:, : -h * w], grid.flatten(2).transpose(1, 2)), dim=1)
+
+
+def smooth(layout: Layout, z: Tensor, sigma: float | None) -> Tensor:
+    """Gaussian smoothing over the places, every channel alone; None or a single place: unchanged.
+
+    Kernel of 2 * round(2 * sigma) + 1 with reflected borders (IBA, section 3.2 and its code);
+    on maps too small to reflect, the kernel is cut to what fits.
+    """
+    grid = layout.to_grid(z)
+    if not sigma or grid.shape[-2:] == (1, 1):
+        return z
+    channels = grid.shape[1]
+    for dim in (-2, -1):
+        radius = min(round(2 * sigma), grid.shape[dim] - 1)
+        if radius < 1:
+            continue
+        offsets = torch.arange(-radius, radius + 1, device=z.device, dtype=z.dtype)
+        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+        kernel = kernel / kernel.sum()
+        shape, pad = ((-1, 1), (0, 0, radius, radius)) if dim == -2 else ((1, -1), (radius, radius, 0, 0))
+        weight = kernel.reshape(1, 1, *shape).expand(channels, 1, -1, -1)
+        grid = F.conv2d(F.pad(grid, pad, mode="reflect"), weight, groups=channels)
+    return layout.from_grid(grid, like=z)
+
+
+@cache
+def _resize_matrix(size: int, new: int) -> np.ndarray:
+    """(new, size): linear interpolation as skimage.transform.resize does it, mirrored at the border.
+
+    Smoothed first when it shrinks. Being linear and separable, it is found by resizing the identity.
+    """
+    unit = np.eye(size)
+    if new < size:
+        unit = ndimage.gaussian_filter1d(unit, (size / new - 1) / 2, axis=0, mode="mirror")
+    if new == size:
+        return unit
+    return ndimage.zoom(unit, (new / size, 1), order=1, mode="mirror", grid_mode=True)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, h, w) -> (B, H, W), linear; the same numbers as skimage.transform.resize(order=1)."""
+    rows, columns = (
+        torch.from_numpy(_resize_matrix(old, new)).to(maps) for old, new in zip(maps.shape[-2:], size, strict=True)
+    )
+    return rows @ maps @ columns.T
+
+
+def bits_per_place(layout: Layout, capacity: Tensor) -> Tensor:
+    """(B, *layer) nats -> (B, h, w) bits, summed over channels."""
+    return layout.to_grid(capacity).sum(1) / math.log(2)
+
+
+def bits_per_pixel(layout: Layout, bits: Tensor) -> Tensor:
+    """(B, h, w) bits per place -> (B, H, W) bits per pixel; the sum over the image is kept."""
+    (h, w), (height, width) = bits.shape[-2:], layout.image
+    return resize(bits, layout.image) * (h * w) / (height * width)

@@ -1,0 +1,35 @@
+"""Metrics: numbers per sample and map, with a direction that is declared once.
+
+A metric is a frozen dataclass; its fields are its parameters and enter the key of its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from attrib.metrics.ehr import EHR
+from attrib.metrics.insertion_deletion import InsertionDeletion
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch
+
+__all__ = ["EHR", "Direction", "InsertionDeletion", "Metric"]
+
+Direction = Literal["higher", "lower", "none"]
+
+
+class Metric(Protocol):
+    VERSION: ClassVar[int]  # raised whenever numbers change
+    COLUMNS: ClassVar[Mapping[str, Direction]]  # which direction is better
+    CURVES: ClassVar[Mapping[str, str]]  # name -> one line: what lies on x and y
+
+    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> Mapping[str, Tensor]:
+        """``map`` (B, H, W), not changed -> every column (B,), every curve (B, S).
+
+        A sample that the metric is not defined on (no region of interest, NaN in its map) gets
+        NaN in every column; the runner puts it into the failure ledger.
+        """
+        ...

@@ -1,0 +1,104 @@
+"""Perturbed copies of images, made and scored in blocks: the engine of the perturbation metrics.
+
+A metric describes its perturbed images by one function of (sample, column); ``score_grid`` calls it
+for at most ``model.rows`` images at a time, so that memory does not grow with the number of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from attrib.models import Classifier
+from attrib.noise import Noise
+
+Baseline = Literal["zero", "blur", "mean"]
+Output = Literal["probability", "logit"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
+OUTPUTS: tuple[str, ...] = get_args(Output)
+
+
+def ranks(map: Tensor, noise: Noise) -> Tensor:
+    """(B, *spatial) -> int64 of the same shape: 0 for the sample's largest value, then 1, 2, ...
+
+    Equal values are ordered by a random permutation from the sample's own stream, so that ties
+    favour no position, and the order is the same for every map of a sample, alone or in a batch.
+    """
+    values = map.flatten(1)
+    shuffle = noise.permutation(values.shape[1]).to(map.device)
+    order = shuffle.gather(1, values.gather(1, shuffle).argsort(dim=1, descending=True, stable=True))
+    place = torch.arange(values.shape[1], device=map.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place).view(map.shape)
+
+
+def blur_kernel(sigma: float) -> int:
+    """Side of the blur's window, in pixels, that the released InputIBA code takes: 2 sigma - 1, made odd."""
+    return max(int(2 * sigma - 1), 1) | 1
+
+
+def baseline(x: Tensor, kind: Baseline, sigma: float = 5.0, kernel: int | None = None) -> Tensor:
+    """What removed pixels of ``x`` (B, C, H, W) are replaced with; same shape.
+
+    zero  0 of the normalised image, which is the colour that the normalisation subtracts
+    mean  the image's own mean per channel
+    blur  Gaussian of standard deviation ``sigma`` pixels in a window of ``kernel`` pixels
+          (None: ``blur_kernel``), mirrored at the border
+
+    Raises ValueError if the window is wider than the image can be mirrored.
+    """
+    if kind == "zero":
+        return torch.zeros_like(x)
+    if kind == "mean":
+        return x.mean(dim=(-2, -1), keepdim=True).expand_as(x)
+    if kind != "blur":
+        raise ValueError(f"unknown baseline {kind!r}, must be one of {', '.join(BASELINES)}")
+    side = blur_kernel(sigma) if kernel is None else kernel
+    if side // 2 >= min(x.shape[-2:]):
+        raise ValueError(f"a blur window of {side} pixels does not fit an image of {tuple(x.shape[-2:])} pixels")
+    return gaussian_blur(x, [side, side], [sigma, sigma])
+
+
+def target_score(logits: Tensor, target: Tensor, output: Output) -> Tensor:
+    """(R, K) logits and the target's (R,) class or (R, K) labels -> (R,) float64.
+
+    One class: its softmax probability, or its logit. Several labels: the mean over the positive
+    ones of their sigmoid probability (labels do not compete), or logit; NaN where none is positive.
+    """
+    logits = logits.to(torch.float64)
+    if target.ndim == 1:
+        scores = logits.softmax(dim=1) if output == "probability" else logits
+        return scores.gather(1, target.long()[:, None]).squeeze(1)
+    scores = logits.sigmoid() if output == "probability" else logits
+    positive = target > 0
+    return (scores * positive).sum(dim=1) / positive.sum(dim=1)
+
+
+@torch.no_grad()
+def score_grid(
+    model: Classifier,
+    target: Tensor,
+    columns: int,
+    images: Callable[[Tensor, Tensor], Tensor],
+    output: Output = "probability",
+) -> Tensor:
+    """The target's score of a B x ``columns`` grid of perturbed images: (B, columns) float64.
+
+    ``images(sample, column)`` gets two index vectors (R,), R at most ``model.rows``, on the model's
+    device, and returns the images (R, *input). The grid runs on over the samples, so that all
+    blocks but the last are full, and a block that runs out of memory is made again, smaller.
+    """
+    target = target.to(model.device)
+    total = len(target) * columns
+    if total == 0:
+        return torch.zeros(len(target), columns, dtype=torch.float64, device=model.device)
+
+    def block(rows: slice) -> Tensor:
+        row = torch.arange(rows.start, rows.stop, device=model.device)
+        sample = row // columns
+        return target_score(model.module(images(sample, row % columns)), target[sample], output)
+
+    return model.chunked(block, total).view(len(target), columns)

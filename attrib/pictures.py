@@ -1,0 +1,194 @@
+"""Pictures of maps: colours, overlays on the input, small line plots. For the report and the PNG hook.
+
+Matplotlib is used through its objects alone: no pyplot, no backend, no process-wide settings.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+PERCENTILE = 99.5  # of |map|: a single hot pixel must not darken everything else
+SIGNED, POSITIVE = "RdBu_r", "inferno"
+# Tol's bright scheme, told apart by colour-blind readers and on white as on black.
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#888888")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How numbers become colours: -limit .. limit for signed maps, 0 .. limit otherwise."""
+
+    signed: bool
+    limit: float
+
+    @property
+    def colours(self) -> str:
+        return SIGNED if self.signed else POSITIVE
+
+
+def is_signed(map: np.ndarray) -> bool:
+    """Whether ``map`` has negative values that are more than rounding."""
+    finite = np.asarray(map, dtype=np.float64)[np.isfinite(map)]
+    return bool(finite.size and finite.min() < -1e-6 * max(np.abs(finite).max(), 1e-30))
+
+
+def scale(map: np.ndarray, signed: bool | None = None) -> Scale:
+    """Symmetric limits for signed maps, by the 99.5th percentile of \\|map\\|. ``signed=None`` looks at the map."""
+    magnitude = np.abs(np.asarray(map, dtype=np.float64)[np.isfinite(map)])
+    limit = float(np.percentile(magnitude, PERCENTILE)) if magnitude.size else 0.0
+    limit = limit or (float(magnitude.max()) if magnitude.size else 0.0)  # almost everything is 0
+    return Scale(is_signed(map) if signed is None else signed, limit)
+
+
+def _unit(map: np.ndarray, scale: Scale) -> np.ndarray:
+    """``map`` / limit, cut to -1 .. 1 or 0 .. 1; NaN and a map of zeros become 0."""
+    values = np.nan_to_num(np.asarray(map, dtype=np.float64), nan=0.0, posinf=scale.limit, neginf=-scale.limit)
+    return np.clip(values / (scale.limit or 1.0), -1.0 if scale.signed else 0.0, 1.0)
+
+
+def _colour(unit: np.ndarray, scale: Scale) -> np.ndarray:
+    """Values in -1 .. 1 or 0 .. 1, any shape -> (..., 3) in 0 .. 1."""
+    return matplotlib.colormaps[scale.colours]((unit + 1) / 2 if scale.signed else unit)[..., :3]
+
+
+def _bytes(rgb: np.ndarray) -> np.ndarray:
+    return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def heat(map: np.ndarray, signed: bool | None = None, *, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Colours of ``map`` (H, W), float -> (H, W, 3) uint8, or (h, w, 3) for ``size`` (h, w).
+
+    Signed: blue negative, white 0, red positive. Otherwise dark to bright from 0.
+    """
+    found = scale(map, signed)
+    return _bytes(_colour(_unit(_resized(map, size), found), found))
+
+
+def overlay(
+    picture: np.ndarray, map: np.ndarray, roi: np.ndarray | None = None, signed: bool | None = None
+) -> np.ndarray:
+    """``map`` (h, w) in colour over ``picture`` (H, W, 3) uint8 -> (H, W, 3) uint8.
+
+    The picture turns grey so that every colour means attribution, and shows through where there is
+    little of it. A map of another size is stretched. ``roi`` (H, W) bool is outlined. Raises ValueError
+    for other shapes.
+    """
+    picture, map = np.asarray(picture), np.asarray(map)
+    if picture.ndim != 3 or picture.shape[2] != 3 or map.ndim != 2:
+        raise ValueError(f"overlay needs a picture (H, W, 3) and a map (H, W), got {picture.shape} and {map.shape}")
+    found = scale(map, signed)
+    unit = _unit(_resized(map, picture.shape[:2]), found)
+    grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
+    alpha = 0.2 + 0.65 * np.abs(unit) ** 0.7
+    mixed = (1 - alpha[..., None]) * grey[..., None] + alpha[..., None] * _colour(unit, found)
+    return outlined(_bytes(mixed), roi)
+
+
+def outlined(picture: np.ndarray, roi: np.ndarray | None) -> np.ndarray:
+    """A copy of ``picture`` (H, W, 3) uint8 with the border of ``roi`` (H, W) bool drawn in it, seen on any colour."""
+    picture = picture.copy()
+    if roi is None or not np.any(roi):
+        return picture
+    roi = np.asarray(_resized(np.asarray(roi, dtype=np.float64), picture.shape[:2])) > 0.5
+    width = max(1, round(min(roi.shape) / 112))
+    inner = _shrunk(roi, width)
+    picture[roi & ~inner] = (0, 255, 102)
+    if min(roi.shape) >= 64:  # a dark inner line; tiny pictures have no room for it
+        picture[inner & ~_shrunk(inner, 1)] = (0, 0, 0)
+    return picture
+
+
+def _shrunk(mask: np.ndarray, steps: int) -> np.ndarray:
+    for _ in range(steps):
+        p = np.pad(mask, 1)
+        mask = p[1:-1, 1:-1] & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    return mask
+
+
+def _resized(map: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    if size is None or map.shape == tuple(size):
+        return map
+    image = Image.fromarray(np.nan_to_num(np.asarray(map, dtype=np.float32)))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+
+
+def strip(map: np.ndarray, signed: bool | None = None) -> list[str]:
+    """Text: one colour ``#rrggbb`` per token for a map (T,)."""
+    found = scale(map, signed)
+    return ["#" + bytes(c).hex() for c in _bytes(_colour(_unit(map, found), found))]
+
+
+def legend(signed: bool) -> np.ndarray:
+    """The colours from the least to the greatest value, (1, 128, 3) uint8."""
+    found = Scale(signed, 1.0)
+    return _bytes(_colour(np.linspace(-1.0 if signed else 0.0, 1.0, 128), found))[None]
+
+
+def data_uri(picture: np.ndarray, *, photo: bool = False, longest: int = 256) -> str:
+    """``picture`` (H, W, 3) uint8 as a data: URI, at most ``longest`` pixels a side; JPEG for photos, else PNG."""
+    image = Image.fromarray(picture)
+    image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if photo:
+        image.save(buffer, "JPEG", quality=86, optimize=True)
+    else:
+        image.save(buffer, "PNG", optimize=True)
+    return f"data:image/{'jpeg' if photo else 'png'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: ``y`` (S,) over equal steps of x, optionally a band ``lo``, ``hi`` (S,)."""
+
+    y: np.ndarray
+    colour: str
+    lo: np.ndarray | None = None
+    hi: np.ndarray | None = None
+    width: float = 1.8
+    dashed: bool = False
+
+
+def plot(
+    lines: Sequence[Line],
+    *,
+    size: tuple[float, float] = (5.2, 3.0),
+    x: str = "",
+    y: str = "",
+    unit_x: bool = True,
+) -> str:
+    """A line plot as an SVG data: URI, transparent, legible on white and on black. ``size`` is in inches.
+
+    ``unit_x``: x runs from 0 to 1, else over the steps 0, 1, 2 ... There is no legend: the page has it.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    grey = "#808790"
+    for line in lines:
+        steps = np.linspace(0, 1, len(line.y)) if unit_x else np.arange(len(line.y))
+        if line.lo is not None and line.hi is not None:
+            axes.fill_between(steps, line.lo, line.hi, color=line.colour, alpha=0.18, linewidth=0)
+        style = {"linewidth": line.width, "linestyle": "--" if line.dashed else "-"}
+        axes.plot(steps, line.y, color=line.colour, solid_capstyle="round", **style)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(grey)
+    axes.tick_params(colors=grey, labelsize=8)
+    axes.grid(True, color=grey, alpha=0.2, linewidth=0.6)
+    axes.margins(x=0.01)
+    for text, name in ((axes.xaxis.label, x), (axes.yaxis.label, y)):
+        text.set(text=_plain(name), color=grey, fontsize=8.5, parse_math=False)
+    buffer = io.BytesIO()
+    meta: Mapping[str, None] = {"Date": None, "Creator": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=dict(meta))
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _plain(text: str) -> str:
+    """Only letters that matplotlib's own font has; others would warn and be drawn as boxes."""
+    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)

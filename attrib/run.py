@@ -1,0 +1,520 @@
+"""Running an experiment: maps first, then scores from the stored maps; only what is missing.
+
+The loop is mmengine's: a ``Runner`` whose test loop walks over samples and calls hooks at its
+usual moments, so that any mmengine ``Hook`` or ``VisBackend`` works (``run.hooks``,
+``run.vis_backends``). The store decides what is missing, so a run may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import BaseLoop, Runner
+from mmengine.utils.dl_utils import collect_env
+from torch import Tensor, nn
+
+import attrib
+from attrib import keys
+from attrib.experiment import Experiment
+from attrib.hooks import standard_hooks
+from attrib.methods import State
+from attrib.noise import Noise
+from attrib.samples import check_targets
+from attrib.states import load_confidence, load_state
+from attrib.store import Arrays, Cell, Key, cells, write_json
+from attrib.types import Batch, SampleError, UserError
+
+log = logging.getLogger(__name__)
+
+PICTURES = 24  # inputs kept for the report, at most
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compute. Nothing here changes a number beyond floating-point noise, or enters a key.
+
+    root      the work directory
+    limit     only the first N samples of the selection
+    batch     samples explained at once
+    rows      rows that go through the net at once; halved when memory runs out
+    flush     seconds after which finished samples are made durable
+    strict    exit with an error at the end if any sample failed
+    hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
+    """
+
+    root: str = "workdirs"
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    batch: int = 8
+    rows: int = 64
+    shard: int = 0
+    shards: int = 1
+    flush: float = 5.0
+    png: bool = False
+    dry: bool = False
+    strict: bool = False
+    progress: bool = True
+    hooks: Sequence[Any] = ()
+    vis_backends: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.shards:
+            raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What hooks get as ``outputs`` after each batch.
+
+    stage    "maps", or the name of the metric
+    arrays   stage "maps": every map and extra, (B, ...); else scores and curves of the last map
+    done, total   samples of this stage
+    """
+
+    stage: str
+    uids: tuple[str, ...]
+    arrays: Mapping[str, np.ndarray]
+    seconds: float
+    done: int
+    total: int
+
+
+@dataclass
+class Summary:
+    """Samples (scores: samples x metrics) computed by this run, found already present, and failed."""
+
+    maps_computed: int = 0
+    maps_present: int = 0
+    scores_computed: int = 0
+    scores_present: int = 0
+    failed: int = 0
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+@dataclass
+class Plan:
+    """What a run of an experiment would do."""
+
+    experiment: Experiment
+    cell: Cell
+    uids: tuple[str, ...]
+    fingerprints: Mapping[str, str]
+    state_key: str | None
+    seconds: float | None = None  # per missing map, from what is recorded
+    present: set[str] = field(default_factory=set)
+    scored: dict[str, set[str]] = field(default_factory=dict)
+
+    def key(self, uid: str) -> Key:
+        return uid, self.fingerprints[uid]
+
+    def __str__(self) -> str:
+        missing = len(self.uids) - len(self.present)
+        lines = [
+            f"{self.cell.folder.name}: {len(self.uids)} samples, {len(self.present)} maps present, {missing} to compute"
+        ]
+        for name, done in self.scored.items():
+            lines.append(f"  {name}: {len(done)} present, {len(self.uids) - len(done)} to compute")
+        if missing and self.seconds is not None:
+            lines.append(f"  about {self.seconds * missing:.0f} s for the maps ({self.seconds:.3g} s per sample recorded)")
+        elif missing:
+            lines.append("  no time recorded yet for this method")
+        return "\n".join(lines)
+
+
+def metric_folder(experiment: Experiment, name: str) -> str:
+    return f"{name}.{experiment.metric_key(name)[:8]}"
+
+
+def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
+    """Selects the samples, finds the cell and what it already holds. Computes no maps."""
+    root = Path(options.root)
+    whole = experiment.samples(experiment.dataset.uids, options.batch)
+    uids = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u))
+    uids = uids[: options.limit]
+    uids = tuple(u for u in uids if keys.shard_of(u, options.shards) == options.shard)
+    state_key = None
+    if experiment.method.fit is not None:
+        state_key = experiment.state_key(experiment.estimation_samples(options.batch))
+    folder = root / experiment.folder(experiment.cell_key(state_key))
+    cell = Cell(folder, writer, flush_seconds=options.flush)
+    found = Plan(
+        experiment, cell, uids, {u: experiment.dataset.fingerprint(u) for u in uids}, state_key, _recorded(cell, root)
+    )
+    index = cell.maps.index()
+    found.present = {u for u in uids if found.key(u) in index}
+    for name in experiment.metrics:
+        scored = cell.scores(metric_folder(experiment, name)).present()
+        found.scored[name] = {u for u in uids if found.key(u) in scored}
+    return found
+
+
+def _recorded(cell: Cell, root: Path) -> float | None:
+    """Seconds per sample of this cell; failing that, of others with the same model and method names."""
+    names = cell.folder.name.split(".")[1:3]
+    others = (c for c in cells(root) if c.folder.name.split(".")[1:3] == names)
+    for candidate in (cell, *others):
+        seconds = [r.info["seconds"] for r in candidate.maps.index().values() if "seconds" in r.info]
+        if seconds:
+            return float(np.mean(seconds))
+    return None
+
+
+class _Loop(BaseLoop):
+    """Maps, then each metric, over the samples that miss them."""
+
+    def __init__(self, runner: AttributionRunner, work: Plan, state: State, options: Options) -> None:
+        super().__init__(runner, dataloader=[])
+        self.plan, self.state, self.options = work, state, options
+        self.summary = Summary()
+        self.samples = work.experiment.samples(work.uids, options.batch)
+        self._failed: set[tuple[str, str]] = set()
+        self._iteration = 0
+
+    def run(self) -> dict[str, float]:
+        self.runner.call_hook("before_test")
+        self.runner.call_hook("before_test_epoch")
+        self._maps()
+        for name in self.plan.experiment.metrics:
+            self._scores(name)
+        self.runner.call_hook("after_test_epoch", metrics=dataclasses.asdict(self.summary))
+        self.runner.call_hook("after_test")
+        return dataclasses.asdict(self.summary)
+
+    # ---- one stage ----------------------------------------------------------------------------
+
+    def _fail(self, uid: str, stage: str, reason: str) -> None:
+        self.plan.cell.ledger.add(uid, self.plan.fingerprints[uid], stage, reason)
+        self._failed.add((uid, stage))
+        self.summary.failed = len(self._failed)
+        log.warning("%s failed for %s: %s", stage, uid, reason)
+
+    def _alone_if_needed(self, stage: str, batch: Batch, work: Callable[[Batch], Mapping[str, np.ndarray]]) -> Any:
+        """``work(batch)``; if it fails, each sample alone, so that only the guilty ones are lost."""
+        try:
+            return work(batch)
+        except UserError:
+            raise
+        except Exception as error:  # a method or metric may raise anything
+            if len(batch) == 1:
+                if not isinstance(error, SampleError):
+                    log.exception("%s of %s", stage, batch.uids[0])
+                self._fail(batch.uids[0], stage, f"{type(error).__name__}: {error}")
+                return {}
+        result: Mapping[str, np.ndarray] = {}
+        for i in range(len(batch)):
+            result = self._alone_if_needed(stage, batch[[i]], work) or result
+        return result
+
+    def _walk(
+        self,
+        stage: str,
+        todo: Sequence[str],
+        work: Callable[[Batch], Mapping[str, np.ndarray]],
+        already: Callable[[], set[str]],
+    ) -> None:
+        """``work`` on every sample of ``todo``, in batches, with hooks before and after each."""
+        done = 0
+        for chunk, (batch, unread) in zip(self.samples.chunks(todo), self.samples.load(self.samples.chunks(todo))):
+            start = time.perf_counter()
+            for uid, reason in unread:
+                self._fail(uid, "load", reason)
+            if batch is not None:
+                others = already()  # another process may share the cell
+                batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
+            arrays: Mapping[str, np.ndarray] = {}
+            if batch is not None and len(batch):
+                self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
+                arrays = self._alone_if_needed(stage, batch, work)
+            done += len(chunk)
+            step = Step(stage, batch.uids if batch else (), arrays, time.perf_counter() - start, done, len(todo))
+            self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
+            self._iteration += 1
+
+    # ---- maps ---------------------------------------------------------------------------------
+
+    def _maps(self) -> None:
+        work, cell = self.plan, self.plan.cell
+        experiment = work.experiment
+        todo = [u for u in work.uids if u not in work.present]
+        self.summary.maps_present = len(work.uids) - len(todo)
+        if todo:
+            self._keep_pictures()
+
+        def explain(batch: Batch) -> Mapping[str, np.ndarray]:
+            model, method = experiment.model, experiment.method
+            start, passed = time.perf_counter(), model.passed
+            noise = Noise(batch.uids, experiment.seed, model.device, model.dtype)
+            found = method.attribute(model, batch, self.state, noise)
+            arrays = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
+            self._check_maps(batch, arrays)
+            cost = {
+                "seconds": (time.perf_counter() - start) / len(batch),
+                "rows": (model.passed - passed) / len(batch),
+            }
+            bad = np.zeros(len(batch), dtype=bool)
+            for name in method.MAPS:
+                bad |= ~np.isfinite(arrays[name]).reshape(len(batch), -1).all(1)
+            for i, uid in enumerate(batch.uids):
+                if bad[i]:
+                    self._fail(uid, "maps", "the map has NaN or infinite values")
+                    continue
+                one = {name: value[i] for name, value in arrays.items()}
+                cell.maps.add(uid, work.fingerprints[uid], one, target=_plain(batch.target[i]), **cost)
+                self.summary.maps_computed += 1
+            cell.maps.flush_if_due()
+            return arrays
+
+        try:
+            self._walk("maps", todo, explain, lambda: {u for u, f in cell.maps.index() if work.fingerprints.get(u) == f})
+        finally:
+            cell.maps.flush()
+
+    def _check_maps(self, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
+        """What a user's own method may get wrong."""
+        method = self.plan.experiment.method
+        name = type(method).__name__
+        declared = {*method.MAPS, *method.EXTRAS}
+        if set(arrays) != declared:
+            raise UserError(f"{name}.attribute returned {sorted(arrays)}, but MAPS and EXTRAS say {sorted(declared)}")
+        for key, value in arrays.items():
+            spatial = key not in method.MAPS or value.shape[1:] == tuple(batch.x.shape[-(value.ndim - 1) :])
+            if value.shape[:1] != (len(batch),) or not spatial or (key in method.MAPS and value.ndim < 2):
+                raise UserError(f"{name}: {key} has shape {value.shape} for inputs {tuple(batch.x.shape)}")
+
+    def _keep_pictures(self) -> None:
+        """The first inputs as the network sees them, so that a report needs no dataset."""
+        experiment = self.plan.experiment
+        folder = Path(self.options.root) / "state" / f"pictures.{experiment.dataset_key[:8]}"
+        pictures = Arrays(folder, self.plan.cell.writer)
+        present = pictures.index()
+        for uid in self.plan.uids[:PICTURES]:
+            if (uid, "") in present:
+                continue
+            try:
+                batch = self.samples.batch([uid])
+                arrays = {"image": experiment.dataset.picture(uid)}
+            except SampleError:
+                continue  # the ledger will say so when its map is due
+            check_targets(batch, experiment.model.logits(batch.x).shape[1])
+            if batch.roi is not None and batch.roi.any():
+                arrays["roi"] = batch.roi[0].cpu().numpy()
+            target = _plain(batch.target[0])
+            name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
+            pictures.add(uid, "", arrays, name=name, target=target)
+        pictures.flush()
+
+    # ---- scores -------------------------------------------------------------------------------
+
+    def _scores(self, name: str) -> None:
+        work, cell = self.plan, self.plan.cell
+        experiment = work.experiment
+        metric, folder = experiment.metrics[name], metric_folder(experiment, name)
+        stored = cell.maps.index()
+        done = work.scored[name]
+        self.summary.scores_present += len(done)
+        todo = [u for u in work.uids if u not in done and work.key(u) in stored]
+        if not todo:
+            return
+        rows, curves = cell.scores(folder), cell.curves(folder)
+        about = {"name": name, "spec": keys.spec(metric), "columns": dict(metric.COLUMNS), "curves": dict(metric.CURVES)}
+        if not (rows.folder / "metric.json").exists():
+            write_json(rows.folder / "metric.json", about)
+
+        def judge(batch: Batch) -> Mapping[str, np.ndarray]:
+            start = time.perf_counter()
+            values: list[dict[tuple[str, str], float]] = [{} for _ in batch.uids]
+            lines: list[dict[str, np.ndarray]] = [{} for _ in batch.uids]
+            read = [cell.maps.read(work.key(u), experiment.method.MAPS) for u in batch.uids]
+            scored: dict[str, np.ndarray] = {}
+            for kind in experiment.method.MAPS:
+                maps = torch.from_numpy(np.stack([r[kind] for r in read])).to(batch.x)
+                noise = Noise(batch.uids, experiment.seed, batch.x.device, batch.x.dtype).child(name)
+                found: Mapping[str, Tensor] = metric.score(experiment.model, batch, maps, noise)
+                scored = {key: value.detach().cpu().double().numpy() for key, value in found.items()}
+                for i in range(len(batch)):
+                    values[i] |= {(kind, c): float(scored[c][i]) for c in metric.COLUMNS}
+                    lines[i] |= {f"{kind}/{c}": scored[c][i].astype(np.float32) for c in metric.CURVES}
+            seconds = (time.perf_counter() - start) / len(batch)
+            for i, uid in enumerate(batch.uids):
+                if not all(np.isfinite(list(values[i].values()))):
+                    self._fail(uid, name, _why_undefined(batch, i))
+                    continue
+                curves.add(uid, work.fingerprints[uid], lines[i], seconds=seconds)
+                rows.add(uid, work.fingerprints[uid], values[i])
+                self.summary.scores_computed += 1
+            # Curves first: a sample whose rows are there has its curves too.
+            if curves.flush_if_due():
+                rows.flush()
+            return scored
+
+        try:
+            self._walk(name, todo, judge, set)
+        finally:
+            curves.flush()
+            rows.flush()
+
+
+def _why_undefined(batch: Batch, i: int) -> str:
+    if batch.roi is None or not batch.roi[i].any():
+        return "the score is not defined (NaN); the sample has no region of interest"
+    return "the score is not defined (NaN) for this map"
+
+
+def _plain(target: Tensor) -> int | list[int]:
+    return int(target) if target.ndim == 0 else [int(t) for t in target]
+
+
+class AttributionRunner(Runner):
+    """mmengine's runner with what it gets wrong for frozen models on one CPU put right."""
+
+    def __init__(self, net: nn.Module, folder: Path, name: str, options: Options, seed: int) -> None:
+        self._run_name = folder.name
+        self.attribution: _Loop | None = None
+        unused = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+        super().__init__(
+            model=net,
+            work_dir=str(folder.parent),
+            test_dataloader=[],
+            test_evaluator=[],
+            test_cfg={},
+            default_hooks=dict.fromkeys(unused),  # training hooks, which would run in a test loop too
+            custom_hooks=[*standard_hooks(progress=options.progress, png=options.png), *options.hooks],
+            visualizer={"type": "Visualizer", "vis_backends": list(options.vis_backends), "save_dir": str(folder)},
+            env_cfg={"cudnn_benchmark": False},
+            randomness={"seed": seed},
+            # Two runners of one second share their logger and visualizer, unless their names differ.
+            experiment_name=f"{name}.{folder.name}",
+            cfg=Config(),
+        )
+        for hook in self.hooks:
+            if not isinstance(hook, Hook):
+                raise UserError(f"run.hooks: {hook!r} is not an mmengine Hook")
+
+    def setup_env(self, env_cfg: dict) -> None:
+        super().setup_env(env_cfg)
+        self._timestamp = self._run_name  # names mmengine's log folder, which is our run's folder
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> Any:
+        """The log goes to the run's folder whole; only warnings disturb the progress bar."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                self.file_handler = handler
+            else:
+                handler.setLevel(logging.ERROR)
+        return logger
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        return model  # mmengine would move it to a device of its choice
+
+    def dump_config(self) -> None:
+        """The composed configuration is written as config.json instead."""
+
+    def _log_env(self, env_cfg: dict) -> None:
+        write_json(Path(self.log_dir) / "environment.json", {k: str(v) for k, v in collect_env().items()})
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        return self.attribution
+
+    def attribute(self, work: Plan, state: State, options: Options) -> Summary:
+        self.attribution = _Loop(self, work, state, options)
+        self.test()
+        return self.attribution.summary
+
+
+def run(experiment: Experiment, options: Options) -> Summary:
+    """Compute what is missing of one cell and leave a record under ``runs/``.
+
+    Raises UserError for what a person must put right; samples that fail are in the summary, the
+    ledger and, with ``strict``, in the exit status of the tool.
+    """
+    start = time.time()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(start))
+    writer = f"{stamp}-{os.getpid()}-{options.shard}-{secrets.token_hex(2)}"
+    work = plan(experiment, options, writer)
+    folder = work.cell.folder / "runs" / writer
+    work.cell.write_spec(_spec(work))
+    write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
+    runner = AttributionRunner(experiment.model.module, folder, work.cell.folder.name, options, experiment.seed)
+    package = logging.getLogger("attrib")
+    package.addHandler(runner.file_handler)
+    summary, finished = Summary(), False
+    try:
+        state: State = {}
+        if work.state_key is not None and len(work.present) < len(work.uids):
+            samples = experiment.estimation_samples(options.batch)
+            state = load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples)
+        runner.attribute(work, state, options)
+        finished = True
+    finally:
+        if runner.attribution is not None:
+            summary = runner.attribution.summary  # also of a run that was interrupted
+        write_json(
+            folder / "summary.json",
+            {**dataclasses.asdict(summary), "finished": finished, "seconds": time.time() - start, "cell": work.cell.folder.name},
+        )
+        package.removeHandler(runner.file_handler)
+        runner.visualizer.close()
+        runner.file_handler.close()
+    return summary
+
+
+def _options_record(options: Options) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(options), default=repr))
+
+
+def _spec(work: Plan) -> dict[str, Any]:
+    """What stands in a cell's spec.json: enough to know what its numbers are."""
+    experiment = work.experiment
+    return {
+        "names": dict(experiment.names),
+        "key": experiment.cell_key(work.state_key),
+        "dataset_key": experiment.dataset_key,
+        "state_key": work.state_key,
+        "weights": experiment.model.weights,
+        "layers": {role: experiment.model.path(role) for role in experiment.method.roles},
+        "seed": experiment.seed,
+        "method": keys.spec(experiment.method),
+        "maps": dict(experiment.method.MAPS),
+        "extras": dict(experiment.method.EXTRAS),
+        "pictures": experiment.dataset_key[:8],
+        "config": dict(experiment.config),
+        "versions": {
+            "attrib": attrib.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, if it is a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

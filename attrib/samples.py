@@ -1,0 +1,143 @@
+"""Samples on their way from a dataset to a model: read ahead, moved to the device, target resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+import torch
+
+from attrib.datasets import Dataset
+from attrib.models import Classifier
+from attrib.types import Batch, SampleError, UserError
+
+Target = Literal["label", "predicted"]
+Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
+
+
+class Samples:
+    """Some samples of a dataset as a model wants them, in batches.
+
+    target   which class is explained: the dataset's label, or the class the model predicts
+    Iterating skips what cannot be read; ``load`` says why.
+    """
+
+    def __init__(
+        self, dataset: Dataset, model: Classifier, uids: Sequence[str], *, target: Target = "label", batch: int = 8
+    ) -> None:
+        if target not in ("label", "predicted"):
+            raise UserError(f"dataset.target must be label or predicted, not {target!r}")
+        if batch < 1:
+            raise UserError(f"run.batch must be at least 1, not {batch}")
+        self.dataset, self.model, self.target = dataset, model, target
+        self.uids, self._size = tuple(uids), batch
+
+    def _ready(self, batch: Batch) -> Batch:
+        batch = batch.to(self.model.device, self.model.dtype)
+        if self.target == "predicted":
+            return dataclasses.replace(batch, target=self.model.logits(batch.x).argmax(1))
+        unknown = [uid for uid, t in zip(batch.uids, batch.target.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
+        if unknown:
+            raise SampleError(f"{unknown[0]} has no label; explain the model's own class with dataset.target=predicted")
+        return batch
+
+    def batch(self, uids: Sequence[str]) -> Batch:
+        """Raises SampleError if one of them cannot be read or has no target."""
+        return self._ready(self.dataset.batch(uids))
+
+    def _read(self, uids: Sequence[str]) -> Loaded:
+        """In a worker thread: a bad sample costs the others nothing."""
+        try:
+            return self.dataset.batch(uids), []
+        except Exception as error:  # a user's dataset may raise anything
+            if isinstance(error, UserError):
+                raise
+            if len(uids) == 1:
+                return None, [(uids[0], f"{type(error).__name__}: {error}")]
+        good, bad = [], []
+        for uid in uids:
+            batch, failed = self._read([uid])
+            bad += failed
+            good += [uid] if batch is not None else []
+        return (self.dataset.batch(good) if good else None), bad
+
+    def load(self, chunks: Sequence[Sequence[str]]) -> Iterator[Loaded]:
+        """Each chunk of uids as one batch; the next two are read while one is worked on."""
+        with ThreadPoolExecutor(2) as pool:
+            waiting: deque[Future[Loaded]] = deque()
+            rest = iter(chunks)
+            try:
+                for chunk in rest:
+                    waiting.append(pool.submit(self._read, chunk))
+                    if len(waiting) > 2:
+                        yield self._finish(waiting.popleft().result())
+                while waiting:
+                    yield self._finish(waiting.popleft().result())
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _finish(self, loaded: Loaded) -> Loaded:
+        batch, bad = loaded
+        if batch is None:
+            return None, bad
+        try:
+            return self._ready(batch), bad
+        except SampleError:
+            good = []
+            for uid in batch.uids:
+                try:
+                    good.append(self._ready(self.dataset.batch([uid])).uids[0])
+                except SampleError as error:
+                    bad = [*bad, (uid, f"SampleError: {error}")]
+            return (self.batch(good) if good else None), bad
+
+    def chunks(self, uids: Sequence[str] | None = None) -> list[tuple[str, ...]]:
+        uids = self.uids if uids is None else tuple(uids)
+        return [uids[i : i + self._size] for i in range(0, len(uids), self._size)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, _ in self.load(self.chunks()):
+            if batch is not None:
+                yield batch
+
+    def confidence(self, uids: Sequence[str]) -> Mapping[str, float]:
+        """The model's softmax probability of the target, of the samples that can be read."""
+        found: dict[str, float] = {}
+        for batch, _ in self.load(self.chunks(uids)):
+            if batch is not None:
+                probability = self.model.logits(batch.x).softmax(1)
+                picked = probability.gather(1, batch.target[:, None])[:, 0]
+                found |= dict(zip(batch.uids, picked.tolist()))
+        return found
+
+
+def check_targets(batch: Batch, classes: int) -> None:
+    """Raises UserError if a label lies outside the model's classes: the class index does not fit."""
+    highest = int(batch.target.max()) if batch.target.ndim == 1 else batch.target.shape[1] - 1
+    if highest >= classes:
+        raise UserError(
+            f"a sample of {batch.uids[0]}... has class {highest}, but the model has {classes} classes; "
+            "check dataset.classes and model"
+        )
+
+
+def parse_device(name: str) -> torch.device:
+    """"auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"run.device={name}: not a device; try auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"run.device={name}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
+            f"{torch.__version__} can use; take run.device=cpu, or auto"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"run.device={name}: no MPS on this machine; take run.device=cpu, or auto")
+    return device

@@ -1,0 +1,73 @@
+"""What is computed once for a whole dataset and shared: fitted states, confidences."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from attrib import keys
+from attrib.methods import Fit, State
+from attrib.models import Classifier
+from attrib.samples import Samples
+from attrib.store import write_atomic, write_json
+
+log = logging.getLogger(__name__)
+
+
+class _Partial:
+    """An unfinished fit on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> State | None:
+        return _read(self.path)
+
+    def save(self, state: State) -> None:
+        write_atomic(self.path, safetensors.torch.save(state))
+
+
+def _read(path: Path) -> State | None:
+    if not path.exists():
+        return None
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s); fitting it again", path, error)
+        return None
+
+
+def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Samples) -> State:
+    """The fitted state, from ``state/<key8>.safetensors`` or fitted now.
+
+    Two jobs that need it at once both fit it and write the same file.
+    """
+    path = root / "state" / f"{key[:8]}.safetensors"
+    state = _read(path)
+    if state is not None:
+        return state
+    partial = _Partial(path.with_suffix(".partial.safetensors"))
+    state = {k: v.contiguous().cpu() for k, v in fit.run(model, samples, partial, log.info).items()}
+    write_atomic(path, safetensors.torch.save(state))
+    write_json(path.with_suffix(".json"), {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids)})
+    partial.path.unlink(missing_ok=True)
+    return state
+
+
+def load_confidence(root: Path, samples: Samples, uids: Sequence[str]) -> Mapping[str, float]:
+    """The model's probability of each sample's target, remembered per content of the sample."""
+    key = keys.digest(samples.model.key, samples.dataset.key, samples.target)
+    path = root / "state" / f"confidence.{key[:8]}.json"
+    known: dict[str, list] = json.loads(path.read_text()) if path.exists() else {}
+    fingerprints = {u: samples.dataset.fingerprint(u) for u in uids}
+    missing = [u for u in uids if known.get(u, [""])[0] != fingerprints[u]]
+    if missing:
+        found = samples.confidence(missing)
+        known |= {u: [fingerprints[u], p] for u, p in found.items()}
+        write_json(path, known)
+    return {u: known[u][1] for u in uids if u in known and known[u][0] == fingerprints[u]}

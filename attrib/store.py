@@ -1,0 +1,284 @@
+"""The work directory: append-only, atomic, shared by any number of writers.
+
+Three kinds of file hold everything that is computed, and each is written under a temporary
+name, fsynced and renamed, so a reader never sees half a file and a killed writer loses only
+what it had not flushed:
+
+* chunks of arrays (``*.safetensors``): maps and curves of some samples;
+* chunks of rows (``*.parquet``): scores of some samples;
+* single documents (``*.json``, states).
+
+Nothing is ever changed in place or deleted. Several writers need no coordination: each has a
+name of its own, and a sample that two of them computed is simply there twice, with the same
+numbers. A sample counts as present only under its current *fingerprint* (content of the file,
+target, boxes), so data that changed on disk is computed anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+Key = tuple[str, str]  # (uid, fingerprint)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing, also when the machine dies in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+class _Buffered:
+    """Samples gathered in memory until there are enough of them, or enough seconds passed.
+
+    A fast method therefore writes few files, and a slow one (more than ``seconds`` a sample)
+    flushes after each sample.
+    """
+
+    def __init__(self, folder: Path, writer: str, *, seconds: float, count: int) -> None:
+        self.folder, self.writer = Path(folder), writer
+        self._seconds, self._count = seconds, count
+        self._pending: dict[Key, Any] = {}
+        self._since = time.monotonic()
+        self._number = 0
+
+    def _add(self, key: Key, value: Any) -> None:
+        self._pending[key] = value
+
+    def flush_if_due(self) -> bool:
+        """Called between batches, when all parts of a sample have been added."""
+        due = len(self._pending) >= self._count or time.monotonic() - self._since >= self._seconds
+        if due and self._pending:
+            self.flush()
+            return True
+        return False
+
+    def flush(self) -> None:
+        """Make everything added so far durable."""
+        if self._pending:
+            self._number += 1
+            self._write(self.folder / f"{self.writer}-{self._number:05d}")
+            self._pending = {}
+        self._since = time.monotonic()
+
+    def _write(self, stem: Path) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a stored sample lies, and what was noted beside it."""
+
+    path: Path
+    position: int
+    names: tuple[str, ...]
+    crc: Mapping[str, int]
+    info: Mapping[str, Any]
+
+
+class Arrays(_Buffered):
+    """Named arrays per sample, any shape, in chunks that hold all arrays of some samples."""
+
+    def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256) -> None:
+        super().__init__(folder, writer, seconds=seconds, count=count)
+        self._index: dict[Key, Record] | None = None
+        self._seen: set[str] = set()
+        self.broken: list[str] = []  # files that could not be read; their samples count as missing
+
+    def add(self, uid: str, fingerprint: str, arrays: Mapping[str, np.ndarray], **info: Any) -> None:
+        """Remember one sample. ``info`` is anything JSON can hold (seconds, rows)."""
+        self._add((uid, fingerprint), ({k: np.ascontiguousarray(v) for k, v in arrays.items()}, info))
+
+    def _write(self, stem: Path) -> None:
+        tensors: dict[str, np.ndarray] = {}
+        samples = []
+        for i, ((uid, fingerprint), (arrays, info)) in enumerate(self._pending.items()):
+            tensors |= {f"{i}/{name}": value for name, value in arrays.items()}
+            crc = {name: zlib.crc32(value.data) for name, value in arrays.items()}
+            samples.append({"uid": uid, "fingerprint": fingerprint, "crc": crc, "info": info})
+        write_atomic(stem.with_name(stem.name + ".safetensors"), to_safetensors(tensors, {"samples": json.dumps(samples)}))
+
+    def index(self) -> Mapping[Key, Record]:
+        """Every stored sample; new files of other writers are seen at each call."""
+        if self._index is None:
+            self._index = {}
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
+            if path.name in self._seen:
+                continue
+            self._seen.add(path.name)
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    samples = json.loads(file.metadata()["samples"])
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                self.broken.append(f"{path}: {error}")
+                continue
+            for i, s in enumerate(samples):
+                key = (s["uid"], s["fingerprint"])
+                self._index[key] = Record(path, i, tuple(s["crc"]), s["crc"], s["info"])
+        return self._index
+
+    def read(self, key: Key, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """The arrays of one sample, also of one that is not flushed yet.
+
+        Raises KeyError if it is not there, OSError if its chunk is damaged.
+        """
+        if key in self._pending:
+            arrays = self._pending[key][0]
+            return {name: arrays[name] for name in (arrays if names is None else names)}
+        record = self.index()[key]
+        arrays = {}
+        with safe_open(record.path, framework="numpy") as file:
+            for name in record.names if names is None else names:
+                if name not in record.names:
+                    raise KeyError(f"{record.path} holds {', '.join(record.names)} of {key[0]}, but not {name}")
+                arrays[name] = file.get_tensor(f"{record.position}/{name}")
+                if zlib.crc32(np.ascontiguousarray(arrays[name]).data) != record.crc[name]:
+                    raise OSError(f"{record.path} is damaged: wrong checksum of {name} of {key[0]}; delete the file")
+        return arrays
+
+
+class Rows(_Buffered):
+    """Score rows: (uid, fingerprint, map, column, value, time), one Parquet file per flush."""
+
+    SCHEMA = pa.schema(
+        [
+            ("uid", pa.string()),
+            ("fingerprint", pa.string()),
+            ("map", pa.string()),
+            ("column", pa.string()),
+            ("value", pa.float64()),
+            ("time", pa.float64()),
+        ]
+    )
+
+    def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096) -> None:
+        super().__init__(folder, writer, seconds=seconds, count=count)
+
+    def add(self, uid: str, fingerprint: str, values: Mapping[tuple[str, str], float]) -> None:
+        """All scores of one sample at once, keyed by (map, column)."""
+        now = time.time()
+        self._add(
+            (uid, fingerprint),
+            [
+                {"uid": uid, "fingerprint": fingerprint, "map": m, "column": c, "value": float(v), "time": now}
+                for (m, c), v in values.items()
+            ],
+        )
+
+    def _write(self, stem: Path) -> None:
+        rows = [row for sample in self._pending.values() for row in sample]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=self.SCHEMA), sink)
+        write_atomic(stem.with_name(stem.name + ".parquet"), sink.getvalue().to_pybytes())
+
+    def table(self) -> pa.Table:
+        """All rows, also those of other writers; damaged files are left out."""
+        tables = []
+        for path in sorted(self.folder.glob("[!.]*.parquet")):
+            try:
+                tables.append(pq.read_table(path, schema=self.SCHEMA))
+            except (pa.ArrowInvalid, OSError):
+                continue  # its samples count as missing and are scored again
+        return pa.concat_tables(tables) if tables else self.SCHEMA.empty_table()
+
+    def present(self) -> set[Key]:
+        table = self.table()
+        return set(zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
+
+
+class Ledger:
+    """``failures.jsonl``: what could not be computed, and why. Append-only, many writers."""
+
+    MAX_REASON = 1500  # keeps a line below the size that one write() delivers whole
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def add(self, uid: str, fingerprint: str, stage: str, reason: str) -> None:
+        """``stage`` is "load", "maps" or the metric's name."""
+        entry = {
+            "uid": uid,
+            "fingerprint": fingerprint,
+            "stage": stage,
+            "reason": reason[: self.MAX_REASON],
+            "time": time.time(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # The leading newline ends a line that a killed writer left unfinished.
+        line = ("\n" + json.dumps(entry) + "\n").encode()
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, line)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def entries(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # blank, or torn by a kill
+        return found
+
+
+class Cell:
+    """One folder of the work directory: one dataset, model and method."""
+
+    def __init__(self, folder: Path, writer: str = "", *, flush_seconds: float = 5.0) -> None:
+        self.folder, self.writer, self._flush_seconds = Path(folder), writer, flush_seconds
+        self.maps = Arrays(self.folder / "maps", writer, seconds=flush_seconds)
+        self.ledger = Ledger(self.folder / "failures.jsonl")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return json.loads((self.folder / "spec.json").read_text())
+
+    def write_spec(self, spec: Mapping[str, Any]) -> None:
+        """Once: every writer of a cell would write the same."""
+        if not (self.folder / "spec.json").exists():
+            write_json(self.folder / "spec.json", spec)
+
+    def scores(self, metric: str) -> Rows:
+        """``metric`` is the folder's name, ``<name>.<key8>``."""
+        return Rows(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+
+    def curves(self, metric: str) -> Arrays:
+        return Arrays(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+
+    def metrics(self) -> list[str]:
+        """Names of the score folders that exist."""
+        return sorted(p.name for p in (self.folder / "scores").glob("*") if p.is_dir())
+
+
+def cells(root: Path) -> list[Cell]:
+    """Every cell below a work directory, in the order of their names."""
+    return [Cell(p.parent) for p in sorted(Path(root).glob("*/spec.json"))]

@@ -1,0 +1,71 @@
+"""The nouns that every part of attrib passes around: a batch, and the two kinds of failure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can put right.
+
+    The tools print the message alone, without a traceback, so it must name the file, field or
+    sample and say what to do.
+    """
+
+
+class SampleError(Exception):
+    """One sample cannot be used (unreadable file, no region of interest, NaN map).
+
+    It goes to the failure ledger and the run goes on; see ``attrib.run``.
+    """
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples. Every tensor has the samples along its first dimension.
+
+    uids     B stable names such as ``val/n01440764/000293``, never positions
+    x        (B, *input); text: (B, T) token ids
+    target   (B,) class index, or (B, K) for multi-label
+    roi      (B, H, W) bool, region of interest; a sample without one is all False
+    lengths  (B,) number of real tokens, text only
+    """
+
+    uids: tuple[str, ...]
+    x: Tensor
+    target: Tensor
+    roi: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in self._tensors():
+            if value.shape[:1] != (len(self.uids),):
+                raise ValueError(
+                    f"Batch.{field} has shape {tuple(value.shape)}, expected {len(self.uids)} rows, one per uid"
+                )
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The batch on a device; floating-point inputs also in ``dtype``."""
+        moved = {name: value.to(device) for name, value in self._tensors()}
+        if dtype is not None and moved["x"].is_floating_point():
+            moved["x"] = moved["x"].to(dtype)
+        return dataclasses.replace(self, **moved)
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> Batch:
+        """The sub-batch at these positions."""
+        rows = range(len(self))[rows] if isinstance(rows, slice) else rows
+        index = torch.as_tensor(list(rows), dtype=torch.long, device=self.x.device)
+        picked = {name: value[index.to(value.device)] for name, value in self._tensors()}
+        return dataclasses.replace(self, uids=tuple(self.uids[i] for i in rows), **picked)

@@ -1,0 +1,161 @@
+"""Known answers, scipy as a referee, and a small coverage simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from attrib import stats
+
+
+def sample(n, seed=0):
+    return np.random.default_rng(seed).gamma(1.0, 1.0, n)
+
+
+def test_interval_is_scipys_bca():
+    x = sample(40)
+    expected = scipy_stats.bootstrap(
+        (x,), np.mean, n_resamples=9999, method="BCa", random_state=np.random.default_rng(0)
+    ).confidence_interval
+    found = stats.interval(x)
+    assert (found.n, found.mean) == (40, x.mean())
+    # The batches draw other numbers: equal within Monte-Carlo noise.
+    assert (found.lo, found.hi) == pytest.approx((expected.low, expected.high), abs=0.05 * x.std() / math.sqrt(40) * 3)
+
+
+def test_interval_is_repeatable_and_leaves_the_global_generator_alone():
+    before = np.random.get_state()[1].copy()
+    assert stats.interval(sample(30)) == stats.interval(sample(30))
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_wide_confidence_is_wider():
+    x = sample(50)
+    inner, outer = stats.interval(x, 0.8), stats.interval(x, 0.99)
+    assert outer.lo < inner.lo < inner.mean < inner.hi < outer.hi
+
+
+def test_closed_form_agrees_with_the_bootstrap_where_it_takes_over():
+    x = sample(stats.LARGE_BOOTSTRAP)
+    se = x.std() / math.sqrt(x.size)
+    assert stats._abc(x, 0.95) == pytest.approx(stats._bootstrap(x, 0.95, 0), abs=0.1 * se)
+    # A symmetric sample has no acceleration: exactly the normal interval.
+    y = np.concatenate([x, -x])
+    se = y.std() / math.sqrt(y.size)
+    assert stats._abc(y, 0.95) == pytest.approx((-1.959964 * se, 1.959964 * se), rel=1e-6)
+    assert stats.interval(y).lo == stats._abc(y, 0.95)[0]
+
+
+def test_interval_of_degenerate_inputs():
+    none = stats.interval([])
+    assert none.n == 0
+    assert all(map(math.isnan, (none.mean, none.lo, none.hi)))
+    one = stats.interval([3.0, math.nan, math.inf])
+    assert (one.n, one.mean) == (1, 3.0)
+    assert math.isnan(one.lo)
+    assert math.isnan(one.hi)
+    assert stats.interval([2.0] * 5) == stats.Interval(5, 2.0, 2.0, 2.0)
+    noise = stats.interval([0.3, 0.1 + 0.2])
+    assert noise.lo == noise.hi == noise.mean
+    two = stats.interval([0.0, 1.0])
+    assert (two.lo, two.hi) == (0.0, 1.0)
+    assert stats.interval([1.0, 2.0, math.nan, 4.0]) == stats.interval([1.0, 2.0, 4.0])
+    with pytest.raises(ValueError, match=r"confidence.*95$"):
+        stats.interval([1, 2], confidence=95)
+
+
+def test_percentile_interval_where_bca_is_undefined(monkeypatch):
+    real = scipy_stats.bootstrap
+
+    def undefined(*args, method, **kwargs):
+        result = real(*args, method="percentile", **kwargs)
+        if method == "BCa":
+            result.confidence_interval = type(result.confidence_interval)(math.nan, math.nan)
+        return result
+
+    monkeypatch.setattr(stats.stats, "bootstrap", undefined)
+    x = sample(20)
+    found = stats.interval(x)
+    assert found.lo < x.mean() < found.hi
+
+
+@pytest.mark.parametrize("n", [30, 1200])
+def test_coverage(n):
+    """A 90 % interval of a skewed variable's mean (1) covers it in about 90 % of the samples."""
+    covered = [(lambda i: i.lo <= 1.0 <= i.hi)(stats.interval(sample(n, seed), 0.9, seed=seed)) for seed in range(200)]
+    assert 0.83 <= np.mean(covered) <= 0.96
+
+
+def test_paired_test_by_hand():
+    # Differences 1, 2, 3: of the eight sign patterns only +++ and --- reach |sum| = 6.
+    found = stats.paired_test([2, 4, 6], [1, 2, 3])
+    assert (found.n, found.difference, found.p) == (3, 2.0, 0.25)
+    assert found.effect == pytest.approx(2.0)  # mean 2, standard deviation 1
+    back = stats.paired_test([1, 2, 3], [2, 4, 6])
+    assert (back.difference, back.p, back.effect) == (-2.0, 0.25, pytest.approx(-2.0))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 12])
+def test_paired_test_is_exact_when_small(n):
+    a, b = sample(n, 1), sample(n, 2) + 0.4
+    expected = scipy_stats.permutation_test(
+        (a, b), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf
+    )
+    assert stats.paired_test(a, b).p == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [15, 60, 400])
+def test_paired_test_agrees_with_scipy_and_t_when_larger(n):
+    rng = np.random.default_rng(n)
+    b = sample(n)
+    a = b + rng.normal(1.0, 4.0, n) / math.sqrt(n)
+    found = stats.paired_test(a, b)
+    expected = scipy_stats.permutation_test(
+        (a - b,), np.mean, permutation_type="samples", n_resamples=4999, random_state=np.random.default_rng(1)
+    )
+    assert found.p == pytest.approx(expected.pvalue, abs=0.025)
+    assert found.p == pytest.approx(scipy_stats.ttest_rel(a, b).pvalue, abs=0.04)
+    assert found.lo <= found.difference <= found.hi
+    assert found == stats.paired_test(a, b)
+
+
+def test_normal_limit_agrees_with_the_permutations_where_it_takes_over(monkeypatch):
+    n = stats.LARGE_PERMUTATION
+    d = np.random.default_rng(0).standard_t(4, n) + 0.05
+    random = stats._sign_flip(d, 0)
+    monkeypatch.setattr(stats, "LARGE_PERMUTATION", n - 1)
+    assert stats._sign_flip(d, 0) == pytest.approx(random, abs=0.01)
+
+
+def test_paired_test_of_degenerate_inputs():
+    same = stats.paired_test([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert (same.difference, same.lo, same.hi, same.p, same.effect) == (0, 0, 0, 1, 0)
+    rounding = stats.paired_test([0.1 + 0.2] * 20, [0.3] * 20)
+    assert (rounding.p, rounding.effect) == (1.0, 0.0)
+    shifted = stats.paired_test([2.0] * 4, [1.0] * 4)
+    assert (shifted.p, shifted.effect) == (2 / 16, math.inf)
+    gaps = stats.paired_test([1.0, math.nan, 3.0, 4.0], [0.0, 1.0, math.inf, 1.0])
+    assert (gaps.n, gaps.difference) == (2, 2.0)
+    assert stats.paired_test([3.0], [1.0]).p == 1.0
+    none = stats.paired_test([math.nan], [1.0])
+    assert none.n == 0
+    assert math.isnan(none.p)
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        stats.paired_test([1, 2], [1])
+
+
+def test_false_alarms_come_at_their_rate():
+    rng = np.random.default_rng(5)
+    p = [stats.paired_test(rng.exponential(1, 20), rng.exponential(1, 20)).p for _ in range(200)]
+    assert 0.04 <= np.mean(np.array(p) < 0.1) <= 0.17
+
+
+def test_holm():
+    # Sorted .01, .03, .04 times 3, 2, 1 is .03, .06, .04, made monotone.
+    assert stats.holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert stats.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    assert stats.holm([]).shape == (0,)
+    with_gap = stats.holm([0.02, math.nan, 0.5])
+    assert with_gap[[0, 2]] == pytest.approx([0.04, 0.5])
+    assert math.isnan(with_gap[1])
