@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import hydra.utils
+import torch
 from hydra.errors import InstantiationException
 
 from attrib.datasets import Selection
 from attrib.experiment import Experiment
 from attrib.models import Classifier, load_weights
-from attrib.run import Options
+from attrib.plan import Options
 from attrib.samples import parse_device
 from attrib.types import UserError
 
@@ -69,8 +70,6 @@ def classifier(node: Node, options: Options, where: str = "model") -> Classifier
         load_weights(net, node["checkpoint"], node.get("match", "name"))
     if options.dtype not in DTYPES:
         raise UserError(f"run.dtype must be one of {', '.join(DTYPES)}, not {options.dtype!r}")
-    import torch
-
     size, mean = node["input"]["size"], node["input"]["mean"]
     height, width = (size, size) if isinstance(size, int) else size
     return Classifier(

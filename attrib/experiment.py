@@ -35,9 +35,9 @@ class Experiment:
     method: Method
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     target: Target = "label"
-    select: Selection = Selection()
+    select: Selection = field(default_factory=Selection)
     estimation: Dataset | None = None
-    estimation_select: Selection = Selection()
+    estimation_select: Selection = field(default_factory=Selection)
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,10 +84,9 @@ class Experiment:
 
     def folder(self, cell_key: str) -> str:
         """Names are labels that people choose: only plain characters become part of a path."""
-        parts = [
-            "".join(c if c.isalnum() or c in "-_" else "-" for c in self.names[p]) for p in ("dataset", "model", "method")
-        ]
-        return ".".join([*parts, cell_key[:8]])
+        names = (self.names[part] for part in ("dataset", "model", "method"))
+        plain = ("".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names)
+        return ".".join([*plain, cell_key[:8]])
 
 
 def _selection_spec(select: Selection) -> Any:

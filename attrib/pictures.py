@@ -86,8 +86,12 @@ def overlay(
     found = scale(map, signed)
     unit = _unit(_resized(map, picture.shape[:2]), found)
     grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
-    alpha = 0.2 + 0.65 * np.abs(unit) ** 0.7
-    mixed = (1 - alpha[..., None]) * grey[..., None] + alpha[..., None] * _colour(unit, found)
+    if found.signed:  # white, the middle of the scale, would bleach the picture: fade into the two ends instead
+        grey = 0.25 + 0.6 * grey
+        alpha, colour = 0.9 * np.abs(unit) ** 0.85, _colour(0.85 * np.sign(unit), found)
+    else:
+        alpha, colour = 0.2 + 0.65 * unit**0.7, _colour(unit, found)
+    mixed = (1 - alpha[..., None]) * grey[..., None] + alpha[..., None] * colour
     return outlined(_bytes(mixed), roi)
 
 
@@ -119,10 +123,12 @@ def _resized(map: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def strip(map: np.ndarray, signed: bool | None = None) -> list[str]:
-    """Text: one colour ``#rrggbb`` per token for a map (T,)."""
+def strip(map: np.ndarray, signed: bool | None = None) -> list[tuple[str, str]]:
+    """Text: for each token of a map (T,) its colour ``#rrggbb`` and that of legible letters on it."""
     found = scale(map, signed)
-    return ["#" + bytes(c).hex() for c in _bytes(_colour(_unit(map, found), found))]
+    colours = _bytes(_colour(_unit(map, found), found))
+    dark = colours @ np.array([0.299, 0.587, 0.114]) < 110
+    return [("#" + bytes(c).hex(), "#fff" if d else "#111") for c, d in zip(colours, dark)]
 
 
 def legend(signed: bool) -> np.ndarray:

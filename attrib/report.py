@@ -63,6 +63,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
                 model=wide.model,
                 columns=list(zip(wide.columns, wide.counts)),
                 lines=_lines(wide, styles),
+                unscored=wide.unscored,
                 verdicts=_verdicts(summary, wide, mine, confidence),
                 pairs=tables.paired_table(mine, confidence) if len(mine) else None,
                 curves=_curves(own, part, scores, styles),
@@ -83,7 +84,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
         blocks=blocks,
         styles=styles,
         long=tables.long_table(summary, confidence),
-        level=f"{100 * confidence:g} %",
+        level=tables.percent(confidence),
         legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
         percentile=pictures.PERCENTILE,
         failures=_failures(frame),
@@ -154,7 +155,7 @@ class Tile:
     """One map of one sample: a picture, coloured tokens, or the reason why there is none."""
 
     image: str = ""
-    tokens: Sequence[tuple[str, str]] = ()
+    tokens: Sequence[tuple[str, str, str]] = ()  # word, its colour, colour of the letters
     limit: str = ""
     scores: Sequence[tuple[str, str]] = ()
     problem: str = ""
@@ -184,6 +185,7 @@ class Block:
     model: str
     columns: Sequence[tuple[str, str]]
     lines: Sequence[tuple[str, Style, str, Sequence[Entry | None]]]
+    unscored: Mapping[str, str]
     verdicts: Sequence[Verdict]
     pairs: tables.Table | None
     curves: Sequence[Curve]
@@ -203,7 +205,7 @@ def _lines(wide: tables.Wide, styles: Mapping[str, Style]) -> list[tuple[str, St
         (
             contender,
             styles[contender],
-            tables.rounded(seconds),
+            tables.seconds_text(seconds),
             [_entry(e, shared, axis) for e, shared, axis in zip(entries, wide.counts, axes, strict=True)],
         )
         for contender, seconds, entries in wide.lines
@@ -483,7 +485,7 @@ def _tile(
     limit = f"{'±' if signed else ''}{pictures.scale(map, signed).limit:.3g}"
     if map.ndim == 1:
         words = tokens if len(tokens) == len(map) else [str(i) for i in range(len(map))]
-        return Tile("", list(zip(words, pictures.strip(map, signed))), limit, scores, problem)
+        return Tile("", [(w, *c) for w, c in zip(words, pictures.strip(map, signed))], limit, scores, problem)
     if map.ndim != 2:
         return Tile(scores=scores, problem=problem or f"a map of shape {map.shape} cannot be drawn")
     drawn = pictures.heat(map, signed) if image is None else pictures.overlay(image, map, roi, signed)

@@ -11,12 +11,10 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import secrets
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,56 +26,20 @@ from mmengine.runner import BaseLoop, Runner
 from mmengine.utils.dl_utils import collect_env
 from torch import Tensor, nn
 
-import attrib
 from attrib import keys
 from attrib.experiment import Experiment
 from attrib.hooks import standard_hooks
 from attrib.methods import State
 from attrib.noise import Noise
+from attrib.plan import Options, Plan, metric_folder, plan, spec_of
 from attrib.samples import check_targets
-from attrib.states import load_confidence, load_state
-from attrib.store import Arrays, Cell, Key, cells, write_json
+from attrib.states import load_state
+from attrib.store import Arrays, write_json
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
 
 PICTURES = 24  # inputs kept for the report, at most
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to compute. Nothing here changes a number beyond floating-point noise, or enters a key.
-
-    root      the work directory
-    limit     only the first N samples of the selection
-    batch     samples explained at once
-    rows      rows that go through the net at once; halved when memory runs out
-    flush     seconds after which finished samples are made durable
-    strict    exit with an error at the end if any sample failed
-    hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
-    """
-
-    root: str = "workdirs"
-    limit: int | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    batch: int = 8
-    rows: int = 64
-    shard: int = 0
-    shards: int = 1
-    flush: float = 5.0
-    png: bool = False
-    dry: bool = False
-    strict: bool = False
-    progress: bool = True
-    hooks: Sequence[Any] = ()
-    vis_backends: Sequence[Any] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.shard < self.shards:
-            raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
 
 
 @dataclass(frozen=True)
@@ -109,74 +71,6 @@ class Summary:
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
-
-
-@dataclass
-class Plan:
-    """What a run of an experiment would do."""
-
-    experiment: Experiment
-    cell: Cell
-    uids: tuple[str, ...]
-    fingerprints: Mapping[str, str]
-    state_key: str | None
-    seconds: float | None = None  # per missing map, from what is recorded
-    present: set[str] = field(default_factory=set)
-    scored: dict[str, set[str]] = field(default_factory=dict)
-
-    def key(self, uid: str) -> Key:
-        return uid, self.fingerprints[uid]
-
-    def __str__(self) -> str:
-        missing = len(self.uids) - len(self.present)
-        lines = [
-            f"{self.cell.folder.name}: {len(self.uids)} samples, {len(self.present)} maps present, {missing} to compute"
-        ]
-        for name, done in self.scored.items():
-            lines.append(f"  {name}: {len(done)} present, {len(self.uids) - len(done)} to compute")
-        if missing and self.seconds is not None:
-            lines.append(f"  about {self.seconds * missing:.0f} s for the maps ({self.seconds:.3g} s per sample recorded)")
-        elif missing:
-            lines.append("  no time recorded yet for this method")
-        return "\n".join(lines)
-
-
-def metric_folder(experiment: Experiment, name: str) -> str:
-    return f"{name}.{experiment.metric_key(name)[:8]}"
-
-
-def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
-    """Selects the samples, finds the cell and what it already holds. Computes no maps."""
-    root = Path(options.root)
-    whole = experiment.samples(experiment.dataset.uids, options.batch)
-    uids = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u))
-    uids = uids[: options.limit]
-    uids = tuple(u for u in uids if keys.shard_of(u, options.shards) == options.shard)
-    state_key = None
-    if experiment.method.fit is not None:
-        state_key = experiment.state_key(experiment.estimation_samples(options.batch))
-    folder = root / experiment.folder(experiment.cell_key(state_key))
-    cell = Cell(folder, writer, flush_seconds=options.flush)
-    found = Plan(
-        experiment, cell, uids, {u: experiment.dataset.fingerprint(u) for u in uids}, state_key, _recorded(cell, root)
-    )
-    index = cell.maps.index()
-    found.present = {u for u in uids if found.key(u) in index}
-    for name in experiment.metrics:
-        scored = cell.scores(metric_folder(experiment, name)).present()
-        found.scored[name] = {u for u in uids if found.key(u) in scored}
-    return found
-
-
-def _recorded(cell: Cell, root: Path) -> float | None:
-    """Seconds per sample of this cell; failing that, of others with the same model and method names."""
-    names = cell.folder.name.split(".")[1:3]
-    others = (c for c in cells(root) if c.folder.name.split(".")[1:3] == names)
-    for candidate in (cell, *others):
-        seconds = [r.info["seconds"] for r in candidate.maps.index().values() if "seconds" in r.info]
-        if seconds:
-            return float(np.mean(seconds))
-    return None
 
 
 class _Loop(BaseLoop):
@@ -285,9 +179,12 @@ class _Loop(BaseLoop):
             return arrays
 
         try:
-            self._walk("maps", todo, explain, lambda: {u for u, f in cell.maps.index() if work.fingerprints.get(u) == f})
+            self._walk("maps", todo, explain, self._present)
         finally:
             cell.maps.flush()
+
+    def _present(self) -> set[str]:
+        return {u for u, fingerprint in self.plan.cell.maps.index() if self.plan.fingerprints.get(u) == fingerprint}
 
     def _check_maps(self, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
         """What a user's own method may get wrong."""
@@ -336,9 +233,9 @@ class _Loop(BaseLoop):
         if not todo:
             return
         rows, curves = cell.scores(folder), cell.curves(folder)
-        about = {"name": name, "spec": keys.spec(metric), "columns": dict(metric.COLUMNS), "curves": dict(metric.CURVES)}
         if not (rows.folder / "metric.json").exists():
-            write_json(rows.folder / "metric.json", about)
+            declared = {"columns": dict(metric.COLUMNS), "curves": dict(metric.CURVES)}
+            write_json(rows.folder / "metric.json", {"name": name, "spec": keys.spec(metric), **declared})
 
         def judge(batch: Batch) -> Mapping[str, np.ndarray]:
             start = time.perf_counter()
@@ -453,7 +350,8 @@ def run(experiment: Experiment, options: Options) -> Summary:
     writer = f"{stamp}-{os.getpid()}-{options.shard}-{secrets.token_hex(2)}"
     work = plan(experiment, options, writer)
     folder = work.cell.folder / "runs" / writer
-    work.cell.write_spec(_spec(work))
+    work.cell.write_spec(spec_of(work))
+    work.cell.write_samples(work.selected)
     write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
     runner = AttributionRunner(experiment.model.module, folder, work.cell.folder.name, options, experiment.seed)
     package = logging.getLogger("attrib")
@@ -469,10 +367,8 @@ def run(experiment: Experiment, options: Options) -> Summary:
     finally:
         if runner.attribution is not None:
             summary = runner.attribution.summary  # also of a run that was interrupted
-        write_json(
-            folder / "summary.json",
-            {**dataclasses.asdict(summary), "finished": finished, "seconds": time.time() - start, "cell": work.cell.folder.name},
-        )
+        record = {"finished": finished, "seconds": time.time() - start, "cell": work.cell.folder.name}
+        write_json(folder / "summary.json", {**dataclasses.asdict(summary), **record})
         package.removeHandler(runner.file_handler)
         runner.visualizer.close()
         runner.file_handler.close()
@@ -481,40 +377,3 @@ def run(experiment: Experiment, options: Options) -> Summary:
 
 def _options_record(options: Options) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(options), default=repr))
-
-
-def _spec(work: Plan) -> dict[str, Any]:
-    """What stands in a cell's spec.json: enough to know what its numbers are."""
-    experiment = work.experiment
-    return {
-        "names": dict(experiment.names),
-        "key": experiment.cell_key(work.state_key),
-        "dataset_key": experiment.dataset_key,
-        "state_key": work.state_key,
-        "weights": experiment.model.weights,
-        "layers": {role: experiment.model.path(role) for role in experiment.method.roles},
-        "seed": experiment.seed,
-        "method": keys.spec(experiment.method),
-        "maps": dict(experiment.method.MAPS),
-        "extras": dict(experiment.method.EXTRAS),
-        "pictures": experiment.dataset_key[:8],
-        "config": dict(experiment.config),
-        "versions": {
-            "attrib": attrib.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "git": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, if it is a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -126,7 +126,7 @@ def check_targets(batch: Batch, classes: int) -> None:
 
 
 def parse_device(name: str) -> torch.device:
-    """"auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
+    """ "auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -20,7 +20,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ class Arrays(_Buffered):
             tensors |= {f"{i}/{name}": value for name, value in arrays.items()}
             crc = {name: zlib.crc32(value.data) for name, value in arrays.items()}
             samples.append({"uid": uid, "fingerprint": fingerprint, "crc": crc, "info": info})
-        write_atomic(stem.with_name(stem.name + ".safetensors"), to_safetensors(tensors, {"samples": json.dumps(samples)}))
+        data = to_safetensors(tensors, {"samples": json.dumps(samples)})
+        write_atomic(stem.with_name(stem.name + ".safetensors"), data)
 
     def index(self) -> Mapping[Key, Record]:
         """Every stored sample; new files of other writers are seen at each call."""
@@ -266,6 +267,15 @@ class Cell:
         """Once: every writer of a cell would write the same."""
         if not (self.folder / "spec.json").exists():
             write_json(self.folder / "spec.json", spec)
+
+    def write_samples(self, uids: Sequence[str]) -> None:
+        """Which samples the cell is about now: data that was taken away later is not in its table."""
+        if self.samples() != tuple(uids):
+            write_json(self.folder / "samples.json", list(uids))
+
+    def samples(self) -> tuple[str, ...]:
+        path = self.folder / "samples.json"
+        return tuple(json.loads(path.read_text())) if path.exists() else ()
 
     def scores(self, metric: str) -> Rows:
         """``metric`` is the folder's name, ``<name>.<key8>``."""

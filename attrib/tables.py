@@ -53,7 +53,8 @@ def labelled(root: Path | str) -> list[Labelled]:
     """Every cell of a work directory with its labels.
 
     A label is the name from the configuration. Where one name stands for several things, the fields
-    that differ follow: ``iba (beta=1)``, ``iba (beta=10)``. Raises UserError if there is no cell.
+    that differ follow: ``iba (beta=1)``, ``iba (beta=10)``. No two cells have all three labels in common.
+    Raises UserError if there is no cell.
     """
     found = [(cell, _spec(cell)) for cell in cells(Path(root))]
     if not found:
@@ -65,6 +66,12 @@ def labelled(root: Path | str) -> list[Labelled]:
     for axis in AXES:
         described = [_describe(spec, axis) for _, spec in found]
         columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
+    # What else makes a cell of its own depends on the model or the data: layers, the fitted state.
+    places = ["\0".join(names) for names in zip(*columns)]
+    others = [{**(spec.get("layers") or {}), "state": str(spec.get("state_key"))[:8]} for _, spec in found]
+    key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
+    for i, label in enumerate(_labels(list(zip(places, key8, others)))):
+        columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
     return [Labelled(cell, spec, *labels) for (cell, spec), *labels in zip(found, *columns)]
 
 
@@ -85,15 +92,16 @@ def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
     Two cells share an axis if the identities are equal. That is a key where there is one, because a
     configuration also says *how* (paths), which must not split a table.
     """
-    config = spec.get("config", {})
+    config = spec.get("config") or {}
     fields = dict(config.get(axis) or {})
     if axis == "method":
-        fields = {**(spec.get("method") or fields), "seed": config.get("seed")}
+        fields = {**(spec.get("method") or fields), "seed": spec.get("seed", config.get("seed"))}
         return keys.digest(fields), fields
     if axis == "model":
+        fields.pop("layers", None)  # which of them a method uses is the method's business
         fields["weights"] = str(spec.get("weights"))[:8]
-    known = (spec.get("keys") or {}).get(axis) or (spec.get("pictures") if axis == "dataset" else None)
-    return str(known or keys.digest(fields)), fields
+        return str(spec.get("model_key") or spec.get("weights") or keys.digest(fields)), fields
+    return str(spec.get("dataset_key") or spec.get("pictures") or keys.digest(fields)), fields
 
 
 def _labels(things: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
@@ -420,6 +428,14 @@ def with_half(value: float, lo: float, hi: float) -> str:
     return f"{rounded(value, lo, hi)} ± {rounded((hi - lo) / 2, lo, hi)}" if hi > lo else rounded(value)
 
 
+def seconds_text(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else f"{seconds:.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
 def p_text(p: float) -> str:
     if math.isnan(p):
         return "–"
@@ -436,7 +452,7 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
     names = [*_shared_last(table, ["dataset", "model"]), "contender"]
     names += ["metric"] if table["metric"].ne(table["column"]).any() else []
     pending = table["pending"].any()
-    level = f"{confidence:.4g}"
+    level = percent(confidence)
     header = [*names, "column", "n", "failed", *(["pending"] if pending else []), "mean", f"{level} CI", "s/sample"]
     body = []
     for row in table.to_dict("records"):
@@ -448,7 +464,7 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
                 *map(str, (row["n"], row["failed"], *([row["pending"]] if pending else []))),
                 rounded(row["mean"], row["lo"], row["hi"]),
                 interval if row["hi"] == row["hi"] else "–",
-                rounded(row["seconds"]),
+                seconds_text(row["seconds"]),
             ]
         )
     header[names.index("contender")] = "method"
@@ -463,6 +479,7 @@ class Wide:
     columns  titles, such as ``ehr ↑``
     counts   below each title, what all its entries share: ``n=20, 1 failed``, or nothing
     lines    (contender, seconds per sample, one summary row or None per column)
+    unscored what is known of a contender without any score: ``n=0, 3 failed``
     """
 
     dataset: str
@@ -470,6 +487,7 @@ class Wide:
     columns: Sequence[str]
     counts: Sequence[str]
     lines: Sequence[tuple[str, float, Sequence[Mapping[str, Any] | None]]]
+    unscored: Mapping[str, str] = field(default_factory=dict)
 
 
 def wide(table: pd.DataFrame) -> list[Wide]:
@@ -490,7 +508,9 @@ def wide(table: pd.DataFrame) -> list[Wide]:
         for i in range(len(places)):
             texts = {count_text(e[i]["n"], e[i]["failed"], e[i]["pending"]) for _, _, e in lines if e[i]}
             counts.append(texts.pop() if len(texts) == 1 else "")
-        blocks.append(Wide(str(dataset), str(model), titles, counts, lines))
+        bare = [r for r in block.to_dict("records") if not r["column"]]
+        unscored = {r["contender"]: count_text(r["n"], r["failed"], r["pending"]) for r in bare}
+        blocks.append(Wide(str(dataset), str(model), titles, counts, lines, unscored))
     return blocks
 
 
@@ -507,9 +527,9 @@ def wide_table(block: Wide) -> Table:
             if entry is not None and entry["best"]:
                 bold.add((i, j + 1))
             line.append(text)
-        body.append([*line, rounded(seconds)])
+        body.append([*line, seconds_text(seconds)])
         if not any(entries):
-            empty.append(contender)
+            empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
     notes = (f"No scores: {', '.join(empty)}.",) if empty else ()
     return Table(f"{block.dataset}, {block.model}", header, body, frozenset(bold), 1, notes)
 
@@ -529,7 +549,7 @@ def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | N
         notes.append(f"{len(tests) - most} more pairs are not shown; --pairs COLUMN shows all of a column.")
     names = _shared_last(tests, ["dataset", "model"])
     names += ["metric"] if tests["metric"].ne(tests["column"]).any() else []
-    header = [*names, "column", "a", "b", "n common", "difference", f"{confidence:.4g} CI", "p", "p (Holm)", "d_z"]
+    header = [*names, "column", "a", "b", "n common", "difference", f"{percent(confidence)} CI", "p", "p (Holm)", "d_z"]
     body, bold = [], set()
     for i, row in enumerate(shown.to_dict("records")):
         lo, hi = row["lo"], row["hi"]

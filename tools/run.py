@@ -26,7 +26,7 @@ def _options(config: dict) -> Options:
     return options_of({**config, **extras})
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="run")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent / "configs"), config_name="run")
 def main(config: DictConfig) -> None:
     global status
     try:

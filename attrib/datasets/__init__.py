@@ -36,7 +36,7 @@ class Dataset(Protocol):
     """Samples that can be asked for by name, in any order and any number.
 
     uids   sorted and stable: they name the same samples wherever the data lie
-    key    digest of what a sample is besides its content: class, transform and uids, never a path
+    key    digest of how a file becomes a sample: class and transform, never a path (content: ``fingerprint``)
     names  class index -> class name, where known
     """
 

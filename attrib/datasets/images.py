@@ -65,7 +65,7 @@ class ImageDataset(ABC):
         self.uids = tuple(sorted(uids))
         self.transform = transform
         self.names = dict(names or {})
-        self.key = digest(type(self).__qualname__, transform, self.uids)
+        self.key = digest(type(self).__qualname__, transform)
         self._boxed = boxed
         self._fingerprints: dict[str, str] = {}
 

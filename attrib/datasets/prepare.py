@@ -86,11 +86,12 @@ def _number(stem: str) -> int:
 def read_meta(path: Path) -> dict[str, str]:
     """ILSVRC2012_ID -> WordNet id, from the development kit's ``meta.mat``. Raises UserError."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         return {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (MatReadError, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise UserError(f"--meta: {path} is not the meta.mat of the ILSVRC 2012 development kit: {error}") from error
 
 

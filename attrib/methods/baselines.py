@@ -228,7 +228,7 @@ class DeepLiftShap(Method):
                 return by.attribute(x, baselines=base[at], additional_forward_args=(target,))
 
             found = _chunked(model, batch, explain, cost=2)
-            ends = target_score(model.logits(batch.x), batch.target) - target_score(model.logits(baseline), batch.target)
+            ends = target_score(model.logits(batch.x) - model.logits(baseline), batch.target)
             total += found
             delta += found.flatten(1).sum(1) - ends
         return {"map": _over_channels(total / self.samples, self.reduce), "delta": delta / self.samples}

@@ -6,14 +6,15 @@ import copy
 import difflib
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
-from attrib.models.split import Front, Split, split
+from attrib.models.split import Front, Split, hooked, split
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
 
@@ -145,7 +146,7 @@ class Classifier:
         """The module path of a role. Raises UserError if the model does not define it."""
         if role not in self.layers:
             known = ", ".join(sorted(self.layers)) or "none"
-            raise UserError(f"the model defines no layer for the role {role!r} (it has: {known}); set model.layers.{role}")
+            raise UserError(f"the model has no layer for the role {role!r} (only: {known}); set model.layers.{role}")
         return self.layers[role]
 
     def layer(self, role: str) -> nn.Module:
@@ -172,6 +173,38 @@ class Classifier:
 
         z, *rest = self.chunked(piece, len(x))
         return Front(z, tuple(rest))
+
+    @torch.no_grad()
+    def record(self, roles: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+        """(B, *input) -> the outputs of several layers, (B, *layer) each, in one pass of the whole net.
+
+        Of a layer that returns a tuple, its first element. Raises UserError for a layer that does
+        not run exactly once.
+        """
+
+        def piece(rows: slice) -> tuple[Tensor, ...]:
+            found: dict[str, list[Tensor]] = {role: [] for role in roles}
+
+            def catch(role: str) -> Callable[[nn.Module, Any, Any], None]:
+                def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                    first = output[0] if isinstance(output, (tuple, list)) else output
+                    found[role].append(first.clone())  # what comes next may write into it
+
+                return hook
+
+            with ExitStack() as stack:
+                for role in found:
+                    stack.enter_context(hooked(self.layer(role), catch(role)))
+                self.module(x[rows])
+            for role, outputs in found.items():
+                if len(outputs) != 1:
+                    raise UserError(
+                        f"layer {self.path(role)} runs {len(outputs)} times in a forward pass; "
+                        f"set model.layers.{role} to one that runs exactly once"
+                    )
+            return tuple(outputs[0] for outputs in found.values())
+
+        return dict(zip(dict.fromkeys(roles), self.chunked(piece, len(x)), strict=True))
 
     def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
         cut = self._split(role)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -143,11 +143,8 @@ class HookSplit:
             found.append(_first(output))
             raise _StopForwardError
 
-        with hooked(self._layer, catch):
-            try:
-                self._module(x)
-            except _StopForwardError:
-                pass
+        with hooked(self._layer, catch), suppress(_StopForwardError):
+            self._module(x)
         return Front(found[0], (x,))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:

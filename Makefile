@@ -1,0 +1,37 @@
+# Everything runs in .venv, built from requirements.txt on first use (about 3 minutes, 6 GB: torch with CUDA).
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+DEMO ?= workdirs/demo
+# Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
+TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+
+.PHONY: demo test test-slow lint bench clean
+
+.venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: .venv/installed  ## real photographs, a real network, four methods, two metrics, a table and a report
+	$(BIN)/python tools/run.py -m run.root=$(DEMO) method=random,integrated_gradients,grad_cam,iba \
+	  metric.insertion_deletion.steps=25 run.png=true
+	$(BIN)/python tools/table.py $(DEMO) --wide
+	$(BIN)/python tools/report.py $(DEMO) --out $(DEMO)/report.html
+
+test: .venv/installed  ## everything but the slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: .venv/installed  ## end-to-end checks of minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed  ## speed as ratios to plain loops in the same run
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf .venv build *.egg-info

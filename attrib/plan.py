@@ -1,0 +1,161 @@
+"""What a run would do: which samples, which cell, what it already holds."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import attrib
+from attrib import keys
+from attrib.experiment import Experiment
+from attrib.states import load_confidence
+from attrib.store import Cell, Key, cells
+from attrib.types import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compute. Nothing here changes a number beyond floating-point noise, or enters a key.
+
+    root      the work directory
+    limit     only the first N samples of the selection
+    batch     samples explained at once
+    rows      rows that go through the net at once; halved when memory runs out
+    flush     seconds after which finished samples are made durable
+    strict    exit with an error at the end if any sample failed
+    hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
+    """
+
+    root: str = "workdirs"
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    batch: int = 8
+    rows: int = 64
+    shard: int = 0
+    shards: int = 1
+    flush: float = 5.0
+    png: bool = False
+    dry: bool = False
+    strict: bool = False
+    progress: bool = True
+    hooks: Sequence[Any] = ()
+    vis_backends: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.shards:
+            raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
+
+
+@dataclass
+class Plan:
+    """What a run of an experiment would do."""
+
+    experiment: Experiment
+    cell: Cell
+    selected: tuple[str, ...]  # by the rules of the dataset, before limit and shard
+    uids: tuple[str, ...]  # of this run
+    fingerprints: Mapping[str, str]
+    state_key: str | None
+    seconds: float | None = None  # per missing map, from what is recorded
+    present: set[str] = field(default_factory=set)
+    scored: dict[str, set[str]] = field(default_factory=dict)
+
+    def key(self, uid: str) -> Key:
+        return uid, self.fingerprints[uid]
+
+    def __str__(self) -> str:
+        missing = len(self.uids) - len(self.present)
+        lines = [
+            f"{self.cell.folder.name}: {len(self.uids)} samples, {len(self.present)} maps present, {missing} to compute"
+        ]
+        for name, done in self.scored.items():
+            lines.append(f"  {name}: {len(done)} present, {len(self.uids) - len(done)} to compute")
+        if missing and self.seconds is not None:
+            total = self.seconds * missing
+            lines.append(f"  about {total:.0f} s for the maps ({self.seconds:.3g} s per sample recorded)")
+        elif missing:
+            lines.append("  no time recorded yet for this method")
+        return "\n".join(lines)
+
+
+def metric_folder(experiment: Experiment, name: str) -> str:
+    return f"{name}.{experiment.metric_key(name)[:8]}"
+
+
+def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
+    """Selects the samples, finds the cell and what it already holds. Computes no maps."""
+    root = Path(options.root)
+    whole = experiment.samples(experiment.dataset.uids, options.batch)
+    selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u))
+    uids = tuple(u for u in selected[: options.limit] if keys.shard_of(u, options.shards) == options.shard)
+    state_key = None
+    if experiment.method.fit is not None:
+        state_key = experiment.state_key(experiment.estimation_samples(options.batch))
+    folder = root / experiment.folder(experiment.cell_key(state_key))
+    cell = Cell(folder, writer, flush_seconds=options.flush)
+    fingerprints = {u: experiment.dataset.fingerprint(u) for u in uids}
+    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, _recorded(cell, root))
+    index = cell.maps.index()
+    found.present = {u for u in uids if found.key(u) in index}
+    for name in experiment.metrics:
+        scored = cell.scores(metric_folder(experiment, name)).present()
+        found.scored[name] = {u for u in uids if found.key(u) in scored}
+    return found
+
+
+def _recorded(cell: Cell, root: Path) -> float | None:
+    """Seconds per sample of this cell; failing that, of others with the same model and method names."""
+    names = cell.folder.name.split(".")[1:3]
+    others = (c for c in cells(root) if c.folder.name.split(".")[1:3] == names)
+    for candidate in (cell, *others):
+        seconds = [r.info["seconds"] for r in candidate.maps.index().values() if "seconds" in r.info]
+        if seconds:
+            return float(np.mean(seconds))
+    return None
+
+
+def spec_of(work: Plan) -> dict[str, Any]:
+    """What stands in a cell's spec.json: enough to know what its numbers are."""
+    experiment = work.experiment
+    return {
+        "names": dict(experiment.names),
+        "key": experiment.cell_key(work.state_key),
+        "dataset_key": experiment.dataset_key,
+        "state_key": work.state_key,
+        "weights": experiment.model.weights,
+        "layers": {role: experiment.model.path(role) for role in experiment.method.roles},
+        "seed": experiment.seed,
+        "method": keys.spec(experiment.method),
+        "maps": dict(experiment.method.MAPS),
+        "extras": dict(experiment.method.EXTRAS),
+        "pictures": experiment.dataset_key[:8],
+        "config": dict(experiment.config),
+        "versions": {
+            "attrib": attrib.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, if it is a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

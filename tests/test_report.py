@@ -1,0 +1,334 @@
+"""The page is whole, escaped and self-contained; pictures show what they should."""
+
+import base64
+import io
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_tables import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec, tool
+
+from attrib import pictures, report, store, tables
+from attrib.types import UserError
+
+EVIL = "<script>alert(1)</script>"
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags balanced; collects what a browser would run or load, and the visible text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.links += [v for k, v in attrs if k in ("src", "href", "action", "srcset", "data", "poster")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data + "\n"
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("report") / "work")
+
+
+@pytest.fixture
+def root(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "work")
+
+
+def test_the_page_is_whole_and_loads_nothing(root, capsys):
+    assert tool("report").main([str(root), "--samples", "4"]) == 0
+    assert "wrote" in capsys.readouterr().out
+    text = (root / "report.html").read_text()
+    page = Page(text)
+    for method in METHODS:
+        assert method in page.text
+    assert page.links
+    assert all(link.startswith("data:image/") for link in page.links)
+    assert page.count("script") == page.count("link") == page.count("iframe") == 0
+    assert not re.search(r"https?://|url\(|@import|\son\w+=", text)
+    assert len(text) < 15e6
+    for part in ("Failures", "Costs", "Optimisation losses", "Paired tests", "tools/report.py", "torch 2.15.0"):
+        assert part in page.text
+    for part in ("run.py method=iba", "node7", "abab", "class 3 (3)", "n=20", "threshold"):
+        assert part in page.text or part in text
+    assert "prefers-color-scheme: dark" in text
+    pictured = [attrs for tag, attrs in page.tags if tag == "img" and attrs.get("loading")]
+    assert len(pictured) == 4 * (1 + len(METHODS))
+
+
+def test_the_winner_is_seen(root):
+    text = report.page(root, samples=0)
+    page = Page(text)
+    verdicts = re.findall(r'<span class="what">(.*?)</span>\s*<span class="who">(.*?)</span>', text)
+    assert verdicts == [
+        ("ehr ↑", "iba"),
+        ("insertion ↑ · insertion_deletion", "iba"),
+        ("deletion ↓ · insertion_deletion", "iba"),
+    ]
+    assert sum(attrs.get("class") == "best" for tag, attrs in page.tags if tag == "td") == 3
+    table = tables.summary(tables.rows(root))
+    for row in table.to_dict("records"):
+        assert tables.rounded(row["mean"], row["lo"], row["hi"]) in page.text
+    assert "ahead of grad_cam" in page.text
+    assert "Maps" not in page.text.split()
+
+
+def test_everything_from_data_is_escaped(tmp_path):
+    uids = (EVIL, "a&b", '"><img src=x onerror=alert(1)>', *UIDS[3:])
+    root = build(tmp_path / "work", uids=uids)
+    made = store.Cell(root / "photos.net.iba.iba0000")
+    add_entry(made, EVIL + "2", "f", EVIL, EVIL, time.time())
+    cell(root, "x.y.z.1", dataset=EVIL, model=EVIL, method=EVIL, field=EVIL)
+    odd = cell(root, "x.y.z.2", dataset=EVIL, model=EVIL, method=EVIL, field="$\\frac{")
+    metric_folder(odd, "odd.44444444", {EVIL: "higher"}, {EVIL + "_curve": f"x: {EVIL}; y: $x"}, {"class": EVIL})
+    odd.scores("odd.44444444").add(EVIL, "f", {(EVIL, EVIL): 1.0})
+    writer = odd.scores("odd.44444444")
+    curves = odd.curves("odd.44444444")
+    for uid in uids:
+        writer.add(uid, "f", {("map", EVIL): 1.0})
+        curves.add(uid, "f", {f"map/{EVIL}_curve": np.arange(5.0)})
+    writer.flush()
+    curves.flush()
+    inputs = store.Arrays(root / "state" / "pictures.cafecafe", "evil")
+    inputs.add(EVIL, "x", {"image": np.zeros((8, 8, 3), np.uint8)}, name=EVIL, target=EVIL)
+    inputs.flush()
+    text = report.page(root)
+    page = Page(text)
+    assert page.count("script") == 0
+    assert all(attrs.get("src", "").startswith("data:image/") for tag, attrs in page.tags if tag == "img")
+    assert EVIL in page.text
+    assert "onerror" not in {name for _, attrs in page.tags for name in attrs}
+    assert EVIL not in text
+
+
+def test_failures_are_grouped_and_answered_ones_left_out(root):
+    now = time.time() + 9
+    for i in range(60):
+        add_entry(iba(root), f"new/{i}", "f", "maps", "out of memory", now)
+    add_entry(iba(root), UIDS[0], "f", "maps", "a passing hiccup", 1.0)
+    add_entry(iba(root), UIDS[1], "changed", "ehr", "no region of interest", now)
+    page = Page(report.page(root, samples=2))
+    assert page.text.count("out of memory") == 1
+    assert "and 10 more" in page.text
+    assert "a passing hiccup" not in page.text
+    assert "ehr: no region of interest" in page.text  # below the picture of that sample
+    assert "n=19, 61 failed" in page.text
+
+
+def test_without_pictures_maps_are_drawn_alone(root):
+    shutil.rmtree(root / "state")
+    page = Page(report.page(root, samples=3))
+    assert "no pictures of the inputs" in page.text
+    assert sum(bool(attrs.get("loading")) for tag, attrs in page.tags if tag == "img") == 3 * len(METHODS)
+
+
+def test_without_maps_or_curves_or_runs(root):
+    for made in store.cells(root):
+        shutil.rmtree(made.folder / "maps")
+        shutil.rmtree(made.folder / "runs")
+        for path in made.folder.glob("scores/*/*.safetensors"):
+            path.unlink()
+    page = Page(report.page(root))
+    assert "No run left a record" in page.text
+    assert "Curves" not in page.text.split()
+    assert "0.5" in page.text
+
+
+def test_damaged_curves_are_said_and_left_out(root):
+    path = next((iba(root).folder / "scores" / "ehr.11111111").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 0xFF  # inside the last curve
+    path.write_bytes(bytes(data))
+    page = Page(report.page(root, samples=0))
+    assert "iba: 1 curves are damaged on disk and left out." in page.text
+    assert "iba (n=19)" in page.text
+
+
+def test_galleries_stop_where_the_page_would_become_too_large(root, monkeypatch):
+    whole = report.page(root)
+    monkeypatch.setattr(report, "IMAGE_BYTES", 2500)
+    cut = report.page(root)
+    assert whole.count('loading="lazy"') == 6 * 4
+    assert 4 <= cut.count('loading="lazy"') < 6 * 4
+    assert "of 20 samples with maps" in cut
+
+
+def test_text_samples_are_coloured_tokens(tmp_path):
+    made = cell(tmp_path, "films.lstm.cd.1", dataset="films", model="lstm", method="cd")
+    made.maps.add("s/1", "f", {"map": np.array([0.0, 2.0, -2.0], np.float32)}, seconds=0.1, rows=3)
+    made.maps.add("s/2", "f", {"map": np.array([1.0, 1.0], np.float32)}, seconds=0.1, rows=3)
+    made.maps.flush()
+    inputs = store.Arrays(tmp_path / "state" / "pictures.cafecafe", "w")
+    inputs.add("s/1", "", {}, name="positive", target=1, tokens=["<b>", "great", "bad"])
+    inputs.flush()
+    text = report.page(tmp_path)
+    page = Page(text)
+    assert "<b>" in page.text
+    assert re.search(r"#f[0-9a-f]{5};color:#111\">&lt;b&gt;", text)  # 0 is white
+    assert re.search(r"background:#67001f;color:#fff\">great", text)
+    assert re.search(r"background:#053061;color:#fff\">bad", text)
+    assert "pending" in page.text
+
+
+def test_several_datasets_are_sections(root):
+    other = build(root.parent / "other")
+    for made in list(store.cells(other)):
+        described = made.spec
+        described["names"]["dataset"] = "cats"
+        described["pictures"] = "absent"
+        store.write_json(made.folder / "spec.json", described)
+        shutil.move(made.folder, root / made.folder.name.replace("photos", "cats"))
+    text = report.page(root, samples=1)
+    assert re.findall(r"<h2>(\w+)<small>(\w+)", text)[:2] == [("cats", "net"), ("photos", "net")]
+
+
+def test_mistakes_are_named(tmp_path, capsys, root):
+    assert tool("report").main([str(tmp_path / "absent")]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert tool("report").main([str(root), "--confidence", "95"]) == 2
+    assert "0.95" in capsys.readouterr().err
+    with pytest.raises(UserError):
+        report.write(tmp_path, tmp_path / "x.html")
+
+
+def test_more_than_one_commit_is_seen(root):
+    made = cell(root, "photos.net.late.1", method="late")
+    store.write_json(made.folder / "spec.json", spec(method="late") | {"git": "0123456789ab"})
+    made.maps.add("u", "f", {"map": np.zeros((4, 4), np.float32)})
+    made.maps.flush()
+    text = Page(report.page(root, samples=0)).text
+    assert "0123456789ab" in text
+    assert "not a git checkout" in text
+
+
+# pictures -------------------------------------------------------------------
+
+
+def decoded(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB"))
+
+
+def test_signed_maps_are_red_and_blue_around_white():
+    map = np.array([[-2.0, 0.0, 2.0]])
+    red_white_blue = pictures.heat(map)
+    assert red_white_blue.dtype == np.uint8
+    negative, zero, positive = red_white_blue[0].astype(int)
+    assert negative[2] > negative[0] + 50
+    assert positive[0] > positive[2] + 50
+    assert zero.min() > 240
+    # Symmetric limits: doubling one side does not move the middle.
+    assert (pictures.heat(np.array([[-4.0, 0.0, 2.0]]))[0, 1] == zero).all()
+
+
+def test_maps_without_negative_values_run_from_dark_to_bright():
+    ramp = pictures.heat(np.linspace(0, 1, 9)[None])[0].sum(1)
+    assert (np.diff(ramp.astype(int)) > 0).all()
+    assert ramp[0] < 20
+    assert pictures.heat(np.array([[-1e-12, 1.0]]), None)[0, 0].sum() < 20  # rounding is no sign
+    forced = pictures.heat(np.array([[0.0, 1.0]]), signed=True)
+    assert forced[0, 0].min() > 240
+
+
+def test_the_scale_is_a_percentile():
+    map = np.full((100, 100), 0.5)
+    map[0, 0] = 1000.0
+    assert pictures.scale(map).limit == pytest.approx(0.5)
+    lonely = np.zeros((100, 100))
+    lonely[3, 4] = -3.0
+    assert pictures.scale(lonely) == pictures.Scale(True, 3.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
+def test_degenerate_maps_are_drawn(value):
+    map = np.full((6, 6), value, np.float32)
+    assert pictures.heat(map).shape == (6, 6, 3)
+    assert pictures.overlay(np.zeros((6, 6, 3), np.uint8), map).shape == (6, 6, 3)
+
+
+@pytest.mark.parametrize("size", [8, 28, 224])
+def test_overlay(size):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
+    before = picture.copy()
+    map = np.zeros((size, size), np.float32)
+    map[: size // 2], map[size // 2 :, : size // 2] = 1.0, -1.0
+    drawn = pictures.overlay(picture, map)
+    assert drawn.shape == picture.shape
+    assert drawn.dtype == np.uint8
+    assert (picture == before).all()
+    top, left, right = drawn[: size // 2], drawn[size // 2 :, : size // 2], drawn[size // 2 :, size // 2 :]
+    assert (top[..., 0].astype(int) > top[..., 2]).all()
+    assert (left[..., 2].astype(int) > left[..., 0]).all()
+    assert (right.max(-1).astype(int) - right.min(-1) <= 1).all()  # 0: the grey picture
+    assert np.corrcoef(right.mean(-1).ravel(), picture[size // 2 :, size // 2 :].mean(-1).ravel())[0, 1] > 0.8
+
+
+def test_overlay_stretches_maps_and_refuses_other_shapes():
+    picture = np.full((20, 30, 3), 128, np.uint8)
+    assert pictures.overlay(picture, np.ones((2, 3))).shape == (20, 30, 3)
+    with pytest.raises(ValueError, match=r"\(5,\)"):
+        pictures.overlay(picture, np.ones(5))
+    with pytest.raises(ValueError, match=r"\(20, 30\)"):
+        pictures.overlay(picture[..., 0], np.ones((20, 30)))
+
+
+def test_the_region_is_outlined_and_its_inside_left_alone():
+    picture = np.zeros((32, 32, 3), np.uint8)
+    roi = np.zeros((32, 32), bool)
+    roi[8:24, 4:20] = True
+    drawn = pictures.outlined(picture, roi)
+    edge = drawn.any(-1)
+    assert edge[8, 4:20].all()
+    assert edge[8:24, 4].all()
+    assert edge.sum() == 2 * 16 + 2 * 14
+    assert not pictures.outlined(picture, np.zeros((32, 32), bool)).any()
+    assert not pictures.outlined(picture, None).any()
+
+
+def test_data_uris():
+    picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    uri = pictures.data_uri(picture)
+    assert uri.startswith("data:image/png;base64,")
+    assert (decoded(uri) == picture).all()
+    small = pictures.data_uri(picture, photo=True, longest=30)
+    assert small.startswith("data:image/jpeg;base64,")
+    assert decoded(small).shape == (20, 30, 3)
+
+
+def test_plots_survive_any_text():
+    uri = pictures.plot([pictures.Line(np.arange(3.0), "#123456")], x="$\\frac{ \n", y="日本語 <b>")
+    svg = base64.b64decode(uri.split(",")[1]).decode()
+    assert svg.lstrip().startswith("<?xml")
+    assert "<b>" not in svg
+
+
+def test_no_state_of_matplotlib_is_touched():
+    import sys
+
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    pictures.plot([pictures.Line(np.arange(3.0), "#123456", np.zeros(3), np.ones(3), dashed=True)])
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

@@ -1,0 +1,271 @@
+"""The main job end to end, on small pictures and a small net, through the command line's own doors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.hooks import Hook
+from mmengine.visualization import BaseVisBackend
+from tiny import command, pictures, write_image
+
+from attrib import tables
+from attrib.store import Cell, cells
+
+COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    call = command(monkeypatch, capfd)
+    images = pictures(tmp_path)
+
+    def run_here(*arguments: str, root: str = "work"):
+        if not any(a.startswith("metric=") for a in arguments):
+            arguments = (*arguments, "metric.insertion_deletion.steps=4")
+        arguments = sorted(arguments, key=lambda a: a != "-m")  # the flag must stand first
+        return call(
+            *arguments[: "-m" in arguments],
+            *COMMON,
+            f"dataset.root={images}",
+            f"run.root={tmp_path / root}",
+            *arguments["-m" in arguments :],
+        )
+
+    run_here.images, run_here.root = images, tmp_path / "work"
+    return run_here
+
+
+def only_cell(root: Path) -> Cell:
+    (cell,) = cells(root)
+    return cell
+
+
+def summary(result) -> dict[str, int]:
+    words = result.out.strip().splitlines()[-1].split(": ")[1].split()
+    return {k: int(v) for k, v in (w.split("=") for w in words)}
+
+
+def scores(root: Path) -> dict:
+    frame = tables.rows(root)
+    return {(r.method, r.metric, r.map, r.uid, r.column): r.value for r in frame.itertuples()}
+
+
+def maps(root: Path) -> dict[str, np.ndarray]:
+    cell = only_cell(root)
+    return {uid: cell.maps.read((uid, f))["map"] for uid, f in cell.maps.index()}
+
+
+def test_a_second_run_computes_nothing(run):
+    first = run("method=iba", "method.steps=2")
+    assert first.status == 0, first.err
+    assert summary(first) == dict(maps_computed=6, maps_present=0, scores_computed=12, scores_present=0, failed=0)
+    second = run("method=iba", "method.steps=2", "run.batch=1", "run.rows=3", "run.flush=0")
+    assert summary(second) == dict(maps_computed=0, maps_present=6, scores_computed=0, scores_present=12, failed=0)
+    records = [json.loads(p.read_text()) for p in sorted(run.root.glob("*/runs/*/summary.json"))]
+    assert sorted(r["maps_computed"] for r in records) == [0, 6]
+    assert all(r["finished"] for r in records)
+    folder = next(run.root.glob("*/runs/*/"))
+    assert {"config.json", "environment.json", "summary.json"} <= {p.name for p in folder.iterdir()}
+
+
+def test_how_does_not_change_what(run):
+    """Batch size, rows, flushing and shards: the same cell, the same numbers."""
+    run("method=iba", "method.steps=2", "run.dtype=float64", root="whole")
+    for shard in range(3):
+        run("method=iba", "method.steps=2", "run.dtype=float64", "run.batch=1", "run.rows=2", "run.flush=0",
+            f"run.shard={shard}", "run.shards=3", root="parts")  # fmt: skip
+    parent = run.root.parent
+    whole, parts = maps(parent / "whole"), maps(parent / "parts")
+    assert only_cell(parent / "whole").folder.name == only_cell(parent / "parts").folder.name
+    assert whole.keys() == parts.keys()
+    for uid in whole:
+        np.testing.assert_allclose(whole[uid], parts[uid], rtol=1e-6, atol=1e-9)
+    expected, got = scores(parent / "whole"), scores(parent / "parts")
+    assert expected.keys() == got.keys()
+    np.testing.assert_allclose([got[k] for k in expected], list(expected.values()), atol=1e-6)
+
+
+def test_limit_grows_the_same_cell(run):
+    assert summary(run("method=random", "run.limit=2"))["maps_computed"] == 2
+    again = summary(run("method=random"))
+    assert (again["maps_computed"], again["maps_present"]) == (4, 2)
+
+
+def test_what_changes_the_key(run):
+    run("method=grad_cam", "metric=[]")
+    run("method=grad_cam", "metric=[]", "method.relu=false")
+    run("method=grad_cam", "metric=[]", "seed=1")
+    run("method=grad_cam", "metric=[]", "model.layers.cam=features.5")
+    run("method=grad_cam", "metric=[]", "dataset.target=predicted")
+    run("method=grad_cam", "metric=[]", "model.layers.bottleneck=features.8")  # Grad-CAM does not read it
+    run("method=grad_cam", "metric=[]", "dataset.name=another", "method.name=cam")  # names are labels: same key
+    assert len({c.folder.name.rsplit(".", 1)[1] for c in cells(run.root)}) == 5
+
+
+def test_a_changed_metric_reuses_the_maps(run):
+    run("method=grad_cam", "metric=[ehr]")
+    after = summary(run("method=grad_cam", "metric=[ehr]", "metric.ehr.steps=5"))
+    assert after == dict(maps_computed=0, maps_present=6, scores_computed=6, scores_present=0, failed=0)
+    assert len(only_cell(run.root).metrics()) == 2
+
+
+def test_data_that_changes_is_computed_anew(run):
+    run("method=gradient", "metric=[ehr]")
+    before = scores(run.root)
+    write_image(run.images / "p001.png", 99)
+    assert summary(run("method=gradient", "metric=[ehr]"))["maps_computed"] == 1
+    after = scores(run.root)
+    assert before.keys() == after.keys()
+    assert {k[3] for k in before if before[k] != after[k]} == {"p001"}
+
+
+def test_data_that_goes_leaves_the_table(run):
+    run("method=random", "metric=[ehr]")
+    (run.images / "p002.png").unlink()
+    labels = run.images.parent / "labels.csv"
+    for table in (labels, run.images.parent / "boxes.csv"):
+        table.write_text("\n".join(line for line in table.read_text().splitlines() if "p002" not in line))
+    assert summary(run("method=random", "metric=[ehr]"))["maps_computed"] == 0
+    assert len(scores(run.root)) == 5
+
+
+def test_a_corrupt_image_costs_only_itself(run):
+    (run.images / "p003.png").write_bytes(b"not a picture")
+    result = run("method=grad_cam", "run.strict=true")
+    assert result.status == 3
+    assert summary(result) == dict(maps_computed=5, maps_present=0, scores_computed=10, scores_present=0, failed=1)
+    (entry,) = only_cell(run.root).ledger.entries()
+    assert entry["uid"] == "p003"
+    assert entry["stage"] == "load"
+    assert "p003.png" in entry["reason"]
+    table = tables.summary(tables.rows(run.root))
+    assert set(table["n"]) == {5}
+    assert set(table["failed"]) == {1}
+
+
+def test_a_sample_that_a_method_cannot_explain(run):
+    result = run("method=flaky", "metric=[ehr]")
+    assert result.status == 0
+    counts = summary(result)
+    assert (counts["maps_computed"], counts["scores_computed"], counts["failed"]) == (4, 4, 2)
+    reasons = {e["uid"]: e["reason"] for e in only_cell(run.root).ledger.entries()}
+    assert "no luck" in reasons["p001"]
+    assert "NaN" in reasons["p004"]
+
+
+def test_a_sample_without_a_box_has_no_ehr(run):
+    boxes = run.images.parent / "boxes.csv"
+    boxes.write_text("\n".join(line for line in boxes.read_text().splitlines() if "p005" not in line))
+    counts = summary(run("method=random"))
+    assert (counts["maps_computed"], counts["scores_computed"], counts["failed"]) == (6, 11, 1)
+    (entry,) = only_cell(run.root).ledger.entries()
+    assert (entry["uid"], entry["stage"]) == ("p005", "ehr")
+    assert "region of interest" in entry["reason"]
+
+
+class Listener(Hook):
+    heard: list = []
+
+    def before_run(self, runner) -> None:
+        self.heard.append("before_run")
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        self.heard.append((outputs.stage, outputs.uids))
+
+    def after_run(self, runner) -> None:
+        self.heard.append("after_run")
+
+
+class Memory(BaseVisBackend):
+    scalars: list = []
+    images: list = []
+
+    def _init_env(self) -> None:
+        pass
+
+    @property
+    def experiment(self):
+        return self
+
+    def add_scalars(self, scalar_dict, step=0, file_path=None, **_) -> None:
+        self.scalars.append(scalar_dict)
+
+    def add_image(self, name, image, step=0, **_) -> None:
+        self.images.append((name, image.shape))
+
+
+def test_a_users_hook_and_backend(run, tmp_path):
+    Listener.heard, Memory.scalars, Memory.images = [], [], []
+    result = run("method=grad_cam", "run.png=true", "run.hooks=[{_target_: test_run.Listener}]",
+                 f"run.vis_backends=[{{_target_: test_run.Memory, save_dir: {tmp_path}}}]")  # fmt: skip
+    assert result.status == 0, result.err
+    assert Listener.heard[0] == "before_run"
+    assert Listener.heard[-1] == "after_run"
+    stages = [h[0] for h in Listener.heard[1:-1]]
+    assert stages == ["maps"] * 2 + ["ehr"] * 2 + ["insertion_deletion"] * 2
+    assert len(Memory.images) == 6
+    assert any("ehr/ehr" in s for s in Memory.scalars)
+    pngs = sorted(p.name for p in only_cell(run.root).folder.glob("masks/map/*.png"))
+    assert pngs == [f"p{i:03d}.png" for i in range(6)]
+
+
+def test_multirun_goes_on_after_a_failure(run):
+    result = run("-m", "method=random,grad_cam,iba", "metric=[ehr]", "model.layers.cam=features.55")
+    assert result.status == 2
+    assert "features.55" in result.err
+    assert len(cells(run.root)) == 0  # all three share the wrong layer name
+    result = run("-m", "method=random,broken,grad_cam", "metric=[ehr]")
+    assert result.status == 2
+    computed = {c.folder.name.split(".")[2]: len(c.maps.index()) for c in cells(run.root)}
+    assert computed == {"random": 6, "broken": 0, "grad_cam": 6}
+
+
+def test_dry(run):
+    result = run("method=grad_cam", "run.dry=true")
+    assert result.status == 0
+    assert "6 samples, 0 maps present, 6 to compute" in result.out
+    assert not run.root.exists() or not cells(run.root)
+    run("method=grad_cam", "metric=[ehr]", "run.limit=2")
+    result = run("method=grad_cam", "run.dry=true")
+    assert "2 maps present, 4 to compute" in result.out
+    assert "ehr: 2 present, 4 to compute" in result.out
+    assert "insertion_deletion: 0 present, 6 to compute" in result.out
+    assert "s per sample recorded" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("method=iba", "model.layers.bottleneck=feature.5"), ("bottleneck", "feature.5", "features.5")),
+        (("method=grad_cam", "+method.betta=1"), ("method/grad_cam", "betta")),
+        (("method=iba", "+method.betta=1"), ("betta", "did you mean 'beta'")),
+        (("method=grad_cam", "run.device=cuda:7"), ("cuda:7", "run.device=cpu")),
+        (("method=grad_cam", "run.device=tpu9"), ("tpu9",)),
+        (("method=grad_cam", "model.checkpoint=/no/such.pth"), ("/no/such.pth",)),
+        (("method=grad_cam", "run.shard=3", "run.shards=2"), ("run.shard",)),
+        (("method=grad_cam", "dataset.root=/no/such/folder"), ("/no/such/folder",)),
+        (("method=grad_cam", "dataset.target=lable"), ("label or predicted",)),
+        (("method=grad_cam", "run.dtype=float8"), ("float8",)),
+        (("method=grad_cam", "method._target_=no.such.Thing"), ("no.such.Thing",)),
+        (("method=grad_cam", "dataset.select.min_confidence=1.0"), ("min_confidence",)),
+    ],
+)
+def test_mistakes_are_named(run, arguments, words):
+    if "model.checkpoint=/no/such.pth" in arguments:
+        arguments = ("method=grad_cam", "+model.checkpoint=/no/such.pth")
+    result = run(*arguments)
+    assert result.status == 2
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+def test_selection_by_confidence_is_remembered(run):
+    arguments = ("method=random", "metric=[]", "dataset.target=predicted", "dataset.select.min_confidence=0.15")
+    first = summary(run(*arguments))
+    assert 0 < first["maps_computed"] <= 6
+    assert summary(run(*arguments))["maps_present"] == first["maps_computed"]
+    assert len(list((run.root / "state").glob("confidence.*.json"))) == 1

@@ -1,0 +1,67 @@
+"""Small pictures with boxes, and the command line in this process: what end-to-end tests need."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_image(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def pictures(folder: Path, count: int = 6) -> Path:
+    """``count`` images of 40 x 40 with labels and boxes beside them; returns the images' folder."""
+    images = folder / "images"
+    labels, boxes = ["file,label"], ["file,x1,y1,x2,y2"]
+    for i in range(count):
+        write_image(images / f"p{i:03d}.png", i)
+        labels.append(f"p{i:03d}.png,{i % 10}")
+        boxes.append(f"p{i:03d}.png,5,5,25,{20 + i % 10}")
+    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
+    (folder / "boxes.csv").write_text("\n".join(boxes) + "\n")
+    return images
+
+
+def tool(name: str) -> ModuleType:
+    """tools/NAME.py as a fresh module."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def command(monkeypatch, capfd) -> Callable[..., Result]:
+    """``tools/run.py ARGS`` without starting Python again."""
+
+    def run(*arguments: str) -> Result:
+        module = tool("run")
+        monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", str(ROOT / "tests" / "configs"), *arguments])
+        capfd.readouterr()
+        try:
+            module.main()
+            status = module.status
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        return Result(status, *capfd.readouterr())
+
+    return run

@@ -1,0 +1,40 @@
+"""Methods that fail, as a user's own might."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from attrib.methods import Method, State
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch
+
+
+@dataclass(frozen=True)
+class Flaky(Method):
+    """Raises for p001, returns NaN for p004."""
+
+    VERSION: ClassVar[int] = 1
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "noise"}
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        if "p001" in batch.uids:
+            raise RuntimeError("no luck")
+        maps = noise.uniform(*batch.x.shape[-2:])
+        for i, uid in enumerate(batch.uids):
+            if uid == "p004":
+                maps[i, 0, 0] = float("nan")
+        return {"map": maps}
+
+
+@dataclass(frozen=True)
+class Broken(Method):
+    """Returns something other than it declares."""
+
+    VERSION: ClassVar[int] = 1
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "noise"}
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        return {"mapp": noise.uniform(*batch.x.shape[-2:])}
