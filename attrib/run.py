@@ -345,6 +345,8 @@ def run(experiment: Experiment, options: Options) -> Summary:
     Raises UserError for what a person must put right; samples that fail are in the summary, the
     ledger and, with ``strict``, in the exit status of the tool.
     """
+    # TF32 rounds to 10 bits: a GPU would give other numbers than a CPU.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     start = time.time()
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(start))
     writer = f"{stamp}-{os.getpid()}-{options.shard}-{secrets.token_hex(2)}"

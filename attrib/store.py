@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +38,8 @@ Key = tuple[str, str]  # (uid, fingerprint)
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing, also when the machine dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A process number alone is not unique: containers on two machines often have the same.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -60,12 +62,15 @@ class _Buffered:
     flushes after each sample.
     """
 
+    SUFFIX: ClassVar[str]
+
     def __init__(self, folder: Path, writer: str, *, seconds: float, count: int) -> None:
         self.folder, self.writer = Path(folder), writer
         self._seconds, self._count = seconds, count
         self._pending: dict[Key, Any] = {}
         self._since = time.monotonic()
         self._number = 0
+        self.broken: list[str] = []  # files that could not be read; their samples count as missing
 
     def _add(self, key: Key, value: Any) -> None:
         self._pending[key] = value
@@ -81,12 +86,20 @@ class _Buffered:
     def flush(self) -> None:
         """Make everything added so far durable."""
         if self._pending:
-            self._number += 1
-            self._write(self.folder / f"{self.writer}-{self._number:05d}")
+            write_atomic(self._next(), self._encoded())
             self._pending = {}
         self._since = time.monotonic()
 
-    def _write(self, stem: Path) -> None:
+    def _next(self) -> Path:
+        """A name that is not taken, also not by an earlier object of the same writer."""
+        while True:
+            self._number += 1
+            path = self.folder / f"{self.writer}-{self._number:05d}{self.SUFFIX}"
+            if not path.exists():
+                return path
+
+    def _encoded(self) -> bytes:
+        """What is pending, as the content of one file."""
         raise NotImplementedError
 
 
@@ -104,25 +117,25 @@ class Record:
 class Arrays(_Buffered):
     """Named arrays per sample, any shape, in chunks that hold all arrays of some samples."""
 
+    SUFFIX = ".safetensors"
+
     def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256) -> None:
         super().__init__(folder, writer, seconds=seconds, count=count)
         self._index: dict[Key, Record] | None = None
         self._seen: set[str] = set()
-        self.broken: list[str] = []  # files that could not be read; their samples count as missing
 
     def add(self, uid: str, fingerprint: str, arrays: Mapping[str, np.ndarray], **info: Any) -> None:
         """Remember one sample. ``info`` is anything JSON can hold (seconds, rows)."""
-        self._add((uid, fingerprint), ({k: np.ascontiguousarray(v) for k, v in arrays.items()}, info))
+        self._add((uid, fingerprint), ({k: _packed(v) for k, v in arrays.items()}, info))
 
-    def _write(self, stem: Path) -> None:
+    def _encoded(self) -> bytes:
         tensors: dict[str, np.ndarray] = {}
         samples = []
         for i, ((uid, fingerprint), (arrays, info)) in enumerate(self._pending.items()):
             tensors |= {f"{i}/{name}": value for name, value in arrays.items()}
             crc = {name: zlib.crc32(value.data) for name, value in arrays.items()}
             samples.append({"uid": uid, "fingerprint": fingerprint, "crc": crc, "info": info})
-        data = to_safetensors(tensors, {"samples": json.dumps(samples)})
-        write_atomic(stem.with_name(stem.name + ".safetensors"), data)
+        return to_safetensors(tensors, {"samples": json.dumps(samples)})
 
     def index(self) -> Mapping[Key, Record]:
         """Every stored sample; new files of other writers are seen at each call."""
@@ -135,12 +148,12 @@ class Arrays(_Buffered):
             try:
                 with safe_open(path, framework="numpy") as file:
                     samples = json.loads(file.metadata()["samples"])
+                self._index |= {
+                    (s["uid"], s["fingerprint"]): Record(path, i, tuple(s["crc"]), s["crc"], s["info"])
+                    for i, s in enumerate(samples)
+                }
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 self.broken.append(f"{path}: {error}")
-                continue
-            for i, s in enumerate(samples):
-                key = (s["uid"], s["fingerprint"])
-                self._index[key] = Record(path, i, tuple(s["crc"]), s["crc"], s["info"])
         return self._index
 
     def read(self, key: Key, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -151,16 +164,27 @@ class Arrays(_Buffered):
         if key in self._pending:
             arrays = self._pending[key][0]
             return {name: arrays[name] for name in (arrays if names is None else names)}
-        record = self.index()[key]
-        arrays = {}
-        with safe_open(record.path, framework="numpy") as file:
-            for name in record.names if names is None else names:
-                if name not in record.names:
-                    raise KeyError(f"{record.path} holds {', '.join(record.names)} of {key[0]}, but not {name}")
-                arrays[name] = file.get_tensor(f"{record.position}/{name}")
-                if zlib.crc32(np.ascontiguousarray(arrays[name]).data) != record.crc[name]:
-                    raise OSError(f"{record.path} is damaged: wrong checksum of {name} of {key[0]}; delete the file")
+        # The folder is listed again only for a sample that was not there before.
+        record = (self._index or {}).get(key) or self.index()[key]
+        names = record.names if names is None else tuple(names)
+        for name in names:
+            if name not in record.names:
+                raise KeyError(f"{record.path} holds {', '.join(record.names)} of {key[0]}, but not {name}")
+        try:
+            with safe_open(record.path, framework="numpy") as file:
+                arrays = {name: file.get_tensor(f"{record.position}/{name}") for name in names}
+        except SafetensorError as error:
+            raise OSError(f"{record.path} is damaged: {error}; delete the file") from error
+        for name, value in arrays.items():
+            if zlib.crc32(value.data) != record.crc[name]:
+                raise OSError(f"{record.path} is damaged: wrong checksum of {name} of {key[0]}; delete the file")
         return arrays
+
+
+def _packed(value: np.ndarray) -> np.ndarray:
+    """In C order and the machine's byte order. (``ascontiguousarray`` would make 0-d arrays 1-d.)"""
+    value = np.asarray(value, order="C")
+    return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 
 class Rows(_Buffered):
@@ -177,6 +201,8 @@ class Rows(_Buffered):
         ]
     )
 
+    SUFFIX = ".parquet"
+
     def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096) -> None:
         super().__init__(folder, writer, seconds=seconds, count=count)
 
@@ -191,20 +217,24 @@ class Rows(_Buffered):
             ],
         )
 
-    def _write(self, stem: Path) -> None:
+    def _encoded(self) -> bytes:
         rows = [row for sample in self._pending.values() for row in sample]
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=self.SCHEMA), sink)
-        write_atomic(stem.with_name(stem.name + ".parquet"), sink.getvalue().to_pybytes())
+        pq.write_table(pa.Table.from_pylist(rows, schema=self.SCHEMA), sink, write_page_checksum=True)
+        return sink.getvalue().to_pybytes()
 
     def table(self) -> pa.Table:
-        """All rows, also those of other writers; damaged files are left out."""
-        tables = []
+        """All rows, also those of other writers; damaged files are left out and named in ``broken``."""
+        tables, self.broken = [], []
         for path in sorted(self.folder.glob("[!.]*.parquet")):
             try:
-                tables.append(pq.read_table(path, schema=self.SCHEMA))
-            except (pa.ArrowInvalid, OSError):
-                continue  # its samples count as missing and are scored again
+                table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+                # Not left to read_table(schema=...), which fills a column it does not find with nulls.
+                if not table.schema.equals(self.SCHEMA):
+                    raise pa.ArrowInvalid(f"columns {table.schema.names}")
+                tables.append(table)
+            except (pa.ArrowException, OSError) as error:
+                self.broken.append(f"{path}: {error}")
         return pa.concat_tables(tables) if tables else self.SCHEMA.empty_table()
 
     def present(self) -> set[Key]:
