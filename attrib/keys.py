@@ -30,7 +30,7 @@ def spec(thing: Any) -> Any:
         fields = {f.name: spec(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
         return {
             "class": f"{kind.__module__}.{kind.__qualname__}",
-            "version": getattr(kind, "VERSION", 0),
+            "VERSION": getattr(kind, "VERSION", 0),  # in capitals: a field may be called "version"
             **fields,
         }
     if isinstance(thing, Mapping):
@@ -38,7 +38,7 @@ def spec(thing: Any) -> Any:
     if isinstance(thing, (list, tuple)):
         return [spec(v) for v in thing]
     if isinstance(thing, (set, frozenset)):
-        return sorted((spec(v) for v in thing), key=str)
+        return sorted((spec(v) for v in thing), key=json.dumps)
     if isinstance(thing, Tensor):
         return {"tensor": tensor_digest({"": thing})}
     raise TypeError(f"no stable description for {type(thing).__name__}: {thing!r}")
@@ -54,7 +54,7 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, dtypes, shapes and values. Independent of device and of memory layout."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
         total.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

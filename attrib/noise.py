@@ -58,7 +58,8 @@ class Noise:
 
     def child(self, name: str) -> Noise:
         """Independent streams for a named purpose (``noise.child("fit")``)."""
-        return Noise([f"{uid}/{name}" for uid in self.uids], self.seed, self.device, self.dtype)
+        # NUL, because "<uid>/fit" may be a sample of its own.
+        return Noise([f"{uid}\0{name}" for uid in self.uids], self.seed, self.device, self.dtype)
 
     def bits(self, n: int) -> Tensor:
         """(B, n) int64, all 64 bits random."""
@@ -76,18 +77,18 @@ class Noise:
         """Uniform on [0, 1), 24 bits."""
         n = math.prod(shape)
         values = _shift_right(self.bits(n), 40).to(torch.float32).mul_(2.0**-24)
-        return values.reshape(-1, *shape).to(self.dtype)
+        return values.reshape(len(self.uids), *shape).to(self.dtype)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal, by Box and Muller (1958): one 64-bit word gives two numbers."""
         n = math.prod(shape)
         word = self.bits((n + 1) // 2)
-        # (0, 1], so that the logarithm is finite; the largest deviate is 6.66.
+        # (0, 1], so that the logarithm is finite; the largest deviate is 6.76.
         radius = _shift_right(word, 32).to(torch.float32).add_(0.5).mul_(2.0**-32)
         radius = radius.log_().mul_(-2.0).sqrt_()
         angle = word.bitwise_and_(0xFFFFFFFF).to(torch.float32).mul_(2.0 * math.pi / 2**32)
         pairs = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
-        return pairs[:, :n].reshape(-1, *shape).to(self.dtype)
+        return pairs[:, :n].reshape(len(self.uids), *shape).to(self.dtype)
 
     def permutation(self, n: int) -> Tensor:
         """(B, n) int64: a random order of 0 .. n-1 for every sample."""
@@ -96,4 +97,4 @@ class Noise:
     def integers(self, high: int, *shape: int) -> Tensor:
         """(B, *shape) int64, uniform on 0 .. high-1 (the bias is below high / 2**63)."""
         n = math.prod(shape)
-        return _shift_right(self.bits(n), 1).remainder_(high).reshape(-1, *shape)
+        return _shift_right(self.bits(n), 1).remainder_(high).reshape(len(self.uids), *shape)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-PERCENTILE = 99.5  # of |map|: a single hot pixel must not darken everything else
+PERCENTILE = 99.0  # of |map|: a single hot pixel must not darken everything else
 SIGNED, POSITIVE = "RdBu_r", "inferno"
 # Tol's bright scheme, told apart by colour-blind readers and on white as on black.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#888888")
@@ -40,7 +40,7 @@ def is_signed(map: np.ndarray) -> bool:
 
 
 def scale(map: np.ndarray, signed: bool | None = None) -> Scale:
-    """Symmetric limits for signed maps, by the 99.5th percentile of \\|map\\|. ``signed=None`` looks at the map."""
+    """Symmetric limits for signed maps, by the 99th percentile of \\|map\\|. ``signed=None`` looks at the map."""
     magnitude = np.abs(np.asarray(map, dtype=np.float64)[np.isfinite(map)])
     limit = float(np.percentile(magnitude, PERCENTILE)) if magnitude.size else 0.0
     limit = limit or (float(magnitude.max()) if magnitude.size else 0.0)  # almost everything is 0
@@ -88,7 +88,7 @@ def overlay(
     grey = picture.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
     if found.signed:  # white, the middle of the scale, would bleach the picture: fade into the two ends instead
         grey = 0.25 + 0.6 * grey
-        alpha, colour = 0.9 * np.abs(unit) ** 0.85, _colour(0.85 * np.sign(unit), found)
+        alpha, colour = 0.9 * np.abs(unit) ** 0.7, _colour(0.85 * np.sign(unit), found)
     else:
         alpha, colour = 0.2 + 0.65 * unit**0.7, _colour(unit, found)
     mixed = (1 - alpha[..., None]) * grey[..., None] + alpha[..., None] * colour
@@ -164,7 +164,7 @@ class Line:
 def plot(
     lines: Sequence[Line],
     *,
-    size: tuple[float, float] = (5.2, 3.0),
+    size: tuple[float, float] = (4.4, 2.8),
     x: str = "",
     y: str = "",
     unit_x: bool = True,

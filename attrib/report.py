@@ -464,9 +464,10 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
     drawn = (
         "" if image is None else pictures.data_uri(pictures.outlined(image, roi), photo=_photo(image), longest=LONGEST)
     )
-    name = str(info.get("name", ""))
-    target = f" ({info['target']})" if "target" in info else ""
-    return Sample(uid, f"{name}{target}".strip(), drawn, tiles, image is not None and max(image.shape) < 64)
+    name, target = str(info.get("name") or ""), info.get("target")
+    if target is not None:
+        name = f"{name} ({target})" if name else f"class {target}"
+    return Sample(uid, name, drawn, tiles, image is not None and max(image.shape) < 64)
 
 
 def _photo(image: np.ndarray) -> bool:

@@ -88,12 +88,13 @@ class Samples:
             return self._ready(batch), bad
         except SampleError:
             good = []
-            for uid in batch.uids:
+            for i, uid in enumerate(batch.uids):
                 try:
-                    good.append(self._ready(self.dataset.batch([uid])).uids[0])
+                    self._ready(batch[[i]])
+                    good.append(i)
                 except SampleError as error:
                     bad = [*bad, (uid, f"SampleError: {error}")]
-            return (self.batch(good) if good else None), bad
+            return (self._ready(batch[good]) if good else None), bad
 
     def chunks(self, uids: Sequence[str] | None = None) -> list[tuple[str, ...]]:
         uids = self.uids if uids is None else tuple(uids)

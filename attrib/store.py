@@ -231,7 +231,7 @@ class Rows(_Buffered):
                 table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
                 # Not left to read_table(schema=...), which fills a column it does not find with nulls.
                 if not table.schema.equals(self.SCHEMA):
-                    raise pa.ArrowInvalid(f"columns {table.schema.names}")
+                    raise pa.ArrowInvalid("not the columns of a score file")
                 tables.append(table)
             except (pa.ArrowException, OSError) as error:
                 self.broken.append(f"{path}: {error}")

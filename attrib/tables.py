@@ -231,28 +231,33 @@ def _metric_rows(item: Labelled, scores: Scores, maps: pd.DataFrame, entries: pd
     stage, reason = np.where(finite, "", scores.name), np.where(finite, "", "the score is not finite")
     table = table.assign(state=np.where(finite, "ok", "failed"), stage=stage, reason=reason)
 
-    failed = entries.merge(wanted, how="cross").merge(
-        table.loc[finite, [*_ITEM, "fingerprint", "time"]], how="left", on=_ITEM, suffixes=("", "_ok")
-    )
-    answered = (failed["fingerprint"] == failed["fingerprint_ok"]) | (failed["time_ok"] >= failed["time"])
-    # An unreadable file has no fingerprint: nothing says that the stored score is not its own.
-    answered |= (failed["fingerprint"] == "") & failed["fingerprint_ok"].notna()
-    if failed["stage"].isin(["load", "maps"]).any():  # the map came after all: then only its score is missing
-        stored = maps[["uid", "fingerprint"]].drop_duplicates()
-        mapped = failed[["uid", "fingerprint"]].merge(stored, how="left", indicator="found")["found"] == "both"
-        mapped |= (failed["fingerprint"] == "") & failed["uid"].isin(maps["uid"])
-        answered |= mapped.to_numpy() & failed["stage"].isin(["load", "maps"])
-    failed = failed[~answered].sort_values("time", kind="stable").drop_duplicates(_ITEM, keep="last")
-    failed = failed.assign(state="failed", value=np.nan)
-
-    table = pd.concat([table, failed[table.columns]] if len(failed) else [table])
-    table = table.drop_duplicates(_ITEM, keep="last")
-    if scores.folder or not scores.name:  # a metric that is known by its failures alone has nothing pending
+    if len(entries):
+        failed = _unanswered(entries, wanted, table[finite], maps)
+        table = pd.concat([table, failed[table.columns]] if len(failed) else [table])
+        table = table.drop_duplicates(_ITEM, keep="last")
+    due = scores.folder or not scores.name  # a metric that is known by its failures alone has nothing pending
+    if due and len(table) < len(wanted) * len(set(table["uid"]) | set(maps["uid"])):
         pending = maps[["uid", "fingerprint"]].drop_duplicates("uid", keep="last").merge(wanted, how="cross")
         pending = pending.assign(value=np.nan, time=np.nan, state="pending", stage="", reason="")
         pending = pending[table.columns]
         table = pd.concat([table, pending] if len(pending) else [table]).drop_duplicates(_ITEM, keep="first")
     return table.merge(maps, how="left", on=["uid", "fingerprint"])
+
+
+def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, maps: pd.DataFrame) -> pd.DataFrame:
+    """The ledger's latest entry per wanted (map, column) and uid that no success answers, see :func:`rows`."""
+    failed = entries.merge(wanted, how="cross").merge(
+        ok[[*_ITEM, "fingerprint", "time"]], how="left", on=_ITEM, suffixes=("", "_ok")
+    )
+    answered = (failed["fingerprint"] == failed["fingerprint_ok"]) | (failed["time_ok"] >= failed["time"])
+    # An unreadable file has no fingerprint: nothing says that the stored score is not its own.
+    answered |= (failed["fingerprint"] == "") & failed["fingerprint_ok"].notna()
+    # Where the map came after all, only its score is missing.
+    mapped = failed[["uid", "fingerprint"]].merge(maps, how="left", indicator="found")["found"] == "both"
+    mapped |= (failed["fingerprint"] == "") & failed["uid"].isin(maps["uid"])
+    answered |= mapped.to_numpy() & failed["stage"].isin(["load", "maps"])
+    failed = failed[~answered].sort_values("time", kind="stable").drop_duplicates(_ITEM, keep="last")
+    return failed.assign(state="failed", value=np.nan)
 
 
 def _maps(cell: Cell) -> pd.DataFrame:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch
+from attrib.types import Batch, UserError
 
 _TORCH = ("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli")
 _TENSOR = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "multinomial")
@@ -40,6 +41,7 @@ def forbid_global_rng() -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a global random state was used; draw from the sample's Noise")
 
+    torch.overrides.get_overridable_functions()  # torch.fx asks for this list once; it must not see the patches
     with pytest.MonkeyPatch.context() as patch:
         for owner, names in ((torch, _TORCH), (torch.Tensor, _TENSOR), (np.random, _NUMPY), (random, _PYTHON)):
             for name in (*names, "seed" if owner in (np.random, random) else "manual_seed"):
@@ -47,22 +49,25 @@ def forbid_global_rng() -> Iterator[None]:
         yield
 
 
+def _tensors(thing: Tensor | Batch | Classifier | Mapping[str, Tensor]) -> list[Tensor]:
+    if isinstance(thing, Tensor):
+        return [thing]
+    if isinstance(thing, Batch):
+        return [value for _, value in thing._tensors()]
+    return list((thing.module.state_dict() if isinstance(thing, Classifier) else thing).values())
+
+
 @contextmanager
 def unchanged(*things: Any) -> Iterator[None]:
-    """Checks that the tensors, batches and classifiers given are the same after as before, bit by bit."""
-
-    def tensors(thing: Any) -> list[Tensor]:
-        if isinstance(thing, Tensor):
-            return [thing]
-        if isinstance(thing, Batch):
-            return [value for _, value in thing._tensors()]
-        return list(thing.module.state_dict().values())
-
-    live = [tensor for thing in things for tensor in tensors(thing)]
-    before = [tensor.clone() for tensor in live]
-    yield
-    for now, then in zip(live, before, strict=True):
-        assert torch.equal(now.nan_to_num(12345.0), then.nan_to_num(12345.0)), "an input was changed"
+    """Checks that the tensors, batches, states and classifiers are bit by bit what they were, also after an error."""
+    live = [tensor for thing in things for tensor in _tensors(thing)]
+    before = [(tensor.clone(), tensor.requires_grad) for tensor in live]
+    try:
+        yield
+    finally:
+        for now, (then, flag) in zip(live, before, strict=True):
+            assert torch.equal(now.nan_to_num(12345.0), then.nan_to_num(12345.0)), "an input was changed"
+            assert now.requires_grad == flag, "requires_grad of an input was changed"
 
 
 def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], atol: float = 1e-12) -> None:
@@ -104,3 +109,198 @@ def metric_contract(
     for rows in (1, 3, 7, 1000):
         close(score(batch, map, rows), scores, atol)
     return scores
+
+
+# ---- methods -------------------------------------------------------------------------------------
+
+
+def seeded(net: nn.Module, scale: float = 0.5) -> nn.Module:
+    """The net with weights that need no random generator, frozen, in float64."""
+    for i, p in enumerate(net.parameters()):
+        p.data = torch.arange(p.numel()).add(7.0 * i).mul(1.7).sin().mul(scale).view_as(p)
+    return net.double().eval().requires_grad_(False)
+
+
+class FitSamples:
+    """A batch as the data of a fit, handed out ``size`` samples at a time."""
+
+    def __init__(self, samples: Batch, size: int) -> None:
+        self.samples, self.size, self.uids = samples, size, samples.uids
+
+    def batch(self, uids: Sequence[str]) -> Batch:
+        return self.samples[[self.uids.index(uid) for uid in uids]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.samples[i : i + self.size] for i in range(0, len(self.samples), self.size))
+
+
+class PartialInMemory:
+    """Keeps what a fit saves; raises ``KilledError`` right after save number ``killed_after``."""
+
+    def __init__(self, killed_after: int | None = None) -> None:
+        self.state: dict[str, Tensor] | None = None
+        self.left = killed_after
+
+    def load(self) -> dict[str, Tensor] | None:
+        return self.state
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        self.state = {name: value.clone() for name, value in state.items()}
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                self.left = None
+                raise KilledError
+
+
+class KilledError(Exception):
+    """A net or a job that dies where a test wants it to."""
+
+
+@contextmanager
+def net_dies(call: int | None) -> Iterator[list[int]]:
+    """The ``call``-th convolution or linear layer that runs raises; None only counts.
+
+    Yields a list with the number of calls so far. Patched by class, so that copies and traced
+    nets die too.
+    """
+    calls = [0]
+
+    def dying(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            calls[0] += 1
+            if calls[0] == call:
+                raise KilledError
+            return forward(*args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (nn.Conv2d, nn.Linear):
+            patch.setattr(kind, "forward", dying(kind.forward))
+        yield calls
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _marks(model: Classifier) -> list[Any]:
+    """What a method must leave as it was, beside the weights."""
+    modules = [
+        (path, id(m), m.training, vars(m).get("forward"), [len(getattr(m, hooks)) for hooks in _HOOKS])
+        for path, m in model.module.named_modules()
+    ]
+    parameters = [(name, id(p), p.requires_grad, p.grad) for name, p in model.module.named_parameters()]
+    return [modules, parameters, model.rows, dict(model.layers), torch.is_grad_enabled()]
+
+
+@contextmanager
+def untouched(model: Classifier, *inputs: Any) -> Iterator[None]:
+    """Checks that model and inputs are what they were: weights, hooks, modes, gradients. Also after an error."""
+    before = _marks(model)
+    try:
+        with unchanged(model, *inputs):
+            yield
+    finally:
+        assert _marks(model) == before, "the model was changed"
+
+
+def method_contract(
+    method: Any,
+    classifier: Callable[[int, torch.dtype], Classifier],
+    batch: Batch,
+    state: Mapping[str, Tensor],
+    atol: float = 1e-9,
+) -> dict[str, Tensor]:
+    """The promises of ``attrib.methods.Method``; returns the maps and extras of the whole batch.
+
+    ``classifier(rows, dtype)`` builds the model with that row limit; ``batch`` is in float64 and has
+    at least three samples. ``atol`` is relative to the largest value of each array.
+    """
+    everything, state = list(range(len(batch))), dict(state)
+
+    def explain(batch: Batch, model: Classifier | None = None, rows: int = 64) -> dict[str, Tensor]:
+        model = model or classifier(rows, torch.float64)
+        return dict(method.attribute(model, batch, state, Noise(batch.uids, 3, dtype=model.dtype)))
+
+    def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = atol) -> None:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            scale = max(1e-30, value.abs().max().item())
+            close({name: found[name] / scale}, {name: value / scale}, atol)
+
+    def picked(maps: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+        return {name: value[rows] for name, value in maps.items()}
+
+    # What it returns, and what it leaves behind.
+    model = classifier(64, torch.float64)
+    with forbid_global_rng(), untouched(model, batch, state), net_dies(None) as calls:
+        maps = explain(batch, model)
+    assert maps.keys() == method.MAPS.keys() | method.EXTRAS.keys()
+    for name, value in maps.items():
+        assert value.shape[:1] == (len(batch),), f"{name}: {tuple(value.shape)}"
+        assert value.is_floating_point(), f"{name}: {value.dtype}"
+        assert value.isfinite().all(), name
+        assert not value.requires_grad, name
+    for name in method.MAPS:
+        assert maps[name].shape == (len(batch), *batch.x.shape[-2:]), name
+        assert maps[name].flatten(1).std(1).min() > 0, f"{name} is constant"
+
+    # The same again; another seed is another draw of the same thing; no sample sees the others.
+    same(explain(batch, model), maps)
+    same({name: torch.cat(parts) for name, parts in _listed(explain(batch[[i]]) for i in everything)}, maps)
+    order = everything[::-1]
+    same(explain(batch[order]), picked(maps, order))
+    for rows in (1, 2):
+        same(explain(batch, rows=rows), maps)
+    others = dataclasses.replace(batch, x=torch.cat((batch.x[:1], batch.x[1:].flip(-1) * 100)))
+    same(picked(explain(others), [0]), picked(maps, [0]))
+
+    # Precision is chosen for speed alone.
+    single = explain(batch.to("cpu", torch.float32), classifier(64, torch.float32))
+    same({name: value.double() for name, value in single.items()}, maps, atol=1e-3)
+
+    # Errors: the net dies at its first, a middle and its last layer; the target does not exist.
+    with net_dies(None) as calls:  # less than before, when the model had not been cut yet
+        explain(batch, model)
+    for call in sorted({1, (calls[0] + 1) // 2, calls[0]}) if calls[0] else []:
+        with pytest.raises(KilledError), untouched(model, batch, state), net_dies(call):
+            explain(batch, model)
+        same(explain(batch, model), maps)
+    wrong = dataclasses.replace(batch, target=torch.full_like(batch.target, 10_000))
+    try:
+        with untouched(model, wrong, state):
+            found = explain(wrong, model)
+    except (IndexError, RuntimeError, UserError):
+        same(explain(batch, model), maps)
+    else:
+        same(found, maps)  # only a method that never looks at the target may go on
+    return maps
+
+
+def _listed(parts: Iterable[Mapping[str, Tensor]]) -> list[tuple[str, list[Tensor]]]:
+    all_parts = list(parts)
+    return [(name, [part[name] for part in all_parts]) for name in all_parts[0]]
+
+
+def fit_contract(
+    fit: Any, classifier: Callable[[int, torch.dtype], Classifier], samples: Batch, atol: float = 1e-9
+) -> dict[str, Tensor]:
+    """The promises of ``attrib.methods.Fit``; returns the state."""
+    lines: list[str] = []
+    model, partial = classifier(64, torch.float64), PartialInMemory()
+    with forbid_global_rng(), untouched(model, samples):
+        state = dict(fit.run(model, FitSamples(samples, 4), partial, lines.append))
+    assert all(isinstance(value, Tensor) and not value.requires_grad for value in state.values())
+    assert all(isinstance(line, str) for line in lines)
+    for size, rows in ((1, 3), (len(samples), 64)):
+        other = fit.run(classifier(rows, torch.float64), FitSamples(samples, size), PartialInMemory(), lines.append)
+        close(other, state, atol)
+    with pytest.raises(KilledError), untouched(model, samples), net_dies(2):
+        fit.run(model, FitSamples(samples, 4), PartialInMemory(), lines.append)
+    if partial.state is not None:  # it saves: killed right after its first save, it goes on to the same state
+        partial = PartialInMemory(killed_after=1)
+        with pytest.raises(KilledError):
+            fit.run(classifier(64, torch.float64), FitSamples(samples, 4), partial, lines.append)
+        close(fit.run(classifier(64, torch.float64), FitSamples(samples, 4), partial, lines.append), state, atol)
+    return state

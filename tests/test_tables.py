@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -118,9 +119,14 @@ def build(root, side=8, uids=UIDS, maps=None, pictures=None):
     return root
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("tables") / "work")
+
+
 @pytest.fixture
-def root(tmp_path):
-    return build(tmp_path / "work")
+def root(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "work")
 
 
 def iba(root):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attrib.memory import keep_freed_memory
 from attrib.methods.iba import IBA
 from attrib.methods.statistics import Moments
 from attrib.metrics import InsertionDeletion
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--equal-steps", type=int, default=2, help="steps of the float64 comparison")
     options = parser.parse_args()
     device = torch.device(options.device)
+    keep_freed_memory()  # the plain loops below profit from it too
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = False
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attrib.config import build, experiment, options_of
+from attrib.memory import keep_freed_memory
 from attrib.run import Options, Summary, plan, run
 from attrib.types import UserError
 
@@ -48,6 +49,7 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("attrib").setLevel(logging.INFO)
+    keep_freed_memory()
     # A polite kill flushes what is finished; an impolite one loses at most a few seconds.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyMethod finds a file beside you

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from captum import attr
@@ -30,6 +30,11 @@ from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
 Reduce = Literal["sum", "abs_sum", "abs_max"]
+
+
+def _check_reduce(method: Any) -> None:
+    if method.reduce not in get_args(Reduce):
+        raise UserError(f"method.reduce must be one of {', '.join(get_args(Reduce))}, not {method.reduce!r}")
 
 
 class _Score(nn.Module):
@@ -89,6 +94,7 @@ class Gradient(Method):
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed"}
     reduce: Reduce = "sum"
+    __post_init__ = _check_reduce
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.Saliency(_Score(model.module))
@@ -106,6 +112,7 @@ class InputXGradient(Method):
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed"}
     reduce: Reduce = "sum"
+    __post_init__ = _check_reduce
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.InputXGradient(_Score(model.module))
@@ -131,6 +138,7 @@ class IntegratedGradients(Method):
     steps: int = 50
     baseline: float = 0.0
     reduce: Reduce = "sum"
+    __post_init__ = _check_reduce
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.IntegratedGradients(_Score(model.module))
@@ -162,6 +170,7 @@ class SmoothGrad(Method):
     samples: int = 25
     sigma: float = 0.15
     reduce: Reduce = "sum"
+    __post_init__ = _check_reduce
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.Saliency(_Score(model.module))
@@ -187,6 +196,7 @@ class GuidedBackprop(Method):
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
+    __post_init__ = _check_reduce
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         net = separated(model.module, as_relu=RELU_LIKE)
@@ -216,6 +226,7 @@ class DeepLiftShap(Method):
     samples: int = 5
     sigma: float = 0.5
     reduce: Reduce = "sum"
+    __post_init__ = _check_reduce
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         net = separated(model.module, as_relu=ELEMENTWISE)

@@ -34,7 +34,8 @@ class Gaussian(NamedTuple):
         return cls(
             state["mean"].to(like),
             state["std"].to(like).clamp(min=min_std),
-            (state["active"].to(like) > active_threshold).to(like.dtype),
+            # In the state's own precision: a share of just the threshold is off whatever the dtype of ``like``.
+            (state["active"] > active_threshold).to(like),
         )
 
 

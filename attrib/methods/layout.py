@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+
+from attrib.types import UserError
 
 Name = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
 
@@ -31,12 +33,13 @@ class Layout:
 
     @classmethod
     def of(cls, z: Tensor, image: tuple[int, int], name: Name = "auto") -> Layout:
-        """Raises ValueError if the layer does not have the shape that the name says."""
+        """Raises UserError if the layer does not have the shape that the name says."""
         by_rank: dict[int, Name] = {4: "channels_first", 3: "tokens", 2: "vector"}
         resolved = by_rank.get(z.ndim) if name == "auto" else name
         rank = {"channels_first": 4, "channels_last": 4, "tokens": 3, "vector": 2}.get(resolved or "", 0)
         if z.ndim != rank:
-            raise ValueError(f"a layer of shape {tuple(z.shape)} has no layout {name!r}")
+            known = ", ".join(get_args(Name))
+            raise UserError(f"a layer whose output is {tuple(z.shape)} has no layout {name!r} (layouts: {known})")
         return cls(resolved, tuple(z.shape[1:]), image)
 
     @property
@@ -49,8 +52,8 @@ class Layout:
         if self.name == "vector":
             return 1, 1
         tokens, (height, width) = self.shape[0], self.image
-        rows = math.isqrt(tokens * height // width)
-        return rows, min(tokens // rows, max(1, rows * width // height)) if rows else (1, tokens)
+        rows = min(tokens, max(1, math.isqrt(tokens * height // width)))
+        return rows, min(tokens // rows, max(1, rows * width // height))
 
     def to_grid(self, z: Tensor) -> Tensor:
         """(B, *layer) -> (B, C, h, w); tokens in front of the grid are left out."""
@@ -126,6 +129,11 @@ def bits_per_place(layout: Layout, capacity: Tensor) -> Tensor:
 
 
 def bits_per_pixel(layout: Layout, bits: Tensor) -> Tensor:
-    """(B, h, w) bits per place -> (B, H, W) bits per pixel; the sum over the image is kept."""
+    """(B, h, w) bits per place -> (B, H, W) bits per pixel.
+
+    A place's bits are shared out among its pixels, and the sum over the image is kept except at the
+    border: interpolation mirrors there, so that along each axis the outermost places count 7/8 and
+    their inner neighbours 9/8 (upsampled by a whole number).
+    """
     (h, w), (height, width) = bits.shape[-2:], layout.image
     return resize(bits, layout.image) * (h * w) / (height * width)

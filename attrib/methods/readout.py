@@ -7,6 +7,7 @@ Attribution*, ICLR 2020, section 3.3.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ def initial_net(inputs: int, outputs: int, seed: int) -> State:
     """
     net: State = {}
     widths = (inputs, inputs // 2, 2 * outputs, outputs)
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:]), 1):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths), 1):
         for name, shape in ((f"conv{i}.weight", (fan_out, fan_in, 1, 1)), (f"conv{i}.bias", (fan_out,))):
             uniform = Noise([f"readout/{name}"], seed).uniform(*shape)[0]
             net[name] = (2 * uniform - 1) / math.sqrt(fan_in)
@@ -95,7 +96,8 @@ class ReadoutFit:
     """Statistics of the layers, then the readout network that is trained with them.
 
     The state is flat: ``<role>.mean`` (also std, active, n) of every layer, ``net.*`` the weights,
-    ``curve`` (steps, 3) the loss, its cross-entropy and its mean capacity in nats.
+    ``curve`` (steps, 4) the loss, its cross-entropy, its mean capacity in nats, and the share of
+    units whose alpha is at its lower limit.
 
     The batches of the training are a hyper-parameter (``train_batch``), so they do not depend on
     how a run is cut: their order and their noise come from streams named after the epoch.
@@ -146,7 +148,10 @@ class ReadoutFit:
             lies = Layout.of(value, image, self.layout if value.ndim == r.ndim else "auto")
             grid = lies.to_grid(normalised)
             grids.append(F.interpolate(grid, size=places.grid, mode="bilinear", align_corners=True))
-        prior = Gaussian.of(part(state, self.layer), self.min_std, self.active_neurons_threshold, r)
+        prior = Gaussian.of(part(state, self.layer), 0, self.active_neurons_threshold, r)
+        # The released code gives the readouts a least deviation, but not the bottleneck; where that
+        # is zero, its capacity is NaN.
+        prior = prior._replace(std=prior.std.masked_fill(prior.std == 0, self.min_std))
         return Reading(r, torch.cat(grids, dim=1), prior, places)
 
     def predict(self, reading: Reading, net: State) -> Predicted:
@@ -165,13 +170,13 @@ class ReadoutFit:
     # ---- training -----------------------------------------------------------------------------
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        """Raises UserError if the loss is not finite."""
+        """Raises UserError if the loss is not finite, or no unit is left that could still learn."""
         state = partial.load()
         if state is None:
             state = self._start(model, data, report)
             partial.save(state)
         state = {name: value.to(model.device) for name, value in state.items()}
-        net = {name: weight.requires_grad_() for name, weight in part(state, "net").items()}
+        net = {name: weight.clone().requires_grad_() for name, weight in part(state, "net").items()}
         uids = [uid for uid, readable in zip(data.uids, state["readable"].tolist(), strict=True) if readable]
         curve: list[list[float]] = state["curve"].tolist()
         optimizer = _Adam(net, self.lr, part(state, "adam"), len(curve))
@@ -180,7 +185,7 @@ class ReadoutFit:
 
         def now() -> State:
             weights = {f"net.{name}": weight.detach() for name, weight in net.items()}
-            return {**known, **weights, "curve": torch.tensor(curve, dtype=torch.float64).reshape(-1, 3)}
+            return {**known, **weights, "curve": torch.tensor(curve, dtype=torch.float64).reshape(-1, 4)}
 
         saved = time.monotonic()
         for epoch in range(len(curve) // steps, self.epochs):
@@ -196,14 +201,20 @@ class ReadoutFit:
                     )
                 curve.append(losses)
                 last = step + 1 == steps
+                if last and losses[-1] == 1:
+                    raise UserError(
+                        f"{where}: the bottleneck is closed everywhere, where it has no gradient; lower method.lr "
+                        "or method.beta"
+                    )
                 if last or time.monotonic() - saved >= SAVE_SECONDS:
                     adam = {f"adam.{name}": value for name, value in optimizer.moments().items()}
                     partial.save({**now(), **adam, "readable": state["readable"]})
                     saved = time.monotonic()
                     so_far = curve[-step - 1 :]
-                    total, cross_entropy, info = (sum(column) / len(so_far) for column in zip(*so_far))
+                    total, cross_entropy, info, closed = (sum(column) / len(so_far) for column in zip(*so_far))
                     at = "" if last else f", step {step + 1} of {steps}"
-                    report(f"{where}{at}: loss {total:.4g} (cross-entropy {cross_entropy:.4g}, {info:.4g} nats)")
+                    parts = f"cross-entropy {cross_entropy:.4g}, {info:.4g} nats, {closed:.1%} of units closed"
+                    report(f"{where}{at}: loss {total:.4g} ({parts})")
         return {name: value.float() if name.startswith("net.") else value for name, value in now().items()}
 
     def _start(self, model: Classifier, data: FitData, report: Callable[[str], None]) -> State:
@@ -215,19 +226,19 @@ class ReadoutFit:
                 moments[role].add(value)
             read.update(batch.uids)
             report(f"statistics of {len(self.roles)} layers: {len(read)} / {len(data.uids)} samples")
-        state = {f"{role}.{name}": value for role in self.roles for name, value in moments[role].state().items()}
+        state = {f"{r}.{name}": v.contiguous() for r in self.roles for name, v in moments[r].state().items()}
         reading = self.read(model, batch.x[:1], state)
         outputs = reading.places.to_grid(reading.r).shape[1]
         net = initial_net(reading.features.shape[1], outputs, self.train_seed)
         state |= {f"net.{name}": weight.to(model.dtype) for name, weight in net.items()}
         state["readable"] = torch.tensor([uid in read for uid in data.uids])
-        state["curve"] = torch.zeros(0, 3, dtype=torch.float64)
+        state["curve"] = torch.zeros(0, 4, dtype=torch.float64)
         return state
 
     def _step(
         self, model: Classifier, batch: Batch, epoch: int, state: State, net: State, optimizer: _Adam
     ) -> list[float]:
-        """One step; returns the loss, its cross-entropy and its nats, means over the batch.
+        """One step; returns its row of the curve, means over the batch.
 
         The step itself follows the sum over the samples divided by ``train_batch``, so a sample in
         a short last batch weighs what it weighs elsewhere.
@@ -251,7 +262,8 @@ class ReadoutFit:
         loss = cross_entropy + self.beta * nats
         if math.isfinite(loss):
             optimizer.step()
-        return [loss, cross_entropy, nats]
+        closed = (predicted.alpha <= -ALPHA_LIMIT).double().mean().item()
+        return [loss, cross_entropy, nats, closed]
 
 
 @dataclass(frozen=True)
@@ -260,10 +272,12 @@ class IBAReadout(Method):
 
     A first pass records the layers ``readouts``; a network of three 1x1 convolutions, trained on
     the estimation set, reads the noise level of the layer ``layer`` from them. Nothing is
-    optimised for a sample, so a map costs one forward pass and needs neither noise nor target.
+    optimised for a sample, so a map costs one forward pass. It is the same for every target: which
+    class is kept was settled by the targets of the training.
 
-    beta, sigma, min_std, relu, active_neurons_threshold, layout   as in ``iba.IBA``; a readout's
-                 standard deviation is also at least min_std
+    beta, sigma, relu, active_neurons_threshold, layout   as in ``iba.IBA``
+    min_std      least standard deviation of a readout; the bottleneck's own is replaced only if it
+                 is zero
     epochs, train_batch, lr   of the training, by Adam
     draws        noise draws per sample and step
     train_seed   of the initial weights, the order of the samples and the noise of the training
@@ -272,7 +286,8 @@ class IBAReadout(Method):
                  restriction, and through them the training; not what given weights predict.
 
     20 epochs are the paper's; train_batch, lr and beta those of the authors' training notebook.
-    That is for ImageNet's 1.2 million training images: a small set needs a larger lr.
+    That is for ImageNet's 1.2 million training images: a small set needs a larger lr, but one too
+    large throws alpha to its lower limit, where it stays.
     """
 
     VERSION: ClassVar[int] = 1
@@ -313,9 +328,7 @@ class IBAReadout(Method):
         """The target's loss when only what the map shows may pass, mean over ``draws``."""
         predicted, reading = self.predict(model, batch, state)
         front, clamp = model.until(self.layer, batch.x), self.fit.relu
-        return restrict(
-            model, self.layer, front, predicted.lam, reading.prior, noise, self.draws, batch.target, clamp
-        )
+        return restrict(model, self.layer, front, predicted.lam, reading.prior, noise, self.draws, batch.target, clamp)
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         predicted, reading = self.predict(model, batch, state)

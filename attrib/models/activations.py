@@ -26,6 +26,7 @@ _FUNCTIONS: dict[object, type[nn.Module]] = {
     F.silu: nn.SiLU, F.gelu: nn.GELU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid,
     F.hardtanh: nn.Hardtanh,
     F.max_pool1d: nn.MaxPool1d, F.max_pool2d: nn.MaxPool2d, F.max_pool3d: nn.MaxPool3d,
+    torch.max_pool1d: nn.MaxPool1d, torch.max_pool2d: nn.MaxPool2d, torch.max_pool3d: nn.MaxPool3d,
 }  # fmt: skip
 
 RELU_LIKE = (nn.ReLU, nn.ReLU6)
@@ -56,19 +57,20 @@ def stand_in(activation: nn.Module) -> nn.ReLU:
 def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> fx.GraphModule:
     """The net with every call of a module, activation or max-pooling function as a module of its own.
 
-    Weights are shared with ``module``, hooks are not.
+    Weights are shared with ``module``, hooks are not. In-place activations give the same without being in place.
 
     Activations whose class is in ``as_relu`` are replaced by a ``stand_in``.
 
     Raises UserError if the net cannot be traced.
     """
+    own = _shared_copy(module)  # tracing leaves constants in the module that it traces
     try:
-        graph = trace(module)
+        net = fx.GraphModule(own, trace(own))
     except CannotSplitError as reason:
         raise UserError(f"this method needs a net that torch.fx can trace: {reason}") from reason
-    net = fx.GraphModule(_shared_copy(module), graph)
     kinds = tuple(as_relu)
-    for number, node in enumerate(list(net.graph.nodes)):
+    position = {node: number for number, node in enumerate(net.graph.nodes)}
+    for node, number in position.items():
         if node.op == "call_module":
             new, args, kwargs = _shared_copy(net.get_submodule(node.target)), node.args, node.kwargs
         elif node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
@@ -81,11 +83,25 @@ def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> f
         net.add_submodule(name, _with_stand_ins(new, kinds))
         with net.graph.inserting_before(node):
             call = net.graph.call_module(name, args, kwargs)
+        if _in_place(node, new):
+            new.inplace = False
+            # Whatever read the changed input afterwards reads the result now.
+            (changed,) = node.all_input_nodes
+            for user in list(changed.users):
+                if position.get(user, -1) > number:
+                    user.replace_input_with(changed, call)
         node.replace_all_uses_with(call)
         net.graph.erase_node(node)
     net.delete_all_unused_submodules()
     net.recompile()
     return net.eval()
+
+
+def _in_place(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return name.endswith("_") or bool(node.kwargs.get("inplace", False))
 
 
 def _shared_copy(module: nn.Module) -> nn.Module:

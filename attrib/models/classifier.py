@@ -58,7 +58,7 @@ class Classifier:
         self.key = digest(type(module).__qualname__, dict(spec or {}), self.weights)
         self.module = self._prepare(module, input_shape)
         self._splits: dict[str, Split] = {}
-        names = [name for name, _ in self.module.named_modules()]
+        names = [name for name, _ in self.module.named_modules(remove_duplicate=False)]
         for role, path in self.layers.items():
             if path not in names:
                 near = difflib.get_close_matches(path, names, n=5, cutoff=0.3)
@@ -74,6 +74,9 @@ class Classifier:
             probe = Noise(["probe"], device=self.device, dtype=self.dtype).normal(*input_shape)
             with torch.no_grad():
                 before = net(probe.clone())
+            if not isinstance(before, Tensor) or before.ndim != 2:
+                what = tuple(before.shape) if isinstance(before, Tensor) else type(before).__name__
+                raise UserError(f"{type(module).__name__} returns {what}; a classifier returns a tensor (N, K)")
         seen: set[int] = set()
         for path, child in list(net.named_modules(remove_duplicate=False)):
             if getattr(child, "inplace", False):
@@ -87,8 +90,6 @@ class Classifier:
         if probe is not None:
             with torch.no_grad():
                 after = net(probe.clone())
-            if before.ndim != 2:
-                raise UserError(f"{type(module).__name__} returns {tuple(before.shape)}; a classifier returns (N, K)")
             if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
                 worst = (before - after).abs().max().item()
                 raise UserError(
@@ -116,19 +117,19 @@ class Classifier:
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = (str(error) or type(error).__name__).splitlines()[0]
             else:
                 start += size
                 self.passed += size * cost
                 continue
             # Outside the except block, whose traceback keeps the piece's tensors alive.
-            if self.rows == 1:
-                raise SampleError(f"out of memory even with one row at a time: {reason}")
-            self.rows = max(1, min(self.rows, size * cost) // 2)
-            log.warning("out of memory; going on with run.rows=%d", self.rows)
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            if size == 1 and (cost > 1 or self.rows == 1):  # an item cannot be cut, whatever ``rows`` is
+                raise SampleError(f"out of memory even with one {'row' if cost == 1 else 'sample'} at a time: {reason}")
+            self.rows = max(1, min(self.rows, size * cost) // 2)
+            log.warning("out of memory; going on with run.rows=%d", self.rows)
         if not pieces:
             raise ValueError("nothing to compute: no rows")
         if isinstance(pieces[0], tuple):
@@ -140,7 +141,8 @@ class Classifier:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """(N, *input) -> (N, K), without gradients."""
-        return self.chunked(lambda rows: self.module(x[rows]), len(x))
+        # Here and below a copy goes in, because a net may change what it is given in place.
+        return self.chunked(lambda rows: self.module(x[rows].clone()), len(x))
 
     def path(self, role: str) -> str:
         """The module path of a role. Raises UserError if the model does not define it."""
@@ -168,7 +170,7 @@ class Classifier:
         cut = self._split(role, x)
 
         def piece(rows: slice) -> tuple[Tensor, ...]:
-            z, rest = cut.front(x[rows])
+            z, rest = cut.front(x[rows].clone())
             return (z, *rest)
 
         z, *rest = self.chunked(piece, len(x))
@@ -209,7 +211,9 @@ class Classifier:
     def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
         cut = self._split(role)
         if rest:
-            repeats = n // len(rest[0])
+            repeats, odd = divmod(n, len(rest[0]))
+            if odd or not repeats:
+                raise ValueError(f"{n} rows cannot be shared out evenly among {len(rest[0])} samples")
             index = torch.arange(rows.start, rows.stop, device=z.device) // repeats
             rest = tuple(t[index] for t in rest)
         return cut.rear(z, rest)
@@ -222,7 +226,7 @@ class Classifier:
         of one sample lie next to each other. Computes nothing before the layer, unless the net
         could not be traced.
         """
-        return self.chunked(lambda rows: self._rear(role, z[rows], rest, rows, len(z)), len(z))
+        return self.chunked(lambda rows: self._rear(role, z[rows].clone(), rest, rows, len(z)), len(z))
 
     def gradient(
         self,
@@ -241,7 +245,8 @@ class Classifier:
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 leaf = z[rows].detach().requires_grad_()
-                out = self.module(leaf) if role is None else self._rear(role, leaf, rest, rows, len(z))
+                value = leaf.clone()
+                out = self.module(value) if role is None else self._rear(role, value, rest, rows, len(z))
                 values = objective(out, rows)
                 (grad,) = torch.autograd.grad(values.sum(), leaf)
             return values.detach(), grad

@@ -8,6 +8,7 @@ as ``rest``. ``HookSplit`` does the same job on nets that cannot be traced, by f
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -53,9 +54,14 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module, leaf: nn.Module | None = None) -> fx.Graph:
-    """The net's graph. Raises CannotSplitError for a net with data-dependent Python."""
+    """The net's graph, of one input; optional arguments of its forward have their default values.
+
+    Raises CannotSplitError for a net with data-dependent Python.
+    """
     try:
-        return _Tracer(leaf).trace(module)
+        _, *others = inspect.signature(module.forward).parameters.values()
+        defaults = {p.name: p.default for p in others if p.default is not p.empty}
+        return _Tracer(leaf).trace(module, defaults or None)
     except Exception as error:  # tracing runs arbitrary user code on proxies
         raise CannotSplitError(f"torch.fx cannot trace {type(module).__name__}: {error}") from error
 
@@ -134,7 +140,7 @@ class HookSplit:
     """The same by forward hooks. Layers that return a tuple are cut at its first element."""
 
     def __init__(self, module: nn.Module, path: str) -> None:
-        self._module, self._layer = module, module.get_submodule(path)
+        self._module, self._layer, self._path = module, module.get_submodule(path), path
 
     def front(self, x: Tensor) -> Front:
         found: list[Tensor] = []
@@ -145,6 +151,8 @@ class HookSplit:
 
         with hooked(self._layer, catch), suppress(_StopForwardError):
             self._module(x)
+        if not found:
+            raise UserError(f"{type(self._module).__name__} did not run the layer {self._path} for these inputs")
         return Front(found[0], (x,))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
@@ -166,39 +174,46 @@ def count_calls(module: nn.Module, path: str, x: Tensor) -> int:
 def split(module: nn.Module, path: str, x: Tensor) -> Split:
     """The net cut at ``path``: by graph where that reproduces the logits of ``x``, else by hooks.
 
-    Raises UserError if the layer does not run exactly once per forward pass.
+    Raises UserError if the layer does not run exactly once per forward pass, or its output is not
+    one tensor row per sample.
     """
-    probe = x[:1]
-    calls = count_calls(module, path, probe)
+    probe = x[:1].clone()
+    calls = count_calls(module, path, probe.clone())
     if calls != 1:
         raise UserError(
             f"layer {path} of {type(module).__name__} runs {calls} times in a forward pass; "
             "a bottleneck needs a layer that runs exactly once (set model.layers.<role>)"
         )
     try:
-        cut = GraphSplit(module, path)
-        _check(cut, module, probe)
-        return cut
+        return _checked(GraphSplit(module, path), module, probe)
     except CannotSplitError as reason:
         log.info("%s; using hooks at %s instead, which is slower", reason, path)
-        return HookSplit(module, path)
+    try:
+        return _checked(HookSplit(module, path), module, probe)
+    except CannotSplitError as reason:
+        raise UserError(
+            f"layer {path} of {type(module).__name__}: {reason}; take another layer (set model.layers.<role>)"
+        ) from reason
 
 
 @torch.no_grad()
-def _check(cut: Split, module: nn.Module, x: Tensor) -> None:
-    """Two rows through the cut net must give the logits of the whole net.
+def _checked(cut: Split, module: nn.Module, x: Tensor) -> Split:
+    """Two rows through the cut net must give the logits of the whole net, else CannotSplitError.
 
     Two, so that a batch size that was baked into the front is noticed.
     """
-    expected = module(x).repeat(2, 1)
+    expected = module(x.clone()).repeat(2, 1)
     try:
-        z, rest = cut.front(x)
+        z, rest = cut.front(x.clone())
         if not all(isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] for t in (z, *rest)):
-            raise CannotSplitError("the graph hands over something that is not one row per sample")
+            raise CannotSplitError("what is handed over at the cut is not one row per sample")
         got = cut.rear(torch.cat((z, z)), tuple(torch.cat((t, t)) for t in rest))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
-        raise CannotSplitError(f"the cut graph does not run: {error}") from error
-    scale = expected.abs().max().clamp(min=1e-6)
-    error = ((got - expected).abs().max() / scale).item()
-    if not error < 1e-3:
-        raise CannotSplitError(f"the cut graph changes the logits (relative difference {error:.1e})")
+        raise CannotSplitError(f"the net does not run when cut there: {error}") from error
+    # An input may well give NaN logits; then they are to be NaN in both.
+    tolerance = 1e-3 * expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
+    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
+        raise CannotSplitError("the cut changes the logits")
+    return cut

@@ -1,0 +1,25 @@
+"""Keeping memory between tensors on the CPU.
+
+glibc gives every large block back to the kernel when it is freed, and fetches it again, page by
+page, for the next tensor. For a net on the CPU that can cost more than its arithmetic (measured:
+3.5 times, docs/performance.md). GPU memory is not concerned: torch keeps it itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, for its next allocation. False where there is no glibc."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
+    return all(mallopt(option, value) for option, value in settings)

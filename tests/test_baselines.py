@@ -1,0 +1,480 @@
+"""The usual methods, each against a slow and obvious derivation; completeness; an oracle; the edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from contracts import seeded
+from skimage.transform import resize as skimage_resize
+from torch import Tensor, nn
+
+from attrib.methods import Method
+from attrib.methods.baselines import (
+    DeepLiftShap,
+    GradCAM,
+    Gradient,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    Occlusion,
+    Random,
+    SmoothGrad,
+)
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+
+H, W, K = 8, 10, 5
+REDUCE = {
+    "sum": lambda a: a.sum(1),
+    "abs_sum": lambda a: a.abs().sum(1),
+    "abs_max": lambda a: a.abs().max(1).values,
+}
+
+
+def pictures(n: int = 3) -> Batch:
+    r = np.random.RandomState(0)
+    return Batch(tuple(f"s{i}" for i in range(n)), torch.tensor(r.randn(n, 3, H, W)), torch.tensor(r.randint(0, K, n)))
+
+
+def streams(batch: Batch) -> Noise:
+    return Noise(batch.uids, seed=5, dtype=batch.x.dtype)
+
+
+def explain(method: Method, net: nn.Module, batch: Batch, layers: dict[str, str] | None = None, rows: int = 7):
+    return method.attribute(Classifier(net, layers, rows=rows, dtype=torch.float64), batch, {}, streams(batch))
+
+
+def same(found: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def smooth_net() -> nn.Module:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, 2, 1), nn.Softplus()]
+    return seeded(nn.Sequential(*layers, nn.Flatten(), nn.Linear(80, K)), 0.5)
+
+
+def relu_net() -> nn.Module:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    return seeded(nn.Sequential(*layers, nn.Linear(80, 12), nn.ReLU(), nn.Linear(12, K)), 0.5)
+
+
+class Mixed(nn.Module):
+    """ReLUs in every form that hooks on modules get wrong: in place, used twice, functions, methods, ReLU6; pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3, self.conv4 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.act6 = nn.ReLU(inplace=True), nn.ReLU6()
+        self.head = nn.Linear(4 * (H // 2) * (W // 2), K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv1(x))
+        x = F.max_pool2d(self.act(self.conv2(x)), 2)
+        x = F.relu(self.conv3(x)) + torch.relu(x - 0.2)
+        x = self.act6(5 * self.conv4(x).relu())
+        return self.head(F.relu6(x * 4 - 2).flatten(1))
+
+
+class GuidedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, top):
+        ctx.save_for_backward(x)
+        ctx.top = top
+        return x.clamp(0, top)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (grad > 0) * (x > 0) * (x < ctx.top), None
+
+
+def guided(net: Mixed, x: Tensor) -> Tensor:
+    """The same net with the paper's backward pass written by hand."""
+
+    def relu(x: Tensor, top: float = float("inf")) -> Tensor:
+        return GuidedReLU.apply(x, top)
+
+    x = relu(net.conv1(x))
+    x = F.max_pool2d(relu(net.conv2(x)), 2)
+    x = relu(net.conv3(x)) + relu(x - 0.2)
+    x = relu(5 * relu(net.conv4(x)), 6.0)
+    return net.head(relu(x * 4 - 2, 6.0).flatten(1))
+
+
+def score_of(net: nn.Module, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """One sample (3, H, W) -> its logit, or the sum of several."""
+
+    def score(x: Tensor) -> Tensor:
+        logits = net(x[None])[0]
+        return logits[target] if target.ndim == 0 else sum(logits[k] for k in range(K) if target[k])
+
+    return score
+
+
+def gradient(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    score(x).backward()
+    return x.grad
+
+
+def each(batch: Batch, net: nn.Module, one: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> Tensor:
+    return torch.stack([one(score_of(net, t), x) for x, t in zip(batch.x, batch.target, strict=True)])
+
+
+SEVERAL = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0], [1, 1, 1, 0, 1]])
+
+
+def targets(batch: Batch, several: bool) -> Batch:
+    return Batch(batch.uids, batch.x, SEVERAL) if several else batch
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_gradient_equals_finite_differences(several):
+    batch, net, step = targets(pictures(), several), smooth_net(), 1e-5
+
+    def differences(score, x):
+        out = torch.zeros_like(x)
+        for i in range(x.numel()):
+            e = torch.zeros(x.numel(), dtype=x.dtype)
+            e[i] = step
+            e = e.view_as(x)
+            out.view(-1)[i] = (score(x + e) - score(x - e)) / (2 * step)
+        return out
+
+    expected = each(batch, net, differences)
+    for name, reduce in REDUCE.items():
+        same(explain(Gradient(reduce=name), net, batch)["map"], reduce(expected), 1e-8)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_input_x_gradient(reduce, several):
+    batch, net = targets(pictures(), several), relu_net()
+    expected = each(batch, net, lambda score, x: x * gradient(score, x))
+    same(explain(InputXGradient(reduce=reduce), net, batch)["map"], REDUCE[reduce](expected))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("steps", "baseline"), [(7, 0.0), (20, -0.4)])
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_integrated_gradients_equal_the_integral(reduce, steps, baseline, several):
+    batch, net = targets(pictures(), several), relu_net()
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+
+    def integral(score, x):
+        start = torch.full_like(x, baseline)
+        total = torch.zeros_like(x)
+        for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+            total += weight * gradient(score, start + node * (x - start))
+        return (x - start) * total
+
+    expected = each(batch, net, integral)
+    found = explain(IntegratedGradients(steps, baseline, reduce), net, batch)
+    same(found["map"], REDUCE[reduce](expected))
+    change = each(batch, net, lambda score, x: score(x) - score(torch.full_like(x, baseline)))
+    same(found["delta"], expected.sum((1, 2, 3)) - change)
+
+
+def test_integrated_gradients_are_complete():
+    batch = pictures()
+    found = explain(IntegratedGradients(steps=40), smooth_net(), batch)
+    assert found["delta"].abs().max() < 1e-6
+    change = each(batch, smooth_net(), lambda score, x: score(x) - score(torch.zeros_like(x)))
+    same(found["map"].sum((1, 2)), change, 1e-6)
+    # Gauss-Legendre against a plain Riemann sum: the same integral, not the same points.
+    plain = each(
+        batch,
+        smooth_net(),
+        lambda score, x: sum(x * gradient(score, (k + 0.5) / 400 * x) for k in range(400)) / 400,
+    )
+    same(found["map"], plain.sum(1), 1e-5)
+
+
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(reduce):
+    batch, net = pictures(), relu_net()
+    expected = []
+    for uid, x, target in zip(batch.uids, batch.x, batch.target, strict=True):
+        stream = Noise([uid], seed=5, dtype=torch.float64)
+        sigma = 0.3 * (x.max() - x.min())
+        copies = [x + sigma * stream.normal(*x.shape)[0] for _ in range(6)]
+        expected.append(sum(gradient(score_of(net, target), copy) for copy in copies) / 6)
+    found = explain(SmoothGrad(samples=6, sigma=0.3, reduce=reduce), net, batch)
+    same(found["map"], REDUCE[reduce](torch.stack(expected)))
+
+
+# ---- methods that change the backward pass ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_guided_backprop_equals_its_backward_pass_written_by_hand(reduce):
+    batch, net = pictures(6), seeded(Mixed(), 0.5)
+    expected = []
+    for x, target in zip(batch.x, batch.target, strict=True):
+        x = x.clone().requires_grad_()
+        guided(net, x[None])[0, target].backward()
+        expected.append(x.grad)
+    expected = torch.stack(expected)
+    assert (expected.abs().sum((1, 2, 3)) > 0).sum() > 3
+    same(explain(GuidedBackprop(reduce=reduce), net, batch)["map"], REDUCE[reduce](expected))
+    plain = explain(Gradient(reduce=reduce), net, batch)["map"]
+    assert (plain - REDUCE[reduce](expected)).abs().max() > 1e-3
+
+
+def test_guided_backprop_needs_relus():
+    with pytest.raises(UserError, match="Sequential has none"):
+        explain(GuidedBackprop(), smooth_net(), pictures())
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = relu_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if x.sum() > 0 else self.net(x) * 2
+
+
+@pytest.mark.parametrize("method", [GuidedBackprop(), DeepLiftShap(samples=1)])
+def test_methods_that_replace_activations_need_a_net_that_can_be_traced(method):
+    with pytest.raises(UserError, match="cannot trace Untraceable"):
+        explain(method, Untraceable(), pictures())
+    assert explain(Gradient(), Untraceable(), pictures())["map"].isfinite().all()
+
+
+def multipliers(net: nn.Sequential, x: Tensor, baseline: Tensor, target: int) -> Tensor:
+    """DeepLIFT's rescale rule (Shrikumar et al., 2017, section 3.5.2), backwards through ``relu_net``."""
+    ins = [(x[None], baseline[None])]
+    for module in net:
+        ins.append((module(ins[-1][0]), module(ins[-1][1])))
+    m = torch.zeros(1, K, dtype=x.dtype)
+    m[0, target] = 1
+    for module, (a, a0), (b, b0) in reversed(list(zip(net, ins, ins[1:]))):
+        if isinstance(module, nn.Linear):
+            m = m @ module.weight
+        elif isinstance(module, nn.Conv2d):
+            left_over = [(n + 2 - 3) % module.stride[0] for n in a.shape[2:]]
+            m = F.conv_transpose2d(m, module.weight, stride=module.stride, padding=1, output_padding=left_over)
+        elif isinstance(module, nn.ReLU):
+            m = m * (b - b0) / (a - a0)
+        else:
+            m = m.reshape(a.shape)
+    return (m * (x - baseline))[0]
+
+
+@pytest.mark.parametrize("reduce", REDUCE)
+def test_deep_lift_equals_its_multipliers(reduce):
+    batch, net = pictures(), relu_net()
+    expected = []
+    for uid, x, target in zip(batch.uids, batch.x, batch.target.tolist(), strict=True):
+        stream = Noise([uid], seed=5, dtype=torch.float64)
+        baselines = [0.5 * stream.normal(*x.shape)[0] for _ in range(4)]
+        expected.append(sum(multipliers(net, x, b, target) for b in baselines) / 4)
+    found = explain(DeepLiftShap(samples=4, sigma=0.5, reduce=reduce), net, batch)
+    same(found["map"], REDUCE[reduce](torch.stack(expected)))
+    assert found["delta"].abs().max() < 1e-10
+
+
+class FusedGates(nn.Module):
+    """Activations other than ReLU, as modules, functions and methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.head = nn.SiLU(inplace=True), nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.act(self.conv1(x)), approximate="tanh")
+        x = F.hardswish(self.act(self.conv2(x))).tanh() + F.leaky_relu(x, 0.2)
+        return self.head(F.adaptive_avg_pool2d(torch.sigmoid(x) + F.elu(x), 1).flatten(1))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("build", [Mixed, FusedGates])
+def test_deep_lift_is_complete_whatever_the_activations_look_like(build, several):
+    batch, net = targets(pictures(), several), seeded(build(), 0.5)
+    found = explain(DeepLiftShap(samples=3, sigma=0.7), net, batch)
+    assert found["delta"].abs().max() < 1e-9
+    change = torch.zeros(3, dtype=torch.float64)
+    noise = streams(batch)
+    for _ in range(3):
+        baseline = 0.7 * noise.normal(3, H, W)
+        for i, (x, target) in enumerate(zip(batch.x, batch.target, strict=True)):
+            change[i] += (score_of(net, target)(x) - score_of(net, target)(baseline[i])) / 3
+    assert change.abs().min() > 1e-3
+    same(found["map"].sum((1, 2)), change, 1e-9)
+
+
+def test_one_baseline_without_spread_is_deep_lift_from_the_mean_colour():
+    batch, net = pictures(), relu_net()
+    found = explain(DeepLiftShap(samples=1, sigma=0.0), net, batch)
+    expected = [
+        multipliers(net, x, torch.zeros_like(x), t).sum(0) for x, t in zip(batch.x, batch.target.tolist(), strict=True)
+    ]
+    same(found["map"], torch.stack(expected))
+
+
+# ---- Grad-CAM --------------------------------------------------------------------------------------
+
+
+def cam_by_hand(net: nn.Module, layer: str, x: Tensor, target: int, relu: bool) -> Tensor:
+    kept: list[Tensor] = []
+    handle = net.get_submodule(layer).register_forward_hook(lambda _m, _i, out: kept.append(out) or out.clone())
+    logit = net(x[None].clone().requires_grad_())[0, target]
+    handle.remove()
+    (grad,) = torch.autograd.grad(logit, kept[0])
+    total = sum(grad[0, c].mean() * kept[0][0, c] for c in range(grad.shape[1])).detach()
+    return total.clamp(min=0) if relu else total
+
+
+class ReluBehind(nn.Module):
+    """As in DenseNet: what follows the layer overwrites its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(80, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.features(x), inplace=True).flatten(1))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+    ("net", "layer"), [(relu_net(), "2"), (relu_net(), "0"), (seeded(ReluBehind(), 0.5), "features")]
+)
+def test_grad_cam_equals_its_formula(net, layer, relu):
+    batch = pictures()
+    found = explain(GradCAM(relu=relu), net, batch, {"cam": layer})
+    assert found["map"].shape == (3, H, W)
+    for i, (x, target) in enumerate(zip(batch.x, batch.target.tolist(), strict=True)):
+        expected = cam_by_hand(net, layer, x, target, relu)
+        same(found["cam"][i], expected)
+        same(found["map"][i], torch.tensor(skimage_resize(expected.numpy(), (H, W), order=1)))
+
+
+def test_grad_cam_needs_a_conv_map():
+    with pytest.raises(UserError, match=r"conv map; 5 gives \(\d, 12\)"):
+        explain(GradCAM(), relu_net(), pictures(), {"cam": "5"})
+    with pytest.raises(UserError, match="'cam'"):
+        explain(GradCAM(), relu_net(), pictures())
+
+
+# ---- occlusion and noise ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("window", "stride", "baseline"), [(4, 2, 0.0), (3, 3, 0.5), (5, 2, -1.0), (1, 1, 0.0), (8, 8, 0.0)]
+)
+def test_occlusion_is_the_mean_fall_over_squares(window, stride, baseline, several):
+    batch, net = targets(pictures(), several), relu_net()
+
+    def squares(score, x):
+        total, count = torch.zeros(H, W, dtype=x.dtype), torch.zeros(H, W, dtype=x.dtype)
+        starts = [[0], [0]]
+        for axis, size in enumerate((H, W)):  # until a square reaches the edge; the last may stick out
+            while starts[axis][-1] + window < size:
+                starts[axis].append(starts[axis][-1] + stride)
+        for top in starts[0]:
+            for left in starts[1]:
+                covered = x.clone()
+                covered[:, top : top + window, left : left + window] = baseline
+                total[top : top + window, left : left + window] += score(x) - score(covered)
+                count[top : top + window, left : left + window] += 1
+        return total / count
+
+    for rows in (1, 7, 500):
+        found = explain(Occlusion(window, stride, baseline), net, batch, rows=rows)
+        same(found["map"], each(batch, net, squares))
+
+
+def test_random_is_uniform_and_each_samples_own():
+    batch = pictures()
+    found = explain(Random(), relu_net(), batch)["map"]
+    assert 0 <= found.min() < 0.05
+    assert 0.95 < found.max() < 1
+    for i, uid in enumerate(batch.uids):
+        assert torch.equal(found[i], Noise([uid], seed=5, dtype=torch.float64).uniform(H, W)[0])
+
+
+# ---- oracle ----------------------------------------------------------------------------------------
+
+IMPORTANT = torch.zeros(H, W, dtype=torch.bool)
+IMPORTANT[2, 3] = IMPORTANT[2, 4] = IMPORTANT[7, 0] = IMPORTANT[0, 9] = True
+
+
+class Linear(nn.Module):
+    """Every logit is a weighted sum of a few pixels; the ReLU is always open. The cam is as fine as the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.act, self.head = nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Linear(3 * H * W, K, bias=False)
+        with torch.no_grad():
+            self.shift.weight.copy_(torch.eye(3)[:, :, None, None])
+            self.shift.bias.fill_(100.0)
+            self.head.weight.copy_(torch.arange(1.0, K + 1)[:, None] * IMPORTANT.repeat(3, 1, 1).flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.shift(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Gradient(reduce="abs_max"),
+        InputXGradient(reduce="abs_sum"),
+        IntegratedGradients(steps=3, reduce="abs_sum"),
+        SmoothGrad(samples=2),
+        GuidedBackprop(),
+        DeepLiftShap(samples=2, reduce="abs_sum"),
+        Occlusion(window=1, stride=1, baseline=9.0),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_the_pixels_that_count_come_first(method):
+    found = explain(method, Linear(), pictures())["map"].abs()
+    for one in found:
+        assert one[IMPORTANT].min() > 0
+        assert one[~IMPORTANT].max() < 1e-9 * one[IMPORTANT].min()
+
+
+# ---- edges -----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_way_to_reduce_is_an_error():
+    for method in (Gradient, InputXGradient, IntegratedGradients, SmoothGrad, GuidedBackprop, DeepLiftShap):
+        with pytest.raises(UserError, match=r"method.reduce must be one of sum, abs_sum, abs_max, not 'abs'"):
+            method(reduce="abs")
+
+
+class Watch(nn.Module):
+    """Notes how many rows come in at a time (on the class: a Classifier copies its module)."""
+
+    seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and type(x) is Tensor:
+            self.seen.append(len(x))
+        return x
+
+
+@pytest.mark.parametrize("rows", [1, 4, 10])
+@pytest.mark.parametrize(
+    "method",
+    [Gradient(), InputXGradient(), IntegratedGradients(steps=6), SmoothGrad(samples=2), Occlusion(2, 2), GradCAM()],
+    ids=lambda m: type(m).__name__,
+)
+def test_never_more_rows_than_the_limit(method, rows):
+    Watch.seen.clear()
+    explain(method, nn.Sequential(Watch(), *relu_net()), pictures(), {"cam": "3"}, rows=rows)
+    assert max(Watch.seen) <= rows
+    assert rows == 1 or max(Watch.seen) > 1

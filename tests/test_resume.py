@@ -1,0 +1,119 @@
+"""Killed at any moment, a run loses nothing and counts nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import ROOT, pictures
+
+from attrib import tables
+from attrib.store import cells
+
+SAMPLES = 24
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+
+
+def start(images: Path, root: Path, *arguments: str) -> subprocess.Popen:
+    command = [
+        sys.executable, str(ROOT / "tools" / "run.py"), "--config-dir", str(ROOT / "tests" / "configs"),
+        "dataset=tiny", "model=small_cnn", "method=iba", "method.steps=3", "metric.insertion_deletion.steps=8",
+        f"dataset.root={images}", f"run.root={root}", "run.batch=2", "run.flush=0", *arguments,
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> dict[str, int]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return {k: int(v) for k, v in (w.split("=") for w in out.strip().splitlines()[-1].split(": ")[1].split())}
+
+
+def numbers(root: Path) -> pd.Series:
+    frame = tables.rows(root)
+    return frame.set_index(["metric", "map", "column", "uid"])["value"].sort_index()
+
+
+def stored(root: Path) -> int:
+    """Samples with a map or a score, counted in files as a reader sees them."""
+    return sum(len(c.maps.index()) + sum(len(c.scores(m).present()) for m in c.metrics()) for c in cells(root))
+
+
+def killed_and_resumed(tmp_path: Path, kills: int, seed: int) -> None:
+    images = pictures(tmp_path, SAMPLES)
+    whole = finish(start(images, tmp_path / "whole"))
+    assert whole["maps_computed"] == SAMPLES
+
+    root, moments = tmp_path / "killed", random.Random(seed)
+    for _ in range(kills):
+        process = start(images, root)
+        before = stored(root)
+        deadline = time.monotonic() + 120
+        while stored(root) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # a kill during the imports would prove nothing
+        time.sleep(moments.uniform(0, 0.15))
+        kept = stored(root)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert stored(root) >= kept > 0, "a kill lost something that was stored"
+    last = finish(start(images, root))
+    assert last["maps_computed"] + last["maps_present"] == SAMPLES
+    assert last["scores_computed"] + last["scores_present"] == 2 * SAMPLES
+    assert last["failed"] == 0
+
+    expected, got = numbers(tmp_path / "whole"), numbers(root)
+    assert expected.index.equals(got.index)  # nothing lost, nothing twice
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    again = finish(start(images, root))
+    assert (again["maps_computed"], again["scores_computed"]) == (0, 0)
+    spoiled = [p for p in root.rglob("*.safetensors") if p.name.startswith(".")]
+    assert all(".tmp" in p.suffix for p in spoiled)
+
+
+def test_killed_twice(tmp_path):
+    killed_and_resumed(tmp_path, kills=2, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(tmp_path):
+    killed_and_resumed(tmp_path, kills=10, seed=1)
+
+
+def test_two_processes_share_a_cell(tmp_path):
+    images = pictures(tmp_path, SAMPLES)
+    both = [start(images, tmp_path / "both") for _ in range(2)]
+    counts = [finish(p) for p in both]
+    assert all(c["failed"] == 0 for c in counts)
+    assert sum(c["maps_computed"] for c in counts) >= SAMPLES
+    frame = tables.rows(tmp_path / "both")
+    assert not frame.duplicated(["metric", "map", "column", "uid"]).any()
+    assert set(tables.summary(frame)["n"]) == {SAMPLES}
+
+
+def test_a_polite_kill_flushes_and_leaves_a_summary(tmp_path):
+    images = pictures(tmp_path, SAMPLES)
+    process = start(images, tmp_path / "polite", "run.flush=1000", "method.steps=20", "run.batch=1")
+    found: list[Path] = []
+    deadline = time.monotonic() + 120
+    while not found and time.monotonic() < deadline:
+        found = list((tmp_path / "polite").glob("*/runs/*/*.log"))
+        time.sleep(0.01)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    (cell,) = cells(tmp_path / "polite")
+    if process.returncode == 0:
+        pytest.fail("it finished before the signal: make the work longer")
+    assert process.returncode == 143
+    summary = json.loads(next(cell.folder.glob("runs/*/summary.json")).read_text())
+    assert summary["finished"] is False
+    assert len(cell.maps.index()) == summary["maps_computed"]
