@@ -132,6 +132,7 @@ def spec_of(work: Plan) -> dict[str, Any]:
         "key": experiment.cell_key(work.state_key),
         "dataset_key": experiment.dataset_key,
         "state_key": work.state_key,
+        "model_key": experiment.model.key,
         "weights": experiment.model.weights,
         "layers": {role: experiment.model.path(role) for role in experiment.method.roles},
         "seed": experiment.seed,

@@ -11,7 +11,9 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,7 +128,10 @@ class _Loop(BaseLoop):
         work: Callable[[Batch], Mapping[str, np.ndarray]],
         already: Callable[[], set[str]],
     ) -> None:
-        """``work`` on every sample of ``todo``, in batches, with hooks before and after each."""
+        """``work`` on every sample of ``todo``, in batches, with hooks before and after each.
+
+        ``stage`` is "maps" or a metric's score folder, ``<name>.<key8>``; the ledger notes it.
+        """
         done = 0
         for chunk, (batch, unread) in zip(self.samples.chunks(todo), self.samples.load(self.samples.chunks(todo))):
             start = time.perf_counter()
@@ -140,7 +145,8 @@ class _Loop(BaseLoop):
                 self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
                 arrays = self._alone_if_needed(stage, batch, work)
             done += len(chunk)
-            step = Step(stage, batch.uids if batch else (), arrays, time.perf_counter() - start, done, len(todo))
+            name = stage.rpartition(".")[0] or stage
+            step = Step(name, batch.uids if batch else (), arrays, time.perf_counter() - start, done, len(todo))
             self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
             self._iteration += 1
 
@@ -254,7 +260,7 @@ class _Loop(BaseLoop):
             seconds = (time.perf_counter() - start) / len(batch)
             for i, uid in enumerate(batch.uids):
                 if not all(np.isfinite(list(values[i].values()))):
-                    self._fail(uid, name, _why_undefined(batch, i))
+                    self._fail(uid, folder, _why_undefined(batch, i))
                     continue
                 curves.add(uid, work.fingerprints[uid], lines[i], seconds=seconds)
                 rows.add(uid, work.fingerprints[uid], values[i])
@@ -265,7 +271,7 @@ class _Loop(BaseLoop):
             return scored
 
         try:
-            self._walk(name, todo, judge, set)
+            self._walk(folder, todo, judge, set)
         finally:
             curves.flush()
             rows.flush()
@@ -328,7 +334,9 @@ class AttributionRunner(Runner):
         """The composed configuration is written as config.json instead."""
 
     def _log_env(self, env_cfg: dict) -> None:
-        write_json(Path(self.log_dir) / "environment.json", {k: str(v) for k, v in collect_env().items()})
+        found = {k: str(v) for k, v in collect_env().items()}
+        about = {"command": sys.argv, "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"}
+        write_json(Path(self.log_dir) / "environment.json", {**found, **about})
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         return self.attribution

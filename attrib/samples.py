@@ -62,7 +62,15 @@ class Samples:
             batch, failed = self._read([uid])
             bad += failed
             good += [uid] if batch is not None else []
-        return (self.dataset.batch(good) if good else None), bad
+        if not good:
+            return None, bad
+        try:
+            return self.dataset.batch(good), bad
+        except Exception as error:
+            raise UserError(
+                f"samples {good[0]} to {good[-1]} can be read one by one, but not as a batch "
+                f"({type(error).__name__}: {error}); try run.batch=1"
+            ) from error
 
     def load(self, chunks: Sequence[Sequence[str]]) -> Iterator[Loaded]:
         """Each chunk of uids as one batch; the next two are read while one is worked on."""

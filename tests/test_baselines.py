@@ -64,7 +64,11 @@ def relu_net() -> nn.Module:
 
 
 class Mixed(nn.Module):
-    """ReLUs in every form that hooks on modules get wrong: in place, used twice, functions, methods, ReLU6; pooling."""
+    """ReLUs in every form that hooks on modules get wrong.
+
+    In place, used twice, functions, methods, ReLU6; one right behind another or a pooling behind
+    it; one whose input goes elsewhere too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,8 +80,9 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.conv1(x))
         x = F.max_pool2d(self.act(self.conv2(x)), 2)
-        x = F.relu(self.conv3(x)) + torch.relu(x - 0.2)
-        x = self.act6(5 * self.conv4(x).relu())
+        x = self.conv3(x)
+        x = F.relu(x) + torch.relu(x - 0.2) + x / 2
+        x = self.act6((5 * self.conv4(x)).relu())
         return self.head(F.relu6(x * 4 - 2).flatten(1))
 
 
@@ -102,8 +107,9 @@ def guided(net: Mixed, x: Tensor) -> Tensor:
 
     x = relu(net.conv1(x))
     x = F.max_pool2d(relu(net.conv2(x)), 2)
-    x = relu(net.conv3(x)) + relu(x - 0.2)
-    x = relu(5 * relu(net.conv4(x)), 6.0)
+    x = net.conv3(x)
+    x = relu(x) + relu(x - 0.2) + x / 2
+    x = relu(relu(5 * net.conv4(x)), 6.0)
     return net.head(relu(x * 4 - 2, 6.0).flatten(1))
 
 
@@ -179,9 +185,9 @@ def test_integrated_gradients_equal_the_integral(reduce, steps, baseline, severa
 
     expected = each(batch, net, integral)
     found = explain(IntegratedGradients(steps, baseline, reduce), net, batch)
-    same(found["map"], REDUCE[reduce](expected))
+    same(found["map"], REDUCE[reduce](expected), 1e-6)  # captum rounds the rule's weights to float32
     change = each(batch, net, lambda score, x: score(x) - score(torch.full_like(x, baseline)))
-    same(found["delta"], expected.sum((1, 2, 3)) - change)
+    same(found["delta"], expected.sum((1, 2, 3)) - change, 1e-5)
 
 
 def test_integrated_gradients_are_complete():
@@ -217,14 +223,15 @@ def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(reduce):
 
 @pytest.mark.parametrize("reduce", REDUCE)
 def test_guided_backprop_equals_its_backward_pass_written_by_hand(reduce):
-    batch, net = pictures(6), seeded(Mixed(), 0.5)
+    batch, net = pictures(), seeded(Mixed(), 0.25)
+    net.head.weight.abs_()  # else nothing is left of most gradients
     expected = []
     for x, target in zip(batch.x, batch.target, strict=True):
         x = x.clone().requires_grad_()
         guided(net, x[None])[0, target].backward()
         expected.append(x.grad)
     expected = torch.stack(expected)
-    assert (expected.abs().sum((1, 2, 3)) > 0).sum() > 3
+    assert (expected.abs().sum((1, 2, 3)) > 0).all()
     same(explain(GuidedBackprop(reduce=reduce), net, batch)["map"], REDUCE[reduce](expected))
     plain = explain(Gradient(reduce=reduce), net, batch)["map"]
     assert (plain - REDUCE[reduce](expected)).abs().max() > 1e-3
@@ -294,7 +301,7 @@ class FusedGates(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.act(self.conv1(x)), approximate="tanh")
-        x = F.hardswish(self.act(self.conv2(x))).tanh() + F.leaky_relu(x, 0.2)
+        x = F.hardswish(input=self.act(self.conv2(x))).tanh() + F.leaky_relu(x, 0.2)
         return self.head(F.adaptive_avg_pool2d(torch.sigmoid(x) + F.elu(x), 1).flatten(1))
 
 
@@ -362,7 +369,7 @@ def test_grad_cam_equals_its_formula(net, layer, relu):
 
 
 def test_grad_cam_needs_a_conv_map():
-    with pytest.raises(UserError, match=r"conv map; 5 gives \(\d, 12\)"):
+    with pytest.raises(UserError, match=r"conv map \(N, C, H, W\); 5 gives"):
         explain(GradCAM(), relu_net(), pictures(), {"cam": "5"})
     with pytest.raises(UserError, match="'cam'"):
         explain(GradCAM(), relu_net(), pictures())
@@ -394,7 +401,7 @@ def test_occlusion_is_the_mean_fall_over_squares(window, stride, baseline, sever
 
     for rows in (1, 7, 500):
         found = explain(Occlusion(window, stride, baseline), net, batch, rows=rows)
-        same(found["map"], each(batch, net, squares))
+        same(found["map"].double(), each(batch, net, squares), 1e-6)  # captum divides in float32
 
 
 def test_random_is_uniform_and_each_samples_own():
@@ -450,10 +457,20 @@ def test_the_pixels_that_count_come_first(method):
 # ---- edges -----------------------------------------------------------------------------------------
 
 
-def test_an_unknown_way_to_reduce_is_an_error():
+def test_fields_that_make_no_sense_are_errors():
     for method in (Gradient, InputXGradient, IntegratedGradients, SmoothGrad, GuidedBackprop, DeepLiftShap):
-        with pytest.raises(UserError, match=r"method.reduce must be one of sum, abs_sum, abs_max, not 'abs'"):
+        with pytest.raises(
+            UserError, match=rf"{method.__name__}.reduce is 'abs', must be one of sum, abs_sum, abs_max"
+        ):
             method(reduce="abs")
+    for method, field in ((IntegratedGradients, "steps"), (SmoothGrad, "samples"), (DeepLiftShap, "samples")):
+        with pytest.raises(UserError, match=f"{field} is 0, must be at least 1"):
+            method(**{field: 0})
+    for fields, message in (({"stride": 0}, "stride is 0"), ({"window": 4, "stride": 5}, "larger than window, 4")):
+        with pytest.raises(UserError, match=message):
+            Occlusion(**fields)
+    with pytest.raises(UserError, match=r"larger than the image, \(8, 10\)"):
+        explain(Occlusion(window=9, stride=2), relu_net(), pictures())
 
 
 class Watch(nn.Module):

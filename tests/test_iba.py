@@ -475,3 +475,9 @@ def test_a_role_that_the_model_lacks_is_named():
     model = Classifier(conv_net(), {"cam": "3"}, dtype=torch.float64)
     with pytest.raises(UserError, match=r"'bottleneck'.*cam"):
         IBA().attribute(model, pictures(1), {}, Noise(["s0"]))
+
+
+@pytest.mark.parametrize("field", ["steps", "batch"])
+def test_nothing_can_be_found_in_no_steps(field):
+    with pytest.raises(UserError, match=f"{field} is 0, must be at least 1"):
+        IBA(**{field: 0})

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +18,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 from contracts import fit_contract, method_contract, seeded
+from tiny import ROOT, tool
+from tiny import pictures as tiny_pictures
 from torch import Tensor, nn
 
 from attrib.config import build
+from attrib.methods.losses import target_score
+from attrib.methods.statistics import FeatureStatistics
 from attrib.models import Classifier
-from attrib.types import Batch
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
 
-ROOT = Path(__file__).parent.parent
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 H, W, K = 12, 10, 5
 
@@ -83,3 +93,162 @@ def test_method(path):
 
 def test_there_are_methods():
     assert {"iba", "gradient", "random"} <= {path.stem for path in METHODS}
+
+
+# ---- the contract itself ------------------------------------------------------------------------------
+
+
+def saliency(model: Classifier, batch: Batch) -> Tensor:
+    _, grad = model.gradient(batch.x, lambda logits, rows: target_score(logits, batch.target[rows]))
+    return grad.sum(1)
+
+
+def over_the_batch(model, batch, noise):
+    maps = saliency(model, batch)
+    return maps / maps.abs().max()
+
+
+def global_noise(model, batch, noise):
+    return saliency(model, batch) + 1e-6 * torch.randn(batch.x.shape[0], H, W)
+
+
+def noise_by_position(model, batch, noise):
+    return saliency(model, batch) + Noise([str(i) for i in range(len(batch))]).normal(H, W)
+
+
+def noise_in_pieces(model, batch, noise):
+    return saliency(model, batch) + model.chunked(lambda rows: noise.normal(H, W)[rows], len(batch))
+
+
+def leaves_a_hook(model, batch, noise):
+    model.module.conv1.register_forward_hook(lambda *_: None)
+    return saliency(model, batch)
+
+
+def leaves_a_hook_after_an_error(model, batch, noise):
+    handle = model.module.conv1.register_forward_hook(lambda *_: None)
+    maps = saliency(model, batch)
+    handle.remove()
+    return maps
+
+
+def trains(model, batch, noise):
+    model.module.train()
+    return saliency(model, batch)
+
+
+def thaws(model, batch, noise):
+    model.module.requires_grad_()
+    return saliency(model, batch)
+
+
+def overwrites_the_input(model, batch, noise):
+    return saliency(model, dataclasses.replace(batch, x=batch.x.mul_(1.0).add_(1e-3)))
+
+
+def wants_gradients_of_the_input(model, batch, noise):
+    batch.x.requires_grad_()
+    return saliency(model, dataclasses.replace(batch, x=batch.x.detach()))
+
+
+def forgives_a_wrong_target(model, batch, noise):
+    return saliency(model, dataclasses.replace(batch, target=batch.target.clamp(max=K - 1)))
+
+
+def not_finite(model, batch, noise):
+    return saliency(model, batch).log()
+
+
+def wrong_shape(model, batch, noise):
+    return saliency(model, batch)[:, 1:]
+
+
+def single_precision_is_another_method(model, batch, noise):
+    return saliency(model, batch) * (1 + 0.01 * (model.dtype == torch.float32))
+
+
+BROKEN = [
+    over_the_batch, global_noise, noise_by_position, noise_in_pieces, leaves_a_hook, leaves_a_hook_after_an_error,
+    trains, thaws, overwrites_the_input, wants_gradients_of_the_input, forgives_a_wrong_target, not_finite, wrong_shape,
+    single_precision_is_another_method,
+]  # fmt: skip
+
+
+class Given:
+    """A method that computes what it is given."""
+
+    MAPS, EXTRAS = {"map": ""}, {}
+
+    def __init__(self, compute: Callable[[Classifier, Batch, Noise], Tensor]) -> None:
+        self.compute = compute
+
+    def attribute(self, model, batch, state, noise):
+        return {"map": self.compute(model, batch, noise)}
+
+
+@pytest.mark.parametrize("compute", BROKEN, ids=lambda f: f.__name__)
+def test_the_contract_notices(compute):
+    with pytest.raises(AssertionError):
+        method_contract(Given(compute), classifier(()), pictures(4), {})
+
+
+def test_the_contract_lets_a_good_method_pass():
+    method_contract(Given(lambda model, batch, noise: saliency(model, batch)), classifier(()), pictures(4), {})
+
+
+# ---- docs/how-to/add-a-method.md --------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[str]:
+    page = (ROOT / "docs" / "how-to" / "add-a-method.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.fixture
+def as_on_the_page(tmp_path, monkeypatch) -> Path:
+    """A folder with the page's files."""
+    (tmp_path / "my_module.py").write_text(blocks("python")[0])
+    config = tmp_path / "my_configs" / "method" / "layer_cam.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text(blocks("yaml")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
+    return tmp_path
+
+
+def test_the_method_of_the_page_keeps_the_contract(as_on_the_page):
+    method = load(as_on_the_page / "my_configs" / "method" / "layer_cam.yaml")
+    build_model, batch = classifier(method.roles), pictures(4)
+    maps = method_contract(method, build_model, batch, {})
+    assert maps["map"].min() >= 0
+    with pytest.raises(UserError, match="no field 'layr'; did you mean 'layer'"):
+        build({"_target_": "my_module.LayerCAM", "layr": "cam"}, "layer_cam")
+    # The second block gives it a fit.
+    fit = textwrap.dedent(blocks("python")[1])
+    scope = {"FeatureStatistics": FeatureStatistics}
+    exec(fit, scope)
+    assert scope["fit"].fget(method) == FeatureStatistics("cam")
+
+
+def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
+    with_yaml, *_ = blocks("bash")[0].splitlines()
+    (without,) = re.findall(r"Without a YAML: `(.*?)`", (ROOT / "docs" / "how-to" / "add-a-method.md").read_text())
+
+    def arguments(command: str) -> list[str]:
+        small = [f"hydra.searchpath=[file://{ROOT / 'tests' / 'configs'}]", "dataset=tiny", "model=small_cnn"]
+        places = [f"dataset.root={tiny_pictures(as_on_the_page, 2)}", f"run.root={as_on_the_page / 'work'}"]
+        return [*command.removeprefix("python tools/run.py ").split(), *small, *places, "metric=[]", "run.device=cpu"]
+
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "tests"),
+    }  # for nets.small_cnn; my_module lies where it starts
+    command = [sys.executable, ROOT / "tools" / "run.py", *arguments(with_yaml)]
+    done = subprocess.run(command, cwd=as_on_the_page, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in done.stdout
+
+    # The other one explains another layer, so it is another cell; in this process, as starting Python is slow.
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments(without)])
+    tool("run").main()
+    assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in capfd.readouterr().out

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from captum import attr
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attrib.methods import Method, State
 from attrib.methods.layout import resize
@@ -32,9 +32,17 @@ from attrib.types import Batch, UserError
 Reduce = Literal["sum", "abs_sum", "abs_max"]
 
 
-def _check_reduce(method: Any) -> None:
-    if method.reduce not in get_args(Reduce):
-        raise UserError(f"method.reduce must be one of {', '.join(get_args(Reduce))}, not {method.reduce!r}")
+def _check_fields(method: Any) -> None:
+    """The ``__post_init__`` of the methods here. Raises UserError for a field that cannot be computed with."""
+    name, fields = type(method).__name__, vars(method)
+    reduce = fields.get("reduce", "sum")
+    if reduce not in get_args(Reduce):
+        raise UserError(f"{name}.reduce is {reduce!r}, must be one of {', '.join(get_args(Reduce))}")
+    for field in ("steps", "samples", "stride"):
+        if fields.get(field, 1) < 1:
+            raise UserError(f"{name}.{field} is {fields[field]}, must be at least 1")
+    if fields.get("stride", 0) > fields.get("window", 0):
+        raise UserError(f"{name}.stride is {fields['stride']}, must not be larger than window, {fields['window']}")
 
 
 class _Score(nn.Module):
@@ -76,6 +84,23 @@ def _chunked(
     return model.chunked(piece, len(batch), cost)
 
 
+def _hookable(model: Classifier, as_relu: tuple[type[nn.Module], ...]) -> fx.GraphModule:
+    """The net ``separated``, and with an input of its own for every activation and pooling.
+
+    captum's hooks rewrite the gradient of the tensor that goes into a module. That tensor must not
+    be another consumer's too (a residual), nor another activation's output (max-pooling of a ReLU):
+    there captum mixes up the gradients, and DeepLIFT is not complete.
+    """
+    net = separated(model.module, as_relu)
+    for node in list(net.graph.nodes):
+        if node.op == "call_module" and not any(True for _ in net.get_submodule(node.target).parameters()):
+            with net.graph.inserting_before(node):
+                for shared in node.all_input_nodes:
+                    node.replace_input_with(shared, net.graph.call_method("clone", (shared,)))
+    net.recompile()
+    return net
+
+
 @dataclass(frozen=True)
 class Random(Method):
     """Uniform noise on [0, 1): what any method must beat."""
@@ -94,7 +119,7 @@ class Gradient(Method):
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_reduce
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.Saliency(_Score(model.module))
@@ -112,7 +137,7 @@ class InputXGradient(Method):
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_reduce
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.InputXGradient(_Score(model.module))
@@ -138,7 +163,7 @@ class IntegratedGradients(Method):
     steps: int = 50
     baseline: float = 0.0
     reduce: Reduce = "sum"
-    __post_init__ = _check_reduce
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.IntegratedGradients(_Score(model.module))
@@ -170,7 +195,7 @@ class SmoothGrad(Method):
     samples: int = 25
     sigma: float = 0.15
     reduce: Reduce = "sum"
-    __post_init__ = _check_reduce
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.Saliency(_Score(model.module))
@@ -193,13 +218,13 @@ class GuidedBackprop(Method):
     ReLU6 counts as a ReLU. Raises UserError on a net without ReLUs, where the method is not defined.
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_reduce
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        net = separated(model.module, as_relu=RELU_LIKE)
+        net = _hookable(model, RELU_LIKE)
         if not any(isinstance(m, nn.ReLU) for m in net.modules()):
             raise UserError(f"guided backpropagation is defined for ReLUs; {type(model.module).__name__} has none")
         method = attr.GuidedBackprop(_Score(net))
@@ -220,16 +245,16 @@ class DeepLiftShap(Method):
     rule does not cover (attention, gates that multiply).
     """
 
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units"}
     samples: int = 5
     sigma: float = 0.5
     reduce: Reduce = "sum"
-    __post_init__ = _check_reduce
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        net = separated(model.module, as_relu=ELEMENTWISE)
+        net = _hookable(model, ELEMENTWISE)
         total, delta = torch.zeros_like(batch.x), torch.zeros_like(batch.x[:, 0, 0, 0])
         for _ in range(self.samples):
             baseline = self.sigma * noise.normal(*batch.x.shape[1:])
@@ -268,7 +293,9 @@ class GradCAM(Method):
         def explain(x: Tensor, target: Tensor, _: slice) -> Tensor:
             cam = method.attribute(x, additional_forward_args=(target,), relu_attributions=self.relu)
             if cam.ndim != 4:
-                raise UserError(f"Grad-CAM needs a conv map; {model.path(self.layer)} gives {tuple(cam.shape)}")
+                raise UserError(
+                    f"Grad-CAM needs a conv map (N, C, H, W); {model.path(self.layer)} gives something else"
+                )
             return cam[:, 0]
 
         cam = _chunked(model, batch, explain)
@@ -288,10 +315,13 @@ class Occlusion(Method):
     window: int = 32
     stride: int = 16
     baseline: float = 0.0
+    __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         method = attr.Occlusion(_Score(model.module))
         channels, *size = batch.x.shape[1:]
+        if self.window > min(size):
+            raise UserError(f"Occlusion.window is {self.window}, must not be larger than the image, {tuple(size)}")
         steps = [max(0, -(-(side - self.window) // self.stride)) + 1 for side in size]
 
         def explain(x: Tensor, target: Tensor, _: slice) -> Tensor:

@@ -19,7 +19,7 @@ from attrib.methods.losses import target_loss
 from attrib.methods.statistics import FeatureStatistics
 from attrib.models import Classifier, Front
 from attrib.noise import Noise
-from attrib.types import Batch
+from attrib.types import Batch, UserError
 
 
 class Gaussian(NamedTuple):
@@ -175,6 +175,11 @@ class IBA(Method):
     active_neurons_threshold: float = 0.01
     relu: bool = False
     layout: layout.Name = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch"):
+            if getattr(self, field) < 1:
+                raise UserError(f"IBA.{field} is {getattr(self, field)}, must be at least 1")
 
     @property
     def roles(self) -> tuple[str, ...]:

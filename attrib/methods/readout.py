@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -107,7 +107,7 @@ class ReadoutFit:
     VERSION: ClassVar[int] = 1
 
     layer: str
-    readouts: Sequence[str]
+    readouts: tuple[str, ...]
     beta: float
     sigma: float | None
     min_std: float
@@ -175,7 +175,8 @@ class ReadoutFit:
         if state is None:
             state = self._start(model, data, report)
             partial.save(state)
-        state = {name: value.to(model.device) for name, value in state.items()}
+        trained = ("net.", "adam.")  # a job that goes on may have another device or precision
+        state = {k: v.to(model.device, model.dtype if k.startswith(trained) else v.dtype) for k, v in state.items()}
         net = {name: weight.clone().requires_grad_() for name, weight in part(state, "net").items()}
         uids = [uid for uid, readable in zip(data.uids, state["readable"].tolist(), strict=True) if readable]
         curve: list[list[float]] = state["curve"].tolist()
@@ -295,7 +296,7 @@ class IBAReadout(Method):
     EXTRAS: ClassVar[Mapping[str, str]] = {"capacity": "bits per place of the layer, summed over channels, (h, w)"}
 
     layer: str = "bottleneck"
-    readouts: Sequence[str] = ("readout_1", "readout_2", "readout_3", "readout_4", "readout_5")
+    readouts: tuple[str, ...] = ("readout_1", "readout_2", "readout_3")
     beta: float = 10.0
     sigma: float | None = 1.0
     min_std: float = 0.01
@@ -308,6 +309,9 @@ class IBAReadout(Method):
     draws: int = 1
     train_seed: int = 0
     as_released: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "readouts", tuple(self.readouts))  # YAML has lists
 
     @property
     def roles(self) -> tuple[str, ...]:

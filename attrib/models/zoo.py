@@ -28,13 +28,18 @@ def torchvision_net(arch: str, weights: str | None = None, **options: Any) -> nn
         builder = models.get_model_builder(arch)
     except ValueError as error:
         raise _unknown("torchvision", arch, models.list_models(models)) from error
+    if arch in ("googlenet", "inception_v3"):
+        options = {"init_weights": False, **options}  # else they warn, and take long
     if weights is None:
         return builder(weights=None, **options)
+    entries = models.get_model_weights(arch)
+    if weights not in entries.__members__:
+        raise UserError(f"model.weights: {arch} has no weights {weights!r}; it has {', '.join(entries.__members__)}")
     if arch in ("googlenet", "inception_v3"):
-        # torchvision sets these itself, but only when it loads the weights itself.
-        options = {"transform_input": True, "init_weights": False, **options}
+        # torchvision sets this itself, but only when it loads the weights itself.
+        options = {"transform_input": True, **options}
     net = builder(weights=None, **options)
-    entry = models.get_model_weights(arch)[weights]
+    entry = entries[weights]
     try:
         net.load_state_dict(entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except OSError as error:

@@ -1,0 +1,288 @@
+"""Formats: tables laid out for people and written as CSV, Markdown, LaTeX or for a terminal.
+
+``long_table``, ``wide_table`` and ``paired_table`` lay out what ``tables.summary`` and ``tables.paired``
+computed; ``to_markdown``, ``to_latex`` and ``to_terminal`` write.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import rich.box
+import rich.table
+import rich.text
+
+# Layout -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts ready to be written in any format. ``bold`` holds (row, column) positions."""
+
+    title: str
+    header: Sequence[str]
+    body: Sequence[Sequence[str]]
+    bold: frozenset[tuple[int, int]] = frozenset()
+    left: int = 1  # so many columns are names, aligned left
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def decimals(half: float) -> int:
+    """Digits after the point that show two digits of ``half``, an interval's half width."""
+    return min(max(0, 1 - math.floor(math.log10(half))), 12)
+
+
+def rounded(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
+    """A number with the digits its interval supports; four significant ones without an interval."""
+    if math.isnan(value):
+        return "–"
+    half = (hi - lo) / 2
+    return f"{value:.{decimals(half)}f}" if math.isfinite(half) and half > 0 else f"{value:.4g}"
+
+
+def with_half(value: float, lo: float, hi: float) -> str:
+    """``0.412 ± 0.013``; the half width of the interval, which need not be symmetric."""
+    return f"{rounded(value, lo, hi)} ± {rounded((hi - lo) / 2, lo, hi)}" if hi > lo else rounded(value)
+
+
+def seconds_text(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else f"{seconds:.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def p_text(p: float) -> str:
+    if math.isnan(p):
+        return "–"
+    return "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
+
+
+def count_text(n: int, failed: int, pending: int) -> str:
+    parts = [f"n={n}", f"{failed} failed" if failed else "", f"{pending} pending" if pending else ""]
+    return ", ".join(filter(None, parts))
+
+
+def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
+    """A summary with one line per cell, map and column; the best in bold."""
+    names = [*_shared_last(table, ["dataset", "model"]), "contender"]
+    names += ["metric"] if table["metric"].ne(table["column"]).any() else []
+    pending = table["pending"].any()
+    level = percent(confidence)
+    header = [*names, "column", "n", "failed", *(["pending"] if pending else []), "mean", f"{level} CI", "s/sample"]
+    body = []
+    for row in table.to_dict("records"):
+        interval = f"[{rounded(row['lo'], row['lo'], row['hi'])}, {rounded(row['hi'], row['lo'], row['hi'])}]"
+        body.append(
+            [
+                *(row[name] for name in names),
+                f"{row['column']} {row['direction']}".strip(),
+                *map(str, (row["n"], row["failed"], *([row["pending"]] if pending else []))),
+                rounded(row["mean"], row["lo"], row["hi"]),
+                interval if row["hi"] == row["hi"] else "–",
+                seconds_text(row["seconds"]),
+            ]
+        )
+    header[names.index("contender")] = "method"
+    bold = frozenset((i, len(header) - 3) for i in np.flatnonzero(table["best"]))
+    return Table(_title(table), header, body, bold, len(names) + 1, _notes(table))
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A summary laid out as methods × columns for one dataset and model.
+
+    columns  titles, such as ``ehr ↑``
+    counts   below each title, what all its entries share: ``n=20, 1 failed``, or nothing
+    lines    (contender, seconds per sample, one summary row or None per column)
+    unscored what is known of a contender without any score: ``n=0, 3 failed``
+    """
+
+    dataset: str
+    model: str
+    columns: Sequence[str]
+    counts: Sequence[str]
+    lines: Sequence[tuple[str, float, Sequence[Mapping[str, Any] | None]]]
+    unscored: Mapping[str, str] = field(default_factory=dict)
+
+
+def wide(table: pd.DataFrame) -> list[Wide]:
+    """A summary as methods × columns, one block per dataset and model."""
+    blocks = []
+    for (dataset, model), block in table.groupby(["dataset", "model"], sort=False):
+        places = [place for place in dict.fromkeys(zip(block["metric"], block["column"])) if place[1]]
+        homes: dict[str, set[str]] = {}
+        for metric, column in places:
+            homes.setdefault(column, set()).add(metric)
+        arrows = dict(zip(zip(block["metric"], block["column"]), block["direction"]))
+        titles = [" ".join(filter(None, (c if len(homes[c]) == 1 else f"{c} · {m}", arrows[m, c]))) for m, c in places]
+        records = {(r["contender"], r["metric"], r["column"]): r for r in block.to_dict("records")}
+        names = list(dict.fromkeys(sorted(block["contender"], key=list(dict.fromkeys(block["contender"])).index)))
+        seconds = block.groupby("contender")["seconds"].mean()
+        lines = [(c, float(seconds[c]), [records.get((c, *place)) for place in places]) for c in names]
+        counts = []
+        for i in range(len(places)):
+            texts = {count_text(e[i]["n"], e[i]["failed"], e[i]["pending"]) for _, _, e in lines if e[i]}
+            counts.append(texts.pop() if len(texts) == 1 else "")
+        bare = [r for r in block.to_dict("records") if not r["column"]]
+        unscored = {r["contender"]: count_text(r["n"], r["failed"], r["pending"]) for r in bare}
+        blocks.append(Wide(str(dataset), str(model), titles, counts, lines, unscored))
+    return blocks
+
+
+def wide_table(block: Wide) -> Table:
+    """Methods × columns, ``mean ± half width``; the best of a column in bold."""
+    header = ["method", *(f"{c} ({n})" if n else c for c, n in zip(block.columns, block.counts)), "s/sample"]
+    body, bold, empty = [], set(), []
+    for i, (contender, seconds, entries) in enumerate(block.lines):
+        line = [contender]
+        for j, (entry, shared) in enumerate(zip(entries, block.counts)):
+            text = "–" if entry is None else with_half(entry["mean"], entry["lo"], entry["hi"])
+            if entry is not None and not shared:
+                text += f" ({count_text(entry['n'], entry['failed'], entry['pending'])})"
+            if entry is not None and entry["best"]:
+                bold.add((i, j + 1))
+            line.append(text)
+        body.append([*line, seconds_text(seconds)])
+        if not any(entries):
+            empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
+    notes = (f"No scores: {', '.join(empty)}.",) if empty else ()
+    return Table(f"{block.dataset}, {block.model}", header, body, frozenset(bold), 1, notes)
+
+
+def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | None = None) -> Table:
+    """Paired tests, one pair a line; the better method in bold where the difference is clear.
+
+    ``most``: of longer lists only the pairs with the smallest p are shown, and a note says how many are not.
+    """
+    shown = tests
+    notes = [
+        "difference: mean of a - b on the common samples; p: two-sided permutation test; "
+        "p (Holm): over all pairs of a dataset, model and metric; d_z: mean difference / its standard deviation."
+    ]
+    if most is not None and len(tests) > most:
+        shown = tests.sort_values("p_holm", kind="stable").head(most)
+        notes.append(f"{len(tests) - most} more pairs are not shown; --pairs COLUMN shows all of a column.")
+    names = _shared_last(tests, ["dataset", "model"])
+    names += ["metric"] if tests["metric"].ne(tests["column"]).any() else []
+    header = [*names, "column", "a", "b", "n common", "difference", f"{percent(confidence)} CI", "p", "p (Holm)", "d_z"]
+    body, bold = [], set()
+    for i, row in enumerate(shown.to_dict("records")):
+        lo, hi = row["lo"], row["hi"]
+        common = f"{row['n']}" if row["n"] == row["n_a"] == row["n_b"] else f"{row['n']} of {row['n_a']}, {row['n_b']}"
+        body.append(
+            [
+                *(row[name] for name in (*names, "column", "a", "b")),
+                common,
+                rounded(row["difference"], lo, hi),
+                f"[{rounded(lo, lo, hi)}, {rounded(hi, lo, hi)}]" if hi == hi else "–",
+                p_text(row["p"]),
+                p_text(row["p_holm"]),
+                "–" if math.isnan(row["effect"]) else f"{row['effect']:+.2f}",
+            ]
+        )
+        if row["better"]:
+            bold.add((i, len(names) + (1 if row["better"] == row["a"] else 2)))
+    return Table("Paired tests", header, body, frozenset(bold), len(names) + 3, notes)
+
+
+def _shared_last(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Those of ``names`` that vary, and so need a column of their own."""
+    return [name for name in names if table[name].nunique() > 1]
+
+
+def _title(table: pd.DataFrame) -> str:
+    return ", ".join(str(table[name].iloc[0]) for name in ("dataset", "model") if table[name].nunique() == 1)
+
+
+def _notes(table: pd.DataFrame) -> tuple[str, ...]:
+    unequal = table.loc[table["n"] > 0].groupby(["dataset", "model", "metric", "column"])["n"].nunique().gt(1)
+    places = list(dict.fromkeys(name for *_, name in unequal[unequal].index))
+    return (f"n differs between methods in: {', '.join(places)}; paired tests use common samples.",) if places else ()
+
+
+# Writing ------------------------------------------------------------------------------------------------
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Full precision, one header line."""
+    return frame.to_csv(index=False)
+
+
+def to_markdown(table: Table) -> str:
+    def line(texts: Iterable[str]) -> str:
+        return "| " + " | ".join(texts) + " |"
+
+    lines = [f"**{_md(table.title)}**", ""] if table.title else []
+    lines.append(line(map(_md, table.header)))
+    lines.append(line(":--" if j < table.left else "--:" for j in range(len(table.header))))
+    for i, row in enumerate(table.body):
+        lines.append(line(f"**{_md(t)}**" if (i, j) in table.bold else _md(t) for j, t in enumerate(row)))
+    lines += [f"\n{_md(note)}" for note in table.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]~#$])", r"\\\1", " ".join(str(text).split()))
+
+
+_TEX = {
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "–": "--",
+    "·": r"$\cdot$",
+    "×": r"$\times$",
+}
+
+
+def to_latex(table: Table) -> str:
+    r"""A tabular for booktabs; ``\usepackage{booktabs}`` is all it needs."""
+
+    def line(texts: Iterable[str]) -> str:
+        return "  " + " & ".join(texts) + r" \\"
+
+    lines = [f"% {' '.join(table.title.split())}; needs \\usepackage{{booktabs}}"]
+    lines.append(rf"\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}")
+    lines += [r"  \toprule", line(map(_tex, table.header)), r"  \midrule"]
+    for i, row in enumerate(table.body):
+        lines.append(line(rf"\textbf{{{_tex(t)}}}" if (i, j) in table.bold else _tex(t) for j, t in enumerate(row)))
+    lines += [r"  \bottomrule", r"\end{tabular}", *(f"% {' '.join(note.split())}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in " ".join(str(text).split()))
+
+
+def to_terminal(table: Table) -> rich.table.Table:
+    """For rich.console.Console.print. Texts are never read as markup."""
+    drawn = rich.table.Table(
+        title=rich.text.Text(table.title, style="bold") if table.title else None,
+        caption=rich.text.Text("\n".join(table.notes)) if table.notes else None,
+        title_justify="left",
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    for j, name in enumerate(table.header):
+        drawn.add_column(rich.text.Text(name), justify="left" if j < table.left else "right", overflow="fold")
+    for i, row in enumerate(table.body):
+        drawn.add_row(
+            *(rich.text.Text(t, style="bold green" if (i, j) in table.bold else "") for j, t in enumerate(row))
+        )
+    return drawn

@@ -1,0 +1,204 @@
+"""Labels: the names under which cells and metrics are shown.
+
+A label is the name from the configuration; where one name stands for several things, the fields in which
+they differ follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attrib import keys
+from attrib.store import Cell, Key, Record, cells
+from attrib.types import UserError
+
+AXES = ("dataset", "model", "method")
+_FOLDER = re.compile(r"(.+)\.([0-9a-f]{8})")  # of scores: <metric>.<key8>
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A cell, its spec and the names under which tables show its dataset, model and method.
+
+    ``samples``: the uids the cell is about now; None if it does not say, and all that it holds count.
+    """
+
+    cell: Cell
+    spec: Mapping[str, Any]
+    dataset: str
+    model: str
+    method: str
+    samples: frozenset[str] | None = None
+
+    def about(self, uid: str) -> bool:
+        return self.samples is None or uid in self.samples
+
+    def maps(self) -> dict[Key, Record]:
+        """The stored maps of the samples the cell is about now."""
+        return {key: record for key, record in self.cell.maps.index().items() if self.about(key[0])}
+
+
+def labelled(root: Path | str) -> list[Labelled]:
+    """Every cell of a work directory with its labels.
+
+    A label is the name from the configuration. Where one name stands for several things, the fields
+    that differ follow: ``iba (beta=1)``, ``iba (beta=10)``. No two cells have all three labels in common.
+    Raises UserError if there is no cell.
+    """
+    found = [(cell, _spec(cell)) for cell in cells(Path(root))]
+    if not found:
+        raise UserError(
+            f"{root} holds no results: no <dataset>.<model>.<method>.<key>/spec.json there. "
+            "Give the work directory that tools/run.py wrote (or run it first)."
+        )
+    columns = []
+    for axis in AXES:
+        described = [_describe(spec, axis) for _, spec in found]
+        columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
+    # What else makes a cell of its own depends on the model or the data: layers, the fitted state.
+    places = ["\0".join(names) for names in zip(*columns)]
+    others = [{**(spec.get("layers") or {}), "state": str(spec.get("state_key"))[:8]} for _, spec in found]
+    key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
+    for i, label in enumerate(_labels(list(zip(places, key8, others)))):
+        columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
+    return [Labelled(cell, spec, *labels, _samples(cell)) for (cell, spec), *labels in zip(found, *columns)]
+
+
+def _spec(cell: Cell) -> dict[str, Any]:
+    try:
+        spec = cell.spec
+        missing = [axis for axis in AXES if not isinstance(spec["names"][axis], str)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{cell.folder / 'spec.json'} is not the description of a cell: {error!r}") from error
+    if missing:
+        raise UserError(f"{cell.folder / 'spec.json'} does not name its {', '.join(missing)}")
+    return spec
+
+
+def _samples(cell: Cell) -> frozenset[str] | None:
+    path = cell.folder / "samples.json"
+    if not path.exists():  # Cell.samples() is empty then, as where all data went
+        return None
+    try:
+        return frozenset(cell.samples())
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a list of samples: {error!r}") from error
+
+
+def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
+    """(identity, fields) of a cell's dataset, model or method.
+
+    Two cells share an axis if the identities are equal. That is a key where there is one, because a
+    configuration also says *how* (paths), which must not split a table.
+    """
+    config = spec.get("config") or {}
+    fields = dict(config.get(axis) or {})
+    if axis == "method":
+        fields = {**(spec.get("method") or fields), "seed": spec.get("seed", config.get("seed"))}
+        return keys.digest(fields), fields
+    if axis == "model":
+        fields.pop("layers", None)  # which of them a method uses is the method's business
+        fields["weights"] = str(spec.get("weights"))[:8]
+        return str(spec.get("model_key") or spec.get("weights") or keys.digest(fields)), fields
+    return str(spec.get("dataset_key") or spec.get("pictures") or keys.digest(fields)), fields
+
+
+def _labels(things: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    """One label per (name, identity, fields): equal for equal names and identities, else different."""
+    kinds: dict[str, dict[str, dict[str, str]]] = {}
+    for name, identity, fields in things:
+        kinds.setdefault(name, {}).setdefault(identity, dict(_flat(fields)))
+    labels: dict[tuple[str, str], str] = {}
+    for name, variants in kinds.items():
+        every = list(dict.fromkeys(itertools.chain.from_iterable(variants.values())))
+        differing = [f for f in every if len({fields.get(f) for fields in variants.values()}) > 1]
+        written = {
+            identity: ", ".join(f"{f}={fields[f]}" for f in differing if f in fields)
+            for identity, fields in variants.items()
+        }
+        for identity, text in written.items():
+            unique = bool(text) and sum(other == text for other in written.values()) == 1
+            text = text if unique else ", ".join(filter(None, (text, f"key={identity[:8]}")))
+            labels[name, identity] = f"{name} ({text})" if len(variants) > 1 else name
+    return [labels[name, identity] for name, identity, _ in things]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A folder of scores: which metric wrote it, under which label, and what its columns and curves are.
+
+    ``lost``: there is no such folder, only the ledger knows the metric.
+    """
+
+    folder: str
+    name: str
+    label: str
+    columns: Mapping[str, str]
+    curves: Mapping[str, str]
+    lost: bool = False
+
+    @property
+    def stages(self) -> set[str]:
+        """What the ledger calls it: the folder's name, or, in older ledgers, the metric's."""
+        return {self.name, self.folder}
+
+
+def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
+    """Cell name -> its folders of scores, labelled alike in all cells."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for cell in cell_list:
+        for folder in cell.metrics():
+            try:
+                described = json.loads((cell.folder / "scores" / folder / "metric.json").read_text())
+            except (OSError, ValueError):
+                described = {}  # killed before it was written; the scores are shown without a direction
+            found.append((cell.folder.name, folder, {"name": folder.rsplit(".", 1)[0], **described}))
+    things = [(d["name"], keys.digest(d.get("spec", folder)), d.get("spec") or {}) for _, folder, d in found]
+    labels = _labels(things)
+    seen = set()
+    result: dict[str, list[Scores]] = {}
+    for (cell, folder, d), label in zip(found, labels):
+        if (cell, label) in seen:  # one metric twice in a cell, under two keys
+            label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
+        seen.add((cell, label))
+        result.setdefault(cell, []).append(Scores(folder, d["name"], label, d.get("columns", {}), d.get("curves", {})))
+    return result
+
+
+def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]) -> list[Scores]:
+    """The metrics among a ledger's stages that left a cell nothing but failures, labelled as in other cells.
+
+    ``known`` is what :func:`metrics` found.
+    """
+    own = known.get(cell, [])
+    understood = {"load", "maps"}.union(*(scores.stages for scores in own))
+    labels = {scores.folder: scores.label for listed in known.values() for scores in listed}
+    taken = {scores.label for scores in own}
+    found = []
+    # Full names first: where there is one, an older entry with the plain name is the same metric's.
+    for stage in sorted(dict.fromkeys(stages), key=lambda stage: _FOLDER.fullmatch(stage) is None):
+        if stage in understood:
+            continue
+        parts = _FOLDER.fullmatch(stage)
+        name = parts[1] if parts else stage
+        label = labels.get(stage, name)
+        if parts and label in taken:
+            label = f"{label} [{parts[2]}]"
+        taken.add(label)
+        found.append(Scores(stage, name, label, {}, {}, lost=True))
+        understood |= found[-1].stages
+    return found

@@ -1,0 +1,242 @@
+"""Samples: read ahead in order, a bad one costs the others nothing, targets are resolved."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from attrib.models import Classifier
+from attrib.samples import Samples, check_targets, parse_device
+from attrib.types import Batch, SampleError, UserError
+
+UIDS = tuple("abcdefghij")
+
+
+class Data:
+    """Sample i is the vector (i, 1) of class i % 3; some are damaged or unlabelled."""
+
+    uids, key = UIDS, "data"
+
+    def __init__(self, bad: dict[str, Exception] | None = None, unlabelled: Sequence[str] = ()) -> None:
+        self.bad, self.unlabelled = bad or {}, unlabelled
+        self.asked: list[tuple[str, ...]] = []
+
+    def batch(self, uids: Sequence[str]) -> Batch:
+        self.asked.append(tuple(uids))
+        for uid in uids:
+            if uid in self.bad:
+                raise self.bad[uid]
+        rows = [UIDS.index(u) for u in uids]
+        target = [-1 if u in self.unlabelled else r % 3 for u, r in zip(uids, rows)]
+        return Batch(tuple(uids), torch.tensor([[float(r), 1.0] for r in rows]), torch.tensor(target))
+
+
+def classifier(dtype: torch.dtype = torch.float64) -> Classifier:
+    """Predicts class 2 for samples 0 to 4 and class 0 behind them."""
+    net = nn.Linear(2, 3)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, -4.5], [0.0, -100.0], [-1.0, 4.5]]))
+        net.bias.zero_()
+    return Classifier(net, dtype=dtype)
+
+
+def samples(data: Data, target: str = "label", batch: int = 3, uids: Sequence[str] = UIDS) -> Samples:
+    return Samples(data, classifier(), uids, target=target, batch=batch)
+
+
+def threads() -> int:
+    return sum(t.name.startswith("ThreadPoolExecutor") for t in threading.enumerate())
+
+
+# Batches ----------------------------------------------------------------------------------------
+
+
+def test_order_and_sizes():
+    for size in (1, 3, 10, 99):
+        found = list(samples(Data(), batch=size))
+        assert [u for b in found for u in b.uids] == list(UIDS)
+        assert max(len(b) for b in found) == min(size, 10)
+        assert torch.cat([b.x for b in found])[:, 0].tolist() == list(range(10))
+        assert all(b.x.dtype == torch.float64 for b in found)
+    assert list(samples(Data(), uids=())) == []
+
+
+def test_results_keep_their_order_when_reading_takes_unequally_long():
+    class Slow(Data):
+        def batch(self, uids):
+            time.sleep(0.03 if uids[0] in "aei" else 0)
+            return super().batch(uids)
+
+    assert [b.uids[0] for b in samples(Slow(), batch=1)] == list(UIDS)
+
+
+def test_reads_two_ahead_and_no_more():
+    data = Data()
+    stream = samples(data, batch=1).load([(u,) for u in UIDS])
+    for done in range(1, 11):
+        next(stream)
+        time.sleep(0.01)
+        assert len(data.asked) <= min(10, done + 2)
+    assert list(stream) == []
+
+
+def test_wrong_settings():
+    with pytest.raises(UserError, match=r"dataset\.target must be label or predicted, not 'truth'"):
+        samples(Data(), target="truth")
+    with pytest.raises(UserError, match=r"run\.batch must be at least 1, not 0"):
+        samples(Data(), batch=0)
+
+
+# Bad samples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+@pytest.mark.parametrize("error", [SampleError("bad file"), OSError("gone"), KeyError("x"), MemoryError()])
+def test_a_bad_sample_costs_the_others_nothing(size, error):
+    data = Data({"b": error, "j": error})
+    stream = samples(data, batch=size)
+    loaded = list(stream.load(stream.chunks()))
+    assert [u for b, _ in loaded if b for u in b.uids] == [u for u in UIDS if u not in "bj"]
+    assert [bad for _, bad in loaded for bad in bad] == [(u, f"{type(error).__name__}: {error}") for u in ("b", "j")]
+    assert [u for b in stream for u in b.uids] == [u for u in UIDS if u not in "bj"]
+
+
+def test_a_chunk_of_bad_samples_only():
+    data = Data(dict.fromkeys("abc", SampleError("bad")))
+    batch, bad = next(samples(data).load([tuple("abc")]))
+    assert batch is None
+    assert [u for u, _ in bad] == list("abc")
+
+
+def test_a_user_error_stops_the_run():
+    stream = samples(Data({"e": UserError("dataset.root is wrong")}))
+    with pytest.raises(UserError, match=r"dataset\.root is wrong"):
+        list(stream)
+    assert threads() == 0
+
+
+def test_samples_that_do_not_stack():
+    class Ragged(Data):
+        def batch(self, uids):
+            batches = [super(Ragged, self).batch([u]) for u in uids]
+            return Batch(
+                tuple(uids), torch.stack([b.x[0, : 1 + (u == "b")] for b, u in zip(batches, uids)]), batches[0].target
+            )
+
+    with pytest.raises(UserError, match=r"a to c can be read one by one, but not as a batch .* try run\.batch=1"):
+        list(samples(Ragged()))
+
+
+def test_unlabelled_samples_are_named_and_read_once():
+    data = Data(unlabelled="ad")
+    stream = samples(data)
+    loaded = list(stream.load(stream.chunks()))
+    assert [u for b, _ in loaded if b for u in b.uids] == [u for u in UIDS if u not in "ad"]
+    reasons = dict(bad for _, bad in loaded for bad in bad)
+    assert sorted(reasons) == ["a", "d"]
+    assert all("has no label" in r and "dataset.target=predicted" in r for r in reasons.values())
+    assert len(data.asked) == 4
+    with pytest.raises(SampleError, match="d has no label"):
+        stream.batch(["c", "d"])
+
+
+def test_unlabelled_beside_unreadable():
+    stream = samples(Data({"b": OSError("gone")}, unlabelled="a"))
+    batch, bad = next(stream.load([tuple("abc")]))
+    assert batch.uids == ("c",)
+    assert [u for u, _ in bad] == ["b", "a"]
+
+
+def test_closed_early():
+    """No thread goes on reading, whether the consumer breaks, fails or closes."""
+    data = Data()
+    stream = samples(data, batch=1)
+    for _ in stream:
+        break
+    gc.collect()
+    assert threads() == 0
+    generator = stream.load(stream.chunks())
+    next(generator)
+    generator.close()
+    assert threads() == 0
+    assert len(data.asked) <= 2 * 4
+
+
+# Targets ----------------------------------------------------------------------------------------
+
+
+def test_label_and_predicted():
+    assert [t for b in samples(Data()) for t in b.target.tolist()] == [i % 3 for i in range(10)]
+    predicted = samples(Data(unlabelled=UIDS), "predicted")
+    assert [t for b in predicted for t in b.target.tolist()] == [2] * 5 + [0] * 5
+    assert predicted.batch(["j", "a"]).target.tolist() == [0, 2]
+
+
+def test_multi_label_targets():
+    class Multi(Data):
+        def batch(self, uids):
+            batch = super().batch(uids)
+            rows = torch.tensor([[1, 0, -1 if u in self.unlabelled else 1] for u in uids])
+            return Batch(batch.uids, batch.x, rows)
+
+    loaded = list(samples(Multi(unlabelled="c"), batch=5).load([UIDS[:5]]))
+    assert loaded[0][0].uids == tuple("abde")
+    assert [u for u, _ in loaded[0][1]] == ["c"]
+
+
+def test_confidence():
+    data = Data({"b": SampleError("bad")}, unlabelled="c")
+    stream = samples(data)
+    found = stream.confidence(("a", "b", "c", "d", "e"))
+    assert list(found) == ["a", "d", "e"]
+    logits = stream.model.logits(torch.tensor([[0.0, 1.0], [3.0, 1.0], [4.0, 1.0]], dtype=torch.float64))
+    expected = logits.softmax(1)[[0, 1, 2], [0, 0, 1]].tolist()
+    assert list(found.values()) == pytest.approx(expected)
+    sure = samples(data, "predicted").confidence(UIDS)
+    assert len(sure) == 9
+    assert min(sure.values()) > 0.49
+    assert stream.confidence(()) == {}
+
+
+def test_check_targets():
+    batch = Data().batch(UIDS)
+    check_targets(batch, 3)
+    with pytest.raises(UserError, match="has class 2, but the model has 2 classes"):
+        check_targets(batch, 2)
+    multi = Batch(UIDS, batch.x, torch.zeros(10, 4))
+    check_targets(multi, 4)
+    with pytest.raises(UserError, match="has class 3, but the model has 3 classes"):
+        check_targets(multi, 3)
+
+
+# Devices ----------------------------------------------------------------------------------------
+
+
+def test_parse_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parse_device("auto") == parse_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "cuda:1"):
+        with pytest.raises(UserError, match=rf"run.device={name}: this machine has 0 CUDA devices .* run.device=cpu"):
+            parse_device(name)
+    for name in ("gpu", "", "cuda:x", "cpu0"):
+        with pytest.raises(UserError, match=rf"run.device={name}: not a device; try auto"):
+            parse_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parse_device("auto") == parse_device("cuda") == torch.device("cuda")
+    assert parse_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="this machine has 2 CUDA devices"):
+        parse_device("cuda:2")
+
+
+def test_parse_device_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no MPS on this machine"):
+        parse_device("mps")

@@ -1,0 +1,499 @@
+"""The work directory: nothing is lost, nothing is half there, nothing damaged is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from attrib import store
+from attrib.store import Arrays, Cell, Ledger, Rows, cells, write_atomic, write_json
+
+ROOT = Path(__file__).parents[1]
+ODD = ("val/n01/a b", "ü∑/‮x", "a\nb\tc", 'q"\\,;', "x" * 300, "", "{}", "\u2028")
+DTYPES = ("float16", "float32", ">f4", "float64", "bool", "uint8", ">i2", "int64", "complex64")
+
+
+def read_all(folder: Path) -> dict[store.Key, dict[str, np.ndarray]]:
+    arrays = Arrays(folder)
+    found = {key: arrays.read(key) for key in arrays.index()}
+    assert arrays.broken == []
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def script(text: str, *args: object) -> subprocess.Popen:
+    """Another process that can import attrib."""
+    return subprocess.Popen([sys.executable, "-c", text, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE)
+
+
+# Whole files ------------------------------------------------------------------------------------
+
+
+def test_write_atomic_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "c.json"
+    write_atomic(path, b"1")
+    write_atomic(path, b"22")
+    assert path.read_bytes() == b"22"
+    assert names(path.parent) == ["c.json"]
+    write_json(path, {"b": 1, "a": [0.1, None]})
+    assert json.loads(path.read_text()) == {"a": [0.1, None], "b": 1}
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_write_atomic_leaves_nothing_behind(tmp_path, monkeypatch, call, error):
+    (tmp_path / "x").write_bytes(b"old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    for name in ("x", "new"):
+        with pytest.raises(type(error)):
+            write_atomic(tmp_path / name, b"new")
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"old"
+
+
+def test_processes_with_the_same_number_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """As in two containers: while one writes, the other writes the same file."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    fsync, once = os.fsync, []
+
+    def other_writer(handle):
+        fsync(handle)
+        if not once:
+            once.append(None)
+            write_atomic(tmp_path / "x", b"other")
+            assert (tmp_path / "x").read_bytes() == b"other"
+
+    monkeypatch.setattr(os, "fsync", other_writer)
+    write_atomic(tmp_path / "x", b"mine")
+    assert (tmp_path / "x").read_bytes() == b"mine"
+    assert names(tmp_path) == ["x"]
+
+
+# Arrays -----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=8),
+        st.sampled_from(DTYPES).flatmap(lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=0, min_side=0, max_side=4))),
+        max_size=3,
+    ),
+    st.text(st.characters(codec="utf-8"), max_size=8),
+)
+def test_any_array_comes_back(tmp_path_factory, arrays, uid):
+    folder = tmp_path_factory.mktemp("arrays")
+    writer = Arrays(folder, "w")
+    writer.add(uid, "f", arrays)
+    writer.flush()
+    for found in (read_all(folder)[uid, "f"], writer.read((uid, "f"))):
+        assert found.keys() == arrays.keys()
+        for name, value in arrays.items():
+            assert found[name].shape == value.shape
+            assert found[name].dtype == value.dtype.newbyteorder("=")
+            np.testing.assert_array_equal(found[name], value)
+
+
+def test_strided_scalar_and_large(tmp_path):
+    writer = Arrays(tmp_path, "w")
+    dense = np.arange(24.0).reshape(2, 3, 4)
+    arrays = {"t": dense.T, "step": dense[:, ::2], "back": dense[::-1], "number": np.float32(3), "plain": 2.5}
+    writer.add("a", "f", arrays, seconds=0.5, target=[1, None])
+    assert writer.read(("a", "f"))["number"].shape == ()
+    writer.flush()
+    found = read_all(tmp_path)["a", "f"]
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].shape == np.shape(value)
+    assert Arrays(tmp_path).index()["a", "f"].info == {"seconds": 0.5, "target": [1, None]}
+
+
+def test_odd_names(tmp_path):
+    writer = Arrays(tmp_path, "w")
+    for i, uid in enumerate(ODD):
+        writer.add(uid, uid, {uid: np.full(2, i), "1/2": np.array(i)})
+    writer.flush()
+    found = read_all(tmp_path)
+    assert set(found) == {(uid, uid) for uid in ODD}
+    for i, uid in enumerate(ODD):
+        assert found[uid, uid][uid].tolist() == [i, i]
+        assert found[uid, uid]["1/2"] == i
+
+
+def test_unflushed_samples_can_be_read_but_are_not_indexed(tmp_path):
+    writer = Arrays(tmp_path, "w")
+    writer.add("a", "f", {"m": np.arange(3), "n": np.zeros(1)})
+    assert writer.read(("a", "f"), ["m"])["m"].tolist() == [0, 1, 2]
+    assert not writer.index()
+    assert not tmp_path.joinpath("w-00001.safetensors").exists()
+    writer.flush()
+    assert list(writer.index()) == [("a", "f")]
+    assert list(writer.read(("a", "f"), ["m"])) == ["m"]
+
+
+def test_what_is_not_there(tmp_path):
+    writer = Arrays(tmp_path / "nowhere", "w")
+    assert not writer.index()
+    with pytest.raises(KeyError):
+        writer.read(("a", "f"))
+    writer.add("a", "f", {"m": np.zeros(1)})
+    writer.flush()
+    with pytest.raises(KeyError, match="holds m of a, but not other"):
+        writer.read(("a", "f"), ["m", "other"])
+
+
+def test_samples_of_other_writers_appear_at_once(tmp_path):
+    reader, one, two = Arrays(tmp_path), Arrays(tmp_path, "one"), Arrays(tmp_path, "two")
+    assert not reader.index()
+    for i, writer in enumerate((one, two, one)):
+        writer.add(f"s{i}", "f", {"m": np.array(i)})
+        writer.flush()
+        assert len(reader.index()) == i + 1
+        assert reader.read((f"s{i}", "f"))["m"] == i
+    assert names(tmp_path) == ["one-00001.safetensors", "one-00002.safetensors", "two-00001.safetensors"]
+
+
+def test_a_sample_twice_and_a_changed_fingerprint(tmp_path):
+    one, two = Arrays(tmp_path, "one"), Arrays(tmp_path, "two")
+    for writer in (one, two):
+        writer.add("a", "old", {"m": np.array(1.0)})
+        writer.flush()
+    two.add("a", "new", {"m": np.array(2.0)})
+    two.add("a", "new", {"m": np.array(3.0)})
+    two.flush()
+    found = read_all(tmp_path)
+    assert {key: float(v["m"]) for key, v in found.items()} == {("a", "old"): 1.0, ("a", "new"): 3.0}
+
+
+def test_a_second_object_of_one_writer_overwrites_nothing(tmp_path):
+    for i in range(3):
+        writer, rows = Arrays(tmp_path, "w"), Rows(tmp_path, "w")
+        writer.add(f"s{i}", "f", {"m": np.array(i)})
+        rows.add(f"s{i}", "f", {("m", "c"): i})
+        writer.flush()
+        rows.flush()
+    assert len(read_all(tmp_path)) == 3
+    assert len(Rows(tmp_path).present()) == 3
+
+
+def test_the_array_can_be_changed_after_the_flush_only(tmp_path):
+    value, writer = np.zeros(3, np.float32), Arrays(tmp_path, "w")
+    writer.add("a", "f", {"m": value})
+    writer.flush()
+    value += 1
+    assert read_all(tmp_path)["a", "f"]["m"].tolist() == [0, 0, 0]
+
+
+def chunk(folder: Path) -> tuple[Path, bytes]:
+    writer = Arrays(folder, "w")
+    for i in range(3):
+        writer.add(f"s{i}", "f", {"m": np.arange(4.0) + i, "b": np.ones((2, 2), bool)}, seconds=0.5)
+    writer.flush()
+    (path,) = folder.iterdir()
+    return path, path.read_bytes()
+
+
+def test_a_truncated_chunk_counts_as_missing(tmp_path):
+    path, whole = chunk(tmp_path)
+    writer = Arrays(tmp_path, "x")
+    writer.add("other", "f", {"m": np.zeros(1)})
+    writer.flush()
+    for size in (0, 1, 7, 8, 60, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        reader = Arrays(tmp_path)
+        assert list(reader.index()) == [("other", "f")]
+        assert len(reader.broken) == 1
+        assert str(path) in reader.broken[0]
+        reader.index()
+        assert len(reader.broken) == 1
+
+
+def test_any_damaged_byte_is_noticed_or_harmless(tmp_path):
+    path, whole = chunk(tmp_path)
+    expected = read_all(tmp_path)
+    noticed = []
+    for at in range(len(whole)):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        reader = Arrays(tmp_path)
+        for key in reader.index():
+            try:
+                found = reader.read(key)
+            except OSError as error:
+                noticed.append(str(error))
+                continue
+            if key in expected:
+                for name in found.keys() & expected[key].keys():
+                    np.testing.assert_array_equal(found[name], expected[key][name])
+    # The values themselves lie at the end; none of them can change unseen.
+    assert len(noticed) >= 3 * (4 * 8 + 4)
+    assert all(str(path) in text and "delete the file" in text for text in noticed)
+
+
+def test_foreign_files_do_no_harm(tmp_path):
+    path, whole = chunk(tmp_path)
+    (tmp_path / ".w-00002.safetensors.77-abcd.tmp").write_bytes(whole[:100])
+    (tmp_path / ".w-00003.safetensors").write_bytes(b"")
+    (tmp_path / "metric.json").write_text("{}")
+    assert len(read_all(tmp_path)) == 3
+    for content in ('"text"', "[1]", '[{"uid": "a"}]', "3", "null"):
+        data = store.to_safetensors({"0/m": np.zeros(1)}, {"samples": content})
+        (tmp_path / "x.safetensors").write_bytes(data)
+        reader = Arrays(tmp_path)
+        assert len(reader.index()) == 3
+        assert len(reader.broken) == 1
+    path.unlink()
+    with pytest.raises(OSError, match="w-00001"):
+        reader.read(("s0", "f"))
+
+
+@pytest.mark.parametrize("make", [Arrays, Rows])
+def test_flush_by_count_and_by_time(tmp_path, monkeypatch, make):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    writer = make(tmp_path, "w", seconds=5.0, count=3)
+
+    def add(uid):
+        if make is Arrays:
+            writer.add(uid, "f", {"m": np.zeros(1)})
+        else:
+            writer.add(uid, "f", {("m", "c"): 1.0})
+        return writer.flush_if_due()
+
+    assert [add(u) for u in "abc"] == [False, False, True]
+    assert [add(u) for u in "ddd"] == [False, False, False]
+    now[0] += 4.9
+    assert not add("e")
+    now[0] += 0.2
+    assert writer.flush_if_due()
+    assert not writer.flush_if_due()
+    assert not add("g")
+    now[0] += 100
+    assert [add("h"), add("i")] == [True, False]
+    writer.flush()
+    writer.flush()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_failed_flush_can_be_tried_again(tmp_path, monkeypatch):
+    writer = Arrays(tmp_path, "w")
+    writer.add("a", "f", {"m": np.zeros(1)})
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            writer.flush()
+    assert not list(tmp_path.iterdir())
+    writer.flush()
+    assert len(read_all(tmp_path)) == 1
+
+
+WRITE = """
+import sys, numpy as np
+from attrib.store import Arrays, Rows
+arrays, rows = Arrays(sys.argv[1], "w"), Rows(sys.argv[1], "w")
+print("ready", flush=True)
+for i in range(10**6):
+    for k in range(3):
+        arrays.add(f"{i}/{k}", "f", {"m": np.full((200, 50), i, np.float32), "n": np.array(k)})
+        rows.add(f"{i}/{k}", "f", {("m", "c"): i})
+    arrays.flush()
+    rows.flush()
+"""
+
+
+def test_sigkill_leaves_whole_chunks(tmp_path):
+    for delay in (0.0, 0.1, 0.23):
+        folder = tmp_path / str(delay)
+        process = script(WRITE, folder)
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            while not list(folder.glob("*.parquet")):
+                assert process.poll() is None
+            time.sleep(delay)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+        found, rows = read_all(folder), Rows(folder)
+        chunks = len(list(folder.glob("[!.]*.safetensors")))
+        assert len(found) == 3 * chunks
+        for (uid, _), arrays in found.items():
+            i, k = map(int, uid.split("/"))
+            assert (arrays["m"] == i).all()
+            assert arrays["n"] == k
+        assert 0 <= chunks - len(rows.present()) // 3 <= 1
+        assert rows.broken == []
+
+
+# Rows -------------------------------------------------------------------------------------------
+
+
+def test_rows(tmp_path):
+    one, two = Rows(tmp_path, "one"), Rows(tmp_path, "two")
+    assert one.table().num_rows == 0
+    assert one.present() == set()
+    before = time.time()
+    one.add("a", "f", {("m", "c"): 0.1, ("m", "d"): np.float32(2)})
+    one.add("b", "f", {("m", "c"): float("nan")})
+    assert one.present() == set()
+    one.flush()
+    two.add("a", "g", {("m", "c"): -1})
+    two.flush()
+    assert one.present() == two.present() == {("a", "f"), ("b", "f"), ("a", "g")}
+    table = one.table()
+    assert table.schema.equals(Rows.SCHEMA)
+    assert table["value"].to_pylist()[:2] == [0.1, 2.0]
+    assert np.isnan(table["value"].to_pylist()[2])
+    assert all(before <= t <= time.time() for t in table["time"].to_pylist())
+
+
+def test_rows_with_odd_names_in_odd_folders(tmp_path):
+    """A folder called "seed=1", as a sweep makes them, is no column."""
+    folder = tmp_path / "seed=1,beta=0.1" / "column=7"
+    rows = Rows(folder, "w")
+    for uid in ODD:
+        rows.add(uid, uid, {(uid, uid): 1.0})
+    rows.flush()
+    assert rows.present() == {(uid, uid) for uid in ODD}
+    assert rows.table()["column"].to_pylist() == list(ODD)
+
+
+def test_damaged_rows_are_scored_again(tmp_path):
+    writer = Rows(tmp_path, "w")
+    for i in range(40):
+        writer.add(f"s{i}", "f", {("m", "c"): i / 7, ("m", "d"): 2.0})
+    writer.flush()
+    (path,) = tmp_path.iterdir()
+    whole, expected = path.read_bytes(), writer.table()
+    values = expected.to_pylist()
+    last = pq.read_metadata(path).row_group(0).column(len(Rows.SCHEMA) - 1)
+    data_end = last.data_page_offset + last.total_compressed_size  # behind it: the footer, which has no checksum
+    wrong = 0
+    for at in range(0, len(whole), 3):
+        data = bytearray(whole)
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+        reader = Rows(tmp_path)
+        table = reader.table()
+        assert len(reader.broken) == (table.num_rows == 0)
+        wrong += table.num_rows > 0 and table.to_pylist() != values and at < data_end
+    assert wrong == 0
+    for size in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert reader.present() == set()
+        assert len(reader.broken) == 1
+        assert str(path) in reader.broken[0]
+
+
+def test_a_parquet_file_of_something_else_is_not_read(tmp_path):
+    table = Rows.SCHEMA.empty_table().drop_columns(["value"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    reader = Rows(tmp_path)
+    assert reader.present() == set()
+    assert len(reader.broken) == 1
+
+
+# Ledger -----------------------------------------------------------------------------------------
+
+
+def test_ledger(tmp_path):
+    ledger = Ledger(tmp_path / "deep" / "failures.jsonl")
+    assert ledger.entries() == []
+    for uid in ODD:
+        ledger.add(uid, uid, "maps", f"reason of {uid}")
+    entries = ledger.entries()
+    assert [(e["uid"], e["fingerprint"], e["stage"], e["reason"]) for e in entries] == [
+        (u, u, "maps", f"reason of {u}") for u in ODD
+    ]
+    assert entries == sorted(entries, key=lambda e: e["time"])
+
+
+def test_ledger_survives_torn_lines_and_long_reasons(tmp_path):
+    ledger = Ledger(tmp_path / "failures.jsonl")
+    ledger.add("a", "f", "load", "x" * 10_000)
+    line = ledger.path.read_bytes().strip()
+    for torn in (line[:30], line[:-1], b"\0\0\0", b"\xff\xfe", b'"text"'[:-1]):
+        with open(ledger.path, "ab") as file:
+            file.write(torn)
+        ledger.add("b", "f", "load", "∑" * 10_000)
+    entries = ledger.entries()
+    assert [e["uid"] for e in entries] == ["a", *"bbbbb"]
+    assert all(len(e["reason"]) == Ledger.MAX_REASON for e in entries)
+
+
+APPEND = """
+import sys
+from attrib.store import Ledger
+ledger = Ledger(sys.argv[1])
+for i in range(150):
+    ledger.add(f"{sys.argv[2]}/{i}", "f", "maps", "∑x" * 700)
+"""
+
+
+def test_many_writers_lose_no_line(tmp_path):
+    path = tmp_path / "failures.jsonl"
+    processes = [script(APPEND, path, k) for k in range(4)]
+    for process in processes:
+        process.communicate()
+        assert process.returncode == 0
+    entries = Ledger(path).entries()
+    assert sorted(e["uid"] for e in entries) == sorted(f"{k}/{i}" for k in range(4) for i in range(150))
+
+
+# Cells ------------------------------------------------------------------------------------------
+
+
+def test_cell(tmp_path):
+    cell = Cell(tmp_path / "data.net.method.12345678", "w")
+    assert cell.samples() == ()
+    assert cell.metrics() == []
+    cell.write_samples(["b", "a"])
+    cell.write_samples(ODD)
+    assert cell.samples() == ODD
+    cell.write_spec({"a": 1})
+    cell.write_spec({"a": 2})
+    assert cell.spec == {"a": 1}
+    rows, curves = cell.scores("ehr.1234"), cell.curves("ehr.1234")
+    rows.add("a", "f", {("m", "c"): 1.0})
+    curves.add("a", "f", {"m/c": np.zeros(3)})
+    rows.flush()
+    curves.flush()
+    assert cell.metrics() == ["ehr.1234"]
+    assert names(cell.folder / "scores" / "ehr.1234") == ["w-00001.parquet", "w-00001.safetensors"]
+    (tmp_path / "state").mkdir()
+    Cell(tmp_path / "another").write_spec({})
+    assert [c.folder.name for c in cells(tmp_path)] == ["another", "data.net.method.12345678"]
+
+
+def test_the_list_of_samples_is_written_only_when_it_changes(tmp_path):
+    cell = Cell(tmp_path)
+    cell.write_samples(["a"])
+    before = (tmp_path / "samples.json").stat().st_ino
+    cell.write_samples(("a",))
+    assert (tmp_path / "samples.json").stat().st_ino == before
+    cell.write_samples(["a", "b"])
+    assert cell.samples() == ("a", "b")
