@@ -251,7 +251,7 @@ class Ledger:
         self.path = Path(path)
 
     def add(self, uid: str, fingerprint: str, stage: str, reason: str) -> None:
-        """``stage`` is "load", "maps" or the metric's name."""
+        """``stage`` is "load", "maps" or the metric's folder of scores, ``<name>.<key8>``."""
         entry = {
             "uid": uid,
             "fingerprint": fingerprint,

@@ -38,15 +38,16 @@ def rows(root: Path | str) -> pd.DataFrame:
     * ``ok``: ``value`` is the latest finite one. A uid that is there twice, or under two
       fingerprints, is taken once, by time;
     * ``failed``: the ledger has an entry and no success answers it, or the value is not finite;
-      ``stage`` ("load", "maps" or the metric's label) and ``reason`` say why. A success under the entry's fingerprint answers it whenever it came (a second
-      writer did the same sample), one under another fingerprint only if it is later. A value
-      that was computed before the data changed and then failed is not shown;
+      ``stage`` (load, maps or the metric's label) and ``reason`` say why. A success under the
+      entry's fingerprint answers it whenever it came (a second writer did the same sample), one
+      under another fingerprint only if it is later. A value that was computed before the data
+      changed and then failed is not shown;
     * ``pending``: its map is stored, its score is not.
 
-    Samples that their cell is no longer about have no rows.
-    A cell without any score has its failed and pending samples under an empty metric, map and column.
-    ``contender`` is the method, with its map where a method has several. ``seconds`` is what the map
-    took, ``time`` is Unix time. Raises UserError if ``root`` holds no cell.
+    A sample that a cell is no longer about (``samples.json``) has no rows. A cell without any score has
+    its failed and pending samples under an empty metric, map and column. ``contender`` is the method,
+    with its map where a method has several. ``seconds`` is what the map took, ``time`` is Unix time.
+    Raises UserError if ``root`` holds no cell.
     """
     listed = labelled(root)
     by_cell = metrics(item.cell for item in listed)
@@ -96,8 +97,8 @@ def _metric_rows(item: Labelled, scores: Scores, maps: pd.DataFrame, entries: pd
     table = table.assign(state=np.where(finite, "ok", "failed"), stage=stage, reason=reason)
 
     if len(entries):
-        entries = entries.assign(stage=entries["stage"].where(~entries["stage"].isin(scores.stages), scores.label))
         failed = _unanswered(entries, wanted, table[finite], maps)
+        failed = failed.assign(stage=failed["stage"].where(~failed["stage"].isin(scores.stages), scores.label))
         table = pd.concat([table, failed[table.columns]] if len(failed) else [table])
         table = table.drop_duplicates(_ITEM, keep="last")
     # A metric that is known by its failures alone has nothing pending.

@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from test_tables import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec, tool
+from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec
+from tiny import tool
 
-from attrib import pictures, report, store, tables
+from attrib import formats, pictures, report, store, tables
 from attrib.types import UserError
 
 EVIL = "<script>alert(1)</script>"
@@ -44,16 +45,6 @@ class Page(HTMLParser):
 
     def count(self, tag):
         return sum(name == tag for name, _ in self.tags)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("report") / "work")
-
-
-@pytest.fixture
-def root(built, tmp_path):
-    return shutil.copytree(built, tmp_path / "work")
 
 
 def test_the_page_is_whole_and_loads_nothing(root, capsys):
@@ -89,7 +80,7 @@ def test_the_winner_is_seen(root):
     assert sum(attrs.get("class") == "best" for tag, attrs in page.tags if tag == "td") == 3
     table = tables.summary(tables.rows(root))
     for row in table.to_dict("records"):
-        assert tables.rounded(row["mean"], row["lo"], row["hi"]) in page.text
+        assert formats.rounded(row["mean"], row["lo"], row["hi"]) in page.text
     assert "ahead of grad_cam" in page.text
     assert "Maps" not in page.text.split()
 
@@ -134,6 +125,42 @@ def test_failures_are_grouped_and_answered_ones_left_out(root):
     assert "a passing hiccup" not in page.text
     assert "ehr: no region of interest" in page.text  # below the picture of that sample
     assert "n=19, 61 failed" in page.text
+
+
+def test_failures_show_the_metrics_label(root):
+    now = time.time() + 9
+    add_entry(iba(root), UIDS[1], "changed", "ehr.11111111", "no region of interest", now)
+    add_entry(iba(root), UIDS[2], "changed", "lost.0123abcd", "crashed", now)
+    text = report.page(root)
+    assert "ehr.11111111" not in text
+    assert "lost.0123abcd" not in text
+    assert "ehr: no region of interest" in Page(text).text
+    assert re.search(r'<td class="l">ehr</td>\s*<td class="l wrap">no region of interest', text)
+    assert re.search(r'<td class="l">lost</td>\s*<td class="l wrap">crashed', text)
+
+
+def test_samples_that_went_are_shown_nowhere(root):
+    for made in store.cells(root):
+        add_entry(made, UIDS[0], "changed", "maps", "out of memory", time.time() + 9)
+        made.write_samples(UIDS[5:] if "iba" in made.folder.name else UIDS[1:])
+    text = report.page(root)
+    page = Page(text)
+    assert UIDS[0] not in text
+    assert "out of memory" not in text
+    assert re.findall(r"(\w+) \(n=(\d+)\)", text)[:3] == [("grad_cam", "19"), ("iba", "15"), ("ig", "19")]
+    assert text.count('loading="lazy"') == 5 * 4 - 4  # iba is about one of the five with a picture
+    assert page.text.count("no longer one of its samples") == 4
+    assert "5 of 19 samples with maps" in text
+    assert "15 samples; thick: their mean" in text
+
+
+def test_the_command_of_a_run_can_be_copied(root):
+    command = ["tools/run.py", "method=iba", "run.hooks=[{_target_: a.B}]"]
+    path = iba(root).folder / "runs" / "20261101-7-0" / "environment.json"
+    store.write_json(path, {"command": command, "machine": "node8, x86_64, 4 cores", "Python": "3.12"})
+    page = Page(report.page(root, samples=0))
+    assert "tools/run.py method=iba 'run.hooks=[{_target_: a.B}]'" in page.text
+    assert "node8, x86_64, 4 cores" in page.text.splitlines()
 
 
 def test_without_pictures_maps_are_drawn_alone(root):

@@ -1,143 +1,17 @@
-"""A synthetic work directory made with the real store; the tables are compared with plain pandas."""
+"""The tables of a synthetic work directory are compared with plain pandas and numpy."""
 
-import importlib.util
 import io
-import json
 import math
-import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic import METHODS, UIDS, add_entry, add_rows, cell, iba, metric_folder, only, values_of
+from tiny import tool
 
-from attrib import stats, store, tables
+from attrib import formats, keys, stats, store, tables
 from attrib.types import UserError
-
-METHODS = ("grad_cam", "iba", "ig")
-SCORES = {
-    "ehr.11111111": ("ehr", {"ehr": "higher"}, {"ehr_curve": "x: threshold; y: ratio"}),
-    "insertion_deletion.22222222": ("insertion_deletion", {"insertion": "higher", "deletion": "lower"}, {}),
-}
-UIDS = tuple(f"val/{i:03d}" for i in range(20))
-
-
-def tool(name):
-    path = Path(__file__).parents[1] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def spec(dataset="photos", model="net", method="iba", **fields):
-    """What the runner writes as spec.json."""
-    seed = fields.pop("seed", 0)
-    return {
-        "names": {"dataset": dataset, "model": model, "method": method},
-        "key": "0" * 64,
-        "config": {"dataset": {"_target_": "d", "root": "/a"}, "model": {"_target_": "m"}, "method": {}, "seed": seed},
-        "method": {"class": f"attrib.methods.{method}.Method", "version": 1, **fields},
-        "maps": {"map": "relevance, signed, input resolution"},
-        "weights": "ab" * 32,
-        "versions": {"torch": "2.15.0", "numpy": "2.4.6"},
-        "git": None,
-        "pictures": "cafecafe",
-    }
-
-
-def cell(root, folder, **fields):
-    made = store.Cell(Path(root) / folder, "w0")
-    made.write_spec(spec(**fields))
-    return made
-
-
-def metric_folder(made, folder, columns=None, curves=None, parameters=None):
-    name, known_columns, known_curves = SCORES.get(folder, (folder.split(".")[0], columns, curves or {}))
-    text = {"name": name, "spec": parameters or {"class": name}, "columns": known_columns, "curves": known_curves}
-    store.write_json(made.folder / "scores" / folder / "metric.json", text)
-
-
-def add_rows(made, folder, rows, writer="w0"):
-    """rows: (uid, fingerprint, map, column, value, time), written as one chunk of another writer."""
-    table = store.pa.Table.from_pylist([dict(zip(store.Rows.SCHEMA.names, r)) for r in rows], store.Rows.SCHEMA)
-    path = made.folder / "scores" / folder / f"{writer}-{time.monotonic_ns()}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store.pq.write_table(table, path)
-
-
-def add_entry(made, uid, fingerprint, stage, reason, at):
-    entry = {"uid": uid, "fingerprint": fingerprint, "stage": stage, "reason": reason, "time": at}
-    made.folder.mkdir(parents=True, exist_ok=True)
-    with open(made.ledger.path, "a") as file:
-        file.write("\n" + json.dumps(entry) + "\n")
-
-
-def values_of(method):
-    """(20, 3): ehr, insertion, deletion of every sample."""
-    rng = np.random.default_rng(7)
-    base = rng.uniform(0.2, 0.6, (20, 3))
-    shift = {"grad_cam": 0.0, "iba": 0.15, "ig": -0.02}[method]
-    return base + shift * np.array([1, 1, -1]) + np.random.default_rng(METHODS.index(method)).normal(0, 0.04, (20, 3))
-
-
-def build(root, side=8, uids=UIDS, maps=None, pictures=None):
-    """3 methods × 20 samples × 2 metrics; failures, duplicates and two fingerprints in iba."""
-    root = Path(root)
-    for method in METHODS:
-        made = cell(root, f"photos.net.{method}.{method:.4}0000", method=method)
-        values, rng = values_of(method), np.random.default_rng(METHODS.index(method))
-        for i, uid in enumerate(uids):
-            arrays = {"map": maps(method, i) if maps else rng.normal(size=(side, side)).astype(np.float32)}
-            if method == "iba":
-                arrays["loss"] = np.exp(-np.arange(10) / 3).astype(np.float32) + i / 50
-            made.maps.add(uid, "f", arrays, seconds=0.5 + i / 100, rows=10)
-        made.maps.flush()
-        for folder, (_, columns, curves) in SCORES.items():
-            metric_folder(made, folder)
-            writer, curve_writer = made.scores(folder), made.curves(folder)
-            for i, uid in enumerate(uids):
-                column = dict(zip(("ehr", "insertion", "deletion"), values[i]))
-                writer.add(uid, "f", {("map", c): column[c] for c in columns})
-                curve_writer.add(uid, "f", {f"map/{c}": np.linspace(1, values[i, 0], 11) for c in curves})
-            writer.flush()
-            if curves:
-                curve_writer.flush()
-        run = made.folder / "runs" / "20261101-7-0"
-        store.write_json(run / "summary.json", {"maps_computed": 20, "failed": 0, "seconds": 9.5})
-        store.write_json(
-            run / "environment.json", {"command": ["tools/run.py", "method=" + method], "machine": "node7"}
-        )
-    inputs = store.Arrays(root / "state" / "pictures.cafecafe", "w0")
-    for i, uid in enumerate(uids[:6]):
-        picture = pictures(i) if pictures else np.full((side, side, 3), 40 * i, np.uint8)
-        roi = np.zeros(picture.shape[:2], bool)
-        roi[len(roi) // 4 : -len(roi) // 4, len(roi) // 4 : -len(roi) // 4] = True
-        inputs.add(uid, "", {"image": picture, "roi": roi}, name=f"class {i}", target=i)
-    inputs.flush()
-    return root
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("tables") / "work")
-
-
-@pytest.fixture
-def root(built, tmp_path):
-    return shutil.copytree(built, tmp_path / "work")
-
-
-def iba(root):
-    return store.Cell(root / "photos.net.iba.iba0000")
-
-
-def only(frame, **equal):
-    for name, value in equal.items():
-        frame = frame[frame[name] == value]
-    return frame
-
 
 # rows -----------------------------------------------------------------------
 
@@ -209,6 +83,53 @@ def test_failures_that_still_matter(root):
 def test_a_metrics_failures_may_be_under_its_folders_name(root):
     add_entry(iba(root), "new/2", "f", "ehr.11111111", "no region", time.time())
     assert only(tables.summary(tables.rows(root)), method="iba", column="ehr")["failed"].tolist() == [1]
+    frame = tables.rows(root)
+    assert set(frame.loc[frame["state"] == "failed", "stage"]) == {"ehr"}
+
+
+def test_a_failure_under_a_folders_name_is_that_metrics_alone(root):
+    made, now = iba(root), time.time() + 9
+    metric_folder(made, "ehr.33333333", {"ehr": "higher"}, parameters={"class": "ehr", "steps": 5})
+    add_rows(made, "ehr.33333333", [(u, "f", "map", "ehr", 0.5, 1.0) for u in UIDS])
+    add_entry(made, UIDS[0], "changed", "ehr.33333333", "of one", now)
+    add_entry(made, UIDS[1], "changed", "ehr", "of both", now)  # as older runs wrote it
+    frame = only(tables.rows(root), state="failed")
+    whole = f"ehr (key={keys.digest({'class': 'ehr'})[:8]})"
+    assert set(frame[["metric", "stage", "reason"]].itertuples(index=False, name=None)) == {
+        ("ehr (steps=5)", "ehr (steps=5)", "of one"),
+        ("ehr (steps=5)", "ehr (steps=5)", "of both"),
+        (whole, whole, "of both"),
+    }
+
+
+def test_samples_that_went_are_counted_nowhere(root):
+    made, now = iba(root), time.time() + 9
+    late = store.Arrays(made.folder / "maps", "w1")
+    late.add("gone/map", "f", {"map": np.zeros((8, 8), np.float32)}, seconds=1e6)
+    late.flush()
+    add_rows(made, "ehr.11111111", [("gone/nan", "f", "map", "ehr", math.nan, now)])
+    add_entry(made, "gone/failed", "f", "load", "cannot read", now)
+    add_entry(made, "gone/failed", "f", "ehr.11111111", "no region", now)
+    add_entry(made, "gone/failed", "f", "lost_metric", "crashed", now)
+    before = only(tables.summary(tables.rows(root)), method="iba", column="ehr").iloc[0]
+    assert (before["n"], before["failed"], before["pending"]) == (20, 2, 1)
+
+    made.write_samples([*UIDS[2:], "later"])  # what is not computed yet is nobody's failure
+    frame = tables.rows(root)
+    assert set(only(frame, method="iba")["uid"]) == set(UIDS[2:])
+    assert set(only(frame, method="ig")["uid"]) == set(UIDS)  # without samples.json all count
+    table = only(tables.summary(frame), method="iba")
+    assert table[["n", "failed", "pending"]].to_numpy().tolist() == [[18, 0, 0]] * 3
+    row = only(table, column="ehr").iloc[0]
+    assert row["mean"] == pytest.approx(values_of("iba")[2:, 0].mean())
+    assert row["seconds"] == pytest.approx(0.5 + np.arange(2, 20).mean() / 100)
+    assert tables.paired(frame, "ehr")["n"].tolist() == [18, 20, 18]
+
+    made.write_samples([])
+    assert set(tables.rows(root)["method"]) == {"grad_cam", "ig"}
+    (made.folder / "samples.json").write_text("{")
+    with pytest.raises(UserError, match=r"iba0000/samples\.json"):
+        tables.rows(root)
 
 
 def test_nan_is_a_failure_with_the_ledgers_reason(root):
@@ -235,7 +156,7 @@ def test_maps_without_scores_are_pending_not_lost(root):
     table = only(tables.summary(tables.rows(root)), method="iba")
     assert table["pending"].tolist() == [1, 1, 1]
     assert table["failed"].tolist() == [0, 0, 0]
-    assert "1 pending" in tables.to_markdown(tables.wide_table(tables.wide(tables.summary(tables.rows(root)))[0]))
+    assert "1 pending" in formats.to_markdown(formats.wide_table(formats.wide(tables.summary(tables.rows(root)))[0]))
 
 
 def test_cells_and_metrics_without_any_score_are_shown(root):
@@ -252,9 +173,13 @@ def test_cells_and_metrics_without_any_score_are_shown(root):
     rows = only(table, method="empty").set_index("metric")
     assert rows.loc["ehr", ["map", "column", "n", "failed"]].tolist() == ["map", "ehr", 0, 1]
     assert rows.loc["lost_metric", ["n", "failed"]].tolist() == [0, 1]
-    drawn = tables.wide_table(tables.wide(table)[0])
+    add_entry(no_rows, UIDS[0], "f", "lost.0123abcd", "crashed", 1.0)
+    add_entry(no_rows, UIDS[1], "f", "lost", "crashed", 1.0)  # the same metric in an older ledger
+    lost = only(tables.rows(root), metric="lost")
+    assert lost[["uid", "state", "stage"]].to_numpy().tolist() == [[u, "failed", "lost"] for u in UIDS[:2]]
+    drawn = formats.wide_table(formats.wide(table)[0])
     assert any("broken" in note for note in drawn.notes)
-    tables.to_terminal(tables.long_table(table))
+    formats.to_terminal(formats.long_table(table))
     assert len(tables.all_paired(tables.rows(root))) == 9
 
 
@@ -276,86 +201,6 @@ def test_empty_and_foreign_directories(tmp_path):
     store.write_json(tmp_path / "other" / "spec.json", {"names": {"dataset": "x"}})
     with pytest.raises(UserError, match=r"other/spec\.json"):
         tables.rows(tmp_path)
-
-
-# labels ---------------------------------------------------------------------
-
-
-def labels(root, axis="method"):
-    return [getattr(item, axis) for item in tables.labelled(root)]
-
-
-def test_labels_of_variants_name_the_fields_that_differ(tmp_path):
-    cell(tmp_path, "photos.net.iba.1", method="iba", beta=1, steps=10, fit={"n": 5})
-    cell(tmp_path, "photos.net.iba.2", method="iba", beta=10, steps=10, fit={"n": 5})
-    cell(tmp_path, "photos.net.iba.3", method="iba", beta=10, steps=10, fit={"n": 9})
-    cell(tmp_path, "photos.net.ig.1", method="ig", steps=3)
-    assert labels(tmp_path) == ["iba (beta=1, fit.n=5)", "iba (beta=10, fit.n=5)", "iba (beta=10, fit.n=9)", "ig"]
-
-
-def test_the_same_method_keeps_its_label_in_all_datasets_and_models(tmp_path):
-    cell(tmp_path, "cats.net.iba.1", dataset="cats", method="iba", beta=1)
-    cell(tmp_path, "photos.net.iba.2", method="iba", beta=1)
-    cell(tmp_path, "photos.other.iba.3", model="other", method="iba", beta=2)
-    assert labels(tmp_path) == ["iba (beta=1)", "iba (beta=1)", "iba (beta=2)"]
-
-
-def test_labels_of_seeds_versions_weights_and_datasets(tmp_path):
-    cell(tmp_path, "photos.net.iba.1", seed=0)
-    cell(tmp_path, "photos.net.iba.2", seed=1)
-    assert labels(tmp_path) == ["iba (seed=0)", "iba (seed=1)"]
-    for i, change in enumerate(({"weights": "cd" * 32}, {"pictures": "beefbeef"})):
-        made = store.Cell(tmp_path / f"photos.net.iba.x{i}")
-        made.write_spec(spec() | change)
-    assert set(labels(tmp_path, "model")) == {"net (weights=abababab)", "net (weights=cdcdcdcd)"}
-    # Equal configurations, other keys: the key itself tells them apart.
-    assert set(labels(tmp_path, "dataset")) == {"photos (key=cafecafe)", "photos (key=beefbeef)"}
-
-
-def test_labels_of_what_else_makes_a_cell(tmp_path):
-    for key, layer, state in (
-        ("1", "features.3", "aa" * 32),
-        ("2", "features.9", "bb" * 32),
-        ("3", "features.9", None),
-    ):
-        made = store.Cell(tmp_path / f"photos.net.iba.{key}")
-        made.write_spec(spec(beta=1) | {"layers": {"bottleneck": layer}, "state_key": state})
-    cell(tmp_path, "photos.net.iba.4", beta=2)
-    assert labels(tmp_path) == [
-        "iba (beta=1, bottleneck=features.3, state=aaaaaaaa)",
-        "iba (beta=1, bottleneck=features.9, state=bbbbbbbb)",
-        "iba (beta=1, bottleneck=features.9, state=None)",
-        "iba (beta=2)",
-    ]
-
-
-def test_cells_that_nothing_tells_apart_show_their_keys(tmp_path):
-    cell(tmp_path, "photos.net.iba.0a")
-    cell(tmp_path, "photos.net.iba.0b")
-    assert labels(tmp_path) == ["iba (key=0a)", "iba (key=0b)"]
-
-
-def test_another_path_to_the_same_data_is_the_same_dataset(tmp_path):
-    for i, path in enumerate(("/scratch", "/home")):
-        made = store.Cell(tmp_path / f"photos.net.iba.{i}")
-        described = spec()
-        described["config"]["dataset"]["root"] = path
-        made.write_spec(described)
-    assert labels(tmp_path, "dataset") == ["photos", "photos"]
-
-
-def test_labels_of_metric_parameters(root):
-    made = iba(root)
-    metric_folder(made, "ehr.33333333", {"ehr": "higher"}, parameters={"class": "ehr", "steps": 5})
-    add_rows(made, "ehr.33333333", [(u, "f", "map", "ehr", 0.5, 1.0) for u in UIDS])
-    table = tables.summary(tables.rows(root))
-    assert set(only(table, column="ehr")["metric"]) == {
-        "ehr (key=" + tables.keys.digest({"class": "ehr"})[:8] + ")",
-        "ehr (steps=5)",
-    }
-    titles = tables.wide(table)[0].columns
-    assert "ehr · ehr (steps=5) ↑" in titles
-    assert "deletion ↓" in titles
 
 
 # summary and pairs ----------------------------------------------------------
@@ -407,7 +252,7 @@ def test_pairs_against_plain_numpy(root):
     assert tests["p_holm"].to_numpy() == pytest.approx(stats.holm(tests["p"]))
     assert tests["better"].tolist()[0] == "iba"
     assert tests["better"].tolist()[2] == "iba"
-    text = tables.to_markdown(tables.paired_table(tests))
+    text = formats.to_markdown(formats.paired_table(tests))
     assert "18 of 20, 19" in text
     with pytest.raises(UserError, match="no results have the column 'nope'"):
         tables.paired(tables.rows(root), "nope")
@@ -468,124 +313,6 @@ def test_a_name_selects_all_its_variants(tmp_path):
     assert table.conditions(["method=iba (beta=1, steps=0),ig"]) == {"method": ["iba (beta=1, steps=0)", "ig"]}
 
 
-# formats --------------------------------------------------------------------
-
-
-def test_rounding_follows_the_interval():
-    assert tables.rounded(0.41234, 0.40, 0.4251) == "0.412"
-    assert tables.rounded(0.41234, 0.2, 0.6) == "0.41"
-    assert tables.rounded(1234.5678, 1100, 1400) == "1235"
-    assert tables.rounded(0.00012345, 0.00012, 0.00013) == "0.0001234"
-    assert tables.rounded(0.41234) == "0.4123"
-    assert tables.rounded(math.nan) == "–"
-    assert tables.with_half(0.41234, 0.40, 0.4251) == "0.412 ± 0.013"
-    assert tables.with_half(0.5, 0.5, 0.5) == "0.5"
-    assert tables.p_text(0.0001) == "< .001"
-    assert tables.p_text(0.0421) == ".042"
-    assert tables.p_text(1.0) == "1.000"
-
-
-def run(root, *args):
-    return tool("table").main([str(root), *args])
-
-
-def test_csv_has_full_precision(root, tmp_path):
-    assert run(root, "--out", str(tmp_path / "t.csv")) == 0
-    back = pd.read_csv(tmp_path / "t.csv", keep_default_na=False, converters={"mean": float})
-    table = tables.summary(tables.rows(root))
-    assert list(back.columns) == list(table.columns)
-    assert back["mean"].tolist() == table["mean"].tolist()
-    assert run(root, "--rows", "--out", str(tmp_path / "rows.csv")) == 0
-    assert len(pd.read_csv(tmp_path / "rows.csv")) == 180
-    assert run(root, "--pairs", "ehr", "--out", str(tmp_path / "pairs.csv")) == 0
-    assert pd.read_csv(tmp_path / "pairs.csv")["a"].tolist() == ["grad_cam", "grad_cam", "iba"]
-
-
-def test_markdown(root, capsys):
-    assert run(root, "--format", "md", "--wide") == 0
-    text = capsys.readouterr().out
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[0] == r"| method | ehr ↑ (n=20) | insertion ↑ (n=20) | deletion ↓ (n=20) | s/sample |"
-    assert lines[1] == "| :-- | --: | --: | --: | --: |"
-    assert len(lines) == 5
-    assert "**0." in next(line for line in lines if "| iba" in line)
-    assert r"| grad\_cam |" in text
-    assert run(root, "--format", "md", "--pairs") == 0
-    text = capsys.readouterr().out
-    assert "Paired tests" in text
-    assert text.count("\n| ehr ") >= 3
-
-
-def test_latex(root, capsys):
-    assert run(root, "--format", "tex") == 0
-    text = capsys.readouterr().out
-    for part in (r"\toprule", r"\midrule", r"\bottomrule", r"grad\_cam", r"$\uparrow$", r"\textbf{0."):
-        assert part in text
-    widths = {line.count("&") for line in text.splitlines() if line.endswith(r"\\")}
-    assert len(widths) == 1
-    assert tables._tex("50% of $x_1$ & {#2} ~^\\") == (
-        r"50\% of \$x\_1\$ \& \{\#2\} \textasciitilde{}\textasciicircum{}\textbackslash{}"
-    )
-
-
-def test_terminal_is_the_default_with_paired_tests(root, capsys, tmp_path):
-    assert run(root) == 0
-    text = capsys.readouterr().out
-    assert "photos, net" in text
-    assert "Paired tests" in text
-    assert "p (Holm)" in text
-    assert run(root, "--wide", "--out", str(tmp_path / "t.txt")) == 0
-    assert "±" in (tmp_path / "t.txt").read_text()
-
-
-def test_names_are_not_markup(tmp_path, capsys):
-    made = cell(tmp_path, "photos.net.odd.1", method="[red]a|b*")
-    metric_folder(made, "ehr.11111111")
-    add_rows(made, "ehr.11111111", [(u, "f", "map", "ehr", 0.5, 1.0) for u in UIDS])
-    assert run(tmp_path) == 0
-    assert "[red]a|b*" in capsys.readouterr().out
-    assert run(tmp_path, "--format", "md") == 0
-    assert r"\[red\]a\|b\*" in capsys.readouterr().out
-
-
-def test_long_lists_of_pairs_say_what_they_hide(root):
-    tests = tables.all_paired(tables.rows(root))
-    table = tables.paired_table(tests, most=4)
-    assert len(table.body) == 4
-    assert any("5 more pairs" in note for note in table.notes)
-
-
-def test_unequal_n_is_said(root):
-    add_entry(iba(root), UIDS[1], "changed", "ehr", "gone", time.time() + 9)
-    table = tables.summary(tables.rows(root))
-    assert any("n differs" in note and "ehr" in note for note in tables.long_table(table).notes)
-    text = tables.to_markdown(tables.wide_table(tables.wide(table)[0]))
-    assert "(n=19, 1 failed)" in text
-    assert "| ehr ↑ |" in text  # the header no longer states a common n
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--wide", "--format", "csv"], "--wide"),
-        (["--rows"], "--rows"),
-        (["--out", "t.docx"], "suffix"),
-        (["--confidence", "95"], "0.95"),
-        (["--where", "method"], "FIELD=VALUE"),
-        (["--where", "method=nope"], "there are"),
-        (["--pairs", "nope"], "nope"),
-    ],
-)
-def test_mistakes_are_named(root, capsys, args, message):
-    assert run(root, *args) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_empty_root_exits_2(tmp_path, capsys):
-    assert run(tmp_path) == 2
-    assert "holds no results" in capsys.readouterr().err
-
-
 def test_a_hundred_thousand_samples_in_seconds(tmp_path):
     n = 20_000
     uids = np.array([f"val/{i:06d}" for i in range(n)])
@@ -603,5 +330,5 @@ def test_a_hundred_thousand_samples_in_seconds(tmp_path):
     assert time.monotonic() - start < 10
     assert table["n"].tolist() == [n] * 5
     assert len(tests) == 10
-    buffer = io.StringIO(tables.to_csv(table))
+    buffer = io.StringIO(formats.to_csv(table))
     assert len(pd.read_csv(buffer)) == 5

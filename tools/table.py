@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from attrib import tables
+from attrib import formats, tables
 from attrib.types import UserError
 
 FORMATS = ("csv", "md", "tex", "terminal")
@@ -72,29 +72,29 @@ def draw(args: argparse.Namespace) -> str | None:
     if args.where:
         frame = tables.where(frame, conditions(args.where))
     if args.rows:
-        return tables.to_csv(frame)
+        return formats.to_csv(frame)
     if kind == "csv" and args.pairs is not None:
-        return tables.to_csv(tables.all_paired(frame, args.pairs, args.confidence))
+        return formats.to_csv(tables.all_paired(frame, args.pairs, args.confidence))
     table = tables.summary(frame, args.confidence)
     if kind == "csv":
-        return tables.to_csv(table)
+        return formats.to_csv(table)
 
     if args.wide:
-        drawn = [tables.wide_table(block) for block in tables.wide(table)]
+        drawn = [formats.wide_table(block) for block in formats.wide(table)]
     else:
-        drawn = [tables.long_table(table, args.confidence)]
+        drawn = [formats.long_table(table, args.confidence)]
     if args.pairs is not None or kind == "terminal":
         tests = tables.all_paired(frame, args.pairs or (), args.confidence)
         if len(tests) or args.pairs is not None:
-            drawn.append(tables.paired_table(tests, args.confidence, most=None if args.pairs is not None else SHORT))
+            drawn.append(formats.paired_table(tests, args.confidence, most=None if args.pairs is not None else SHORT))
     if kind == "terminal":
         # A file or a pipe has no width: never fold a table for it.
         apart = args.out is not None or not sys.stdout.isatty()
         console = Console(file=io.StringIO() if apart else sys.stdout, width=400 if apart else None)
         for item in drawn:
-            console.print(tables.to_terminal(item))
+            console.print(formats.to_terminal(item))
         return "\n".join(s.rstrip() for s in console.file.getvalue().splitlines()) + "\n" if apart else None
-    return "\n".join(map(tables.to_markdown if kind == "md" else tables.to_latex, drawn))
+    return "\n".join(map(formats.to_markdown if kind == "md" else formats.to_latex, drawn))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,7 +58,7 @@ class Classifier:
         self.key = digest(type(module).__qualname__, dict(spec or {}), self.weights)
         self.module = self._prepare(module, input_shape)
         self._splits: dict[str, Split] = {}
-        names = [name for name, _ in self.module.named_modules(remove_duplicate=False)]
+        names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
                 near = difflib.get_close_matches(path, names, n=5, cutoff=0.3)
@@ -197,7 +197,7 @@ class Classifier:
             with ExitStack() as stack:
                 for role in found:
                     stack.enter_context(hooked(self.layer(role), catch(role)))
-                self.module(x[rows])
+                self.module(x[rows].clone())
             for role, outputs in found.items():
                 if len(outputs) != 1:
                     raise UserError(

@@ -1,0 +1,112 @@
+"""One self-contained HTML page from a work directory: what won, by how much, what the maps look like.
+
+Every text that comes from data or files (uids, class names, reasons, labels) is escaped by the template;
+pictures are data: URIs, plots are SVG images, so nothing on the page can run or load anything.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+import attrib
+from attrib import formats, labels, pictures, tables
+from attrib.report import curves, gallery, headline, provenance
+from attrib.report.curves import Curve, Style
+from attrib.report.gallery import Gallery
+from attrib.report.headline import Entry, Verdict
+from attrib.store import write_atomic
+
+IMAGE_BYTES = 11_000_000  # of all galleries together; a page beyond 15 MB is no pleasure to open
+
+
+def write(root: Path | str, out: Path | str, *, samples: int = 12, confidence: float = 0.95, command: str = "") -> Path:
+    """Write the page of a work directory. Raises UserError if there is nothing to show."""
+    out = Path(out)
+    write_atomic(out, page(root, samples=samples, confidence=confidence, command=command).encode())
+    return out
+
+
+def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, command: str = "") -> str:
+    """The HTML. ``samples``: rows of each gallery, fewer where the pictures would make the page too large."""
+    root = Path(root)
+    cells = labels.labelled(root)
+    frame = tables.rows(root)
+    summary = tables.summary(frame, confidence)
+    tests = tables.all_paired(frame, confidence=confidence)
+    summary["tie"] = tables.ties(summary, tests, confidence)
+    scores = labels.metrics(item.cell for item in cells)
+    styles = {c: curves.style(i) for i, c in enumerate(dict.fromkeys(summary["contender"]))}
+
+    wides = formats.wide(summary)
+    blocks = []
+    for wide in wides:
+        own = [c for c in cells if (c.dataset, c.model) == (wide.dataset, wide.model)]
+        inside = (frame["dataset"] == wide.dataset) & (frame["model"] == wide.model)
+        part = frame[inside]
+        mine = tests[(tests["dataset"] == wide.dataset) & (tests["model"] == wide.model)]
+        blocks.append(
+            Block(
+                dataset=wide.dataset,
+                model=wide.model,
+                columns=list(zip(wide.columns, wide.counts)),
+                lines=headline.lines(wide, styles),
+                unscored=wide.unscored,
+                verdicts=headline.verdicts(summary, wide, mine, confidence),
+                pairs=formats.paired_table(mine, confidence) if len(mine) else None,
+                curves=curves.means(own, part, scores, styles),
+                gallery=gallery.gallery(root, own, part, samples, IMAGE_BYTES // len(wides)),
+                losses=curves.losses(own, part, styles),
+            )
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        title=f"{root.resolve().name}: attribution report",
+        facts=headline.facts(frame),
+        blocks=blocks,
+        styles=styles,
+        long=formats.long_table(summary, confidence),
+        level=formats.percent(confidence),
+        legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
+        percentile=pictures.PERCENTILE,
+        failures=provenance.failures(frame),
+        costs=provenance.costs(cells),
+        provenance=provenance.provenance(cells),
+        runs=[run for item in cells for run in provenance.runs(item.cell)],
+        specs=[(c.cell.folder.name, json.dumps(c.spec, indent=2, ensure_ascii=False)) for c in cells],
+        drawn={
+            "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+            "command": command,
+            "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
+            "attrib": attrib.__version__,
+            "work directory": str(root.resolve()),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Everything about one dataset and model."""
+
+    dataset: str
+    model: str
+    columns: Sequence[tuple[str, str]]
+    lines: Sequence[tuple[str, Style, str, Sequence[Entry | None]]]
+    unscored: Mapping[str, str]
+    verdicts: Sequence[Verdict]
+    pairs: formats.Table | None
+    curves: Sequence[Curve]
+    gallery: Gallery | None
+    losses: Sequence[Curve]

@@ -1,0 +1,148 @@
+"""The gallery of a section: samples x maps, each with its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+
+from attrib import pictures
+from attrib.labels import Labelled
+from attrib.store import Arrays, Key
+
+LONGEST = 224  # pixels of a thumbnail's longer side
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One map of one sample: a picture, coloured tokens, or the reason why there is none."""
+
+    image: str = ""
+    tokens: Sequence[tuple[str, str, str]] = ()  # word, its colour, colour of the letters
+    limit: str = ""
+    scores: Sequence[tuple[str, str]] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    uid: str
+    name: str
+    image: str
+    tiles: Sequence[Tile]
+    pixelated: bool = False
+
+
+@dataclass(frozen=True)
+class Gallery:
+    columns: Sequence[tuple[str, str, bool]]  # contender, what the map is, whether it is signed
+    samples: Sequence[Sample]
+    note: str
+
+
+def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int) -> Gallery | None:
+    """Samples × maps. Rows stop where the pictures would exceed ``budget`` bytes."""
+    stores = list(dict.fromkeys(c.spec["pictures"] for c in cells if c.spec.get("pictures")))
+    inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
+    keys_of = [_current(c, frame) for c in cells]
+    pictured = list(dict.fromkeys(uid for store in inputs for uid, _ in store.index()))
+    stored = list(dict.fromkeys(uid for known in keys_of for uid in known))
+    uids = [u for u in pictured if any(u in known for known in keys_of)] or sorted(stored)
+    if not uids or samples < 1:
+        return None
+
+    columns = []  # (cell, its keys, map, contender, about, signed)
+    for item, known in zip(cells, keys_of):
+        shown = [u for u in uids[:samples] if u in known]
+        for name, about in (item.spec.get("maps") or {}).items():
+            maps = [m for u in shown if (m := _array(item.cell.maps, known[u], name)) is not None]
+            if maps:
+                several = len(item.spec["maps"]) > 1
+                label = f"{item.method} · {name}" if several else item.method
+                columns.append((item, known, name, label, about, any(map(pictures.is_signed, maps))))
+
+    shown, used = [], 0
+    for uid in uids[:samples]:
+        sample = _sample(uid, inputs, columns, frame[frame["uid"] == uid])
+        used += len(sample.image) + sum(len(tile.image) for tile in sample.tiles)
+        if used > budget and shown:
+            break
+        shown.append(sample)
+    note = f"{len(shown)} of {len(stored)} samples with maps." if len(shown) < len(stored) else ""
+    if not pictured:
+        note += " The work directory holds no pictures of the inputs: maps are drawn alone."
+    return Gallery([(label, about, signed) for *_, label, about, signed in columns], shown, note.strip())
+
+
+def _current(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
+    """uid -> where its map lies: under the fingerprint that the tables use, else the last one stored."""
+    index = item.maps()
+    known = {uid: (uid, fingerprint) for uid, fingerprint in index}
+    rows = frame.loc[frame["cell"] == item.cell.folder.name, ["uid", "fingerprint"]].drop_duplicates()
+    return known | {u: (u, f) for u, f in rows.itertuples(index=False, name=None) if (u, f) in index}
+
+
+def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
+    try:
+        return arrays.read(key, [name])[name]
+    except (KeyError, OSError, SafetensorError):
+        return None
+
+
+def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
+    image = roi = None
+    info: Mapping[str, Any] = {}
+    for store in inputs:
+        key = next((k for k in store.index() if k[0] == uid), None)
+        if key is not None:
+            image, roi, info = _array(store, key, "image"), _array(store, key, "roi"), store.index()[key].info
+            break
+    tokens = [str(t) for t in info.get("tokens", ())]
+    tiles = []
+    for item, known, name, _, _, signed in columns:
+        mine = frame[(frame["cell"] == item.cell.folder.name) & frame["map"].isin([name, ""])]
+        scores = mine[mine["state"] == "ok"]
+        numbers = [(c, f"{v:.3g}") for c, v in zip(scores["column"], scores["value"])]
+        failed = mine[mine["state"] == "failed"]
+        problem = "; ".join(dict.fromkeys(f"{s}: {r}" for s, r in zip(failed["stage"], failed["reason"])))
+        map = _array(item.cell.maps, known[uid], name) if uid in known else None
+        if map is None:
+            absent = "no map stored" if item.about(uid) else "no longer one of its samples"
+            tiles.append(Tile(scores=numbers, problem=problem or absent))
+        else:
+            tiles.append(_tile(map, image, roi, tokens, signed, numbers, problem))
+    drawn = (
+        "" if image is None else pictures.data_uri(pictures.outlined(image, roi), photo=_photo(image), longest=LONGEST)
+    )
+    name, target = str(info.get("name") or ""), info.get("target")
+    if target is not None:
+        name = f"{name} ({target})" if name else f"class {target}"
+    return Sample(uid, name, drawn, tiles, image is not None and max(image.shape) < 64)
+
+
+def _photo(image: np.ndarray) -> bool:
+    return max(image.shape) > 64  # JPEG would smear a 28-pixel digit
+
+
+def _tile(
+    map: np.ndarray,
+    image: np.ndarray | None,
+    roi: np.ndarray | None,
+    tokens: Sequence[str],
+    signed: bool,
+    scores: Sequence[tuple[str, str]],
+    problem: str,
+) -> Tile:
+    limit = f"{'±' if signed else ''}{pictures.scale(map, signed).limit:.3g}"
+    if map.ndim == 1:
+        words = tokens if len(tokens) == len(map) else [str(i) for i in range(len(map))]
+        return Tile("", [(w, *c) for w, c in zip(words, pictures.strip(map, signed))], limit, scores, problem)
+    if map.ndim != 2:
+        return Tile(scores=scores, problem=problem or f"a map of shape {map.shape} cannot be drawn")
+    drawn = pictures.heat(map, signed) if image is None else pictures.overlay(image, map, roi, signed)
+    return Tile(pictures.data_uri(drawn, photo=_photo(drawn), longest=LONGEST), (), limit, scores, problem)

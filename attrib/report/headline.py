@@ -1,0 +1,120 @@
+"""The numbers on top of each section: methods x columns, and who is ahead of whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attrib import formats
+from attrib.report.curves import Style
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One number of the headline table, with its interval as places (0 to 100) on its column's axis."""
+
+    mean: str
+    half: str
+    exact: str
+    count: str
+    best: bool
+    tie: bool
+    dot: float | None
+    left: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who has the best mean of a column, whom it beats clearly and whom not."""
+
+    column: str
+    best: Sequence[str]
+    value: str
+    ahead: Sequence[tuple[str, str]]  # (contender, Holm's p)
+    level: Sequence[tuple[str, str]]
+    apart: Sequence[str]  # no common samples
+
+
+def lines(wide: formats.Wide, styles: Mapping[str, Style]) -> list[tuple[str, Style, str, list[Entry | None]]]:
+    axes = []
+    for i in range(len(wide.columns)):
+        ends = [e[i][k] for _, _, e in wide.lines if e[i] for k in ("mean", "lo", "hi") if np.isfinite(e[i][k])]
+        axes.append((min(ends), max(ends)) if ends else (0.0, 0.0))
+    return [
+        (
+            contender,
+            styles[contender],
+            formats.seconds_text(seconds),
+            [_entry(e, shared, axis) for e, shared, axis in zip(entries, wide.counts, axes, strict=True)],
+        )
+        for contender, seconds, entries in wide.lines
+    ]
+
+
+def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]) -> Entry | None:
+    if row is None:
+        return None
+    mean, lo, hi = row["mean"], row["lo"], row["hi"]
+    low, span = axis[0], axis[1] - axis[0]
+    place = {"dot": None, "left": 0.0, "width": 0.0}
+    if np.isfinite(mean) and span > 0:
+        place["dot"] = round(100 * (mean - low) / span, 2)
+        if np.isfinite(lo):
+            place |= {"left": round(100 * (lo - low) / span, 2), "width": round(100 * (hi - lo) / span, 2)}
+    return Entry(
+        mean=formats.rounded(mean, lo, hi),
+        half=formats.rounded((hi - lo) / 2, lo, hi) if hi > lo else "",
+        exact=f"{mean!r} [{lo!r}, {hi!r}]",
+        count="" if shared else formats.count_text(row["n"], row["failed"], row["pending"]),
+        best=bool(row["best"]),
+        tie=bool(row["tie"]),
+        **place,
+    )
+
+
+def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, confidence: float) -> list[Verdict]:
+    block = summary[(summary["dataset"] == wide.dataset) & (summary["model"] == wide.model) & summary["best"]]
+    found = []
+    for (metric, column), best in block.groupby(["metric", "column"], sort=False):
+        row = best.iloc[0]
+        places = tests[(tests["metric"] == metric) & (tests["column"] == column)]
+        ahead, level, apart = [], [], []
+        for test in places.to_dict("records"):
+            if row["contender"] not in (test["a"], test["b"]):
+                continue
+            other = test["b"] if row["contender"] == test["a"] else test["a"]
+            if test["n"] == 0:
+                apart.append(other)
+            else:
+                kind = ahead if test["better"] == row["contender"] else level
+                kind.append((other, _p_is(test["p_holm"])))
+        title = f"{column} {row['direction']}" if metric == column else f"{column} {row['direction']} · {metric}"
+        value = formats.with_half(row["mean"], row["lo"], row["hi"])
+        found.append(Verdict(title, list(best["contender"]), value, ahead, level, apart))
+    return found
+
+
+def _p_is(p: float) -> str:
+    text = formats.p_text(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def facts(frame: pd.DataFrame) -> list[tuple[int, str]]:
+    """The line below the title: how much of what."""
+    failed = frame.loc[frame["state"] == "failed", ["cell", "uid"]].drop_duplicates()
+    pending = frame.loc[frame["state"] == "pending", ["cell", "uid"]].drop_duplicates()
+    counts = [
+        (frame["method"].nunique(), "method"),
+        (frame["dataset"].nunique(), "dataset"),
+        (frame["model"].nunique(), "model"),
+        (len(frame[["dataset", "uid"]].drop_duplicates()), "sample"),
+        (int((frame["state"] == "ok").sum()), "score"),
+        (len(failed), "failure"),
+    ]
+    facts = [(n, name if n == 1 else f"{name}s") for n, name in counts]
+    return facts + ([(len(pending), "pending")] if len(pending) else [])

@@ -1,0 +1,107 @@
+"""The end of the page: what failed, what it cost, and where the numbers come from."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from attrib.labels import AXES, Labelled
+from attrib.store import Cell
+
+MOST_UIDS = 50  # uids listed per kind of failure
+
+
+def failures(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Equal reasons together: where, why, how many, the first uids."""
+    names = ["dataset", "model", "method", "stage", "reason"]
+    failed = frame.loc[frame["state"] == "failed", [*names, "uid"]].astype(str).drop_duplicates()
+    found = []
+    for key, group in failed.groupby(names, sort=False):
+        uids = list(group["uid"])
+        found.append(
+            {**dict(zip(names, key)), "count": len(uids), "uids": uids[:MOST_UIDS], "more": len(uids[MOST_UIDS:])}
+        )
+    return sorted(found, key=lambda f: -f["count"])
+
+
+def costs(cells: Sequence[Labelled]) -> list[dict[str, Any]]:
+    found = []
+    for item in cells:
+        infos = [record.info for record in item.maps().values()]
+        seconds = np.array([i["seconds"] for i in infos if "seconds" in i], dtype=float)
+        rows = np.array([i["rows"] for i in infos if "rows" in i], dtype=float)
+        found.append(
+            {
+                **{axis: getattr(item, axis) for axis in AXES},
+                "maps": len(infos),
+                "mean": float(seconds.mean()) if seconds.size else None,
+                "median": f"{np.median(seconds):.3g}" if seconds.size else "–",
+                "total": _duration(seconds.sum()) if seconds.size else "–",
+                "rows": f"{rows.mean():.4g}" if rows.size else "–",
+                "broken": item.cell.maps.broken,
+            }
+        )
+    most = max((c["mean"] for c in found if c["mean"] is not None), default=0) or 1
+    return [{**c, "share": round(100 * (c["mean"] or 0) / most, 2)} for c in found]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 5400 else f"{seconds / 3600:.3g} h"
+
+
+def provenance(cells: Sequence[Labelled]) -> list[tuple[str, list[str]]]:
+    """(what, its different values). More than one commit or version is worth seeing."""
+    versions: dict[str, list[str]] = {}
+    for item in cells:
+        for name, version in (item.spec.get("versions") or {}).items():
+            versions.setdefault(name, []).append(f"{name} {version}")
+    facts = {
+        "Commit": [str(c.spec.get("git") or "not a git checkout") for c in cells],
+        "Weights": [f"{c.model}: {c.spec.get('weights') or 'unknown'}" for c in cells],
+        "Seed": [str((c.spec.get("config") or {}).get("seed", "unknown")) for c in cells],
+    }
+    shown = [(name, list(dict.fromkeys(values))) for name, values in facts.items()]
+    return [*shown, ("Versions", [v for values in versions.values() for v in dict.fromkeys(values)])]
+
+
+def runs(cell: Cell) -> list[dict[str, Any]]:
+    """Every run that wrote to a cell: its counts and its environment, as far as it left them."""
+    found = []
+    for folder in sorted((cell.folder / "runs").glob("*")):
+        environment = ""
+        for path in sorted(folder.glob("environment*")):
+            environment += path.read_text(errors="replace")
+        known = _json(folder / "summary.json")
+        counts = {k: v for k, v in known.items() if isinstance(v, (int, float, str))}
+        about = _json(folder / "environment.json")
+        found.append(
+            {
+                "cell": cell.folder.name,
+                "run": folder.name,
+                "counts": counts,
+                "command": _text(about.get("command", known.get("command", ""))),
+                "machine": _text(about.get("machine", known.get("machine", ""))),
+                "environment": environment,
+            }
+        )
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}  # a killed run has no summary
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value or "")
