@@ -15,7 +15,7 @@ from attrib.pictures import overlay
 from attrib.types import Batch, SampleError
 
 if TYPE_CHECKING:
-    from attrib.run import AttributionRunner, Step
+    from attrib.run import AttributionRunner
 
 
 class ProgressHook(Hook):
@@ -25,28 +25,28 @@ class ProgressHook(Hook):
         self._bar: tqdm | None = None
         self._stage = ""
 
-    def _open(self, runner: AttributionRunner, step: Step) -> None:
-        name = runner.attribution.plan.experiment.names["method"]
-        self._stage = step.stage
-        self._bar = tqdm(
-            total=step.total,
-            desc=f"{name}: {step.stage}",
-            unit=" samples",
-            mininterval=0.2 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+    def before_test_iter(self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None) -> None:
+        loop = runner.attribution
+        if self._bar is None or self._stage != loop.stage:
+            self._close()
+            self._stage = loop.stage
+            self._bar = tqdm(
+                total=loop.total,
+                desc=f"{loop.plan.experiment.names['method']}: {loop.stage}",
+                unit=" samples",
+                mininterval=0.2 if sys.stderr.isatty() else 30,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def after_test_iter(
         self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
     ) -> None:
-        if self._stage != outputs.stage or self._bar is None:
-            self._close()
-            self._open(runner, outputs)
-        assert self._bar is not None
-        self._bar.update(outputs.done - self._bar.n)
+        if self._bar is None:
+            return  # nothing of this stage could be read
         if runner.attribution.summary.failed:
             self._bar.set_postfix(failed=runner.attribution.summary.failed, refresh=False)
+        self._bar.update(outputs.done - self._bar.n)
         if outputs.done == outputs.total:
             self._close()
 

@@ -8,6 +8,7 @@ usual moments, so that any mmengine ``Hook`` or ``VisBackend`` works (``run.hook
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -82,6 +83,7 @@ class _Loop(BaseLoop):
         super().__init__(runner, dataloader=[])
         self.plan, self.state, self.options = work, state, options
         self.summary = Summary()
+        self.stage, self.total = "", 0  # what is being done, and for how many samples
         self.samples = work.experiment.samples(work.uids, options.batch)
         self._failed: set[tuple[str, str]] = set()
         self._iteration = 0
@@ -133,6 +135,7 @@ class _Loop(BaseLoop):
         ``stage`` is "maps" or a metric's score folder, ``<name>.<key8>``; the ledger notes it.
         """
         done = 0
+        self.stage, self.total = stage.rpartition(".")[0] or stage, len(todo)
         for chunk, (batch, unread) in zip(self.samples.chunks(todo), self.samples.load(self.samples.chunks(todo))):
             start = time.perf_counter()
             for uid, reason in unread:
@@ -145,8 +148,8 @@ class _Loop(BaseLoop):
                 self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
                 arrays = self._alone_if_needed(stage, batch, work)
             done += len(chunk)
-            name = stage.rpartition(".")[0] or stage
-            step = Step(name, batch.uids if batch else (), arrays, time.perf_counter() - start, done, len(todo))
+            uids = batch.uids if batch is not None else ()
+            step = Step(self.stage, uids, arrays, time.perf_counter() - start, done, self.total)
             self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
             self._iteration += 1
 
@@ -334,7 +337,7 @@ class AttributionRunner(Runner):
         """The composed configuration is written as config.json instead."""
 
     def _log_env(self, env_cfg: dict) -> None:
-        found = {k: str(v) for k, v in collect_env().items()}
+        found = {k: str(v) for k, v in _environment().items()}
         about = {"command": sys.argv, "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores"}
         write_json(Path(self.log_dir) / "environment.json", {**found, **about})
 
@@ -345,6 +348,12 @@ class AttributionRunner(Runner):
         self.attribution = _Loop(self, work, state, options)
         self.test()
         return self.attribution.summary
+
+
+@functools.cache
+def _environment() -> Mapping[str, Any]:
+    """Asks compilers and drivers for their versions, which takes seconds: once per process."""
+    return collect_env()
 
 
 def run(experiment: Experiment, options: Options) -> Summary:

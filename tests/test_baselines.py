@@ -490,8 +490,11 @@ class Watch(nn.Module):
     [Gradient(), InputXGradient(), IntegratedGradients(steps=6), SmoothGrad(samples=2), Occlusion(2, 2), GradCAM()],
     ids=lambda m: type(m).__name__,
 )
-def test_never_more_rows_than_the_limit(method, rows):
+def test_never_more_rows_than_the_limit_and_all_are_counted(method, rows):
     Watch.seen.clear()
-    explain(method, nn.Sequential(Watch(), *relu_net()), pictures(), {"cam": "3"}, rows=rows)
+    batch = pictures()
+    model = Classifier(nn.Sequential(Watch(), *relu_net()), {"cam": "3"}, rows=rows, dtype=torch.float64)
+    method.attribute(model, batch, {}, streams(batch))
     assert max(Watch.seen) <= rows
     assert rows == 1 or max(Watch.seen) > 1
+    assert model.passed == sum(Watch.seen)

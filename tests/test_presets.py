@@ -28,8 +28,10 @@ def composed(*overrides: str) -> dict:
 
 
 # What a preset leaves to the user, and how to do without a download.
-MODEL = {"torchvision": ["model.arch=resnet18", "model.layers={bottleneck: layer2, cam: layer4}"],
-         "timm": ["model.arch=vit_tiny_patch16_224", "model.layers={bottleneck: blocks.4, cam: blocks.11}"]}  # fmt: skip
+MODEL = {
+    "torchvision": ["model.arch=resnet18", "model.layers={bottleneck: layer2, cam: layer4}"],
+    "timm": ["model.arch=vit_tiny_patch16_224", "model.layers={bottleneck: blocks.4, cam: blocks.11}"],
+}
 
 
 @pytest.mark.parametrize("name", presets("model"))

@@ -87,7 +87,6 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, bool]]] = {
         timm_net("tf_efficientnet_lite0"),
         {"blocks.3": True, "blocks.3.1.bn2": True, "conv_stem": True},
     ),
-    "timm resnet18": (timm_net("resnet18"), {"layer2.0.bn2": True, "layer3": True}),
 }
 
 

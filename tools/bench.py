@@ -122,7 +122,7 @@ def bench_equal(device: torch.device, count: int, steps: int) -> None:
     singles = torch.cat([explain(batch[[i]]) for i in range(count)])
     error = ((whole - singles).abs().max() / singles.abs().max()).item()
     print(
-        f"| IBA, float64, {steps} steps: batch of {count} against singles | largest relative difference | {error:.1e} | |"
+        f"| IBA, float64, {steps} steps, batch of {count} and singles | largest relative difference | {error:.1e} | |"
     )
 
 

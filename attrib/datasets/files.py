@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -15,6 +16,19 @@ from attrib.datasets.transform import Box
 from attrib.types import UserError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+def imagenet_classes() -> dict[int, tuple[str, str]]:
+    """Class index -> WordNet id and name, from the tables that timm ships. Raises UserError."""
+    spec = importlib.util.find_spec("timm")
+    tables = Path((spec.submodule_search_locations if spec else [""])[0]) / "data" / "_info"
+    try:
+        wnids = (tables / "imagenet_synsets.txt").read_text(encoding="utf-8").split()
+        lines = (tables / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"timm's ImageNet tables are not installed ({error}); give --classes") from error
+    names = dict(line.split("\t", 1) for line in lines)
+    return {i: (wnid, names[wnid]) for i, wnid in enumerate(wnids)}
 
 
 def existing_folder(path: str | Path, field: str) -> Path:

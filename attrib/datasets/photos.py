@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
+from attrib.datasets.files import imagenet_classes
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -94,7 +95,10 @@ class Photos(ImageDataset):
 
     def __init__(self, transform: ImageTransform, packages: Sequence[str] = PACKAGES) -> None:
         self._photos = _photos(packages)
-        super().__init__(self._photos, transform, {p.label: p.name for p in self._photos.values()}, boxed=True)
+        # Any class may be the predicted one; the file's own names are shorter than timm's.
+        names = {index: name.split(",")[0] for index, (_, name) in imagenet_classes().items()}
+        names |= {p.label: p.name for p in self._photos.values()}
+        super().__init__(self._photos, transform, names, boxed=True)
 
     def open(self, uid: str) -> BinaryIO:
         photo = self._photos[uid]

@@ -7,7 +7,6 @@ checked against a strict pattern before it becomes part of a path.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from attrib.datasets.files import existing_folder, image_files, parse_box, read_class_table, read_rows
+from attrib.datasets.files import existing_folder, image_files, imagenet_classes, parse_box, read_class_table, read_rows
 from attrib.datasets.transform import Box
 from attrib.keys import stable_hash
 from attrib.store import write_atomic, write_json
@@ -211,19 +210,6 @@ def choose(sources: list[Source], attribution: int, estimation: int, seed: int) 
 
 
 # Writing ----------------------------------------------------------------------------------------
-
-
-def imagenet_classes() -> dict[int, tuple[str, str]]:
-    """Class index -> WordNet id and name, from the tables that timm ships. Raises UserError."""
-    spec = importlib.util.find_spec("timm")
-    tables = Path((spec.submodule_search_locations if spec else [""])[0]) / "data" / "_info"
-    try:
-        wnids = (tables / "imagenet_synsets.txt").read_text(encoding="utf-8").split()
-        lines = (tables / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"timm's ImageNet tables are not installed ({error}); give --classes") from error
-    names = dict(line.split("\t", 1) for line in lines)
-    return {i: (wnid, names[wnid]) for i, wnid in enumerate(wnids)}
 
 
 def voc(source: Source) -> bytes:

@@ -335,4 +335,4 @@ class Occlusion(Method):
             )
 
         # Covering all channels at once, every channel gets the same value.
-        return {"map": _chunked(model, batch, explain, cost=steps[0] * steps[1])[:, 0]}
+        return {"map": _chunked(model, batch, explain, cost=steps[0] * steps[1] + 1)[:, 0]}
