@@ -224,7 +224,7 @@ def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(reduce):
 @pytest.mark.parametrize("reduce", REDUCE)
 def test_guided_backprop_equals_its_backward_pass_written_by_hand(reduce):
     batch, net = pictures(), seeded(Mixed(), 0.25)
-    net.head.weight.abs_()  # else nothing is left of most gradients
+    net.head.weight.add_(0.1)  # mostly positive, else nothing is left of most gradients
     expected = []
     for x, target in zip(batch.x, batch.target, strict=True):
         x = x.clone().requires_grad_()
@@ -319,6 +319,28 @@ def test_deep_lift_is_complete_whatever_the_activations_look_like(build, several
             change[i] += (score_of(net, target)(x) - score_of(net, target)(baseline[i])) / 3
     assert change.abs().min() > 1e-3
     same(found["map"].sum((1, 2)), change, 1e-9)
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head((x * torch.sigmoid(x)).mean((2, 3)))
+
+
+def test_deep_lift_says_by_how_much_it_is_not_complete():
+    batch, net = pictures(), seeded(Gate())
+    found = explain(DeepLiftShap(samples=3, sigma=0.7), net, batch)
+    noise = streams(batch)
+    baselines = [0.7 * noise.normal(3, H, W) for _ in range(3)]
+    for i, (x, target) in enumerate(zip(batch.x, batch.target, strict=True)):
+        score = score_of(net, target)
+        change = sum(score(x) - score(baseline[i]) for baseline in baselines) / 3
+        same(found["delta"][i], found["map"][i].sum() - change)
+    assert found["delta"].abs().min() > 1e-3
 
 
 def test_one_baseline_without_spread_is_deep_lift_from_the_mean_colour():
