@@ -11,6 +11,7 @@ import importlib.util
 import io
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -95,9 +96,9 @@ class Photos(ImageDataset):
 
     def __init__(self, transform: ImageTransform, packages: Sequence[str] = PACKAGES) -> None:
         self._photos = _photos(packages)
-        # Any class may be the predicted one; the file's own names are shorter than timm's.
-        names = {index: name.split(",")[0] for index, (_, name) in imagenet_classes().items()}
-        names |= {p.label: p.name for p in self._photos.values()}
+        names = {p.label: p.name for p in self._photos.values()}
+        with suppress(UserError):  # no timm: only the photographs' own classes have names then
+            names = {index: name.split(",")[0] for index, (_, name) in imagenet_classes().items()} | names
         super().__init__(self._photos, transform, names, boxed=True)
 
     def open(self, uid: str) -> BinaryIO:
