@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
+from torch import nn
 
+from attrib import keys
 from attrib.datasets import Selection
 from attrib.experiment import Experiment
 from attrib.models import Classifier, load_weights
+from attrib.models.zoo import input_of
 from attrib.plan import Options
 from attrib.samples import parse_device
 from attrib.types import UserError
@@ -21,6 +26,7 @@ from attrib.types import UserError
 Node = Mapping[str, Any]
 
 DTYPES = ("float32", "float64")
+INPUT = ("size", "mean", "std", "resize", "resize_size", "interpolation")  # the fields of model.input
 
 
 def _known(what: str, given: str, known: list[str]) -> str:
@@ -29,12 +35,86 @@ def _known(what: str, given: str, known: list[str]) -> str:
     return f"{what} has no field {given!r}{hint} (fields: {', '.join(known) or 'none'})"
 
 
-def build(node: Node, where: str) -> Any:
-    """The object that a node describes by ``_target_`` and its arguments.
+# ---- types ------------------------------------------------------------------------------------
 
-    Raises UserError that names ``where`` and the field for an unknown field, a target that
-    cannot be imported, or arguments that the target refuses.
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """``value`` in the one form that its annotation has for it, so that 10 and 10.0 have the same key.
+
+    An annotation that is not understood accepts anything. Raises TypeError.
     """
+    origin, arms = get_origin(hint), get_args(hint)
+    if _is_node(value):  # an object to come
+        return value
+    if origin in (Union, types.UnionType):
+        for arm in sorted(arms, key=lambda arm: type(value) is not arm):  # 1 stays 1 in float | int
+            try:
+                return _as(arm, value)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is Literal:
+        good = any(type(value) is type(arm) and value == arm for arm in arms)
+    elif hint is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if good else value
+    elif hint is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    elif hint in (bool, str, type(None)):
+        good = isinstance(value, hint)
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        good = isinstance(value, hint)
+    elif origin in (tuple, list, Sequence):
+        good = isinstance(value, (tuple, list))
+        if good and origin is tuple:
+            each = arms[:1] * len(value) if arms[-1:] == (...,) else arms
+            good = len(each) == len(value)
+            value = tuple(map(_as, each, value))
+        elif good:
+            value = [_as(arms[0], v) for v in value]
+    else:
+        good = True
+    if not good:
+        raise TypeError
+    return value
+
+
+def _spelled(hint: Any) -> str:
+    """An annotation in words for people who write YAML."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_spelled(arm) for arm in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if hint is type(None):
+        return "null"
+    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+
+
+def _field(name: str, hint: Any, value: Any) -> Any:
+    try:
+        return _as(hint, value)
+    except (TypeError, OverflowError) as error:
+        raise UserError(f"{name} must be {_spelled(hint)}, not {value!r}") from error
+
+
+def _hints(what: Callable[..., Any]) -> Node:
+    """The annotations of what a call of ``what`` takes; none where they cannot be read."""
+    plain_class = isinstance(what, type) and not dataclasses.is_dataclass(what)
+    try:
+        return get_type_hints(what.__init__ if plain_class else what)
+    except Exception:  # a name that is imported for type checkers only, a builtin without annotations
+        return {}
+
+
+# ---- objects ----------------------------------------------------------------------------------
+
+
+def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a node's ``_target_`` names, and the node with its fields, and those of nodes in it, as their types want."""
     target = node.get("_target_")
     if not isinstance(target, str):
         raise UserError(f"{where}: no _target_: it must name the class to build, such as attrib.methods.iba.IBA")
@@ -42,45 +122,137 @@ def build(node: Node, where: str) -> Any:
         what = hydra.utils.get_object(target)
     except Exception as error:  # importing a user's module can raise anything
         raise UserError(f"{where}: cannot import _target_ {target}: {error}") from error
-    parameters = inspect.signature(what).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for field in node:
-            if not field.startswith("_") and field not in parameters:
-                raise UserError(f"{where}.yaml: {_known(target, field, list(parameters))}")
+    if not callable(what):
+        raise UserError(f"{where}: _target_ {target} is {type(what).__name__}, not a class or function")
+    checked = {k: _checked(v, f"{where}: {k}")[1] if _is_node(v) else v for k, v in node.items()}
     try:
-        return hydra.utils.instantiate(dict(node), _convert_="all")
+        parameters = inspect.signature(what).parameters
+    except (TypeError, ValueError):  # some builtins have none
+        return what, checked
+    hints, named = _hints(what), [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    for field, value in node.items():
+        if field.startswith("_"):
+            continue
+        if field in named:
+            sloppy = value is None and parameters[field].default is None  # x: int = None
+            if field in hints and not _is_node(value) and not sloppy:
+                checked[field] = _field(f"{where}: {field}", hints[field], value)
+        elif len(named) == len(parameters):
+            raise UserError(f"{where}: {_known(target, field, named)}")
+    return what, checked
+
+
+def build(node: Node, where: str) -> Any:
+    """The object that a node describes by ``_target_`` and its arguments.
+
+    Raises UserError that begins with ``where`` and names the field for an unknown field or one of
+    the wrong type, a target that cannot be imported, or arguments that the target refuses.
+    """
+    _, checked = _checked(node, where)
+    try:
+        return hydra.utils.instantiate(checked, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise UserError(f"{where}: {cause}") from error
-        raise UserError(f"{where}: {target} cannot be built: {type(cause).__name__}: {cause}") from error
+        raise UserError(f"{where}: {node['_target_']} cannot be built: {type(cause).__name__}: {cause}") from error
+
+
+def _build_as(part: str, member: str, node: Node, where: str) -> Any:
+    """Builds a part of an experiment, which is known by a member that no other part has."""
+    made = build(node, where)
+    if not hasattr(made, member):
+        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {member!r}")
+    if part != "dataset":
+        try:
+            keys.spec(made)
+        except TypeError as error:
+            raise UserError(f"{where}: {node['_target_']} cannot have a key ({error}); see docs/how-to") from error
+    return made
 
 
 def _without(node: Node, *names: str) -> dict[str, Any]:
     return {k: v for k, v in node.items() if k not in names}
 
 
+def _filled(given: Node, known: Node) -> dict[str, Any]:
+    """``known`` where ``given`` is null. A resize_size belongs to one size and one way to resize."""
+    full = {k: known.get(k) if v is None else v for k, v in given.items()}
+    if given.get("resize_size", 0) is None and any(full.get(k) != known.get(k) for k in ("size", "resize")):
+        full["resize_size"] = None
+    return full
+
+
+def with_input(config: Node) -> Node:
+    """The configuration without nulls in ``model.input``.
+
+    They stand for what the library that the net comes from says of its weights. The nulls that
+    the transforms of the dataset took over from there are filled as well; what is given stays.
+
+    Raises UserError that names the fields of which the library says nothing.
+    """
+    model, where = config["model"], _where(config, "model")
+    given = model.get("input")
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: no input; it says how images are prepared: {', '.join(INPUT)}")
+    if all(v is not None for k, v in given.items() if k != "resize_size"):
+        return config
+    builder, arguments = _checked(_net(model), where)
+    known = input_of(builder, **{k: v for k, v in arguments.items() if not k.startswith("_")})
+    if any(given.get(k) not in (None, known.get(k)) for k in ("size", "resize")):
+        known = {**known, "resize_size": None}  # the transform's own default
+    missing = [f"model.input.{k}" for k in INPUT if given.get(k) is None and k not in known]
+    if missing:
+        name = model.get("arch", arguments["_target_"])
+        raise UserError(f"{where}: how {name} wants its images is not known; set {', '.join(missing)}")
+    full = _filled({k: given.get(k) for k in INPUT}, known)
+
+    def followed(data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        transform, rest = data.get("transform"), _without(data, "transform")
+        rest = {k: followed(v) if k == "estimation" else v for k, v in rest.items()}
+        return {**rest, "transform": _filled(transform, full)} if isinstance(transform, Mapping) else rest
+
+    return {**config, "model": {**model, "input": full}, "dataset": followed(config["dataset"])}
+
+
+def _net(model: Node) -> dict[str, Any]:
+    """Of a model YAML, what builds the net."""
+    return _without(model, "name", "layers", "input", "checkpoint", "match")
+
+
 def classifier(node: Node, options: Options, where: str = "model") -> Classifier:
     """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``."""
-    arguments = _without(node, "name", "layers", "input", "checkpoint", "match")
-    net = build(arguments, where)
-    if node.get("checkpoint"):
-        load_weights(net, node["checkpoint"], node.get("match", "name"))
+    arguments = _net(node)
+    size = _field(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
+    mean = _field(f"{where}: input.mean", tuple[float, ...], node["input"].get("mean"))
+    height, width = (size, size) if isinstance(size, int) else size
+    layers = node.get("layers") or {}
+    if not isinstance(layers, Mapping):
+        raise UserError(f"{where}: layers must give a path to each role, not {layers!r}")
     if options.dtype not in DTYPES:
         raise UserError(f"run.dtype must be one of {', '.join(DTYPES)}, not {options.dtype!r}")
-    size, mean = node["input"]["size"], node["input"]["mean"]
-    height, width = (size, size) if isinstance(size, int) else size
+    net = build(arguments, where)
+    if not isinstance(net, nn.Module):
+        raise UserError(f"{where}: {arguments['_target_']} gives {type(net).__name__}, not a torch.nn.Module")
+    if node.get("checkpoint"):
+        load_weights(net, str(node["checkpoint"]), node.get("match", "name"))
     return Classifier(
         net,
-        node.get("layers") or {},
+        {role: None if path is None else str(path) for role, path in layers.items()},  # a layer may be called 5
         rows=options.rows,
         device=parse_device(options.device),
         dtype=getattr(torch, options.dtype),
         spec=_without(arguments, "weights", "pretrained"),  # where weights come from; they are in the key themselves
         input_shape=(len(mean), height, width),
     )
+
+
+def _where(config: Node, part: str) -> str:
+    return f"configs/{part}/{config[part].get('name', part)}.yaml"
 
 
 def experiment(config: Node) -> Experiment:
@@ -92,37 +264,40 @@ def experiment(config: Node) -> Experiment:
         if not isinstance(config.get(part), Mapping):
             raise UserError(f"no {part} chosen; add {part}=... (see configs/{part}/)")
     options = options_of(config["run"])
+    config = with_input(config)
     data, method_node = config["dataset"], config["method"]
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
     reserved = ("name", "target", "select", "estimation")
-    where = {part: f"configs/{part}/{names[part]}" for part in names}
-    method = build(_without(method_node, "name"), where["method"])
+    where = {part: _where(config, part) for part in names}
+    method = _build_as("method", "attribute", _without(method_node, "name"), where["method"])
     metrics = {
-        name: build(node, f"configs/metric/{name}") for name, node in (config.get("metric") or {}).items() if node
+        name: _build_as("metric", "score", node, f"configs/metric/{name}.yaml")
+        for name, node in (config.get("metric") or {}).items()
+        if node
     }
-    dataset = build(_without(data, *reserved), where["dataset"])
+    dataset = _build_as("dataset", "fingerprint", _without(data, *reserved), where["dataset"])
     model = classifier(config["model"], options, where["model"])
     for role in (*method.roles, *(method.fit.roles if method.fit else ())):
         model.path(role)
 
     estimation, estimation_select = None, Selection()
     if method.fit is not None:
-        node = data.get("estimation")
+        node, at = data.get("estimation"), f"{where['dataset']}: estimation"
         if node is None:
-            raise UserError(f"{where['dataset']}.yaml: {names['method']} is fitted on data first; add estimation: ...")
-        estimation = build(_without(node, *reserved), f"{where['dataset']}.yaml: estimation")
-        estimation_select = _selection(node, f"{where['dataset']}.yaml: estimation.select")
+            raise UserError(f"{where['dataset']}: {names['method']} is fitted on data first; add estimation: ...")
+        estimation = _build_as("dataset", "fingerprint", _without(node, *reserved), at)
+        estimation_select = _selection(node, f"{at}.select")
     return Experiment(
         names=names,
         dataset=dataset,
         target=data.get("target", "label"),
-        select=_selection(data, f"{where['dataset']}.yaml: select"),
+        select=_selection(data, f"{where['dataset']}: select"),
         estimation=estimation,
         estimation_select=estimation_select,
         model=model,
         method=method,
         metrics=metrics,
-        seed=int(config.get("seed", 0)),
+        seed=_field("seed", int, config.get("seed", 0)),
         config={k: v for k, v in config.items() if k != "run"},
     )
 
@@ -135,8 +310,8 @@ def _selection(node: Node, where: str) -> Selection:
 
 def options_of(node: Node) -> Options:
     """The ``run`` node: how to compute, never what."""
-    known = list(inspect.signature(Options).parameters)
+    known, hints = list(inspect.signature(Options).parameters), get_type_hints(Options)
     for field in node:
         if field not in known:
             raise UserError(f"configs/run: {_known('run', field, known)}")
-    return Options(**node)
+    return Options(**{field: _field(f"run.{field}", hints[field], value) for field, value in node.items()})

@@ -21,7 +21,7 @@ from attrib.types import UserError
 
 @dataclass(frozen=True)
 class Experiment:
-    """A dataset, a model, a method and metrics. How it is run (``run.Options``) is not part of it.
+    """A dataset, a model, a method and metrics. How it is run (``plan.Options``) is not part of it.
 
     names    labels for people and folders: {"dataset": "photos", "model": ..., "method": ...}
     target   which class is explained, see ``samples.Samples``
@@ -44,8 +44,12 @@ class Experiment:
     def samples(self, uids: Sequence[str], batch: int) -> Samples:
         return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
 
+    def stored_samples(self, uids: Sequence[str], batch: int) -> Samples:
+        """For work on stored maps, which say themselves what they explain."""
+        return Samples(self.dataset, self.model, uids, target=None, batch=batch)
+
     def estimation_samples(self, batch: int) -> Samples:
-        """The model's own class is the target where a label would not be known."""
+        """What the method's state is fitted on."""
         if self.estimation is None:
             raise UserError(f"{self.names['method']} needs an estimation set: dataset.estimation")
         whole = Samples(self.estimation, self.model, self.estimation.uids, target=self.target, batch=batch)
@@ -53,7 +57,7 @@ class Experiment:
             self.estimation,
             self.model,
             self.estimation_select.apply(self.estimation, whole.confidence),
-            target=self.target,
+            target=self.target if self.method.fit is None or self.method.fit.TARGETS else None,
             batch=batch,
         )
 
@@ -64,6 +68,11 @@ class Experiment:
         """Which samples, explained for which class. A list file counts by its content."""
         return keys.digest(self.dataset.key, self.target, _selection_spec(self.select))
 
+    @cached_property
+    def pictures_key(self) -> str:
+        """Of the inputs kept for the report, which bear the name of the class that the model is asked for."""
+        return keys.digest(self.dataset_key, self.model.key)[:8]
+
     def _layers(self, roles: Sequence[str]) -> dict[str, str]:
         return {role: self.model.path(role) for role in roles}
 
@@ -72,7 +81,7 @@ class Experiment:
         fit = self.method.fit
         assert fit is not None
         content = [(uid, samples.dataset.fingerprint(uid)) for uid in samples.uids]
-        return keys.digest(fit, self.model.key, self._layers(fit.roles), samples.dataset.key, content, self.target)
+        return keys.digest(fit, self.model.key, self._layers(fit.roles), samples.dataset.key, content, samples.target)
 
     def cell_key(self, state_key: str | None) -> str:
         return keys.digest(
@@ -92,5 +101,9 @@ class Experiment:
 def _selection_spec(select: Selection) -> Any:
     if select.list is None:
         return select
-    content = hashlib.sha256(Path(select.list).read_bytes()).hexdigest()
+    path = Path(select.list).expanduser()
+    try:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"select.list: {path} cannot be read: {error}") from error
     return dataclasses.replace(select, list=content)

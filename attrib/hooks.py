@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from attrib.pictures import overlay
+from attrib.store import write_atomic
 from attrib.types import Batch, SampleError
 
 if TYPE_CHECKING:
@@ -81,28 +83,40 @@ def picture_path(folder: Path, uid: str) -> Path:
 
 
 class PictureHook(Hook):
-    """``masks/<map>/<uid>.png``: each map over its image (``run.png=true``)."""
+    """``masks/<map>/<uid>.png``: each map over its image (``run.png=true``).
+
+    Drawn after each batch; at the end also for maps that were there already and have no picture.
+    """
 
     def after_test_iter(
         self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
     ) -> None:
-        if outputs.stage != "maps" or data_batch is None:
-            return
+        if outputs.stage == "maps":
+            for uid in outputs.uids:
+                self._draw(runner, uid, batch_idx, replace=True)
+
+    def after_test_epoch(self, runner: AttributionRunner, metrics: dict | None = None) -> None:
+        for uid in runner.attribution.plan.uids:
+            self._draw(runner, uid, 0, replace=False)
+
+    def _draw(self, runner: AttributionRunner, uid: str, step: int, *, replace: bool) -> None:
         plan = runner.attribution.plan
-        stored = plan.cell.maps
-        for i, uid in enumerate(outputs.uids):
-            try:
-                arrays = stored.read(plan.key(uid))
-                picture = plan.experiment.dataset.picture(uid)
-            except (KeyError, SampleError):
-                continue  # it failed, and the ledger says why
-            roi = data_batch.roi[i].cpu().numpy() if data_batch.roi is not None else None
-            for name in plan.experiment.method.MAPS:
-                image = overlay(picture, arrays[name], roi)
-                path = picture_path(plan.cell.folder / "masks" / name, uid)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
-                runner.visualizer.add_image(f"{name}/{path.stem}", image, step=batch_idx)
+        names = plan.experiment.method.MAPS
+        paths = {name: picture_path(plan.cell.folder / "masks" / name, uid) for name in names}
+        if not replace and all(path.exists() for path in paths.values()):
+            return
+        try:
+            arrays = plan.cell.maps.read(plan.key(uid), names)
+            picture = plan.experiment.dataset.picture(uid)
+            roi = plan.experiment.dataset.batch([uid]).roi
+        except (KeyError, OSError, SampleError):
+            return  # no map, or not readable: the ledger says why
+        for name, path in paths.items():
+            image = overlay(picture, arrays[name], roi[0].numpy() if roi is not None else None)
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, format="png")
+            write_atomic(path, buffer.getvalue())
+            runner.visualizer.add_image(f"{name}/{path.stem}", image, step=step)
 
 
 def standard_hooks(*, progress: bool, png: bool) -> list[Hook]:

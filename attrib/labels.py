@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,17 @@ from attrib.store import Cell, Key, Record, cells
 from attrib.types import UserError
 
 AXES = ("dataset", "model", "method")
-_FOLDER = re.compile(r"(.+)\.([0-9a-f]{8})")  # of scores: <metric>.<key8>
+# What a spec.json must say, see attrib.plan.spec_of.
+_SPEC = {"names", "config", "method", "maps", "layers", "weights", "seed", "versions", "git", "pictures"}
+_SPEC |= {"dataset_key", "model_key", "state_key"}
 
 
 @dataclass(frozen=True)
 class Labelled:
     """A cell, its spec and the names under which tables show its dataset, model and method.
 
-    ``samples``: the uids the cell is about now; None if it does not say, and all that it holds count.
+    ``samples``: the uids the cell is about now, with the fingerprint that counts or None, if any does;
+    None if the cell does not say (it was not filled by a run), and all that it holds counts.
     """
 
     cell: Cell
@@ -34,14 +36,20 @@ class Labelled:
     dataset: str
     model: str
     method: str
-    samples: frozenset[str] | None = None
+    samples: Mapping[str, str | None] | None = None
 
     def about(self, uid: str) -> bool:
         return self.samples is None or uid in self.samples
 
+    def counts(self, uid: str, fingerprint: str) -> bool:
+        """Whether a result under this fingerprint is one of the sample as it is now."""
+        if self.samples is None:
+            return True
+        return uid in self.samples and self.samples[uid] in (None, fingerprint)
+
     def maps(self) -> dict[Key, Record]:
-        """The stored maps of the samples the cell is about now."""
-        return {key: record for key, record in self.cell.maps.index().items() if self.about(key[0])}
+        """The stored maps that count."""
+        return {key: record for key, record in self.cell.maps.index().items() if self.counts(*key)}
 
 
 def labelled(root: Path | str) -> list[Labelled]:
@@ -63,7 +71,7 @@ def labelled(root: Path | str) -> list[Labelled]:
         columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
     # What else makes a cell of its own depends on the model or the data: layers, the fitted state.
     places = ["\0".join(names) for names in zip(*columns)]
-    others = [{**(spec.get("layers") or {}), "state": str(spec.get("state_key"))[:8]} for _, spec in found]
+    others = [{**spec["layers"], "state": str(spec["state_key"])[:8]} for _, spec in found]
     key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
     for i, label in enumerate(_labels(list(zip(places, key8, others)))):
         columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
@@ -76,37 +84,30 @@ def _spec(cell: Cell) -> dict[str, Any]:
         missing = [axis for axis in AXES if not isinstance(spec["names"][axis], str)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{cell.folder / 'spec.json'} is not the description of a cell: {error!r}") from error
-    if missing:
-        raise UserError(f"{cell.folder / 'spec.json'} does not name its {', '.join(missing)}")
+    if missing := [*missing, *sorted(_SPEC - spec.keys())]:
+        raise UserError(f"{cell.folder / 'spec.json'} does not say its {', '.join(missing)}")
     return spec
 
 
-def _samples(cell: Cell) -> frozenset[str] | None:
-    path = cell.folder / "samples.json"
-    if not path.exists():  # Cell.samples() is empty then, as where all data went
-        return None
-    try:
-        return frozenset(cell.samples())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a list of samples: {error!r}") from error
+def _samples(cell: Cell) -> dict[str, str | None] | None:
+    # Without the file Cell.samples() is empty, as where all data went.
+    return cell.samples() if (cell.folder / "samples.json").exists() else None
 
 
 def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
     """(identity, fields) of a cell's dataset, model or method.
 
-    Two cells share an axis if the identities are equal. That is a key where there is one, because a
-    configuration also says *how* (paths), which must not split a table.
+    Two cells share an axis if the identities are equal. That is a key, because a configuration also says
+    *how* (paths), which must not split a table.
     """
-    config = spec.get("config") or {}
-    fields = dict(config.get(axis) or {})
     if axis == "method":
-        fields = {**(spec.get("method") or fields), "seed": spec.get("seed", config.get("seed"))}
+        fields = {**spec["method"], "seed": spec["seed"]}
         return keys.digest(fields), fields
+    fields = dict(spec["config"].get(axis) or {})  # experiments made in Python have no configuration
     if axis == "model":
         fields.pop("layers", None)  # which of them a method uses is the method's business
-        fields["weights"] = str(spec.get("weights"))[:8]
-        return str(spec.get("model_key") or spec.get("weights") or keys.digest(fields)), fields
-    return str(spec.get("dataset_key") or spec.get("pictures") or keys.digest(fields)), fields
+        fields["weights"] = str(spec["weights"])[:8]
+    return spec[f"{axis}_key"], fields
 
 
 def _labels(things: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
@@ -145,16 +146,10 @@ class Scores:
     """
 
     folder: str
-    name: str
     label: str
     columns: Mapping[str, str]
     curves: Mapping[str, str]
     lost: bool = False
-
-    @property
-    def stages(self) -> set[str]:
-        """What the ledger calls it: the folder's name, or, in older ledgers, the metric's."""
-        return {self.name, self.folder}
 
 
 def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
@@ -175,7 +170,7 @@ def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
         if (cell, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
         seen.add((cell, label))
-        result.setdefault(cell, []).append(Scores(folder, d["name"], label, d.get("columns", {}), d.get("curves", {})))
+        result.setdefault(cell, []).append(Scores(folder, label, d.get("columns", {}), d.get("curves", {})))
     return result
 
 
@@ -185,20 +180,15 @@ def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]
     ``known`` is what :func:`metrics` found.
     """
     own = known.get(cell, [])
-    understood = {"load", "maps"}.union(*(scores.stages for scores in own))
     labels = {scores.folder: scores.label for listed in known.values() for scores in listed}
+    understood = {"load", "maps", *(scores.folder for scores in own)}
     taken = {scores.label for scores in own}
     found = []
-    # Full names first: where there is one, an older entry with the plain name is the same metric's.
-    for stage in sorted(dict.fromkeys(stages), key=lambda stage: _FOLDER.fullmatch(stage) is None):
-        if stage in understood:
-            continue
-        parts = _FOLDER.fullmatch(stage)
-        name = parts[1] if parts else stage
-        label = labels.get(stage, name)
-        if parts and label in taken:
-            label = f"{label} [{parts[2]}]"
+    for stage in sorted(set(stages) - understood):
+        name, _, key8 = stage.rpartition(".")
+        label = labels.get(stage, name or stage)
+        if label in taken:
+            label = f"{label} [{key8}]"
         taken.add(label)
-        found.append(Scores(stage, name, label, {}, {}, lost=True))
-        understood |= found[-1].stages
+        found.append(Scores(stage, label, {}, {}, lost=True))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import attrib
 from attrib import keys
 from attrib.experiment import Experiment
 from attrib.states import load_confidence
-from attrib.store import Cell, Key, cells
+from attrib.store import Arrays, Cell, Key, cells
 from attrib.types import UserError
 
 
@@ -29,7 +29,7 @@ class Options:
     batch     samples explained at once
     rows      rows that go through the net at once; halved when memory runs out
     flush     seconds after which finished samples are made durable
-    strict    exit with an error at the end if any sample failed
+    strict    exit with status 3 at the end if any sample failed (always, if all of them did)
     hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
     """
 
@@ -69,6 +69,7 @@ class Plan:
     seconds: float | None = None  # per missing map, from what is recorded
     present: set[str] = field(default_factory=set)
     scored: dict[str, set[str]] = field(default_factory=dict)
+    score_seconds: dict[str, float] = field(default_factory=dict)
 
     def key(self, uid: str) -> Key:
         return uid, self.fingerprints[uid]
@@ -79,7 +80,9 @@ class Plan:
             f"{self.cell.folder.name}: {len(self.uids)} samples, {len(self.present)} maps present, {missing} to compute"
         ]
         for name, done in self.scored.items():
-            lines.append(f"  {name}: {len(done)} present, {len(self.uids) - len(done)} to compute")
+            due, each = len(self.uids) - len(done), self.score_seconds.get(name)
+            time = f", about {each * due:.0f} s" if due and each is not None else ""
+            lines.append(f"  {name}: {len(done)} present, {due} to compute{time}")
         if missing and self.seconds is not None:
             total = self.seconds * missing
             lines.append(f"  about {total:.0f} s for the maps ({self.seconds:.3g} s per sample recorded)")
@@ -104,21 +107,30 @@ def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
     folder = root / experiment.folder(experiment.cell_key(state_key))
     cell = Cell(folder, writer, flush_seconds=options.flush)
     fingerprints = {u: experiment.dataset.fingerprint(u) for u in uids}
-    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, _recorded(cell, root))
+    alike = _alike(cell, root)
+    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, _mean_seconds(c.maps for c in alike))
     index = cell.maps.index()
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:
-        scored = cell.scores(metric_folder(experiment, name)).present()
+        folder = metric_folder(experiment, name)
+        scored = cell.scores(folder).present()
         found.scored[name] = {u for u in uids if found.key(u) in scored}
+        seconds = _mean_seconds(c.curves(folder) for c in alike)
+        if seconds is not None:
+            found.score_seconds[name] = seconds
     return found
 
 
-def _recorded(cell: Cell, root: Path) -> float | None:
-    """Seconds per sample of this cell; failing that, of others with the same model and method names."""
+def _alike(cell: Cell, root: Path) -> list[Cell]:
+    """This cell, and others with the same model and method names: what is recorded there says how long it takes."""
     names = cell.folder.name.split(".")[1:3]
-    others = (c for c in cells(root) if c.folder.name.split(".")[1:3] == names)
-    for candidate in (cell, *others):
-        seconds = [r.info["seconds"] for r in candidate.maps.index().values() if "seconds" in r.info]
+    return [cell, *(c for c in cells(root) if c.folder != cell.folder and c.folder.name.split(".")[1:3] == names)]
+
+
+def _mean_seconds(stored: Iterable[Arrays]) -> float | None:
+    """Mean seconds per sample of the first store that has any."""
+    for arrays in stored:
+        seconds = [r.info["seconds"] for r in arrays.index().values() if "seconds" in r.info]
         if seconds:
             return float(np.mean(seconds))
     return None
@@ -139,7 +151,7 @@ def spec_of(work: Plan) -> dict[str, Any]:
         "method": keys.spec(experiment.method),
         "maps": dict(experiment.method.MAPS),
         "extras": dict(experiment.method.EXTRAS),
-        "pictures": experiment.dataset_key[:8],
+        "pictures": experiment.pictures_key,
         "config": dict(experiment.config),
         "versions": {
             "attrib": attrib.__version__,
@@ -147,16 +159,18 @@ def spec_of(work: Plan) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
-        "git": _git_commit(),
+        "git": git_commit(),
     }
 
 
-def _git_commit() -> str | None:
-    """The commit of the code that runs, if it is a checkout."""
+def git_commit() -> str | None:
+    """The commit of the code that runs, with ``-dirty`` if it was changed since; None outside a checkout of attrib."""
+    home = Path(__file__).resolve().parent.parent
+    if not (home / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        found = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

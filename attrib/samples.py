@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from attrib.datasets import Dataset
 from attrib.models import Classifier
 from attrib.types import Batch, SampleError, UserError
 
+log = logging.getLogger(__name__)
+
 Target = Literal["label", "predicted"]
 Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
 
@@ -21,27 +24,48 @@ Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid,
 class Samples:
     """Some samples of a dataset as a model wants them, in batches.
 
-    target   which class is explained: the dataset's label, or the class the model predicts
-    Iterating skips what cannot be read; ``load`` says why.
+    target   which class is explained: the dataset's label, or the class the model predicts; None
+             leaves the dataset's target as it is, for work that needs none or knows it already
+    Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
     def __init__(
-        self, dataset: Dataset, model: Classifier, uids: Sequence[str], *, target: Target = "label", batch: int = 8
+        self,
+        dataset: Dataset,
+        model: Classifier,
+        uids: Sequence[str],
+        *,
+        target: Target | None = "label",
+        batch: int = 8,
     ) -> None:
-        if target not in ("label", "predicted"):
+        if target not in ("label", "predicted", None):
             raise UserError(f"dataset.target must be label or predicted, not {target!r}")
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
         self.dataset, self.model, self.target = dataset, model, target
         self.uids, self._size = tuple(uids), batch
+        self.skipped: dict[str, str] = {}  # uid -> reason, of what iterating could not read
+        self._classes: int | None = None
 
     def _ready(self, batch: Batch) -> Batch:
+        targets = batch.target.cpu()
         batch = batch.to(self.model.device, self.model.dtype)
+        if self.target is None:
+            return batch
         if self.target == "predicted":
             return dataclasses.replace(batch, target=self.model.logits(batch.x).argmax(1))
-        unknown = [uid for uid, t in zip(batch.uids, batch.target.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
+        unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
         if unknown:
             raise SampleError(f"{unknown[0]} has no label; explain the model's own class with dataset.target=predicted")
+        if self._classes is None:
+            self._classes = self.model.logits(batch.x[:1]).shape[1]
+        # On a GPU an index out of range would take the whole process down.
+        highest = targets.reshape(len(batch), -1).amax(1) if targets.ndim == 1 else torch.tensor([targets.shape[1] - 1])
+        if int(highest.max()) >= self._classes:
+            raise UserError(
+                f"{batch.uids[int(highest.argmax())]} has class {int(highest.max())}, but the model has "
+                f"{self._classes} classes; check the dataset's class index (dataset.classes) and the model"
+            )
         return batch
 
     def batch(self, uids: Sequence[str]) -> Batch:
@@ -109,7 +133,11 @@ class Samples:
         return [uids[i : i + self._size] for i in range(0, len(uids), self._size)]
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch, _ in self.load(self.chunks()):
+        for batch, unread in self.load(self.chunks()):
+            for uid, reason in unread:
+                if uid not in self.skipped:
+                    log.warning("%s is left out of the estimation: %s", uid, reason)
+                self.skipped[uid] = reason
             if batch is not None:
                 yield batch
 
@@ -124,18 +152,10 @@ class Samples:
         return found
 
 
-def check_targets(batch: Batch, classes: int) -> None:
-    """Raises UserError if a label lies outside the model's classes: the class index does not fit."""
-    highest = int(batch.target.max()) if batch.target.ndim == 1 else batch.target.shape[1] - 1
-    if highest >= classes:
-        raise UserError(
-            f"a sample of {batch.uids[0]}... has class {highest}, but the model has {classes} classes; "
-            "check dataset.classes and model"
-        )
-
-
 def parse_device(name: str) -> torch.device:
     """ "auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
+    # TF32 rounds to 10 bits: a GPU would give other numbers than a CPU.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from attrib.methods import Fit, State
 from attrib.models import Classifier
 from attrib.samples import Samples
 from attrib.store import write_atomic, write_json
+from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class _Partial:
         return _read(self.path)
 
     def save(self, state: State) -> None:
-        write_atomic(self.path, safetensors.torch.save(state))
+        write_atomic(self.path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
 
 
 def _read(path: Path) -> State | None:
@@ -45,18 +48,42 @@ def _read(path: Path) -> State | None:
 def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Samples) -> State:
     """The fitted state, from ``state/<key8>.safetensors`` or fitted now.
 
-    Two jobs that need it at once both fit it and write the same file.
+    Jobs that need it at once all fit it, but the first to finish decides: the others take its
+    file, so that all shards work with the same numbers also where a GPU does not repeat itself.
+
+    Raises UserError if the estimation set cannot be used.
     """
     path = root / "state" / f"{key[:8]}.safetensors"
     state = _read(path)
     if state is not None:
         return state
     partial = _Partial(path.with_suffix(".partial.safetensors"))
-    state = {k: v.contiguous().cpu() for k, v in fit.run(model, samples, partial, log.info).items()}
-    write_atomic(path, safetensors.torch.save(state))
-    write_json(path.with_suffix(".json"), {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids)})
+    try:
+        fitted = fit.run(model, samples, partial, log.info)
+    except SampleError as error:
+        raise UserError(f"{type(fit).__name__} cannot be fitted: {error}") from error
+    about = {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids), "skipped": samples.skipped}
+    write_json(path.with_suffix(".json"), about)
+    _publish(path, safetensors.torch.save({k: v.contiguous().cpu() for k, v in fitted.items()}))
     partial.path.unlink(missing_ok=True)
+    state = _read(path)
+    assert state is not None
     return state
+
+
+def _publish(path: Path, data: bytes) -> None:
+    """Write the file unless it is there by now; a damaged one is replaced."""
+    if _read(path) is not None:
+        return
+    path.unlink(missing_ok=True)
+    mine = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    write_atomic(mine, data)
+    try:
+        os.link(mine, path)
+    except FileExistsError:
+        pass
+    finally:
+        mine.unlink()
 
 
 def load_confidence(root: Path, samples: Samples, uids: Sequence[str]) -> Mapping[str, float]:

@@ -32,6 +32,8 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from attrib.types import UNREADABLE, UserError
+
 Key = tuple[str, str]  # (uid, fingerprint)
 
 
@@ -156,6 +158,15 @@ class Arrays(_Buffered):
                 self.broken.append(f"{path}: {error}")
         return self._index
 
+    def drop(self, key: Key) -> None:
+        """Count a sample as missing here, where :meth:`read` found it damaged, until it is stored anew.
+
+        The new copy is believed in place of the damaged one: of two copies the file whose name sorts last counts,
+        and writers are named by their time.
+        """
+        self.index()
+        self._index.pop(key, None)
+
     def read(self, key: Key, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """The arrays of one sample, also of one that is not flushed yet.
 
@@ -243,22 +254,32 @@ class Rows(_Buffered):
 
 
 class Ledger:
-    """``failures.jsonl``: what could not be computed, and why. Append-only, many writers."""
+    """What could not be computed, and why: a history, nothing is ever taken out of it.
+
+    Each writer appends to a file of its own, ``failures/<writer>.jsonl`` (without a name, ``failures.jsonl``),
+    because file servers lose lines where two machines append to one file.
+    """
 
     MAX_REASON = 1500  # keeps a line below the size that one write() delivers whole
+    FIELDS = ("uid", "fingerprint", "stage", "reason")
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+    def __init__(self, folder: Path, writer: str = "") -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / (f"failures/{writer}.jsonl" if writer else "failures.jsonl")
+        self._known: set[tuple[str, ...]] | None = None
 
     def add(self, uid: str, fingerprint: str, stage: str, reason: str) -> None:
-        """``stage`` is "load", "maps" or the metric's folder of scores, ``<name>.<key8>``."""
-        entry = {
-            "uid": uid,
-            "fingerprint": fingerprint,
-            "stage": stage,
-            "reason": reason[: self.MAX_REASON],
-            "time": time.time(),
-        }
+        """``stage`` is "load", "maps" or the metric's folder of scores, ``<name>.<key8>``.
+
+        What the ledger said already when this object first wrote is not said again.
+        """
+        if self._known is None:
+            self._known = {tuple(entry[name] for name in self.FIELDS) for entry in self.entries()}
+        fields = (uid, fingerprint, stage, reason[: self.MAX_REASON])
+        if fields in self._known:
+            return
+        self._known.add(fields)
+        entry = {**dict(zip(self.FIELDS, fields, strict=True)), "time": time.time()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # The leading newline ends a line that a killed writer left unfinished.
         line = ("\n" + json.dumps(entry) + "\n").encode()
@@ -270,15 +291,15 @@ class Ledger:
             os.close(handle)
 
     def entries(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
+        """What all writers noted, in the order of time."""
         found = []
-        for line in self.path.read_text(errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # blank, or torn by a kill
-        return found
+        for path in (self.folder / "failures.jsonl", *sorted(self.folder.glob("failures/[!.]*.jsonl"))):
+            for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+                try:
+                    found.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue  # blank, or torn by a kill
+        return sorted(found, key=lambda entry: entry["time"])
 
 
 class Cell:
@@ -287,7 +308,7 @@ class Cell:
     def __init__(self, folder: Path, writer: str = "", *, flush_seconds: float = 5.0) -> None:
         self.folder, self.writer, self._flush_seconds = Path(folder), writer, flush_seconds
         self.maps = Arrays(self.folder / "maps", writer, seconds=flush_seconds)
-        self.ledger = Ledger(self.folder / "failures.jsonl")
+        self.ledger = Ledger(self.folder, writer)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -298,14 +319,38 @@ class Cell:
         if not (self.folder / "spec.json").exists():
             write_json(self.folder / "spec.json", spec)
 
-    def write_samples(self, uids: Sequence[str]) -> None:
-        """Which samples the cell is about now: data that was taken away later is not in its table."""
-        if self.samples() != tuple(uids):
-            write_json(self.folder / "samples.json", list(uids))
+    def write_samples(self, uids: Sequence[str], fingerprints: Mapping[str, str]) -> None:
+        """Which samples the cell is about now: the whole selection, each with the fingerprint that counts.
 
-    def samples(self) -> tuple[str, ...]:
-        path = self.folder / "samples.json"
-        return tuple(json.loads(path.read_text())) if path.exists() else ()
+        ``fingerprints`` holds those known now. For other uids, and for files that cannot be read now, the
+        fingerprint noted earlier stays. Data that was taken away or changed later is not in the cell's table.
+        """
+        # Two shards that write in the same instant may lose each other's fingerprints. Then the latest
+        # result of those samples counts, until the next run.
+        before = self.samples()
+        readable = {uid: value for uid, value in fingerprints.items() if value != UNREADABLE}
+        after = {uid: readable.get(uid, before.get(uid)) for uid in uids}
+        if after != before or not self._samples_path.exists():
+            write_json(self._samples_path, after)
+
+    def samples(self) -> dict[str, str | None]:
+        """uid -> fingerprint that counts, None for a sample no run has looked at yet (``limit``, ``shard``).
+
+        Empty where nobody has written it. Raises UserError if the file is damaged.
+        """
+        if not self._samples_path.exists():
+            return {}
+        try:
+            return dict(json.loads(self._samples_path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self._samples_path} does not map samples to fingerprints ({error}); "
+                "delete it, the next run of the cell writes it anew"
+            ) from error
+
+    @property
+    def _samples_path(self) -> Path:
+        return self.folder / "samples.json"
 
     def scores(self, metric: str) -> Rows:
         """``metric`` is the folder's name, ``<name>.<key8>``."""

@@ -2,7 +2,7 @@
 
 ``rows`` reads, ``summary`` and ``paired`` compute; ``formats`` lays out and writes. A sample is either counted
 in n or named as failed or pending, and pairs are compared on their common samples only; none is dropped in
-silence. What a cell is no longer about (``samples.json``) is counted nowhere.
+silence. What a cell is no longer about (``samples.json``: samples, and their content) is counted nowhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pandas as pd
 
 from attrib import stats
 from attrib.labels import AXES, Labelled, Scores, labelled, lost, metrics
-from attrib.types import UserError
+from attrib.store import Ledger
+from attrib.types import UNREADABLE, UserError
 
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
 WHERE = (*AXES, "metric", "map", "column")
@@ -35,16 +36,17 @@ def rows(root: Path | str) -> pd.DataFrame:
 
     ``dataset``, ``model``, ``method`` and ``metric`` are labels (see :func:`labelled`). ``state`` is
 
-    * ``ok``: ``value`` is the latest finite one. A uid that is there twice, or under two
-      fingerprints, is taken once, by time;
+    * ``ok``: ``value`` is the latest finite one. Only the fingerprint in ``samples.json`` counts. Where
+      that has none, a uid that is there under two fingerprints is taken once, by time;
     * ``failed``: the ledger has an entry and no success answers it, or the value is not finite;
       ``stage`` (load, maps or the metric's label) and ``reason`` say why. A success under the
       entry's fingerprint answers it whenever it came (a second writer did the same sample), one
-      under another fingerprint only if it is later. A value that was computed before the data
-      changed and then failed is not shown;
-    * ``pending``: its map is stored, its score is not.
+      under another fingerprint only if it is later. That a file could not be read is answered by
+      any success that counts. A value that was computed before the data changed and then failed
+      is not shown;
+    * ``pending``: none of the two, but the sample is selected (``samples.json``) or its map is stored.
 
-    A sample that a cell is no longer about (``samples.json``) has no rows. A cell without any score has
+    A sample that a cell is no longer about has no rows. A cell without any score has
     its failed and pending samples under an empty metric, map and column. ``contender`` is the method,
     with its map where a method has several. ``seconds`` is what the map took, ``time`` is Unix time.
     Raises UserError if ``root`` holds no cell.
@@ -54,11 +56,13 @@ def rows(root: Path | str) -> pd.DataFrame:
     parts = []
     for item in listed:
         maps = _maps(item)
+        due = _due(item, maps)
         entries = _entries(item)
         name = item.cell.folder.name
-        every = [*by_cell.get(name, []), *lost(entries["stage"], name, by_cell)]
-        for scores in every or [Scores("", "", "", {}, {})]:
-            part = _metric_rows(item, scores, maps, entries[entries["stage"].isin({"load", "maps", *scores.stages})])
+        own = by_cell.get(name) or [Scores("", "", {}, {})]
+        for scores in (*own, *lost(entries["stage"], name, by_cell)):
+            mine = entries[entries["stage"].isin({"load", "maps", scores.folder})]
+            part = _metric_rows(item, scores, maps, due, mine)
             parts.append(
                 part.assign(
                     cell=name,
@@ -81,11 +85,14 @@ def rows(root: Path | str) -> pd.DataFrame:
     return frame[ROWS]
 
 
-def _metric_rows(item: Labelled, scores: Scores, maps: pd.DataFrame, entries: pd.DataFrame) -> pd.DataFrame:
-    table = item.cell.scores(scores.folder).table().to_pandas() if scores.folder else pd.DataFrame(columns=_ITEM)
-    table = _kept(item, table)
+def _metric_rows(
+    item: Labelled, scores: Scores, maps: pd.DataFrame, due: pd.DataFrame, entries: pd.DataFrame
+) -> pd.DataFrame:
+    empty = pd.DataFrame(columns=[*_ITEM, "fingerprint"])
+    table = item.cell.scores(scores.folder).table().to_pandas() if scores.folder else empty
+    table = table[_counting(item, table)]
     if table.empty:
-        names = itertools.product(item.spec.get("maps") or [""], scores.columns) if scores.columns else [("", "")]
+        names = itertools.product(item.spec["maps"], scores.columns) if scores.columns else [("", "")]
         wanted = pd.DataFrame(list(names), columns=["map", "column"], dtype=str)
         table = pd.DataFrame({"uid": [], "fingerprint": [], "map": [], "column": [], "value": [], "time": []})
         table = table.astype({"value": float, "time": float, **dict.fromkeys(("uid", "fingerprint", *_ITEM), str)})
@@ -98,13 +105,12 @@ def _metric_rows(item: Labelled, scores: Scores, maps: pd.DataFrame, entries: pd
 
     if len(entries):
         failed = _unanswered(entries, wanted, table[finite], maps)
-        failed = failed.assign(stage=failed["stage"].where(~failed["stage"].isin(scores.stages), scores.label))
+        failed = failed.assign(stage=failed["stage"].where(failed["stage"] != scores.folder, scores.label))
         table = pd.concat([table, failed[table.columns]] if len(failed) else [table])
         table = table.drop_duplicates(_ITEM, keep="last")
     # A metric that is known by its failures alone has nothing pending.
-    if not scores.lost and len(table) < len(wanted) * len(set(table["uid"]) | set(maps["uid"])):
-        pending = maps[["uid", "fingerprint"]].drop_duplicates("uid", keep="last").merge(wanted, how="cross")
-        pending = pending.assign(value=np.nan, time=np.nan, state="pending", stage="", reason="")
+    if not scores.lost and len(table) < len(wanted) * len(set(table["uid"]) | set(due["uid"])):
+        pending = due.merge(wanted, how="cross").assign(value=np.nan, time=np.nan, state="pending", stage="", reason="")
         pending = pending[table.columns]
         table = pd.concat([table, pending] if len(pending) else [table]).drop_duplicates(_ITEM, keep="first")
     return table.merge(maps, how="left", on=["uid", "fingerprint"])
@@ -116,19 +122,27 @@ def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, m
         ok[[*_ITEM, "fingerprint", "time"]], how="left", on=_ITEM, suffixes=("", "_ok")
     )
     answered = (failed["fingerprint"] == failed["fingerprint_ok"]) | (failed["time_ok"] >= failed["time"])
-    # An unreadable file has no fingerprint: nothing says that the stored score is not its own.
-    answered |= (failed["fingerprint"] == "") & failed["fingerprint_ok"].notna()
+    # Nothing says that the stored score is not the unreadable file's own.
+    answered |= (failed["fingerprint"] == UNREADABLE) & failed["fingerprint_ok"].notna()
     # Where the map came after all, only its score is missing.
     mapped = failed[["uid", "fingerprint"]].merge(maps, how="left", indicator="found")["found"] == "both"
-    mapped |= (failed["fingerprint"] == "") & failed["uid"].isin(maps["uid"])
+    mapped |= (failed["fingerprint"] == UNREADABLE) & failed["uid"].isin(maps["uid"])
     answered |= mapped.to_numpy() & failed["stage"].isin(["load", "maps"])
     failed = failed[~answered].sort_values("time", kind="stable").drop_duplicates(_ITEM, keep="last")
     return failed.assign(state="failed", value=np.nan)
 
 
-def _kept(item: Labelled, frame: pd.DataFrame) -> pd.DataFrame:
-    """Without the samples that the cell is no longer about."""
-    return frame if item.samples is None else frame[frame["uid"].isin(item.samples)]
+def _counting(item: Labelled, frame: pd.DataFrame) -> np.ndarray:
+    """Which rows are about a sample of the cell as it is now."""
+    return np.array([item.counts(*key) for key in zip(frame["uid"], frame["fingerprint"])], dtype=bool)
+
+
+def _due(item: Labelled, maps: pd.DataFrame) -> pd.DataFrame:
+    """uid and fingerprint of every sample that should have scores: the selected ones, else those with a map."""
+    due: dict[str, str] = dict(zip(maps["uid"], maps["fingerprint"]))
+    if item.samples is not None:
+        due = {uid: fingerprint or due.get(uid, "") for uid, fingerprint in item.samples.items()}
+    return pd.DataFrame({"uid": list(due), "fingerprint": list(due.values())}, dtype=str)
 
 
 def _maps(item: Labelled) -> pd.DataFrame:
@@ -144,10 +158,10 @@ def _maps(item: Labelled) -> pd.DataFrame:
 
 
 def _entries(item: Labelled) -> pd.DataFrame:
-    texts = dict.fromkeys(("uid", "fingerprint", "stage", "reason"), "")
-    entries = [{**texts, "time": 0.0, **entry} for entry in item.cell.ledger.entries() if isinstance(entry, dict)]
-    frame = pd.DataFrame(entries, columns=[*texts, "time"])
-    return _kept(item, frame.astype({**dict.fromkeys(texts, str), "time": float}))
+    frame = pd.DataFrame(item.cell.ledger.entries(), columns=[*Ledger.FIELDS, "time"])
+    frame = frame.astype({**dict.fromkeys(Ledger.FIELDS, str), "time": float})
+    unread = (frame["fingerprint"] == UNREADABLE) & np.array([item.about(uid) for uid in frame["uid"]], dtype=bool)
+    return frame[unread | _counting(item, frame)]
 
 
 def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.DataFrame:

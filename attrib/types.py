@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNREADABLE = ""  # the fingerprint of a sample whose file could not be read
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can put right.

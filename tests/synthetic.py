@@ -22,7 +22,12 @@ def spec(dataset="photos", model="net", method="iba", **fields):
     return {
         "names": {"dataset": dataset, "model": model, "method": method},
         "key": "0" * 64,
-        "config": {"dataset": {"_target_": "d", "root": "/a"}, "model": {"_target_": "m"}, "method": {}, "seed": seed},
+        "dataset_key": "cafecafe" * 8,
+        "state_key": None,
+        "model_key": "beef" * 16,
+        "layers": {},
+        "seed": seed,
+        "config": {"dataset": {"_target_": "d", "root": "/a"}, "model": {"_target_": "m"}, "method": {}},
         "method": {"class": f"attrib.methods.{method}.Method", "version": 1, **fields},
         "maps": {"map": "relevance, signed, input resolution"},
         "weights": "ab" * 32,
@@ -54,7 +59,7 @@ def add_rows(made, folder, rows, writer="w0"):
 
 def add_entry(made, uid, fingerprint, stage, reason, at):
     entry = {"uid": uid, "fingerprint": fingerprint, "stage": stage, "reason": reason, "time": at}
-    made.folder.mkdir(parents=True, exist_ok=True)
+    made.ledger.path.parent.mkdir(parents=True, exist_ok=True)
     with open(made.ledger.path, "a") as file:
         file.write("\n" + json.dumps(entry) + "\n")
 

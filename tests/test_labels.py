@@ -1,8 +1,11 @@
 """Equal things have one name in all cells; different things that share a name show what differs."""
 
+import numpy as np
+import pytest
 from synthetic import UIDS, add_rows, cell, iba, metric_folder, only, spec
 
 from attrib import formats, keys, labels, store, tables
+from attrib.types import UserError
 
 
 def shown(root, axis="method"):
@@ -28,7 +31,7 @@ def test_labels_of_seeds_versions_weights_and_datasets(tmp_path):
     cell(tmp_path, "photos.net.iba.1", seed=0)
     cell(tmp_path, "photos.net.iba.2", seed=1)
     assert shown(tmp_path) == ["iba (seed=0)", "iba (seed=1)"]
-    for i, change in enumerate(({"weights": "cd" * 32}, {"pictures": "beefbeef"})):
+    for i, change in enumerate(({"weights": "cd" * 32, "model_key": "dd" * 32}, {"dataset_key": "beefbeef"})):
         made = store.Cell(tmp_path / f"photos.net.iba.x{i}")
         made.write_spec(spec() | change)
     assert set(shown(tmp_path, "model")) == {"net (weights=abababab)", "net (weights=cdcdcdcd)"}
@@ -93,16 +96,45 @@ def test_a_model_is_known_by_its_key(tmp_path):
 
 def test_metrics_that_only_the_ledger_knows(root):
     known = labels.metrics(store.cells(root))
-    found = labels.lost(["load", "ehr", "ehr.11111111", "maps", "insertion_deletion"], "photos.net.iba.iba0000", known)
+    found = labels.lost(
+        ["load", "ehr.11111111", "maps", "insertion_deletion.22222222"], "photos.net.iba.iba0000", known
+    )
     assert found == []
-    found = labels.lost(["lpips", "lpips.0123abcd", "ehr.0123abcd", "odd"], "photos.net.iba.iba0000", known)
-    assert [(s.folder, s.name, s.label) for s in found] == [
-        ("lpips.0123abcd", "lpips", "lpips"),
-        ("ehr.0123abcd", "ehr", "ehr [0123abcd]"),  # another ehr than the one with a folder
-        ("odd", "odd", "odd"),
+    found = labels.lost(["lpips.0123abcd", "ehr.0123abcd", "lpips.4567abcd", "odd"], "photos.net.iba.iba0000", known)
+    assert [(s.folder, s.label) for s in found] == [
+        ("ehr.0123abcd", "ehr [0123abcd]"),  # another ehr than the one with a folder
+        ("lpips.0123abcd", "lpips"),
+        ("lpips.4567abcd", "lpips [4567abcd]"),
+        ("odd", "odd"),
     ]
     assert all(s.lost for s in found)
     # A folder that another cell has gives its label.
     metric_folder(iba(root), "ehr.33333333", {"ehr": "higher"}, parameters={"class": "ehr", "steps": 5})
     known = labels.metrics(store.cells(root))
     assert [s.label for s in labels.lost(["ehr.33333333"], "photos.net.ig.ig0000", known)] == ["ehr (steps=5)"]
+
+
+def test_results_count_under_the_recorded_fingerprint(root):
+    made = iba(root)
+    arrays = {"map": np.zeros((8, 8), np.float32)}
+    late = store.Arrays(made.folder / "maps", "w1")
+    late.add(UIDS[0], "other", arrays)
+    late.add(UIDS[1], "other", arrays)
+    late.flush()
+    made.write_samples([*UIDS[:3], "new"], {UIDS[0]: "other", UIDS[2]: "third"})
+    (item,) = [item for item in labels.labelled(root) if item.method == "iba"]
+    assert set(item.maps()) == {(UIDS[0], "other"), (UIDS[1], "f"), (UIDS[1], "other")}
+    assert item.about("new")
+    assert not item.about(UIDS[3])
+    (free,) = [item for item in labels.labelled(root) if item.method == "ig"]
+    assert free.samples is None
+    assert len(free.maps()) == 20
+
+
+def test_a_spec_that_is_not_a_runs_is_named(tmp_path):
+    made = cell(tmp_path, "photos.net.iba.1")
+    described = made.spec
+    del described["model_key"], described["seed"]
+    store.write_json(made.folder / "spec.json", described)
+    with pytest.raises(UserError, match=r"iba\.1/spec\.json does not say its model_key, seed"):
+        labels.labelled(tmp_path)

@@ -11,7 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny import ROOT, pictures
 
-from attrib.config import build, classifier, experiment, options_of
+from attrib.config import build, classifier, experiment, options_of, with_input
+from attrib.datasets import ImageTransform
+from attrib.models import torchvision_net
+from attrib.models.zoo import input_of
 from attrib.run import run
 
 CONFIGS = ROOT / "configs"
@@ -37,7 +40,7 @@ MODEL = {
 @pytest.mark.parametrize("name", presets("model"))
 def test_model(name):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
-    node = composed(f"model={name}", *MODEL.get(name, []))["model"]
+    node = with_input(composed(f"model={name}", *MODEL.get(name, [])))["model"]
     if not node.get("checkpoint"):
         node |= {"weights": None} if "weights" in node else {"pretrained": False}
     model = classifier(node, options_of({"rows": 4, "device": "cpu"}))
@@ -46,6 +49,29 @@ def test_model(name):
     assert {"bottleneck", "cam"} <= model.layers.keys()
     z, rest = model.until("bottleneck", x)
     torch.testing.assert_close(model.after("bottleneck", z, rest), model.logits(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "weights"), [("vgg16", "DEFAULT"), ("resnet50", "IMAGENET1K_V1")])
+def test_the_named_weights_want_what_the_preset_says(name, weights):
+    config = composed(f"model={name}", "dataset=imagenet")
+    assert config["model"]["weights"] == weights
+    known = input_of(torchvision_net, arch=name, weights=weights)
+    assert ImageTransform(**known) == build(config["dataset"]["transform"], "transform")
+
+
+@pytest.mark.parametrize("dataset", presets("dataset"))
+def test_images_are_prepared_as_the_library_says(dataset):
+    """The nulls of model=torchvision and model=timm reach both transforms of every dataset."""
+    root = [] if dataset in ("photos", "imagenet") else ["dataset.root=x"]
+    config = with_input(composed("model=torchvision", "model.arch=resnet50", f"dataset={dataset}", *root))
+    for node in (config["dataset"], config["dataset"]["estimation"]):
+        made = build(node["transform"], "transform")
+        assert (made.size, made.resize, made.resize_size) == ((224, 224), "crop", 232)
+    given = ["model.input.interpolation=bilinear", "dataset.transform.resize=squash"]
+    config = with_input(composed("model=timm", "model.arch=vit_small_patch16_224", f"dataset={dataset}", *root, *given))
+    made = build(config["dataset"]["transform"], "transform")
+    assert made == ImageTransform(224, (0.5,) * 3, (0.5,) * 3, "squash", None, "bilinear")
+    assert config["model"]["input"]["resize_size"] == 248
 
 
 @pytest.mark.parametrize("name", presets("method"))

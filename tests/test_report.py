@@ -118,7 +118,7 @@ def test_failures_are_grouped_and_answered_ones_left_out(root):
     for i in range(60):
         add_entry(iba(root), f"new/{i}", "f", "maps", "out of memory", now)
     add_entry(iba(root), UIDS[0], "f", "maps", "a passing hiccup", 1.0)
-    add_entry(iba(root), UIDS[1], "changed", "ehr", "no region of interest", now)
+    add_entry(iba(root), UIDS[1], "changed", "ehr.11111111", "no region of interest", now)
     page = Page(report.page(root, samples=2))
     assert page.text.count("out of memory") == 1
     assert "and 10 more" in page.text
@@ -142,7 +142,7 @@ def test_failures_show_the_metrics_label(root):
 def test_samples_that_went_are_shown_nowhere(root):
     for made in store.cells(root):
         add_entry(made, UIDS[0], "changed", "maps", "out of memory", time.time() + 9)
-        made.write_samples(UIDS[5:] if "iba" in made.folder.name else UIDS[1:])
+        made.write_samples(UIDS[5:] if "iba" in made.folder.name else UIDS[1:], {})
     text = report.page(root)
     page = Page(text)
     assert UIDS[0] not in text
@@ -152,6 +152,28 @@ def test_samples_that_went_are_shown_nowhere(root):
     assert page.text.count("no longer one of its samples") == 4
     assert "5 of 19 samples with maps" in text
     assert "15 samples; thick: their mean" in text
+
+
+def test_a_half_finished_cell_does_not_look_complete(root):
+    iba(root).write_samples([*UIDS, *(f"later/{i}" for i in range(280))], {})
+    page = Page(report.page(root, samples=2))
+    assert "n=20, 280 pending" in page.text
+    assert re.search(r"280\s+pending", page.text)
+
+
+def test_only_maps_of_the_recorded_content_are_drawn(root):
+    made = iba(root)
+    late = store.Arrays(made.folder / "maps", "w1")
+    for uid in UIDS:
+        late.add(uid, "other", {"map": np.full((8, 8), 7.25, np.float32)}, seconds=1.0)
+    late.flush()
+    made.write_samples(UIDS, dict.fromkeys(UIDS, "f"))
+    assert "±7.25" not in (text := report.page(root, samples=4))
+    assert "7.25" not in text
+    made.write_samples(UIDS, dict.fromkeys(UIDS, "other"))
+    text = report.page(root, samples=4)
+    assert "7.25" in text
+    assert "20 pending" in Page(text).text  # its scores are of the other content
 
 
 def test_the_command_of_a_run_can_be_copied(root):

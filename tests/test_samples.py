@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attrib.models import Classifier
-from attrib.samples import Samples, check_targets, parse_device
+from attrib.samples import Samples, parse_device
 from attrib.types import Batch, SampleError, UserError
 
 UIDS = tuple("abcdefghij")
@@ -204,15 +204,23 @@ def test_confidence():
     assert stream.confidence(()) == {}
 
 
-def test_check_targets():
-    batch = Data().batch(UIDS)
-    check_targets(batch, 3)
-    with pytest.raises(UserError, match="has class 2, but the model has 2 classes"):
-        check_targets(batch, 2)
-    multi = Batch(UIDS, batch.x, torch.zeros(10, 4))
-    check_targets(multi, 4)
-    with pytest.raises(UserError, match="has class 3, but the model has 3 classes"):
-        check_targets(multi, 3)
+def test_a_label_outside_the_models_classes_is_named():
+    with pytest.raises(UserError, match="c has class 2, but the model has 2 classes"):
+        Samples(Data(), Classifier(nn.Linear(2, 2)), UIDS).batch(UIDS)
+
+
+def test_targets_left_alone():
+    """For work that needs none: also unlabelled samples come, with the dataset's own target."""
+    data = Data(unlabelled=("b",))
+    batch = Samples(data, Classifier(nn.Linear(2, 2)), UIDS, target=None).batch(UIDS)
+    assert torch.equal(batch.target, data.batch(UIDS).target)
+
+
+def test_what_iterating_skips_is_said(caplog):
+    samples = Samples(Data({"d": OSError("gone")}), Classifier(nn.Linear(2, 3)), UIDS, batch=3)
+    assert [uid for batch in samples for uid in batch.uids] == [u for u in UIDS if u != "d"]
+    assert samples.skipped == {"d": "OSError: gone"}
+    assert "d is left out of the estimation" in caplog.text
 
 
 # Devices ----------------------------------------------------------------------------------------

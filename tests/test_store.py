@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from attrib import store
 from attrib.store import Arrays, Cell, Ledger, Rows, cells, write_atomic, write_json
+from attrib.types import UNREADABLE, UserError
 
 ROOT = Path(__file__).parents[1]
 ODD = ("val/n01/a b", "ü∑/‮x", "a\nb\tc", 'q"\\,;', "x" * 300, "", "{}", "\u2028")
@@ -349,6 +350,44 @@ def test_sigkill_leaves_whole_chunks(tmp_path):
         assert rows.broken == []
 
 
+def test_what_killed_writers_left_is_not_read(tmp_path):
+    arrays, rows = Arrays(tmp_path, "w"), Rows(tmp_path, "w")
+    arrays.add("a", "f", {"m": np.ones(2)})
+    rows.add("a", "f", {("m", "c"): 1.0})
+    arrays.flush()
+    rows.flush()
+    for name in names(tmp_path):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / f".{name}.7-0a0b0c0d.tmp").write_bytes(data[: len(data) // 2])
+        (tmp_path / f".{name}").write_bytes(data[: len(data) // 2])
+    assert set(Arrays(tmp_path).index()) == Rows(tmp_path).present() == {("a", "f")}
+    assert Rows(tmp_path).broken == []
+
+
+def test_a_dropped_sample_is_missing_until_it_is_stored_anew(tmp_path):
+    first = Arrays(tmp_path, "1")
+    for uid in "ab":
+        first.add(uid, "f", {"m": np.full(100, 1.0)})
+    first.flush()
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last sample's array
+    path.write_bytes(data)
+    arrays = Arrays(tmp_path, "2")
+    with pytest.raises(OSError, match="wrong checksum"):
+        arrays.read(("b", "f"))
+    arrays.drop(("b", "f"))
+    arrays.drop(("never", "there"))
+    assert set(arrays.index()) == {("a", "f")}
+    with pytest.raises(KeyError):
+        arrays.read(("b", "f"))
+    arrays.add("b", "f", {"m": np.full(100, 1.0)})
+    arrays.flush()
+    for reader in (arrays, Arrays(tmp_path)):
+        assert set(reader.index()) == {("a", "f"), ("b", "f")}
+        assert (reader.read(("b", "f"))["m"] == 1).all()
+
+
 # Rows -------------------------------------------------------------------------------------------
 
 
@@ -421,7 +460,7 @@ def test_a_parquet_file_of_something_else_is_not_read(tmp_path):
 
 
 def test_ledger(tmp_path):
-    ledger = Ledger(tmp_path / "deep" / "failures.jsonl")
+    ledger = Ledger(tmp_path / "deep", "w")
     assert ledger.entries() == []
     for uid in ODD:
         ledger.add(uid, uid, "maps", f"reason of {uid}")
@@ -430,37 +469,62 @@ def test_ledger(tmp_path):
         (u, u, "maps", f"reason of {u}") for u in ODD
     ]
     assert entries == sorted(entries, key=lambda e: e["time"])
+    assert names(tmp_path / "deep" / "failures") == ["w.jsonl"]
+
+
+def test_each_writer_has_a_ledger_of_its_own_and_reads_all(tmp_path):
+    writers = [Ledger(tmp_path, writer) for writer in ("b", "", "a")]
+    for i, ledger in enumerate(writers * 2):
+        ledger.add(f"s{i}", "f", "maps", "x")
+    assert names(tmp_path / "failures") == ["a.jsonl", "b.jsonl"]
+    assert (tmp_path / "failures.jsonl").exists()
+    for reader in (*writers, Ledger(tmp_path, "c")):
+        assert [e["uid"] for e in reader.entries()] == [f"s{i}" for i in range(6)]
+    assert not (tmp_path / "failures" / "c.jsonl").exists()
+
+
+def test_a_failure_is_noted_once(tmp_path):
+    Ledger(tmp_path, "first").add("a", "f", "maps", "x" * 10_000)
+    again = Ledger(tmp_path, "second")  # requeued
+    for _ in range(2):
+        again.add("a", "f", "maps", "x" * 10_000)
+        again.add("a", "f", "maps", "another reason")
+        again.add("a", "g", "maps", "another reason")
+        again.add("a", "g", "load", "another reason")
+        again.add("b", "g", "load", "another reason")
+    assert len(Ledger(tmp_path).entries()) == 5
+    assert "x" * 99 not in again.path.read_text()
 
 
 def test_ledger_survives_torn_lines_and_long_reasons(tmp_path):
-    ledger = Ledger(tmp_path / "failures.jsonl")
+    ledger = Ledger(tmp_path)
     ledger.add("a", "f", "load", "x" * 10_000)
     line = ledger.path.read_bytes().strip()
-    for torn in (line[:30], line[:-1], b"\0\0\0", b"\xff\xfe", b'"text"'[:-1]):
+    for i, torn in enumerate((line[:30], line[:-1], b"\0\0\0", b"\xff\xfe", b'"text"'[:-1])):
         with open(ledger.path, "ab") as file:
             file.write(torn)
-        ledger.add("b", "f", "load", "∑" * 10_000)
+        ledger.add(f"b{i}", "f", "load", "∑" * 10_000)
     entries = ledger.entries()
-    assert [e["uid"] for e in entries] == ["a", *"bbbbb"]
+    assert [e["uid"] for e in entries] == ["a", "b0", "b1", "b2", "b3", "b4"]
     assert all(len(e["reason"]) == Ledger.MAX_REASON for e in entries)
 
 
 APPEND = """
 import sys
 from attrib.store import Ledger
-ledger = Ledger(sys.argv[1])
+ledger = Ledger(sys.argv[1], sys.argv[3])
 for i in range(150):
     ledger.add(f"{sys.argv[2]}/{i}", "f", "maps", "∑x" * 700)
 """
 
 
 def test_many_writers_lose_no_line(tmp_path):
-    path = tmp_path / "failures.jsonl"
-    processes = [script(APPEND, path, k) for k in range(4)]
+    # On one machine even writers of one name (a shared disk's containers with equal clocks) lose nothing.
+    processes = [script(APPEND, tmp_path, k, "same" if k < 2 else f"w{k}") for k in range(4)]
     for process in processes:
         process.communicate()
         assert process.returncode == 0
-    entries = Ledger(path).entries()
+    entries = Ledger(tmp_path).entries()
     assert sorted(e["uid"] for e in entries) == sorted(f"{k}/{i}" for k in range(4) for i in range(150))
 
 
@@ -469,11 +533,11 @@ def test_many_writers_lose_no_line(tmp_path):
 
 def test_cell(tmp_path):
     cell = Cell(tmp_path / "data.net.method.12345678", "w")
-    assert cell.samples() == ()
+    assert cell.samples() == {}
     assert cell.metrics() == []
-    cell.write_samples(["b", "a"])
-    cell.write_samples(ODD)
-    assert cell.samples() == ODD
+    cell.write_samples(["b", "a"], {})
+    cell.write_samples(ODD, {uid: uid for uid in ODD[:3]})
+    assert cell.samples() == {**dict.fromkeys(ODD), **{uid: uid for uid in ODD[:3]}}
     cell.write_spec({"a": 1})
     cell.write_spec({"a": 2})
     assert cell.spec == {"a": 1}
@@ -489,11 +553,33 @@ def test_cell(tmp_path):
     assert [c.folder.name for c in cells(tmp_path)] == ["another", "data.net.method.12345678"]
 
 
-def test_the_list_of_samples_is_written_only_when_it_changes(tmp_path):
+def test_the_samples_are_written_only_when_they_change(tmp_path):
     cell = Cell(tmp_path)
-    cell.write_samples(["a"])
-    before = (tmp_path / "samples.json").stat().st_ino
-    cell.write_samples(("a",))
-    assert (tmp_path / "samples.json").stat().st_ino == before
-    cell.write_samples(["a", "b"])
-    assert cell.samples() == ("a", "b")
+    path = tmp_path / "samples.json"
+    cell.write_samples([], {})
+    assert path.exists()  # about no sample is not the same as not saying
+    cell.write_samples(["a"], {"a": "f"})
+    before = path.stat().st_ino
+    cell.write_samples(("a",), {"a": "f", "not selected": "g"})
+    cell.write_samples(("a",), {})
+    assert path.stat().st_ino == before
+    cell.write_samples(["a", "b"], {})
+    assert cell.samples() == {"a": "f", "b": None}
+
+
+def test_fingerprints_of_other_shards_and_of_unreadable_files_stay(tmp_path):
+    cell = Cell(tmp_path)
+    cell.write_samples("abcd", {"a": "1", "b": "1"})
+    cell.write_samples("abcd", {"c": "1", "d": UNREADABLE})  # another shard
+    assert cell.samples() == {"a": "1", "b": "1", "c": "1", "d": None}
+    cell.write_samples("abce", {"a": "2", "b": UNREADABLE})  # a changed, b out of reach, d gone, e new
+    assert cell.samples() == {"a": "2", "b": "1", "c": "1", "e": None}
+    cell.write_samples("abcd", {})
+    assert cell.samples()["d"] is None
+
+
+@pytest.mark.parametrize("text", ["{", '["a", "b"]', "3"])
+def test_damaged_samples_are_named(tmp_path, text):
+    (tmp_path / "samples.json").write_text(text)
+    with pytest.raises(UserError, match=r"samples\.json does not map samples"):
+        Cell(tmp_path).samples()

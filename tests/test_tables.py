@@ -10,8 +10,10 @@ import pytest
 from synthetic import METHODS, UIDS, add_entry, add_rows, cell, iba, metric_folder, only, values_of
 from tiny import tool
 
-from attrib import formats, keys, stats, store, tables
-from attrib.types import UserError
+from attrib import formats, stats, store, tables
+from attrib.types import UNREADABLE, UserError
+
+EHR = "ehr.11111111"
 
 # rows -----------------------------------------------------------------------
 
@@ -39,7 +41,7 @@ def test_of_a_repeated_sample_the_latest_row_counts(root):
     now = time.time()
     add_rows(
         iba(root),
-        "ehr.11111111",
+        EHR,
         [
             (UIDS[0], "f", "map", "ehr", 0.91, now + 20),  # twice, same fingerprint, later
             (UIDS[1], "f", "map", "ehr", 0.92, now - 900),  # earlier: does not count
@@ -60,11 +62,11 @@ def test_failures_that_still_matter(root):
     late, early = now + 50, now - 900
     add_entry(made, "new/1", "f", "load", "cannot read", late)  # nothing else known
     add_entry(made, "new/1", "f", "load", "cannot read again", late + 1)  # the same sample
-    add_entry(made, "new/2", "f", "ehr", "no region of interest", late)  # in one metric only
+    add_entry(made, "new/2", "f", EHR, "no region of interest", late)  # in one metric only
     add_entry(made, UIDS[0], "f", "maps", "out of memory", early)  # succeeded later
-    add_entry(made, UIDS[1], "f", "ehr", "other writer failed", late)  # succeeded before, same content
+    add_entry(made, UIDS[1], "f", EHR, "other writer failed", late)  # succeeded before, same content
     add_entry(made, UIDS[2], "changed", "maps", "NaN map", late)  # content changed, then failed
-    add_entry(made, UIDS[3], "", "load", "disk gone", late)  # no fingerprint: the score stands
+    add_entry(made, UIDS[3], UNREADABLE, "load", "disk gone", late)  # the score stands
     frame = only(tables.rows(root), method="iba")
     failed = frame[frame["state"] == "failed"]
     got = {(u, c): (s, r) for u, c, s, r in failed[["uid", "column", "stage", "reason"]].itertuples(index=False)}
@@ -80,8 +82,8 @@ def test_failures_that_still_matter(root):
     assert only(table, method="ig")["failed"].tolist() == [0, 0, 0]
 
 
-def test_a_metrics_failures_may_be_under_its_folders_name(root):
-    add_entry(iba(root), "new/2", "f", "ehr.11111111", "no region", time.time())
+def test_a_metrics_failures_are_shown_under_its_label(root):
+    add_entry(iba(root), "new/2", "f", EHR, "no region", time.time())
     assert only(tables.summary(tables.rows(root)), method="iba", column="ehr")["failed"].tolist() == [1]
     frame = tables.rows(root)
     assert set(frame.loc[frame["state"] == "failed", "stage"]) == {"ehr"}
@@ -92,13 +94,9 @@ def test_a_failure_under_a_folders_name_is_that_metrics_alone(root):
     metric_folder(made, "ehr.33333333", {"ehr": "higher"}, parameters={"class": "ehr", "steps": 5})
     add_rows(made, "ehr.33333333", [(u, "f", "map", "ehr", 0.5, 1.0) for u in UIDS])
     add_entry(made, UIDS[0], "changed", "ehr.33333333", "of one", now)
-    add_entry(made, UIDS[1], "changed", "ehr", "of both", now)  # as older runs wrote it
     frame = only(tables.rows(root), state="failed")
-    whole = f"ehr (key={keys.digest({'class': 'ehr'})[:8]})"
     assert set(frame[["metric", "stage", "reason"]].itertuples(index=False, name=None)) == {
-        ("ehr (steps=5)", "ehr (steps=5)", "of one"),
-        ("ehr (steps=5)", "ehr (steps=5)", "of both"),
-        (whole, whole, "of both"),
+        ("ehr (steps=5)", "ehr (steps=5)", "of one")
     }
 
 
@@ -107,14 +105,14 @@ def test_samples_that_went_are_counted_nowhere(root):
     late = store.Arrays(made.folder / "maps", "w1")
     late.add("gone/map", "f", {"map": np.zeros((8, 8), np.float32)}, seconds=1e6)
     late.flush()
-    add_rows(made, "ehr.11111111", [("gone/nan", "f", "map", "ehr", math.nan, now)])
+    add_rows(made, EHR, [("gone/nan", "f", "map", "ehr", math.nan, now)])
     add_entry(made, "gone/failed", "f", "load", "cannot read", now)
-    add_entry(made, "gone/failed", "f", "ehr.11111111", "no region", now)
-    add_entry(made, "gone/failed", "f", "lost_metric", "crashed", now)
+    add_entry(made, "gone/failed", "f", EHR, "no region", now)
+    add_entry(made, "gone/failed", "f", "lost.0123abcd", "crashed", now)
     before = only(tables.summary(tables.rows(root)), method="iba", column="ehr").iloc[0]
     assert (before["n"], before["failed"], before["pending"]) == (20, 2, 1)
 
-    made.write_samples([*UIDS[2:], "later"])  # what is not computed yet is nobody's failure
+    made.write_samples(UIDS[2:], {})
     frame = tables.rows(root)
     assert set(only(frame, method="iba")["uid"]) == set(UIDS[2:])
     assert set(only(frame, method="ig")["uid"]) == set(UIDS)  # without samples.json all count
@@ -125,7 +123,7 @@ def test_samples_that_went_are_counted_nowhere(root):
     assert row["seconds"] == pytest.approx(0.5 + np.arange(2, 20).mean() / 100)
     assert tables.paired(frame, "ehr")["n"].tolist() == [18, 20, 18]
 
-    made.write_samples([])
+    made.write_samples([], {})
     assert set(tables.rows(root)["method"]) == {"grad_cam", "ig"}
     (made.folder / "samples.json").write_text("{")
     with pytest.raises(UserError, match=r"iba0000/samples\.json"):
@@ -134,10 +132,8 @@ def test_samples_that_went_are_counted_nowhere(root):
 
 def test_nan_is_a_failure_with_the_ledgers_reason(root):
     made, now = iba(root), time.time() + 5
-    add_rows(
-        made, "ehr.11111111", [(UIDS[0], "f", "map", "ehr", math.nan, now), (UIDS[1], "f", "map", "ehr", math.inf, now)]
-    )
-    add_entry(made, UIDS[0], "f", "ehr", "no region of interest", now)
+    add_rows(made, EHR, [(UIDS[0], "f", "map", "ehr", math.nan, now), (UIDS[1], "f", "map", "ehr", math.inf, now)])
+    add_entry(made, UIDS[0], "f", EHR, "no region of interest", now)
     frame = only(tables.rows(root), method="iba", column="ehr").set_index("uid")
     assert frame.loc[list(UIDS[:2]), "state"].tolist() == ["failed", "failed"]
     assert frame.loc[UIDS[0], "reason"] == "no region of interest"
@@ -159,24 +155,89 @@ def test_maps_without_scores_are_pending_not_lost(root):
     assert "1 pending" in formats.to_markdown(formats.wide_table(formats.wide(tables.summary(tables.rows(root)))[0]))
 
 
+def test_a_half_finished_cell_does_not_look_complete(root):
+    more = [f"val/{i:03d}" for i in range(300)]
+    made = iba(root)
+    made.write_samples(more, dict.fromkeys(UIDS, "f"))
+    add_entry(made, more[20], "f", "maps", "out of memory", 1.0)
+    add_entry(made, more[21], UNREADABLE, "load", "disk gone", 1.0)
+    begun = cell(root, "photos.net.begun.99", method="begun")
+    begun.write_samples(more, {})
+    frame = tables.rows(root)
+    table = tables.summary(frame)
+    assert only(table, method="iba")[["n", "failed", "pending"]].to_numpy().tolist() == [[20, 2, 278]] * 3
+    assert only(table, method="begun")[["n", "failed", "pending"]].to_numpy().tolist() == [[0, 0, 300]]
+    assert only(table, method="iba", column="ehr")["mean"].iloc[0] == pytest.approx(values_of("iba")[:, 0].mean())
+    assert not frame.duplicated(["cell", "metric", "map", "uid", "column"]).any()
+    wide = formats.to_markdown(formats.wide_table(formats.wide(table)[0]))
+    assert "n=20, 2 failed, 278 pending" in wide
+    assert "begun (n=0, 300 pending)" in wide
+    assert "pending" in formats.long_table(table).header
+    assert tables.paired(frame, "ehr")["n"].tolist() == [20, 20, 20]
+
+
+def test_two_data_roots_with_the_same_names_do_not_mix(root):
+    """Another data root (or an image changed and changed back): whichever was run last counts, all of it."""
+    made, now = iba(root), time.time() + 9
+    late = store.Arrays(made.folder / "maps", "w1")
+    for uid in UIDS[:5]:
+        late.add(uid, "other", {"map": np.zeros((8, 8), np.float32)}, seconds=9.0)
+    late.flush()
+    add_rows(made, EHR, [(u, "other", "map", "ehr", 0.9, now) for u in UIDS[:4]])
+    add_entry(made, UIDS[4], "other", EHR, "no region", now)
+    whole = dict.fromkeys(UIDS, "f")
+
+    made.write_samples(UIDS, dict.fromkeys(UIDS, "other"))
+    frame = only(tables.rows(root), method="iba", column="ehr")
+    assert set(frame["fingerprint"]) == {"other"}
+    assert frame["state"].value_counts().to_dict() == {"ok": 4, "failed": 1, "pending": 15}
+    assert frame["seconds"].dropna().unique().tolist() == [9.0]
+    assert set(only(tables.rows(root), method="iba", column="deletion")["state"]) == {"pending"}
+
+    made.write_samples(UIDS, whole)  # back again: nothing of the later values is left
+    frame = only(tables.rows(root), method="iba", column="ehr").set_index("uid")
+    assert set(frame["state"]) == {"ok"}
+    assert frame.loc[list(UIDS), "value"].to_numpy() == pytest.approx(values_of("iba")[:, 0], abs=0)
+    assert set(frame["fingerprint"]) == {"f"}
+
+    made.write_samples([], {})
+    made.write_samples(UIDS, {})  # no fingerprint is known: by time
+    frame = only(tables.rows(root), method="iba", column="ehr").set_index("uid")
+    assert frame.loc[list(UIDS[:5]), "fingerprint"].tolist() == ["other"] * 5
+    assert frame.loc[list(UIDS[:5]), "state"].tolist() == ["ok"] * 4 + ["failed"]
+
+
+def test_a_hiccup_of_the_file_server_fails_nothing_for_good(root):
+    made, now = iba(root), time.time() + 9
+    made.write_samples([*UIDS, "mapped", "nothing"], dict.fromkeys(UIDS, "f"))
+    late = store.Arrays(made.folder / "maps", "w1")
+    late.add("mapped", "f", {"map": np.zeros((8, 8), np.float32)}, seconds=1.0)
+    late.flush()
+    for uid in (*UIDS[:5], "mapped", "nothing"):
+        add_entry(made, uid, UNREADABLE, "load", "disk gone", now)
+    add_entry(made, UIDS[5], "f", "load", "disk gone", now)
+    made.write_samples([*UIDS, "mapped", "nothing"], dict.fromkeys(UIDS, UNREADABLE))
+    table = only(tables.summary(tables.rows(root)), method="iba")
+    assert table[["n", "failed", "pending"]].to_numpy().tolist() == [[20, 1, 1]] * 3
+    assert len(made.ledger.entries()) == 8  # the history stays
+
+
 def test_cells_and_metrics_without_any_score_are_shown(root):
     nothing = cell(root, "photos.net.broken.99", method="broken")
     add_entry(nothing, UIDS[0], "f", "maps", "not supported", 1.0)
     no_rows = cell(root, "photos.net.empty.99", method="empty")
-    metric_folder(no_rows, "ehr.11111111")
-    add_entry(no_rows, UIDS[0], "f", "ehr", "no region", 1.0)
-    add_entry(no_rows, UIDS[0], "f", "lost_metric", "crashed", 1.0)
+    metric_folder(no_rows, EHR)
+    add_entry(no_rows, UIDS[0], "f", EHR, "no region", 1.0)
+    add_entry(no_rows, UIDS[0], "f", "lost.0123abcd", "crashed", 1.0)
     table = tables.summary(tables.rows(root))
     row = only(table, method="broken").iloc[0]
     assert (row["metric"], row["n"], row["failed"]) == ("", 0, 1)
     assert math.isnan(row["mean"])
     rows = only(table, method="empty").set_index("metric")
     assert rows.loc["ehr", ["map", "column", "n", "failed"]].tolist() == ["map", "ehr", 0, 1]
-    assert rows.loc["lost_metric", ["n", "failed"]].tolist() == [0, 1]
-    add_entry(no_rows, UIDS[0], "f", "lost.0123abcd", "crashed", 1.0)
-    add_entry(no_rows, UIDS[1], "f", "lost", "crashed", 1.0)  # the same metric in an older ledger
+    assert rows.loc["lost", ["n", "failed"]].tolist() == [0, 1]
     lost = only(tables.rows(root), metric="lost")
-    assert lost[["uid", "state", "stage"]].to_numpy().tolist() == [[u, "failed", "lost"] for u in UIDS[:2]]
+    assert lost[["uid", "state", "stage"]].to_numpy().tolist() == [[UIDS[0], "failed", "lost"]]
     drawn = formats.wide_table(formats.wide(table)[0])
     assert any("broken" in note for note in drawn.notes)
     formats.to_terminal(formats.long_table(table))
@@ -184,7 +245,7 @@ def test_cells_and_metrics_without_any_score_are_shown(root):
 
 
 def test_unreadable_metric_json_keeps_the_numbers(root):
-    (iba(root).folder / "scores" / "ehr.11111111" / "metric.json").unlink()
+    (iba(root).folder / "scores" / EHR / "metric.json").unlink()
     row = only(tables.rows(root), method="iba", column="ehr")
     assert set(row["direction"]) == {"none"}
     assert len(row) == 20
@@ -236,8 +297,8 @@ def test_nothing_is_best_alone_or_without_a_direction(root):
 
 def test_pairs_against_plain_numpy(root):
     made = iba(root)
-    add_rows(made, "ehr.11111111", [(UIDS[0], "changed", "map", "ehr", 0.9, time.time() + 9)])
-    add_entry(made, UIDS[1], "changed", "ehr", "gone", time.time() + 9)
+    add_rows(made, EHR, [(UIDS[0], "changed", "map", "ehr", 0.9, time.time() + 9)])
+    add_entry(made, UIDS[1], "changed", EHR, "gone", time.time() + 9)
     tests = tables.paired(tables.rows(root), "ehr")
     assert list(zip(tests["a"], tests["b"])) == [("grad_cam", "iba"), ("grad_cam", "ig"), ("iba", "ig")]
     # iba's first sample is of other content, its second failed: 18 of 20 and 19 are common.
@@ -280,7 +341,7 @@ def test_ties_with_the_best(root):
 
 def test_methods_with_several_maps_compete_with_each(root):
     made = iba(root)
-    add_rows(made, "ehr.11111111", [(u, "f", "second", "ehr", 0.1, 1.0) for u in UIDS])
+    add_rows(made, EHR, [(u, "f", "second", "ehr", 0.1, 1.0) for u in UIDS])
     frame = tables.rows(root)
     table = tables.summary(frame)
     assert set(only(table, column="ehr")["contender"]) == {"grad_cam", "iba · map", "iba · second", "ig"}
@@ -304,8 +365,8 @@ def test_where(root):
 def test_a_name_selects_all_its_variants(tmp_path):
     for i, beta in enumerate((1, 10)):
         made = cell(tmp_path, f"photos.net.iba.{i}", beta=beta, steps=i)
-        metric_folder(made, "ehr.11111111")
-        add_rows(made, "ehr.11111111", [(u, "f", "map", "ehr", 0.5, 1.0) for u in UIDS])
+        metric_folder(made, EHR)
+        add_rows(made, EHR, [(u, "f", "map", "ehr", 0.5, 1.0) for u in UIDS])
     frame = tables.rows(tmp_path)
     assert len(tables.where(frame, {"method": ["iba"]})) == 40
     assert len(tables.where(frame, {"method": ["iba (beta=1, steps=0)"]})) == 20
@@ -318,11 +379,11 @@ def test_a_hundred_thousand_samples_in_seconds(tmp_path):
     uids = np.array([f"val/{i:06d}" for i in range(n)])
     for k in range(5):
         made = cell(tmp_path, f"photos.net.m{k}.1", method=f"m{k}")
-        metric_folder(made, "ehr.11111111")
+        metric_folder(made, EHR)
         columns = {"uid": uids, "fingerprint": ["f"] * n, "map": ["map"] * n, "column": ["ehr"] * n}
         columns |= {"value": np.random.default_rng(k).normal(k / 100, 1, n), "time": np.ones(n)}
         table = store.pa.table(columns, schema=store.Rows.SCHEMA)
-        store.pq.write_table(table, made.folder / "scores" / "ehr.11111111" / "w0-00001.parquet")
+        store.pq.write_table(table, made.folder / "scores" / EHR / "w0-00001.parquet")
     start = time.monotonic()
     frame = tables.rows(tmp_path)
     table = tables.summary(frame)

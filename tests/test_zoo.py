@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from torchvision import models
 
+from attrib.datasets import ImageTransform
 from attrib.models import timm_net, torchvision_net
+from attrib.models.zoo import input_of
 from attrib.types import UserError
 
 
@@ -62,3 +67,70 @@ def test_downloaded_weights_are_loaded(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: wanted)
     net = torchvision_net("squeezenet1_1", weights="IMAGENET1K_V1")
     assert all(torch.equal(v, wanted[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ["googlenet", "inception_v3"])
+def test_transform_input_does_not_depend_on_the_source_of_the_weights(arch, monkeypatch):
+    bare = torchvision_net(arch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: bare.state_dict())
+    assert bare.transform_input
+    assert torchvision_net(arch, weights="DEFAULT").transform_input
+    for weights in (None, "DEFAULT"):
+        assert not torchvision_net(arch, weights=weights, transform_input=False).transform_input
+
+
+def test_transform_input_of_other_nets():
+    with pytest.raises(UserError, match=r"model\.transform_input: squeezenet1_1 has none"):
+        torchvision_net("squeezenet1_1", transform_input=True)
+
+
+# Input ------------------------------------------------------------------------------------------
+
+
+def photo(width: int, height: int) -> Image.Image:
+    pixels = np.random.RandomState(0).randint(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+@pytest.mark.parametrize(
+    ("arch", "weights"),
+    [("resnet50", "IMAGENET1K_V1"), ("resnet50", "DEFAULT"), ("inception_v3", "DEFAULT"), ("vit_b_16", "DEFAULT"),
+     ("swin_t", "DEFAULT"), ("efficientnet_b1", "DEFAULT")],
+)  # fmt: skip
+def test_torchvision_prepares_alike(arch, weights):
+    image = photo(500, 375)
+    mine = ImageTransform(**input_of(torchvision_net, arch=arch, weights=weights)).tensor(image)
+    torch.testing.assert_close(mine, models.get_model_weights(arch)[weights].transforms()(image))
+
+
+@pytest.mark.parametrize(
+    "arch", ["vit_small_patch16_224", "vit_base_patch16_clip_224.openai", "tf_efficientnet_lite0", "inception_v3",
+             "mobilenetv3_small_050", "beit_base_patch16_384"],
+)  # fmt: skip
+def test_timm_prepares_alike(arch):
+    image = photo(375, 500)
+    mine = ImageTransform(**input_of(timm_net, arch=arch, pretrained=False)).tensor(image)
+    how = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(arch).to_dict())
+    torch.testing.assert_close(mine, timm.data.create_transform(**how)(image))
+
+
+def test_what_is_not_known_of_the_input():
+    resnet = input_of(torchvision_net, arch="resnet50")  # two sets of weights that want 256 and 232
+    assert "resize_size" not in resnet
+    assert resnet["size"] == 224
+    assert input_of(torchvision_net, arch="resnet18")["resize_size"] == 256
+    assert input_of(timm_net, arch="vit_tiny_patch16_224", img_size=64)["resize_size"] == 71
+    assert "resize" not in input_of(timm_net, arch="vit_tiny_patch16_224", img_size=[64, 96])
+    assert input_of(timm_net, arch="test_vit")["size"] == 160
+    assert input_of(dict, a=1) == {}
+
+
+def test_mistakes_are_named_before_the_net_is_built():
+    with pytest.raises(UserError, match="resnet49"):
+        input_of(torchvision_net, arch="resnet49")
+    with pytest.raises(UserError, match="no weights 'V9'"):
+        input_of(torchvision_net, arch="resnet50", weights="V9")
+    with pytest.raises(UserError, match="resnet_49"):
+        input_of(timm_net, arch="resnet_49")
+    with pytest.raises(UserError, match=r"model\.arch: .*nosuch"):
+        input_of(timm_net, arch="vit_small_patch16_224.nosuch")

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attrib.config import build, experiment, options_of
 from attrib.memory import keep_freed_memory
-from attrib.run import Options, Summary, plan, run
+from attrib.plan import Options, plan
+from attrib.run import run
 from attrib.types import UserError
 
 status = 0  # of the process: a grid goes on after a failure, but does not hide it
@@ -37,9 +38,10 @@ def main(config: DictConfig) -> None:
         if options.dry:
             print(plan(cell, options))
             return
-        summary: Summary = run(cell, options)
+        summary = run(cell, options)
         print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
-        if summary.failed and options.strict:
+        nothing = not (summary.maps_computed or summary.maps_present)
+        if summary.failed and (options.strict or nothing):
             status = max(status, 3)
     except (UserError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

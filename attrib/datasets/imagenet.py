@@ -11,6 +11,7 @@ from typing import BinaryIO
 from attrib.datasets.files import existing_folder, image_files, parse_box, read_classes, uids_of
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
+from attrib.keys import digest
 from attrib.types import SampleError, UserError
 
 
@@ -78,6 +79,7 @@ class ImageNet(ImageDataset):
                 raise UserError(f"dataset.classes: folder {self._images / wnid} is not in the class index")
         self._files, self._labels = uids_of(files), index.labels
         super().__init__(self._files, transform, index.names, boxed=self._annotations.is_dir())
+        self.key = digest(self.key, split)
 
     def _wnid(self, uid: str) -> str:
         return self._files[uid].partition("/")[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
-from attrib.types import Batch, SampleError
+from attrib.types import UNREADABLE, Batch, SampleError
 
 
 def decode(stream: BinaryIO) -> Image.Image:
@@ -112,7 +112,7 @@ class ImageDataset(ABC):
                     content = hashlib.file_digest(stream, "sha256").hexdigest()
                 value = digest(content, self.label(uid), self.boxes(uid))[:16]
             except (OSError, SampleError):
-                return "unreadable"  # not remembered: the file server may come back
+                return UNREADABLE  # not remembered: the file server may come back
             self._fingerprints[uid] = value
         return self._fingerprints[uid]
 

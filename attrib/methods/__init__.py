@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass. Its fields are its hyper-parameters: they are what its YAML may
 set and what enters the key of its results. Methods know models, batches and noise; they know
-nothing of datasets, metrics, the store or each other.
+nothing of datasets, metrics, the store or each other, except that those built on IBA import it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Fit(Protocol):
     """
 
     VERSION: ClassVar[int]
+    TARGETS: ClassVar[bool] = True  # whether it looks at the samples' targets
 
     @property
     def roles(self) -> tuple[str, ...]: ...

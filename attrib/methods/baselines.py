@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from captum import attr
 from torch import Tensor, fx, nn
 
@@ -73,7 +74,11 @@ def _over_channels(attribution: Tensor, reduce: Reduce) -> Tensor:
 
 
 def _chunked(
-    model: Classifier, batch: Batch, explain: Callable[[Tensor, Tensor, slice], Tensor], cost: int = 1
+    model: Classifier,
+    batch: Batch,
+    explain: Callable[[Tensor, Tensor, slice], Tensor],
+    cost: int = 1,
+    least: int | None = None,
 ) -> Tensor:
     """``explain(x, target, samples)`` over pieces of the batch that fit the model's row limit."""
 
@@ -81,7 +86,50 @@ def _chunked(
         with _captum():
             return explain(batch.x[samples].clone(), batch.target[samples], samples).detach()
 
-    return model.chunked(piece, len(batch), cost)
+    return model.chunked(piece, len(batch), cost, least)
+
+
+class _Windows(nn.Module):
+    """The windows of a max-pooling side by side, (N, C, H, W) -> (N, C, h, w * places of a window)."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        self.kernel, self.stride, self.padding, self.dilation = (_pair(size) for size in sizes)
+        self.ceil = pool.ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = (self.kernel, self.stride, self.padding, self.dilation, self.ceil)
+        h, w = F.max_pool2d(x.detach(), *options).shape[-2:]
+        # What the last window needs beyond the image, per axis; with ceil_mode more than the padding.
+        beyond = [
+            max(0, (n - 1) * s + d * (k - 1) + 1 - size - p)
+            for n, size, k, s, p, d in zip((h, w), x.shape[-2:], *options[:4], strict=True)
+        ]
+        edges = (self.padding[1], beyond[1], self.padding[0], beyond[0])
+        padded = F.pad(x, edges, value=torch.finfo(x.dtype).min)
+        places = F.unfold(padded, self.kernel, self.dilation, stride=self.stride)
+        return places.reshape(len(x), x.shape[1], -1, h, w).permute(0, 1, 3, 4, 2).flatten(3)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _without_overlap(net: fx.GraphModule) -> fx.GraphModule:
+    """Max-poolings whose windows overlap are done window by window.
+
+    captum's rule for them keeps one window's share of a pixel and forgets the others'.
+    """
+    for node in list(net.graph.nodes):
+        pool = net.get_submodule(node.target) if node.op == "call_module" else None
+        if type(pool) is nn.MaxPool2d:
+            windows = _Windows(pool)
+            reach = [d * (k - 1) for d, k in zip(windows.dilation, windows.kernel, strict=True)]
+            if any(r >= s for r, s in zip(reach, windows.stride, strict=True)):
+                places = windows.kernel[0] * windows.kernel[1]
+                net.add_submodule(node.target, nn.Sequential(windows, nn.MaxPool2d((1, places))))
+    return net
 
 
 def _hookable(model: Classifier, as_relu: tuple[type[nn.Module], ...]) -> fx.GraphModule:
@@ -177,7 +225,7 @@ class IntegratedGradients(Method):
                 internal_batch_size=max(model.rows, len(x)),
             )
 
-        found = _chunked(model, batch, explain, cost=self.steps)
+        found = _chunked(model, batch, explain, cost=self.steps, least=1)
         ends = torch.cat((batch.x, torch.full_like(batch.x, self.baseline)))
         start, end = target_score(model.logits(ends), batch.target.repeat(2, *[1] * (batch.target.ndim - 1))).chunk(2)
         return {"map": _over_channels(found, self.reduce), "delta": found.flatten(1).sum(1) - (start - end)}
@@ -242,7 +290,8 @@ class DeepLiftShap(Method):
     The baselines are ``samples`` noise images N(0, sigma^2) in normalised units, of each sample's
     own stream; with samples=1 and sigma=0 this is DeepLIFT with the mean colour as baseline.
     ``delta`` is the error of completeness; it is large on nets with operations that the rescale
-    rule does not cover (attention, gates that multiply).
+    rule does not cover (attention, gates that multiply). Where captum alone is not complete
+    (max-pooling behind a ReLU, windows that overlap, residuals around an activation), this is.
     """
 
     VERSION: ClassVar[int] = 2
@@ -254,7 +303,7 @@ class DeepLiftShap(Method):
     __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        net = _hookable(model, ELEMENTWISE)
+        net = _without_overlap(_hookable(model, ELEMENTWISE))
         total, delta = torch.zeros_like(batch.x), torch.zeros_like(batch.x[:, 0, 0, 0])
         for _ in range(self.samples):
             baseline = self.sigma * noise.normal(*batch.x.shape[1:])

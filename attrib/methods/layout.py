@@ -40,7 +40,15 @@ class Layout:
         if z.ndim != rank:
             known = ", ".join(get_args(Name))
             raise UserError(f"a layer whose output is {tuple(z.shape)} has no layout {name!r} (layouts: {known})")
-        return cls(resolved, tuple(z.shape[1:]), image)
+        layout = cls(resolved, tuple(z.shape[1:]), image)
+        if name == "auto" and rank == 4:
+            (h, w), (height, width) = layout.grid, image
+            if not 0.5 <= (h / w) / (height / width) <= 2 and min(h, w) > 1:
+                raise UserError(
+                    f"a layer whose output is {tuple(z.shape)} does not look like (B, C, H, W) of an image of "
+                    f"{height} x {width}: set method.layout=channels_last, or channels_first if it is"
+                )
+        return layout
 
     @property
     def grid(self) -> tuple[int, int]:

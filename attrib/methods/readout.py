@@ -105,6 +105,7 @@ class ReadoutFit:
     """
 
     VERSION: ClassVar[int] = 1
+    TARGETS: ClassVar[bool] = True
 
     layer: str
     readouts: tuple[str, ...]

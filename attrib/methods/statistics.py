@@ -56,6 +56,7 @@ class FeatureStatistics:
     """Fits the moments of the layer with this role (IBA, section 3.1: mu_R and sigma_R)."""
 
     VERSION: ClassVar[int] = 1
+    TARGETS: ClassVar[bool] = False
     layer: str = "bottleneck"
 
     @property

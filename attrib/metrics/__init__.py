@@ -25,6 +25,7 @@ class Metric(Protocol):
     VERSION: ClassVar[int]  # raised whenever numbers change
     COLUMNS: ClassVar[Mapping[str, Direction]]  # which direction is better
     CURVES: ClassVar[Mapping[str, str]]  # name -> one line: what lies on x and y
+    NEEDS_ROI: ClassVar[bool]  # whether it is defined only with a region of interest
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> Mapping[str, Tensor]:
         """``map`` (B, H, W), not changed -> every column (B,), every curve (B, S).

@@ -50,6 +50,7 @@ class EHR:
     """
 
     VERSION: ClassVar[int] = 1
+    NEEDS_ROI: ClassVar[bool] = True
     COLUMNS: ClassVar[Mapping[str, str]] = {"ehr": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
         "ehr_curve": "x: quantile of the effective heats, 0 to 1 in equal steps; y: heat in the region per pixel"

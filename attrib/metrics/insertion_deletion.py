@@ -44,6 +44,7 @@ class InsertionDeletion:
     """
 
     VERSION: ClassVar[int] = 1
+    NEEDS_ROI: ClassVar[bool] = False
     COLUMNS: ClassVar[Mapping[str, str]] = {
         "insertion": "higher",
         "deletion": "lower",

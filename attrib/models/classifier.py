@@ -100,12 +100,14 @@ class Classifier:
 
     # ---- chunks -----------------------------------------------------------------------------
 
-    def chunked(self, function: Callable[[slice], Any], n: int, cost: int = 1) -> Any:
+    def chunked(self, function: Callable[[slice], Any], n: int, cost: int = 1, least: int | None = None) -> Any:
         """``function(slice)`` over 0 .. n-1 in pieces, results concatenated along dimension 0.
 
         ``cost`` is the number of rows that one item sends through the net at a time; a piece
-        has at most ``rows // cost`` items, and at least one. When memory runs out, ``rows`` is
-        halved for good and the piece tried again; with ``rows`` at 1, SampleError is raised.
+        has at most ``rows // cost`` items, and at least one. ``least`` is the number of rows below
+        which a single item cannot go, for a function that heeds ``self.rows`` itself; by default
+        an item cannot be cut at all. When memory runs out, ``rows`` is halved for good and the
+        piece tried again; when nothing is left to cut, SampleError is raised.
         ``function`` returns a tensor or a tuple of tensors and must not have side effects.
         """
         pieces: list[Any] = []
@@ -126,7 +128,7 @@ class Classifier:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if size == 1 and (cost > 1 or self.rows == 1):  # an item cannot be cut, whatever ``rows`` is
+            if size == 1 and min(self.rows, cost) <= (cost if least is None else least):
                 raise SampleError(f"out of memory even with one {'row' if cost == 1 else 'sample'} at a time: {reason}")
             self.rows = max(1, min(self.rows, size * cost) // 2)
             log.warning("out of memory; going on with run.rows=%d", self.rows)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -16,30 +17,47 @@ def _unknown(library: str, arch: str, known: Iterable[str]) -> UserError:
     return UserError(f"model.arch: {library} has no model {arch!r}; near names: {', '.join(near) or 'none'}")
 
 
-def torchvision_net(arch: str, weights: str | None = None, **options: Any) -> nn.Module:
+def _torchvision_weights(arch: str, weights: str) -> Any:
+    """The entry of torchvision's table of weights, which knows their address and how images are prepared."""
+    from torchvision import models
+
+    entries = models.get_model_weights(arch).__members__
+    if weights not in entries:
+        raise UserError(f"model.weights: {arch} has no weights {weights!r}; it has {', '.join(entries)}")
+    return entries[weights]
+
+
+def _torchvision_builder(arch: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    try:
+        return models.get_model_builder(arch)
+    except ValueError as error:
+        raise _unknown("torchvision", arch, models.list_models(models)) from error
+
+
+def torchvision_net(
+    arch: str, weights: str | None = None, transform_input: bool | None = None, **options: Any
+) -> nn.Module:
     """Any torchvision classifier.
 
     ``weights`` names a set of weights that torchvision downloads ("DEFAULT", "IMAGENET1K_V1");
     None leaves the net random, for a checkpoint to fill.
-    """
-    from torchvision import models
 
-    try:
-        builder = models.get_model_builder(arch)
-    except ValueError as error:
-        raise _unknown("torchvision", arch, models.list_models(models)) from error
+    ``transform_input`` is for googlenet and inception_v3 alone: whether the net brings its input
+    from ImageNet's mean and deviation to 0.5 and 0.5 first. None means yes, as torchvision's weights
+    expect it, wherever the weights come from. (torchvision's own default depends on who loads them.)
+    """
+    builder = _torchvision_builder(arch)
     if arch in ("googlenet", "inception_v3"):
         options = {"init_weights": False, **options}  # else they warn, and take long
-    if weights is None:
-        return builder(weights=None, **options)
-    entries = models.get_model_weights(arch)
-    if weights not in entries.__members__:
-        raise UserError(f"model.weights: {arch} has no weights {weights!r}; it has {', '.join(entries.__members__)}")
-    if arch in ("googlenet", "inception_v3"):
-        # torchvision sets this itself, but only when it loads the weights itself.
-        options = {"transform_input": True, **options}
+        options["transform_input"] = transform_input is not False
+    elif transform_input is not None:
+        raise UserError(f"model.transform_input: {arch} has none, only googlenet and inception_v3 do")
+    entry = None if weights is None else _torchvision_weights(arch, weights)
     net = builder(weights=None, **options)
-    entry = entries[weights]
+    if entry is None:
+        return net
     try:
         net.load_state_dict(entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except OSError as error:
@@ -50,6 +68,30 @@ def torchvision_net(arch: str, weights: str | None = None, **options: Any) -> nn
     return net
 
 
+def _torchvision_input(arch: str, weights: str | None = None, **_: Any) -> dict[str, Any]:
+    from torchvision import models
+    from torchvision.transforms._presets import ImageClassification
+
+    _torchvision_builder(arch)
+    named = models.get_model_weights(arch) if weights is None else [_torchvision_weights(arch, weights)]
+    found = []
+    for how in (entry.transforms() for entry in named):
+        if not isinstance(how, ImageClassification):
+            return {}
+        found.append(
+            {
+                "size": how.crop_size[0],
+                "mean": list(how.mean),
+                "std": list(how.std),
+                "resize": "crop",
+                "resize_size": how.resize_size[0],
+                "interpolation": how.interpolation.value,
+            }
+        )
+    # Without a name they may be any, so only what all agree on is known.
+    return {k: v for k, v in found[0].items() if all(other[k] == v for other in found)} if found else {}
+
+
 def timm_net(arch: str, pretrained: bool = False, **options: Any) -> nn.Module:
     """Any timm classifier; ``pretrained`` downloads its weights."""
     import timm
@@ -57,3 +99,44 @@ def timm_net(arch: str, pretrained: bool = False, **options: Any) -> nn.Module:
     if not timm.is_model(arch.partition(".")[0]):
         raise _unknown("timm", arch, timm.list_models())
     return timm.create_model(arch, pretrained=pretrained, **options)
+
+
+def _timm_input(arch: str, img_size: Any = None, **_: Any) -> dict[str, Any]:
+    import timm
+
+    if not timm.is_model(arch.partition(".")[0]):
+        raise _unknown("timm", arch, timm.list_models())
+    try:
+        registered = timm.get_pretrained_cfg(arch)
+    except RuntimeError as error:
+        raise UserError(f"model.arch: {error}") from error
+    if registered is None:
+        return {}
+    how = timm.data.resolve_data_config({}, pretrained_cfg=registered.to_dict())
+    size = list(how["input_size"][1:]) if img_size is None else img_size
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    known = {"size": size, "mean": list(how["mean"]), "std": list(how["std"]), "interpolation": how["interpolation"]}
+    # Borders, and crops that are not square, are more than ImageTransform can do.
+    if how["crop_mode"] == "squash" and how["crop_pct"] == 1:
+        known |= {"resize": "squash", "resize_size": None}
+    elif how["crop_mode"] == "center" and isinstance(size, int):
+        known |= {"resize": "crop", "resize_size": math.floor(size / how["crop_pct"])}
+    return known
+
+
+_INPUT: dict[Callable[..., nn.Module], Callable[..., dict[str, Any]]] = {
+    torchvision_net: _torchvision_input,
+    timm_net: _timm_input,
+}
+
+
+def input_of(builder: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """How images are prepared for the net that ``builder(**arguments)`` gives, as far as its library says so.
+
+    The names are the fields of ``datasets.ImageTransform``; what is not known is left out. Without
+    ``weights`` torchvision knows what is the same for all weights of the architecture; timm goes
+    by the tag in the name (vit_small_patch16_224.augreg_in1k), or by its first.
+    """
+    known = _INPUT.get(builder)
+    return known(**arguments) if known else {}

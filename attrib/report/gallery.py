@@ -47,7 +47,7 @@ class Gallery:
 
 def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int) -> Gallery | None:
     """Samples × maps. Rows stop where the pictures would exceed ``budget`` bytes."""
-    stores = list(dict.fromkeys(c.spec["pictures"] for c in cells if c.spec.get("pictures")))
+    stores = list(dict.fromkeys(c.spec["pictures"] for c in cells))
     inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
     keys_of = [_current(c, frame) for c in cells]
     pictured = list(dict.fromkeys(uid for store in inputs for uid, _ in store.index()))
@@ -59,7 +59,7 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     columns = []  # (cell, its keys, map, contender, about, signed)
     for item, known in zip(cells, keys_of):
         shown = [u for u in uids[:samples] if u in known]
-        for name, about in (item.spec.get("maps") or {}).items():
+        for name, about in item.spec["maps"].items():
             maps = [m for u in shown if (m := _array(item.cell.maps, known[u], name)) is not None]
             if maps:
                 several = len(item.spec["maps"]) > 1

@@ -61,12 +61,12 @@ def provenance(cells: Sequence[Labelled]) -> list[tuple[str, list[str]]]:
     """(what, its different values). More than one commit or version is worth seeing."""
     versions: dict[str, list[str]] = {}
     for item in cells:
-        for name, version in (item.spec.get("versions") or {}).items():
+        for name, version in item.spec["versions"].items():
             versions.setdefault(name, []).append(f"{name} {version}")
     facts = {
-        "Commit": [str(c.spec.get("git") or "not a git checkout") for c in cells],
-        "Weights": [f"{c.model}: {c.spec.get('weights') or 'unknown'}" for c in cells],
-        "Seed": [str((c.spec.get("config") or {}).get("seed", "unknown")) for c in cells],
+        "Commit": [str(c.spec["git"] or "not a git checkout") for c in cells],
+        "Weights": [f"{c.model}: {c.spec['weights']}" for c in cells],
+        "Seed": [str(c.spec["seed"]) for c in cells],
     }
     shown = [(name, list(dict.fromkeys(values))) for name, values in facts.items()]
     return [*shown, ("Versions", [v for values in versions.values() for v in dict.fromkeys(values)])]
@@ -76,20 +76,15 @@ def runs(cell: Cell) -> list[dict[str, Any]]:
     """Every run that wrote to a cell: its counts and its environment, as far as it left them."""
     found = []
     for folder in sorted((cell.folder / "runs").glob("*")):
-        environment = ""
-        for path in sorted(folder.glob("environment*")):
-            environment += path.read_text(errors="replace")
-        known = _json(folder / "summary.json")
-        counts = {k: v for k, v in known.items() if isinstance(v, (int, float, str))}
         about = _json(folder / "environment.json")
         found.append(
             {
                 "cell": cell.folder.name,
                 "run": folder.name,
-                "counts": counts,
-                "command": _text(about.get("command", known.get("command", ""))),
-                "machine": _text(about.get("machine", known.get("machine", ""))),
-                "environment": environment,
+                "counts": _json(folder / "summary.json"),
+                "command": shlex.join(about.get("command", ())),
+                "machine": about.get("machine", ""),
+                "environment": json.dumps(about, indent=2, ensure_ascii=False) if about else "",
             }
         )
     return found
@@ -101,7 +96,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # a killed run has no summary
     return value if isinstance(value, dict) else {}
-
-
-def _text(value: Any) -> str:
-    return shlex.join(map(str, value)) if isinstance(value, list) else str(value or "")

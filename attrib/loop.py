@@ -1,0 +1,316 @@
+"""The loop: maps, then each metric, over the samples that miss them, with hooks and a failure ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from mmengine.runner import BaseLoop
+from torch import Tensor
+
+from attrib import keys
+from attrib.methods import State
+from attrib.noise import Noise
+from attrib.plan import Options, Plan, metric_folder
+from attrib.store import Arrays, write_json
+from attrib.types import Batch, SampleError, UserError
+
+if TYPE_CHECKING:
+    from attrib.run import AttributionRunner
+
+log = logging.getLogger(__name__)
+
+PICTURES = 24  # inputs kept for the report, at most
+
+
+@dataclass(frozen=True)
+class Step:
+    """What hooks get as ``outputs`` after each batch.
+
+    stage    "maps", or the name of the metric
+    uids     the B samples that succeeded; ``data_batch`` holds the same
+    arrays   stage "maps": every map and extra, (B, ...); else scores and curves of the last map
+    done, total   samples of this stage
+    """
+
+    stage: str
+    uids: tuple[str, ...]
+    arrays: Mapping[str, np.ndarray]
+    seconds: float
+    done: int
+    total: int
+
+
+Done = tuple[tuple[str, ...], Mapping[str, np.ndarray]]  # the samples that succeeded, and their arrays
+Work = Callable[[Batch], Done]
+Present = Callable[[Sequence[str]], set[str]]
+
+
+@dataclass
+class Summary:
+    """Samples (scores: samples x metrics) computed by this run, found already present, and failed."""
+
+    maps_computed: int = 0
+    maps_present: int = 0
+    scores_computed: int = 0
+    scores_present: int = 0
+    failed: int = 0
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+class Loop(BaseLoop):
+    """Maps, then each metric, over the samples that miss them."""
+
+    def __init__(self, runner: AttributionRunner, work: Plan, state: State, options: Options) -> None:
+        super().__init__(runner, dataloader=[])
+        self.plan, self.state, self.options = work, state, options
+        self.summary = Summary()
+        self.stage, self.total = "", 0  # what is being done, and for how many samples
+        self.samples = work.experiment.samples(work.uids, options.batch)
+        self._failed: set[tuple[str, str]] = set()
+        self._iteration = 0
+
+    def run(self) -> dict[str, float]:
+        self.runner.call_hook("before_test")
+        self.runner.call_hook("before_test_epoch")
+        self._check_metrics()
+        self._maps()
+        for name in self.plan.experiment.metrics:
+            self._scores(name)
+        self.runner.call_hook("after_test_epoch", metrics=dataclasses.asdict(self.summary))
+        self.runner.call_hook("after_test")
+        return dataclasses.asdict(self.summary)
+
+    # ---- one stage ----------------------------------------------------------------------------
+
+    def _fail(self, uid: str, stage: str, reason: str) -> None:
+        self.plan.cell.ledger.add(uid, self.plan.fingerprints[uid], stage, reason)
+        self._failed.add((uid, stage))
+        self.summary.failed = len(self._failed)
+        log.warning("%s failed for %s: %s", stage, uid, reason)
+
+    def _attempt(self, stage: str, batch: Batch, work: Work) -> Done:
+        """``work(batch)``; if it fails, each sample alone, so that only the guilty ones are lost."""
+        try:
+            return work(batch)
+        except UserError:
+            raise
+        except Exception as error:  # a method or metric may raise anything
+            if len(batch) == 1:
+                if not isinstance(error, SampleError):
+                    log.exception("%s of %s", stage, batch.uids[0])
+                reason = f"{type(error).__name__}: {error}"
+        if len(batch) == 1:
+            self._fail(batch.uids[0], stage, reason)
+            return (), {}
+        uids: tuple[str, ...] = ()
+        parts: dict[str, list[np.ndarray]] = {}
+        for i in range(len(batch)):
+            succeeded, arrays = self._attempt(stage, batch[[i]], work)
+            uids += succeeded
+            for name, value in arrays.items():
+                parts.setdefault(name, []).append(value)
+        return uids, {name: np.concatenate(values) for name, values in parts.items()}
+
+    def _walk(self, stage: str, todo: Sequence[str], work: Work, present: Present, flush: Callable[[], object]) -> None:
+        """``work`` on every sample of ``todo``, in batches, with hooks before and after each.
+
+        stage     "maps" or a metric's score folder, ``<name>.<key8>``; the ledger notes it
+        present   which of these samples another process has done meanwhile
+        flush     called between batches; what it raises is the disk's fault, not a sample's
+        """
+        done = 0
+        self.stage, self.total = stage.rpartition(".")[0] or stage, len(todo)
+        samples = self.samples if stage == "maps" else self.plan.experiment.stored_samples(todo, self.options.batch)
+        chunks = samples.chunks(todo)
+        for chunk, (batch, unread) in zip(chunks, samples.load(chunks)):
+            start = time.perf_counter()
+            for uid, reason in unread:
+                self._fail(uid, "load", reason)
+            uids: tuple[str, ...] = ()
+            arrays: Mapping[str, np.ndarray] = {}
+            if batch is not None:
+                others = present(batch.uids)
+                batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
+            if batch is not None and len(batch):
+                self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
+                uids, arrays = self._attempt(stage, batch, work)
+                if uids != batch.uids:
+                    batch = batch[[batch.uids.index(uid) for uid in uids]]
+            done += len(chunk)
+            step = Step(self.stage, uids, arrays, time.perf_counter() - start, done, self.total)
+            self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
+            self._iteration += 1
+            flush()
+
+    def _check_metrics(self) -> None:
+        """Before anything is computed: a metric of regions needs a dataset that has them."""
+        names = [n for n, m in self.plan.experiment.metrics.items() if m.NEEDS_ROI]
+        for uid in self.plan.uids if names else ():
+            try:
+                roi = self.plan.experiment.dataset.batch([uid]).roi
+            except Exception:  # the ledger will say so when its map is due
+                continue
+            if roi is None:
+                others = ",".join(n for n in self.plan.experiment.metrics if n not in names)
+                raise UserError(
+                    f"{', '.join(names)} needs regions of interest, and the dataset "
+                    f"{self.plan.experiment.names['dataset']} has none; take metric=[{others}]"
+                )
+            return
+
+    # ---- maps ---------------------------------------------------------------------------------
+
+    def _maps(self) -> None:
+        work, cell = self.plan, self.plan.cell
+        experiment = work.experiment
+        todo = [u for u in work.uids if u not in work.present]
+        self.summary.maps_present = len(work.uids) - len(todo)
+        if todo:
+            self._keep_pictures()
+
+        def explain(batch: Batch) -> Done:
+            model, method = experiment.model, experiment.method
+            start, passed = time.perf_counter(), model.passed
+            noise = Noise(batch.uids, experiment.seed, model.device, model.dtype)
+            found = method.attribute(model, batch, self.state, noise)
+            arrays = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
+            self._check_maps(batch, arrays)
+            cost = {
+                "seconds": (time.perf_counter() - start) / len(batch),
+                "rows": (model.passed - passed) / len(batch),
+            }
+            finite = np.ones(len(batch), dtype=bool)
+            for name in method.MAPS:
+                finite &= np.isfinite(arrays[name]).reshape(len(batch), -1).all(1)
+            for i, uid in enumerate(batch.uids):
+                if not finite[i]:
+                    self._fail(uid, "maps", "the map has NaN or infinite values")
+                    continue
+                one = {name: value[i] for name, value in arrays.items()}
+                cell.maps.add(uid, work.fingerprints[uid], one, target=_plain(batch.target[i]), **cost)
+                self.summary.maps_computed += 1
+            return _only(batch.uids, arrays, finite)
+
+        try:
+            self._walk("maps", todo, explain, self._present, cell.maps.flush_if_due)
+        finally:
+            cell.maps.flush()
+
+    def _present(self, uids: Sequence[str]) -> set[str]:
+        index = self.plan.cell.maps.index()
+        return {u for u in uids if self.plan.key(u) in index}
+
+    def _check_maps(self, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
+        """What a user's own method may get wrong."""
+        method = self.plan.experiment.method
+        name = type(method).__name__
+        declared = {*method.MAPS, *method.EXTRAS}
+        if set(arrays) != declared:
+            raise UserError(f"{name}.attribute returned {sorted(arrays)}, but MAPS and EXTRAS say {sorted(declared)}")
+        for key, value in arrays.items():
+            spatial = key not in method.MAPS or value.shape[1:] == tuple(batch.x.shape[-(value.ndim - 1) :])
+            if value.shape[:1] != (len(batch),) or not spatial or (key in method.MAPS and value.ndim < 2):
+                raise UserError(f"{name}: {key} has shape {value.shape} for inputs {tuple(batch.x.shape)}")
+
+    def _keep_pictures(self) -> None:
+        """The first inputs as the network sees them, so that a report needs no dataset."""
+        experiment = self.plan.experiment
+        folder = Path(self.options.root) / "state" / f"pictures.{experiment.pictures_key}"
+        pictures = Arrays(folder, self.plan.cell.writer)
+        present = pictures.index()
+        mine = set(self.plan.uids)
+        for uid in self.plan.selected[:PICTURES]:
+            if uid not in mine or self.plan.key(uid) in present:
+                continue
+            try:
+                batch = self.samples.batch([uid])
+                arrays = {"image": experiment.dataset.picture(uid)}
+            except UserError:
+                raise
+            except Exception:
+                continue  # the ledger will say so when its map is due
+            if batch.roi is not None and batch.roi.any():
+                arrays["roi"] = batch.roi[0].cpu().numpy()
+            target = _plain(batch.target[0])
+            name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
+            pictures.add(*self.plan.key(uid), arrays, name=name, target=target)
+        pictures.flush()
+
+    # ---- scores -------------------------------------------------------------------------------
+
+    def _scores(self, name: str) -> None:
+        work, cell = self.plan, self.plan.cell
+        experiment = work.experiment
+        metric, folder = experiment.metrics[name], metric_folder(experiment, name)
+        stored = cell.maps.index()
+        done = work.scored[name]
+        self.summary.scores_present += len(done)
+        todo = [u for u in work.uids if u not in done and work.key(u) in stored]
+        if not todo:
+            return
+        targets = {u: stored[work.key(u)].info["target"] for u in todo}  # what the map explains
+        rows, curves = cell.scores(folder), cell.curves(folder)
+        if not (rows.folder / "metric.json").exists():
+            declared = {"columns": dict(metric.COLUMNS), "curves": dict(metric.CURVES)}
+            write_json(rows.folder / "metric.json", {"name": name, "spec": keys.spec(metric), **declared})
+
+        def judge(batch: Batch) -> Done:
+            start = time.perf_counter()
+            target = torch.tensor([targets[u] for u in batch.uids], device=batch.x.device)
+            batch = dataclasses.replace(batch, target=target)
+            values: list[dict[tuple[str, str], float]] = [{} for _ in batch.uids]
+            lines: list[dict[str, np.ndarray]] = [{} for _ in batch.uids]
+            read = [cell.maps.read(work.key(u), experiment.method.MAPS) for u in batch.uids]
+            scored: dict[str, np.ndarray] = {}
+            for kind in experiment.method.MAPS:
+                maps = torch.from_numpy(np.stack([r[kind] for r in read])).to(batch.x)
+                noise = Noise(batch.uids, experiment.seed, batch.x.device, batch.x.dtype).child(name)
+                found: Mapping[str, Tensor] = metric.score(experiment.model, batch, maps, noise)
+                scored = {key: value.detach().cpu().double().numpy() for key, value in found.items()}
+                for i in range(len(batch)):
+                    values[i] |= {(kind, c): float(scored[c][i]) for c in metric.COLUMNS}
+                    lines[i] |= {f"{kind}/{c}": scored[c][i].astype(np.float32) for c in metric.CURVES}
+            seconds = (time.perf_counter() - start) / len(batch)
+            finite = np.array([all(np.isfinite(list(v.values()))) for v in values])
+            for i, uid in enumerate(batch.uids):
+                if not finite[i]:
+                    self._fail(uid, folder, _why_undefined(batch, i))
+                    continue
+                curves.add(uid, work.fingerprints[uid], lines[i], seconds=seconds)
+                rows.add(uid, work.fingerprints[uid], values[i])
+                self.summary.scores_computed += 1
+            return _only(batch.uids, scored, finite)
+
+        def flush() -> None:
+            if curves.flush_if_due():  # curves first: a sample whose rows are there has its curves too
+                rows.flush()
+
+        try:
+            self._walk(folder, todo, judge, lambda uids: set(), flush)
+        finally:
+            curves.flush()
+            rows.flush()
+
+
+def _only(uids: tuple[str, ...], arrays: Mapping[str, np.ndarray], keep: np.ndarray) -> Done:
+    return tuple(u for u, k in zip(uids, keep) if k), {name: value[keep] for name, value in arrays.items()}
+
+
+def _why_undefined(batch: Batch, i: int) -> str:
+    if batch.roi is None or not batch.roi[i].any():
+        return "the score is not defined (NaN); the sample has no region of interest"
+    return "the score is not defined (NaN) for this map"
+
+
+def _plain(target: Tensor) -> int | list[int]:
+    return int(target) if target.ndim == 0 else [int(t) for t in target]

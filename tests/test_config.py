@@ -1,0 +1,310 @@
+"""From YAML to objects: one form for each value, and every mistake named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import yaml
+from tiny import ROOT, pictures
+
+from attrib import keys
+from attrib.config import build, classifier, experiment, options_of, with_input
+from attrib.datasets import ImageNet, ImageTransform, Selection
+from attrib.types import UserError
+
+IBA = {"_target_": "attrib.methods.iba.IBA"}
+
+
+@dataclass(frozen=True)
+class Everything:
+    VERSION: ClassVar[int] = 1
+    flag: bool = True
+    count: int | None = None
+    rate: float = 0.5
+    both: float | int = 1
+    name: str = "a"
+    choice: Literal["a", 1] | None = "a"
+    names: tuple[str, ...] = ()
+    pair: int | tuple[int, float] = 0
+    words: Sequence[str] = ()
+    sloppy: int = None  # type: ignore[assignment]
+    unknown: Any = None
+    path: Path | None = None
+
+
+class Unreadable:
+    def __init__(self, x: NoSuchName = 1) -> None:  # noqa: F821
+        self.x = x
+
+
+def not_a_net(width: int = 3) -> int:
+    return width
+
+
+CONSTANT = 3
+
+
+def everything(**fields: Any) -> Everything:
+    return build({"_target_": "test_config.Everything", **fields}, "here.yaml")
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "kept"),
+    [
+        ("flag", False, False),
+        ("count", 3, 3),
+        ("count", None, None),
+        ("rate", 10, 10.0),
+        ("rate", 0.25, 0.25),
+        ("both", 2, 2),
+        ("both", 2.0, 2.0),
+        ("choice", 1, 1),
+        ("choice", None, None),
+        ("names", ["a", "b"], ["a", "b"]),
+        ("pair", 3, 3),
+        ("pair", [1, 2], [1, 2.0]),
+        ("words", ["a"], ["a"]),
+        ("sloppy", None, None),
+        ("unknown", {"a": [1]}, {"a": [1]}),
+        ("path", "somewhere", "somewhere"),
+    ],
+)
+def test_a_value_has_one_form(field, given, kept):
+    found = getattr(everything(**{field: given}), field)
+    assert keys.digest(found) == keys.digest(kept)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "words"),
+    [
+        ("flag", 1, "flag must be bool, not 1"),
+        ("count", 1.5, "count must be int or null, not 1.5"),
+        ("count", True, "count must be int or null, not True"),
+        ("rate", "x", "rate must be float, not 'x'"),
+        ("rate", True, "rate must be float, not True"),
+        ("rate", 10**400, "rate must be float"),
+        ("name", 5, "name must be str, not 5"),
+        ("name", None, "name must be str, not None"),
+        ("choice", "b", "choice must be 'a' or 1 or null, not 'b'"),
+        ("choice", True, "choice must be 'a' or 1 or null, not True"),
+        ("names", "ab", r"names must be tuple\[str, \.\.\.\], not 'ab'"),
+        ("names", ["a", 1], "names must be"),
+        ("pair", [1], "pair must be"),
+        ("words", "ab", "words must be"),
+        ("sloppy", "x", "sloppy must be int, not 'x'"),
+    ],
+)
+def test_a_value_of_the_wrong_type(field, given, words):
+    with pytest.raises(UserError, match=f"^here.yaml: {words}"):
+        everything(**{field: given})
+
+
+def test_the_same_number_has_the_same_key():
+    first, second = (build(IBA | {"beta": beta}, "iba") for beta in (10, 10.0))
+    assert keys.digest(first) == keys.digest(second)
+    with pytest.raises(UserError, match=r"^configs/method/iba\.yaml: beta must be float, not 'x'$"):
+        build(IBA | {"beta": "x"}, "configs/method/iba.yaml")
+    first, second = (build({"_target_": "attrib.datasets.Selection", "min_confidence": n}, "") for n in (1, 1.0))
+    assert keys.digest(first) == keys.digest(second)
+
+
+def test_nodes_inside_a_node_are_checked():
+    node = {
+        "_target_": "attrib.datasets.ImageFolder",
+        "root": "x",
+        "transform": {"_target_": "attrib.datasets.ImageTransform", "size": "big"},
+    }
+    with pytest.raises(UserError, match=r"^d.yaml: transform: size must be int or tuple\[int, int\], not 'big'"):
+        build(node, "d.yaml")
+    node["transform"] = {"_target_": "attrib.datasets.ImageTransform", "sise": 3}
+    with pytest.raises(UserError, match=r"^d.yaml: transform: .*did you mean 'size'"):
+        build(node, "d.yaml")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("builtins.dict", None),  # has no signature
+        ("test_config.Unreadable", None),
+        ("test_config.CONSTANT", "is int, not a class or function"),
+        ("builtins.int", "cannot be built"),
+        ("test_config.nothing", "cannot import"),
+    ],
+)
+def test_strange_targets(target, words):
+    node = {"_target_": target, "x": 1}
+    if words is None:
+        assert build(node, "here") is not None
+    else:
+        with pytest.raises(UserError, match=f"^here: .*{words}"):
+            build(node, "here")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("batch", "abc", "run.batch must be int, not 'abc'"),
+        ("limit", 0.5, "run.limit must be int or null, not 0.5"),
+        ("strict", "yes", "run.strict must be bool, not 'yes'"),
+        ("hooks", "x", "run.hooks must be"),
+        ("bach", 1, "did you mean 'batch'"),
+    ],
+)
+def test_options(field, value, words):
+    with pytest.raises(UserError, match=words):
+        options_of({field: value})
+    assert options_of({"flush": 1, "limit": None}).flush == 1.0
+
+
+# Experiments ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path) -> dict:
+    """A whole configuration, as tools/run.py resolves it."""
+    images = pictures(tmp_path, 2)
+    model = yaml.safe_load((ROOT / "tests" / "configs" / "model" / "small_cnn.yaml").read_text())
+    folder = {
+        "_target_": "attrib.datasets.ImageFolder",
+        "root": str(images),
+        "transform": {"_target_": "attrib.datasets.ImageTransform", **model["input"]},
+    }
+    return {
+        "dataset": {"name": "tiny", **folder, "target": "predicted", "estimation": folder},
+        "model": model,
+        "method": {"name": "iba", **IBA},
+        "metric": {"ehr": {"_target_": "attrib.metrics.EHR"}},
+        "run": {"device": "cpu"},
+        "seed": 0,
+    }
+
+
+def changed(config: dict, path: str, value: Any) -> dict:
+    first, _, rest = path.partition(".")
+    return {**config, first: changed(config.get(first) or {}, rest, value) if rest else value}
+
+
+def test_an_experiment(config):
+    cell = experiment(config)
+    assert cell.names == {"dataset": "tiny", "model": "small_cnn", "method": "iba"}
+    assert cell.config["model"] == config["model"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("seed", "x", "^seed must be int, not 'x'"),
+        ("seed", 1.5, "^seed must be int"),
+        ("method.beta", "x", r"^configs/method/iba\.yaml: beta must be float, not 'x'"),
+        ("method.betta", 1, r"^configs/method/iba\.yaml: .*did you mean 'beta'"),
+        ("metric.ehr.steps", 2.5, r"^configs/metric/ehr\.yaml: steps must be int"),
+        ("dataset.root", 5, r"^configs/dataset/tiny\.yaml: root must be str, not 5"),
+        ("dataset.transform.mean", 0.5, r"^configs/dataset/tiny\.yaml: transform: mean must be tuple"),
+        ("dataset.transform", 5, r"^configs/dataset/tiny\.yaml: transform must be ImageTransform, not 5"),
+        ("dataset.estimation.root", 5, r"^configs/dataset/tiny\.yaml: estimation: root must be str, not 5"),
+        ("dataset.estimation", None, r"^configs/dataset/tiny\.yaml: iba is fitted on data first"),
+        ("dataset.select.count", 2.5, r"^configs/dataset/tiny\.yaml: select: count must be int or null"),
+        ("dataset._target_", "test_config.not_a_net", "has no field 'root'"),
+        ("dataset", {"_target_": "test_config.not_a_net"}, "is not a dataset"),
+        ("method", {"_target_": "attrib.metrics.EHR"}, "is not a method: it has no 'attribute'"),
+        ("metric.ehr", IBA, r"^configs/metric/ehr\.yaml: .* is not a metric: it has no 'score'"),
+        ("model._target_", "test_config.not_a_net", "gives int, not a torch.nn.Module"),
+        ("model.input", None, r"^configs/model/small_cnn\.yaml: no input"),
+        ("model.input.size", "x", "size must be int"),
+        ("model.input.mean", None, r"how nets\.small_cnn wants its images is not known; set model\.input\.mean$"),
+        ("model.layers", "x", "layers must give"),
+        ("model.layers.bottleneck", 5, "bottleneck.*has no layer '5'"),
+        ("model.checkpoint", 5, "no such file: 5"),
+        ("run.rows", "x", "run.rows must be int"),
+    ],
+)
+def test_mistakes_are_named(config, path, value, words):
+    with pytest.raises(UserError, match=words):
+        experiment(changed(config, path, value))
+
+
+def test_a_method_that_can_have_no_key(config):
+    with pytest.raises(UserError, match=r"cannot have a key .*NotADataclass"):
+        experiment(changed(config, "method", {"_target_": "test_config.NotADataclass"}))
+
+
+class NotADataclass:
+    roles, fit = (), None
+
+    def attribute(self) -> None: ...
+
+
+def test_a_list_file_may_lie_in_the_home_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "l.txt").write_text("p001\n")
+    cell = experiment(changed(config, "dataset.select.list", "~/l.txt"))
+    assert cell.dataset_key == experiment(changed(config, "dataset.select.list", str(tmp_path / "l.txt"))).dataset_key
+    (tmp_path / "l.txt").unlink()
+    with pytest.raises(UserError, match=r"select\.list: .*l\.txt cannot be read"):
+        assert experiment(changed(config, "dataset.select.list", "~/l.txt")).dataset_key
+    assert Selection().list is None
+
+
+def test_the_split_is_part_of_the_key(tmp_path):
+    (tmp_path / "imagenet_class_index.json").write_text('{"0": ["n01440764", "tench"]}')
+    for split in ("attribution", "estimation"):
+        folder = tmp_path / "images" / split / "n01440764"
+        folder.mkdir(parents=True)
+        (folder / "a.JPEG").write_bytes(b"")
+    one, two = (ImageNet(str(tmp_path), ImageTransform(), split) for split in ("attribution", "estimation"))
+    assert one.uids == two.uids
+    assert one.key != two.key
+
+
+# Input ------------------------------------------------------------------------------------------
+
+NULL = dict.fromkeys(("size", "mean", "std", "resize", "resize_size", "interpolation"))
+
+
+def inputs(arch: str = "resnet50", weights: str | None = "DEFAULT", **given: Any) -> tuple[dict, dict]:
+    """model.input and the dataset's transform, which takes it over."""
+    config = {
+        "model": {"_target_": "attrib.models.torchvision_net", "arch": arch, "weights": weights},
+        "dataset": {"transform": {"_target_": "attrib.datasets.ImageTransform", **NULL, **given}},
+    }
+    config["model"]["input"] = NULL | given
+    found = with_input(config)
+    return found["model"]["input"], found["dataset"]["transform"]
+
+
+def test_nulls_are_filled_with_what_the_library_knows():
+    model, transform = inputs()
+    assert (model["size"], model["resize_size"], model["resize"]) == (224, 232, "crop")
+    assert {k: v for k, v in transform.items() if k != "_target_"} == model
+    assert inputs("inception_v3")[0]["size"] == 299
+
+
+def test_what_is_given_wins():
+    model, transform = inputs(interpolation="bicubic", std=[1, 1, 1])
+    assert (model["interpolation"], model["std"], model["resize_size"]) == ("bicubic", [1, 1, 1], 232)
+    for given in ({"size": 448}, {"resize": "squash"}):  # the library's 232 belongs to a crop of 224
+        model, transform = inputs(**given)
+        assert model["resize_size"] is None
+        assert transform["resize_size"] is None
+        build(transform, "transform")
+    assert inputs(size=448, resize_size=500)[1]["resize_size"] == 500
+
+
+def test_what_is_not_known_must_be_given():
+    with pytest.raises(UserError, match=r"how resnet50 wants its images is not known; set model\.input\.resize_size$"):
+        inputs(weights=None)
+    assert inputs(weights=None, resize_size=256)[1]["mean"] == [0.485, 0.456, 0.406]
+    assert inputs(weights=None, size=448)[0]["resize_size"] is None
+    with pytest.raises(UserError, match="resnet49"):
+        inputs("resnet49")
+    with pytest.raises(UserError, match="arch must be str, not 5"):
+        inputs(5)
+
+
+def test_a_classifier_wants_a_size(config):
+    with pytest.raises(UserError, match=r"model: input\.size must be int or tuple\[int, int\], not None"):
+        classifier(changed(config, "model.input.size", None)["model"], options_of({}))
