@@ -64,9 +64,7 @@ def _as(hint: Any, value: Any) -> Any:
         value = float(value) if good else value
     elif hint is int:
         good = isinstance(value, int) and not isinstance(value, bool)
-    elif hint in (bool, str, type(None)):
-        good = isinstance(value, hint)
-    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    elif hint in (bool, str, type(None)) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         good = isinstance(value, hint)
     elif origin in (tuple, list, Sequence):
         good = isinstance(value, (tuple, list))

@@ -19,8 +19,8 @@ from attrib import keys
 from attrib.methods import State
 from attrib.noise import Noise
 from attrib.plan import Options, Plan, metric_folder
-from attrib.store import Arrays, write_json
-from attrib.types import Batch, SampleError, UserError
+from attrib.store import Arrays, Key, Rows, write_json
+from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 if TYPE_CHECKING:
     from attrib.run import AttributionRunner
@@ -139,6 +139,7 @@ class Loop(BaseLoop):
             uids: tuple[str, ...] = ()
             arrays: Mapping[str, np.ndarray] = {}
             if batch is not None:
+                self._look_again(batch.uids)
                 others = present(batch.uids)
                 batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
             if batch is not None and len(batch):
@@ -151,6 +152,12 @@ class Loop(BaseLoop):
             self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
             self._iteration += 1
             flush()
+
+    def _look_again(self, uids: Sequence[str]) -> None:
+        """Take the fingerprints of files that could not be read when the run was planned, and now could."""
+        for uid in uids:
+            if self.plan.fingerprints[uid] == UNREADABLE:
+                self.plan.fingerprints[uid] = self.plan.experiment.dataset.fingerprint(uid)
 
     def _check_metrics(self) -> None:
         """Before anything is computed: a metric of regions needs a dataset that has them."""
@@ -234,6 +241,7 @@ class Loop(BaseLoop):
                 continue
             try:
                 batch = self.samples.batch([uid])
+                self._look_again([uid])
                 arrays = {"image": experiment.dataset.picture(uid)}
             except UserError:
                 raise
@@ -296,10 +304,23 @@ class Loop(BaseLoop):
                 rows.flush()
 
         try:
-            self._walk(folder, todo, judge, lambda uids: set(), flush)
+            self._walk(folder, todo, judge, self._scored(rows), flush)
         finally:
             curves.flush()
             rows.flush()
+
+    def _scored(self, rows: Rows) -> Present:
+        """Asks the disk every half minute only: reading all rows costs more than a few samples done twice."""
+        asked = time.monotonic()
+        found: set[Key] = set()
+
+        def present(uids: Sequence[str]) -> set[str]:
+            nonlocal asked, found
+            if time.monotonic() - asked > 30:
+                asked, found = time.monotonic(), rows.present()
+            return {u for u in uids if self.plan.key(u) in found}
+
+        return present
 
 
 def _only(uids: tuple[str, ...], arrays: Mapping[str, np.ndarray], keep: np.ndarray) -> Done:

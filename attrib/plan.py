@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Plan:
     cell: Cell
     selected: tuple[str, ...]  # by the rules of the dataset, before limit and shard
     uids: tuple[str, ...]  # of this run
-    fingerprints: Mapping[str, str]
+    fingerprints: dict[str, str]
     state_key: str | None
     seconds: float | None = None  # per missing map, from what is recorded
     present: set[str] = field(default_factory=set)

@@ -92,7 +92,7 @@ def load_confidence(root: Path, samples: Samples, uids: Sequence[str]) -> Mappin
     path = root / "state" / f"confidence.{key[:8]}.json"
     known: dict[str, list] = json.loads(path.read_text()) if path.exists() else {}
     fingerprints = {u: samples.dataset.fingerprint(u) for u in uids}
-    missing = [u for u in uids if known.get(u, [""])[0] != fingerprints[u]]
+    missing = [u for u in uids if known.get(u, [None])[0] != fingerprints[u]]
     if missing:
         found = samples.confidence(missing)
         known |= {u: [fingerprints[u], p] for u, p in found.items()}

@@ -158,15 +158,6 @@ class Arrays(_Buffered):
                 self.broken.append(f"{path}: {error}")
         return self._index
 
-    def drop(self, key: Key) -> None:
-        """Count a sample as missing here, where :meth:`read` found it damaged, until it is stored anew.
-
-        The new copy is believed in place of the damaged one: of two copies the file whose name sorts last counts,
-        and writers are named by their time.
-        """
-        self.index()
-        self._index.pop(key, None)
-
     def read(self, key: Key, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """The arrays of one sample, also of one that is not flushed yet.
 

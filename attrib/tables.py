@@ -134,6 +134,8 @@ def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, m
 
 def _counting(item: Labelled, frame: pd.DataFrame) -> np.ndarray:
     """Which rows are about a sample of the cell as it is now."""
+    if item.samples is None:
+        return np.ones(len(frame), dtype=bool)
     return np.array([item.counts(*key) for key in zip(frame["uid"], frame["fingerprint"])], dtype=bool)
 
 

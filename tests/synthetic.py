@@ -104,7 +104,7 @@ def build(root, side=8, uids=UIDS, maps=None, pictures=None):
         picture = pictures(i) if pictures else np.full((side, side, 3), 40 * i, np.uint8)
         roi = np.zeros(picture.shape[:2], bool)
         roi[len(roi) // 4 : -len(roi) // 4, len(roi) // 4 : -len(roi) // 4] = True
-        inputs.add(uid, "", {"image": picture, "roi": roi}, name=f"class {i}", target=i)
+        inputs.add(uid, "f", {"image": picture, "roi": roi}, name=f"class {i}", target=i)
     inputs.flush()
     return root
 

@@ -18,7 +18,7 @@ from PIL import Image
 from attrib.datasets import Box, ImageFolder, ImageNet, ImageTransform, Photos, PhotoViews, photos
 from attrib.datasets.files import read_classes, uids_of
 from attrib.datasets.images import union_area
-from attrib.types import SampleError, UserError
+from attrib.types import UNREADABLE, SampleError, UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dataset"
 SMALL = ImageTransform(16)
@@ -277,7 +277,7 @@ def test_bad_annotation_costs_one_sample(tmp_path, text, reason):
     dataset = ImageNet(tmp_path, SMALL)
     with pytest.raises(SampleError, match=rf"v10\.xml.*{reason}"):
         dataset.batch(["n00000001/v10"])
-    assert dataset.fingerprint("n00000001/v10") == "unreadable"
+    assert dataset.fingerprint("n00000001/v10") == UNREADABLE
     assert len(dataset.batch(dataset.uids[1:])) == 3
 
 

@@ -96,7 +96,7 @@ def test_long_lists_of_pairs_say_what_they_hide(root):
 
 
 def test_unequal_n_is_said(root):
-    add_entry(iba(root), UIDS[1], "changed", "ehr", "gone", time.time() + 9)
+    add_entry(iba(root), UIDS[1], "changed", "ehr.11111111", "gone", time.time() + 9)
     table = tables.summary(tables.rows(root))
     assert any("n differs" in note and "ehr" in note for note in formats.long_table(table).notes)
     text = formats.to_markdown(formats.wide_table(formats.wide(table)[0]))

@@ -13,7 +13,7 @@ from torchvision import transforms as tv
 
 from attrib.datasets import Box, ImageFolder, ImageTransform
 from attrib.datasets.images import decode
-from attrib.types import SampleError, UserError
+from attrib.types import UNREADABLE, SampleError, UserError
 
 SMALL = ImageTransform(16)
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -186,7 +186,7 @@ def test_unreadable_image_is_a_sample_error(tmp_path, kind):
     for read in (lambda: dataset.batch([uid]), lambda: dataset.picture(uid)):
         with pytest.raises(SampleError, match=kind):
             read()
-    assert dataset.fingerprint(uid)
+    assert (dataset.fingerprint(uid) == UNREADABLE) == (kind == "gone.png")
     assert dataset.batch(["good"]).x.shape == (1, 3, 16, 16)
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec
 from tiny import tool
 
-from attrib import formats, pictures, report, store, tables
+from attrib import formats, labels, pictures, report, store, tables
+from attrib.report import gallery
 from attrib.types import UserError
 
 EVIL = "<script>alert(1)</script>"
@@ -101,8 +102,8 @@ def test_everything_from_data_is_escaped(tmp_path):
         curves.add(uid, "f", {f"map/{EVIL}_curve": np.arange(5.0)})
     writer.flush()
     curves.flush()
-    inputs = store.Arrays(root / "state" / "pictures.cafecafe", "evil")
-    inputs.add(EVIL, "x", {"image": np.zeros((8, 8, 3), np.uint8)}, name=EVIL, target=EVIL)
+    inputs = store.Arrays(root / "state" / "pictures.cafecafe", "x-evil")
+    inputs.add(EVIL, "f", {"image": np.zeros((8, 8, 3), np.uint8)}, name=EVIL, target=EVIL)
     inputs.flush()
     text = report.page(root)
     page = Page(text)
@@ -168,12 +169,30 @@ def test_only_maps_of_the_recorded_content_are_drawn(root):
         late.add(uid, "other", {"map": np.full((8, 8), 7.25, np.float32)}, seconds=1.0)
     late.flush()
     made.write_samples(UIDS, dict.fromkeys(UIDS, "f"))
-    assert "±7.25" not in (text := report.page(root, samples=4))
+    text = report.page(root, samples=4)
     assert "7.25" not in text
+    assert text.count('loading="lazy"') == 4 * 4
     made.write_samples(UIDS, dict.fromkeys(UIDS, "other"))
     text = report.page(root, samples=4)
-    assert "7.25" in text
+    assert text.count("7.25") == 4
+    assert text.count('loading="lazy"') == 4 * 4
     assert "20 pending" in Page(text).text  # its scores are of the other content
+
+
+def test_a_map_is_drawn_on_the_picture_of_its_own_content(root):
+    inputs = [store.Arrays(root / "state" / "pictures.cafecafe")]
+    made = iba(root)
+    made.maps.add(UIDS[0], "other", {"map": np.ones((8, 8), np.float32)})
+    made.maps.flush()
+    (item,) = [item for item in labels.labelled(root) if item.method == "iba"]
+    frame = tables.rows(root)
+    columns = [(item, {UIDS[0]: (UIDS[0], f)}, "map", "iba", "", True) for f in ("other", "f")]
+    sample = gallery._sample(UIDS[0], inputs, columns, frame[frame["uid"] == UIDS[0]])
+    alone, drawn = sample.tiles
+    assert (decoded(alone.image) == pictures.heat(np.ones((8, 8)), True)).all()
+    assert decoded(drawn.image).shape == (8, 8, 3)
+    assert sample.image  # the picture that there is
+    assert sample.name == "class 0 (0)"
 
 
 def test_the_command_of_a_run_can_be_copied(root):
@@ -229,7 +248,7 @@ def test_text_samples_are_coloured_tokens(tmp_path):
     made.maps.add("s/2", "f", {"map": np.array([1.0, 1.0], np.float32)}, seconds=0.1, rows=3)
     made.maps.flush()
     inputs = store.Arrays(tmp_path / "state" / "pictures.cafecafe", "w")
-    inputs.add("s/1", "", {}, name="positive", target=1, tokens=["<b>", "great", "bad"])
+    inputs.add("s/1", "f", {}, name="positive", target=1, tokens=["<b>", "great", "bad"])
     inputs.flush()
     text = report.page(tmp_path)
     page = Page(text)

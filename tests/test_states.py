@@ -95,7 +95,7 @@ def test_an_unusable_estimation_set_is_a_users_error(tmp_path, samples):
         def run(self, model, data, partial, report) -> State:
             raise SampleError("a.png cannot be read")
 
-    with pytest.raises(UserError, match="Failing cannot be fitted: a.png"):
+    with pytest.raises(UserError, match=r"Failing cannot be fitted: a\.png"):
         load_state(tmp_path, KEY, Failing(), samples.model, samples)
 
 

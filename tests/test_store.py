@@ -364,30 +364,6 @@ def test_what_killed_writers_left_is_not_read(tmp_path):
     assert Rows(tmp_path).broken == []
 
 
-def test_a_dropped_sample_is_missing_until_it_is_stored_anew(tmp_path):
-    first = Arrays(tmp_path, "1")
-    for uid in "ab":
-        first.add(uid, "f", {"m": np.full(100, 1.0)})
-    first.flush()
-    (path,) = tmp_path.iterdir()
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1  # in the last sample's array
-    path.write_bytes(data)
-    arrays = Arrays(tmp_path, "2")
-    with pytest.raises(OSError, match="wrong checksum"):
-        arrays.read(("b", "f"))
-    arrays.drop(("b", "f"))
-    arrays.drop(("never", "there"))
-    assert set(arrays.index()) == {("a", "f")}
-    with pytest.raises(KeyError):
-        arrays.read(("b", "f"))
-    arrays.add("b", "f", {"m": np.full(100, 1.0)})
-    arrays.flush()
-    for reader in (arrays, Arrays(tmp_path)):
-        assert set(reader.index()) == {("a", "f"), ("b", "f")}
-        assert (reader.read(("b", "f"))["m"] == 1).all()
-
-
 # Rows -------------------------------------------------------------------------------------------
 
 

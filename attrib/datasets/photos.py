@@ -22,7 +22,7 @@ from attrib.datasets.files import imagenet_classes
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
-from attrib.types import UserError
+from attrib.types import UNREADABLE, UserError
 
 PACKAGES = ("scikit-image", "scikit-learn", "matplotlib", "alibi")
 
@@ -169,7 +169,8 @@ class PhotoViews(ImageDataset):
 
     def fingerprint(self, uid: str) -> str:
         photo, part = self._views[uid]
-        return digest(self._photos.fingerprint(photo), part)[:16]
+        whole = self._photos.fingerprint(photo)
+        return UNREADABLE if whole == UNREADABLE else digest(whole, part)[:16]
 
     def file(self, uid: str) -> str:
         return self._photos.file(self._views[uid][0])

@@ -50,9 +50,10 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     stores = list(dict.fromkeys(c.spec["pictures"] for c in cells))
     inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
     keys_of = [_current(c, frame) for c in cells]
-    pictured = list(dict.fromkeys(uid for store in inputs for uid, _ in store.index()))
+    current = {key for known in keys_of for key in known.values()}
+    pictured = list(dict.fromkeys(key[0] for store in inputs for key in store.index() if key in current))
     stored = list(dict.fromkeys(uid for known in keys_of for uid in known))
-    uids = [u for u in pictured if any(u in known for known in keys_of)] or sorted(stored)
+    uids = pictured or sorted(stored)
     if not uids or samples < 1:
         return None
 
@@ -94,15 +95,24 @@ def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
         return None
 
 
+_Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]  # image, region, what is known of it
+_NO_INPUT: _Input = (None, None, {})
+
+
+def _input(stores: Sequence[Arrays], key: Key) -> _Input:
+    """The kept picture of exactly this content."""
+    store = next((store for store in stores if key in store.index()), None)
+    return (
+        _NO_INPUT
+        if store is None
+        else (_array(store, key, "image"), _array(store, key, "roi"), store.index()[key].info)
+    )
+
+
 def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
-    image = roi = None
-    info: Mapping[str, Any] = {}
-    for store in inputs:
-        key = next((k for k in store.index() if k[0] == uid), None)
-        if key is not None:
-            image, roi, info = _array(store, key, "image"), _array(store, key, "roi"), store.index()[key].info
-            break
-    tokens = [str(t) for t in info.get("tokens", ())]
+    keys = dict.fromkeys(known[uid] for _, known, *_ in columns if uid in known)
+    inputs_of = {key: _input(inputs, key) for key in keys}  # more than one where cells are about other data
+    image, roi, info = next((found for found in inputs_of.values() if found is not _NO_INPUT), _NO_INPUT)
     tiles = []
     for item, known, name, _, _, signed in columns:
         mine = frame[(frame["cell"] == item.cell.folder.name) & frame["map"].isin([name, ""])]
@@ -115,7 +125,9 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
             absent = "no map stored" if item.about(uid) else "no longer one of its samples"
             tiles.append(Tile(scores=numbers, problem=problem or absent))
         else:
-            tiles.append(_tile(map, image, roi, tokens, signed, numbers, problem))
+            own_image, own_roi, own_info = inputs_of[known[uid]]
+            tokens = [str(t) for t in own_info.get("tokens", ())]
+            tiles.append(_tile(map, own_image, own_roi, tokens, signed, numbers, problem))
     drawn = (
         "" if image is None else pictures.data_uri(pictures.outlined(image, roi), photo=_photo(image), longest=LONGEST)
     )
