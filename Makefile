@@ -16,7 +16,7 @@ TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
 demo: .venv/installed  ## real photographs, a real network, four methods, two metrics, a table and a report
 	$(BIN)/python tools/run.py -m run.root=$(DEMO) method=random,integrated_gradients,grad_cam,iba \
-	  metric.insertion_deletion.steps=25 run.png=true
+	  metric.insertion_deletion.steps=16 run.png=true
 	$(BIN)/python tools/table.py $(DEMO) --wide
 	$(BIN)/python tools/report.py $(DEMO) --out $(DEMO)/report.html
 

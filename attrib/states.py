@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -58,8 +59,9 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
     if state is not None:
         return state
     partial = _Partial(path.with_suffix(".partial.safetensors"))
+    log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
     try:
-        fitted = fit.run(model, samples, partial, log.info)
+        fitted = fit.run(model, samples, partial, _now_and_then(log.info))
     except SampleError as error:
         raise UserError(f"{type(fit).__name__} cannot be fitted: {error}") from error
     about = {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids), "skipped": samples.skipped}
@@ -69,6 +71,19 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
     state = _read(path)
     assert state is not None
     return state
+
+
+def _now_and_then(report: Callable[[str], None], seconds: float = 10.0) -> Callable[[str], None]:
+    """Progress for people: a line every ``seconds``."""
+    last = time.monotonic()
+
+    def throttled(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            report(line)
+
+    return throttled
 
 
 def _publish(path: Path, data: bytes) -> None:
