@@ -82,7 +82,6 @@ class Loop(BaseLoop):
     def run(self) -> dict[str, float]:
         self.runner.call_hook("before_test")
         self.runner.call_hook("before_test_epoch")
-        self._check_metrics()
         self._maps()
         for name in self.plan.experiment.metrics:
             self._scores(name)
@@ -158,22 +157,6 @@ class Loop(BaseLoop):
         for uid in uids:
             if self.plan.fingerprints[uid] == UNREADABLE:
                 self.plan.fingerprints[uid] = self.plan.experiment.dataset.fingerprint(uid)
-
-    def _check_metrics(self) -> None:
-        """Before anything is computed: a metric of regions needs a dataset that has them."""
-        names = [n for n, m in self.plan.experiment.metrics.items() if m.NEEDS_ROI]
-        for uid in self.plan.uids if names else ():
-            try:
-                roi = self.plan.experiment.dataset.batch([uid]).roi
-            except Exception:  # the ledger will say so when its map is due
-                continue
-            if roi is None:
-                others = ",".join(n for n in self.plan.experiment.metrics if n not in names)
-                raise UserError(
-                    f"{', '.join(names)} needs regions of interest, and the dataset "
-                    f"{self.plan.experiment.names['dataset']} has none; take metric=[{others}]"
-                )
-            return
 
     # ---- maps ---------------------------------------------------------------------------------
 

@@ -121,6 +121,24 @@ def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
     return found
 
 
+def check_metrics(work: Plan) -> None:
+    """Before anything is computed or written. Raises UserError for a metric of regions on a dataset that has none."""
+    experiment = work.experiment
+    names = [name for name, metric in experiment.metrics.items() if metric.NEEDS_ROI]
+    for uid in work.uids if names else ():
+        try:
+            roi = experiment.dataset.batch([uid]).roi
+        except Exception:  # the ledger will say so when its map is due
+            continue
+        if roi is None:
+            others = ",".join(name for name in experiment.metrics if name not in names)
+            raise UserError(
+                f"{', '.join(names)} needs regions of interest, and the dataset {experiment.names['dataset']} has none; "
+                f"take metric=[{others}]"
+            )
+        return
+
+
 def _alike(cell: Cell, root: Path) -> list[Cell]:
     """This cell, and others with the same model and method names: what is recorded there says how long it takes."""
     names = cell.folder.name.split(".")[1:3]

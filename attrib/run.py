@@ -30,7 +30,7 @@ from attrib.experiment import Experiment
 from attrib.hooks import standard_hooks
 from attrib.loop import Loop, Summary
 from attrib.methods import State
-from attrib.plan import Options, Plan, git_commit, plan, spec_of
+from attrib.plan import Options, Plan, check_metrics, git_commit, plan, spec_of
 from attrib.states import load_state
 from attrib.store import write_json
 from attrib.types import UserError
@@ -118,6 +118,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(start))
     writer = f"{stamp}-{os.getpid()}-{options.shard}-{secrets.token_hex(2)}"
     work = plan(experiment, options, writer)
+    check_metrics(work)
     try:
         return _run(work, options, start)
     except OSError as error:  # a sample's own errors never come this far

@@ -13,7 +13,7 @@ from tiny import command, pictures, write_image
 
 from attrib import tables
 from attrib.hooks import picture_path
-from attrib.store import Cell, cells
+from attrib.store import Arrays, Cell, cells
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
 
@@ -196,6 +196,36 @@ class Memory(BaseVisBackend):
 
     def add_image(self, name, image, step=0, **_) -> None:
         self.images.append((name, image.shape))
+
+
+def test_a_metric_of_boxes_on_data_without_is_refused_at_once(run):
+    result = run("method=random", "~dataset.boxes", "metric=[ehr,insertion_deletion]")
+    assert result.status == 2
+    assert "ehr needs regions of interest" in result.err
+    assert "metric=[insertion_deletion]" in result.err
+    assert not cells(run.root)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_there(run, monkeypatch):
+    def full(self) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arrays, "flush", full)
+        result = run("method=random", "metric=[]", "run.flush=0")
+    assert result.status == 2
+    assert "No space left on device" in result.err
+    assert "Traceback" not in result.err
+    assert summary(run("method=random", "metric=[]"))["maps_computed"] == 6
+
+
+def test_scores_judge_the_class_that_the_map_explains(run):
+    """Not the dataset's label, and not what the model would predict now, on another device or in another batch."""
+    run("method=random", "metric=[ehr]", "+metric.t._target_=tiny_methods.TargetOf", "dataset.target=predicted")
+    explained = {uid: record.info["target"] for (uid, _), record in only_cell(run.root).maps.index().items()}
+    judged = {uid: value for (_, _, _, uid, column), value in scores(run.root).items() if column == "target"}
+    assert judged == explained
+    assert judged != {uid: int(uid[1:]) % 10 for uid in judged}  # the labels
 
 
 def test_a_users_hook_and_backend(run, tmp_path):

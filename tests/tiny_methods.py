@@ -1,4 +1,4 @@
-"""Methods that fail, as a user's own might."""
+"""Methods that fail, as a user's own might, and a metric that tells what it was given."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,3 +38,16 @@ class Broken(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         return {"mapp": noise.uniform(*batch.x.shape[-2:])}
+
+
+@dataclass(frozen=True)
+class TargetOf:
+    """The class that a score is about."""
+
+    VERSION: ClassVar[int] = 1
+    NEEDS_ROI: ClassVar[bool] = False
+    COLUMNS: ClassVar[Mapping[str, str]] = {"target": "none"}
+    CURVES: ClassVar[Mapping[str, str]] = {}
+
+    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> Mapping[str, Tensor]:
+        return {"target": batch.target}
