@@ -132,9 +132,9 @@ def check_metrics(work: Plan) -> None:
             continue
         if roi is None:
             others = ",".join(name for name in experiment.metrics if name not in names)
+            dataset = experiment.names["dataset"]
             raise UserError(
-                f"{', '.join(names)} needs regions of interest, and the dataset {experiment.names['dataset']} has none; "
-                f"take metric=[{others}]"
+                f"{', '.join(names)} needs regions of interest, and the dataset {dataset} has none; take metric=[{others}]"
             )
         return
 
