@@ -134,7 +134,7 @@ def check_metrics(work: Plan) -> None:
             others = ",".join(name for name in experiment.metrics if name not in names)
             dataset = experiment.names["dataset"]
             raise UserError(
-                f"{', '.join(names)} needs regions of interest, and the dataset {dataset} has none; take metric=[{others}]"
+                f"{', '.join(names)} needs regions of interest, and dataset {dataset} has none; take metric=[{others}]"
             )
         return
 
