@@ -14,6 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from tiny import pixels, save
 
 from attrib.datasets import Box, ImageFolder, ImageNet, ImageTransform, Photos, PhotoViews, photos
 from attrib.datasets.files import read_classes, uids_of
@@ -22,16 +23,6 @@ from attrib.types import UNREADABLE, SampleError, UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "dataset"
 SMALL = ImageTransform(16)
-
-
-def pixels(width: int = 20, height: int = 14, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def save(path: Path, seed: int = 0, width: int = 20, height: int = 14) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels(width, height, seed)).save(path)
-    return path
 
 
 def write(path: Path, text: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import pixels, save
 from torchvision import transforms as tv
 
 from attrib.datasets import Box, ImageFolder, ImageTransform
@@ -17,16 +17,6 @@ from attrib.types import UNREADABLE, SampleError, UserError
 
 SMALL = ImageTransform(16)
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-
-
-def pixels(width: int = 20, height: int = 14, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def save(path: Path, seed: int = 0, width: int = 20, height: int = 14) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels(width, height, seed)).save(path)
-    return path
 
 
 def png(array: np.ndarray) -> io.BytesIO:

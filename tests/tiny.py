@@ -15,6 +15,16 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 
 
+def pixels(width: int = 20, height: int = 14, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path: Path, seed: int = 0, width: int = 20, height: int = 14) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(width, height, seed)).save(path)
+    return path
+
+
 def write_image(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.RandomState(seed).randint(0, 255, (40, 40, 3), dtype=np.uint8)
