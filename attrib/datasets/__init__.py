@@ -11,24 +11,52 @@ from typing import Protocol
 
 import numpy as np
 
+from attrib.datasets.arrays import ArrayDataset, PixelDataset
+from attrib.datasets.cars import StanfordCars
+from attrib.datasets.cifar import CIFAR10
+from attrib.datasets.digits import Digits, DigitsCanvas
 from attrib.datasets.folder import ImageFolder
+from attrib.datasets.idx import MNIST, FashionMNIST
 from attrib.datasets.imagenet import ImageNet
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.photos import Photos, PhotoViews
+from attrib.datasets.pieces import HuggingFaceEncoder
 from attrib.datasets.select import Selection
+from attrib.datasets.snippets import MovieSnippets
+from attrib.datasets.table import TextTable
+from attrib.datasets.text import IMDb, TextDataset
+from attrib.datasets.tokens import Encoder, WordEncoder
 from attrib.datasets.transform import Box, ImageTransform
+from attrib.datasets.vectors import WordVectors, word_vectors
 from attrib.types import Batch
 
 __all__ = [
+    "CIFAR10",
+    "MNIST",
+    "ArrayDataset",
     "Box",
     "Dataset",
+    "Digits",
+    "DigitsCanvas",
+    "Encoder",
+    "FashionMNIST",
+    "HuggingFaceEncoder",
+    "IMDb",
     "ImageDataset",
     "ImageFolder",
     "ImageNet",
     "ImageTransform",
+    "MovieSnippets",
     "PhotoViews",
     "Photos",
+    "PixelDataset",
     "Selection",
+    "StanfordCars",
+    "TextDataset",
+    "TextTable",
+    "WordEncoder",
+    "WordVectors",
+    "word_vectors",
 ]
 
 
@@ -38,8 +66,10 @@ class Dataset(Protocol):
     uids   sorted and stable: they name the same samples wherever the data lie
     key    digest of how a file becomes a sample: class and transform, never a path (content: ``fingerprint``)
     names  class index -> class name, where known
+    modality   "image" or "text"
     """
 
+    modality: str
     uids: tuple[str, ...]
     key: str
     names: Mapping[int, str]
@@ -53,14 +83,19 @@ class Dataset(Protocol):
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """x (B, C, H, W) float32, normalised; target (B,) long, -1 where unknown; roi (B, H, W) bool, all
-        False for a sample without a box, None if this dataset never has boxes.
+        False for a sample without a box, None if this dataset never has boxes. Texts: x (B, T) token ids,
+        lengths (B,), words (B, T); see ``types.Batch``.
 
         Raises SampleError, naming file and reason, if one of them cannot be read.
         """
         ...
 
     def picture(self, uid: str) -> np.ndarray:
-        """(H, W, 3) uint8: what the network sees, before normalisation. Raises SampleError like ``batch``."""
+        """Images: (H, W, 3) uint8, what the network sees, before normalisation. Raises SampleError like ``batch``."""
+        ...
+
+    def tokens(self, uid: str) -> tuple[str, ...]:
+        """Texts: the tokens as a person reads them, one for each of the sample's ids. Raises SampleError."""
         ...
 
     def box_area(self, uid: str) -> float | None:

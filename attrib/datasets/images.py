@@ -55,6 +55,8 @@ class ImageDataset(ABC):
     ``boxed`` says whether samples may have boxes at all (``Batch.roi`` is None otherwise).
     """
 
+    modality = "image"
+
     def __init__(
         self,
         uids: Iterable[str],

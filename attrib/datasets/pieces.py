@@ -1,0 +1,100 @@
+"""Hugging Face tokenizers: words in pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attrib.datasets.tokens import Encoded
+from attrib.keys import digest
+from attrib.metadata import resolve
+from attrib.types import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+_HUGE = 10**9  # transformers writes 1e30 for "no limit known"
+
+
+def _load(path: str) -> PreTrainedTokenizerFast:
+    where = "model.input.path"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"{where}: Hugging Face tokenizers need transformers: pip install transformers") from error
+    place = str(resolve(path))
+    if path.startswith(("package:", "/", ".", "~")) and not Path(place).is_dir():
+        raise UserError(f"{where}: no such folder: {place}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # OSError without a network, and anything for damaged files
+        reason = str(error).strip().partition("\n")[0]
+        what = "is no tokenizer's folder" if Path(place).is_dir() else "is neither a folder here nor to be had by name"
+        raise UserError(f"{where}: {path} {what} ({type(error).__name__}: {reason})") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{where}: {path} has a tokenizer ({type(tokenizer).__name__}) that cannot say which word a piece belongs "
+            "to; convert it to a fast one (tokenizer.json)"
+        )
+    return tokenizer
+
+
+class HuggingFaceEncoder:
+    """The fast tokenizer in a folder, in ``package:NAME/inner/path``, or of a model on the Hugging Face hub.
+
+    max_length  longest row, special tokens included; None takes what the tokenizer says of its model. A longer text
+                loses its end, so that its last word may lose pieces; the closing special token stays
+
+    A text without any word becomes one unknown token between the special ones. Special tokens spelt in a text are
+    read as text. No code of the model's authors is run.
+
+    Raises UserError for a tokenizer that is missing or slow, lacks a padding or an unknown token, or has no known
+    longest text.
+    """
+
+    def __init__(self, path: str, max_length: int | None = None) -> None:
+        tokenizer = _load(path)
+        specials = {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
+        for name, number in specials.items():
+            if number is None:
+                raise UserError(f"model.input.path: {path}: it has no {name} token; set one and save it again")
+        limits = [n for n in (max_length, tokenizer.model_max_length) if n is not None and n < _HUGE]
+        if not limits:
+            raise UserError(
+                f"model.input.max_length: {path} does not say how long a text its model takes; set it, for example 512"
+            )
+        room = tokenizer.num_special_tokens_to_add(pair=False)
+        if min(limits) <= room:
+            raise UserError(f"model.input.max_length must be more than the {room} special tokens, not {min(limits)}")
+        self.pad, self.unknown = specials["padding"], specials["unknown"]
+        self.mask = self.unknown if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        self.size = len(tokenizer)
+        # The backend itself: calls through transformers set its state each time, which two threads must not.
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.enable_truncation(min(limits))
+        self.key = digest("pieces", self._backend.to_str(), tokenizer.special_tokens_map, min(limits))
+        self._backend.encode_special_tokens = False
+        self._empty = self._encoded(self._backend.encode(tokenizer.unk_token), "")
+        self._backend.encode_special_tokens = True  # "[PAD]" in a text is text
+
+    @staticmethod
+    def _encoded(encoding: Encoding, text: str) -> Encoded:
+        found = Encoded(list(encoding.ids), [], [])
+        numbers: dict[int, int] = {}  # the backend's numbers may have gaps
+        before = None
+        for word, token, span, special in zip(
+            encoding.word_ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask
+        ):
+            inside = not special and word is not None
+            found.words.append(numbers.setdefault(word, len(numbers)) if inside else -1)
+            # Several byte pieces of one character have the same span: it is shown once.
+            found.tokens.append(text[slice(*span)].strip() or token if inside and span != before else token)
+            before = span
+        return found
+
+    def encode(self, text: str) -> Encoded:
+        """Tokens are the pieces of the text as it was written; special and empty ones have their own names."""
+        encoded = self._encoded(self._backend.encode(text), text)
+        return encoded if max(encoded.words, default=-1) >= 0 else self._empty
