@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from attrib.models import load_weights
+from attrib.metadata import read_metadata
+from attrib.models import load_weights, save_checkpoint
 from attrib.models.checkpoint import read_weights, resolve
 from attrib.types import UserError
 
@@ -236,3 +237,87 @@ def test_a_file_in_a_package(tmp_path, monkeypatch):
     for name in ("", "os", "a.b", "..", "shipped_net.sub"):
         with pytest.raises(UserError, match="is not installed"):
             read_weights(f"package:{name}/w.pt")
+
+
+# What attrib writes -------------------------------------------------------------------------------
+
+
+METADATA = {
+    "target": "attrib.models.DeepLSTM",
+    "arguments": {"vocab_size": 3, "dropout": 0.5, "embedding": None},
+    "vocabulary": ["<unk>", "<pad>", "naïve \N{SNOWMAN}"],
+    "training": {"accuracy": [0.5, 0.75]},
+}
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    source, target, path = net(1), net(2), tmp_path / "new" / "folder" / "model.safetensors"
+    save_checkpoint(path, source, METADATA)
+    load_weights(target, str(path))
+    assert equal(target, source.state_dict())
+    assert read_metadata(str(path)) == METADATA
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+    first = path.read_bytes()
+    save_checkpoint(str(path), source, dict(reversed(METADATA.items())))
+    assert path.read_bytes() == first
+    save_checkpoint(path, target, {})
+    assert read_metadata(str(path)) == {}
+
+
+def test_tied_transposed_and_trained_weights_are_written(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.out.weight = self.words.weight
+            self.turned = nn.Parameter(torch.arange(6.0).reshape(2, 3).T)
+            self.register_buffer("part", self.turned.detach()[1:])
+
+    source, target = Tied(), Tied()
+    source.out(source.words(torch.tensor([1]))).sum().backward()
+    save_checkpoint(tmp_path / "w.safetensors", source, METADATA)
+    with torch.no_grad():
+        target.turned.zero_()
+        target.words.weight.zero_()
+    load_weights(target, str(tmp_path / "w.safetensors"))
+    assert equal(target, source.state_dict())
+    assert target.out.weight is target.words.weight
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_checkpoint(path, net(1), METADATA)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_checkpoint(path, net(2), {"a": object()})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_checkpoint(path, net(2), {"loss": float("nan")})
+    with pytest.raises(UserError, match=r"name ends in \.safetensors, not \.pt: .*w\.pt"):
+        save_checkpoint(tmp_path / "w.pt", net(2), {})
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, net(2), METADATA)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_metadata_of_other_files(tmp_path):
+    assert read_metadata(write(tmp_path / "w.safetensors", net().state_dict())) == {}
+    assert read_metadata(write(tmp_path / "w.pt", net().state_dict())) == {}
+    with pytest.raises(UserError, match=rf"no such file: {tmp_path}/none\.safetensors"):
+        read_metadata(str(tmp_path / "none.safetensors"))
+    path = tmp_path / "bad.safetensors"
+    for text in ("{", "[1]", '"a"', "3"):
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path, {"attrib": text})
+        with pytest.raises(UserError, match=r"bad\.safetensors"):
+            read_metadata(str(path))
+    save_checkpoint(path, net(), METADATA)
+    whole = path.read_bytes()
+    for content in (b"", b"x", whole[:20], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"model\.checkpoint: .*bad\.safetensors cannot be read"):
+            read_metadata(str(path))

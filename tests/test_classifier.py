@@ -245,6 +245,55 @@ def test_rows_change_nothing(rows):
     assert not any(t.requires_grad for t in (logits, values, grad, front.z))
 
 
+class Untraceable(nn.Module):
+    """Cut by hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2 if x.sum() > 1e9 else x
+        return self.head(self.layer(x * x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: small_cnn().double(), lambda: Untraceable().double()], ids=["graph", "hooks"]
+)
+@pytest.mark.parametrize(
+    ("rows", "keep", "front_rows"), [(64, True, [7]), (64, False, [7, 7]), (3, True, [3, 3, 1] * 2)]
+)
+def test_the_way_back_through_the_front(build, rows, keep, front_rows):
+    """Once with the graph of the forward pass where that is allowed, else the front runs again."""
+    net = build()
+    path = "features.5" if isinstance(net, SmallCNN) else "layer"
+    made, x, seen = Classifier(net, {"layer": path}, rows=rows, dtype=torch.float64), images(7), []
+    z = made.until("layer", x).z
+    made.layer("layer").register_forward_hook(lambda _m, _i, out: seen.append(len(out)))
+    made.passed = 0
+    found, back = made.vjp("layer", x, keep)
+    torch.testing.assert_close(found, z, rtol=0, atol=1e-12)
+    direction = images(*z.shape)
+    grad = back(direction)
+    assert seen == front_rows
+    assert not (found.requires_grad or grad.requires_grad)
+    leaf, caught = x.clone().requires_grad_(), []
+    net.get_submodule(path).register_forward_hook(lambda _m, _i, out: caught.append(out))
+    net(leaf)
+    (caught[0] * direction).sum().backward()
+    torch.testing.assert_close(grad, leaf.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(back(direction), grad, rtol=0, atol=1e-12)  # again: what was kept is used up
+
+
+def test_a_kept_graph_is_not_used_for_less_than_all_rows():
+    made, x = model(), images(4)
+    z, back = made.vjp("bottleneck", x)
+    direction = images(*z.shape)
+    made.rows = 2  # memory ran out meanwhile
+    expected = model(rows=2).vjp("bottleneck", x)[1](direction)
+    torch.testing.assert_close(back(direction), expected, rtol=0, atol=1e-12)
+
+
 def test_chunks_have_at_most_rows_and_at_least_one_item():
     made, sizes = model(rows=10), []
 

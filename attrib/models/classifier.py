@@ -178,6 +178,41 @@ class Classifier:
         z, *rest = self.chunked(piece, len(x))
         return Front(z, tuple(rest))
 
+    def vjp(self, role: str, x: Tensor, keep: bool = True) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(N, *input) -> the layer's output (N, *layer), and the way back from there.
+
+        The function that is returned takes a gradient at the layer's output, (N, *layer), to the
+        input, (N, *input): a vector-Jacobian product of the front of the net. With ``keep`` its
+        first call uses the graph of the forward pass if N is within ``rows``; else the front runs
+        again, piece by piece, so that memory is bounded by ``rows`` whatever N is.
+        """
+        cut = self._split(role, x)
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(graph):
+                leaf = x[rows].detach().requires_grad_(graph)
+                return leaf, cut.front(leaf.clone()).z
+
+        def forward(rows: slice) -> Tensor:
+            whole = keep and rows.stop - rows.start == len(x)
+            leaf, z = front(rows, whole)
+            if whole:
+                kept.append((leaf, z))
+            return z.detach()
+
+        def back(grad: Tensor) -> Tensor:
+            def piece(rows: slice) -> Tensor:
+                whole = rows.stop - rows.start == len(x)
+                if not whole:
+                    kept.clear()
+                leaf, z = kept.pop() if kept else front(rows, True)
+                return torch.autograd.grad(z, leaf, grad[rows])[0]
+
+            return self.chunked(piece, len(x))
+
+        return self.chunked(forward, len(x)), back
+
     @torch.no_grad()
     def record(self, roles: Sequence[str], x: Tensor) -> dict[str, Tensor]:
         """(B, *input) -> the outputs of several layers, (B, *layer) each, in one pass of the whole net.
@@ -209,6 +244,15 @@ class Classifier:
             return tuple(outputs[0] for outputs in found.values())
 
         return dict(zip(dict.fromkeys(roles), self.chunked(piece, len(x)), strict=True))
+
+    def rear(self, role: str) -> Callable[..., Tensor]:
+        """The net behind a layer as a function (z (N, *layer), *rest of N rows each) -> logits (N, K).
+
+        For what ``after`` and ``gradient`` do not offer: gradients flow, and nothing is cut into
+        pieces. Call ``until`` first.
+        """
+        cut = self._split(role)
+        return lambda z, *rest: cut.rear(z, rest)
 
     def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
         cut = self._split(role)

@@ -50,7 +50,9 @@ class _Tracer(fx.Tracer):
         self._leaf, self._opaque = leaf, tuple(layers.get_notrace_modules()) if layers else ()
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        return module is self._leaf or isinstance(module, self._opaque) or super().is_leaf_module(module, path)
+        if module is self._leaf or isinstance(module, (nn.RNNBase, *self._opaque)):  # also subclasses
+            return True
+        return super().is_leaf_module(module, path)
 
 
 def trace(module: nn.Module, leaf: nn.Module | None = None) -> fx.Graph:

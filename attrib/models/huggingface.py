@@ -1,0 +1,228 @@
+"""Hugging Face sequence classifiers, by folder, package or name, as nets (N, T) -> (N, K).
+
+Weights are read from safetensors and nothing that comes with a model is run: no pickles, no remote code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from attrib.metadata import resolve
+from attrib.noise import Noise
+from attrib.types import SampleError, UserError
+
+log = logging.getLogger(__name__)
+
+# Of a configuration, what does not say how the net computes.
+_INCIDENTAL = (
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id",
+    "use_cache", "problem_type", "finetuning_task", "_num_labels",
+)  # fmt: skip
+
+
+class HuggingFaceClassifier(nn.Module):
+    """Token ids (N, T), padded on the right, to logits (N, K).
+
+    The attention mask is where the ids are not ``pad_id``; the first position is always on. Layers
+    are found under ``net.``: ``net.bert.encoder.layer.2``.
+
+    net      a transformers ``...ForSequenceClassification``
+    pad_id   id of padding
+    mask_id  id of the token that hides another one
+    """
+
+    def __init__(self, net: nn.Module, pad_id: int, mask_id: int) -> None:
+        super().__init__()
+        self.net, self.pad_id, self.mask_id = net, pad_id, mask_id
+        self.max_length = _max_length(net)
+
+    @property
+    def default_layers(self) -> dict[str, str]:
+        """The path of the role that every text net has."""
+        words = self.net.get_input_embeddings()
+        return {"embedding": next(path for path, module in self.named_modules() if module is words)}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """How the net computes, as plain data: its configuration, without paths, versions and names of classes."""
+        plain = json.loads(json.dumps(self.net.config.to_diff_dict(), default=str))
+        own = {"num_labels": self.net.config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
+        return {k: v for k, v in plain.items() if k not in _INCIDENTAL} | own
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises SampleError for more tokens than the net has positions."""
+        if self.max_length is not None and x.shape[1] > self.max_length:
+            raise SampleError(
+                f"a text of {x.shape[1]} tokens; {type(self.net).__name__} takes {self.max_length} at most "
+                "(model.input.max_length cuts longer ones)"
+            )
+        real = x != self.pad_id
+        real = torch.cat((torch.ones_like(real[:, :1]), real[:, 1:]), 1)
+        return self.net(input_ids=x, attention_mask=real.long()).logits
+
+
+def _max_length(net: nn.Module) -> int | None:
+    """The size of the table of positions, less those that RoBERTa keeps for padding; None without a table."""
+    count, words = getattr(net.config, "max_position_embeddings", None), net.get_input_embeddings()
+    for module in net.modules():
+        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == count:
+            return count if module.padding_idx is None else count - module.padding_idx - 1
+    return None
+
+
+def hf_classifier(
+    path: str, num_labels: int | None = None, pad_id: int | None = None, mask_id: int | None = None, **options: Any
+) -> HuggingFaceClassifier:
+    """A pretrained sequence classifier.
+
+    path        a folder, ``package:NAME/inner/path`` for one that an installed package ships, or a name on the hub
+    num_labels  number of classes. None: as many as the stored head has. A model without one (a sentence encoder,
+                a language model) needs it; its head is then made of fixed random numbers, for training to fill
+    pad_id      None: the tokenizer's padding token
+    mask_id     None: the tokenizer's mask token, or else its unknown token
+    options     fields of the model's configuration, ``attn_implementation`` among them
+
+    Raises UserError that names the path for a model that is missing, damaged, incomplete, not a
+    classifier, or cannot be loaded without running code that comes with it.
+    """
+    transformers = _transformers()
+    where = _location(path)
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):  # building a net draws from the global state
+        config = _config(transformers, path, where, num_labels, options)
+        pad_id, mask_id = _special(transformers, path, where, config, pad_id, mask_id)
+        config.pad_token_id, config.use_cache = pad_id, False
+        try:
+            net, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+                where, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"model.path: {path}: {_reason(error)}") from error
+    if found["mismatched_keys"]:  # transformers' own error does not say which
+        name, stored, wanted = sorted(found["mismatched_keys"])[0]
+        raise UserError(
+            f"model.path: {path} stores {name} as {tuple(stored)}, its configuration wants {tuple(wanted)}; "
+            "leave model.num_labels null unless the head is yet to be trained"
+        )
+    _fill_head(net, found["missing_keys"], path, num_labels)
+    if net.config.num_labels < 2:
+        raise UserError(f"model.path: {path} has one output; a classifier has a logit for each of its classes")
+    return HuggingFaceClassifier(net, pad_id, mask_id)
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"a Hugging Face model needs transformers ({error}); try: pip install transformers") from error
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """No progress bars and reports of transformers; what matters in them we say ourselves."""
+    messages = transformers.utils.logging
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
+
+
+def _location(path: str) -> str:
+    """What transformers is to load. Raises UserError for a folder that is missing or cannot be safe."""
+    folder = resolve(path)
+    if not folder.is_dir():
+        if path.startswith(("package:", "/", ".", "~")):
+            raise UserError(f"model.path: no such folder: {folder}")
+        return path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {folder} has no config.json; it is not a Hugging Face model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.path: {folder} has no .safetensors file, and weights in another form could run code when they "
+            "are read; save it again with save_pretrained of a recent transformers"
+        )
+    return str(folder)
+
+
+def _reason(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which attrib does not run"
+    return " ".join(line.strip() for line in text[:3])
+
+
+def _config(transformers: ModuleType, path: str, where: str, num_labels: int | None, options: dict[str, Any]) -> Any:
+    given = options if num_labels is None else {**options, "num_labels": num_labels}
+    try:
+        config, unused = transformers.AutoConfig.from_pretrained(
+            where, trust_remote_code=False, return_unused_kwargs=True, **given
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path: {path}: {_reason(error)}") from error
+    if unused:
+        raise UserError(f"model: {type(config).__name__} of {path} has no field {', '.join(map(repr, unused))}")
+    return config
+
+
+def _special(
+    transformers: ModuleType, path: str, where: str, config: Any, pad_id: int | None, mask_id: int | None
+) -> tuple[int, int]:
+    """The ids of padding and of what hides a token."""
+    tokenizer, reason = None, ""
+    if pad_id is None or mask_id is None:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+            # Without files, transformers may make up a tokenizer that knows nothing but its own special tokens.
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                tokenizer, reason = None, " (it has no tokenizer)"
+        except Exception as error:  # a damaged tokenizer raises anything
+            reason = f" (its tokenizer cannot be read: {_reason(error)})"
+    if tokenizer is not None:
+        pad_id = tokenizer.pad_token_id if pad_id is None else pad_id
+        if mask_id is None:
+            mask_id = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+    pad_id = config.pad_token_id if pad_id is None else pad_id
+    for name, value in (("pad_id", pad_id), ("mask_id", mask_id)):
+        if value is None:
+            raise UserError(f"model.path: {path} names no {name.split('_')[0]} token{reason}; set model.{name}")
+    return pad_id, mask_id
+
+
+def _fill_head(net: nn.Module, missing: Collection[str], path: str, num_labels: int | None) -> None:
+    """Fixed random numbers for the parameters of the head that are not stored.
+
+    Raises UserError if others are missing too.
+    """
+    inside = [name for name in sorted(missing) if name.startswith(f"{net.base_model_prefix}.") and "pooler" not in name]
+    if inside:
+        raise UserError(f"model.path: {path} is incomplete, its weights lack {', '.join(inside[:6])}")
+    if not missing:
+        return
+    if num_labels is None:
+        raise UserError(
+            f"model.path: {path} stores no classification head ({', '.join(sorted(missing))}); train one, or set "
+            "model.num_labels to take a random one"
+        )
+    log.warning("%s stores no classification head: %s are random", path, ", ".join(sorted(missing)))
+    own, scale = net.state_dict(), getattr(net.config, "initializer_range", 0.02)
+    for name in sorted(missing):
+        value = own[name]
+        if value.ndim > 1:
+            value.copy_(scale * Noise([name]).normal(*value.shape)[0])
+        else:
+            value.fill_(1.0 if name.endswith("weight") else 0.0)  # the gain of a norm, or a bias
