@@ -35,6 +35,10 @@ class Noise:
     Every method returns a tensor (B, *shape) on ``device`` in ``dtype``; row i depends only on
     ``seed``, ``uids[i]`` and on the shapes drawn before.
 
+    Texts of a batch are padded to the longest, which must not change their numbers: with
+    ``ragged=d`` the size of dimension d of ``shape`` may vary, and neither the numbers at a place
+    nor later draws depend on it.
+
     The numbers are made in float32 and then converted, so that a float64 run sees the same
     noise as a float32 run.
     """
@@ -54,7 +58,8 @@ class Noise:
             return torch.tensor(values, dtype=torch.int64, device=self.device).reshape(-1, 1)
 
         self._start, self._step = column(slice(0, 8), 0), column(slice(8, 16), 1)
-        self._count = 0
+        self._count = 0  # words drawn
+        self._blocks = 0  # ragged draws
 
     def child(self, name: str) -> Noise:
         """Independent streams for a named purpose (``noise.child("fit")``)."""
@@ -63,8 +68,20 @@ class Noise:
 
     def bits(self, n: int) -> Tensor:
         """(B, n) int64, all 64 bits random."""
-        counter = torch.arange(self._count, self._count + n, device=self.device)
         self._count += n
+        return self._hash(torch.arange(self._count - n, self._count, device=self.device))
+
+    def ragged_bits(self, shape: Sequence[int], dim: int) -> Tensor:
+        """(B, *shape) int64, where the size of dimension ``dim`` of ``shape`` may vary."""
+        # Every draw has a block of 2**40 counters, in the negative half that ``bits`` never reaches;
+        # inside it the ragged dimension is the outermost one.
+        self._blocks += 1
+        counter = torch.arange(math.prod(shape), device=self.device) - (self._blocks << 40)
+        others = [size for i, size in enumerate(shape) if i != dim]
+        bits = self._hash(counter).reshape(len(self.uids), shape[dim], *others)
+        return bits.movedim(1, 1 + dim)
+
+    def _hash(self, counter: Tensor) -> Tensor:
         x = counter * self._step + self._start
         x ^= _shift_right(x, 30)
         x *= _MIX_1
@@ -73,26 +90,34 @@ class Noise:
         x ^= _shift_right(x, 31)
         return x
 
-    def uniform(self, *shape: int) -> Tensor:
+    def uniform(self, *shape: int, ragged: int | None = None) -> Tensor:
         """Uniform on [0, 1), 24 bits."""
-        n = math.prod(shape)
-        values = _shift_right(self.bits(n), 40).to(torch.float32).mul_(2.0**-24)
+        bits = self.bits(math.prod(shape)) if ragged is None else self.ragged_bits(shape, ragged)
+        values = _shift_right(bits, 40).to(torch.float32).mul_(2.0**-24)
         return values.reshape(len(self.uids), *shape).to(self.dtype)
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int, ragged: int | None = None) -> Tensor:
         """Standard normal, by Box and Muller (1958): one 64-bit word gives two numbers."""
+        if ragged is not None:  # here one: which two belong together must not depend on the size
+            return self._box_muller(self.ragged_bits(shape, ragged))[0].to(self.dtype)
         n = math.prod(shape)
-        word = self.bits((n + 1) // 2)
+        pairs = torch.cat(self._box_muller(self.bits((n + 1) // 2)), dim=1)
+        return pairs[:, :n].reshape(len(self.uids), *shape).to(self.dtype)
+
+    @staticmethod
+    def _box_muller(word: Tensor) -> tuple[Tensor, Tensor]:
         # (0, 1], so that the logarithm is finite; the largest deviate is 6.76.
         radius = _shift_right(word, 32).to(torch.float32).add_(0.5).mul_(2.0**-32)
         radius = radius.log_().mul_(-2.0).sqrt_()
         angle = word.bitwise_and_(0xFFFFFFFF).to(torch.float32).mul_(2.0 * math.pi / 2**32)
-        pairs = torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)
-        return pairs[:, :n].reshape(len(self.uids), *shape).to(self.dtype)
+        return radius * angle.cos(), radius * angle.sin()
 
-    def permutation(self, n: int) -> Tensor:
-        """(B, n) int64: a random order of 0 .. n-1 for every sample."""
-        return self.bits(n).argsort(dim=1)
+    def permutation(self, n: int, ragged: bool = False) -> Tensor:
+        """(B, n) int64: a random order of 0 .. n-1 for every sample.
+
+        ``ragged``: n may vary; the order among the first few numbers does not depend on it.
+        """
+        return (self.ragged_bits((n,), 0) if ragged else self.bits(n)).argsort(dim=1)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """(B, *shape) int64, uniform on 0 .. high-1 (the bias is below high / 2**63)."""

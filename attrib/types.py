@@ -35,7 +35,11 @@ class Batch:
     x        (B, *input); text: (B, T) token ids
     target   (B,) class index, or (B, K) for multi-label
     roi      (B, H, W) bool, region of interest; a sample without one is all False
-    lengths  (B,) number of real tokens, text only
+    lengths  (B,) number of real tokens, special ones included; text only
+    words    (B, T) number 0, 1, 2 ... of the word that a token belongs to, -1 for special tokens and
+             padding; text only
+
+    A text is padded on the right, so its real tokens are the first ``lengths`` of its row.
     """
 
     uids: tuple[str, ...]
@@ -43,6 +47,7 @@ class Batch:
     target: Tensor
     roi: Tensor | None = None
     lengths: Tensor | None = None
+    words: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field, value in self._tensors():
@@ -57,6 +62,13 @@ class Batch:
     def _tensors(self) -> list[tuple[str, Tensor]]:
         pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
         return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, T) bool, True on real tokens; None for images."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.x.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device; floating-point inputs also in ``dtype``."""

@@ -88,7 +88,8 @@ def metric_contract(
 ) -> dict[str, Tensor]:
     """The promises of ``attrib.metrics.Metric``; returns the scores of the whole batch.
 
-    ``classifier(rows)`` builds the model with that row limit, in float64.
+    ``classifier(rows)`` builds the model with that row limit, in float64. Texts are also scored alone
+    without padding, and with more of it.
     """
 
     def score(batch: Batch, map: Tensor, rows: int = 64) -> dict[str, Tensor]:
@@ -99,16 +100,37 @@ def metric_contract(
         scores = metric.score(model, batch, map, Noise(batch.uids, seed=3))
     assert scores.keys() == metric.COLUMNS.keys() | metric.CURVES.keys()
     assert set(metric.COLUMNS.values()) <= {"higher", "lower", "none"}
+    assert ("image" if batch.lengths is None else "text") in metric.MODALITIES
+    assert all(isinstance(role, str) for role in metric.roles)
     assert all(scores[name].shape == (len(batch),) for name in metric.COLUMNS)
     assert all(scores[name].ndim == 2 and len(scores[name]) == len(batch) for name in metric.CURVES)
 
-    singles = [score(batch[[i]], map[i : i + 1]) for i in everything]
+    singles = [score(*unpadded(batch[[i]], map[i : i + 1])) for i in everything]
     close({name: torch.cat([s[name] for s in singles]) for name in scores}, scores, atol)
     order = list(reversed(everything))
     close(score(batch[order], map[order]), {name: value[order] for name, value in scores.items()}, atol)
     for rows in (1, 3, 7, 1000):
         close(score(batch, map, rows), scores, atol)
+    if batch.lengths is not None:
+        close(score(*padded(batch, map, model.module.pad_id)), scores, atol)
     return scores
+
+
+def unpadded(batch: Batch, map: Tensor) -> tuple[Batch, Tensor]:
+    """The texts without the padding that all of them have; images as they are."""
+    if batch.lengths is None:
+        return batch, map
+    longest = int(batch.lengths.max())
+    return dataclasses.replace(batch, x=batch.x[:, :longest], words=batch.words[:, :longest]), map[:, :longest]
+
+
+def padded(batch: Batch, map: Tensor, pad: int, more: int = 5) -> tuple[Batch, Tensor]:
+    """The texts with ``more`` tokens of padding."""
+
+    def longer(t: Tensor, value: float) -> Tensor:
+        return nn.functional.pad(t, (0, more), value=value)
+
+    return dataclasses.replace(batch, x=longer(batch.x, pad), words=longer(batch.words, -1)), longer(map, 0.0)
 
 
 # ---- methods -------------------------------------------------------------------------------------
@@ -122,16 +144,16 @@ def seeded(net: nn.Module, scale: float = 0.5) -> nn.Module:
 
 
 class FitSamples:
-    """A batch as the data of a fit, handed out ``size`` samples at a time."""
+    """A batch as the data of a fit, handed out ``size`` samples at a time; texts with the padding that these need."""
 
     def __init__(self, samples: Batch, size: int) -> None:
         self.samples, self.size, self.uids = samples, size, samples.uids
 
     def batch(self, uids: Sequence[str]) -> Batch:
-        return self.samples[[self.uids.index(uid) for uid in uids]]
+        return _alone(self.samples[[self.uids.index(uid) for uid in uids]])
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.samples[i : i + self.size] for i in range(0, len(self.samples), self.size))
+        return (_alone(self.samples[i : i + self.size]) for i in range(0, len(self.samples), self.size))
 
 
 class PartialInMemory:
@@ -159,7 +181,7 @@ class KilledError(Exception):
 
 @contextmanager
 def net_dies(call: int | None) -> Iterator[list[int]]:
-    """The ``call``-th convolution or linear layer that runs raises; None only counts.
+    """The ``call``-th convolution, linear layer, embedding or LSTM that runs raises; None only counts.
 
     Yields a list with the number of calls so far. Patched by class, so that copies and traced
     nets die too.
@@ -176,7 +198,7 @@ def net_dies(call: int | None) -> Iterator[list[int]]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (nn.Conv2d, nn.Linear):
+        for kind in (nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM):
             patch.setattr(kind, "forward", dying(kind.forward))
         yield calls
 
@@ -205,6 +227,22 @@ def untouched(model: Classifier, *inputs: Any) -> Iterator[None]:
         assert _marks(model) == before, "the model was changed"
 
 
+def _alone(batch: Batch) -> Batch:
+    """As these samples would be without those that they shared a batch with."""
+    return unpadded(batch, batch.x)[0]
+
+
+def _among_others(batch: Batch, pad: int) -> Batch:
+    """The first sample among others than before; texts that are longer than all before."""
+    if batch.lengths is None:
+        return dataclasses.replace(batch, x=torch.cat((batch.x[:1], batch.x[1:].flip(-1) * 100)))
+    longer = padded(batch, batch.x, pad)[0]
+    x, lengths, words = longer.x.clone(), longer.lengths.clone(), longer.words.clone()
+    places = torch.arange(x.shape[1])
+    x[1:], words[1:], lengths[1:] = x[0, 0] + places % 3, places, x.shape[1]
+    return dataclasses.replace(longer, x=x, lengths=lengths, words=words)
+
+
 def method_contract(
     method: Any,
     classifier: Callable[[int, torch.dtype], Classifier],
@@ -215,9 +253,13 @@ def method_contract(
     """The promises of ``attrib.methods.Method``; returns the maps and extras of the whole batch.
 
     ``classifier(rows, dtype)`` builds the model with that row limit; ``batch`` is in float64 and has
-    at least three samples. ``atol`` is relative to the largest value.
+    at least three samples; texts are of different lengths, two tokens or more. ``atol`` is relative to
+    the largest value.
+
+    What is promised of texts: maps (B, T), zero on padding; how much padding there is does not matter.
     """
-    everything, state = list(range(len(batch))), dict(state)
+    everything, state, text = list(range(len(batch))), dict(state), batch.lengths is not None
+    per_token = (*method.MAPS, *method.TOKENS) if text else ()
 
     def explain(batch: Batch, model: Classifier | None = None, rows: int = 64) -> dict[str, Tensor]:
         model = model or classifier(rows, torch.float64)
@@ -232,6 +274,15 @@ def method_contract(
     def picked(maps: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
         return {name: value[rows] for name, value in maps.items()}
 
+    def long(maps: Mapping[str, Tensor], length: int = batch.x.shape[1]) -> dict[str, Tensor]:
+        """Maps of texts with zeros up to ``length``, or cut to it."""
+
+        def one(value: Tensor) -> Tensor:
+            more = value.new_zeros(len(value), max(0, length - value.shape[1]), *value.shape[2:])
+            return torch.cat((value, more), 1)[:, :length]
+
+        return {name: one(value) if name in per_token else value for name, value in maps.items()}
+
     # What it returns, and what it leaves behind.
     model = classifier(64, torch.float64)
     with forbid_global_rng(), untouched(model, batch, state), net_dies(None) as calls:
@@ -243,18 +294,25 @@ def method_contract(
         assert value.isfinite().all(), name
         assert not value.requires_grad, name
     for name in method.MAPS:
-        assert maps[name].shape == (len(batch), *batch.x.shape[-2:]), name
-        assert maps[name].flatten(1).std(1).min() > 0, f"{name} is constant"
+        assert maps[name].shape == (batch.x.shape if text else (len(batch), *batch.x.shape[-2:])), name
+        for i, one in enumerate(maps[name]):
+            assert (one[: batch.lengths[i]] if text else one).std() > 0, f"{name} is constant"
+    for name in per_token:
+        assert maps[name].shape[:2] == batch.x.shape, name
+        assert (maps[name][~batch.mask] == 0).all(), f"{name} is not zero on padding"
 
     # The same again; another seed is another draw of the same thing; no sample sees the others.
     same(explain(batch, model), maps)
-    same({name: torch.cat(parts) for name, parts in _listed(explain(batch[[i]]) for i in everything)}, maps)
+    singles = (long(explain(_alone(batch[[i]]))) for i in everything)
+    same({name: torch.cat(parts) for name, parts in _listed(singles)}, maps)
     order = everything[::-1]
     same(explain(batch[order]), picked(maps, order))
     for rows in (1, 2):
         same(explain(batch, rows=rows), maps)
-    others = dataclasses.replace(batch, x=torch.cat((batch.x[:1], batch.x[1:].flip(-1) * 100)))
-    same(picked(explain(others), [0]), picked(maps, [0]))
+    pad = model.module.pad_id if text else 0
+    same(long(picked(explain(_among_others(batch, pad)), [0])), picked(maps, [0]))
+    if text:
+        same(long(explain(padded(batch, batch.x, pad)[0])), maps)
 
     # Precision is chosen for speed alone.
     single = explain(batch.to("cpu", torch.float32), classifier(64, torch.float32))

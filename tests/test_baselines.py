@@ -24,8 +24,8 @@ from attrib.methods.baselines import (
     Occlusion,
     Random,
     SmoothGrad,
-    _Windows,
 )
+from attrib.methods.propagation import Windows
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -359,7 +359,7 @@ def test_deep_lift_is_complete_with_any_max_pooling(pool, side):
 def test_pooling_side_by_side_is_the_same_pooling(pool):
     for size in ((8, 10), (9, 7), (13, 12)):
         x = torch.tensor(np.random.RandomState(0).randn(2, 3, *size))
-        windows = _Windows(pool)
+        windows = Windows(pool)
         places = windows.kernel[0] * windows.kernel[1]
         assert torch.equal(nn.MaxPool2d((1, places))(windows(x)), pool(x))
 
@@ -367,10 +367,10 @@ def test_pooling_side_by_side_is_the_same_pooling(pool):
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
 def test_without_overlap_the_windows_change_nothing():
     batch, whole = pictures(), seeded(Pooled(nn.MaxPool2d(2), (4, 5)))
-    cut = seeded(Pooled(nn.Sequential(_Windows(nn.MaxPool2d(2)), nn.MaxPool2d((1, 4))), (4, 5)))
+    cut = seeded(Pooled(nn.Sequential(Windows(nn.MaxPool2d(2)), nn.MaxPool2d((1, 4))), (4, 5)))
     expected = DeepLift(cut).attribute(batch.x.clone().requires_grad_(), target=batch.target)
     found = explain(DeepLiftShap(samples=1, sigma=0.0), whole, batch)
-    # captum alone, with the ReLU's output as the pooling's input, is right only because _Windows lies between.
+    # captum alone, with the ReLU's output as the pooling's input, is right only because Windows lies between.
     same(found["map"], expected.detach().sum(1))
 
 

@@ -29,7 +29,7 @@ class ReleasedNoise:
     def __init__(self, *seeds: int) -> None:
         self.streams = [np.random.RandomState(seed) for seed in seeds]
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int, ragged: int | None = None) -> Tensor:
         return torch.tensor(np.stack([r.randn(*shape).astype(np.float32) for r in self.streams]))
 
 
@@ -39,7 +39,7 @@ class StoredNoise:
     def __init__(self, draws: np.ndarray) -> None:
         self.draws = iter(torch.tensor(draws))
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int, ragged: int | None = None) -> Tensor:
         draw = next(self.draws)
         assert draw.shape == shape
         return draw[None]

@@ -10,7 +10,7 @@ from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 from torch import Tensor
 
-from attrib.methods.layout import Layout, bits_per_pixel, bits_per_place, resize, smooth
+from attrib.methods.layout import Layout, resize
 from attrib.types import UserError
 
 
@@ -48,9 +48,9 @@ def test_grid_and_back(layer, image, name, grid):
     assert on_grid.shape == (3, 2 if 2 in layer else 5, *grid)
     assert torch.equal(places.from_grid(on_grid, like=z), z)
     assert torch.equal(places.to_grid(places.from_grid(on_grid + 1, like=z)), on_grid + 1)
-    bits = bits_per_place(places, z)
+    bits = places.bits(z)
     assert bits.shape == (3, *grid)
-    assert bits_per_pixel(places, bits).shape == (3, *image)
+    assert places.spread(bits).shape == (3, *image)
     for one in (on_grid[1], bits[1]):
         assert one.isfinite().all()
 
@@ -84,12 +84,12 @@ def test_a_layer_of_another_shape_is_an_error_that_names_it(shape, name):
 def test_smoothing_equals_the_released_code(sigma):
     data, name = golden("iba_pieces"), f"sigma{sigma}".replace(".", "p")
     z = torch.tensor(data["smooth_in"])
-    found = smooth(Layout.of(z, (9, 9)), z, sigma)
+    found = Layout.of(z, (9, 9)).smooth(z, sigma)
     np.testing.assert_allclose(found, data[f"smooth_out_{name}"], rtol=0, atol=1e-5 * found.abs().max().item())
     size = data[f"smooth_kernel_{name}"].shape[0]
     impulse = torch.zeros(1, 1, 25, 25)
     impulse[0, 0, 12, 12] = 1
-    kernel = smooth(Layout.of(impulse, (9, 9)), impulse, sigma)[0, 0]
+    kernel = Layout.of(impulse, (9, 9)).smooth(impulse, sigma)[0, 0]
     assert (kernel > 0).sum() == size**2
     half = size // 2
     middle = kernel[12 - half : 13 + half, 12 - half : 13 + half]
@@ -105,24 +105,24 @@ def test_smoothing_equals_scipy(sigma, grid):
         radius = min(round(2 * sigma), size - 1)  # a smaller map cannot be mirrored further
         if radius:
             expected = ndimage.gaussian_filter1d(expected, sigma, axis=axis, mode="mirror", radius=radius)
-    found = smooth(Layout.of(z, (20, 20)), z, sigma)
+    found = Layout.of(z, (20, 20)).smooth(z, sigma)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
     channels_last = z.permute(0, 2, 3, 1)
-    other = smooth(Layout.of(channels_last, (20, 20), "channels_last"), channels_last, sigma)
+    other = Layout.of(channels_last, (20, 20), "channels_last").smooth(channels_last, sigma)
     np.testing.assert_allclose(other.permute(0, 3, 1, 2), found, rtol=0, atol=1e-14)
 
 
 def test_smoothing_leaves_constants_class_tokens_and_vectors_alone():
     tokens = numbers(2, 17, 3)
-    found = smooth(Layout.of(tokens, (32, 32)), tokens, 1.0)
+    found = Layout.of(tokens, (32, 32)).smooth(tokens, 1.0)
     assert torch.equal(found[:, 0], tokens[:, 0])
     assert (found[:, 1:] - tokens[:, 1:]).abs().min() > 0
     constant = torch.full((1, 2, 5, 6), 0.7, dtype=torch.float64)
-    torch.testing.assert_close(smooth(Layout.of(constant, (9, 9)), constant, 2.0), constant, rtol=0, atol=1e-15)
+    torch.testing.assert_close(Layout.of(constant, (9, 9)).smooth(constant, 2.0), constant, rtol=0, atol=1e-15)
     for z in (numbers(2, 5), numbers(2, 5, 1, 1)):
-        assert smooth(Layout.of(z, (9, 9)), z, 1.0) is z
+        assert Layout.of(z, (9, 9)).smooth(z, 1.0) is z
     for sigma in (None, 0.0):
-        assert smooth(Layout.of(tokens, (32, 32)), tokens, sigma) is tokens
+        assert Layout.of(tokens, (32, 32)).smooth(tokens, sigma) is tokens
 
 
 # ---- resizing ------------------------------------------------------------------------------------
@@ -154,13 +154,13 @@ def test_saliency_maps_equal_the_released_code():
     assert nats.isnan().sum() == 1
     # The released code leaves NaN out of the sum over channels (nansum); here the runner fails the sample.
     ours = Layout.of(nats[None], (28, 28))
-    assert bits_per_place(ours, nats[None]).isnan().sum() == 1
+    assert ours.bits(nats[None]).isnan().sum() == 1
     known = nats.nan_to_num(0.0)
     sizes = {"sal_none": (7, 7), "sal_28": (28, 28), "sal_30x20": (30, 20), "sal_4": (4, 4)}
     cases = [(key, known, "channels_first", size) for key, size in sizes.items()]
     for key, z, name, image in [*cases, ("sal_channels_last", known.permute(1, 2, 0), "channels_last", (28, 28))]:
         places = Layout.of(z[None], image, name)
-        found = bits_per_pixel(places, bits_per_place(places, z[None]))[0]
+        found = places.spread(places.bits(z[None]))[0]
         np.testing.assert_allclose(found, data[key], rtol=0, atol=1e-5 * data[key].max(), err_msg=key)
 
 
@@ -171,7 +171,7 @@ def test_saliency_maps_equal_the_released_code():
 def test_places_hold_all_bits_but_those_of_class_tokens(layer, image, name, grid):
     nats = numbers(3, *layer).abs()
     places = Layout.of(nats, image, name)
-    bits = bits_per_place(places, nats)
+    bits = places.bits(nats)
     lost = nats[:, : layer[0] - grid[0] * grid[1]].flatten(1).sum(1) if name == "tokens" else 0
     total = (nats.flatten(1).sum(1) - lost) / np.log(2)
     torch.testing.assert_close(bits.flatten(1).sum(1), total, rtol=1e-12, atol=0)
@@ -185,7 +185,7 @@ def test_pixels_hold_all_bits_of_the_inside(times):
         bits = torch.zeros(1, 6, 5, dtype=torch.float64)
         bits[0, place, 2] = 3.0
         places = Layout("channels_first", (1, 6, 5), (6 * times, 5 * times))
-        share.append(bits_per_pixel(places, bits).sum().item() / 3)
+        share.append(places.spread(bits).sum().item() / 3)
     border = 7 / 8 if times % 2 == 0 else (7 + 1 / times**2) / 8
     np.testing.assert_allclose(share, [border, 2 - border, 1, 1, 2 - border, border], rtol=1e-12)
 
@@ -193,7 +193,7 @@ def test_pixels_hold_all_bits_of_the_inside(times):
 @pytest.mark.parametrize("image", [(5, 6), (30, 20), (224, 224), (3, 4), (1, 1)])
 def test_a_constant_map_keeps_its_sum(image):
     bits = torch.full((2, 5, 6), 0.3, dtype=torch.float64)
-    found = bits_per_pixel(Layout("channels_first", (1, 5, 6), image), bits)
+    found = Layout("channels_first", (1, 5, 6), image).spread(bits)
     torch.testing.assert_close(found.sum((1, 2)), bits.sum((1, 2)), rtol=1e-12, atol=0)
     assert found.std() < 1e-12
 
@@ -201,6 +201,6 @@ def test_a_constant_map_keeps_its_sum(image):
 def test_a_vector_is_one_place_as_large_as_the_image():
     z = numbers(2, 5).abs()
     places = Layout.of(z, (8, 10))
-    found = bits_per_pixel(places, bits_per_place(places, z))
+    found = places.spread(places.bits(z))
     expected = z.sum(1) / np.log(2) / 80
     torch.testing.assert_close(found, expected[:, None, None].expand(2, 8, 10), rtol=1e-12, atol=0)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from contracts import fit_contract, method_contract, seeded
+from text_nets import text_classifier, texts
 from tiny import ROOT, tool
 from tiny import pictures as tiny_pictures
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ H, W, K = 12, 10, 5
 # What makes a method cheap, wherever it has such a field. Nothing else is taken from the YAML but its own values.
 CHEAP = {
     "steps": 3, "samples": 3, "batch": 2, "draws": 2, "epochs": 2, "train_batch": 4, "window": 4, "stride": 3,
+    "dataset_size": 6, "sub_dataset_size": 4,
 }  # fmt: skip
 
 
@@ -79,7 +81,11 @@ def load(path: Path) -> Any:
     """The method of a YAML, made cheap."""
     node = yaml.safe_load(path.read_text())
     node.pop("name")
-    return build({field: CHEAP.get(field, value) for field, value in node.items()}, path.stem)
+
+    def cheap(node: dict[str, Any]) -> dict[str, Any]:
+        return {k: cheap(v) if isinstance(v, dict) else CHEAP.get(k, v) for k, v in node.items()}
+
+    return build(cheap(node), path.stem)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
@@ -89,6 +95,22 @@ def test_method(path):
     build_model = classifier(roles)
     state = fit_contract(method.fit, build_model, pictures(10, seed=1)) if method.fit else {}
     method_contract(method, build_model, pictures(4), state)
+
+
+@pytest.mark.parametrize("net", ["lstm", "mean"])
+@pytest.mark.parametrize("path", [p for p in METHODS if "text" in load(p).MODALITIES], ids=lambda path: path.stem)
+def test_method_of_texts(path, net):
+    method, build_model = load(path), text_classifier(net)
+    state = fit_contract(method.fit, build_model, texts(10, seed=1)) if method.fit else {}
+    method_contract(method, build_model, texts(4), state)
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_method_says_what_it_explains(path):
+    method = load(path)
+    assert set(method.MODALITIES) <= {"image", "text"}
+    assert method.TEXT_ROLES == () or "text" in method.MODALITIES
+    assert set(method.TOKENS) <= set(method.EXTRAS)
 
 
 def test_there_are_methods():
@@ -177,7 +199,7 @@ BROKEN = [
 class Given:
     """A method that computes what it is given."""
 
-    MAPS, EXTRAS = {"map": ""}, {}
+    MAPS, EXTRAS, TOKENS = {"map": ""}, {}, ()
 
     def __init__(self, compute: Callable[[Classifier, Batch, Noise], Tensor]) -> None:
         self.compute = compute
@@ -194,6 +216,40 @@ def test_the_contract_notices(compute):
 
 def test_the_contract_lets_a_good_method_pass():
     method_contract(Given(lambda model, batch, noise: saliency(model, batch)), classifier(()), pictures(4), {})
+
+
+def token_gradient(model: Classifier, batch: Batch) -> Tensor:
+    front = model.until("embedding", batch.x)
+    score = lambda logits, rows: target_score(logits, batch.target[rows])  # noqa: E731
+    return model.gradient(front.z, score, "embedding", front.rest)[1].sum(2) * batch.mask
+
+
+def counts_padding(model, batch, noise):
+    return token_gradient(model, batch) * batch.x.shape[1]
+
+
+def marks_padding(model, batch, noise):
+    return token_gradient(model, batch) + ~batch.mask
+
+
+def noise_that_is_not_ragged(model, batch, noise):
+    return token_gradient(model, batch) + noise.normal(*batch.x.shape[1:]) * batch.mask
+
+
+def map_of_vectors(model, batch, noise):
+    return token_gradient(model, batch)[:, :, None]
+
+
+@pytest.mark.parametrize(
+    "compute", [counts_padding, marks_padding, noise_that_is_not_ragged, map_of_vectors], ids=lambda f: f.__name__
+)
+def test_the_contract_notices_what_is_wrong_with_texts(compute):
+    with pytest.raises(AssertionError):
+        method_contract(Given(compute), text_classifier("lstm"), texts(4), {})
+
+
+def test_the_contract_lets_a_good_method_of_texts_pass():
+    method_contract(Given(lambda model, batch, _: token_gradient(model, batch)), text_classifier("lstm"), texts(4), {})
 
 
 # ---- docs/how-to/add-a-method.md --------------------------------------------------------------------

@@ -221,3 +221,40 @@ def test_permutations_are_permutations_and_uniform():
 def test_a_gpu_draws_the_same():
     for a, b in zip(draw(Noise(UIDS, 3)), draw(Noise(UIDS, 3, device="cuda"))):
         torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-6 if a.is_floating_point() else 0)
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+def test_ragged_numbers_do_not_depend_on_the_length():
+    def draws(length: int) -> list[torch.Tensor]:
+        noise = Noise(UIDS, 7)
+        return [
+            noise.normal(3, length, 4, ragged=1),
+            noise.uniform(length, ragged=0),
+            noise.normal(5, length, ragged=1),
+            noise.normal(2, 2),  # not ragged, and the same after draws of any length
+            noise.permutation(length, ragged=True),
+        ]
+
+    short, long = draws(5), draws(9)
+    torch.testing.assert_close(long[0][:, :, :5], short[0], rtol=0, atol=0)
+    torch.testing.assert_close(long[1][:, :5], short[1], rtol=0, atol=0)
+    torch.testing.assert_close(long[2][:, :, :5], short[2], rtol=0, atol=0)
+    torch.testing.assert_close(long[3], short[3], rtol=0, atol=0)
+    for one, other in zip(long[4].tolist(), short[4].tolist()):
+        assert [n for n in one if n < 5] == other
+
+
+def test_ragged_numbers_are_as_random_as_others():
+    noise = Noise(["a", "b"], 1)
+    normal, uniform = noise.normal(10, 2000, ragged=1), noise.uniform(2000, 10, ragged=0)
+    assert abs(normal.mean()) < 0.02
+    assert abs(normal.std() - 1) < 0.02
+    assert abs(uniform.mean() - 0.5) < 0.01
+    others = [noise.normal(10, 2000, ragged=1), noise.normal(10, 2000), Noise(["a", "b"], 2).normal(10, 2000, ragged=1)]
+    for other in others:  # every draw is another one
+        assert abs(torch.corrcoef(torch.stack((normal.flatten(), other.flatten())))[0, 1]) < 0.03
+    assert abs(torch.corrcoef(normal.flatten(1))[0, 1]) < 0.03
+    neighbours = torch.corrcoef(torch.stack((normal[:, :, 1:].flatten(), normal[:, :, :-1].flatten())))[0, 1]
+    assert abs(neighbours) < 0.03

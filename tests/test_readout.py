@@ -113,7 +113,7 @@ class Replayed:
     def __init__(self, seed: int) -> None:
         self._random = np.random.RandomState(seed)
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int, ragged: int | None = None) -> Tensor:
         return torch.tensor(self._random.randn(1, *shape).astype(np.float32))
 
 

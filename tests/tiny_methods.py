@@ -46,6 +46,8 @@ class TargetOf:
 
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"target": "none"}
     CURVES: ClassVar[Mapping[str, str]] = {}
 

@@ -62,6 +62,9 @@ class Method(Protocol):
     VERSION: ClassVar[int]  # raised whenever numbers change
     MAPS: ClassVar[Mapping[str, str]]  # name -> one line: unit, sign, resolution
     EXTRAS: ClassVar[Mapping[str, str]] = {}  # other arrays kept per sample, such as losses
+    TOKENS: ClassVar[tuple[str, ...]] = ()  # the EXTRAS that have a place per token of a text, (B, T, ...)
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image",)  # what it explains: "image", "text"
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of a text's net only, beside ``roles``
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -74,7 +77,9 @@ class Method(Protocol):
         return None
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        """Every name in MAPS -> (B, H, W) (text: (B, T)), finite, signed; every EXTRA -> (B, ...).
+        """Every name in MAPS -> (B, H, W), finite, signed; every EXTRA -> (B, ...).
+
+        Of a text a map is (B, T), zero on padding, and does not depend on how much of that there is.
 
         Equal, within floating-point noise, for any batch size and order; leaves the model and
         the batch as they were, also after an error.

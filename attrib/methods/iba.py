@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attrib.methods import Method, State, layout
-from attrib.methods.layout import Layout
+from attrib.methods.layout import Places
 from attrib.methods.losses import target_loss
 from attrib.methods.statistics import FeatureStatistics
 from attrib.models import Classifier, Front
@@ -58,7 +58,7 @@ class Restricted(NamedTuple):
 
 def restrict(
     model: Classifier,
-    role: str,
+    role: str | None,
     front: Front,
     lam: Tensor,
     prior: Gaussian,
@@ -66,15 +66,19 @@ def restrict(
     draws: int,
     target: Tensor,
     relu: bool = False,
+    real: Tensor | None = None,
 ) -> Restricted:
     """Replace the layer's output R by Z = lam R + (1 - lam) eps, eps ~ N(mean, std^2), ``draws`` times.
 
     Z is linear in lambda, so its gradient needs no graph: dL/dlam = sum over draws of
-    dL/dZ (R - eps). Equation 3 of the paper.
+    dL/dZ (R - eps). Equation 3 of the paper. ``real``: see ``optimise``.
     """
     r, lam = front.z.unsqueeze(1), lam.detach().unsqueeze(1)
-    eps = noise.normal(draws, *front.z.shape[1:]).mul_(prior.std).add_(prior.mean)
+    eps = noise.normal(draws, *front.z.shape[1:], ragged=None if real is None else 1)
+    eps.mul_(prior.std).add_(prior.mean)
     z = (lam * r + (1 - lam) * eps).mul_(prior.active)
+    if real is not None:
+        z.mul_(real.unsqueeze(1))
     if relu:
         open_units = z >= 0
         z.clamp_(min=0)
@@ -98,7 +102,7 @@ class Optimised(NamedTuple):
 
 def optimise(
     model: Classifier,
-    role: str,
+    role: str | None,
     front: Front,
     target: Tensor,
     prior: Gaussian,
@@ -111,24 +115,30 @@ def optimise(
     initial_alpha: float = 5.0,
     relu: bool = False,
     smooth: Callable[[Tensor], Tensor] = lambda lam: lam,
+    real: Tensor | None = None,
+    kl: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = capacity,
 ) -> Optimised:
     """Minimise loss + beta * mean capacity over alpha, lambda = smooth(sigmoid(alpha)), by Adam.
 
     All samples at once: Adam works unit by unit and the losses are summed, so each sample sees
-    just what it would see alone.
+    just what it would see alone. ``real`` (B, T, 1) is 0 on the padding of texts, whose units do
+    not exist: they have no capacity, and the mean is taken over the others. Without a role the
+    bottleneck is at the input, ``front.z``; ``kl`` is another capacity than that of this module.
     """
     alpha = torch.full_like(front.z, initial_alpha).requires_grad_()
     optimizer = torch.optim.Adam([alpha], lr=lr)
     curves: list[tuple[Tensor, Tensor]] = []
     last = torch.zeros_like(front.z)
+    units = None if real is None else real.expand_as(front.z).flatten(1).sum(1)
     below_one = 1 - torch.finfo(front.z.dtype).eps  # at lambda = 1 the capacity is infinite
     for _ in range(steps):
         optimizer.zero_grad()
         with torch.enable_grad():
             lam = smooth(alpha.sigmoid()).clamp(max=below_one)
-            nats = capacity(front.z, lam, prior.mean, prior.std) * prior.active
-            info = nats.flatten(1).mean(1)
-        restricted = restrict(model, role, front, lam, prior, noise, draws, target, relu)
+            nats = kl(front.z, lam, prior.mean, prior.std) * prior.active
+            nats = nats if real is None else nats * real
+            info = nats.flatten(1).mean(1) if units is None else nats.flatten(1).sum(1) / units
+        restricted = restrict(model, role, front, lam, prior, noise, draws, target, relu, real)
         torch.autograd.backward([lam, info], [restricted.grad, torch.full_like(info, beta)])
         optimizer.step()
         last = nats.detach()
@@ -145,10 +155,11 @@ class IBA(Method):
     Noise is added to the layer with role ``layer`` so that as little information as possible
     passes while the class is kept; the map is how many bits pass at each place.
 
-    layer   conv map, tokens of a transformer, or vector (see ``layout.Layout``)
+    layer   conv map, tokens of a transformer or of a text, or vector (see ``layout``)
     beta    weight of the information loss, which is a mean over units
     batch   noise draws per step
-    sigma   standard deviation of the smoothing of lambda, in places; None for none
+    sigma   standard deviation of the smoothing of lambda, in places; None for none. Images only: neighbouring
+            words are not alike as neighbouring pixels are
     active_neurons_threshold   units that are non-zero in a smaller share of samples are cut off
     relu    clamp the bottleneck's output at zero, for a layer whose output is never negative
 
@@ -156,13 +167,17 @@ class IBA(Method):
     """
 
     VERSION: ClassVar[int] = 1
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "information in bits per pixel, >= 0, upsampled from the layer"}
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MAPS: ClassVar[Mapping[str, str]] = {
+        "map": "information in bits per pixel, upsampled from the layer, or in bits per token; >= 0"
+    }
     EXTRAS: ClassVar[Mapping[str, str]] = {
-        "capacity": "bits per place of the layer, summed over channels, (h, w)",
+        "capacity": "bits per place of the layer, summed over channels, (h, w) or (T,)",
         "loss": "total loss at each step",
         "loss_model": "cross-entropy of the target at each step",
         "loss_info": "mean capacity in nats at each step, before beta",
     }
+    TOKENS: ClassVar[tuple[str, ...]] = ("capacity",)
 
     layer: str = "bottleneck"
     beta: float = 10.0
@@ -189,10 +204,10 @@ class IBA(Method):
     def fit(self) -> FeatureStatistics:
         return FeatureStatistics(self.layer)
 
-    def optimise(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> tuple[Optimised, Layout]:
+    def optimise(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> tuple[Optimised, Places]:
         """The optimised bottlenecks themselves, for those who want more than the map."""
         front = model.until(self.layer, batch.x)
-        places = Layout.of(front.z, tuple(batch.x.shape[-2:]), self.layout)
+        places = layout.places(batch, front.z, self.layout)
         prior = Gaussian.of(state, self.min_std, self.active_neurons_threshold, front.z)
         found = optimise(
             model,
@@ -207,11 +222,12 @@ class IBA(Method):
             draws=self.batch,
             initial_alpha=self.initial_alpha,
             relu=self.relu,
-            smooth=lambda lam: layout.smooth(places, lam, self.sigma),
+            smooth=lambda lam: places.smooth(lam, self.sigma),
+            real=places.real,
         )
         return found, places
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         found, places = self.optimise(model, batch, state, noise)
-        bits = layout.bits_per_place(places, found.capacity)
-        return {"map": layout.bits_per_pixel(places, bits), "capacity": bits, **found.losses}
+        bits = places.bits(found.capacity)
+        return {"map": places.spread(bits), "capacity": bits, **found.losses}

@@ -1,11 +1,11 @@
-"""Where the places of a layer are: conv maps, tokens of a transformer, plain vectors."""
+"""Where the places of a layer are: conv maps, tokens of a transformer or of a text, plain vectors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from attrib.types import UserError
+from attrib.types import Batch, UserError
 
 Name = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer's output (B, *layer) lies on the image.
+    """How a layer's output (B, *layer) lies on an image.
 
     ``auto`` takes (B, C, H, W) as a conv map, (B, T, C) as tokens and (B, C) as a vector.
     Tokens form a grid of the input's aspect ratio; those that do not fit in it (class token,
@@ -30,6 +30,7 @@ class Layout:
     name: Name
     shape: tuple[int, ...]  # of the layer, without B
     image: tuple[int, int]
+    real: ClassVar[None] = None  # every unit exists; see ``TextLayout``
 
     @classmethod
     def of(cls, z: Tensor, image: tuple[int, int], name: Name = "auto") -> Layout:
@@ -85,28 +86,88 @@ class Layout:
         h, w = self.grid
         return torch.cat((like[:, : -h * w], grid.flatten(2).transpose(1, 2)), dim=1)
 
+    def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
+        """Gaussian smoothing over the places, every channel alone; None or a single place: unchanged.
 
-def smooth(layout: Layout, z: Tensor, sigma: float | None) -> Tensor:
-    """Gaussian smoothing over the places, every channel alone; None or a single place: unchanged.
+        Kernel of 2 * round(2 * sigma) + 1 with reflected borders (IBA, section 3.2 and its code);
+        on maps too small to reflect, the kernel is cut to what fits.
+        """
+        grid = self.to_grid(z)
+        if not sigma or grid.shape[-2:] == (1, 1):
+            return z
+        channels = grid.shape[1]
+        for dim in (-2, -1):
+            radius = min(round(2 * sigma), grid.shape[dim] - 1)
+            if radius < 1:
+                continue
+            offsets = torch.arange(-radius, radius + 1, device=z.device, dtype=z.dtype)
+            kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+            kernel = kernel / kernel.sum()
+            shape, pad = ((-1, 1), (0, 0, radius, radius)) if dim == -2 else ((1, -1), (radius, radius, 0, 0))
+            weight = kernel.reshape(1, 1, *shape).expand(channels, 1, -1, -1)
+            grid = F.conv2d(F.pad(grid, pad, mode="reflect"), weight, groups=channels)
+        return self.from_grid(grid, like=z)
 
-    Kernel of 2 * round(2 * sigma) + 1 with reflected borders (IBA, section 3.2 and its code);
-    on maps too small to reflect, the kernel is cut to what fits.
+    def bits(self, capacity: Tensor) -> Tensor:
+        """(B, *layer) nats -> (B, h, w) bits per place, summed over channels."""
+        return self.to_grid(capacity).sum(1) / math.log(2)
+
+    def spread(self, bits: Tensor) -> Tensor:
+        """(B, h, w) bits per place -> (B, H, W) bits per pixel.
+
+        A place's bits are shared out among its pixels, and the sum over the image is kept except at the
+        border: interpolation mirrors there, so that along each axis the outermost places count 7/8 and
+        their inner neighbours 9/8 (upsampled by a whole number).
+        """
+        (h, w), (height, width) = bits.shape[-2:], self.image
+        return resize(bits, self.image) * (h * w) / (height * width)
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """How a layer's output lies on the tokens of B texts: (B, T, C), a place per token, or (B, C), one for the text.
+
+    mask   (B, T), see ``Batch.mask``
+    real   (B, T, 1) in the layer's dtype, 0 on padding, whose units do not exist; None for a vector
     """
-    grid = layout.to_grid(z)
-    if not sigma or grid.shape[-2:] == (1, 1):
+
+    mask: Tensor
+    real: Tensor | None
+
+    @classmethod
+    def of(cls, z: Tensor, mask: Tensor) -> TextLayout:
+        """Raises UserError for a layer that has neither a place per token nor one in all."""
+        if z.ndim == 3 and z.shape[:2] == mask.shape:
+            return cls(mask, mask.unsqueeze(2).to(z.dtype))
+        if z.ndim == 2:
+            return cls(mask, None)
+        raise UserError(
+            f"a layer whose output is {tuple(z.shape)} has no place for each of the {mask.shape[1]} tokens; "
+            "take one that gives (B, T, C), or (B, C)"
+        )
+
+    def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
+        """Unchanged: neighbouring words are not alike as neighbouring pixels are."""
         return z
-    channels = grid.shape[1]
-    for dim in (-2, -1):
-        radius = min(round(2 * sigma), grid.shape[dim] - 1)
-        if radius < 1:
-            continue
-        offsets = torch.arange(-radius, radius + 1, device=z.device, dtype=z.dtype)
-        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-        kernel = kernel / kernel.sum()
-        shape, pad = ((-1, 1), (0, 0, radius, radius)) if dim == -2 else ((1, -1), (radius, radius, 0, 0))
-        weight = kernel.reshape(1, 1, *shape).expand(channels, 1, -1, -1)
-        grid = F.conv2d(F.pad(grid, pad, mode="reflect"), weight, groups=channels)
-    return layout.from_grid(grid, like=z)
+
+    def bits(self, capacity: Tensor) -> Tensor:
+        """(B, *layer) nats -> (B, T) bits per token, or (B, 1), summed over channels."""
+        bits = capacity.sum(-1) / math.log(2)
+        return bits if self.real is not None else bits[:, None]
+
+    def spread(self, bits: Tensor) -> Tensor:
+        """-> (B, T) bits per token; those of a vector are shared out equally."""
+        return bits if self.real is not None else bits * self.mask / self.mask.sum(1, keepdim=True)
+
+
+Places = Layout | TextLayout
+
+
+def places(batch: Batch, z: Tensor, name: Name = "auto") -> Places:
+    """The layout of a layer's output for these inputs; ``name`` is for images. Raises UserError."""
+    if batch.mask is not None:
+        return TextLayout.of(z, batch.mask)
+    return Layout.of(z, tuple(batch.x.shape[-2:]), name)
 
 
 @cache
@@ -129,19 +190,3 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
         torch.from_numpy(_resize_matrix(old, new)).to(maps) for old, new in zip(maps.shape[-2:], size, strict=True)
     )
     return rows @ maps @ columns.T
-
-
-def bits_per_place(layout: Layout, capacity: Tensor) -> Tensor:
-    """(B, *layer) nats -> (B, h, w) bits, summed over channels."""
-    return layout.to_grid(capacity).sum(1) / math.log(2)
-
-
-def bits_per_pixel(layout: Layout, bits: Tensor) -> Tensor:
-    """(B, h, w) bits per place -> (B, H, W) bits per pixel.
-
-    A place's bits are shared out among its pixels, and the sum over the image is kept except at the
-    border: interpolation mirrors there, so that along each axis the outermost places count 7/8 and
-    their inner neighbours 9/8 (upsampled by a whole number).
-    """
-    (h, w), (height, width) = bits.shape[-2:], layout.image
-    return resize(bits, layout.image) * (h * w) / (height * width)

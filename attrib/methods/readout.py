@@ -164,7 +164,7 @@ class ReadoutFit:
         grid = infer(net, reading.features)
         like = grid.mean((2, 3))[:, None].expand(r.shape) if places.name == "tokens" else r
         alpha = places.from_grid(grid, like)
-        lam = layout.smooth(places, alpha.sigmoid(), self.sigma)
+        lam = places.smooth(alpha.sigmoid(), self.sigma)
         prior = reading.prior
         return Predicted(alpha, lam, capacity(r, lam, prior.mean, prior.std) * prior.active)
 
@@ -337,5 +337,5 @@ class IBAReadout(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         predicted, reading = self.predict(model, batch, state)
-        bits = layout.bits_per_place(reading.places, predicted.capacity)
-        return {"map": layout.bits_per_pixel(reading.places, bits), "capacity": bits}
+        bits = reading.places.bits(predicted.capacity)
+        return {"map": reading.places.spread(bits), "capacity": bits}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attrib.methods import FitData, Partial, State
+from attrib.methods.layout import places
 from attrib.models import Classifier
 from attrib.types import UserError
 
@@ -40,7 +41,7 @@ class Moments:
         self.n += n
 
     def state(self) -> State:
-        """mean, std, active (share of samples where the unit is not zero), n. Needs two samples."""
+        """mean, std, active (share of rows where the unit is not zero), n. Needs two rows."""
         if self.n < 2:
             raise UserError(f"feature statistics need at least 2 samples, the estimation set has {self.n}")
         return {
@@ -53,7 +54,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Fits the moments of the layer with this role (IBA, section 3.1: mu_R and sigma_R)."""
+    """Fits the moments of the layer with this role (IBA, section 3.1: mu_R and sigma_R).
+
+    Of a text's layer (B, T, C) every real token is one observation of its C units, so that padding
+    counts nothing and long texts more: the moments are (C,). (InputIBA's code counts texts, and
+    averages over padding.)
+    """
 
     VERSION: ClassVar[int] = 1
     TARGETS: ClassVar[bool] = False
@@ -64,8 +70,11 @@ class FeatureStatistics:
         return (self.layer,)
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        moments = Moments()
+        moments, seen = Moments(), 0
         for batch in data:
-            moments.add(model.until(self.layer, batch.x).z)
-            report(f"feature statistics of {model.path(self.layer)}: {moments.n} / {len(data.uids)} samples")
+            z = model.until(self.layer, batch.x).z
+            per_token = batch.mask is not None and places(batch, z).real is not None
+            moments.add(z[batch.mask] if per_token else z)
+            seen += len(batch)
+            report(f"feature statistics of {model.path(self.layer)}: {seen} / {len(data.uids)} samples")
         return moments.state()
