@@ -51,6 +51,8 @@ class EHR:
 
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = True
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
+    roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"ehr": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
         "ehr_curve": "x: quantile of the effective heats, 0 to 1 in equal steps; y: heat in the region per pixel"

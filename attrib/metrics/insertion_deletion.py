@@ -1,4 +1,4 @@
-"""Insertion and deletion: the target's score while pixels appear, or vanish, in the map's order."""
+"""Insertion and deletion: the target's score while pixels or words appear, or vanish, in the map's order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid
+from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
+
+EQUAL_STEPS = 100  # on which the curve of a text is stored where ``steps`` is not set
 
 
 @dataclass(frozen=True)
@@ -22,41 +25,57 @@ class InsertionDeletion:
 
     Deletion replaces the pixels of the image by a baseline, the highest values of the map first;
     insertion starts from a baseline and brings the image's pixels back in the same order. The curve
-    is the target's score over the fraction of pixels replaced, 0 to 1 inclusive, and the column its
-    area by the trapezoid rule over these fractions. ``insertion_deletion`` is their difference.
+    is the target's score over the number of pixels replaced, and the column its area by the
+    trapezoid rule, in units of the curve's whole width: the mean score on the way.
+    ``insertion_deletion`` is their difference.
 
-    steps                number of steps, of equal size up to one pixel (curve length steps + 1)
-    step                 or else pixels per step; the last step may have fewer. Set exactly one
-    deletion_baseline,   "zero": 0 of the normalised image, "mean": the image's mean per channel,
-    insertion_baseline   "blur": see ``perturb.baseline``
+    Of a text the units are the words: all tokens of a word go together, in the order of the sum of
+    their values; special tokens stay. A text with fewer words than steps has a point for every word,
+    and no text is scored twice. Curves of texts are stored interpolated linearly, on equal steps of
+    their width (``steps``, or 100 where it is not set), those of images as they were scored.
+
+    steps                number of steps, of equal size up to one unit (curve length steps + 1)
+    step                 or else units per step; the last step may have fewer. Set exactly one
+    fraction             share of the units, in (0, 1], at which the curve ends; at least one unit.
+                         The area is over this width, so that a score of 1 throughout gives 1
+    words                texts only, both curves: what stands for a word that is not there, "zero" vectors
+                         at the layer embedding, the net's "mask" token, or nothing, "delete" (the rest
+                         moves together); see ``words.score_without``
+    deletion_baseline,   images only. "zero": 0 of the normalised image, "mean": the image's mean per
+    insertion_baseline   channel, "blur": see ``perturb.baseline``
     sigma, kernel        of the blur, in pixels. kernel null is 2 sigma - 1, as in InputIBA's released
                          code; RISE's own has sigma 5, kernel 11. So narrow a window is nearly a box:
                          on large images the blurred start may keep much of the score
     output               "probability": softmax of the target, or "logit". Multi-label: the mean over
                          the positive labels, of sigmoids or logits; see ``perturb.target_score``
     as_released          InputIBA's convention: no score of the unperturbed start, area with dx = 1 / length
-                         instead of the fractions (constant 1 gives 1 - 1 / length). Its other
-                         fault, a live tensor scored instead of copies, is not reproduced
+                         instead of the fractions (constant 1 gives 1 - 1 / length, a single point 0). Its
+                         texts had words "zero", fraction 0.4 and step 10. Its other fault, a live tensor
+                         scored instead of copies, is not reproduced
 
     Only the map's order counts. Equal values are ordered at random by the sample's own stream,
-    see ``perturb.ranks``. A map with NaN or infinite values scores NaN. Costs two curve lengths of
-    forward passes a sample.
+    see ``perturb.ranks``. A map with NaN or infinite values, and a text without words (only special
+    tokens), scores NaN. Costs two curve lengths of forward passes a sample, for words "zero" of the
+    net's part behind the embedding.
     """
 
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, str]] = {
         "insertion": "higher",
         "deletion": "lower",
         "insertion_deletion": "higher",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
-        "insertion_curve": "x: fraction of pixels inserted, highest first; y: score of the target",
-        "deletion_curve": "x: fraction of pixels deleted, highest first; y: score of the target",
+        "insertion_curve": "x: fraction of pixels or words inserted, highest first; y: score of the target",
+        "deletion_curve": "x: fraction of pixels or words deleted, highest first; y: score of the target",
     }
 
     steps: int | None = 100
     step: int | None = None
+    fraction: float = 1.0
+    words: Removal = "zero"
     deletion_baseline: Baseline = "zero"
     insertion_baseline: Baseline = "blur"
     sigma: float = 5.0
@@ -66,11 +85,14 @@ class InsertionDeletion:
 
     def __post_init__(self) -> None:
         if (self.step is None) == (self.steps is None):
-            raise UserError("InsertionDeletion: set exactly one of step (pixels a step) and steps, the other to null")
+            raise UserError("InsertionDeletion: set exactly one of step (units a step) and steps, the other to null")
         for field in ("step", "steps"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f"InsertionDeletion.{field} is {getattr(self, field)}, must be at least 1")
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"InsertionDeletion.fraction is {self.fraction}, must lie in (0, 1]")
         for field, allowed in (
+            ("words", REMOVALS),
             ("deletion_baseline", BASELINES),
             ("insertion_baseline", BASELINES),
             ("output", OUTPUTS),
@@ -84,19 +106,43 @@ class InsertionDeletion:
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
             raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be odd")
 
-    def replaced(self, pixels: int) -> list[int]:
-        """Number of pixels replaced at each point of the curve, for an image of ``pixels`` pixels."""
-        if self.step is not None:
-            counts = [*range(0, pixels, self.step), pixels]
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("embedding",) if self.words == "zero" else ()
+
+    def counts(self, units: Tensor) -> Tensor:
+        """(B,) numbers of pixels or words -> (B, P): how many are replaced at each point, the last ones may repeat.
+
+        Where there are fewer units than steps, others repeat too.
+        """
+        # 1e-9, because 0.29 * 100 is below 29.
+        limit = (self.fraction * units.double() + 1e-9).long().clamp(min=1)[:, None]
+        if self.steps is not None:
+            points = torch.arange(self.steps + 1, device=units.device) * limit // self.steps
         else:
-            counts = [k * pixels // self.steps for k in range(self.steps + 1)]
-        return counts[1:] if self.as_released else counts
+            most = -(-int(limit.max()) // self.step)
+            points = (torch.arange(most + 1, device=units.device) * self.step).minimum(limit)
+        return points[:, 1:].clamp(min=1) if self.as_released else points
+
+    def replaced(self, units: int) -> list[int]:
+        """``counts`` for one image or text."""
+        return self.counts(torch.tensor([units]))[0].tolist()
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """``map`` (B, H, W) -> three columns (B,) and two curves (B, S), float64 on the model's device.
+        """``map`` (B, H, W), text (B, T) -> three columns (B,) and two curves (B, S), float64 on the model's device.
 
-        Raises ValueError if the inputs are not images (B, C, H, W) of the map's size.
+        Raises ValueError if the inputs are not images (B, C, H, W) or texts (B, T) of the map's size.
         """
+        curves = self._images if batch.words is None else self._texts
+        insertion, deletion, counts = curves(model, batch, map, noise)
+        columns = {"insertion": self._area(insertion, counts), "deletion": self._area(deletion, counts)}
+        columns["insertion_deletion"] = columns["insertion"] - columns["deletion"]
+        if batch.words is not None:
+            insertion, deletion = self._resampled(insertion, counts), self._resampled(deletion, counts)
+        return {**columns, "insertion_curve": insertion, "deletion_curve": deletion}
+
+    def _images(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+        """Both curves and the counts at their points, (B, S) each."""
         if batch.x.ndim != 4 or map.shape != (len(batch), *batch.x.shape[2:]):
             raise ValueError(
                 f"InsertionDeletion: a map of shape {tuple(map.shape)} does not fit inputs of shape "
@@ -106,27 +152,54 @@ class InsertionDeletion:
         rank = ranks(map.detach(), noise.child("ties")).to(model.device)
         defined = map.isfinite().flatten(1).all(dim=1).nonzero().squeeze(1).to(model.device)
         x, target = batch.x.to(model.device, model.dtype)[defined], batch.target.to(model.device)[defined]
-        counts = torch.tensor(self.replaced(math.prod(map.shape[1:])), device=model.device)
+        counts = self.counts(torch.tensor([math.prod(map.shape[1:])], device=model.device))
+        distinct, place = counts[0].unique(return_inverse=True)
         rank = rank[defined, None]
 
         def curve(start: Tensor, end: Tensor) -> Tensor:
             """(B, S): the score while the pixels of ``start`` become those of ``end``."""
 
             def images(sample: Tensor, column: Tensor) -> Tensor:
-                replaced = rank[sample] < counts[column, None, None, None]
+                replaced = rank[sample] < distinct[column, None, None, None]
                 return torch.where(replaced, end[sample], start[sample])
 
-            scores = torch.full((len(batch), len(counts)), torch.nan, dtype=torch.float64, device=model.device)
-            scores[defined] = score_grid(model, target, len(counts), images, self.output)
+            scores = torch.full((len(batch), len(place)), torch.nan, dtype=torch.float64, device=model.device)
+            scores[defined] = score_grid(model, target, len(distinct), images, self.output)[:, place]
             return scores
 
         insertion = curve(baseline(x, self.insertion_baseline, self.sigma, self.kernel), x)
         deletion = curve(x, baseline(x, self.deletion_baseline, self.sigma, self.kernel))
-        columns = {"insertion": self._area(insertion, counts), "deletion": self._area(deletion, counts)}
-        columns["insertion_deletion"] = columns["insertion"] - columns["deletion"]
-        return {**columns, "insertion_curve": insertion, "deletion_curve": deletion}
+        return insertion, deletion, counts.expand_as(insertion)
+
+    def _texts(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+        """Both curves and the counts at their points, (B, P) each."""
+        batch = batch.to(model.device)
+        ordered = order(batch, map, noise)
+        counts = self.counts(ordered.count)
+        # Deleted are the first words, not yet inserted the last. In one call, as the curves share their ends.
+        first = torch.cat((torch.zeros_like(counts), counts), dim=1)
+        last = torch.cat((counts, ordered.count[:, None].expand_as(counts)), dim=1)
+        scores = score_without(model, batch, ordered, first, last, self.words, self.output)
+        deletion, insertion = scores.chunk(2, dim=1)
+        return insertion, deletion, counts
 
     def _area(self, curve: Tensor, counts: Tensor) -> Tensor:
+        """(B, P), (B, P) -> (B,); points that repeat have no width."""
         if self.as_released:
-            return torch.trapezoid(curve, dx=1.0 / curve.shape[1], dim=1)
-        return torch.trapezoid(curve, counts.to(curve.dtype) / counts[-1], dim=1)
+            new = torch.ones_like(counts, dtype=curve.dtype)
+            new[:, 1:] = counts.diff(dim=1) > 0
+            inner = (curve * new).sum(dim=1) - (curve[:, 0] + curve[:, -1]) / 2
+            return inner * (1.0 / new.sum(dim=1))
+        return torch.trapezoid(curve, counts.to(curve.dtype) / counts[:, -1:], dim=1)
+
+    def _resampled(self, curve: Tensor, counts: Tensor) -> Tensor:
+        """(B, P), (B, P) -> (B, S): linear between the points, on equal steps of the width. One S for all texts."""
+        steps = self.steps or EQUAL_STEPS
+        points = counts.to(curve.dtype)
+        wanted = torch.arange(1 if self.as_released else 0, steps + 1, device=curve.device).to(curve.dtype) / steps
+        wanted = wanted * points[:, -1:]
+        right = torch.searchsorted(points, wanted, right=True).clamp(max=points.shape[1] - 1)
+        left = (right - 1).clamp(min=0)
+        start, width = points.gather(1, left), points.gather(1, right) - points.gather(1, left)
+        weight = torch.where(width > 0, (wanted - start) / width, 0.0).clamp(0.0, 1.0)
+        return curve.gather(1, left) * (1 - weight) + curve.gather(1, right) * weight

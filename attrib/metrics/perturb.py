@@ -1,7 +1,8 @@
-"""Perturbed copies of images, made and scored in blocks: the engine of the perturbation metrics.
+"""Perturbed copies of inputs, made and scored in blocks: the engine of the perturbation metrics.
 
 A metric describes its perturbed images by one function of (sample, column); ``score_grid`` calls it
 for at most ``model.rows`` images at a time, so that memory does not grow with the number of columns.
+``score_rows`` does the same for any list of rows; ``words`` makes those of texts.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ BASELINES: tuple[str, ...] = get_args(Baseline)
 OUTPUTS: tuple[str, ...] = get_args(Output)
 
 
-def ranks(map: Tensor, noise: Noise) -> Tensor:
+def ranks(map: Tensor, noise: Noise, ragged: bool = False) -> Tensor:
     """(B, *spatial) -> int64 of the same shape: 0 for the sample's largest value, then 1, 2, ...
 
     Equal values are ordered by a random permutation from the sample's own stream, so that ties
     favour no position, and the order is the same for every map of a sample, alone or in a batch.
+    ``ragged``: values of -inf behind a sample's own ones do not change the order of these.
     """
     values = map.flatten(1)
-    shuffle = noise.permutation(values.shape[1]).to(map.device)
+    shuffle = noise.permutation(values.shape[1], ragged).to(map.device)
     order = shuffle.gather(1, values.gather(1, shuffle).argsort(dim=1, descending=True, stable=True))
     place = torch.arange(values.shape[1], device=map.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place).view(map.shape)
@@ -78,6 +80,24 @@ def target_score(logits: Tensor, target: Tensor, output: Output) -> Tensor:
 
 
 @torch.no_grad()
+def score_rows(
+    model: Classifier,
+    target: Tensor,
+    sample: Tensor,
+    logits: Callable[[slice], Tensor],
+    output: Output = "probability",
+) -> Tensor:
+    """The target's score of N perturbed rows, of which row i was made from sample ``sample[i]``: (N,) float64.
+
+    ``logits(rows)`` makes a block of at most ``model.rows`` rows on the model's device and returns
+    what the net says about them, (R, K). A block that runs out of memory is made again, smaller.
+    """
+    target = target.to(model.device)
+    if len(sample) == 0:
+        return torch.zeros(0, dtype=torch.float64, device=model.device)
+    return model.chunked(lambda rows: target_score(logits(rows), target[sample[rows]], output), len(sample))
+
+
 def score_grid(
     model: Classifier,
     target: Tensor,
@@ -89,16 +109,9 @@ def score_grid(
 
     ``images(sample, column)`` gets two index vectors (R,), R at most ``model.rows``, on the model's
     device, and returns the images (R, *input). The grid runs on over the samples, so that all
-    blocks but the last are full, and a block that runs out of memory is made again, smaller.
+    blocks but the last are full.
     """
-    target = target.to(model.device)
-    total = len(target) * columns
-    if total == 0:
-        return torch.zeros(len(target), columns, dtype=torch.float64, device=model.device)
-
-    def block(rows: slice) -> Tensor:
-        row = torch.arange(rows.start, rows.stop, device=model.device)
-        sample = row // columns
-        return target_score(model.module(images(sample, row % columns)), target[sample], output)
-
-    return model.chunked(block, total).view(len(target), columns)
+    row = torch.arange(len(target) * columns, device=model.device)
+    sample, column = row // columns, row % columns
+    scores = score_rows(model, target, sample, lambda r: model.module(images(sample[r], column[r])), output)
+    return scores.view(len(target), columns)
