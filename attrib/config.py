@@ -7,16 +7,20 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from torch import nn
 
 from attrib import keys
-from attrib.datasets import Selection
+from attrib.datasets import Encoder, Selection, TextDataset
 from attrib.experiment import Experiment
+from attrib.metadata import read_metadata, resolve
 from attrib.models import Classifier, load_weights
 from attrib.models.zoo import input_of
 from attrib.plan import Options
@@ -27,6 +31,22 @@ Node = Mapping[str, Any]
 
 DTYPES = ("float32", "float64")
 INPUT = ("size", "mean", "std", "resize", "resize_size", "interpolation")  # the fields of model.input
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values. Raises UserError if a value is missing, or stands for one that is."""
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except InterpolationKeyError as error:
+        if isinstance(config.get("model"), DictConfig) and "model.input" in str(error):
+            name, image = (config[part].get("name", part) for part in ("model", "dataset"))
+            raise UserError(
+                f"dataset {image} holds images, and model {name} does not say how it wants them (model.input): "
+                "is it for texts?"
+            ) from error
+        raise UserError(str(error)) from error
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from error
 
 
 def _known(what: str, given: str, known: list[str]) -> str:
@@ -158,11 +178,19 @@ def build(node: Node, where: str) -> Any:
         raise UserError(f"{where}: {node['_target_']} cannot be built: {type(cause).__name__}: {cause}") from error
 
 
-def _build_as(part: str, member: str, node: Node, where: str) -> Any:
-    """Builds a part of an experiment, which is known by a member that no other part has."""
+# What a part of an experiment must have; see the protocols in the packages of the same names.
+MEMBERS = {
+    "dataset": ("fingerprint", "batch", "uids", "key", "names", "modality", "box_area"),
+    "method": ("attribute", "VERSION", "MAPS", "EXTRAS", "TOKENS", "MODALITIES", "TEXT_ROLES", "roles", "fit"),
+    "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "MODALITIES", "roles"),
+}
+
+
+def _build_as(part: str, node: Node, where: str) -> Any:
     made = build(node, where)
-    if not hasattr(made, member):
-        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {member!r}")
+    missing = [name for name in MEMBERS[part] if not hasattr(made, name)]
+    if missing:
+        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}")
     if part != "dataset":
         try:
             keys.spec(made)
@@ -183,18 +211,53 @@ def _filled(given: Node, known: Node) -> dict[str, Any]:
     return full
 
 
+def with_checkpoint(config: Node) -> Node:
+    """The configuration with the arguments that the net of a trained checkpoint was built with.
+
+    They replace those of the model YAML, which are what a training would start from: no others fit.
+
+    Raises UserError if there is no such file, or it holds another kind of net.
+    """
+    model, where = config["model"], _where(config, "model")
+    path = model.get("checkpoint")
+    if not path:
+        return config
+    if not resolve(str(path)).is_file():
+        folder = Path(str(path)).parent
+        ours = folder.parent.name == "train"  # where tools/train.py puts them
+        how = f"; make it with python tools/train.py train={folder.name}" if ours else ""
+        raise UserError(f"{where}: checkpoint: no such file: {path}{how}")
+    trained, own = read_metadata(str(path)), _net(model)
+    net, wanted = (str(t).rpartition(".")[2] for t in (trained.get("target", own["_target_"]), own["_target_"]))
+    if net != wanted:
+        raise UserError(f"{where}: checkpoint: {path} holds a {net}, not a {wanted}")
+    # A file may say with what a net is built, but not name anything to be built.
+    plain = {k: v for k, v in trained.get("arguments", {}).items() if k in own and not k.startswith("_") and _plain(v)}
+    return {**config, "model": {**model, **plain}}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | None) or (isinstance(value, list) and all(map(_plain, value)))
+
+
 def with_input(config: Node) -> Node:
     """The configuration without nulls in ``model.input``.
 
     They stand for what the library that the net comes from says of its weights. The nulls that
     the transforms of the dataset took over from there are filled as well; what is given stays.
+    The input of a text net is an encoder, and has none.
 
     Raises UserError that names the fields of which the library says nothing.
     """
     model, where = config["model"], _where(config, "model")
     given = model.get("input")
     if not isinstance(given, Mapping):
-        raise UserError(f"{where}: no input; it says how images are prepared: {', '.join(INPUT)}")
+        raise UserError(
+            f"{where}: no input; it says how images are prepared ({', '.join(INPUT)}), "
+            "or texts (the _target_ of an encoder)"
+        )
+    if _is_node(given):
+        return config
     if all(v is not None for k, v in given.items() if k != "resize_size"):
         return config
     builder, arguments = _checked(_net(model), where)
@@ -224,10 +287,11 @@ def _net(model: Node) -> dict[str, Any]:
 
 def classifier(node: Node, options: Options, where: str = "model") -> Classifier:
     """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``."""
-    arguments = _net(node)
-    size = _field(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
-    mean = _field(f"{where}: input.mean", tuple[float, ...], node["input"].get("mean"))
-    height, width = (size, size) if isinstance(size, int) else size
+    arguments, shape = _net(node), None
+    if not _is_node(node["input"]):
+        size = _field(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
+        mean = _field(f"{where}: input.mean", tuple[float, ...], node["input"].get("mean"))
+        shape = (len(mean), size, size) if isinstance(size, int) else (len(mean), *size)
     layers = node.get("layers") or {}
     if not isinstance(layers, Mapping):
         raise UserError(f"{where}: layers must give a path to each role, not {layers!r}")
@@ -238,14 +302,17 @@ def classifier(node: Node, options: Options, where: str = "model") -> Classifier
         raise UserError(f"{where}: {arguments['_target_']} gives {type(net).__name__}, not a torch.nn.Module")
     if node.get("checkpoint"):
         load_weights(net, str(node["checkpoint"]), node.get("match", "name"))
+    known = getattr(net, "default_layers", {})
+    paths = {role: known.get(role) if path is None else str(path) for role, path in layers.items()}
     return Classifier(
         net,
-        {role: None if path is None else str(path) for role, path in layers.items()},  # a layer may be called 5
+        paths,
         rows=options.rows,
         device=parse_device(options.device),
         dtype=getattr(torch, options.dtype),
-        spec=_without(arguments, "weights", "pretrained"),  # where weights come from; they are in the key themselves
-        input_shape=(len(mean), height, width),
+        # Where weights come from does not matter: they are in the key themselves.
+        spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
+        input_shape=shape,
     )
 
 
@@ -262,30 +329,27 @@ def experiment(config: Node) -> Experiment:
         if not isinstance(config.get(part), Mapping):
             raise UserError(f"no {part} chosen; add {part}=... (see configs/{part}/)")
     options = options_of(config["run"])
-    config = with_input(config)
+    config = with_input(with_checkpoint(config))
     data, method_node = config["dataset"], config["method"]
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
     reserved = ("name", "target", "select", "estimation")
     where = {part: _where(config, part) for part in names}
-    method = _build_as("method", "attribute", _without(method_node, "name"), where["method"])
+    method = _build_as("method", _without(method_node, "name"), where["method"])
     metrics = {
-        name: _build_as("metric", "score", node, f"configs/metric/{name}.yaml")
+        name: _build_as("metric", node, f"configs/metric/{name}.yaml")
         for name, node in (config.get("metric") or {}).items()
         if node
     }
-    dataset = _build_as("dataset", "fingerprint", _without(data, *reserved), where["dataset"])
+    dataset = _build_as("dataset", _without(data, *reserved), where["dataset"])
     model = classifier(config["model"], options, where["model"])
-    for role in (*method.roles, *(method.fit.roles if method.fit else ())):
-        model.path(role)
-
     estimation, estimation_select = None, Selection()
     if method.fit is not None:
         node, at = data.get("estimation"), f"{where['dataset']}: estimation"
         if node is None:
             raise UserError(f"{where['dataset']}: {names['method']} is fitted on data first; add estimation: ...")
-        estimation = _build_as("dataset", "fingerprint", _without(node, *reserved), at)
+        estimation = _build_as("dataset", _without(node, *reserved), at)
         estimation_select = _selection(node, f"{at}.select")
-    return Experiment(
+    cell = Experiment(
         names=names,
         dataset=dataset,
         target=data.get("target", "label"),
@@ -298,6 +362,23 @@ def experiment(config: Node) -> Experiment:
         seed=_field("seed", int, config.get("seed", 0)),
         config={k: v for k, v in config.items() if k != "run"},
     )
+    for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
+        model.path(role)
+    if isinstance(dataset, TextDataset):
+        _check_ids(dataset.encoder, model, where["model"])
+    return cell
+
+
+def _check_ids(encoder: Encoder | None, model: Classifier, where: str) -> None:
+    """A net that takes other ids for padding, or has fewer of them, would be wrong in silence."""
+    if encoder is None or "embedding" not in model.layers:
+        return
+    net, embedding = model.module, model.layer("embedding")
+    if encoder.pad != net.pad_id or encoder.size > embedding.num_embeddings:
+        raise UserError(
+            f"{where}: the net has {embedding.num_embeddings} ids and pads with {net.pad_id}, but its input has "
+            f"{encoder.size} and pads with {encoder.pad}: its vocabulary is not the one that the net was trained with"
+        )
 
 
 def _selection(node: Node, where: str) -> Selection:

@@ -41,6 +41,18 @@ class Experiment:
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a method or metric of other data than the dataset holds."""
+        holds = self.dataset.modality
+        fitting = ",".join(name for name, metric in self.metrics.items() if holds in metric.MODALITIES)
+        advice = dict.fromkeys(self.metrics, f"take metric=[{fitting}]")
+        for name, part in {self.names["method"]: self.method, **self.metrics}.items():
+            if holds not in part.MODALITIES:
+                raise UserError(
+                    f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "
+                    f"{holds}; {advice.get(name, 'README.md lists the methods for it')}"
+                )
+
     def samples(self, uids: Sequence[str], batch: int) -> Samples:
         return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
 
@@ -73,6 +85,12 @@ class Experiment:
         """Of the inputs kept for the report, which bear the name of the class that the model is asked for."""
         return keys.digest(self.dataset_key, self.model.key)[:8]
 
+    @property
+    def layers(self) -> dict[str, str]:
+        """Role -> path of the layers that the method reads. Raises UserError if the model does not have one."""
+        text = self.method.TEXT_ROLES if self.dataset.modality == "text" else ()
+        return self._layers([*self.method.roles, *text])
+
     def _layers(self, roles: Sequence[str]) -> dict[str, str]:
         return {role: self.model.path(role) for role in roles}
 
@@ -85,11 +103,13 @@ class Experiment:
 
     def cell_key(self, state_key: str | None) -> str:
         return keys.digest(
-            self.dataset_key, self.model.key, self._layers(self.method.roles), self.method, self.seed, state_key
+            self.dataset_key, self.model.key, self.layers, self.method, self.seed, state_key
         )
 
     def metric_key(self, name: str) -> str:
-        return keys.digest(self.metrics[name], self.seed)
+        metric = self.metrics[name]
+        read = self._layers([role for role in metric.roles if role in self.model.layers])
+        return keys.digest(metric, self.seed, *([read] if read else []))
 
     def folder(self, cell_key: str) -> str:
         """Names are labels that people choose: only plain characters become part of a path."""

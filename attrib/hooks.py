@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import numpy as np
 from mmengine.hooks import Hook
 from PIL import Image
 from tqdm import tqdm
 
-from attrib.pictures import overlay
+from attrib.pictures import overlay, words
 from attrib.store import write_atomic
 from attrib.types import Batch, SampleError
 
@@ -75,15 +78,24 @@ class ScalarHook(Hook):
         runner.visualizer.add_scalars(scalars, step=batch_idx)
 
 
-def picture_path(folder: Path, uid: str) -> Path:
+def picture_path(folder: Path, uid: str, suffix: str = ".png") -> Path:
     """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it."""
     parts = [quote(part, safe=" ,+=@()") for part in uid.split("/")]
     parts = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in parts]
-    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}.png")
+    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}{suffix}")
+
+
+def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
+    """A text with coloured words as a page of its own."""
+    spans = (
+        f'<span style="background:{word.ground};color:{word.ink};padding:1px 3px">{escape(word.text)}</span>'
+        for word in words(tokens, map)
+    )
+    return f"<!doctype html><meta charset=utf-8><title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
 
 
 class PictureHook(Hook):
-    """``masks/<map>/<uid>.png``: each map over its image (``run.png=true``).
+    """``masks/<map>/<uid>.png``: each map over its image; ``.html``: the words of a text (``run.png=true``).
 
     Drawn after each batch; at the end also for maps that were there already and have no picture.
     """
@@ -102,11 +114,18 @@ class PictureHook(Hook):
     def _draw(self, runner: AttributionRunner, uid: str, step: int, *, replace: bool) -> None:
         plan = runner.attribution.plan
         names = plan.experiment.method.MAPS
-        paths = {name: picture_path(plan.cell.folder / "masks" / name, uid) for name in names}
+        text = plan.experiment.dataset.modality == "text"
+        suffix = ".html" if text else ".png"
+        paths = {name: picture_path(plan.cell.folder / "masks" / name, uid, suffix) for name in names}
         if not replace and all(path.exists() for path in paths.values()):
             return
         try:
             arrays = plan.cell.maps.read(plan.key(uid), names)
+            if text:
+                tokens = plan.experiment.dataset.tokens(uid)
+                for name, path in paths.items():
+                    write_atomic(path, words_page(uid, tokens, arrays[name]).encode())
+                return
             picture = plan.experiment.dataset.picture(uid)
             roi = plan.experiment.dataset.batch([uid]).roi
         except (KeyError, OSError, SampleError):

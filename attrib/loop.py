@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ class Loop(BaseLoop):
         done = 0
         self.stage, self.total = stage.rpartition(".")[0] or stage, len(todo)
         samples = self.samples if stage == "maps" else self.plan.experiment.stored_samples(todo, self.options.batch)
-        chunks = samples.chunks(todo)
+        chunks = samples.chunks(self._together(todo))
         for chunk, (batch, unread) in zip(chunks, samples.load(chunks)):
             start = time.perf_counter()
             for uid, reason in unread:
@@ -151,6 +151,20 @@ class Loop(BaseLoop):
             self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
             self._iteration += 1
             flush()
+
+    def _together(self, uids: Sequence[str]) -> Sequence[str]:
+        """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise."""
+        dataset = self.plan.experiment.dataset
+        if dataset.modality != "text" or self.options.batch == 1:
+            return uids
+
+        def length(uid: str) -> int:
+            try:
+                return len(dataset.tokens(uid))
+            except SampleError:
+                return 0  # the ledger will say so
+
+        return sorted(uids, key=lambda uid: (length(uid), uid))
 
     def _look_again(self, uids: Sequence[str]) -> None:
         """Take the fingerprints of files that could not be read when the run was planned, and now could."""
@@ -186,7 +200,9 @@ class Loop(BaseLoop):
                 if not finite[i]:
                     self._fail(uid, "maps", "the map has NaN or infinite values")
                     continue
-                one = {name: value[i] for name, value in arrays.items()}
+                length = None if batch.lengths is None else int(batch.lengths[i])
+                per_token = () if length is None else (*method.MAPS, *method.TOKENS)
+                one = {name: value[i, :length] if name in per_token else value[i] for name, value in arrays.items()}
                 cell.maps.add(uid, work.fingerprints[uid], one, target=_plain(batch.target[i]), **cost)
                 self.summary.maps_computed += 1
             return _only(batch.uids, arrays, finite)
@@ -211,6 +227,8 @@ class Loop(BaseLoop):
             spatial = key not in method.MAPS or value.shape[1:] == tuple(batch.x.shape[-(value.ndim - 1) :])
             if value.shape[:1] != (len(batch),) or not spatial or (key in method.MAPS and value.ndim < 2):
                 raise UserError(f"{name}: {key} has shape {value.shape} for inputs {tuple(batch.x.shape)}")
+            if batch.mask is not None and key in method.MAPS and value[~batch.mask.cpu().numpy()].any():
+                raise UserError(f"{name}: {key} is not zero on the padding of the texts")
 
     def _keep_pictures(self) -> None:
         """The first inputs as the network sees them, so that a report needs no dataset."""
@@ -225,7 +243,7 @@ class Loop(BaseLoop):
             try:
                 batch = self.samples.batch([uid])
                 self._look_again([uid])
-                arrays = {"image": experiment.dataset.picture(uid)}
+                arrays, info = self._picture(uid)
             except UserError:
                 raise
             except Exception:
@@ -234,8 +252,16 @@ class Loop(BaseLoop):
                 arrays["roi"] = batch.roi[0].cpu().numpy()
             target = _plain(batch.target[0])
             name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
-            pictures.add(*self.plan.key(uid), arrays, name=name, target=target)
+            pictures.add(*self.plan.key(uid), arrays, name=name, target=target, **info)
         pictures.flush()
+
+    def _picture(self, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What a person needs to see of a sample: arrays, and what is not an array."""
+        dataset = self.plan.experiment.dataset
+        if dataset.modality == "text":
+            tokens = dataset.tokens(uid)
+            return {"words": self.samples.batch([uid]).words[0].cpu().numpy()}, {"tokens": list(tokens)}
+        return {"image": dataset.picture(uid)}, {}
 
     # ---- scores -------------------------------------------------------------------------------
 
@@ -264,8 +290,8 @@ class Loop(BaseLoop):
             read = [cell.maps.read(work.key(u), experiment.method.MAPS) for u in batch.uids]
             scored: dict[str, np.ndarray] = {}
             for kind in experiment.method.MAPS:
-                maps = torch.from_numpy(np.stack([r[kind] for r in read])).to(batch.x)
-                noise = Noise(batch.uids, experiment.seed, batch.x.device, batch.x.dtype).child(name)
+                maps = _stacked([r[kind] for r in read], batch).to(experiment.model.device, experiment.model.dtype)
+                noise = Noise(batch.uids, experiment.seed, maps.device, maps.dtype).child(name)
                 found: Mapping[str, Tensor] = metric.score(experiment.model, batch, maps, noise)
                 scored = {key: value.detach().cpu().double().numpy() for key, value in found.items()}
                 for i in range(len(batch)):
@@ -304,6 +330,13 @@ class Loop(BaseLoop):
             return {u for u in uids if self.plan.key(u) in found}
 
         return present
+
+
+def _stacked(maps: Sequence[np.ndarray], batch: Batch) -> Tensor:
+    """One tensor; the maps of texts are stored at their own lengths, and get the batch's padding back."""
+    if batch.lengths is not None:
+        maps = [np.pad(m, (0, batch.x.shape[1] - len(m))) for m in maps]
+    return torch.from_numpy(np.stack(maps))
 
 
 def _only(uids: tuple[str, ...], arrays: Mapping[str, np.ndarray], keep: np.ndarray) -> Done:

@@ -123,12 +123,33 @@ def _resized(map: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
-def strip(map: np.ndarray, signed: bool | None = None) -> list[tuple[str, str]]:
-    """Text: for each token of a map (T,) its colour ``#rrggbb`` and that of legible letters on it."""
-    found = scale(map, signed)
-    colours = _bytes(_colour(_unit(map, found), found))
-    dark = colours @ np.array([0.299, 0.587, 0.114]) < 110
-    return [("#" + bytes(c).hex(), "#fff" if d else "#111") for c, d in zip(colours, dark)]
+@dataclass(frozen=True)
+class Word:
+    """A token of a text with its colours, ``#rrggbb``: of the ground, and of legible letters on it."""
+
+    text: str
+    ground: str
+    ink: str
+    special: bool  # [CLS], [SEP]: no word of the text
+
+
+def words(
+    tokens: Sequence[str], map: np.ndarray, signed: bool | None = None, numbers: np.ndarray | None = None
+) -> list[Word]:
+    """The tokens of a text in the colours of their map (T,): blue negative, white 0, red positive.
+
+    ``numbers`` (T,), see ``Batch.words``: tokens numbered -1 have no colour and do not count for the scale.
+    """
+    real = np.ones(len(map), dtype=bool) if numbers is None else np.asarray(numbers) >= 0
+    found = scale(np.asarray(map)[real], signed)
+    # Not the dark end that positive maps of images start from: most of a text is near 0.
+    white_to_red = Scale(True, found.limit)
+    grounds = _bytes(_colour(np.where(real, 0.85 * _unit(map, white_to_red), 0.0), white_to_red))
+    dark = grounds @ np.array([0.299, 0.587, 0.114]) < 110
+    return [
+        Word(str(t), "#" + bytes(g).hex() if r else "", ("#ffffff" if d else "#111111") if r else "", not r)
+        for t, g, d, r in zip(tokens, grounds, dark, real)
+    ]
 
 
 def legend(signed: bool) -> np.ndarray:

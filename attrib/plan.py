@@ -164,7 +164,7 @@ def spec_of(work: Plan) -> dict[str, Any]:
         "state_key": work.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
-        "layers": {role: experiment.model.path(role) for role in experiment.method.roles},
+        "layers": experiment.layers,
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),
         "maps": dict(experiment.method.MAPS),

@@ -14,6 +14,7 @@ from tiny import ROOT, pictures
 from attrib import keys
 from attrib.config import build, classifier, experiment, options_of, with_input
 from attrib.datasets import ImageNet, ImageTransform, Selection
+from attrib.methods import Method
 from attrib.types import UserError
 
 IBA = {"_target_": "attrib.methods.iba.IBA"}
@@ -210,8 +211,8 @@ def test_an_experiment(config):
         ("dataset.select.count", 2.5, r"^configs/dataset/tiny\.yaml: select: count must be int or null"),
         ("dataset._target_", "test_config.not_a_net", "has no field 'root'"),
         ("dataset", {"_target_": "test_config.not_a_net"}, "is not a dataset"),
-        ("method", {"_target_": "attrib.metrics.EHR"}, "is not a method: it has no 'attribute'"),
-        ("metric.ehr", IBA, r"^configs/metric/ehr\.yaml: .* is not a metric: it has no 'score'"),
+        ("method", {"_target_": "attrib.metrics.EHR"}, "is not a method: it has no attribute, MAPS"),
+        ("metric.ehr", IBA, r"^configs/metric/ehr\.yaml: .* is not a metric: it has no score, COLUMNS"),
         ("model._target_", "test_config.not_a_net", "gives int, not a torch.nn.Module"),
         ("model.input", None, r"^configs/model/small_cnn\.yaml: no input"),
         ("model.input.size", "x", "size must be int"),
@@ -232,8 +233,8 @@ def test_a_method_that_can_have_no_key(config):
         experiment(changed(config, "method", {"_target_": "test_config.NotADataclass"}))
 
 
-class NotADataclass:
-    roles, fit = (), None
+class NotADataclass(Method):
+    VERSION, MAPS = 1, {}
 
     def attribute(self) -> None: ...
 

@@ -14,7 +14,7 @@ from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder,
 from tiny import tool
 
 from attrib import formats, labels, pictures, report, store, tables
-from attrib.report import gallery
+from attrib.report import gallery, terminal
 from attrib.types import UserError
 
 EVIL = "<script>alert(1)</script>"
@@ -248,15 +248,40 @@ def test_text_samples_are_coloured_tokens(tmp_path):
     made.maps.add("s/2", "f", {"map": np.array([1.0, 1.0], np.float32)}, seconds=0.1, rows=3)
     made.maps.flush()
     inputs = store.Arrays(tmp_path / "state" / "pictures.cafecafe", "w")
-    inputs.add("s/1", "f", {}, name="positive", target=1, tokens=["<b>", "great", "bad"])
+    numbers = np.array([0, 1, 2])
+    inputs.add("s/1", "f", {"words": numbers}, name="positive", target=1, tokens=["<b>", "great", "bad"])
+    inputs.add("s/2", "f", {"words": np.array([-1, 0])}, name="", target=0, tokens=["[CLS]", "fine"])
     inputs.flush()
     text = report.page(tmp_path)
     page = Page(text)
     assert "<b>" in page.text
-    assert re.search(r"#f[0-9a-f]{5};color:#111\">&lt;b&gt;", text)  # 0 is white
-    assert re.search(r"background:#67001f;color:#fff\">great", text)
-    assert re.search(r"background:#053061;color:#fff\">bad", text)
+    coloured = re.findall(r'background:#([0-9a-f]{6});color:#[0-9a-f]{6}">([^<]+)<', text)
+    by_word = {word: [int(colour[i : i + 2], 16) for i in (0, 2, 4)] for colour, word in coloured}
+    assert min(by_word["&lt;b&gt;"]) > 240  # 0 is white
+    assert by_word["great"][0] > 100 + by_word["great"][2]  # red
+    assert by_word["bad"][2] > 100 + by_word["bad"][0]  # blue
+    assert '<span class="special">[CLS]</span>' in text
     assert "pending" in page.text
+
+
+def test_texts_on_the_terminal(tmp_path, capsys):
+    made = cell(tmp_path, "films.lstm.cd.1", dataset="films", model="lstm", method="cd")
+    made.maps.add("s/1", "f", {"map": np.array([9.0, 2.0, -2.0], np.float32)}, seconds=0.1, rows=3)
+    made.maps.flush()
+    inputs = store.Arrays(tmp_path / "state" / "pictures.cafecafe", "w")
+    inputs.add("s/1", "f", {"words": np.array([-1, 0, 1])}, name="[bold]", target=1, tokens=["[CLS]", "[red]", "bad"])
+    inputs.flush()
+    assert tool("show").main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "[CLS] [red] bad" in out  # no markup of rich's is taken from data
+    assert "[bold] (1)" in out
+    words = pictures.words(["[CLS]", "[red]", "bad"], np.array([9.0, 2.0, -2.0]), None, np.array([-1, 0, 1]))
+    styles = [span.style for span in terminal.coloured(words).spans]
+    assert styles[0].dim
+    red, blue = (style.bgcolor.get_truecolor() for style in styles[1:])
+    assert red.red > red.blue + 100  # the special token does not set the scale
+    assert blue.blue > blue.red + 100
+    assert tool("show").main([str(tmp_path / "absent")]) == 2
 
 
 def test_several_datasets_are_sections(root):

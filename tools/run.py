@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from attrib.config import build, experiment, options_of
+from attrib.config import build, experiment, options_of, resolved
 from attrib.memory import keep_freed_memory
 from attrib.plan import Options, plan
 from attrib.run import run
@@ -32,7 +31,7 @@ def _options(config: dict) -> Options:
 def main(config: DictConfig) -> None:
     global status
     try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        plain = resolved(config)
         options = _options(plain["run"])
         cell = experiment(plain)
         if options.dry:
@@ -43,7 +42,7 @@ def main(config: DictConfig) -> None:
         nothing = not (summary.maps_computed or summary.maps_present)
         if summary.failed and (options.strict or nothing):
             status = max(status, 3)
-    except (UserError, OmegaConfBaseException) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = max(status, 2)
 

@@ -20,10 +20,10 @@ LONGEST = 224  # pixels of a thumbnail's longer side
 
 @dataclass(frozen=True)
 class Tile:
-    """One map of one sample: a picture, coloured tokens, or the reason why there is none."""
+    """One map of one sample: a picture, coloured words, or the reason why there is none."""
 
     image: str = ""
-    tokens: Sequence[tuple[str, str, str]] = ()  # word, its colour, colour of the letters
+    words: Sequence[pictures.Word] = ()
     limit: str = ""
     scores: Sequence[tuple[str, str]] = ()
     problem: str = ""
@@ -43,6 +43,11 @@ class Gallery:
     columns: Sequence[tuple[str, str, bool]]  # contender, what the map is, whether it is signed
     samples: Sequence[Sample]
     note: str
+
+    @property
+    def text(self) -> bool:
+        """Whether the samples are texts."""
+        return any(tile.words for sample in self.samples for tile in sample.tiles)
 
 
 def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int) -> Gallery | None:
@@ -95,7 +100,7 @@ def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
         return None
 
 
-_Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]  # image, region, what is known of it
+_Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]  # image or words, region, what is known of it
 _NO_INPUT: _Input = (None, None, {})
 
 
@@ -105,8 +110,12 @@ def _input(stores: Sequence[Arrays], key: Key) -> _Input:
     return (
         _NO_INPUT
         if store is None
-        else (_array(store, key, "image"), _array(store, key, "roi"), store.index()[key].info)
+        else (_array(store, key, _content(store, key)), _array(store, key, "roi"), store.index()[key].info)
     )
+
+
+def _content(store: Arrays, key: Key) -> str:
+    return "words" if "tokens" in store.index()[key].info else "image"
 
 
 def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
@@ -128,6 +137,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
             own_image, own_roi, own_info = inputs_of[known[uid]]
             tokens = [str(t) for t in own_info.get("tokens", ())]
             tiles.append(_tile(map, own_image, own_roi, tokens, signed, numbers, problem))
+    image = None if "tokens" in info else image
     drawn = (
         "" if image is None else pictures.data_uri(pictures.outlined(image, roi), photo=_photo(image), longest=LONGEST)
     )
@@ -152,8 +162,10 @@ def _tile(
 ) -> Tile:
     limit = f"{'±' if signed else ''}{pictures.scale(map, signed).limit:.3g}"
     if map.ndim == 1:
-        words = tokens if len(tokens) == len(map) else [str(i) for i in range(len(map))]
-        return Tile("", [(w, *c) for w, c in zip(words, pictures.strip(map, signed))], limit, scores, problem)
+        known = len(tokens) == len(map)
+        numbers = image if known and image is not None and image.shape == map.shape else None
+        words = pictures.words(tokens if known else [str(i) for i in range(len(map))], map, signed, numbers)
+        return Tile("", words, limit, scores, problem)
     if map.ndim != 2:
         return Tile(scores=scores, problem=problem or f"a map of shape {map.shape} cannot be drawn")
     drawn = pictures.heat(map, signed) if image is None else pictures.overlay(image, map, roi, signed)

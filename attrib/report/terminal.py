@@ -1,0 +1,53 @@
+"""Coloured words on a terminal: the texts of a work directory, a line for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from attrib import labels, pictures, tables
+from attrib.report.gallery import Gallery, gallery
+from attrib.types import UserError
+
+
+def coloured(words: Sequence[pictures.Word]) -> Text:
+    """The words of a text, each in its colours."""
+    line = Text()
+    for i, word in enumerate(words):
+        style = Style(dim=True) if word.special else Style(color=word.ink, bgcolor=word.ground)
+        line.append(" " if i else "").append(word.text, style)
+    return line
+
+
+def sentences(root: Path | str, samples: int = 8) -> list[tuple[str, Table]]:
+    """(title, table) for every dataset and model with texts: methods x words, ``samples`` texts each.
+
+    Raises UserError if the work directory holds none.
+    """
+    root = Path(root)
+    frame, cells = tables.rows(root), labels.labelled(root)
+    found = []
+    for dataset, model in dict.fromkeys((c.dataset, c.model) for c in cells):
+        own = [c for c in cells if (c.dataset, c.model) == (dataset, model)]
+        part = frame[(frame["dataset"] == dataset) & (frame["model"] == model)]
+        block = gallery(root, own, part, samples, budget=10**9)
+        if block is not None and block.text:
+            found.append((f"{dataset} · {model}", _table(block)))
+    if not found:
+        raise UserError(f"{root} holds no maps of texts; those of images are in its report (tools/report.py)")
+    return found
+
+
+def _table(block: Gallery) -> Table:
+    table = Table("method", "text", "scores", show_lines=False, box=None, pad_edge=False)
+    for sample in block.samples:
+        table.add_row()
+        table.add_row("", Text(f"{sample.name}  {sample.uid}", style="bold"))
+        for (label, _, _), tile in zip(block.columns, sample.tiles):
+            scores = "  ".join(f"{name} {value}" for name, value in tile.scores)
+            table.add_row(label, coloured(tile.words) if tile.words else Text(tile.problem), Text(scores, style="dim"))
+    return table
