@@ -5,13 +5,15 @@ DEMO ?= workdirs/demo
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-torchtext lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	  --dest .venv/share/attrib vaderSentiment==3.3.2  # the movie snippets lie in its source archive only
 	touch $@
 
 demo: .venv/installed  ## real photographs, a real network, four methods, two metrics, a table and a report
@@ -26,6 +28,11 @@ test: .venv/installed  ## everything but the slow tests
 test-slow: .venv/installed  ## end-to-end checks of minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2
 
+test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in an environment of its own (2 min)
+	$(PYTHON) -m venv .venv-torchtext
+	.venv-torchtext/bin/pip install --quiet --disable-pip-version-check -r requirements-torchtext.txt
+	PYTHONPATH=. .venv-torchtext/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest tests/torchtext_check.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +41,4 @@ bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-torchtext build *.egg-info
