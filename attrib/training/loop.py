@@ -1,0 +1,370 @@
+"""Training a net: mmengine's loop by epochs, with what it needs to be killed at any moment and go on.
+
+torch's random numbers (dropout) are seeded anew before each epoch from (seed, epoch), inside
+``seeded``, and the order of the samples is a hash, so what ``state`` keeps after each epoch is all that
+the next one depends on: a training that was killed and resumed ends with the weights of one that was
+not, bit for bit on the same CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.runner import BaseLoop, Runner
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from attrib.keys import stable_hash
+from attrib.run import AttributionRunner
+from attrib.store import write_atomic
+from attrib.training.batches import Augment, Feed, Rows, learning_rate
+from attrib.training.state import Progress, load_state, save_state
+from attrib.types import UserError
+
+log = logging.getLogger(__name__)
+
+EVALUATE = 256  # rows at once where no gradient is needed
+OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a net is trained; every field changes the result.
+
+    epochs        at most; ``patience`` epochs without a better validation accuracy end it earlier (null: never)
+    batch         samples per update; the loss is their mean cross-entropy
+    schedule      of the learning rate, per update, after a linear start of ``warmup`` epochs
+    clip          largest norm of the gradient; null: any
+    freeze        names of modules or parameters that keep their values, such as "embedding"
+    augment       "crop_flip" shifts images by up to 4 pixels and mirrors half of them
+    """
+
+    epochs: int = 20
+    batch: int = 64
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    clip: float | None = None
+    patience: int | None = 5
+    freeze: tuple[str, ...] = ()
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"train.{name} must be positive, not {getattr(self, name)}")
+        for name in ("clip", "patience"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"train.{name} must be positive or null, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "momentum"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} must not be negative, but is {getattr(self, name)}")
+
+
+@contextmanager
+def seeded(device: torch.device, *what: object) -> Iterator[None]:
+    """torch's random numbers inside belong to ``what``; those outside are not touched.
+
+    Initialisation and dropout know no other source. Nothing else in attrib uses it.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(stable_hash("/".join(map(str, what))))
+        yield
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, rows: Rows, device: torch.device) -> dict[str, float]:
+    """Accuracy and mean cross-entropy, in eval mode."""
+    was_training = net.training
+    net.eval()
+    right, loss = 0, 0.0
+    for positions in rows.cut(EVALUATE):
+        x, target = rows.pick(positions)
+        logits, target = net(x.to(device)), target.to(device)
+        right += int((logits.argmax(1) == target).sum())
+        loss += float(cross_entropy(logits, target, reduction="sum"))
+    net.train(was_training)
+    return {"accuracy": right / len(rows), "loss": loss / len(rows)}
+
+
+class Trainee(nn.Module):
+    """A net as mmengine trains it."""
+
+    def __init__(self, net: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.net, self.device = net, device
+
+    def train_step(self, data: tuple[Tensor, Tensor], optim_wrapper: Any) -> dict[str, float]:
+        x, target = (part.to(self.device) for part in data)
+        logits = self.net(x)
+        loss = cross_entropy(logits, target)
+        value = float(loss.detach())
+        if math.isfinite(value):  # else the weights stay as they are, and TrainingHook ends the training
+            optim_wrapper.update_params(loss)
+        return {"loss": value, "accuracy": float((logits.argmax(1) == target).float().mean())}
+
+    def val_step(self, data: Rows) -> dict[str, float]:
+        return evaluate(self.net, data, self.device)
+
+
+class Validation(BaseLoop):
+    """The validation samples, after each epoch."""
+
+    def run(self) -> dict[str, float]:
+        self.runner.call_hook("before_val")
+        self.runner.call_hook("before_val_epoch")
+        metrics = self.runner.model.val_step(self.dataloader)
+        self.runner.call_hook("after_val_epoch", metrics=metrics)
+        self.runner.call_hook("after_val")
+        return metrics
+
+
+class TrainingHook(Hook):
+    """Seeds an epoch, sets the learning rate, notes the epoch's row, keeps the best weights and the state."""
+
+    priority = "LOWEST"  # after early stopping, whose verdict is part of the state
+
+    def __init__(
+        self,
+        how: Schedule,
+        seed: int,
+        progress: Progress,
+        state: Path,
+        early: EarlyStoppingHook | None,
+        keep: Callable[[nn.Module, Progress], None],
+    ) -> None:
+        self._how, self._seed, self._state, self._early, self._keep = how, seed, state, early, keep
+        self.progress = progress
+        self._loss = self._right = self._seen = self._start = 0.0
+
+    def before_train(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        loop._epoch, loop._iter = self.progress.epoch, self.progress.iteration  # as Runner.resume does
+        loop.stop_training = self.progress.stopped
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        torch.manual_seed(stable_hash(f"{self._seed}/epoch/{runner.epoch}"))  # inside ``seeded``, see ``fit``
+        runner.train_dataloader.epoch = runner.epoch
+        self._loss = self._right = self._seen = 0.0
+        self._start = time.perf_counter()
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        factor = learning_rate(
+            runner.iter,
+            runner.max_iters,
+            warmup=round(self._how.warmup * len(runner.train_dataloader)),
+            schedule=self._how.schedule,
+        )
+        for group in runner.optim_wrapper.param_groups:
+            group["lr"] = self._how.lr * factor
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._check(outputs["loss"], f"epoch {runner.epoch + 1}, batch {batch_idx + 1}")
+        n = len(data_batch[1])
+        self._seen += n
+        self._loss += outputs["loss"] * n
+        self._right += outputs["accuracy"] * n
+
+    def _check(self, loss: float, where: str) -> None:
+        if math.isfinite(loss):
+            return
+        best = self.progress.best_epoch
+        kept = f"the best weights so far (epoch {best}) are kept" if best else "no weights are kept"
+        raise UserError(
+            f"{where}: the loss is {loss}; {kept}. "
+            "Lower train.lr or set train.clip, with train.restart=true or another train.name"
+        )
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        progress, found = self.progress, metrics or {}
+        self._check(found["loss"], f"epoch {runner.epoch}, validation")
+        progress.epoch, progress.iteration = runner.epoch, runner.iter
+        progress.history.append(
+            {
+                "epoch": runner.epoch,
+                "loss": self._loss / self._seen,
+                "train_accuracy": self._right / self._seen,
+                "validation_loss": found["loss"],
+                "validation_accuracy": found["accuracy"],
+                "lr": runner.optim_wrapper.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - self._start,
+            }
+        )
+        if found["accuracy"] > progress.best:
+            progress.best, progress.best_epoch = found["accuracy"], runner.epoch
+            self._keep(runner.model.net, progress)
+        if self._early is not None:
+            progress.waited, progress.stopped = self._early.wait_count, runner.train_loop.stop_training
+        # Last, so that what it says is there is there. A kill just before repeats the epoch, with the same result.
+        save_state(self._state, runner.model.net, runner.optim_wrapper.optimizer, progress)
+        lines = [json.dumps(row) + "\n" for row in progress.history]
+        write_atomic(self._state.with_name("metrics.jsonl"), "".join(lines).encode())
+        row = progress.history[-1]
+        log.info(
+            "epoch %d of %d: loss %.4f, accuracy %.2f %% (training), %.2f %% (validation)%s, %.1f s",
+            *(row["epoch"], self._how.epochs, row["loss"], 100 * row["train_accuracy"]),
+            *(100 * row["validation_accuracy"], " *" if progress.best_epoch == runner.epoch else "", row["seconds"]),
+        )
+
+
+class BarHook(Hook):
+    """A bar in samples with an ETA, on a terminal only."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bar: tqdm | None = None
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        n = len(runner.train_dataloader.rows)
+        self._bar = tqdm(
+            total=runner.max_epochs * n,
+            initial=runner.epoch * n,
+            desc=f"{self._name}: epoch {runner.epoch + 1}",
+            unit=" samples",
+            dynamic_ncols=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+            file=sys.stderr,
+        )
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._bar.update(len(data_batch[1]))
+        self._bar.set_postfix(loss=f"{outputs['loss']:.3f}", refresh=False)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self._bar.close()
+
+
+class TrainingRunner(AttributionRunner):
+    """mmengine's runner for a training; like its parent it owns no random numbers and no device."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        folder: Path,
+        name: str,
+        feed: Feed,
+        validation: Rows,
+        optimizer: torch.optim.Optimizer,
+        how: Schedule,
+        hooks: Sequence[Hook | Mapping[str, Any]],
+        vis_backends: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._run_name = folder.name
+        clip = None if how.clip is None else {"max_norm": how.clip}
+        # The parent's own __init__ makes a runner that tests.
+        Runner.__init__(
+            self,
+            model=trainee,
+            work_dir=str(folder.parent),
+            train_dataloader=feed,
+            val_dataloader=validation,
+            train_cfg={"by_epoch": True, "max_epochs": how.epochs},
+            val_cfg={},
+            val_evaluator=[],
+            optim_wrapper={"type": "OptimWrapper", "optimizer": optimizer, "clip_grad": clip},
+            default_hooks=dict.fromkeys(("sampler_seed", "param_scheduler", "checkpoint")),
+            custom_hooks=list(hooks),
+            visualizer={"type": "Visualizer", "vis_backends": list(vis_backends), "save_dir": str(folder)},
+            env_cfg={"cudnn_benchmark": False},
+            randomness={},
+            experiment_name=f"{name}.{folder.name}",
+            cfg=Config(),
+        )
+
+    def set_randomness(self, seed: Any = None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """mmengine would seed Python, numpy and torch for the whole process; ``seeded`` does what is needed."""
+        self._seed, self._deterministic = seed, deterministic
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        return Validation(self, self._val_dataloader)
+
+
+def freeze(net: nn.Module, names: Sequence[str]) -> None:
+    """Parameters whose name is one of ``names`` or lies below one. Raises UserError for a name that is not there."""
+    for name in names:
+        found = [p for n, p in net.named_parameters() if n == name or n.startswith(f"{name}.")]
+        if not found:
+            tops = ", ".join(n for n, _ in net.named_children())
+            raise UserError(f"train.freeze: {type(net).__name__} has no parameters at {name!r}; its parts: {tops}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def fit(
+    net: nn.Module,
+    rows: Rows,
+    validation: Rows,
+    how: Schedule,
+    *,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    run: Path,
+    keep: Callable[[nn.Module, Progress], None],
+    progress_bar: bool = True,
+    hooks: Sequence[Hook | Mapping[str, Any]] = (),
+    vis_backends: Sequence[Mapping[str, Any]] = (),
+) -> Progress:
+    """Train ``net`` in place, from ``folder/state.safetensors`` on if that is there.
+
+    run    the folder of this start's log and environment
+    keep   called with the net whenever the validation accuracy is the best so far
+
+    Raises UserError for a loss that is not finite, naming epoch and batch.
+    """
+    freeze(net, how.freeze)
+    net.to(device)
+    state = folder / "state.safetensors"
+    trained = [p for p in net.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("train.freeze leaves no parameter to train")
+    momentum = {"momentum": how.momentum} if how.optimizer == "sgd" else {}
+    optimizer = OPTIMIZERS[how.optimizer](trained, lr=how.lr, weight_decay=how.weight_decay, **momentum)
+    progress = load_state(state, net, optimizer) if state.exists() else Progress()
+    if progress.epoch:
+        log.info("going on after epoch %d (best: %.2f %%)", progress.epoch, 100 * progress.best)
+    early = None
+    if how.patience is not None:
+        early = EarlyStoppingHook("accuracy", rule="greater", min_delta=1e-9, patience=how.patience)
+        early.best_score, early.wait_count = progress.best, progress.waited
+    own: list[Hook | Mapping[str, Any]] = [BarHook(folder.name)] if progress_bar else []
+    own += [early] if early is not None else []
+    own.append(TrainingHook(how, seed, progress, state, early, keep))
+    feed = Feed(rows, size=how.batch, seed=seed, augment=how.augment)
+    try:
+        runner = TrainingRunner(
+            Trainee(net, device), run, folder.name, feed, validation, optimizer, how, [*own, *hooks], vis_backends
+        )
+    except (KeyError, TypeError, ValueError) as error:  # how mmengine says that a name is not registered
+        raise UserError(f"train.hooks or train.vis_backends cannot be built: {error}") from error
+    package = logging.getLogger("attrib")
+    package.addHandler(runner.file_handler)
+    try:
+        with seeded(device, seed, "training"):
+            runner.train()
+    finally:
+        package.removeHandler(runner.file_handler)
+        runner.visualizer.close()
+        runner.file_handler.close()
+    return progress

@@ -1,0 +1,43 @@
+"""Train a net, or go on with a training that was stopped. See configs/train.yaml and docs/how-to/train-a-network.md."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attrib.memory import keep_freed_memory
+from attrib.training.recipe import train
+from attrib.types import UserError
+
+CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+status = 0  # of the process: a grid goes on after a failure, but does not hide it
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
+def main(config: DictConfig) -> None:
+    global status
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        print(train(plain), flush=True)
+    except (UserError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = max(status, 2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last whole epoch", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("attrib").setLevel(logging.INFO)
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyNet finds a file beside you
+    main()
+    sys.exit(status)
