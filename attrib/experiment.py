@@ -102,9 +102,7 @@ class Experiment:
         return keys.digest(fit, self.model.key, self._layers(fit.roles), samples.dataset.key, content, samples.target)
 
     def cell_key(self, state_key: str | None) -> str:
-        return keys.digest(
-            self.dataset_key, self.model.key, self.layers, self.method, self.seed, state_key
-        )
+        return keys.digest(self.dataset_key, self.model.key, self.layers, self.method, self.seed, state_key)
 
     def metric_key(self, name: str) -> str:
         metric = self.metrics[name]
