@@ -7,7 +7,6 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra.utils
@@ -18,13 +17,13 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from torch import nn
 
 from attrib import keys
-from attrib.datasets import Encoder, Selection, TextDataset
+from attrib.datasets import Selection, TextDataset
 from attrib.experiment import Experiment
-from attrib.metadata import read_metadata, resolve
 from attrib.models import Classifier, load_weights
 from attrib.models.zoo import input_of
 from attrib.plan import Options
 from attrib.samples import parse_device
+from attrib.trained import NOT_OF_THE_NET, check_encoder, with_checkpoint
 from attrib.types import UserError
 
 Node = Mapping[str, Any]
@@ -211,35 +210,6 @@ def _filled(given: Node, known: Node) -> dict[str, Any]:
     return full
 
 
-def with_checkpoint(config: Node) -> Node:
-    """The configuration with the arguments that the net of a trained checkpoint was built with.
-
-    They replace those of the model YAML, which are what a training would start from: no others fit.
-
-    Raises UserError if there is no such file, or it holds another kind of net.
-    """
-    model, where = config["model"], _where(config, "model")
-    path = model.get("checkpoint")
-    if not path:
-        return config
-    if not resolve(str(path)).is_file():
-        folder = Path(str(path)).parent
-        ours = folder.parent.name == "train"  # where tools/train.py puts them
-        how = f"; make it with python tools/train.py train={folder.name}" if ours else ""
-        raise UserError(f"{where}: checkpoint: no such file: {path}{how}")
-    trained, own = read_metadata(str(path)), _net(model)
-    net, wanted = (str(t).rpartition(".")[2] for t in (trained.get("target", own["_target_"]), own["_target_"]))
-    if net != wanted:
-        raise UserError(f"{where}: checkpoint: {path} holds a {net}, not a {wanted}")
-    # A file may say with what a net is built, but not name anything to be built.
-    plain = {k: v for k, v in trained.get("arguments", {}).items() if k in own and not k.startswith("_") and _plain(v)}
-    return {**config, "model": {**model, **plain}}
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | None) or (isinstance(value, list) and all(map(_plain, value)))
-
-
 def with_input(config: Node) -> Node:
     """The configuration without nulls in ``model.input``.
 
@@ -282,7 +252,7 @@ def with_input(config: Node) -> Node:
 
 def _net(model: Node) -> dict[str, Any]:
     """Of a model YAML, what builds the net."""
-    return _without(model, "name", "layers", "input", "checkpoint", "match")
+    return _without(model, *NOT_OF_THE_NET)
 
 
 def classifier(node: Node, options: Options, where: str = "model") -> Classifier:
@@ -329,7 +299,7 @@ def experiment(config: Node) -> Experiment:
         if not isinstance(config.get(part), Mapping):
             raise UserError(f"no {part} chosen; add {part}=... (see configs/{part}/)")
     options = options_of(config["run"])
-    config = with_input(with_checkpoint(config))
+    config = with_input(with_checkpoint(config, _where(config, "model")))
     data, method_node = config["dataset"], config["method"]
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
     reserved = ("name", "target", "select", "estimation")
@@ -365,20 +335,8 @@ def experiment(config: Node) -> Experiment:
     for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
         model.path(role)
     if isinstance(dataset, TextDataset):
-        _check_ids(dataset.encoder, model, where["model"])
+        check_encoder(dataset.encoder, model, config["model"].get("checkpoint"), where["model"])
     return cell
-
-
-def _check_ids(encoder: Encoder | None, model: Classifier, where: str) -> None:
-    """A net that takes other ids for padding, or has fewer of them, would be wrong in silence."""
-    if encoder is None or "embedding" not in model.layers:
-        return
-    net, embedding = model.module, model.layer("embedding")
-    if encoder.pad != net.pad_id or encoder.size > embedding.num_embeddings:
-        raise UserError(
-            f"{where}: the net has {embedding.num_embeddings} ids and pads with {net.pad_id}, but its input has "
-            f"{encoder.size} and pads with {encoder.pad}: its vocabulary is not the one that the net was trained with"
-        )
 
 
 def _selection(node: Node, where: str) -> Selection:

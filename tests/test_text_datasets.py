@@ -214,7 +214,7 @@ def test_a_record_of_another_width_is_a_bad_sample(tmp_path):
     ("content", "fields", "message"),
     [
         ("text\tlabel\n", {}, "dataset.path: .*t.tsv has no rows"),
-        ("", {}, "dataset.text: .*has no column 'text'; it has $"),
+        ("", {}, "t.tsv is empty; its first line must name the columns"),
         ("a\tlabel\nx\t1\n", {}, "dataset.text: .*t.tsv has no column 'text'; it has a, label"),
         ("text\ttext\nx\t1\n", {}, "dataset.text: .*more than one column 'text'"),
         ("text\nx\n", {}, "dataset.label: .*no column 'label'"),
@@ -301,3 +301,11 @@ def test_imdb_tables():
         assert (labels[0], labels[1], labels[-1]) == expected
         unread = [u for u in dataset.uids if dataset.fingerprint(u) == UNREADABLE]
         assert unread == [u for u in dataset.uids if dataset.label(u) == -1]
+
+
+def test_files_of_the_same_name_in_a_folder_for_each_split(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / split / "reviews.csv", f"text,label\n{split},1\n")
+    made = [TextTable("{split}/reviews.csv", ENCODER, root=str(tmp_path), split=split) for split in ("train", "test")]
+    assert [d.uids for d in made] == [("train/reviews/000002",), ("test/reviews/000002",)]
+    assert TextTable("train/reviews.csv", ENCODER, root=str(tmp_path)).uids == ("reviews/000002",)

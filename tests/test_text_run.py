@@ -13,6 +13,7 @@ from tiny import command, tool
 from attrib import report
 from attrib.models import DeepLSTM, save_checkpoint
 from attrib.store import Cell, cells
+from attrib.trained import with_checkpoint
 
 TEXTS = [
     "A good film , good and short !",
@@ -126,6 +127,10 @@ def test_mistakes_with_models_and_data(run, folder):
     result = run("method=random", "metric=[]", f"model.input.vocabulary={folder / 'short.txt'}")
     assert result.status == 2
     assert "is not the one that the net was trained with" in result.err
+    (folder / "other.txt").write_text("\n".join([*VOCABULARY[:2], *VOCABULARY[:1:-1]]) + "\n")
+    result = run("method=random", "metric=[]", f"model.input.vocabulary={folder / 'other.txt'}")
+    assert result.status == 2
+    assert "with which the net was trained" in result.err
 
 
 def test_images_and_texts_are_not_mixed_up(monkeypatch, capfd, folder):
@@ -149,3 +154,24 @@ def test_a_checkpoint_cannot_name_what_is_built(run, folder):
     assert not (folder / "made").exists()
     spec = json.loads((only_cell(folder / "work").folder / "spec.json").read_text())
     assert spec["config"]["model"]["_target_"] == "attrib.models.DeepLSTM"
+
+
+def test_what_a_checkpoint_says_must_be_arguments(run, folder):
+    save_checkpoint(folder / "net.safetensors", DeepLSTM(len(VOCABULARY), 6, 5), {"arguments": ["vocab_size"]})
+    result = run("method=random", "metric=[]")
+    assert result.status == 2
+    assert "its arguments are list, not an object" in result.err
+
+
+def test_a_checkpoint_does_not_say_where_to_read_from(tmp_path):
+    """The tokenizer comes from model.path; a net from elsewhere would take other ids."""
+    save_checkpoint(tmp_path / "n.safetensors", torch.nn.Linear(1, 1), {"arguments": {"path": "x/y", "num_labels": 3}})
+    model = {"_target_": "attrib.models.hf_classifier", "path": "mine", "num_labels": None}
+    found = with_checkpoint({"model": {**model, "checkpoint": str(tmp_path / "n.safetensors")}}, "x.yaml")["model"]
+    assert (found["path"], found["num_labels"]) == ("mine", 3)
+
+
+def test_the_embedding_may_be_more_than_a_table(run, folder):
+    result = run("method=gradient", "metric=[eraser]", "model.layers.embedding=rnn_1")
+    assert result.status == 0, result.err
+    assert "scores_computed=6" in result.out

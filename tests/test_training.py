@@ -367,6 +367,26 @@ def test_a_finished_training_is_not_repeated(train):
     assert len(list((train.root / "acd_cnn_digits" / "runs").iterdir())) == 2
 
 
+def test_a_finished_training_whose_weights_are_gone_is_done_again(train):
+    first, path = train(*TINY), train.root / "acd_cnn_digits" / "model.safetensors"
+    weights = load_file(path)
+    path.unlink()
+    again = train(*TINY)
+    assert again.status == 0, again.err
+    assert again.out.partition(";")[0] == first.out.partition(";")[0]
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(path).items())
+
+
+def test_what_is_said_when_stopped(command, monkeypatch):
+    monkeypatch.setattr(recipe, "fit", _stop)
+    assert "stopped; the same command goes on" in command(*TINY).err
+    assert "stopped; without train.restart the same command goes on" in command(*TINY, "train.restart=true").err
+
+
+def _stop(*_, **__):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_stopped_and_resumed_is_as_if_never_stopped(train, optimizer):
     """With dropout, a schedule, augmentation and clipping; the weights are the same to the bit."""

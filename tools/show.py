@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from attrib.report import terminal
 from attrib.types import UserError
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         for title, table in terminal.sentences(args.root, args.samples):
-            console.rule(title)
+            console.rule(Text(title))
             console.print(table)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

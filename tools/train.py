@@ -29,7 +29,8 @@ def main(config: DictConfig) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = max(status, 2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last whole epoch", file=sys.stderr, flush=True)
+        how = "without train.restart the same command" if config.train.get("restart") else "the same command"
+        print(f"stopped; {how} goes on after the last whole epoch", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -48,7 +48,8 @@ def _records(content: str, separator: str, quoting: bool, where: str) -> Iterato
             line = reader.line_num + 1
     except csv.Error as error:  # quotes that do not match swallow lines, up to csv's limit of 131,072 characters
         raise UserError(
-            f"{where}, line {line}: {error}; if quotes are ordinary characters in this file, set dataset.quoting=false"
+            f"{where}, line {line}: {error}; if quotes are ordinary characters in this file, set "
+            "dataset.quoting=false, else shorten the text"
         ) from error
 
 
@@ -64,8 +65,9 @@ class TextTable(TextDataset):
     quoting    may a field stand in double quotes? None: in .csv yes; in .tsv no, quotes are ordinary characters there
     classes    class names in the order of their indices
 
-    A uid is the file's name and the id or line, ``test/000012``. A record with too few or too many fields is a sample
-    that cannot be read.
+    A uid is the file's name and the id or line, ``test/000012``, behind the split where a folder alone says it
+    (``{split}/reviews.csv``: ``test/reviews/000012``). A record with too few or too many fields is a sample that cannot
+    be read.
 
     Raises UserError, naming field, file and line, for a table that cannot be read or lacks a column, a wrong label,
     an id twice, a NUL character or a field beyond csv's limit.
@@ -92,6 +94,7 @@ class TextTable(TextDataset):
                 if split is not None
                 else f"dataset.split: which one? It takes the place of {{split}} in dataset.path={path}"
             )
+        in_name = "{split}" in Path(path).name
         path = path.replace("{split}", split or "")
         self._file = Path(path).expanduser() if root is None else existing_folder(root, "dataset.root") / path
         plain = self._file.with_suffix("") if self._file.suffix == ".gz" else self._file
@@ -102,6 +105,8 @@ class TextTable(TextDataset):
                 + (f", not {separator!r}" if separator else "; only .csv and .tsv files need not say which")
             )
         where = f"dataset.path: {self._file}"
+        # A folder for each split may hold a file of the same name.
+        prefix = plain.stem if split is None or in_name else f"{split}/{plain.stem}"
         try:
             content = decode(_read(self._file, "dataset.path"), encoding, where)
         except SampleError as error:
@@ -112,6 +117,8 @@ class TextTable(TextDataset):
         names = list(classes or ())
         records = _records(content, separator, separator == "," if quoting is None else quoting, where)
         _, header = next(records, (0, []))
+        if not header:
+            raise UserError(f"{where} is empty; its first line must name the columns")
         for field, column in (("text", text), ("label", label), ("id", id)):
             if column is not None and header.count(column) != 1:
                 what = "no column" if column not in header else "more than one column"
@@ -125,7 +132,7 @@ class TextTable(TextDataset):
                 name = name if id is None else _name(record[id].strip(), at)
             else:
                 row = _Row("", -1, f"{at}: {len(fields)} fields instead of {len(header)}")
-            uid = f"{plain.stem}/{name}"
+            uid = f"{prefix}/{name}"
             if uid in self._rows:
                 raise UserError(f"{at}: a second sample with the id {name}")
             self._rows[uid] = row
@@ -148,6 +155,7 @@ def _class(text: str, names: Sequence[str], where: str) -> int:
         return names.index(text)
     if text in ("", "-1"):
         return -1
+    text = text.removesuffix(".0")  # how pandas writes whole numbers in a column with gaps
     if not text.isdecimal():
         known = f"; dataset.classes has {', '.join(names)}" if names else "; give the names as dataset.classes"
         raise UserError(f"{where}: label {text!r} is neither a class index nor a known name{known}")

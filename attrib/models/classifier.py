@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
-from attrib.models.split import Front, Split, hooked, split
+from attrib.models.split import Front, Split, between, hooked, split
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
 
@@ -117,7 +117,7 @@ class Classifier:
             try:
                 pieces.append(function(slice(start, start + size)))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
             else:
@@ -125,9 +125,7 @@ class Classifier:
                 self.passed += size * cost
                 continue
             # Outside the except block, whose traceback keeps the piece's tensors alive.
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            release_memory(self.device)
             if size == 1 and min(self.rows, cost) <= (cost if least is None else least):
                 raise SampleError(f"out of memory even with one {'row' if cost == 1 else 'sample'} at a time: {reason}")
             self.rows = max(1, min(self.rows, size * cost) // 2)
@@ -178,21 +176,33 @@ class Classifier:
         z, *rest = self.chunked(piece, len(x))
         return Front(z, tuple(rest))
 
-    def vjp(self, role: str, x: Tensor, keep: bool = True) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def vjp(
+        self, role: str, x: Tensor, keep: bool = True, start: tuple[str, Tensor] | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """(N, *input) -> the layer's output (N, *layer), and the way back from there.
 
         The function that is returned takes a gradient at the layer's output, (N, *layer), to the
         input, (N, *input): a vector-Jacobian product of the front of the net. With ``keep`` its
         first call uses the graph of the forward pass if N is within ``rows``; else the front runs
         again, piece by piece, so that memory is bounded by ``rows`` whatever N is.
+
+        ``start`` is another role in front of this one, and inputs (B, *input): then x is that
+        layer's output, the N // B rows of one input lie next to each other, and the way back ends there.
         """
-        cut = self._split(role, x)
+        cut = self._split(role, x) if start is None else None
         kept: list[tuple[Tensor, Tensor]] = []
+
+        def layer(rows: slice, value: Tensor) -> Tensor:
+            if cut is not None:
+                return cut.front(value).z
+            first, inputs = start
+            index = torch.arange(rows.start, rows.stop, device=x.device) // (len(x) // len(inputs))
+            return between(self.module, self.path(first), self.path(role), inputs[index], value)
 
         def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(graph):
                 leaf = x[rows].detach().requires_grad_(graph)
-                return leaf, cut.front(leaf.clone()).z
+                return leaf, layer(rows, leaf.clone())
 
         def forward(rows: slice) -> Tensor:
             whole = keep and rows.stop - rows.start == len(x)
@@ -300,7 +310,15 @@ class Classifier:
         return self.chunked(piece, len(z))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also of the SampleError with which ``Classifier.chunked`` gives up."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         text in str(error) for text in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more. Call it outside of ``except``, whose traceback keeps tensors alive."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

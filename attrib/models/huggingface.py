@@ -47,9 +47,10 @@ class HuggingFaceClassifier(nn.Module):
 
     @property
     def default_layers(self) -> dict[str, str]:
-        """The path of the role that every text net has."""
+        """The paths of the roles that every text net has; a bottleneck is at the words unless one asks for more."""
         words = self.net.get_input_embeddings()
-        return {"embedding": next(path for path, module in self.named_modules() if module is words)}
+        path = next(path for path, module in self.named_modules() if module is words)
+        return {"embedding": path, "bottleneck": path}
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -128,6 +128,21 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def _replace(z: Tensor) -> Any:
+    """A forward hook that puts z in the place of a layer's output, or of its first element."""
+    return lambda _module, _inputs, output: (z, *output[1:]) if isinstance(output, (tuple, list)) else z
+
+
+def _catch(found: list[Tensor]) -> Any:
+    """A forward hook that keeps a layer's output, or its first element, and ends the forward pass."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found.append(_first(output))
+        raise _StopForwardError
+
+    return hook
+
+
 @contextmanager
 def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
     """A forward hook that is gone afterwards, also after an error."""
@@ -146,23 +161,36 @@ class HookSplit:
 
     def front(self, x: Tensor) -> Front:
         found: list[Tensor] = []
-
-        def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.append(_first(output))
-            raise _StopForwardError
-
-        with hooked(self._layer, catch), suppress(_StopForwardError):
+        with hooked(self._layer, _catch(found)), suppress(_StopForwardError):
             self._module(x)
         if not found:
             raise UserError(f"{type(self._module).__name__} did not run the layer {self._path} for these inputs")
         return Front(found[0], (x,))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            return (z, *output[1:]) if isinstance(output, (tuple, list)) else z
-
-        with hooked(self._layer, replace):
+        with hooked(self._layer, _replace(z)):
             return self._module(rest[0])
+
+
+def between(module: nn.Module, start: str, end: str, x: Tensor, z: Tensor) -> Tensor:
+    """The output of the layer ``end`` for inputs x (N, *input), with that of ``start`` replaced by z (N, *layer).
+
+    Computes nothing behind ``end``; gradients flow. Both may be the same layer. Raises UserError if
+    ``end`` does not run, or does not read ``start``.
+    """
+    found: list[Tensor] = []
+    with (
+        hooked(module.get_submodule(start), _replace(z)),
+        hooked(module.get_submodule(end), _catch(found)),
+        suppress(_StopForwardError),
+    ):
+        module(x)
+    if not found or (z.requires_grad and torch.is_grad_enabled() and not found[0].requires_grad):
+        raise UserError(
+            f"the layer {end} of {type(module).__name__} does not read what {start} gives; "
+            f"take one behind it (set model.layers.<role>)"
+        )
+    return found[0]
 
 
 def count_calls(module: nn.Module, path: str, x: Tensor) -> int:

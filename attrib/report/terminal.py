@@ -14,12 +14,17 @@ from attrib.report.gallery import Gallery, gallery
 from attrib.types import UserError
 
 
+def _printable(text: str) -> str:
+    """Without the control characters by which a text could move the cursor or write to the terminal's title."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def coloured(words: Sequence[pictures.Word]) -> Text:
     """The words of a text, each in its colours."""
     line = Text()
     for i, word in enumerate(words):
         style = Style(dim=True) if word.special else Style(color=word.ink, bgcolor=word.ground)
-        line.append(" " if i else "").append(word.text, style)
+        line.append(" " if i else "").append(_printable(word.text), style)
     return line
 
 
@@ -46,8 +51,9 @@ def _table(block: Gallery) -> Table:
     table = Table("method", "text", "scores", show_lines=False, box=None, pad_edge=False)
     for sample in block.samples:
         table.add_row()
-        table.add_row("", Text(f"{sample.name}  {sample.uid}", style="bold"))
+        table.add_row("", Text(_printable(f"{sample.name}  {sample.uid}"), style="bold"))
         for (label, _, _), tile in zip(block.columns, sample.tiles):
             scores = "  ".join(f"{name} {value}" for name, value in tile.scores)
-            table.add_row(label, coloured(tile.words) if tile.words else Text(tile.problem), Text(scores, style="dim"))
+            words = coloured(tile.words) if tile.words else Text(_printable(tile.problem))
+            table.add_row(Text(label), words, Text(scores, style="dim"))
     return table

@@ -281,7 +281,7 @@ def train(config: Node) -> Result:
             check_same(folder, config)
         else:
             write_json(folder / "config.json", config)
-        if (folder / "result.json").exists():
+        if (folder / "result.json").exists() and (folder / "model.safetensors").exists():
             log.info("%s is trained already; train.restart=true trains it again", folder)
             result = Result(**json.loads((folder / "result.json").read_text()))
         else:

@@ -1,0 +1,74 @@
+"""A trained checkpoint and the configuration that asks for it: what must agree, and which of them wins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from attrib.datasets import Encoder, WordEncoder
+from attrib.metadata import read_metadata, resolve
+from attrib.models import Classifier
+from attrib.types import UserError
+
+log = logging.getLogger(__name__)
+
+NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match")  # of a model YAML; the rest builds the net
+
+
+def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The configuration with the arguments that the net of ``model.checkpoint`` was built with.
+
+    They replace those of the model YAML, which are what a training would start from; another value
+    than the YAML's is logged. ``where`` names the YAML in messages.
+
+    Raises UserError if there is no such file, or it holds another kind of net.
+    """
+    model = config["model"]
+    path = model.get("checkpoint")
+    if not path:
+        return config
+    if not resolve(str(path)).is_file():
+        folder = Path(str(path)).parent
+        ours = folder.parent.name == "train"  # where tools/train.py puts them
+        how = f"; make it with python tools/train.py train={folder.name}" if ours else ""
+        raise UserError(f"{where}: checkpoint: no such file: {path}{how}")
+    about = read_metadata(str(path))
+    trained = about.get("arguments", {})
+    if not isinstance(trained, Mapping):
+        raise UserError(f"{where}: checkpoint: {path}: its arguments are {type(trained).__name__}, not an object")
+    net, wanted = (str(t).rpartition(".")[2] for t in (about.get("target", model["_target_"]), model["_target_"]))
+    if net != wanted:
+        raise UserError(f"{where}: checkpoint: {path} holds a {net}, not a {wanted}")
+    # A file may say with what a net is built, but not what, nor from where: the tokenizer is of model.path too.
+    own = {k for k in model if k not in (*NOT_OF_THE_NET, "path") and not k.startswith("_")}
+    plain = {k: v for k, v in trained.items() if k in own and _plain(v)}
+    other = [f"{k}={v} instead of {model[k]}" for k, v in plain.items() if model[k] not in (None, v)]
+    if other:
+        log.info("%s: as %s was trained: %s", where, path, ", ".join(other))
+    return {**config, "model": {**model, **plain}}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | None) or (isinstance(value, list) and all(map(_plain, value)))
+
+
+def check_encoder(encoder: Encoder | None, model: Classifier, checkpoint: Any, where: str) -> None:
+    """Raises UserError for other token ids than the net was trained with, which would be wrong in silence."""
+    if encoder is None or "embedding" not in model.layers:
+        return
+    embedding, pad = model.layer("embedding"), getattr(model.module, "pad_id", encoder.pad)
+    size = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else encoder.size
+    if encoder.pad != pad or encoder.size > size:
+        raise UserError(
+            f"{where}: the net has {size} ids and pads with {pad}, but its input has "
+            f"{encoder.size} and pads with {encoder.pad}: its vocabulary is not the one that the net was trained with"
+        )
+    known = read_metadata(str(checkpoint)).get("vocabulary") if checkpoint else None
+    if isinstance(encoder, WordEncoder) and known is not None and list(encoder.vocabulary) != known:
+        raise UserError(
+            f"{where}: model.input.vocabulary is not the one in {checkpoint}, with which the net was trained"
+        )
