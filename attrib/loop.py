@@ -16,7 +16,9 @@ from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from attrib import keys
+from attrib.budget import Budget
 from attrib.methods import State
+from attrib.models.classifier import is_out_of_memory, release_memory
 from attrib.noise import Noise
 from attrib.plan import Options, Plan, metric_folder
 from attrib.store import Arrays, Key, Rows, write_json
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PICTURES = 24  # inputs kept for the report, at most
+NO_ROOM = (
+    "this sample does not fit into memory even alone; take fewer draws, a smaller input (model.input.size) or layer, "
+    "run.dtype=float32, or a device with more memory"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ class Loop(BaseLoop):
         self.plan, self.state, self.options = work, state, options
         self.summary = Summary()
         self.stage, self.total = "", 0  # what is being done, and for how many samples
-        self.samples = work.experiment.samples(work.uids, options.batch)
+        self.samples = work.experiment.samples(work.uids, options.read)
+        self._budget = Budget(options.batch, work.experiment.model)
+        self.at_once: int | None = None  # samples explained at once, at the end; None if none had to be
         self._failed: set[tuple[str, str]] = set()
         self._iteration = 0
 
@@ -98,23 +106,42 @@ class Loop(BaseLoop):
         log.warning("%s failed for %s: %s", stage, uid, reason)
 
     def _attempt(self, stage: str, batch: Batch, work: Work) -> Done:
-        """``work(batch)``; if it fails, each sample alone, so that only the guilty ones are lost."""
+        """``work(batch)``, or in pieces.
+
+        If memory runs out, half as many samples at once from now on; after any other error each
+        sample of the batch alone, so that only the guilty ones are lost.
+        """
+        model, budget = self.plan.experiment.model, self._budget
+        if len(batch) > budget.most:
+            return self._pieces(stage, batch, work, budget.most)
+        rows = model.rows
         try:
             return work(batch)
         except UserError:
             raise
         except Exception as error:  # a method or metric may raise anything
-            if len(batch) == 1:
-                if not isinstance(error, SampleError):
-                    log.exception("%s of %s", stage, batch.uids[0])
-                reason = f"{type(error).__name__}: {error}"
+            full = is_out_of_memory(error)
+            if len(batch) == 1 and not full and not isinstance(error, SampleError):
+                log.exception("%s of %s", stage, batch.uids[0])
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if full and str(error) else error}"
+        if full:  # outside the except block, whose traceback keeps the batch's tensors alive
+            release_memory(model.device)
+            model.rows = rows  # halved in vain, perhaps to one: it was the samples that had no room
         if len(batch) == 1:
-            self._fail(batch.uids[0], stage, reason)
+            self._fail(batch.uids[0], stage, f"{reason}; {NO_ROOM}" if full else reason)
             return (), {}
+        if full:
+            budget.halve(len(batch))
+        return self._pieces(stage, batch, work, budget.most if full else 1)
+
+    def _pieces(self, stage: str, batch: Batch, work: Work, size: int) -> Done:
         uids: tuple[str, ...] = ()
         parts: dict[str, list[np.ndarray]] = {}
-        for i in range(len(batch)):
-            succeeded, arrays = self._attempt(stage, batch[[i]], work)
+        start = 0
+        while start < len(batch):
+            stop = start + min(size, self._budget.most)
+            succeeded, arrays = self._attempt(stage, batch[start:stop], work)
+            start = stop
             uids += succeeded
             for name, value in arrays.items():
                 parts.setdefault(name, []).append(value)
@@ -127,33 +154,39 @@ class Loop(BaseLoop):
         present   which of these samples another process has done meanwhile
         flush     called between batches; what it raises is the disk's fault, not a sample's
         """
-        done = 0
-        self.stage, self.total = stage.rpartition(".")[0] or stage, len(todo)
-        samples = self.samples if stage == "maps" else self.plan.experiment.stored_samples(todo, self.options.batch)
-        chunks = samples.chunks(self._together(todo))
-        for chunk, (batch, unread) in zip(chunks, samples.load(chunks)):
-            start = time.perf_counter()
-            for uid, reason in unread:
-                self._fail(uid, "load", reason)
-            uids: tuple[str, ...] = ()
-            arrays: Mapping[str, np.ndarray] = {}
-            if batch is not None:
-                self._look_again(batch.uids)
-                others = present(batch.uids)
-                batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
-            if batch is not None and len(batch):
-                self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
-                uids, arrays = self._attempt(stage, batch, work)
-                if uids != batch.uids:
-                    batch = batch[[batch.uids.index(uid) for uid in uids]]
-            done += len(chunk)
-            step = Step(self.stage, uids, arrays, time.perf_counter() - start, done, self.total)
-            self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
-            self._iteration += 1
-            flush()
+        experiment, maps = self.plan.experiment, stage == "maps"
+        self.stage, self.total, done = stage.rpartition(".")[0] or stage, len(todo), 0
+        samples = self.samples if maps else experiment.stored_samples(todo, self.options.read)
+        self._budget = Budget(self.options.batch, experiment.model, experiment.method if maps else None)
+        for portion in self._budget.portions(self._together(todo)):
+            for batch, unread in samples.load(self._budget.chunks(portion)):
+                start = time.perf_counter()
+                done += len(unread) + (len(batch) if batch is not None else 0)
+                for uid, reason in unread:
+                    self._fail(uid, "load", reason)
+                uids: tuple[str, ...] = ()
+                arrays: Mapping[str, np.ndarray] = {}
+                if batch is not None:
+                    self._look_again(batch.uids)
+                    others = present(batch.uids)
+                    batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
+                if batch is not None and len(batch):
+                    self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
+                    self._budget.ask(batch)
+                    uids, arrays = self._attempt(stage, batch, work)
+                    self._budget.succeeded += len(uids)
+                    if uids != batch.uids:
+                        batch = batch[[batch.uids.index(uid) for uid in uids]]
+                step = Step(self.stage, uids, arrays, time.perf_counter() - start, done, self.total)
+                self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
+                self._iteration += 1
+                flush()
 
     def _together(self, uids: Sequence[str]) -> Sequence[str]:
-        """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise."""
+        """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.
+
+        The longest first: what fits them fits the others too.
+        """
         dataset = self.plan.experiment.dataset
         if dataset.modality != "text" or self.options.batch == 1:
             return uids
@@ -161,10 +194,10 @@ class Loop(BaseLoop):
         def length(uid: str) -> int:
             try:
                 return len(dataset.tokens(uid))
-            except SampleError:
+            except Exception:  # a user's dataset may raise anything
                 return 0  # the ledger will say so
 
-        return sorted(uids, key=lambda uid: (length(uid), uid))
+        return sorted(uids, key=lambda uid: (-length(uid), uid))
 
     def _look_again(self, uids: Sequence[str]) -> None:
         """Take the fingerprints of files that could not be read when the run was planned, and now could."""
@@ -211,6 +244,7 @@ class Loop(BaseLoop):
             self._walk("maps", todo, explain, self._present, cell.maps.flush_if_due)
         finally:
             cell.maps.flush()
+            self.at_once = self._budget.most if todo else None
 
     def _present(self, uids: Sequence[str]) -> set[str]:
         index = self.plan.cell.maps.index()

@@ -7,13 +7,14 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 import attrib
 from attrib import keys
+from attrib.budget import FIXED
 from attrib.experiment import Experiment
 from attrib.states import load_confidence
 from attrib.store import Arrays, Cell, Key, cells
@@ -26,7 +27,8 @@ class Options:
 
     root      the work directory
     limit     only the first N samples of the selection
-    batch     samples explained at once
+    batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
+              allows (``attrib.budget``)
     rows      rows that go through the net at once; halved when memory runs out
     flush     seconds after which finished samples are made durable
     strict    exit with status 3 at the end if any sample failed (always, if all of them did)
@@ -37,7 +39,7 @@ class Options:
     limit: int | None = None
     device: str = "auto"
     dtype: str = "float32"
-    batch: int = 8
+    batch: int | Literal["auto"] = FIXED
     rows: int = 64
     shard: int = 0
     shards: int = 1
@@ -54,6 +56,13 @@ class Options:
             raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
+        if self.batch != "auto" and self.batch < 1:
+            raise UserError(f"run.batch must be at least 1, or auto, not {self.batch}")
+
+    @property
+    def read(self) -> int:
+        """Samples at once where nothing is explained: selection, fits, scores. ``rows`` bounds what they cost."""
+        return FIXED if self.batch == "auto" else self.batch
 
 
 @dataclass
@@ -98,12 +107,12 @@ def metric_folder(experiment: Experiment, name: str) -> str:
 def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
     """Selects the samples, finds the cell and what it already holds. Computes no maps."""
     root = Path(options.root)
-    whole = experiment.samples(experiment.dataset.uids, options.batch)
+    whole = experiment.samples(experiment.dataset.uids, options.read)
     selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u))
     uids = tuple(u for u in selected[: options.limit] if keys.shard_of(u, options.shards) == options.shard)
     state_key = None
     if experiment.method.fit is not None:
-        state_key = experiment.state_key(experiment.estimation_samples(options.batch))
+        state_key = experiment.state_key(experiment.estimation_samples(options.read))
     folder = root / experiment.folder(experiment.cell_key(state_key))
     cell = Cell(folder, writer, flush_seconds=options.flush)
     fingerprints = {u: experiment.dataset.fingerprint(u) for u in uids}

@@ -139,18 +139,19 @@ def _run(work: Plan, options: Options, start: float) -> Summary:
     package.addHandler(runner.file_handler)
     for name in cell.maps.broken:
         log.warning("damaged, its samples are computed again: %s", name)
-    summary, finished = Summary(), False
+    summary, finished, at_once = Summary(), False, None
     try:
         state: State = {}
         if work.state_key is not None and len(work.present) < len(work.uids):
-            samples = experiment.estimation_samples(options.batch)
+            samples = experiment.estimation_samples(options.read)
             state = load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples)
         runner.attribute(work, state, options)
         finished = True
     finally:
         if runner.attribution is not None:
-            summary = runner.attribution.summary  # also of a run that was interrupted
-        record = {"finished": finished, "seconds": time.time() - start, "cell": cell.folder.name}
+            # Also of a run that was interrupted.
+            summary, at_once = runner.attribution.summary, runner.attribution.at_once
+        record = {"finished": finished, "seconds": time.time() - start, "cell": cell.folder.name, "batch": at_once}
         write_json(folder / "summary.json", {**dataclasses.asdict(summary), **record})
         package.removeHandler(runner.file_handler)
         runner.visualizer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -13,6 +13,7 @@ import torch
 
 from attrib.datasets import Dataset
 from attrib.models import Classifier
+from attrib.models.classifier import is_out_of_memory, release_memory
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,9 @@ class Samples:
                 f"({type(error).__name__}: {error}); try run.batch=1"
             ) from error
 
-    def load(self, chunks: Sequence[Sequence[str]]) -> Iterator[Loaded]:
-        """Each chunk of uids as one batch; the next two are read while one is worked on."""
+    def load(self, chunks: Iterable[Sequence[str]]) -> Iterator[Loaded]:
+        """Each chunk of uids as one batch, or several if the device has no room; the next two are read while one is
+        worked on."""
         with ThreadPoolExecutor(2) as pool:
             waiting: deque[Future[Loaded]] = deque()
             rest = iter(chunks)
@@ -105,20 +107,42 @@ class Samples:
                 for chunk in rest:
                     waiting.append(pool.submit(self._read, chunk))
                     if len(waiting) > 2:
-                        yield self._finish(waiting.popleft().result())
+                        yield from self._finish(waiting.popleft().result())
                 while waiting:
-                    yield self._finish(waiting.popleft().result())
+                    yield from self._finish(waiting.popleft().result())
             finally:
                 for future in waiting:
                     future.cancel()
 
-    def _finish(self, loaded: Loaded) -> Loaded:
+    def _finish(self, loaded: Loaded) -> Iterator[Loaded]:
         batch, bad = loaded
         if batch is None:
-            return None, bad
+            yield None, bad
+            return
+        reason = ""
+        try:
+            ready = self._prepared(batch, bad)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        if not reason:
+            yield ready
+            return
+        release_memory(self.model.device)
+        if len(batch) == 1:
+            yield None, [*bad, (batch.uids[0], reason)]
+            return
+        half = len(batch) // 2
+        yield from self._finish((batch[:half], bad))
+        yield from self._finish((batch[half:], []))
+
+    def _prepared(self, batch: Batch, bad: list[tuple[str, str]]) -> Loaded:
         try:
             return self._ready(batch), bad
-        except SampleError:
+        except SampleError as error:
+            if is_out_of_memory(error):
+                raise
             good = []
             for i, uid in enumerate(batch.uids):
                 try:

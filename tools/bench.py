@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from attrib.memory import keep_freed_memory
 from attrib.methods.iba import IBA
+from attrib.methods.input_iba import InputBottleneck, InputIBA
 from attrib.methods.statistics import Moments
+from attrib.methods.wgan import WGAN
 from attrib.metrics import InsertionDeletion
 from attrib.models import Classifier, load_weights, timm_net, torchvision_net
 from attrib.noise import Noise
@@ -107,6 +109,76 @@ def bench_iba(name: str, net: nn.Module, layer: str, device: torch.device, count
     print(f"| | plain loop, whole net, trainable parameters | {c:.3f} s | {c / a:.2f} |")
 
 
+def plain_critic(channels: int, side: int) -> nn.Module:
+    """The critic of ``attrib.methods.wgan.ConvCritics`` as a plain module."""
+    layers: list[nn.Module] = []
+    sizes = (channels, 2 * channels, 4 * channels, channels)
+    for a, b, (kernel, stride) in zip(sizes, sizes[1:], ((4, 2), (4, 2), (3, 1))):
+        layers += [nn.Conv2d(a, b, kernel, stride, 1), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+    layers += [nn.Flatten(), nn.Linear(channels * (side // 4) ** 2, 512), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Linear(512, 256), nn.LeakyReLU(0.2), nn.Linear(256, 1))
+
+
+def plain_input_iba(net: nn.Module, layer: str, x: Tensor, target: Tensor, state: dict, method: InputIBA) -> Tensor:
+    """One image (1, 3, H, W) as the original works: the whole net at every step of all three stages, the generator
+    run anew for critic and generator, trainable parameters."""
+    found: list[Tensor] = []
+    plain_iba(net, layer, x, target, state, method.feature)
+    handle = net.get_submodule(layer).register_forward_hook(lambda _m, _i, r: found.append(r))
+    net(x)
+    features, gan = found.pop().detach(), method.gan
+    critic = plain_critic(features.shape[1], features.shape[2]).to(x).train()
+    alpha = torch.zeros_like(x).requires_grad_()
+    steps = [torch.optim.RMSprop(critic.parameters(), lr=gan.lr), torch.optim.RMSprop([alpha], lr=gan.mask_lr)]
+
+    def fake() -> Tensor:
+        lam = alpha.sigmoid()
+        net(lam * x + (1 - lam) * torch.randn(gan.batch, *x.shape[1:], device=x.device))
+        return found.pop()
+
+    for _ in range(gan.epochs):
+        for i in range(math.ceil(gan.dataset_size / gan.batch)):
+            real = features + torch.randn(gan.batch, *features.shape[1:], device=x.device)
+            losses = [lambda real=real: critic(fake().detach()).mean() - critic(real).mean()]
+            losses += [lambda: -critic(fake()).mean()] if i % gan.critic_iter == 0 else []
+            for optimizer, loss in zip(steps, losses):
+                optimizer.zero_grad()
+                loss().backward()
+                optimizer.step()
+            for parameter in critic.parameters():
+                parameter.data.clamp_(-gan.weight_clip, gan.weight_clip)
+    handle.remove()
+    lam, last = torch.full_like(x, 5.0).requires_grad_(), method.input
+    optimizer = torch.optim.Adam([lam], lr=last.lr)
+    for _ in range(last.steps):
+        optimizer.zero_grad()
+        keep = lam.sigmoid()
+        rows = keep * x + (1 - keep) * torch.randn(last.batch, *x.shape[1:], device=x.device)
+        nats = 0.5 * ((x * keep) ** 2 + (1 - keep) ** 2 - 1 - torch.log((1 - keep) ** 2))
+        (F.cross_entropy(net(rows), target.expand(last.batch)) + last.beta * nats.mean()).backward()
+        optimizer.step()
+    return lam.sigmoid().detach().mean(1)
+
+
+def bench_input_iba(device: torch.device, count: int) -> None:
+    """The three stages, each a few steps, in about the proportions of the paper's configuration."""
+    method = InputIBA(
+        feature=IBA(beta=20.0, sigma=None, steps=1),
+        gan=WGAN(dataset_size=224, batch=32, epochs=1),  # 7 steps of the critic, 2 of the generator
+        input=InputBottleneck(steps=3),
+    )
+    net, batch = lite0(), images(count, device)
+    model = Classifier(net, {"bottleneck": "blocks.4"}, rows=64 if device.type == "cpu" else 1024, device=device)
+    moments = Moments()
+    moments.add(model.until("bottleneck", images(8, device).x).z)
+    state, trainable = moments.state(), net.to(device).eval().requires_grad_(True)
+    model.logits(batch.x)  # warm up
+    a, _ = clock(device, lambda: method.attribute(model, batch, state, Noise(batch.uids, device=device)))
+    b, _ = clock(device, lambda: plain_input_iba(trainable, "blocks.4", batch.x[:1], batch.target[:1], state, method))
+    print(f"| InputIBA, EfficientNet-Lite0 at `blocks.4`, 1/20 of the GAN | batch of {count} | {a / count:.3f} s | |")
+    print(f"| | plain loop, whole net, trainable parameters | {b:.3f} s | {b * count / a:.2f} |")
+
+
 def bench_equal(device: torch.device, count: int, steps: int) -> None:
     """In float64, one batch and single runs must be the same maps."""
     batch = images(count, device, torch.float64)
@@ -178,6 +250,7 @@ def main() -> None:
         options.steps,
     )
     bench_iba("EfficientNet-Lite0", lite0(), "blocks.4", device, options.images, min(8, options.images), options.steps)
+    bench_input_iba(device, 2 if device.type == "cpu" else 16)
     bench_equal(device, options.images, options.equal_steps)
     bench_insertion_deletion(device, 8)
     bench_noise(device)

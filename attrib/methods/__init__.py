@@ -76,6 +76,15 @@ class Method(Protocol):
         """What must be fitted first, or None."""
         return None
 
+    def bytes_per_sample(self, model: Classifier, batch: Batch) -> int | None:
+        """What each sample of such a batch will take of the device's memory, or None if that is not known.
+
+        Beside what goes through the net, which ``run.rows`` bounds. For a method with much to keep per
+        sample: so many samples as do not fit are never tried (``attrib.budget``). A hint: it changes
+        no number.
+        """
+        return None
+
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         """Every name in MAPS -> (B, H, W), finite, signed; every EXTRA -> (B, ...).
 
