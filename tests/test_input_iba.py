@@ -19,6 +19,7 @@ from attrib.config import build
 from attrib.methods import State, iba
 from attrib.methods.iba import IBA
 from attrib.methods.input_iba import InputBottleneck, InputIBA, capacity
+from attrib.methods.inputs import Inputs
 from attrib.methods.layout import Layout
 from attrib.methods.statistics import Moments
 from attrib.methods.wgan import WGAN, ConvCritics
@@ -53,7 +54,7 @@ def released_batch(*images: int) -> Batch:
 def test_the_last_stage_equals_the_released_code():
     data, (model, _), batch = golden("inputiba_deterministic"), released_model(), released_batch(0)
     mask = torch.tensor(data["im0_gen_input_mask"])
-    found = InputBottleneck(steps=20).optimise(model, batch.x, batch.target, mask, Released(2400))
+    found = InputBottleneck(steps=20).optimise(model, Inputs.of(model, batch), mask, Released(2400))
     close(found.alpha.sigmoid().mean(1)[0], data["im0_input_mask"], 1e-3)
     close(found.alpha, data["im0_input_alpha"], 1e-2)
     for ours, theirs in (("loss_model", "cls_loss"), ("loss_info", "info_loss")):
@@ -288,7 +289,7 @@ def test_what_the_generator_keeps_is_free():
     mask = torch.full_like(batch.x, 0.3)
     mask[:, :, :4] = 1 - 1e-9
     method = InputBottleneck(steps=12, beta=5.0, batch=2, sigma=None)
-    found = method.optimise(model, batch.x, batch.target, mask, Noise(batch.uids, dtype=torch.float64))
+    found = method.optimise(model, Inputs.of(model, batch), mask, Noise(batch.uids, dtype=torch.float64))
     lam = found.alpha.sigmoid()
     assert lam[:, :, :4].mean() > 2 * lam[:, :, 4:].mean()
     assert found.capacity[:, :, :4].abs().max() < 1e-6
@@ -316,7 +317,7 @@ def test_an_open_bottleneck_stays_finite(dtype):
         for value in (0.0, 0.5, 1.0):
             method = InputBottleneck(steps=3, batch=2, initial_alpha=60.0, sigma=sigma)
             mask = torch.full_like(batch.x, value)
-            found = method.optimise(model, batch.x, batch.target, mask, Noise(batch.uids, dtype=dtype))
+            found = method.optimise(model, Inputs.of(model, batch), mask, Noise(batch.uids, dtype=dtype))
             assert found.alpha.isfinite().all()
             assert all(loss.isfinite().all() for loss in found.losses.values())
 

@@ -48,7 +48,7 @@ class Fixed(Released):
         super().__init__(seed, uniform)
         self.rows, self.drawn, self.at = rows, torch.empty(0), 0
 
-    def normal(self, n: int, *layer: int) -> Tensor:
+    def normal(self, n: int, *layer: int, ragged: None = None) -> Tensor:
         if not len(self.drawn):
             self.drawn = super().normal(self.rows, *layer)
         start, self.at = self.at, (self.at + n) % self.rows

@@ -21,7 +21,7 @@ from attrib.noise import Noise
 from attrib.types import UserError
 
 _DRAWN = 2**22  # random numbers per sample at a time; eight bytes each and as much again while they are made
-_SLOPE = 0.2  # of the leaky ReLUs
+SLOPE = 0.2  # of the leaky ReLUs
 _LEAST = 4  # places along each side of what the convolutions can read
 
 
@@ -93,7 +93,7 @@ class ConvCritics:
                 parameters[name] = like.new_full((len(like), *shape), float(kind == "weight"))
             else:
                 bound = 1 / math.sqrt(math.prod(shapes[f"{layer}.weight"][1:]))
-                parameters[name] = _uniform(noise, shape, like).mul_(2 * bound).sub_(bound)
+                parameters[name] = uniform(noise, shape, like).mul_(2 * bound).sub_(bound)
         return cls(parameters, places)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ConvCritics:
         for i in (1, 2, 3):
             weight, bias = self.parameters[f"linear{i}.weight"], self.parameters[f"linear{i}.bias"]
             x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-            x = F.leaky_relu(x, _SLOPE) if i < 3 else x
+            x = F.leaky_relu(x, SLOPE) if i < 3 else x
         return x.squeeze(2)
 
 
@@ -120,7 +120,7 @@ def _convolved(grid: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     x = grid.transpose(0, 1).flatten(1, 2)  # (n, b * C, h, w)
     for i, stride in ((1, 2), (2, 2), (3, 1)):
         x = F.conv2d(x, p[f"conv{i}.weight"], p[f"conv{i}.bias"], stride, padding=1, groups=samples)
-        x = F.leaky_relu(_normalised(x, p[f"norm{i}.weight"], p[f"norm{i}.bias"]), _SLOPE)
+        x = F.leaky_relu(_normalised(x, p[f"norm{i}.weight"], p[f"norm{i}.bias"]), SLOPE)
     return x.reshape(n, samples, -1).transpose(0, 1)
 
 
@@ -131,7 +131,7 @@ def _normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, weight, bias, training=True)
 
 
-def _uniform(noise: Noise, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def uniform(noise: Noise, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """(B, *shape) on [0, 1), drawn piece by piece: the numbers of a stream do not depend on how it is cut."""
     drawn = like.new_empty((len(like), math.prod(shape)))
     for start in range(0, drawn.shape[1], _DRAWN):
@@ -151,10 +151,14 @@ class Synthetic:
 
     features   (B, *layer) the layer's output
     mask       (B, *layer) what the feature bottleneck lets pass, nats per unit, so not bounded by 1
+    ragged     the features are of texts, (B, T, C): see ``Noise``
     """
 
-    def __init__(self, noise: Noise, features: Tensor, mask: Tensor, size: int, group_size: int) -> None:
+    def __init__(
+        self, noise: Noise, features: Tensor, mask: Tensor, size: int, group_size: int, ragged: bool = False
+    ) -> None:
         self.kept, self.open, self.group_size = mask * features, 1 - mask, group_size
+        self.ragged = 1 if ragged else None
         groups = math.ceil(size / group_size)
         self.std = noise.uniform(groups) * 5  # (B, groups)
         self.mean = noise.uniform(groups) * 4 - 2
@@ -165,7 +169,7 @@ class Synthetic:
         groups = numbers // self.group_size
         ones = (1,) * (self.kept.ndim - 1)
         std, mean = (of.gather(1, groups).reshape(*groups.shape, *ones) for of in (self.std, self.mean))
-        eps = self.noise.normal(groups.shape[1], *self.kept.shape[1:])
+        eps = self.noise.normal(groups.shape[1], *self.kept.shape[1:], ragged=self.ragged)
         return eps.mul_(std).add_(mean).mul_(self.open.unsqueeze(1)).add_(self.kept.unsqueeze(1))
 
 
@@ -173,15 +177,15 @@ class Generators:
     """B generators: input m x + (1 - m)(std eps + mean) with m = sigmoid(alpha).
 
     alpha       (B, *input)
-    mean, std   (B, C, 1, 1), one number per channel of the input
+    mean, std   (B, C, 1, 1), one number per channel of an image, or (B, T, 1), one per token of a text
     """
 
     def __init__(self, x: Tensor, alpha: Tensor) -> None:
         self.x = x
-        per_channel = (*x.shape[:2], *(1 for _ in x.shape[2:]))
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:]))
         self.alpha = alpha.detach().clone().requires_grad_()
-        self.mean = x.new_zeros(per_channel).requires_grad_()
-        self.std = x.new_ones(per_channel).requires_grad_()
+        self.mean = x.new_zeros(shape).requires_grad_()
+        self.std = x.new_ones(shape).requires_grad_()
 
     def mask(self) -> Tensor:
         return self.alpha.sigmoid()
@@ -199,7 +203,7 @@ class Trained(NamedTuple):
     """B generators after their training, and what it cost."""
 
     mask: Tensor  # (B, *input), 0 .. 1
-    mean: Tensor  # (B, C, 1, 1)
+    mean: Tensor  # (B, C, 1, 1) or (B, T, 1)
     std: Tensor
     critic_loss: Tensor  # (B, critic steps)
     generator_loss: Tensor  # (B, generator steps)
@@ -243,7 +247,15 @@ class WGAN:
             yield from enumerate(order.split(self.batch, dim=1))
 
     def train(
-        self, push: Push, x: Tensor, features: Tensor, mask: Tensor, alpha: Tensor, critics: Critics, noise: Noise
+        self,
+        push: Push,
+        x: Tensor,
+        features: Tensor,
+        mask: Tensor,
+        alpha: Tensor,
+        critics: Critics,
+        noise: Noise,
+        text: bool = False,
     ) -> Trained:
         """Train B generators against B critics.
 
@@ -252,12 +264,14 @@ class WGAN:
         mask       (B, *layer), see ``Synthetic``
         alpha      (B, *input), where the generators' mask begins, before the sigmoid
         critics    are changed in place
+        text       x are embedded tokens (B, T, E), padded, and features (B, T, C) or (B, C)
 
         Losses are means over a sample's own rows and sums over samples, clipping and RMSprop work
         number by number, so each sample sees just what it would see alone.
         """
         order, latent = noise.child("order"), noise.child("latent")
-        real = Synthetic(noise.child("synthetic"), features, mask, self.dataset_size, self.sub_dataset_size)
+        sizes, ragged = (self.dataset_size, self.sub_dataset_size), 1 if text else None
+        real = Synthetic(noise.child("synthetic"), features, mask, *sizes, ragged=text and features.ndim == 3)
         generators = Generators(x, alpha)
         parameters = [value.requires_grad_() for value in critics.parameters.values()]
         critic_step = torch.optim.RMSprop(parameters, lr=self.lr)
@@ -273,7 +287,7 @@ class WGAN:
         for i, numbers in self._batches(order):
             generates = i % self.critic_iter == 0
             with torch.set_grad_enabled(generates):
-                inputs = generators(latent.normal(numbers.shape[1], *x.shape[1:]))
+                inputs = generators(latent.normal(numbers.shape[1], *x.shape[1:], ragged=ragged))
             fake, pull = push(inputs.detach().flatten(0, 1), keep=generates)
             fake = fake.unflatten(0, numbers.shape)
 
