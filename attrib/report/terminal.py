@@ -48,12 +48,13 @@ def sentences(root: Path | str, samples: int = 8) -> list[tuple[str, Table]]:
 
 
 def _table(block: Gallery) -> Table:
-    table = Table("method", "text", "scores", show_lines=False, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, show_header=False)
     for sample in block.samples:
         table.add_row()
         table.add_row("", Text(_printable(f"{sample.name}  {sample.uid}"), style="bold"))
         for (label, _, _), tile in zip(block.columns, sample.tiles):
             scores = "  ".join(f"{name} {value}" for name, value in tile.scores)
             words = coloured(tile.words) if tile.words else Text(_printable(tile.problem))
-            table.add_row(Text(label), words, Text(scores, style="dim"))
+            table.add_row(Text(_printable(label)), words)
+            table.add_row("", Text(_printable(scores), style="dim"))
     return table
