@@ -189,3 +189,18 @@ def test_every_method_with_every_metric(method, tmp_path: Path):
     summary = run(cell, options_of(config["run"]))
     assert summary.failed == 0
     assert (summary.maps_computed, summary.scores_computed) == (3, 3 * len(metrics))
+
+
+@pytest.mark.parametrize("name", presets("paper"))
+def test_grid_of_a_paper(name):
+    """Every point of the grid composes and builds; what is chosen on the command line wins."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        params = compose("run", [f"paper={name}"], return_hydra_config=True).hydra.sweeper.params
+        params = {key: str(values).split(",") for key, values in params.items()}
+    assert all(len(values) > 1 for values in params.values())
+    for key, values in params.items():
+        for value in values:
+            config = composed(f"paper={name}", f"{key}={value}")
+            assert OmegaConf.select(OmegaConf.create(config), key) == yaml.safe_load(value)
+            build({k: v for k, v in config["method"].items() if k != "name"}, name)
+    assert composed(f"paper={name}", "model=resnet50")["model"]["name"] == "resnet50"
