@@ -274,6 +274,7 @@ def test_the_way_back_through_the_front(net, rows, keep, front_rows):
     direction = images(*z.shape)
     grad = back(direction)
     assert seen == front_rows
+    assert made.passed == sum(seen)
     assert not any(t.requires_grad for t in (found, grad))
     leaf, caught = x.clone().requires_grad_(), []
     with hooked(net.get_submodule(path), lambda _m, _i, out: caught.append(out)):

@@ -295,6 +295,15 @@ def test_what_the_generator_keeps_is_free():
     assert found.capacity[:, :, :4].abs().max() < 1e-6
 
 
+def test_without_training_there_are_no_critics(monkeypatch):
+    """They are large: 64 million numbers a sample for VGG16's features.17."""
+    (model, state), batch = model_and_state(), pictures(2)
+    monkeypatch.setattr(ConvCritics, "initial", lambda *_: pytest.fail("critics that judge nothing"))
+    method = dataclasses.replace(METHOD, gan=dataclasses.replace(METHOD.gan, epochs=0))
+    found = method.stages(model, batch, state, Noise(batch.uids, dtype=torch.float64))
+    assert torch.equal(found.gan.mask, found.map.unsqueeze(1).expand_as(batch.x).sigmoid())
+
+
 def test_the_stages_have_streams_of_their_own():
     """A longer GAN shows the last stage another mask, but no other noise."""
     (model, state), batch = model_and_state(), pictures(1)

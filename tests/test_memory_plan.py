@@ -42,6 +42,9 @@ OUT_OF_MEMORY = [
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory"),
     SampleError("out of memory even with one row at a time: CUDA out of memory."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
 ]
 
 
@@ -444,4 +447,5 @@ def test_input_iba_knows_its_critics():
     batch = Batch(("a", "b"), torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
     found = InputIBA(gan=WGAN(batch=5)).bytes_per_sample(model, batch)
     assert found == 4 * (3 * critic_parameters(8, (8, 8)) + 5 * (8 * 8 * 64 + 4 * math.prod((3, 16, 16))))
+    assert InputIBA(gan=WGAN(epochs=0)).bytes_per_sample(model, batch) is None
     assert Random().bytes_per_sample(model, batch) is None

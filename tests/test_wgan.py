@@ -409,6 +409,8 @@ def test_without_training_the_generator_is_as_it_began():
     found = case.train(dataclasses.replace(SMALL, epochs=0))
     assert torch.equal(found.mask, case.alpha.sigmoid())
     assert found.critic_loss.shape == found.generator_loss.shape == (3, 0)
+    for trained, untrained in zip(found, Trained.untrained(case.x, case.alpha), strict=True):
+        assert torch.equal(trained, untrained)
 
 
 def test_weights_stay_within_the_clip():

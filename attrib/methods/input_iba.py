@@ -156,10 +156,12 @@ class InputIBA(Method):
     def bytes_per_sample(self, model: Classifier, batch: Batch) -> int | None:
         """A critic of an image in training, and what a step keeps of its rows. The critics of texts are small.
 
+        None, too, without training (``gan.epochs=0``), which has no critics.
+
         Three times the critic's parameters; for each row of a step eight times the features and four
         times the input. Rather less than was measured (resnet18 at layer2: 250 of 350 MiB).
         """
-        if batch.mask is not None:
+        if batch.mask is not None or not self.gan.epochs:
             return None
         z = model.until(self.feature.layer, batch.x[:1]).z
         grid = Layout.of(z, tuple(batch.x.shape[-2:]), self.feature.layout).to_grid(z)
@@ -178,12 +180,16 @@ class InputIBA(Method):
         spread = places.spread(bits)
         _check("feature bottleneck", batch, feature.alpha, feature.capacity, *feature.losses.values())
 
-        features, streams, text = model.until(role, batch.x).z, noise.child("gan"), inputs.mask is not None
-        push, critics = _pieces(model, role, batch, places, features, streams.child("critic"))
+        text = inputs.mask is not None
         alpha = (spread * math.log(2)).unsqueeze(2) if text else spread.unsqueeze(1)
         begin = alpha.expand_as(inputs.x)
-        gan = self.gan.train(push, inputs.x, features, feature.capacity, begin, critics, streams, text)
-        del critics, features
+        if self.gan.epochs:
+            features, streams = model.until(role, batch.x).z, noise.child("gan")
+            push, critics = _pieces(model, role, batch, places, features, streams.child("critic"))
+            gan = self.gan.train(push, inputs.x, features, feature.capacity, begin, critics, streams, text)
+            del critics, features
+        else:  # critics are large, and would judge nothing
+            gan = Trained.untrained(inputs.x, begin)
         _check("GAN", batch, gan.mask, gan.mean, gan.std, gan.critic_loss, gan.generator_loss)
 
         mask = gan.mask if self.gan_prior else torch.zeros_like(gan.mask)

@@ -208,6 +208,12 @@ class Trained(NamedTuple):
     critic_loss: Tensor  # (B, critic steps)
     generator_loss: Tensor  # (B, generator steps)
 
+    @classmethod
+    def untrained(cls, x: Tensor, alpha: Tensor) -> Trained:
+        """As they begin: what ``WGAN.train`` gives for no epochs, without critics."""
+        begun, none = Generators(x, alpha), x.new_empty(len(x), 0)
+        return cls(begun.mask().detach(), begun.mean.detach(), begun.std.detach(), none, none)
+
 
 @dataclass(frozen=True)
 class WGAN:

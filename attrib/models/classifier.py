@@ -216,8 +216,12 @@ class Classifier:
                 whole = rows.stop - rows.start == len(x)
                 if not whole:
                     kept.clear()
-                leaf, z = kept.pop() if kept else front(rows, True)
-                return torch.autograd.grad(z, leaf, grad[rows])[0]
+                again = not kept
+                leaf, z = front(rows, True) if again else kept.pop()
+                (found,) = torch.autograd.grad(z, leaf, grad[rows])
+                if not again:
+                    self.passed -= len(x)  # they went through the net once, and were counted then
+                return found
 
             return self.chunked(piece, len(x))
 
@@ -313,7 +317,9 @@ class Classifier:
 def is_out_of_memory(error: BaseException) -> bool:
     """Also of the SampleError with which ``Classifier.chunked`` gives up."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        text in str(error) for text in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        # cuBLAS, cuDNN and cuSOLVER say "..._STATUS_ALLOC_FAILED", cuDNN 9 also "..._ALLOCATION_FAILED".
+        text in str(error)
+        for text in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
     )
 
 
