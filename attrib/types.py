@@ -38,6 +38,7 @@ class Batch:
     lengths  (B,) number of real tokens, special ones included; text only
     words    (B, T) number 0, 1, 2 ... of the word that a token belongs to, -1 for special tokens and
              padding; text only
+    units    (B, *places) number 0, 1, 2 ... of the user's own unit that a pixel belongs to, -1 for none
 
     A text is padded on the right, so its real tokens are the first ``lengths`` of its row.
     """
@@ -48,6 +49,7 @@ class Batch:
     roi: Tensor | None = None
     lengths: Tensor | None = None
     words: Tensor | None = None
+    units: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field, value in self._tensors():

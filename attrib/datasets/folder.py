@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from PIL import Image
+
 from attrib.datasets.files import Classes, existing_folder, image_files, read_boxes, read_classes, read_labels, uids_of
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
-from attrib.types import UserError
+from attrib.types import SampleError, UserError
 
 
 class ImageFolder(ImageDataset):
@@ -17,6 +20,8 @@ class ImageFolder(ImageDataset):
     labels   CSV file,label (the path below root; a class index or a name in ``classes``), for every image
     boxes    CSV file,x1,y1,x2,y2 in pixels of the stored image; several rows per file, or none
     classes  class index, JSON {"0": ["n01440764", "tench"]} or CSV label,wnid,name
+    units    a folder with a PNG for every image, of its size and at its path with the suffix .png: 8 or 16 bits,
+             pixels of equal numbers are a unit (``methods.units``), 0 is none
 
     Without ``labels`` the first folder below root is the class: its WordNet id or name in
     ``classes``, else its position among the sorted folder names. An image directly in root has no
@@ -32,8 +37,10 @@ class ImageFolder(ImageDataset):
         labels: str | None = None,
         boxes: str | None = None,
         classes: str | None = None,
+        units: str | None = None,
     ) -> None:
         self._root = existing_folder(root, "dataset.root")
+        self._unit_root = existing_folder(units, "dataset.units") if units else None
         files = image_files(self._root)
         if not files:
             raise UserError(f"dataset.root: {self._root} holds no images")
@@ -57,6 +64,19 @@ class ImageFolder(ImageDataset):
 
     def boxes(self, uid: str) -> tuple[Box, ...]:
         return self._boxes[uid]
+
+    def units(self, uid: str) -> np.ndarray | None:
+        if self._unit_root is None:
+            return None
+        file = (self._unit_root / self._files[uid]).with_suffix(".png")
+        try:
+            with Image.open(file) as image:
+                found, size = np.asarray(image), image.size
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SampleError(f"{file}: cannot be read as an image of units: {error}") from error
+        if found.ndim != 2 or size != self.size(uid):
+            raise SampleError(f"{file}: must be gray and of its image's size {self.size(uid)}, not {found.shape[::-1]}")
+        return found
 
     def file(self, uid: str) -> str:
         return str(self._root / self._files[uid])

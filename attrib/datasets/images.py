@@ -83,6 +83,10 @@ class ImageDataset(ABC):
         """Boxes of the labelled class, in pixels of the stored image. Raises SampleError."""
         return ()
 
+    def units(self, uid: str) -> np.ndarray | None:
+        """(h, w) integers, the user's own units in pixels of the stored image, 0 for none. Raises SampleError."""
+        return None
+
     def file(self, uid: str) -> str:
         """What messages call the sample."""
         return uid
@@ -112,7 +116,9 @@ class ImageDataset(ABC):
             try:
                 with self.open(uid) as stream:
                     content = hashlib.file_digest(stream, "sha256").hexdigest()
-                value = digest(content, self.label(uid), self.boxes(uid))[:16]
+                units = self.units(uid)
+                more = () if units is None else (hashlib.sha256(units.tobytes()).hexdigest(), units.shape)
+                value = digest(content, self.label(uid), self.boxes(uid), *more)[:16]
             except (OSError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
             self._fingerprints[uid] = value
@@ -120,12 +126,21 @@ class ImageDataset(ABC):
 
     def batch(self, uids: Sequence[str]) -> Batch:
         rows = [self._row(uid) for uid in uids]
+        units = [self._units(uid) for uid in uids]
         return Batch(
             uids=tuple(uids),
             x=torch.stack([x for x, _ in rows]),
             target=torch.tensor([self.label(uid) for uid in uids], dtype=torch.long),
             roi=torch.stack([mask for _, mask in rows]) if self._boxed else None,
+            units=torch.stack(units) if all(u is not None for u in units) else None,
         )
+
+    def _units(self, uid: str) -> Tensor | None:
+        found = self.units(uid)
+        if found is None:
+            return None
+        with self._blame(uid):
+            return self.transform.units(found)
 
     def _row(self, uid: str) -> tuple[Tensor, Tensor]:
         image = self.image(uid)

@@ -118,6 +118,18 @@ class ImageTransform:
         mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
+    def units(self, labels: np.ndarray) -> Tensor:
+        """(H, W) int64: an image of labels (h, w), where 0 is none, as units 0, 1, 2, ... and -1 for none.
+
+        The nearest label counts. Labels that are cut off leave no gap. Raises like ``picture``.
+        """
+        width, height, left, top = self._geometry(*labels.shape[::-1])
+        image = Image.fromarray(labels.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
+        out_h, out_w = self.size
+        cut = np.asarray(image)[top : top + out_h, left : left + out_w]
+        known = np.unique(cut[cut > 0])
+        return torch.from_numpy(np.where(cut > 0, np.searchsorted(known, cut), -1)).long()
+
     def mask(self, boxes: Iterable[Box], size: Sequence[int]) -> Tensor:
         """(H, W) bool: the union of boxes that are given in pixels of an image of ``size`` (width, height).
 

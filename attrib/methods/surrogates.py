@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from attrib.methods import Method, State
 from attrib.methods.inputs import EMBEDDING, Inputs
+from attrib.methods.units import Units
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -24,43 +25,6 @@ from attrib.types import Batch, UserError
 Baseline = Literal["zero", "mask"]
 
 _BLOCK = 64  # masks drawn at a time, so that long texts do not need much memory; another number is another draw
-
-
-class Units(NamedTuple):
-    """What is kept or removed as a whole: the words of texts, the tiles of images."""
-
-    of: Tensor  # (B, *places) int64: the unit that a token or pixel belongs to, -1: it always stays
-    n: Tensor  # (B,) how many units a sample has
-
-    @classmethod
-    def words(cls, batch: Batch) -> Units:
-        if batch.words is None:
-            raise ValueError("a batch of texts needs Batch.words")
-        return cls(batch.words, batch.words.amax(1) + 1)
-
-    @classmethod
-    def tiles(cls, batch: Batch, side: int) -> Units:
-        """A grid of ``side`` x ``side`` tiles, fewer along an axis that has fewer pixels."""
-        (rows, h), (columns, w) = ((min(side, size), size) for size in batch.x.shape[-2:])
-        row, column = torch.arange(h) * rows // h, torch.arange(w) * columns // w
-        grid = (row[:, None] * columns + column).to(batch.x.device).expand(len(batch), h, w)
-        return cls(grid, torch.full((len(batch),), rows * columns, device=batch.x.device))
-
-    @property
-    def most(self) -> int:
-        return max(1, int(self.n.max()))
-
-    @property
-    def exist(self) -> Tensor:
-        """(B, 1, n) bool."""
-        return (torch.arange(self.most, device=self.n.device) < self.n[:, None]).unsqueeze(1)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """(B, n) values of the units -> (B, *places), each shared equally among the unit's places."""
-        flat = self.of.flatten(1)
-        at, inside = flat.clamp(min=0), flat >= 0
-        places = torch.zeros_like(values).scatter_add_(1, at, inside.to(values))
-        return ((values / places.clamp(min=1)).gather(1, at) * inside).view(self.of.shape)
 
 
 class Masks(NamedTuple):
