@@ -284,6 +284,21 @@ def test_the_way_back_through_the_front(net, rows, keep, front_rows):
     torch.testing.assert_close(back(direction), grad, rtol=0, atol=1e-12)  # again: what was kept is used up
 
 
+def test_a_front_without_gradients():
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps, self.head = nn.Identity(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.steps((x > 0).to(x)))
+
+    model, x = Classifier(Rounds(), {"bottleneck": "steps"}), torch.randn(2, 4)
+    _, back = model.vjp("bottleneck", x, keep=False)
+    with pytest.raises(UserError, match="no gradient flows from steps to the input"):
+        back(torch.ones(2, 4))
+
+
 def test_a_kept_graph_is_not_used_for_less_than_all_rows():
     made, x = model(), images(4)
     z, back = made.vjp("bottleneck", x)

@@ -188,6 +188,8 @@ class Classifier:
 
         ``start`` is another role in front of this one, and inputs (B, *input): then x is that
         layer's output, the N // B rows of one input lie next to each other, and the way back ends there.
+
+        Raises UserError if no gradient flows between the two.
         """
         cut = self._split(role, x) if start is None else None
         kept: list[tuple[Tensor, Tensor]] = []
@@ -202,7 +204,10 @@ class Classifier:
         def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(graph):
                 leaf = x[rows].detach().requires_grad_(graph)
-                return leaf, layer(rows, leaf.clone())
+                z = layer(rows, leaf.clone())
+            if graph and not z.requires_grad:  # parameters are frozen: it can only come from the input
+                raise UserError(f"no gradient flows from {self.path(role)} to the input; take another layer")
+            return leaf, z
 
         def forward(rows: slice) -> Tensor:
             whole = keep and rows.stop - rows.start == len(x)
