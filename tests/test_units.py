@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from attrib.datasets import ImageFolder, ImageTransform
-from attrib.methods.units import Partition, Units
 from attrib.types import Batch, SampleError, UserError
+from attrib.units import Partition, Units
 
 
 def images(n: int = 2, height: int = 12, width: int = 10) -> Batch:

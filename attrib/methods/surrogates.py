@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from attrib.methods import Method, State
 from attrib.methods.inputs import EMBEDDING, Inputs
-from attrib.methods.units import Units
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
+from attrib.units import Units
 
 Baseline = Literal["zero", "mask"]
 
