@@ -42,12 +42,12 @@ class CannotSplitError(Exception):
 class _Tracer(fx.Tracer):
     """Traces torchvision- and timm-style nets; ``leaf`` stays one node, whatever is inside."""
 
-    def __init__(self, leaf: nn.Module | None = None) -> None:
+    def __init__(self, leaf: nn.Module | None = None, leaves: tuple[type[nn.Module], ...] = ()) -> None:
         # timm marks what must not be traced into. Looked up only if the net can come from timm.
         layers = sys.modules.get("timm.layers")
         functions = tuple(layers.get_notrace_functions()) if layers else ()
         super().__init__(autowrap_functions=functions)
-        self._leaf, self._opaque = leaf, tuple(layers.get_notrace_modules()) if layers else ()
+        self._leaf, self._opaque = leaf, (*leaves, *(layers.get_notrace_modules() if layers else ()))
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         if module is self._leaf or isinstance(module, (nn.RNNBase, *self._opaque)):  # also subclasses
@@ -55,15 +55,16 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(module, path)
 
 
-def trace(module: nn.Module, leaf: nn.Module | None = None) -> fx.Graph:
+def trace(module: nn.Module, leaf: nn.Module | None = None, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Graph:
     """The net's graph, of one input; optional arguments of its forward have their default values.
 
+    ``leaf``, and modules of the classes ``leaves``, stay one node each.
     Raises CannotSplitError for a net with data-dependent Python.
     """
     try:
         _, *others = inspect.signature(module.forward).parameters.values()
         defaults = {p.name: p.default for p in others if p.default is not p.empty}
-        return _Tracer(leaf).trace(module, defaults or None)
+        return _Tracer(leaf, leaves).trace(module, defaults or None)
     except Exception as error:  # tracing runs arbitrary user code on proxies
         raise CannotSplitError(f"torch.fx cannot trace {type(module).__name__}: {error}") from error
 
