@@ -7,8 +7,11 @@ page, for the next tensor. For a net on the CPU that can cost more than its arit
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
@@ -23,3 +26,30 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
     return all(mallopt(option, value) for option, value in settings)
+
+
+def resident() -> int:
+    """Bytes of memory that this process occupies now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Heap:
+    """Gives freed memory back now and then: kept blocks of ever other sizes leave gaps between them that nothing fits.
+
+    ``tidy`` does so when the process has grown to twice what it was after the last time, and a GiB more, so
+    that it costs little.
+    """
+
+    def __init__(self) -> None:
+        self._after = resident()
+
+    def tidy(self) -> None:
+        if resident() < 2 * self._after + 2**30:
+            return
+        with contextlib.suppress(OSError, AttributeError):  # no glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self._after = resident()

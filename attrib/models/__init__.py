@@ -1,8 +1,10 @@
 """Networks: how to get one (``zoo``, ``text``, ...), and ``Classifier``, the only form that methods see."""
 
+from attrib.models.audio import ToneCNN
 from attrib.models.checkpoint import load_weights, save_checkpoint
 from attrib.models.classifier import Classifier
 from attrib.models.huggingface import HuggingFaceClassifier, hf_classifier
+from attrib.models.randomise import Randomise
 from attrib.models.small import AcdCNN, LeNet, resnet18_cifar
 from attrib.models.split import Front
 from attrib.models.text import AcdLSTM, BiLSTM, DeepLSTM, Recurrent
@@ -17,7 +19,9 @@ __all__ = [
     "Front",
     "HuggingFaceClassifier",
     "LeNet",
+    "Randomise",
     "Recurrent",
+    "ToneCNN",
     "hf_classifier",
     "load_weights",
     "resnet18_cifar",

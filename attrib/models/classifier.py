@@ -8,15 +8,19 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
+from attrib.memory import Heap
 from attrib.models.split import Front, Split, between, hooked, split
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
+
+if TYPE_CHECKING:
+    from attrib.models.randomise import Variant
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Classifier:
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the logits of a noise image of this shape are compared before and
                  after the preparation
+    variant      if this is a copy with randomised layers: of what
 
     Raises UserError for a layer that does not exist.
     """
@@ -48,11 +53,13 @@ class Classifier:
         dtype: torch.dtype = torch.float32,
         spec: Mapping[str, Any] | None = None,
         input_shape: tuple[int, ...] | None = None,
+        variant: Variant | None = None,
     ) -> None:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
         self.layers = {role: path for role, path in (layers or {}).items() if path is not None}
-        self.rows, self.device, self.dtype = rows, torch.device(device), dtype
+        self.rows, self.device, self.dtype, self.variant = rows, torch.device(device), dtype, variant
+        self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
         self.weights = tensor_digest(module.state_dict())
         self.key = digest(type(module).__qualname__, dict(spec or {}), self.weights)
@@ -66,6 +73,11 @@ class Classifier:
                     f"model.layers.{role}: {type(module).__name__} has no layer {path!r}; "
                     f"near names: {', '.join(near) or 'none'} (all: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
+
+    @property
+    def original(self) -> Classifier:
+        """Which net says what class is explained and which samples are selected: this one, or what it is a copy of."""
+        return self if self.variant is None else self.variant.original
 
     def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> nn.Module:
         net = copy.deepcopy(module).to(self.device, self.dtype).eval().requires_grad_(False)
@@ -123,6 +135,7 @@ class Classifier:
             else:
                 start += size
                 self.passed += size * cost
+                self._heap.tidy()
                 continue
             # Outside the except block, whose traceback keeps the piece's tensors alive.
             release_memory(self.device)

@@ -1,0 +1,255 @@
+"""Copies of a net with randomised layers: what the sanity check of attribution methods explains.
+
+Adebayo, Gilmer, Muelly, Goodfellow, Hardt & Kim, *Sanity Checks for Saliency Maps*, NeurIPS 2018.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attrib.noise import Noise
+from attrib.types import UserError
+
+if TYPE_CHECKING:
+    from attrib.models.classifier import Classifier
+
+# They hold nothing random when they are new, so they are no layers of their own.
+FOLLOWERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+ROOT = "(net)"  # shown for parameters that belong to the net itself, as the class token of a transformer
+_CHUNK = 1 << 20  # numbers drawn at a time: a VGG's first linear layer has a hundred million
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with weights, and the normalisations that follow it, which become new with it."""
+
+    path: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Randomise:
+    """Which layers get new weights.
+
+    layers   n: counted from the output, ``cascade`` all of the last n, ``independent`` the n-th from the output
+             alone; or the path of a layer, or of a module that holds layers: ``cascade`` everything from the output
+             to there, ``independent`` what is there alone; "all"; null or 0: none
+    seed     of the new weights. Those of a layer depend on its path and the seed alone
+    """
+
+    layers: int | str | None = None
+    mode: Literal["cascade", "independent"] = "cascade"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("cascade", "independent"):
+            raise UserError(f"mode must be cascade or independent, not {self.mode!r}")
+
+    def chosen(self, found: list[Layer]) -> list[Layer]:
+        """Of all layers, from the output, those that get new weights. Raises UserError if there are no such ones."""
+        names, first = [layer.path or ROOT for layer in found], 0
+        if not self.layers or self.layers == "all":
+            return list(found) if self.layers else []
+        if isinstance(self.layers, int):
+            if not 0 < self.layers <= len(found):
+                raise UserError(
+                    f"randomise.layers is {self.layers}, but the net has {len(found)} layers with weights; "
+                    f"from the output: {', '.join(names)}"
+                )
+            first = last = self.layers - 1
+        else:
+            inside = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{self.layers}.")]
+            if not inside:
+                near = difflib.get_close_matches(self.layers, names, n=5, cutoff=0.3)
+                raise UserError(
+                    f"randomise.layers: the net has no layer with weights at {self.layers!r}; near names: "
+                    f"{', '.join(near) or 'none'} (from the output: {', '.join(names)})"
+                )
+            if self.mode == "independent":
+                return [found[i] for i in inside]
+            last = inside[-1]
+        return found[first : last + 1] if self.mode == "independent" else found[: last + 1]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a randomised classifier is a copy of.
+
+    original   says which class is explained, and which samples are selected
+    layers     the layers with new weights, from the output
+    total      how many layers with weights the net has
+    place      the furthest of ``layers`` from the output, counted from 1
+    """
+
+    original: Classifier
+    layers: tuple[str, ...]
+    total: int
+    place: int
+    how: Randomise
+
+    @property
+    def name(self) -> str:
+        """For people and folders: ``random-3`` are the last three, ``random-only-conv1`` is one."""
+        if self.how.mode == "cascade":
+            return f"random-{self.place}"
+        what = self.how.layers if isinstance(self.how.layers, str) else self.layers[-1] or ROOT
+        return f"random-only-{what}"
+
+
+# ---- order ------------------------------------------------------------------------------------
+
+
+class _Uses(TorchFunctionMode):
+    """Notes when each tensor is last read by an operation that gives a tensor."""
+
+    def __init__(self, owners: Mapping[int, str]) -> None:
+        super().__init__()
+        self._owners, self._clock = owners, 0
+        self.last: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # Not the looks at a parameter's shape, dtype or device.
+        if getattr(func, "__name__", "") != "__get__" and any(True for _ in _tensors(result)):
+            for tensor in _tensors((args, kwargs)):
+                if (owner := self._owners.get(id(tensor))) is not None:
+                    self.last[owner], self._clock = self._clock, self._clock + 1
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def weighted_layers(net: nn.Module, x: Tensor) -> list[Layer]:
+    """The net's layers with weights, in the order in which x (N, *input) passes them, the output first.
+
+    The order is that of a forward pass (what runs last stands first), not of names or registration; of a
+    layer that runs several times its last time counts. What does not run (an auxiliary head) is not listed.
+
+    Raises UserError for a net whose operations cannot be seen, compiled by torch.jit.
+    """
+    owners: dict[int, str] = {}
+    for path, module in net.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"{path or type(net).__name__} is compiled by torch.jit: its layers cannot be randomised")
+        own = [*module.parameters(recurse=False)]
+        if isinstance(module, FOLLOWERS):  # also one that has statistics alone
+            own += [*module.buffers(recurse=False)]
+        for tensor in own:
+            owners.setdefault(id(tensor), path)
+    with torch.no_grad(), _Uses(owners) as uses:
+        net(x[:1].clone())
+    found: list[Layer] = []
+    for path in sorted(uses.last, key=uses.last.__getitem__):
+        if found and isinstance(net.get_submodule(path), FOLLOWERS):
+            found[-1] = Layer(found[-1].path, (*found[-1].modules, path))
+        else:
+            found.append(Layer(path, (path,)))
+    return found[::-1]
+
+
+# ---- weights ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reinitialise(net: nn.Module, layers: list[Layer], seed: int) -> None:
+    """Give these layers of ``net`` new weights, in place."""
+    for path in (path for layer in layers for path in layer.modules):
+        module = net.get_submodule(path)
+        for name, tensor in _state(module):
+            tensor.copy_(_fresh(module, name, tensor, Noise([f"{path}.{name}"], seed)))
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    if isinstance(module, FOLLOWERS):
+        yield from module.named_buffers(recurse=False)
+
+
+def _fresh(module: nn.Module, name: str, old: Tensor, noise: Noise) -> Tensor:
+    """New values for one tensor, from the distribution from which its class draws them.
+
+    Normalisations become what they are in a new net: gain 1, offset 0, running mean 0 and variance 1. (In
+    eval mode those of the trained net would not fit what comes from new weights either.) A parameter of a
+    class that is not known, such as a class token, is drawn from a normal distribution with the mean and
+    standard deviation of its trained values.
+    """
+    if isinstance(module, nn.PReLU):
+        return torch.full_like(old, module.init)
+    if isinstance(module, FOLLOWERS):
+        return torch.ones_like(old) if name in ("weight", "running_var") else torch.zeros_like(old)
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)):
+        places = 1 if isinstance(module, nn.Bilinear) else math.prod(module.weight.shape[2:])
+        return _uniform(old, 1 / math.sqrt(module.weight.shape[1] * places), noise)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return _uniform(old, 1 / math.sqrt(module.hidden_size), noise)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        value = _normal(old, noise)
+        if module.padding_idx is not None:
+            value[module.padding_idx] = 0
+        return value
+    if isinstance(module, nn.MultiheadAttention):
+        if name == "in_proj_bias":
+            return torch.zeros_like(old)
+        # Glorot's initialisation, as its class does.
+        if old.ndim == 2:
+            return _uniform(old, math.sqrt(6 / sum(old.shape)), noise)
+        return _normal(old, noise) / math.sqrt(old.shape[-1])  # bias_k, bias_v
+    spread = old.float().std().item() if old.numel() > 1 else 0.0
+    if not spread:  # a single number, or all alike
+        return _normal(old, noise) * (old.float().abs().mean().item() or 1.0)
+    return _normal(old, noise) * spread + old.float().mean().item()
+
+
+def _uniform(like: Tensor, bound: float, noise: Noise) -> Tensor:
+    return (_drawn(like, noise.uniform) * 2 - 1) * bound
+
+
+def _normal(like: Tensor, noise: Noise) -> Tensor:
+    return _drawn(like, noise.normal)
+
+
+def _drawn(like: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    count = like.numel()
+    parts = [draw(min(_CHUNK, count - start))[0] for start in range(0, count, _CHUNK)]
+    return torch.cat(parts).reshape(like.shape)
+
+
+def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) -> Classifier:
+    """A copy of a classifier with new layers; ``net`` is what it was made from, and stays as it is.
+
+    x (N, *input) are inputs of the net, which show the order of its layers. Raises UserError for layers that the
+    net does not have.
+    """
+    found = weighted_layers(original.module, x.to(original.device, original.dtype if x.is_floating_point() else None))
+    chosen = how.chosen(found)
+    twin = copy.deepcopy(net)
+    reinitialise(twin, chosen, how.seed)
+    about = Variant(original, tuple(layer.path for layer in chosen), len(found), found.index(chosen[-1]) + 1, how)
+    modules = sorted(path for layer in chosen for path in layer.modules)
+    return type(original)(
+        twin,
+        original.layers,
+        rows=original.rows,
+        device=original.device,
+        dtype=original.dtype,
+        # The original counts as well: it may say which class is explained.
+        spec={"randomised": {"of": original.key, "modules": modules, "seed": how.seed}},
+        variant=about,
+    )
