@@ -12,11 +12,12 @@ from typing import Any
 
 from attrib import keys
 from attrib.datasets import Dataset, Selection
-from attrib.methods import Method
+from attrib.methods import Method, State
 from attrib.metrics import Metric
 from attrib.models import Classifier
+from attrib.noise import Noise
 from attrib.samples import Samples, Target
-from attrib.types import UserError
+from attrib.types import Batch, UserError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Experiment:
         """For work on stored maps, which say themselves what they explain."""
         return Samples(self.dataset, self.model, uids, target=None, batch=batch)
 
+    def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:
+        """What the method says of a batch, with random numbers of the samples' own."""
+        noise = Noise(batch.uids, self.seed, self.model.device, self.model.dtype)
+        return self.method.attribute(self.model, batch, state, noise)
+
     def estimation_samples(self, batch: int) -> Samples:
         """What the method's state is fitted on."""
         if self.estimation is None:
@@ -83,7 +89,7 @@ class Experiment:
     @cached_property
     def pictures_key(self) -> str:
         """Of the inputs kept for the report, which bear the name of the class that the model is asked for."""
-        return keys.digest(self.dataset_key, self.model.key)[:8]
+        return keys.digest(self.dataset_key, self.model.original.key)[:8]
 
     @property
     def layers(self) -> dict[str, str]:
@@ -94,15 +100,29 @@ class Experiment:
     def _layers(self, roles: Sequence[str]) -> dict[str, str]:
         return {role: self.model.path(role) for role in roles}
 
-    def state_key(self, samples: Samples) -> str:
+    def state_key(self, samples: Samples, model: Classifier | None = None) -> str:
         """What the state is fitted on, sample by sample, and by what."""
         fit = self.method.fit
         assert fit is not None
         content = [(uid, samples.dataset.fingerprint(uid)) for uid in samples.uids]
-        return keys.digest(fit, self.model.key, self._layers(fit.roles), samples.dataset.key, content, samples.target)
+        text = getattr(fit, "TEXT_ROLES", ()) if self.dataset.modality == "text" else ()  # few fits have any
+        layers = self._layers([*fit.roles, *text])
+        key = (model or self.model).key
+        return keys.digest(fit, key, layers, samples.dataset.key, content, samples.target)
 
-    def cell_key(self, state_key: str | None) -> str:
-        return keys.digest(self.dataset_key, self.model.key, self.layers, self.method, self.seed, state_key)
+    def cell_key(self, state_key: str | None, model: Classifier | None = None) -> str:
+        key = (model or self.model).key
+        return keys.digest(self.dataset_key, key, self.layers, self.method, self.seed, state_key)
+
+    def original_key(self, samples: Samples | None) -> str | None:
+        """The key of the same cell of the net that this one's is a randomised copy of; None if it is none.
+
+        ``samples`` are those of the fit, if the method has one.
+        """
+        if self.model.variant is None:
+            return None
+        state = None if samples is None else self.state_key(samples, self.model.original)
+        return self.cell_key(state, self.model.original)
 
     def metric_key(self, name: str) -> str:
         metric = self.metrics[name]

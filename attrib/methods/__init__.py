@@ -47,6 +47,7 @@ class Fit(Protocol):
 
     VERSION: ClassVar[int]
     TARGETS: ClassVar[bool] = True  # whether it looks at the samples' targets
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of a text's net only; may be left out
 
     @property
     def roles(self) -> tuple[str, ...]: ...
@@ -62,8 +63,10 @@ class Method(Protocol):
     VERSION: ClassVar[int]  # raised whenever numbers change
     MAPS: ClassVar[Mapping[str, str]]  # name -> one line: unit, sign, resolution
     EXTRAS: ClassVar[Mapping[str, str]] = {}  # other arrays kept per sample, such as losses
+    COLUMNS: ClassVar[Mapping[str, str]] = {}  # EXTRAS of one number that tables show -> "higher", "lower" or "none"
+    DOCUMENTS: ClassVar[Mapping[str, str]] = {}  # name -> one line; JSON per sample: ``<cell>/<name>/<uid>.json``
     TOKENS: ClassVar[tuple[str, ...]] = ()  # the EXTRAS that have a place per token of a text, (B, T, ...)
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image",)  # what it explains: "image", "text"
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image",)  # what it explains: "image", "text", "audio"
     TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of a text's net only, beside ``roles``
 
     @property
@@ -86,7 +89,8 @@ class Method(Protocol):
         return None
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        """Every name in MAPS -> (B, H, W), finite, signed; every EXTRA -> (B, ...).
+        """Every name in MAPS -> (B, H, W), of sounds (B, L), finite, signed; every EXTRA -> (B, ...).
+        Every DOCUMENT -> a list of B values that JSON can hold.
 
         Of a text a map is (B, T), zero on padding, and does not depend on how much of that there is.
 

@@ -1,7 +1,7 @@
-"""What captum's methods are computed on: an image itself, or the embedded tokens of a text.
+"""What captum's methods are computed on: an image or a sound itself, or the embedded tokens of a text.
 
 Token ids have no gradient and no zero. So for texts the input is the output of the layer with role
-"embedding", and the net is what follows it; the methods then read the same for both.
+"embedding", and the net is what follows it; the methods then read the same for all.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def _captum() -> Iterator[None]:
 class Inputs:
     """B samples as the input of a net.
 
-    x       (B, C, H, W), or (B, T, E) embedded tokens
+    x       (B, C, *places), which are (H, W) of images and (L,) of sounds, or (B, T, E) embedded tokens
     target  (B,) or (B, K), as in ``Batch``
     net     (x, *rest) -> logits; gradients flow
     rest    what else the net needs, B rows each: captum's additional arguments, which it repeats
             in the order in which it repeats x
-    mask    (B, T) bool, True on real tokens; None for images
+    mask    (B, T) bool, True on real tokens; None for images and sounds
     """
 
     x: Tensor
@@ -112,13 +112,13 @@ class Inputs:
     # ---- padding, which must neither count nor matter ---------------------------------------
 
     def real(self, value: Tensor) -> Tensor:
-        """(B, T, ...) with zeros on padding; images unchanged."""
+        """(B, T, ...) with zeros on padding; images and sounds unchanged."""
         if self.mask is None:
             return value
         return value.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (value.ndim - 2)), 0)
 
     def reduce(self, attribution: Tensor, how: Reduce) -> Tensor:
-        """(B, C, H, W) -> (B, H, W); (B, T, E) -> (B, T), zero on padding."""
+        """(B, C, *places) -> (B, *places); (B, T, E) -> (B, T), zero on padding."""
         channels = 1 if self.mask is None else -1
         attribution = self.real(attribution.detach())
         if how == "sum":

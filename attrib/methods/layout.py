@@ -1,4 +1,4 @@
-"""Where the places of a layer are: conv maps, tokens of a transformer or of a text, plain vectors."""
+"""Where the places of a layer are: conv maps, tokens of a transformer or of a text, moments, plain vectors."""
 
 from __future__ import annotations
 
@@ -160,13 +160,56 @@ class TextLayout:
         return bits if self.real is not None else bits * self.mask / self.mask.sum(1, keepdim=True)
 
 
-Places = Layout | TextLayout
+@dataclass(frozen=True)
+class SoundLayout:
+    """How a layer's output (B, C, l), or (B, l, C) as tokens, lies on B sounds: as on images of a single row.
+
+    A vector (B, C) has one place, the whole sound.
+    """
+
+    row: Layout
+    last: bool  # whether channels are the last dimension
+    real: ClassVar[None] = None  # every unit exists
+
+    @classmethod
+    def of(cls, z: Tensor, length: int, name: Name = "auto") -> SoundLayout:
+        """Raises UserError for a layer that has neither a place per moment nor one in all."""
+        if z.ndim not in (2, 3) or (name != "auto" and (z.ndim == 2) != (name == "vector")):
+            raise UserError(
+                f"a layer whose output is {tuple(z.shape)} has no layout {name!r} on a sound; take one that gives "
+                "(B, C, l), or (B, l, C) with method.layout=tokens, or (B, C)"
+            )
+        last = name in ("tokens", "channels_last")
+        channels, *places = z.shape[1:][::-1] if last else z.shape[1:]
+        return cls(Layout("channels_first", (channels, 1, *(places or (1,))), (1, length)), last)
+
+    def _to_row(self, z: Tensor) -> Tensor:
+        """(B, *layer) -> (B, C, 1, l)."""
+        return (z.movedim(-1, 1) if self.last else z).reshape(len(z), *self.row.shape)
+
+    def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
+        """Gaussian smoothing over time, every channel alone; see ``Layout.smooth``."""
+        smoothed = self.row.smooth(self._to_row(z), sigma).squeeze(2)
+        return (smoothed.movedim(1, -1) if self.last else smoothed).reshape(z.shape)
+
+    def bits(self, capacity: Tensor) -> Tensor:
+        """(B, *layer) nats -> (B, l) bits per place, summed over channels."""
+        return self.row.bits(self._to_row(capacity)).squeeze(1)
+
+    def spread(self, bits: Tensor) -> Tensor:
+        """(B, l) bits per place -> (B, L) bits per sample; see ``Layout.spread``."""
+        return self.row.spread(bits.unsqueeze(1)).squeeze(1)
+
+
+Places = Layout | TextLayout | SoundLayout
 
 
 def places(batch: Batch, z: Tensor, name: Name = "auto") -> Places:
-    """The layout of a layer's output for these inputs; ``name`` is for images. Raises UserError."""
+    """The layout of a layer's output for these inputs; ``name`` is not for texts. Raises UserError."""
     if batch.mask is not None:
         return TextLayout.of(z, batch.mask)
+    if batch.x.ndim == 3:
+        return SoundLayout.of(z, batch.x.shape[2], name)
     return Layout.of(z, tuple(batch.x.shape[-2:]), name)
 
 

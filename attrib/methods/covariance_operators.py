@@ -1,0 +1,165 @@
+"""A covariance as an operator: what it does to a vector, its square root, and what it is given the rest.
+
+The numbers of a sample, x (*x), are seen as groups of features, (G, F), and every operator acts on each
+group alone:
+
+    kind                          images (C, H, W), sounds (C, L)    texts (T, E)
+    scale (one number a feature)  any                                any
+    matrix, stack                 C groups of H * W places           T groups of E numbers
+    full, low_rank                one group of all C * H * W         T groups of E numbers
+
+Values may have any dimensions in front: they are (..., *x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Quadratic = Callable[[Tensor], Tensor]  # (..., *x) -> (...)
+
+
+class Operator(Protocol):
+    """A covariance of one sample's numbers."""
+
+    independent: bool  # whether places are independent of each other: given the rest, they are as without it
+
+    def apply(self, v: Tensor) -> Tensor:
+        """(..., *x) -> the covariance times v."""
+        ...
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """(..., *x) standard normal -> normal with this covariance."""
+        ...
+
+    def conditional(self, places: Tensor) -> Quadratic:
+        """v -> v_A' S v_A for A the numbers at these places, (m,) into the flattened (*places).
+
+        S is the covariance of A given all other numbers: the Schur complement S_AA - S_AR S_RR^-1 S_RA,
+        which is the inverse of A's part of the precision matrix. Only where places depend on each other.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Independent numbers. variance: broadcasts to (..., *x)."""
+
+    variance: Tensor
+    independent: bool = True
+
+    def apply(self, v: Tensor) -> Tensor:
+        return v * self.variance.to(v)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        return eps * self.variance.sqrt().to(eps)
+
+    def conditional(self, places: Tensor) -> Quadratic:
+        raise NotImplementedError("independent places need no conditional")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How (*x) is (G, F).
+
+    shape   of x without the samples
+    split   how many of its dimensions are groups: 1, or 0 for a single group
+    places  how many places x has; F is one channel's places, or all channels' one after another
+    """
+
+    shape: tuple[int, ...]
+    split: int
+    places: int
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """(..., *x) -> (..., G, F)"""
+        lead = v.shape[: v.ndim - len(self.shape)]
+        return v.reshape(*lead, *(self.shape[:1] if self.split else (1,)), -1)
+
+    def back(self, v: Tensor) -> Tensor:
+        return v.reshape(*v.shape[:-2], *self.shape)
+
+    def features(self, places: Tensor, n: int) -> Tensor:
+        """Which of a group's n features lie at these places."""
+        first = torch.arange(0, n, self.places, device=places.device)
+        return (first[:, None] + places).flatten()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix for all groups, or one for each. matrix, factor: (1 or G, F, F), matrix = factor factor'."""
+
+    groups: Groups
+    matrix: Tensor
+    factor: Tensor
+    independent: bool
+
+    def _times(self, m: Tensor, v: Tensor) -> Tensor:
+        v = self.groups(v)
+        if len(m) == 1:
+            return self.groups.back(v @ m[0].T)
+        return self.groups.back(torch.einsum("gij,...gj->...gi", m, v))
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self._times(self.matrix.to(v), v)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        return self._times(self.factor.to(eps), eps)
+
+    def conditional(self, places: Tensor) -> Quadratic:
+        at = self.groups.features(places, self.matrix.shape[-1])
+        part = self._precision[:, at][:, :, at]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(part))
+
+        def value(v: Tensor) -> Tensor:
+            inside = self.groups(v)[..., at]
+            s = inverse.to(v)
+            times = inside @ s[0] if len(s) == 1 else torch.einsum("gij,...gj->...gi", s, inside)
+            return (times * inside).sum((-2, -1))
+
+        return value
+
+    @property
+    def _precision(self) -> Tensor:
+        return torch.cholesky_inverse(self.factor)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """D^1/2 (1 + V g V') D^1/2, with D = diag(rest) (F,), V = basis (F, r) orthonormal and gain g (r,) > 0."""
+
+    groups: Groups
+    rest: Tensor
+    basis: Tensor
+    gain: Tensor
+    independent: bool
+
+    def _around(self, v: Tensor, gain: Tensor) -> Tensor:
+        """(1 + V gain V') v for v (..., F)."""
+        basis = self.basis.to(v)
+        return v + ((v @ basis) * gain.to(v)) @ basis.T
+
+    def apply(self, v: Tensor) -> Tensor:
+        root = self.rest.sqrt().to(v)
+        return self.groups.back(root * self._around(root * self.groups(v), self.gain))
+
+    def sample(self, eps: Tensor) -> Tensor:
+        root = self.rest.sqrt().to(eps)
+        return self.groups.back(root * self._around(self.groups(eps), (1 + self.gain).sqrt() - 1))
+
+    def conditional(self, places: Tensor) -> Quadratic:
+        """By Woodbury: S = D_A^1/2 (1 + V_A (1 / g + V_R' V_R)^-1 V_A') D_A^1/2."""
+        at = self.groups.features(places, len(self.rest))
+        basis, root = self.basis[at], self.rest[at].sqrt()
+        others = torch.diag(1 + 1 / self.gain) - basis.T @ basis  # V' V = 1
+        half = torch.linalg.cholesky(torch.linalg.inv(others))
+
+        def value(v: Tensor) -> Tensor:
+            w = self.groups(v)[..., at] * root.to(v)
+            return w.square().sum((-2, -1)) + (w @ (basis @ half).to(v)).square().sum((-2, -1))
+
+        return value

@@ -1,0 +1,315 @@
+"""Functional (Fisher) information, and SmoothGrad and VarGrad from the same draws.
+
+Gat, Calderon, Reichart & Hazan, *A Functional Information Perspective on Model Interpretation*, ICML 2022.
+For a positive function f of an input z ~ N(x, S) the log-Sobolev inequality bounds the functional entropy,
+
+    Ent(f) = E[f log f] - E[f] log E[f]  <=  1/2 E[ <S grad f, grad f> / f ] = 1/2 I(f),
+
+and the information I(f) is a sum over features, whose parts are the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attrib.methods import Method, State
+from attrib.methods.covariance import Covariance, Spread
+from attrib.methods.fisher_sets import Sets, hierarchy
+from attrib.methods.inputs import EMBEDDING, Inputs, Reduce
+from attrib.methods.perturbed import ACTIVATIONS, Activation, Draws, Mean, Outputs, Perturbations
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+from attrib.units import Partition
+
+ABOUT = {
+    "functional_information": "mean of (df/dx)^2 / f over the noise: information per unit of variance, >= 0",
+    "covariance_functional_information": "mean of (S grad f) * grad f / f: information, signed; its sum is >= 0",
+    "set_information": "information of the place's unit given all other units, shared equally by its places, >= 0",
+    "covariance_gradients": "mean of S grad f over the noise, signed",
+    "smooth_grad": "mean of df/dx over the noise, signed",
+    "smooth_grad_sq": "mean of (df/dx)^2 over the noise, >= 0",
+    "var_grad": "variance of df/dx over the noise, >= 0",
+}
+SIGNED = ("covariance_gradients", "smooth_grad")
+POINTS = 20  # of the curves over draws
+FIRST = 10  # draws before the first of them
+
+
+@dataclass(frozen=True)
+class FunctionalInformation(Method):
+    """Measures of the gradient of f, the target's output, over noise around the input.
+
+    measures    names in ``ABOUT``; all are computed from the same draws
+    samples     draws, at most
+    var_spread  the noise has this many times the covariance S. S itself stands in the formulas, as in the paper's
+                code: to get the information of the noise's own distribution, multiply by ``var_spread``
+    covariance  S; ``Covariance``. None of the data by default: each sample's own variance
+    activation  what f is: probability, its logarithm, or the logit. Information is defined for functions of one
+                sign, and is that of \\|f\\|: of log_softmax, of the surprisal. Of logits that change their sign it
+                means nothing
+    channels    each: every channel (number of a token's vector) is a feature and a place has the sum of their values.
+                summed: gradients are summed over channels first, as the released code does; where a LayerNorm follows
+                the embedding, as in BERT, that sum is always zero
+    reduce      how the channels of signed measures become one map, with channels=each
+    labels      target, or more: "all", the k most likely ones, or a list. The map is the target's; the others' are
+                ``<measure>_by_label``
+    tolerance   a sample is done when the relative standard error of all its maps is at most this; None: never before
+                ``samples``
+    units       whose information ``set_information`` is; levels > 1: the sum over a hierarchy, see ``hierarchy``
+    as_released channels=summed, the variance of *squared* gradients for VarGrad, and f with its sign
+
+    Raises UserError for fields that cannot be computed with.
+    """
+
+    VERSION: ClassVar[int] = 1
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
+    measures: tuple[str, ...] = ("functional_information",)
+    samples: int = 100
+    var_spread: float = 0.15
+    covariance: Covariance = field(default_factory=Covariance)
+    activation: Activation = "softmax"
+    channels: Literal["each", "summed"] = "each"
+    reduce: Reduce = "sum"
+    labels: Literal["target", "all"] | int | tuple[int, ...] = "target"
+    tolerance: float | None = None
+    units: Partition = field(default_factory=Partition)
+    levels: int = 1
+    as_released: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "measures", tuple(self.measures))  # YAML has lists
+        if isinstance(self.labels, list):
+            object.__setattr__(self, "labels", tuple(self.labels))
+
+        def wrong(name: str, must: str) -> UserError:
+            return UserError(f"FunctionalInformation.{name} is {getattr(self, name)!r}, must be {must}")
+
+        twice = len(set(self.measures)) < len(self.measures)
+        if not self.measures or twice or not set(self.measures) <= set(ABOUT):
+            raise wrong("measures", f"a list, without repetition, of {', '.join(ABOUT)}")
+        for name, known in (
+            ("activation", ACTIVATIONS),
+            ("channels", ("each", "summed")),
+            ("reduce", get_args(Reduce)),
+        ):
+            if getattr(self, name) not in known:
+                raise wrong(name, f"one of {', '.join(known)}")
+        if self.samples < 2:
+            raise wrong("samples", "at least 2")
+        if not self.var_spread > 0:
+            raise wrong("var_spread", "above 0")
+        if self.levels < 1:
+            raise wrong("levels", "at least 1")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise wrong("tolerance", "above 0, or null")
+        if isinstance(self.labels, str):
+            good = self.labels in ("target", "all")
+        else:
+            good = self.labels > 0 if isinstance(self.labels, int) else min(self.labels, default=-1) >= 0
+        if not good:
+            raise wrong("labels", "target, all, a number of labels, or a list of labels")
+
+    # ---- what it says of itself -----------------------------------------------------------------
+
+    @property
+    def MAPS(self) -> Mapping[str, str]:  # noqa: N802  as in ``Method``
+        return {name: ABOUT[name] for name in self.measures}
+
+    @property
+    def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
+        found = {"draws": "noisy copies that were drawn"}
+        for name in self.measures:
+            found[f"stderr_{name}"] = "standard error over the draws of the map, place by place"
+            found[f"error_{name}"] = "x: draws; y: relative standard error"
+        if self.labels != "target":
+            found["labels"] = "the labels of <measure>_by_label"
+            found |= {
+                f"{name}_by_label": "the map of each of these labels, (*places, labels)" for name in self.measures
+            }
+        return found
+
+    @property
+    def TOKENS(self) -> tuple[str, ...]:  # noqa: N802
+        more = () if self.labels == "target" else tuple(f"{name}_by_label" for name in self.measures)
+        return (*(f"stderr_{name}" for name in self.measures), *more)
+
+    @property
+    def fit(self) -> Covariance | None:
+        return self.covariance if self.covariance.fitted else None
+
+    @property
+    def counts(self) -> list[int]:
+        """How many draws have been made at the points of the curves ``error_*``."""
+        first = min(self.samples, FIRST)
+        points = min(POINTS, self.samples - first + 1)
+        return [first + round(i * (self.samples - first) / max(1, points - 1)) for i in range(points)]
+
+    # ---- computation ------------------------------------------------------------------------------
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        inputs = Inputs.of(model, batch)
+        labels = self._labels(model, batch)
+        outputs = Outputs(self.activation, batch.target, labels)
+        spread = self.covariance.of(batch, inputs, state)
+        sets = Sets(spread, hierarchy(self.units, self.levels, batch)) if "set_information" in self.measures else None
+        terms = _Terms(self, spread, sets, text=inputs.mask is not None)
+        measures = {name: _Measure(self, name, terms, outputs.count, inputs.x) for name in self.measures}
+
+        source = Perturbations(model, inputs, outputs, spread, self.var_spread, noise)
+        at, drawn = torch.arange(len(batch), device=inputs.x.device), 0
+        draws = torch.zeros(len(batch), dtype=torch.long, device=inputs.x.device)
+        errors: dict[str, list[Tensor]] = {name: [] for name in measures}
+        for count in self.counts:
+            while len(at) and drawn < count:
+                found = source.draw(at, min(count - drawn, source.most(len(at))))
+                for measure in measures.values():
+                    measure.add(at, found)
+                drawn += found.sign.shape[1]
+                del found
+            draws[at] = drawn
+            done = torch.ones_like(draws, dtype=torch.bool)
+            for name, measure in measures.items():
+                errors[name].append(measure.relative_error())
+                done &= errors[name][-1] <= (self.tolerance or -1)
+            at = at[~done[at]]
+
+        result = {"draws": draws.to(inputs.x.dtype)}
+        if self.labels != "target":
+            result["labels"] = labels.to(inputs.x.dtype)
+        for name, measure in measures.items():
+            maps = measure.map
+            result |= {name: maps[:, 0], f"stderr_{name}": measure.error, f"error_{name}": torch.stack(errors[name], 1)}
+            if self.labels != "target":
+                result[f"{name}_by_label"] = maps[:, 1:].movedim(1, -1)
+        return result
+
+    def _labels(self, model: Classifier, batch: Batch) -> Tensor:
+        """(B, L) the further labels."""
+        if self.labels == "target":
+            return torch.empty(len(batch), 0, dtype=torch.long, device=batch.x.device)
+        logits = model.logits(batch.x)
+        classes = logits.shape[1]
+        if isinstance(self.labels, int):
+            if self.labels > classes:
+                raise UserError(f"FunctionalInformation.labels is {self.labels}, but the net has {classes} classes")
+            return logits.topk(self.labels, 1).indices
+        wanted = tuple(range(classes)) if self.labels == "all" else self.labels
+        if max(wanted) >= classes:
+            raise UserError(f"FunctionalInformation.labels: no class {max(wanted)}, the net has {classes}")
+        return torch.tensor(wanted, device=batch.x.device).expand(len(batch), -1)
+
+
+class _Terms:
+    """What a measure is the mean of: (b, d, L, *x) -> (b, d, L, *places), or all of x for signed ones."""
+
+    def __init__(self, method: FunctionalInformation, spread: Spread, sets: Sets | None, text: bool) -> None:
+        self.spread, self.sets, self.text, self.as_released = spread, sets, text, method.as_released
+        self.summed = method.channels == "summed" or method.as_released
+
+    def over_channels(self, value: Tensor) -> Tensor:
+        """Summed over channels; a vector (B, D) has none."""
+        return value.sum(-1) if self.text else value.sum(3) if value.ndim > 4 else value
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.summed:
+            return self.over_channels(a) * self.over_channels(b)
+        return self.over_channels(a * b)
+
+    def signed(self, value: Tensor, sign: Tensor) -> Tensor:
+        return value * sign.view(*sign.shape, *[1] * (value.ndim - 3)) if self.as_released else value
+
+    def functional_information(self, draws: Draws, at: Tensor) -> Tensor:
+        return self.signed(self.product(draws.score, draws.score), draws.sign)
+
+    def covariance_functional_information(self, draws: Draws, at: Tensor) -> Tensor:
+        return self.signed(self.product(self.spread.apply(draws.score, at), draws.score), draws.sign)
+
+    def set_information(self, draws: Draws, at: Tensor) -> Tensor:
+        local = None
+        if self.spread.independent:
+            local = self.over_channels(self.spread.apply(draws.score, at) * draws.score)
+        return self.sets.of(draws.score, local, at)
+
+    def covariance_gradients(self, draws: Draws, at: Tensor) -> Tensor:
+        return self.spread.apply(draws.grad, at)
+
+    def smooth_grad(self, draws: Draws, at: Tensor) -> Tensor:
+        return draws.grad
+
+    def smooth_grad_sq(self, draws: Draws, at: Tensor) -> Tensor:
+        return self.product(draws.grad, draws.grad)
+
+
+class _Measure:
+    """One measure of all samples and labels, over the draws so far."""
+
+    def __init__(self, method: FunctionalInformation, name: str, terms: _Terms, labels: int, x: Tensor) -> None:
+        self.name, self.terms = name, terms
+        self.reduce = "sum" if terms.summed else method.reduce
+        self.whole = name in SIGNED and self.reduce != "sum"  # the absolute value is that of the mean
+        probe = x.new_zeros(len(x), 1, labels, *x.shape[1:])
+        places = terms.over_channels(probe)
+        self.total = Mean((probe if self.whole else places)[:, 0].shape, x)
+        squared = name == "var_grad"
+        # Of what VarGrad is the variance.
+        self.centre = Mean((places if terms.summed else probe)[:, 0].shape, x) if squared else None
+
+    def add(self, at: Tensor, draws: Draws) -> None:
+        if self.centre is not None:
+            self.total.add(at, self._increments(at, draws.grad))
+            return
+        found: Callable[[Draws, Tensor], Tensor] = getattr(self.terms, self.name)
+        value = found(draws, at)
+        signed = self.name in SIGNED and not self.whole
+        self.total.add(at, self.terms.over_channels(value) if signed else value)
+
+    def _increments(self, at: Tensor, grad: Tensor) -> Tensor:
+        """Welford's: (i - 1) / i times the squared distance of draw i from the mean of those before it.
+
+        The unbiased variance of n draws is the mean of the n - 1 increments, each of which has the variance as
+        its expectation. So VarGrad is a mean over draws like the others, and has a standard error like theirs.
+        """
+        terms, centre = self.terms, self.centre
+        value = terms.over_channels(grad) if terms.summed else grad
+        value = value.square() if terms.as_released else value
+        n, d = int(centre.n[at[0]]), value.shape[1]  # samples that still draw have drawn the same number
+        before = centre.mean[at].unsqueeze(1)
+        away = value - before
+        i = torch.arange(n + 1, n + d + 1, device=grad.device, dtype=grad.dtype).view(-1, *[1] * (value.ndim - 2))
+        # Mean of all draws before, as distance from ``before``.
+        shift = (away.cumsum(1) - away) / (i - 1).clamp(min=1)
+        squares = (away - shift).square() * ((i - 1) / i)
+        centre.add(at, value)
+        squares = squares if terms.summed else terms.over_channels(squares)
+        return squares[:, 1:] if n == 0 else squares
+
+    def _reduced(self, value: Tensor, chosen: Tensor) -> Tensor:
+        """(B, L, *x) -> (B, L, *places): \\|value\\| summed, or where \\|chosen\\| is largest."""
+        if not self.whole or (not self.terms.text and value.ndim < 4):
+            return value.abs() if self.whole else value
+        channels = -1 if self.terms.text else 2
+        if self.reduce == "abs_sum":
+            return value.abs().sum(channels)
+        return value.abs().gather(channels, chosen.abs().argmax(channels, keepdim=True)).squeeze(channels)
+
+    @property
+    def map(self) -> Tensor:
+        """(B, L, *places)"""
+        return self._reduced(self.total.mean, self.total.mean)
+
+    @property
+    def error(self) -> Tensor:
+        """(B, *places) standard error of the target's map; of abs_sum an upper bound, the sum over channels."""
+        return self._reduced(self.total.error, self.total.mean)[:, 0]
+
+    def relative_error(self) -> Tensor:
+        """(B,) root mean square of the standard error over that of the map; 0 for a map of zeros."""
+        error, size = (v.flatten(1).norm(dim=1) for v in (self.error, self.map[:, 0]))
+        return torch.where(size > 0, error / size.where(size > 0, 1), 0)
