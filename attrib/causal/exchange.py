@@ -1,0 +1,94 @@
+"""Causal graphs as JSON that networkx reads: ``networkx.node_link_graph(json.load(file), edges="edges")``.
+
+A node is an output channel of a weighted layer, ``conv2/12``, of the net's input, ``input/0``, or the logit,
+``output/3``. An edge is a weight, or a kernel, of the layer that it leads to; the edges of a layer that leave one
+cause were intervened on together and bear the same effect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from attrib.causal.graph import FALLEN_BACK, FIRST, NONE_FOUND, NOT_REACHED, TESTED, ClassGraph
+from attrib.causal.interventions import edges
+from attrib.causal.structure import OUTPUT, Structure
+
+HOW = {
+    NOT_REACHED: "not reached", TESTED: "z test", FALLEN_BACK: "fallback", NONE_FOUND: "none found",
+    FIRST: "reads the input",
+}  # fmt: skip
+
+
+class Edge(NamedTuple):
+    """From channel ``start`` of ``source`` to channel ``end`` of ``layer``."""
+
+    source: str
+    start: int
+    layer: str
+    end: int
+    unit: int  # the candidate of the layer that it leaves
+    effect: float  # mean change of the logit when the candidate's edges are cut; NaN if not tested
+    p: float
+
+
+def connections(structure: Structure, graph: ClassGraph) -> Iterator[Edge]:
+    """All edges, from the logit down. A candidate that several layers make has edges from each of them."""
+    logit = structure.layer(OUTPUT)
+    for source in logit.sources:
+        start = source.units().index(logit.units[graph.target]) if logit.units[graph.target] in source.units() else None
+        if start is not None:
+            yield Edge(source.path, start, OUTPUT, graph.target, graph.target, math.nan, math.nan)
+    for path, found in graph.reached.items():
+        layer, module = structure.layer(path), structure.module.get_submodule(path)
+        effects = found.effects.nonzero()[:, 0].to(module.weight.device)
+        numbers = [{unit: j for j, unit in enumerate(source.units())} for source in layer.sources]
+        for unit in found.causes.nonzero()[:, 0].tolist():
+            ends = edges(module, layer.units[unit], effects).effects.tolist()
+            for source, number in zip(layer.sources, numbers, strict=True):
+                start = number.get(layer.units[unit])
+                if start is None:
+                    continue
+                for end in ends:
+                    yield Edge(source.path, start, path, end, unit, float(found.effect[unit]), float(found.p[unit]))
+
+
+def to_json(structure: Structure, graph: ClassGraph, names: dict[int, str] | None = None) -> dict[str, Any]:
+    """Plain values in networkx's node-link format; numbers that are not defined are null."""
+    nodes: dict[str, dict[str, Any]] = {}
+
+    def node(layer: str, index: int) -> str:
+        key = f"{layer}/{index}"
+        nodes.setdefault(key, {"id": key, "layer": layer, "index": index})
+        return key
+
+    links = []
+    for edge in connections(structure, graph):
+        start, end = node(edge.source, edge.start), node(edge.layer, edge.end)
+        links.append({"source": start, "target": end, "effect": _plain(edge.effect), "p": _plain(edge.p)})
+    about = {
+        "class": graph.target,
+        "name": (names or {}).get(graph.target, ""),
+        "samples": graph.samples,
+        "reference": {"mean": graph.reference[0], "std": graph.reference[1]},
+        "layers": [
+            {
+                "path": path,
+                "how": HOW[found.how],
+                "u": found.u,
+                "nodes": int(found.effects.sum()),
+                "causes": int(found.causes.sum()),
+                "candidates": len(found.causes),
+                "tested": int(torch.isfinite(found.p).sum()),
+            }
+            for path, found in graph.layers.items()
+        ],
+    }
+    return {"directed": True, "multigraph": False, "graph": about, "nodes": list(nodes.values()), "edges": links}
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

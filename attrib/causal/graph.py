@@ -1,0 +1,288 @@
+"""The causal graph of a class: which neurons, down through the layers, hold its logit up.
+
+From the logit downwards, in every weighted layer: the edges from each candidate (an input channel) to the
+outputs that are nodes already are set to u; a candidate is a cause if that lowers the logit. Its channel, in
+the layer or layers that it comes from, is then a node there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from attrib.causal.interventions import Sites, edges, estimate, intervene
+from attrib.causal.structure import Nodes, Structure
+from attrib.methods import Fit, FitData, Partial, State
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import SampleError, UserError
+
+WIDTH = 0.01  # of the interval that soft weights are drawn from
+NOT_REACHED, TESTED, FALLEN_BACK, NONE_FOUND, FIRST = range(5)  # how a layer's causes were chosen
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a graph is searched.
+
+    soft        the weight of an edge becomes u ~ U(beta, beta + 0.01), drawn per class and layer; otherwise 0
+    z           one-sided test at every candidate: mean < mean of reference - z * sqrt(s^2 / n + s_ref^2 / n)
+    correction  of the p-values of a layer's candidates, for which the level is then that of z: Holm (family-wise
+                error) or BH (Benjamini and Hochberg, false discovery rate)
+    fallback    if no candidate of a layer passes: those whose mean relative change of the logit is below this;
+                None for none, so that the search ends there
+    layers      how many of the last weighted layers are searched, or the paths of some; None for all
+    candidates  at most so many per layer are tested: those that should lower the logit most to first order
+                (``interventions.estimate``), an approximation; None for all
+    seed        of u
+    """
+
+    soft: bool = False
+    beta: float = 0.0
+    z: float = 1.65
+    correction: Literal["none", "holm", "bh"] = "none"
+    fallback: float | None = -0.001
+    layers: int | tuple[str, ...] | None = None
+    candidates: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.candidates is not None and self.candidates < 1:
+            raise UserError(f"candidates is {self.candidates}, must be at least 1, or null for all")
+        if self.correction not in ("none", "holm", "bh"):
+            raise UserError(f"correction must be none, holm or bh, not {self.correction!r}")
+
+    def u(self, target: int, path: str) -> float:
+        """What the weights of one layer become for one class."""
+        if not self.soft:
+            return 0.0
+        draw = Noise([f"class {target}/{path}"], self.seed, dtype=torch.float64).uniform(1).item()
+        return self.beta + WIDTH * draw
+
+
+class Found(NamedTuple):
+    """One layer of a graph."""
+
+    effects: Tensor  # (out,) bool: the layer's nodes
+    causes: Tensor  # (units,) bool: the candidates that are causes of these
+    effect: Tensor  # (units,) float64, mean change of the logit; NaN where nothing was tested
+    p: Tensor  # (units,) float64, one-sided, corrected; NaN where nothing was tested
+    how: int  # NOT_REACHED ... FIRST
+    u: float
+
+
+class ClassGraph(NamedTuple):
+    """The graph of one class; ``layers`` by path from the last to the first layer searched."""
+
+    target: int
+    samples: int
+    reference: tuple[float, float]  # mean and standard deviation (ddof 1) of the logit, nothing intervened
+    layers: dict[str, Found]
+
+    @property
+    def reached(self) -> dict[str, Found]:
+        """The layers in which there are causes."""
+        return {path: found for path, found in self.layers.items() if found.causes.any()}
+
+
+def adjusted(p: Tensor, correction: str) -> Tensor:
+    """p-values (m,) after the correction for m tests."""
+    if correction == "none" or not len(p):
+        return p
+    m, order = len(p), p.argsort(stable=True)
+    ranks = torch.arange(1, m + 1, dtype=p.dtype)
+    if correction == "holm":
+        steps = (p[order] * (m + 1 - ranks)).cummax(0).values
+    else:
+        steps = (p[order] * m / ranks).flip(0).cummin(0).values.flip(0)
+    return torch.empty_like(p).scatter_(0, order, steps.clamp(max=1.0))
+
+
+def select(y: Tensor, reference: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Causes (m,) bool, mean effects (m,), p-values (m,) and how they were chosen.
+
+    y (m, n) is the logit under the interventions on m candidates, reference (n,) without any.
+    """
+    y, reference = y.double(), reference.double()
+    n = len(reference)
+    gap = reference.mean() - y.mean(1)
+    spread = (y.var(1) / n + reference.var() / n).sqrt()
+    score = torch.where(spread > 0, gap / spread, gap.sign() * float("inf")).nan_to_num(0.0)
+    p = adjusted(torch.from_numpy(stats.norm.sf(score.numpy())), search.correction)
+    causes = gap > search.z * spread if search.correction == "none" else p < stats.norm.sf(search.z)
+    how = TESTED if causes.any() else NONE_FOUND
+    if not causes.any() and search.fallback is not None:
+        relative = ((y - reference) / reference.abs()).mean(1)
+        causes = relative < search.fallback
+        how = FALLEN_BACK if causes.any() else NONE_FOUND
+    return causes, -gap, p, how
+
+
+def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, float] | None = None) -> ClassGraph:
+    """The graph of a class over n of its samples, x (n, *input).
+
+    ``u`` gives the soft weights of some layers, by path, instead of drawing them. Raises UserError for
+    fewer than two samples.
+    """
+    model, structure = sites.model, sites.structure
+    if len(x) < 2:
+        raise UserError(f"class {target}: a causal graph needs at least 2 samples, there is {len(x)}")
+    nodes = Nodes(structure, target)
+    reference = model.logits(x)[:, target].double().cpu()
+    layers: dict[str, Found] = {}
+    scope = structure.scope(search.layers)
+    for path in reversed(scope):
+        layer, effects = structure.layer(path), nodes.of(path)
+        m = len(layer.units)
+        chosen = torch.zeros(m, dtype=torch.bool)
+        nothing = torch.full((m,), torch.nan, dtype=torch.float64)
+        value = search.u(target, path) if u is None or path not in u else u[path]
+        if not effects.any():
+            layers[path] = Found(effects, chosen, nothing, nothing.clone(), NOT_REACHED, value)
+            continue
+        if layer.refused and path != scope[0]:
+            raise UserError(layer.refused)
+        if layer.first:
+            layers[path] = Found(effects, ~chosen, nothing, nothing.clone(), FIRST, value)
+            continue
+        y, units = _tested(sites, path, x, effects, target, value, search.candidates)
+        causes, effect, p, how = select(y.cpu(), reference, search)
+        chosen[units] = causes
+        layers[path] = Found(
+            effects, chosen, nothing.index_copy(0, units, effect), nothing.index_copy(0, units, p), how, value
+        )
+        nodes.reach(path, chosen)
+    spread = reference.std().item()
+    return ClassGraph(target, len(x), (reference.mean().item(), spread), layers)
+
+
+def _tested(
+    sites: Sites, path: str, x: Tensor, effects: Tensor, target: int, u: float, most: int | None
+) -> tuple[Tensor, Tensor]:
+    """The logits (m, n) under an intervention on each candidate that has an edge to an effect, and which these are."""
+    site = sites.at(path, x)
+    outputs = effects.nonzero()[:, 0].to(site.z.device)
+    connected = [i for i, unit in enumerate(site.layer.units) if len(edges(site.module, unit, outputs).effects)]
+    if most is not None and len(connected) > most:
+        expected = estimate(sites.model, site, outputs, target, u)[connected]
+        connected = sorted(connected[i] for i in expected.argsort(stable=True)[:most].tolist())
+    return intervene(sites.model, site, connected, outputs, target, u), torch.tensor(connected)
+
+
+# ---- the graphs of several classes as a fitted state -----------------------------------------------
+
+_PARTS = ("effects", "causes", "effect", "p")
+
+
+def to_state(graphs: Mapping[int, ClassGraph]) -> State:
+    """classes, samples (K,), reference (K, 2), and per layer ``<path>.effects`` (K, out) and so on."""
+    state: State = {
+        "classes": torch.tensor(list(graphs)),
+        "samples": torch.tensor([g.samples for g in graphs.values()]),
+        "reference": torch.tensor([g.reference for g in graphs.values()], dtype=torch.float64),
+    }
+    for path in next(iter(graphs.values())).layers:
+        found = [g.layers[path] for g in graphs.values()]
+        for part in _PARTS:
+            values = torch.stack([getattr(f, part) for f in found])
+            state[f"{path}.{part}"] = values.to(torch.uint8) if values.dtype == torch.bool else values
+        state[f"{path}.how"] = torch.tensor([f.how for f in found])
+        state[f"{path}.u"] = torch.tensor([f.u for f in found], dtype=torch.float64)
+    return state
+
+
+def from_state(structure: Structure, state: State) -> dict[int, ClassGraph]:
+    """The inverse. Raises UserError for the state of another net."""
+    paths = [path for path in reversed(structure.paths) if f"{path}.how" in state]
+    if not paths:
+        raise UserError(f"the stored graphs are not of this net, whose layers are {', '.join(structure.paths)}")
+    state = {name: value.cpu() for name, value in state.items()}
+    graphs = {}
+    for k, target in enumerate(state["classes"].tolist()):
+        layers = {
+            path: Found(
+                *(state[f"{path}.{part}"][k].bool() for part in _PARTS[:2]),
+                *(state[f"{path}.{part}"][k] for part in _PARTS[2:]),
+                int(state[f"{path}.how"][k]),
+                float(state[f"{path}.u"][k]),
+            )
+            for path in paths
+        }
+        mean, spread = state["reference"][k].tolist()
+        graphs[target] = ClassGraph(target, int(state["samples"][k]), (mean, spread), layers)
+    return graphs
+
+
+@dataclass(frozen=True)
+class CausalGraphs(Fit):
+    """The causal graphs of classes, over samples of the estimation set.
+
+    samples   the first so many of each class; 2 at least
+    classes   None for all that the estimation set has two samples of
+    correct   only samples that the net gives their class
+    search    see ``Search``
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    samples: int = 50
+    classes: tuple[int, ...] | None = None
+    correct: bool = True
+    search: Search = Search()
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise UserError(f"CausalGraphs.samples is {self.samples}, must be at least 2")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ()
+
+    def choose(self, model: Classifier, data: FitData, report: Callable[[str], None]) -> dict[int, list[str]]:
+        """The uids of each class's samples, in the order of the data."""
+        chosen: dict[int, list[str]] = {}
+        seen = 0
+        for batch in data:
+            if batch.target.ndim != 1:
+                raise SampleError("causal graphs need samples with one class each")
+            right = model.logits(batch.x).argmax(1) == batch.target
+            for uid, target, keep in zip(batch.uids, batch.target.tolist(), right.tolist(), strict=True):
+                mine = chosen.setdefault(target, [])
+                if (keep or not self.correct) and len(mine) < self.samples:
+                    mine.append(uid)
+            seen += len(batch)
+            report(f"causal graphs: {seen} / {len(data.uids)} samples read")
+            if self.classes is not None and all(len(chosen.get(k, ())) == self.samples for k in self.classes):
+                break
+        if self.classes is not None:
+            chosen = {target: chosen.get(target, []) for target in self.classes}
+            for target, uids in chosen.items():
+                if len(uids) < 2:
+                    right = "correctly classified " if self.correct else ""
+                    raise UserError(
+                        f"class {target} has {len(uids)} {right}samples in the estimation set; 2 are needed"
+                    )
+        found = {target: chosen[target] for target in sorted(chosen) if len(chosen[target]) > 1}
+        if not found:
+            raise UserError("no class has two samples in the estimation set that the net classifies correctly")
+        return found
+
+    def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
+        chosen = self.choose(model, data, report)
+        sites: Sites | None = None
+        stored, graphs = partial.load(), {}
+        for done, (target, uids) in enumerate(chosen.items()):
+            x = data.batch(uids).x
+            if sites is None:
+                sites = Sites(model, Structure(model.module, x))
+                graphs = from_state(sites.structure, stored) if stored else {}
+            if target not in graphs:
+                graphs[target] = find(sites, x, target, self.search)
+                partial.save(to_state(graphs))
+            report(f"causal graphs: {done + 1} / {len(chosen)} classes")
+        return to_state(graphs)
