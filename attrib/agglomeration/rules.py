@@ -1,0 +1,82 @@
+"""The rules by which units are chosen: those of the authors' code, for a line of units and for a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+# Scores that are as near as this, relative to the largest, count as equal: else rounding would choose.
+_NEAR = 1e-6
+_LAST = {5: 59.0, 4: 49.0, 3: 59.0, 2: 49.0, 1: 0.0}  # percentile of a line with so many units left: about two of them
+_CROSS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How an agglomeration goes.
+
+    percentile  units whose score is at or above it are chosen in a step; of a grid, 15 less once a third is chosen
+    steps       after which components are merged without new units; None: when all units are chosen
+    absolute    choose by the size of the score, whatever its sign
+    smooth      of a grid: also choose a unit of whose four neighbours three are chosen
+    """
+
+    percentile: float = 95.0
+    steps: int | None = None
+    absolute: bool = False
+    smooth: bool = True
+
+
+def near(scores: np.ndarray) -> float:
+    """The difference below which two scores count as equal."""
+    finite = np.abs(scores[np.isfinite(scores)])
+    return _NEAR * float(finite.max()) if finite.size else 0.0
+
+
+def threshold(scores: np.ndarray, rules: Rules) -> np.ndarray:
+    """(*shape) scores, NaN where a unit is chosen already -> (*shape) bool: which are chosen now.
+
+    At least one, if any is left.
+    """
+    if rules.absolute:
+        scores = np.abs(scores)
+    left, percentile = int((~np.isnan(scores)).sum()), rules.percentile
+    if left == 0:
+        return np.zeros(scores.shape, dtype=bool)
+    if scores.ndim == 1:
+        percentile = _LAST.get(left, percentile)
+    elif scores.size - left > scores.size / 3:
+        percentile = max(0.0, percentile - 15)
+    return scores >= np.nanpercentile(scores, percentile) - near(scores)
+
+
+def smoothed(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """(R, C) bool, chosen before and now -> chosen, with the units that three or four chosen neighbours enclose."""
+    chosen = old | new
+    return chosen | (ndimage.convolve(chosen.astype(int), _CROSS, mode="constant") >= 3)
+
+
+def components(chosen: np.ndarray) -> np.ndarray:
+    """(*shape) bool -> (*shape) int: the number of each unit's component, 0 for none; corners touch."""
+    return ndimage.label(chosen, np.ones((3,) * chosen.ndim))[0]
+
+
+def follow(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Components numbered as those they grew from: of several, the smallest number; new ones, what is free."""
+    found = np.zeros_like(new)
+    fresh, taken = [], set()
+    for number in range(1, int(new.max(initial=0)) + 1):
+        inside = new == number
+        before = old[inside]
+        if before.any():
+            found[inside] = before[before > 0].min()
+            taken.add(int(found[inside][0]))
+        else:
+            fresh.append(inside)
+    free = (i for i in range(1, len(taken) + len(fresh) + 1) if i not in taken)
+    # The authors' code hands out the smallest number to the component that was found last.
+    for inside, number in zip(reversed(fresh), free):
+        found[inside] = number
+    return found

@@ -1,0 +1,142 @@
+"""The agglomeration itself, as a generator that asks for scores, and a driver that answers many at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+
+from attrib.agglomeration.rules import Rules, components, follow, near, smoothed, threshold
+
+Ask = Generator[np.ndarray, np.ndarray, np.ndarray]
+Walk = Generator[np.ndarray, np.ndarray, "Agglomeration"]  # yields (m, n) bool sets of units, wants (m, K) scores
+Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (R,) walk, (R, n) bool -> (R, K)
+
+
+@dataclass
+class Agglomeration:
+    """What was found, step by step. n units of ``shape``, K classes.
+
+    units, whole   (n, K) scores of the units alone, (K,) of all together
+    scores         of the start and each step: (*shape) what a unit alone, later beside a component, adds; NaN: chosen
+    chosen         of the start and each step: (*shape) bool
+    levels         of each step, then of each final merging: (*shape) the number of a unit's component, 0 for none,
+                   and the (K,) scores of the components by number
+    combined       of each step: (K,) scores of all that was chosen, together
+    """
+
+    units: np.ndarray
+    whole: np.ndarray
+    scores: list[np.ndarray] = field(default_factory=list)
+    chosen: list[np.ndarray] = field(default_factory=list)
+    levels: list[tuple[np.ndarray, dict[int, np.ndarray]]] = field(default_factory=list)
+    combined: list[np.ndarray] = field(default_factory=list)
+
+
+class _Known:
+    """Asks for the scores of sets, each of them once."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, np.ndarray] = {}
+
+    def __call__(self, sets: np.ndarray) -> Ask:
+        """(m, *shape) bool -> (m, K)."""
+        sets = sets.reshape(len(sets), -1)
+        names = [s.tobytes() for s in sets]
+        new = {name: s for name, s in zip(names, sets) if name not in self._found}
+        if new:
+            self._found.update(zip(new, (yield np.stack(list(new.values()))), strict=True))
+        return np.stack([self._found[name] for name in names])
+
+
+def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules) -> Walk:
+    """Over units in a line, shape (n,), or in a grid, (rows, columns).
+
+    weights  (K,) what is looked at: scores @ weights, such as one class less another
+
+    Each step finds the components of what is chosen, scores every unit beside one by what it would add to
+    it (beside several, to the one with the largest number), and chooses those above the percentile. In a
+    grid the components that are left at the end are merged in pairs, the pair first that gains most over
+    the better of the two.
+    """
+    n, grid, known = int(np.prod(shape)), len(shape) == 2, _Known()
+    beside = ndimage.generate_binary_structure(len(shape), 1)
+    alone = yield from known(np.concatenate((np.eye(n, dtype=bool), np.ones((1, n), dtype=bool))))
+    found = Agglomeration(alone[:-1], alone[-1])
+    scores = (found.units @ weights).reshape(shape)
+    chosen = threshold(scores, rules)
+    found.scores.append(scores.copy())
+    found.chosen.append(chosen)
+    for step in itertools.count():
+        labels = components(chosen)
+        if grid and step > 0:
+            labels = follow(found.levels[-1][0], labels)
+        numbers = np.unique(labels[labels > 0])
+        inside = labels == numbers.reshape(-1, *[1] * len(shape))
+        border = np.stack([ndimage.binary_dilation(part, beside) for part in inside]) & ~chosen
+        which, *place = np.nonzero(border)
+        grown = inside[which]
+        grown[(np.arange(len(which)), *place)] = True
+        answers = yield from known(np.concatenate((inside, chosen[None], grown)))
+        parts = answers[: len(numbers)]
+        found.levels.append((labels, dict(zip(numbers.tolist(), parts))))
+        found.combined.append(answers[len(numbers)])
+        gains = (answers[len(numbers) + 1 :] - parts[which]) @ weights
+        scores[tuple(place)] = gains  # numpy keeps the last of several, which is of the largest number
+        scores[chosen] = np.nan
+        new = threshold(scores, rules)
+        done = bool(chosen.all()) or step + 1 == rules.steps
+        chosen = smoothed(chosen, new) if grid and rules.smooth else chosen | new
+        found.scores.append(scores.copy())
+        found.chosen.append(chosen)
+        if done:
+            break
+    if grid:
+        yield from _merge(found, known, weights)
+    return found
+
+
+def _merge(found: Agglomeration, known: _Known, weights: np.ndarray) -> Generator[np.ndarray, np.ndarray, None]:
+    """Merge the components in pairs until one is left."""
+    labels, parts = found.levels[-1]
+    while len(parts) > 1:
+        pairs = list(itertools.combinations(sorted(parts), 2))
+        unions = np.stack([(labels == a) | (labels == b) for a, b in pairs])
+        answers = yield from known(unions)
+        better = np.array([max(parts[a] @ weights, parts[b] @ weights) for a, b in pairs])
+        gains = answers @ weights - better
+        best = int(np.argmax(gains >= gains.max() - near(answers @ weights)))
+        a, b = pairs[best]
+        labels = np.where(labels == b, a, labels)
+        parts = {number: part for number, part in parts.items() if number != b} | {a: answers[best]}
+        found.levels.append((labels, parts))
+
+
+def together(walks: Sequence[Walk], answer: Answer) -> list[Agglomeration]:
+    """Drive the walks side by side: the questions of all of them are answered in one call each time.
+
+    ``answer`` gets the sets padded with False to the most units that any of the walks asks about.
+    """
+    done: dict[int, Agglomeration] = {}
+    waiting: dict[int, np.ndarray] = {}
+
+    def go_on(i: int, scores: np.ndarray | None) -> None:
+        try:
+            waiting[i] = walks[i].send(scores)
+        except StopIteration as end:
+            done[i] = end.value
+
+    for i in range(len(walks)):
+        go_on(i, None)
+    while waiting:
+        asked, waiting = waiting, {}
+        most = max(sets.shape[1] for sets in asked.values())
+        owner = np.concatenate([np.full(len(sets), i) for i, sets in asked.items()])
+        sets = np.concatenate([np.pad(s, ((0, 0), (0, most - s.shape[1]))) for s in asked.values()])
+        scores = np.split(answer(owner, sets), np.cumsum([len(s) for s in asked.values()])[:-1])
+        for i, own in zip(asked, scores):
+            go_on(i, own)
+    return [done[i] for i in range(len(walks))]

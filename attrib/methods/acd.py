@@ -1,0 +1,145 @@
+"""Agglomerative contextual decomposition: a hierarchy of what a network reads together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+
+from attrib.agglomeration import Rules, agglomerate, together
+from attrib.methods import Method, State
+from attrib.methods.inputs import EMBEDDING
+from attrib.methods.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.trees import Tree, grow
+from attrib.types import Batch, SampleError, UserError
+from attrib.units import Partition
+
+MOST_CLASSES = 20  # of a net with more, a tree keeps the scores of those that matter to its sample
+TOP = 5
+
+
+@dataclass(frozen=True)
+class ACD(Method):
+    """Units that are merged into a tree, those first that gain most (Singh, Murdoch & Yu, ICLR 2019, algorithm 1).
+
+    The document ``tree`` is the hierarchy (``attrib.trees``); the map is one level of it, so that metrics can
+    judge it: every component's score, shared equally among its units and places.
+
+    score        of a set of units: "cd", "occlusion" or "build_up", see ``CD``
+    units        words, windows, or tiles; those of texts and sounds are a line, tiles are a grid
+    percentile, steps, absolute, smooth   see ``attrib.agglomeration.Rules``
+    against      also subtract the score of this class; "other": of the one that the net takes for second best
+    level        of the map: 0 for units, k for what has been merged by level k
+    output, baseline, output_bias   see ``CD``
+    """
+
+    VERSION: ClassVar[int] = 1
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units (or of a probability), signed; a unit's score is its sum"}
+    DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.trees"}
+    score: Part = "cd"
+    units: Partition = field(default_factory=lambda: Partition(side=14))
+    percentile: float = 95.0
+    steps: int | None = 5
+    absolute: bool = False
+    smooth: bool = True
+    against: int | Literal["other"] | None = None
+    level: int = 0
+    output: Output = "logit"
+    baseline: Baseline = "zero"
+    output_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Part):
+            raise UserError(f"ACD.score is {self.score!r}, must be one of {', '.join(get_args(Part))}")
+        if self.units.kind in ("superpixels", "given"):
+            raise UserError(
+                f"ACD.units.kind is {self.units.kind!r}, which are not a grid: take tiles, words or windows"
+            )
+        if not 0 <= self.percentile <= 100:
+            raise UserError(f"ACD.percentile is {self.percentile}, must be from 0 to 100")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"ACD.steps is {self.steps}, must be at least 1, or null for as many as it takes")
+        if self.level < 0:
+            raise UserError(f"ACD.level is {self.level}, must not be negative")
+        check_scores(self)
+
+    @property
+    def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
+        return COMPLETENESS if self.score == "cd" else {}
+
+    @property
+    def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
+        return dict.fromkeys(self.EXTRAS, "none")
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Any]:
+        units = self.units.of(batch)
+        names = {"baseline": self.baseline, "output": self.output, "output_bias": self.output_bias, "name": "ACD"}
+        scores = UnitScores(model, batch, units, self.score, **names)
+        logits = model.logits(batch.x).double().cpu().numpy()
+        asked = [self._asked(batch, i, own) for i, own in enumerate(logits)]
+        shapes = [self._shape(batch, n) for n in units.n.tolist()]
+        rules = Rules(self.percentile, self.steps, self.absolute, self.smooth)
+        some = [i for i, shape in enumerate(shapes) if shape != (0,)]  # a text may have no word at all
+        device = batch.x.device
+
+        def answer(walk: np.ndarray, sets: np.ndarray) -> np.ndarray:
+            owner = torch.tensor(some, device=device)[torch.from_numpy(walk).to(device)]
+            return scores(owner, torch.from_numpy(sets).to(device)).double().cpu().numpy()
+
+        walks = together([agglomerate(shapes[i], asked[i][0], rules) for i in some], answer)
+        trees = {i: self._tree(shapes[i], *asked[i], logits[i], walk) for i, walk in zip(some, walks, strict=True)}
+        values = torch.zeros(len(batch), units.most, dtype=model.dtype, device=device)
+        for i, tree in trees.items():
+            nodes = tree.cut(self.level)
+            painted = tree.paint(nodes, (node.score / node.size for node in nodes))
+            values[i, : tree.n] = torch.from_numpy(painted.ravel()).to(values)
+        documents = [
+            trees[i].to_json() if i in trees else Tree((0,), *asked[i][1:], (), ()).to_json() for i in range(len(batch))
+        ]
+        error = {"completeness_error": scores.error} if self.EXTRAS else {}
+        return {"map": units.spread(values), "tree": documents, **error}
+
+    def _shape(self, batch: Batch, n: int) -> tuple[int, ...]:
+        """(n,) words or windows, or (rows, columns) of tiles."""
+        if batch.mask is not None or batch.x.ndim == 3:
+            return (n,)
+        return tuple(min(self.units.side, size) for size in batch.x.shape[-2:])
+
+    def _asked(self, batch: Batch, i: int, logits: np.ndarray) -> tuple[np.ndarray, int | list[int], int | None]:
+        """(K,) what the score of a set is: scores @ weights; the target and the class that it is against."""
+        weights, target = np.zeros(len(logits)), batch.target[i].tolist()
+        if isinstance(target, list):
+            weights += np.array(target)
+        else:
+            weights[target] = 1.0
+        against = self.against
+        if against == "other":
+            against = int(np.argmax(np.where(weights > 0, -np.inf, logits)))
+        if against is not None:
+            if not 0 <= against < len(logits):
+                raise UserError(f"ACD.against is {against}, but the model has classes 0 to {len(logits) - 1}")
+            if weights[against] > 0:
+                raise SampleError(f"{batch.uids[i]}: ACD.against is class {against}, which is the one to explain")
+            weights[against] = -1.0
+        return weights, target, against
+
+    @staticmethod
+    def _tree(
+        shape: tuple[int, ...],
+        weights: np.ndarray,
+        target: int | list[int],
+        against: int | None,
+        logits: np.ndarray,
+        found: Any,
+    ) -> Tree:
+        classes = np.arange(len(logits))
+        if len(classes) > MOST_CLASSES:
+            classes = np.union1d(np.argsort(-logits, kind="stable")[:TOP], np.flatnonzero(weights))
+        return grow(shape, found.units, found.levels, found.whole, weights, classes.tolist(), target, against)
