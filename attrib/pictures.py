@@ -152,10 +152,14 @@ def words(
     ]
 
 
+def coloured(unit: np.ndarray, signed: bool) -> np.ndarray:
+    """Values in -1 .. 1 (signed) or 0 .. 1, of any shape -> (..., 3) uint8."""
+    return _bytes(_colour(unit, Scale(signed, 1.0)))
+
+
 def legend(signed: bool) -> np.ndarray:
     """The colours from the least to the greatest value, (1, 128, 3) uint8."""
-    found = Scale(signed, 1.0)
-    return _bytes(_colour(np.linspace(-1.0 if signed else 0.0, 1.0, 128), found))[None]
+    return coloured(np.linspace(-1.0 if signed else 0.0, 1.0, 128), signed)[None]
 
 
 def data_uri(picture: np.ndarray, *, photo: bool = False, longest: int = 256) -> str:
@@ -189,10 +193,12 @@ def plot(
     x: str = "",
     y: str = "",
     unit_x: bool = True,
+    ticks: Sequence[str] = (),
 ) -> str:
     """A line plot as an SVG data: URI, transparent, legible on white and on black. ``size`` is in inches.
 
-    ``unit_x``: x runs from 0 to 1, else over the steps 0, 1, 2 ... There is no legend: the page has it.
+    ``unit_x``: x runs from 0 to 1, else over the steps 0, 1, 2 ..., whose names ``ticks`` are, if any. There is no
+    legend: the page has it.
     """
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
@@ -208,6 +214,9 @@ def plot(
     axes.tick_params(colors=grey, labelsize=8)
     axes.grid(True, color=grey, alpha=0.2, linewidth=0.6)
     axes.margins(x=0.01)
+    if ticks:
+        names = [_plain(name) for name in ticks]
+        axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 3 else 0, parse_math=False)
     for text, name in ((axes.xaxis.label, x), (axes.yaxis.label, y)):
         text.set(text=_plain(name), color=grey, fontsize=8.5, parse_math=False)
     buffer = io.BytesIO()

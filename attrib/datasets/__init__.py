@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from attrib.datasets.arrays import ArrayDataset, PixelDataset
+from attrib.datasets.audio import AudioDataset, Interval, WaveTransform, WavFolder
 from attrib.datasets.cars import StanfordCars
 from attrib.datasets.cifar import CIFAR10
 from attrib.datasets.digits import Digits, DigitsCanvas
@@ -26,14 +27,17 @@ from attrib.datasets.snippets import MovieSnippets
 from attrib.datasets.table import TextTable
 from attrib.datasets.text import IMDb, TextDataset
 from attrib.datasets.tokens import Encoder, WordEncoder
+from attrib.datasets.tones import Tones
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.datasets.vectors import WordVectors, word_vectors
+from attrib.datasets.wav import Sound
 from attrib.types import Batch
 
 __all__ = [
     "CIFAR10",
     "MNIST",
     "ArrayDataset",
+    "AudioDataset",
     "Box",
     "Dataset",
     "Digits",
@@ -46,14 +50,19 @@ __all__ = [
     "ImageFolder",
     "ImageNet",
     "ImageTransform",
+    "Interval",
     "MovieSnippets",
     "PhotoViews",
     "Photos",
     "PixelDataset",
     "Selection",
+    "Sound",
     "StanfordCars",
     "TextDataset",
     "TextTable",
+    "Tones",
+    "WavFolder",
+    "WaveTransform",
     "WordEncoder",
     "WordVectors",
     "word_vectors",
@@ -66,7 +75,7 @@ class Dataset(Protocol):
     uids   sorted and stable: they name the same samples wherever the data lie
     key    digest of how a file becomes a sample: class and transform, never a path (content: ``fingerprint``)
     names  class index -> class name, where known
-    modality   "image" or "text"
+    modality   "image", "text" or "audio"
     """
 
     modality: str
@@ -84,7 +93,7 @@ class Dataset(Protocol):
     def batch(self, uids: Sequence[str]) -> Batch:
         """x (B, C, H, W) float32, normalised; target (B,) long, -1 where unknown; roi (B, H, W) bool, all
         False for a sample without a box, None if this dataset never has boxes. Texts: x (B, T) token ids,
-        lengths (B,), words (B, T); see ``types.Batch``.
+        lengths (B,), words (B, T). Sounds: x (B, C, L), roi (B, L). See ``types.Batch``.
 
         Raises SampleError, naming file and reason, if one of them cannot be read.
         """
@@ -98,9 +107,14 @@ class Dataset(Protocol):
         """Texts: the tokens as a person reads them, one for each of the sample's ids. Raises SampleError."""
         ...
 
+    def wave(self, uid: str) -> np.ndarray:
+        """Sounds: (L,) float32 in -1 .. 1, what the network hears, ``rate`` samples a second. Raises SampleError."""
+        ...
+
     def box_area(self, uid: str) -> float | None:
         """Area of the union of the target's boxes as a fraction of the stored image, None without boxes.
 
+        Of a sound: the share of the time.
         Cheap: pixels are not decoded. Raises SampleError if the boxes or the image's header cannot be read.
         """
         ...

@@ -21,7 +21,7 @@ class ImageFolder(ImageDataset):
     boxes    CSV file,x1,y1,x2,y2 in pixels of the stored image; several rows per file, or none
     classes  class index, JSON {"0": ["n01440764", "tench"]} or CSV label,wnid,name
     units    a folder with a PNG for every image, of its size and at its path with the suffix .png: 8 or 16 bits,
-             pixels of equal numbers are a unit (``methods.units``), 0 is none
+             pixels of equal numbers are a unit (``attrib.units``), 0 is none
 
     Without ``labels`` the first folder below root is the class: its WordNet id or name in
     ``classes``, else its position among the sorted folder names. An image directly in root has no

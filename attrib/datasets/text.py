@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from attrib.datasets.audio import WaveTransform
 from attrib.datasets.files import existing_folder
 from attrib.datasets.tokens import Encoded, Encoder
 from attrib.keys import digest
@@ -52,9 +53,9 @@ class TextDataset(ABC):
     def __init__(
         self, uids: Iterable[str], encoder: Encoder | None, names: Mapping[int, str] | None = None, about: Any = None
     ) -> None:
-        if isinstance(encoder, Mapping):
+        if isinstance(encoder, Mapping | WaveTransform):
             raise UserError(
-                "dataset.encoder: the chosen model does not say how texts become ids (its input has no _target_); "
+                "dataset.encoder: the chosen model does not say how texts become ids (its input is no encoder); "
                 "this dataset needs a text model"
             )
         self.uids = tuple(sorted(uids))

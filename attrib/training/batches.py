@@ -31,7 +31,8 @@ class Rows:
 
     uids      as asked for
     targets   (N,) long
-    lengths   (N,) real tokens of texts, None for images
+    lengths   (N,) real tokens of texts, None for images and sounds
+    pictures  whether they are images
 
     Raises UserError that names the sample for one that cannot be read or has no label.
     """
@@ -59,6 +60,7 @@ class Rows:
         self.targets = torch.cat(targets)
         self._images = torch.cat(images) if images else None
         self.lengths = torch.cat(lengths) if lengths else None
+        self.pictures = self._images is not None and self._images.ndim == 4
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -108,7 +110,7 @@ class Feed:
     def __init__(self, rows: Rows, *, size: int, seed: int, augment: Augment | None = None) -> None:
         self.rows, self.epoch = rows, 0
         self._size, self._seed, self._augment = size, seed, augment
-        if augment is not None and rows.lengths is not None:
+        if augment is not None and not rows.pictures:
             raise UserError(f"train.augment={augment} is for images; set train.augment=null")
 
     @property
