@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attrib.methods import Method
 from attrib.methods.baselines import (
+    Deconvolution,
     DeepLiftShap,
     GradCAM,
     Gradient,
@@ -88,24 +89,27 @@ class Mixed(nn.Module):
         return self.head(self.act(x * 4 - 2).flatten(1))
 
 
-class GuidedReLU(torch.autograd.Function):
+class RuledReLU(torch.autograd.Function):
+    """A ReLU up to ``top`` with the backward pass of a paper."""
+
     @staticmethod
-    def forward(ctx, x, top):
+    def forward(ctx, x, top, rule):
         ctx.save_for_backward(x)
-        ctx.top = top
+        ctx.top, ctx.rule = top, rule
         return x.clamp(0, top)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return grad * (grad > 0) * (x > 0) * (x < ctx.top), None
+        passed = (x > 0) * (x < ctx.top) if ctx.rule == "guided" else 1
+        return grad * (grad > 0) * passed, None, None
 
 
-def guided(net: Mixed, x: Tensor) -> Tensor:
+def by_hand(net: Mixed, x: Tensor, rule: str) -> Tensor:
     """The same net with the paper's backward pass written by hand."""
 
     def relu(x: Tensor, top: float = float("inf")) -> Tensor:
-        return GuidedReLU.apply(x, top)
+        return RuledReLU.apply(x, top, rule)
 
     x = relu(3 * net.conv1(x), 6.0)
     x = F.max_pool2d(relu(net.conv2(x)), 2)
@@ -224,23 +228,27 @@ def test_smooth_grad_is_the_mean_gradient_of_noisy_copies(reduce):
 
 
 @pytest.mark.parametrize("reduce", REDUCE)
-def test_guided_backprop_equals_its_backward_pass_written_by_hand(reduce):
+@pytest.mark.parametrize(("method", "rule"), [(GuidedBackprop, "guided"), (Deconvolution, "deconvolution")])
+def test_rules_for_relus_equal_their_backward_pass_written_by_hand(method, rule, reduce):
     batch, net = pictures(), seeded(Mixed(), 0.25)
     expected = []
     for x, target in zip(batch.x, batch.target, strict=True):
         x = x.clone().requires_grad_()
-        guided(net, x[None])[0, target].backward()
+        by_hand(net, x[None], rule)[0, target].backward()
         expected.append(x.grad)
     expected = torch.stack(expected)
     assert (expected.abs().sum((1, 2, 3)) > 0).all()
-    same(explain(GuidedBackprop(reduce=reduce), net, batch)["map"], REDUCE[reduce](expected))
+    same(explain(method(reduce=reduce), net, batch)["map"], REDUCE[reduce](expected))
     plain = explain(Gradient(reduce=reduce), net, batch)["map"]
     assert (plain - REDUCE[reduce](expected)).abs().max() > 1e-3
 
 
-def test_guided_backprop_needs_relus():
-    with pytest.raises(UserError, match="Sequential has none"):
-        explain(GuidedBackprop(), smooth_net(), pictures())
+@pytest.mark.parametrize(
+    ("method", "name"), [(GuidedBackprop(), "guided backpropagation"), (Deconvolution(), "deconvolution")]
+)
+def test_rules_for_relus_need_relus(method, name):
+    with pytest.raises(UserError, match=f"{name} is defined for ReLUs; Sequential has none"):
+        explain(method, smooth_net(), pictures())
 
 
 class Untraceable(nn.Module):
@@ -252,7 +260,7 @@ class Untraceable(nn.Module):
         return self.net(x) if x.sum() > 0 else self.net(x) * 2
 
 
-@pytest.mark.parametrize("method", [GuidedBackprop(), DeepLiftShap(samples=1)])
+@pytest.mark.parametrize("method", [GuidedBackprop(), Deconvolution(), DeepLiftShap(samples=1)])
 def test_methods_that_replace_activations_need_a_net_that_can_be_traced(method):
     with pytest.raises(UserError, match="cannot trace Untraceable"):
         explain(method, Untraceable(), pictures())
@@ -517,6 +525,7 @@ class Linear(nn.Module):
         IntegratedGradients(steps=3, reduce="abs_sum"),
         SmoothGrad(samples=2),
         GuidedBackprop(),
+        Deconvolution(),
         DeepLiftShap(samples=2, reduce="abs_sum"),
         Occlusion(window=1, stride=1, baseline=9.0),
     ],
@@ -533,7 +542,15 @@ def test_the_pixels_that_count_come_first(method):
 
 
 def test_fields_that_make_no_sense_are_errors():
-    for method in (Gradient, InputXGradient, IntegratedGradients, SmoothGrad, GuidedBackprop, DeepLiftShap):
+    for method in (
+        Gradient,
+        InputXGradient,
+        IntegratedGradients,
+        SmoothGrad,
+        GuidedBackprop,
+        Deconvolution,
+        DeepLiftShap,
+    ):
         with pytest.raises(
             UserError, match=rf"{method.__name__}.reduce is 'abs', must be one of sum, abs_sum, abs_max"
         ):
@@ -544,7 +561,7 @@ def test_fields_that_make_no_sense_are_errors():
     for fields, message in (({"stride": 0}, "stride is 0"), ({"window": 4, "stride": 5}, "larger than window, 4")):
         with pytest.raises(UserError, match=message):
             Occlusion(**fields)
-    with pytest.raises(UserError, match=r"larger than the image, \(8, 10\)"):
+    with pytest.raises(UserError, match=r"larger than the input, \(8, 10\)"):
         explain(Occlusion(window=9, stride=2), relu_net(), pictures())
 
 

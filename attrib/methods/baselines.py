@@ -53,12 +53,12 @@ class Random(Method):
     """Uniform noise on [0, 1): what any method must beat."""
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MAPS: ClassVar[Mapping[str, str]] = {"map": "uniform on [0, 1), no information"}
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         if batch.mask is None:
-            return {"map": noise.uniform(*batch.x.shape[-2:])}
+            return {"map": noise.uniform(*batch.x.shape[2:])}
         return {"map": noise.uniform(batch.x.shape[1], ragged=0) * batch.mask}
 
 
@@ -67,7 +67,7 @@ class Gradient(Method):
     """Gradient of the target's logit (Simonyan et al., 2014, section 3)."""
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed"}
     reduce: Reduce = "sum"
@@ -88,7 +88,7 @@ class InputXGradient(Method):
     """Input times gradient (Shrikumar et al., 2016); the input is the normalised image, or the embedded text."""
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed"}
     reduce: Reduce = "sum"
@@ -115,7 +115,7 @@ class IntegratedGradients(Method):
     """
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units"}
@@ -151,7 +151,7 @@ class SmoothGrad(Method):
     """
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed, mean over noise"}
     samples: int = 25
@@ -174,6 +174,20 @@ class SmoothGrad(Method):
         return {"map": inputs.reduce(total / self.samples, self.reduce)}
 
 
+def _through_relus(method: Any, rule: type, what: str, model: Classifier, batch: Batch) -> Tensor:
+    """(B, H, W): the gradient by one of captum's rules for ReLUs. Raises UserError on a net without any."""
+    net = hookable(model, RELU_LIKE)
+    if not any(isinstance(m, nn.ReLU) for m in net.modules()):
+        raise UserError(f"{what} is defined for ReLUs; {type(model.module).__name__} has none")
+    inputs = Inputs(batch.x, batch.target, net)
+    by = rule(inputs.score())
+
+    def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
+        return by.attribute(x, additional_forward_args=args)
+
+    return inputs.reduce(inputs.chunked(model, explain), method.reduce)
+
+
 @dataclass(frozen=True)
 class GuidedBackprop(Method):
     """Gradient with negative parts cut off at every ReLU (Springenberg et al., 2015).
@@ -188,16 +202,27 @@ class GuidedBackprop(Method):
     __post_init__ = _check_fields
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        net = hookable(model, RELU_LIKE)
-        if not any(isinstance(m, nn.ReLU) for m in net.modules()):
-            raise UserError(f"guided backpropagation is defined for ReLUs; {type(model.module).__name__} has none")
-        inputs = Inputs(batch.x, batch.target, net)
-        method = attr.GuidedBackprop(inputs.score())
+        return {"map": _through_relus(self, attr.GuidedBackprop, "guided backpropagation", model, batch)}
 
-        def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
-            return method.attribute(x, additional_forward_args=args)
 
-        return {"map": inputs.reduce(inputs.chunked(model, explain), self.reduce)}
+@dataclass(frozen=True)
+class Deconvolution(Method):
+    """The way back through the net with a ReLU of the signal in the place of a ReLU's own gradient
+    (Zeiler & Fergus, 2014, section 2.1; as a gradient: Simonyan et al., 2014, section 4).
+
+    Max-poolings send the signal to where their maximum was, as the paper's switches do. ReLUs do not
+    look at what they let through on the way in; that is the difference to guided backpropagation, and
+    why the map depends little on the target (Nie et al., 2018). ReLU6 counts as a ReLU. Raises
+    UserError on a net without ReLUs. Images only.
+    """
+
+    VERSION: ClassVar[int] = 1
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "signal at the input, signed"}
+    reduce: Reduce = "sum"
+    __post_init__ = _check_fields
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        return {"map": _through_relus(self, attr.Deconvolution, "deconvolution", model, batch)}
 
 
 @dataclass(frozen=True)
@@ -277,15 +302,16 @@ class GradCAM(Method):
 class Occlusion(Method):
     """Fall of the logit when a square is covered (Zeiler & Fergus, 2014), mean over squares on a pixel.
 
-    Of a text, the fall when one token alone is replaced; window and stride are of images.
+    Of a sound a stretch of time is covered. Of a text, the fall when one token alone is replaced; it has no
+    window and stride.
 
-    window, stride   side of the square and its step, in pixels
+    window, stride   side of the square and its step, in pixels; of sounds, in samples
     baseline         value of the covering, in normalised units; 0 is the data's mean colour, or the zero
                      vector in the place of an embedded token
     """
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "fall of the logit, signed"}
     window: int = 32
@@ -320,5 +346,5 @@ class Occlusion(Method):
             return (1, inputs.x.shape[2]), (1, inputs.x.shape[2])
         channels, *size = inputs.x.shape[1:]
         if self.window > min(size):
-            raise UserError(f"Occlusion.window is {self.window}, must not be larger than the image, {tuple(size)}")
-        return (channels, self.window, self.window), (channels, self.stride, self.stride)
+            raise UserError(f"Occlusion.window is {self.window}, must not be larger than the input, {tuple(size)}")
+        return (channels, *(self.window for _ in size)), (channels, *(self.stride for _ in size))

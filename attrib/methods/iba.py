@@ -158,7 +158,7 @@ class IBA(Method):
     layer   conv map, tokens of a transformer or of a text, or vector (see ``layout``)
     beta    weight of the information loss, which is a mean over units
     batch   noise draws per step
-    sigma   standard deviation of the smoothing of lambda, in places; None for none. Images only: neighbouring
+    sigma   standard deviation of the smoothing of lambda, in places; None for none. Not of texts: neighbouring
             words are not alike as neighbouring pixels are
     active_neurons_threshold   units that are non-zero in a smaller share of samples are cut off
     relu    clamp the bottleneck's output at zero, for a layer whose output is never negative
@@ -167,12 +167,12 @@ class IBA(Method):
     """
 
     VERSION: ClassVar[int] = 1
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MAPS: ClassVar[Mapping[str, str]] = {
-        "map": "information in bits per pixel, upsampled from the layer, or in bits per token; >= 0"
+        "map": "information in bits per pixel or sample, upsampled from the layer, or in bits per token; >= 0"
     }
     EXTRAS: ClassVar[Mapping[str, str]] = {
-        "capacity": "bits per place of the layer, summed over channels, (h, w) or (T,)",
+        "capacity": "bits per place of the layer, summed over channels, (h, w), (l,) or (T,)",
         "loss": "total loss at each step",
         "loss_model": "cross-entropy of the target at each step",
         "loss_info": "mean capacity in nats at each step, before beta",

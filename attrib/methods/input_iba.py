@@ -168,14 +168,19 @@ class InputIBA(Method):
         kept = 8 * z.numel() + 4 * batch.x[0].numel()
         return (3 * critic_parameters(grid.shape[1], tuple(grid.shape[2:])) + self.gan.batch * kept) * z.element_size()
 
+    def nets(self, model: Classifier) -> tuple[Classifier, Classifier, Classifier]:
+        """Which net each of the stages explains."""
+        return model, model, model
+
     def stages(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Stages:
         """The three stages themselves, for those who want more than the maps.
 
         Every stage has random streams of its own, so that the length of one does not change the
         noise of the next. Raises SampleError with the stage's name if it diverged.
         """
-        role, inputs = self.feature.layer, Inputs.of(model, batch)
-        feature, places = self.feature.optimise(model, batch, state, noise.child("feature"))
+        first, second, last = self.nets(model)
+        role, inputs = self.feature.layer, Inputs.of(second, batch)
+        feature, places = self.feature.optimise(first, batch, state, noise.child("feature"))
         bits = places.bits(feature.capacity)
         spread = places.spread(bits)
         _check("feature bottleneck", batch, feature.alpha, feature.capacity, *feature.losses.values())
@@ -184,8 +189,8 @@ class InputIBA(Method):
         alpha = (spread * math.log(2)).unsqueeze(2) if text else spread.unsqueeze(1)
         begin = alpha.expand_as(inputs.x)
         if self.gan.epochs:
-            features, streams = model.until(role, batch.x).z, noise.child("gan")
-            push, critics = _pieces(model, role, batch, places, features, streams.child("critic"))
+            features, streams = second.until(role, batch.x).z, noise.child("gan")
+            push, critics = _pieces(second, role, batch, places, features, streams.child("critic"))
             gan = self.gan.train(push, inputs.x, features, feature.capacity, begin, critics, streams, text)
             del critics, features
         else:  # critics are large, and would judge nothing
@@ -193,7 +198,8 @@ class InputIBA(Method):
         _check("GAN", batch, gan.mask, gan.mean, gan.std, gan.critic_loss, gan.generator_loss)
 
         mask = gan.mask if self.gan_prior else torch.zeros_like(gan.mask)
-        found = self.input.optimise(model, inputs, mask, noise.child("input"))
+        inputs = inputs if last is second else Inputs.of(last, batch)
+        found = self.input.optimise(last, inputs, mask, noise.child("input"))
         _check("input bottleneck", batch, found.alpha, *found.losses.values())
         return Stages(feature, places, bits, spread, gan, found)
 

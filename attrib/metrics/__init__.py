@@ -10,14 +10,33 @@ from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
+from attrib.metrics.degradation import Degradation
 from attrib.metrics.ehr import EHR
 from attrib.metrics.eraser import Eraser
+from attrib.metrics.explaining import Explain, Explaining
 from attrib.metrics.insertion_deletion import InsertionDeletion
+from attrib.metrics.irof import IROF
+from attrib.metrics.lipschitz import Lipschitz
+from attrib.metrics.localisation import Localisation
+from attrib.metrics.sensitivity_n import SensitivityN
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
 
-__all__ = ["EHR", "Direction", "Eraser", "InsertionDeletion", "Metric"]
+__all__ = [
+    "EHR",
+    "IROF",
+    "Degradation",
+    "Direction",
+    "Eraser",
+    "Explain",
+    "Explaining",
+    "InsertionDeletion",
+    "Lipschitz",
+    "Localisation",
+    "Metric",
+    "SensitivityN",
+]
 
 Direction = Literal["higher", "lower", "none"]
 
@@ -27,14 +46,16 @@ class Metric(Protocol):
     COLUMNS: ClassVar[Mapping[str, Direction]]  # which direction is better
     CURVES: ClassVar[Mapping[str, str]]  # name -> one line: what lies on x and y
     NEEDS_ROI: ClassVar[bool]  # whether it is defined only with a region of interest
-    MODALITIES: ClassVar[tuple[str, ...]]  # whose maps it judges: "image", "text"
+    MODALITIES: ClassVar[tuple[str, ...]]  # whose maps it judges: "image", "text", "audio"
 
     roles: tuple[str, ...]  # the layers that it may read; of those that the model has, the paths enter the key
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> Mapping[str, Tensor]:
-        """``map`` (B, H, W), text (B, T), not changed -> every column (B,), every curve (B, S).
+        """``map`` (B, H, W), sound (B, L), text (B, T), not changed -> every column (B,), every curve (B, S).
 
         A sample that the metric is not defined on (no region of interest, NaN in its map) gets
         NaN in every column; the runner puts it into the failure ledger.
+
+        A metric that needs maps of other inputs as well derives from ``Explaining``.
         """
         ...

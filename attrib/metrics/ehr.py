@@ -51,7 +51,7 @@ class EHR:
 
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = True
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"ehr": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
@@ -72,7 +72,7 @@ class EHR:
             raise UserError(f"EHR.normalize is {self.normalize!r}, must be positive, absolute or none")
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """``map`` (B, H, W) -> ``ehr`` (B,) and ``ehr_curve`` (B, steps). Uses neither model nor noise.
+        """``map`` (B, H, W), sound (B, L) -> ``ehr`` (B,) and ``ehr_curve`` (B, steps). Uses neither model nor noise.
 
         Raises UserError if the dataset has no regions, ValueError if they do not fit the map.
         """

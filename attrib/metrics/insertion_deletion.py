@@ -1,4 +1,4 @@
-"""Insertion and deletion: the target's score while pixels or words appear, or vanish, in the map's order."""
+"""Insertion and deletion: the target's score while pixels, samples or words appear, or vanish, in the map's order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -29,6 +29,9 @@ class InsertionDeletion:
     trapezoid rule, in units of the curve's whole width: the mean score on the way.
     ``insertion_deletion`` is their difference.
 
+    Of a sound the samples in time stand for the pixels; a single one that is missing is a click to a network, so
+    windows say more (``window``).
+
     Of a text the units are the words: all tokens of a word go together, in the order of the sum of
     their values; special tokens stay. A text with fewer words than steps has a point for every word,
     and no text is scored twice. Curves of texts are stored interpolated linearly, on equal steps of
@@ -38,12 +41,14 @@ class InsertionDeletion:
     step                 or else units per step; the last step may have fewer. Set exactly one
     fraction             share of the units, in (0, 1], at which the curve ends; at least one unit.
                          The area is over this width, so that a score of 1 throughout gives 1
+    window               side of the tiles of pixels that go together, in the order of their mean; of sounds,
+                         samples of a window of time; 1: each alone
     words                texts only, both curves: what stands for a word that is not there, "zero" vectors
                          at the layer embedding, the net's "mask" token, or nothing, "delete" (the rest
                          moves together); see ``words.score_without``
-    deletion_baseline,   images only. "zero": 0 of the normalised image, "mean": the image's mean per
+    deletion_baseline,   not of texts. "zero": 0 of the normalised input, "mean": the input's mean per
     insertion_baseline   channel, "blur": see ``perturb.baseline``
-    sigma, kernel        of the blur, in pixels. kernel null is 2 sigma - 1, as in InputIBA's released
+    sigma, kernel        of the blur, in pixels or samples. kernel null is 2 sigma - 1, as in InputIBA's released
                          code; RISE's own has sigma 5, kernel 11. So narrow a window is nearly a box:
                          on large images the blurred start may keep much of the score
     output               "probability": softmax of the target, or "logit". Multi-label: the mean over
@@ -61,20 +66,21 @@ class InsertionDeletion:
 
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
-    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, str]] = {
         "insertion": "higher",
         "deletion": "lower",
         "insertion_deletion": "higher",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
-        "insertion_curve": "x: fraction of pixels or words inserted, highest first; y: score of the target",
-        "deletion_curve": "x: fraction of pixels or words deleted, highest first; y: score of the target",
+        "insertion_curve": "x: fraction of pixels, samples or words inserted, highest first; y: score of the target",
+        "deletion_curve": "x: fraction of pixels, samples or words deleted, highest first; y: score of the target",
     }
 
     steps: int | None = 100
     step: int | None = None
     fraction: float = 1.0
+    window: int = 1
     words: Removal = "zero"
     deletion_baseline: Baseline = "zero"
     insertion_baseline: Baseline = "blur"
@@ -101,6 +107,8 @@ class InsertionDeletion:
                 raise UserError(
                     f"InsertionDeletion.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}"
                 )
+        if self.window < 1:
+            raise UserError(f"InsertionDeletion.window is {self.window}, must be at least 1")
         if self.sigma <= 0:
             raise UserError(f"InsertionDeletion.sigma is {self.sigma}, must be positive")
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
@@ -111,7 +119,7 @@ class InsertionDeletion:
         return ("embedding",) if self.words == "zero" else ()
 
     def counts(self, units: Tensor) -> Tensor:
-        """(B,) numbers of pixels or words -> (B, P): how many are replaced at each point, the last ones may repeat.
+        """(B,) numbers of units -> (B, P): how many are replaced at each point, the last ones may repeat.
 
         Where there are fewer units than steps, others repeat too.
         """
@@ -129,11 +137,12 @@ class InsertionDeletion:
         return self.counts(torch.tensor([units]))[0].tolist()
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
-        """``map`` (B, H, W), text (B, T) -> three columns (B,) and two curves (B, S), float64 on the model's device.
+        """``map`` (B, H, W), (B, L), (B, T) -> three columns (B,), two curves (B, S), float64 on the model's device.
 
-        Raises ValueError if the inputs are not images (B, C, H, W) or texts (B, T) of the map's size.
+        Raises ValueError if the inputs are not images (B, C, H, W), sounds (B, C, L) or texts (B, T) of the map's
+        size.
         """
-        curves = self._images if batch.words is None else self._texts
+        curves = self._places if batch.words is None else self._texts
         insertion, deletion, counts = curves(model, batch, map, noise)
         columns = {"insertion": self._area(insertion, counts), "deletion": self._area(deletion, counts)}
         columns["insertion_deletion"] = columns["insertion"] - columns["deletion"]
@@ -141,30 +150,31 @@ class InsertionDeletion:
             insertion, deletion = self._resampled(insertion, counts), self._resampled(deletion, counts)
         return {**columns, "insertion_curve": insertion, "deletion_curve": deletion}
 
-    def _images(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    def _places(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
         """Both curves and the counts at their points, (B, S) each."""
-        if batch.x.ndim != 4 or map.shape != (len(batch), *batch.x.shape[2:]):
+        size = batch.x.shape[2:]
+        if len(size) not in (1, 2) or map.shape != (len(batch), *size):
             raise ValueError(
                 f"InsertionDeletion: a map of shape {tuple(map.shape)} does not fit inputs of shape "
-                f"{tuple(batch.x.shape)}; expected (B, H, W) for (B, C, H, W)"
+                f"{tuple(batch.x.shape)}; expected (B, H, W) for (B, C, H, W), (B, L) for (B, C, L)"
             )
         # A child stream, so that all maps of a sample share the order of ties.
-        rank = ranks(map.detach(), noise.child("ties")).to(model.device)
+        rank = ranks(tiles(map.detach(), self.window), noise.child("ties")).to(model.device)
         defined = map.isfinite().flatten(1).all(dim=1).nonzero().squeeze(1).to(model.device)
         x, target = batch.x.to(model.device, model.dtype)[defined], batch.target.to(model.device)[defined]
-        counts = self.counts(torch.tensor([math.prod(map.shape[1:])], device=model.device))
+        counts = self.counts(torch.tensor([math.prod(rank.shape[1:])], device=model.device))
         distinct, place = counts[0].unique(return_inverse=True)
-        rank = rank[defined, None]
+        rank = untiled(rank[defined], self.window, size).unsqueeze(1)
 
         def curve(start: Tensor, end: Tensor) -> Tensor:
-            """(B, S): the score while the pixels of ``start`` become those of ``end``."""
+            """(B, S): the score while the places of ``start`` become those of ``end``."""
 
-            def images(sample: Tensor, column: Tensor) -> Tensor:
-                replaced = rank[sample] < distinct[column, None, None, None]
+            def inputs(sample: Tensor, column: Tensor) -> Tensor:
+                replaced = rank[sample] < distinct[column].view(-1, 1, *(1 for _ in size))
                 return torch.where(replaced, end[sample], start[sample])
 
             scores = torch.full((len(batch), len(place)), torch.nan, dtype=torch.float64, device=model.device)
-            scores[defined] = score_grid(model, target, len(distinct), images, self.output)[:, place]
+            scores[defined] = score_grid(model, target, len(distinct), inputs, self.output)[:, place]
             return scores
 
         insertion = curve(baseline(x, self.insertion_baseline, self.sigma, self.kernel), x)

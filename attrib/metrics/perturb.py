@@ -7,10 +7,11 @@ for at most ``model.rows`` images at a time, so that memory does not grow with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -37,30 +38,50 @@ def ranks(map: Tensor, noise: Noise, ragged: bool = False) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, place).view(map.shape)
 
 
+def tiles(map: Tensor, side: int) -> Tensor:
+    """(B, *spatial) -> (B, *fewer): the mean over each tile of ``side`` places a side, fewer at the far edges.
+
+    A tile of a sound is a window of time.
+    """
+    if side == 1:
+        return map
+    pool, sides = F.avg_pool1d if map.ndim == 2 else F.avg_pool2d, [min(side, n) for n in map.shape[1:]]
+    return pool(map.unsqueeze(1), sides, ceil_mode=True).squeeze(1)
+
+
+def untiled(values: Tensor, side: int, size: Sequence[int]) -> Tensor:
+    """(B, *tiles) -> (B, *size): the value of each place's tile."""
+    for dim, places in enumerate(size, start=1):
+        values = values.repeat_interleave(side, dim).narrow(dim, 0, places)
+    return values
+
+
 def blur_kernel(sigma: float) -> int:
     """Side of the blur's window, in pixels, that the released InputIBA code takes: 2 sigma - 1, made odd."""
     return max(int(2 * sigma - 1), 1) | 1
 
 
 def baseline(x: Tensor, kind: Baseline, sigma: float = 5.0, kernel: int | None = None) -> Tensor:
-    """What removed pixels of ``x`` (B, C, H, W) are replaced with; same shape.
+    """What removed pixels of ``x`` (B, C, H, W), or samples of sounds (B, C, L), are replaced with; same shape.
 
-    zero  0 of the normalised image, which is the colour that the normalisation subtracts
-    mean  the image's own mean per channel
+    zero  0 of the normalised input: the colour that the normalisation subtracts, silence
+    mean  the input's own mean per channel
     blur  Gaussian of standard deviation ``sigma`` pixels in a window of ``kernel`` pixels
-          (None: ``blur_kernel``), mirrored at the border
+          (None: ``blur_kernel``), mirrored at the border; of sounds, in samples: a low-pass
 
-    Raises ValueError if the window is wider than the image can be mirrored.
+    Raises ValueError if the window is wider than the input can be mirrored.
     """
     if kind == "zero":
         return torch.zeros_like(x)
     if kind == "mean":
-        return x.mean(dim=(-2, -1), keepdim=True).expand_as(x)
+        return x.mean(dim=tuple(range(2, x.ndim)), keepdim=True).expand_as(x)
     if kind != "blur":
         raise ValueError(f"unknown baseline {kind!r}, must be one of {', '.join(BASELINES)}")
     side = blur_kernel(sigma) if kernel is None else kernel
-    if side // 2 >= min(x.shape[-2:]):
-        raise ValueError(f"a blur window of {side} pixels does not fit an image of {tuple(x.shape[-2:])} pixels")
+    if side // 2 >= min(x.shape[2:]):
+        raise ValueError(f"a blur window of {side} pixels does not fit an input of {tuple(x.shape[2:])}")
+    if x.ndim == 3:
+        return gaussian_blur(x.unsqueeze(2), [side, 1], [sigma, sigma]).squeeze(2)
     return gaussian_blur(x, [side, side], [sigma, sigma])
 
 

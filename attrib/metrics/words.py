@@ -109,6 +109,22 @@ def score_without(
     return scores
 
 
+def score_subsets(
+    model: Classifier,
+    batch: Batch,
+    sample: Tensor,
+    removed: Callable[[slice], Tensor],
+    removal: Removal = "zero",
+    output: Output = "probability",
+) -> Tensor:
+    """The target's score of N texts without any of their words: (N,) float64.
+
+    Row i is the text ``sample[i]``; ``removed(rows)`` says which tokens of a block are gone, (R, T) bool. What
+    becomes of them: see ``score_without``.
+    """
+    return score_rows(model, batch.target, sample, _LOGITS[removal](model, batch, sample, removed), output)
+
+
 def _zero(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[slice], Tensor]) -> Logits:
     front = model.until("embedding", batch.x)
     if front.z.ndim != 3 or front.z.shape[:2] != batch.x.shape:

@@ -1,0 +1,92 @@
+"""How much a map changes with its input: local Lipschitz estimate and max-sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attrib.metrics.explaining import Explain, Explaining
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+
+Normalize = Literal["norm", "max", "none"]
+
+
+@dataclass(frozen=True)
+class Lipschitz(Explaining):
+    """Both from the same ``samples`` points y around the input x, whose maps F(y) are computed:
+
+        lipschitz        max over y of  |F(y) - F(x)| / |y - x|    (Alvarez-Melis & Jaakkola, *On the
+                         Robustness of Interpretability Methods*, 2018, eq. 2)
+        max_sensitivity  max over y of  |F(y) - F(x)|              (Yeh et al., *On the (In)fidelity and
+                         Sensitivity of Explanations*, NeurIPS 2019, definition 3)
+
+    with L2 norms. The points are uniform in a box around x, the ball of Yeh et al.; the true maximum is
+    not below what is found. A random method gets the same random numbers at every point, so only the
+    input differs.
+
+    Low is not good by itself: a map that never changes scores 0.
+
+    samples     points per input; each costs as much as a map
+    radius      of the box, as a share of the input's range (largest minus smallest number)
+    normalize   maps of different methods have different units. "norm": of both maps the share of |F(x)|, as
+                in the program of Yeh et al.; "max": each map divided by its own largest absolute value, the
+                default of quantus; "none": the formulas as they stand
+
+    Of |y - x| the unit is that of the normalised input. A map that is not finite, at x or y, or that is zero
+    throughout where it should be divided by (its norm or maximum), and an input without any range: NaN.
+    """
+
+    VERSION: ClassVar[int] = 1
+    NEEDS_ROI: ClassVar[bool] = False
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
+    roles: ClassVar[tuple[str, ...]] = ()
+    COLUMNS: ClassVar[Mapping[str, str]] = {"lipschitz": "lower", "max_sensitivity": "lower"}
+    CURVES: ClassVar[Mapping[str, str]] = {}
+
+    samples: int = 10
+    radius: float = 0.05
+    normalize: Normalize = "norm"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"Lipschitz.samples is {self.samples}, must be at least 1")
+        if self.radius <= 0:
+            raise UserError(f"Lipschitz.radius is {self.radius}, must be above 0")
+        if self.normalize not in get_args(Normalize):
+            raise UserError(
+                f"Lipschitz.normalize is {self.normalize!r}, must be one of {', '.join(get_args(Normalize))}"
+            )
+
+    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
+        """``map`` (B, H, W), sound (B, L) -> two columns (B,), float64 on the model's device."""
+        x = batch.x.to(model.device, model.dtype)
+        here = map.detach().to(model.device, torch.float64).flatten(1)
+        scale = self._scale(here)
+        span = (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, *[1] * (x.ndim - 1))
+        change = x.new_zeros(len(x), dtype=torch.float64)
+        ratio = change.clone()
+        for _ in range(self.samples):  # all samples at a time, each at one point: as many as were explained at once
+            step = self.radius * span * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)
+            there = explain(replace(batch, x=x + step)).detach().to(model.device, torch.float64).flatten(1)
+            other = scale if self.normalize == "norm" else self._scale(there)
+            moved = (there / other - here / scale).norm(dim=1)
+            # torch.maximum keeps NaN, as it should.
+            change = torch.maximum(change, moved)
+            ratio = torch.maximum(ratio, moved / step.double().flatten(1).norm(dim=1))
+        defined = ratio.isfinite() & change.isfinite()
+        return {
+            "lipschitz": ratio.masked_fill(~defined, torch.nan),
+            "max_sensitivity": change.masked_fill(~defined, torch.nan),
+        }
+
+    def _scale(self, map: Tensor) -> Tensor:
+        """(B, N) -> (B, 1) what a map is divided by."""
+        if self.normalize == "none":
+            return torch.ones_like(map[:, :1])
+        return map.norm(dim=1, keepdim=True) if self.normalize == "norm" else map.abs().amax(1, keepdim=True)

@@ -1,0 +1,160 @@
+"""Sensitivity-n: whether the sum of a subset's relevance goes with what its removal costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid
+from attrib.metrics.words import REMOVALS, Removal, score_subsets
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+from attrib.units import Units
+
+_LAST = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class SensitivityN:
+    """Sensitivity-n (Ancona et al., *Towards better understanding of gradient-based attribution
+    methods*, ICLR 2018, section 4): of random subsets S of n pixels or words, the correlation (Pearson)
+
+        of  sum of the map over S  with  score of the input - score without S
+
+    over the subsets of one size, for each sample. The curve holds it for every n, the column is its mean.
+
+    points     numbers n, in equal steps of their logarithm from 1 to ``fraction`` of the pixels or words, rounded.
+               The released InputIBA code takes the natural logarithm where base 10 is meant, and so the powers
+               10^0 .. 10^ln(n), far beyond the image; n = 100 % has only one subset
+    sizes      or else the numbers n themselves; those beyond a sample's last but one unit mean that one
+    samples    subsets of each size
+    words      texts: what stands for a removed word, see ``words.score_without``; a word's relevance is the sum
+               over its tokens, special tokens stay
+    baseline   images: what stands for a removed pixel, see ``perturb.baseline``
+    output     "logit", as in the paper, or "probability"
+
+    Where all sums or all differences of a size are equal, nothing goes with anything: 0. So a constant map
+    scores 0. A map with NaN or infinite values, and a text of fewer than two words: NaN. Costs ``points`` times
+    ``samples`` forward passes, and one.
+    """
+
+    VERSION: ClassVar[int] = 1
+    NEEDS_ROI: ClassVar[bool] = False
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    COLUMNS: ClassVar[Mapping[str, str]] = {"sensitivity_n": "higher"}
+    CURVES: ClassVar[Mapping[str, str]] = {
+        "sensitivity_n_curve": "x: size of the subsets, log-spaced from 1 to the largest; y: correlation"
+    }
+
+    points: int = 10
+    fraction: float = 0.8
+    sizes: tuple[int, ...] | None = None
+    samples: int = 100
+    words: Removal = "zero"
+    baseline: Baseline = "zero"
+    output: Output = "logit"
+
+    def __post_init__(self) -> None:
+        for field, least in (("points", 1), ("samples", 2)):
+            if getattr(self, field) < least:
+                raise UserError(f"SensitivityN.{field} is {getattr(self, field)}, must be at least {least}")
+        if not 0 < self.fraction < 1:
+            raise UserError(f"SensitivityN.fraction is {self.fraction}, must lie in (0, 1)")
+        if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
+            raise UserError(f"SensitivityN.sizes is {list(self.sizes)}, must be one or more numbers from 1")
+        for field, allowed in (("words", REMOVALS), ("baseline", BASELINES), ("output", OUTPUTS)):
+            if getattr(self, field) not in allowed:
+                raise UserError(
+                    f"SensitivityN.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}"
+                )
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("embedding",) if self.words == "zero" else ()
+
+    def counts(self, units: Tensor) -> Tensor:
+        """(B,) numbers of pixels or words -> (B, P) sizes of subsets."""
+        most = (units - 1).clamp(min=1)[:, None]
+        if self.sizes is not None:
+            return torch.tensor(self.sizes, device=units.device).minimum(most)
+        limit = (self.fraction * units.double() + 1e-9).floor().clamp(min=1)[:, None]
+        step = torch.arange(self.points, device=units.device, dtype=torch.float64) / max(1, self.points - 1)
+        return (limit**step).round().long().minimum(most)
+
+    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """``map`` (B, H, W), text (B, T) -> a column (B,) and a curve (B, P), float64 on the model's device.
+
+        Raises ValueError if the map does not fit the inputs.
+        """
+        expected = batch.x.shape if batch.words is not None else (len(batch), *batch.x.shape[2:])
+        if map.shape != expected:
+            raise ValueError(f"SensitivityN: a map of shape {tuple(map.shape)} does not fit {tuple(batch.x.shape)}")
+        batch, map = batch.to(model.device), map.detach().to(model.device).double()
+        batch = batch if batch.words is not None else batch.to(model.device, model.dtype)
+        if batch.words is not None:
+            units = Units.words(batch)
+        else:
+            pixels = torch.arange(map[0].numel(), device=model.device).view(map.shape[1:])
+            units = Units.given(pixels.expand(map.shape))
+        ignored = torch.zeros_like(map, dtype=torch.bool) if batch.mask is None else ~batch.mask
+        finite = (map.isfinite() | ignored).flatten(1).all(1)
+        defined = finite & (units.n > 1)
+        value = units.sum(torch.where(map.isfinite(), map, 0.0))
+
+        sizes = self.counts(units.n).repeat_interleave(self.samples, dim=1)
+        change, total = [], []
+        whole = self._scores(model, batch, units, torch.zeros_like(value[:, None], dtype=torch.bool))
+        for gone in self._subsets(units, sizes, noise, max(1, model.rows // len(batch))):
+            change.append(whole - self._scores(model, batch, units, gone))
+            total.append((value[:, None] * gone).sum(2))
+        found = [torch.cat(part, 1).view(len(batch), -1, self.samples) for part in (change, total)]
+        curve = correlation(*found).masked_fill(~defined[:, None], torch.nan)
+        return {"sensitivity_n": curve.mean(1), "sensitivity_n_curve": curve}
+
+    @staticmethod
+    def _subsets(units: Units, sizes: Tensor, noise: Noise, portion: int) -> Iterator[Tensor]:
+        """(B, M) sizes -> M random subsets in pieces of at most ``portion``, (B, m, n) bool."""
+        beyond = ~units.exist[:, 0]
+        for some in sizes.split(portion, dim=1):
+            gone = []
+            for size in some.unbind(1):  # one draw after another, so that portions do not matter
+                bits = noise.ragged_bits((units.most,), 0).masked_fill(beyond, _LAST)
+                last = bits.sort(1).values.gather(1, size[:, None] - 1)
+                gone.append((bits <= last) & ~beyond)
+            yield torch.stack(gone, 1)
+
+    def _scores(self, model: Classifier, batch: Batch, units: Units, gone: Tensor) -> Tensor:
+        """(B, m, n) bool -> (B, m) the target's score without these units."""
+        places = units.of.flatten(1)
+        if batch.words is not None:
+            count = gone.shape[1]
+            row = torch.arange(len(batch) * count, device=model.device)
+
+            def tokens(rows: slice) -> Tensor:
+                sample, column = row[rows] // count, row[rows] % count
+                return gone[sample, column].gather(1, places[sample].clamp(min=0)) & (places[sample] >= 0)
+
+            return score_subsets(model, batch, row // count, tokens, self.words, self.output).view(-1, count)
+        base = baseline(batch.x, self.baseline)
+
+        def images(sample: Tensor, column: Tensor) -> Tensor:
+            removed = gone[sample, column].view(-1, 1, *batch.x.shape[2:])
+            return torch.where(removed, base[sample], batch.x[sample])
+
+        return score_grid(model, batch.target, gone.shape[1], images, self.output)
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, over the last dimension; 0 where one does not vary beyond rounding."""
+    moved = []
+    for values in (a, b):
+        centred = values - values.mean(-1, keepdim=True)
+        size = centred.norm(dim=-1, keepdim=True)
+        noise = 1e-12 * values.norm(dim=-1, keepdim=True)
+        moved.append(torch.where(size > noise, centred / size, 0.0))
+    return (moved[0] * moved[1]).sum(-1)

@@ -1,0 +1,138 @@
+"""Sensitivity-n: parity with the released code on its subsets, one subset at a time, the contract, a linear net."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from contracts import metric_contract
+from nets import golden, small_cnn, small_cnn_images
+from sentences import classifier as text_classifier
+from sentences import lstm, sentence, some_map, some_sentences, texts
+from test_irof import H, Sum, W, classifier, samples, small_net
+from test_text_insertion_deletion import golden_net
+from torch import Tensor
+
+from attrib.metrics import SensitivityN
+from attrib.metrics.sensitivity_n import correlation
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+
+
+def score(metric: SensitivityN, batch: Batch, map: Tensor, model: Classifier | None = None) -> dict[str, Tensor]:
+    return metric.score(model or classifier(), batch, map, Noise(batch.uids))
+
+
+@pytest.mark.parametrize("n", [1, 50, 400])
+def test_equals_the_released_code(monkeypatch, n):
+    """On its own random subsets."""
+    data, (x, labels) = golden("metric_sensitivity_n"), small_cnn_images()
+    gone = torch.tensor(np.unpackbits(data[f"n{n}_masks"], axis=1)).bool()
+    monkeypatch.setattr(SensitivityN, "_subsets", lambda *_: iter([gone.expand(2, -1, -1)]))
+    batch, map = Batch(("a", "b"), x[:2], labels[:2]), torch.tensor(data["heatmaps"][:2])
+    found = score(SensitivityN(sizes=(n,), samples=40), batch, map, Classifier(small_cnn()))["sensitivity_n"]
+    for i in range(2):
+        assert abs(found[i].item() - data[f"n{n}_im{i}_corr"]) < 1e-4
+
+
+@pytest.mark.parametrize("n", [2, 5])
+@pytest.mark.parametrize("i", [0, 1])
+def test_equals_the_released_code_of_texts(monkeypatch, i, n):
+    data = golden("metric_nlp")
+    gone = torch.tensor(data[f"s{i}_n{n}_masks"]).bool()
+    monkeypatch.setattr(SensitivityN, "_subsets", lambda *_: iter([gone[None]]))
+    batch = texts([sentence(*data[f"s{i}_tokens"].tolist())], torch.tensor([1]))
+    map = torch.tensor(data[f"s{i}_heatmap"])[None]
+    model = Classifier(golden_net(), {"embedding": "embedding"})
+    found = score(SensitivityN(sizes=(n,), samples=30), batch, map, model)["sensitivity_n"]
+    assert abs(found.item() - data[f"s{i}_n{n}_corr"]) < 1e-4
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
+def test_equals_one_subset_at_a_time(baseline, output):
+    batch, map = samples(3)
+    metric = SensitivityN(points=4, samples=7, baseline=baseline, output=output)
+    found, net = score(metric, batch, map)["sensitivity_n_curve"], small_net().double()
+    sizes = [round((0.8 * H * W // 1) ** (k / 3)) for k in range(4)]
+    for i, (uid, x) in enumerate(zip(batch.uids, batch.x, strict=True)):
+        stream, target = Noise([uid]), int(batch.target[i])
+
+        def says(x: Tensor, target: int = target) -> float:
+            logits = net(x[None])[0]
+            return (logits if output == "logit" else logits.softmax(0))[target].item()
+
+        for k, size in enumerate(sizes):
+            change, total = [], []
+            for _ in range(7):
+                order = stream.ragged_bits((H * W,), 0)[0].argsort()[:size].tolist()
+                other = x.clone()
+                for p in order:
+                    y, column = divmod(p, W)
+                    other[:, y, column] = 0 if baseline == "zero" else x.mean((1, 2))
+                change.append(says(x) - says(other))
+                total.append(sum(map[i].flatten()[p].item() for p in order))
+            assert abs(found[i, k].item() - np.corrcoef(change, total)[0, 1]) < 1e-9
+
+
+def test_true_relevance_of_a_linear_net_correlates_fully():
+    batch, other = samples(6)
+    batch = Batch(batch.uids, batch.x, torch.ones(6).long())
+    weight = torch.tensor(np.random.RandomState(1).randn(3, H, W))
+    gain, model = (weight * batch.x).sum(1), classifier(net=Sum(weight))
+    metric = SensitivityN(points=5, samples=30)
+    curves = [score(metric, batch, map, model)["sensitivity_n_curve"] for map in (gain, other, -gain)]
+    torch.testing.assert_close(curves[0], torch.ones(6, 5).double())
+    torch.testing.assert_close(curves[2], -torch.ones(6, 5).double())
+    assert curves[1].abs().max() < 0.9
+    scaled = score(metric, batch, other * 1e-3 + 7, model)["sensitivity_n_curve"]
+    torch.testing.assert_close(scaled, curves[1])  # of subsets of one size a shift is a constant
+
+
+def test_contract():
+    batch, map = samples(5)
+    map[1, 2, 3] = torch.nan
+    map[3] = 0.4
+    found = metric_contract(SensitivityN(points=2, samples=3), classifier, batch, map, atol=1e-9)
+    for value in found.values():
+        assert value[1].isnan().all()
+        assert value[[0, 2, 3, 4]].isfinite().all()
+    assert found["sensitivity_n"][3] == 0
+
+
+@pytest.mark.parametrize("words", ["zero", "mask", "delete"])
+def test_contract_of_texts(words):
+    batch = texts(some_sentences()[:5])
+    map = some_map(batch)
+    metric = SensitivityN(points=2, samples=3, words=words)
+    found = metric_contract(metric, lambda rows: text_classifier(lstm(), rows=rows), batch, map, atol=1e-9)
+    enough = batch.words.amax(1) + 1 > 1
+    assert (found["sensitivity_n"].isfinite() == enough).all()
+    assert enough.sum() > 2
+
+
+def test_sizes():
+    units = torch.tensor([1000, 10, 2, 1])
+    found = SensitivityN(points=4).counts(units)
+    assert found.tolist() == [[1, 9, 86, 800], [1, 2, 4, 8], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert SensitivityN(sizes=(3, 50)).counts(units).tolist() == [[3, 50], [3, 9], [1, 1], [1, 1]]
+
+
+def test_correlation():
+    r = np.random.RandomState(0)
+    a, b = torch.tensor(r.randn(2, 5, 30))
+    np.testing.assert_allclose(correlation(a, b), [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)])
+    assert correlation(torch.full((1, 9), 0.1).double().cumsum(0), b[:1, :9]).item() == 0
+
+
+def test_errors():
+    batch, map = samples()
+    with pytest.raises(ValueError, match="does not fit"):
+        score(SensitivityN(), batch, map[:, 1:])
+    for wrong in (
+        {"points": 0}, {"samples": 1}, {"fraction": 1.0}, {"sizes": ()}, {"sizes": (0,)}, {"words": "drop"},
+        {"baseline": "black"}, {"output": "loss"},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            SensitivityN(**wrong)
