@@ -1,0 +1,200 @@
+"""The sanity check of attribution methods: maps of randomised nets, and how much they agree with the original's.
+
+Adebayo et al., *Sanity Checks for Saliency Maps*, NeurIPS 2018. The maps of a net with randomised layers
+(``attrib.models.randomise``) are cells like any other; here they are compared, and what is found is stored beside
+them as the scores of a metric ``agreement``: rows that tables draw, computed once.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from attrib import keys, stats
+from attrib.labels import Labelled, labelled
+from attrib.models.randomise import ROOT
+from attrib.sanity.measures import MEASURES, Agreement
+from attrib.store import Cell, write_json
+
+__all__ = ["MEASURES", "Agreement", "Pair", "Verdict", "compare", "pairs", "summary", "verdicts", "without"]
+
+NAME = "agreement"  # of the metric
+RANKS = ("spearman", "spearman_abs")  # what a verdict is about: they need no common scale
+HALF = 0.5  # a rank correlation above is called high
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A cell of a randomised net and the same cell of the original."""
+
+    original: Labelled
+    variant: Labelled
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """layers (from the output), place (how far from the output they reach), total, mode, seed."""
+        return self.variant.spec["randomised"]
+
+    @property
+    def layer(self) -> str:
+        """The randomised layer that is furthest from the output."""
+        return self.about["layers"][-1] or ROOT
+
+
+def pairs(cells: Sequence[Labelled]) -> list[Pair]:
+    """Every cell of a randomised net whose original is there too, the layers next to the output first."""
+    by_key = {item.spec.get("key"): item for item in cells}
+    found = [
+        Pair(by_key[item.spec["randomised"]["original"]], item)
+        for item in cells
+        if item.spec.get("randomised", {}).get("original") in by_key
+    ]
+    return sorted(found, key=lambda pair: (pair.original.dataset, pair.original.model, pair.about["place"]))
+
+
+def compare(root: Path | str, agreement: Agreement) -> int:
+    """Compute the agreements that are missing of all pairs in a work directory; returns how many samples that were.
+
+    Maps are compared under one uid, content and class; a sample that cannot be compared is in the variant's ledger.
+    """
+    # A name of its own: two processes may write to one folder.
+    writer = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
+    return sum(_compare(pair, agreement, writer) for pair in pairs(labelled(root)))
+
+
+def _compare(pair: Pair, agreement: Agreement, writer: str) -> int:
+    folder = f"{NAME}.{keys.digest(agreement)[:8]}"
+    ours, theirs, names = pair.variant.maps(), pair.original.maps(), tuple(pair.variant.spec["maps"])
+    cell = Cell(pair.variant.cell.folder, writer)
+    rows = cell.scores(folder)
+    present = rows.present()
+    found = 0
+    for key in (key for key in ours if key in theirs and key not in present):
+        targets = [index[key].info.get("target") for index in (ours, theirs)]
+        if targets[0] != targets[1]:
+            cell.ledger.add(*key, folder, f"its map explains class {targets[0]}, the original net's {targets[1]}")
+            continue
+        try:
+            a, b = (item.cell.maps.read(key, names) for item in (pair.variant, pair.original))
+        except (OSError, KeyError) as error:
+            cell.ledger.add(*key, folder, str(error))
+            continue
+        values = {name: agreement.of(b[name], a[name]) for name in names}
+        if not (rows.folder / "metric.json").exists():
+            columns = dict.fromkeys(values[names[0]], "none")  # less is not better: below zero is agreement too
+            declared = {"columns": columns, "curves": {}}
+            write_json(rows.folder / "metric.json", {"name": NAME, "spec": keys.spec(agreement), **declared})
+        rows.add(*key, {(name, column): value for name in names for column, value in values[name].items()})
+        rows.flush_if_due()
+        found += 1
+    rows.flush()
+    return found
+
+
+# ---- views ------------------------------------------------------------------------------------
+
+PLACE = ["dataset", "model", "mode", "seed"]
+
+
+def summary(cells: Sequence[Labelled], frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """One row per variant, map and measure, from ``tables.rows``.
+
+    ``dataset`` and ``model`` are those of the original, ``contender`` is the method (and map), ``place`` and
+    ``layer`` say how far the new weights reach, of ``total`` layers; ``column`` is the measure. Mean with its
+    bootstrap interval over ``n`` samples, how many failed (a measure is not defined: a constant map) or are
+    pending. Empty where nothing has been compared.
+    """
+    found = []
+    scored = frame[frame["metric"].astype(str).str.split(" (", regex=False).str[0] == NAME]
+    for pair in pairs(cells):
+        mine = scored[scored["cell"] == pair.variant.cell.folder.name]
+        several = len(pair.original.spec["maps"]) > 1
+        for (metric, map, column), group in mine.groupby(["metric", "map", "column"], observed=True, sort=False):
+            states = group["state"].value_counts()
+            mean = stats.interval(group.loc[group["state"] == "ok", "value"], confidence)
+            found.append(
+                {
+                    "dataset": pair.original.dataset,
+                    "model": pair.original.model,
+                    **{name: pair.about[name] for name in ("mode", "seed", "place", "total")},
+                    "layer": pair.layer,
+                    "contender": f"{pair.original.method} · {map}" if several else pair.original.method,
+                    "column": str(column) + str(metric)[len(NAME) :],
+                    "n": mean.n,
+                    "failed": int(states.get("failed", 0)),
+                    "pending": int(states.get("pending", 0)),
+                    "mean": mean.mean,
+                    "lo": mean.lo,
+                    "hi": mean.hi,
+                    "cell": pair.variant.cell.folder.name,
+                }
+            )
+    names = [*PLACE, "place", "total", "layer", "contender", "column", "n", "failed", "pending", "mean", "lo", "hi"]
+    return pd.DataFrame(found, columns=[*names, "cell"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rank correlations say of a contender. ``passed``: it depends on the weights; None: that is not clear."""
+
+    contender: str
+    passed: bool | None
+    text: str
+
+
+def verdicts(part: pd.DataFrame) -> list[Verdict]:
+    """One for each contender of a ``summary`` of one net and mode: how much its maps have to do with the weights.
+
+    By the rank correlations of values and of magnitudes with all layers randomised: high where the whole
+    interval is above a half, low where it is below.
+    """
+    found = []
+    for contender, group in part[part["mode"] == "cascade"].groupby("contender", sort=False):
+        whole = group[(group["place"] == group["total"]) & (group["n"] > 0)].set_index("column")
+        ranks = {name: whole.loc[name] for name in RANKS if name in whole.index}
+        if not ranks:
+            found.append(Verdict(contender, None, "not tested with all layers randomised"))
+            continue
+        sure = {name: (row["mean"],) * 2 if row["n"] < 2 else (row["lo"], row["hi"]) for name, row in ranks.items()}
+        high = [name for name in ranks if sure[name][0] > HALF]
+        if "spearman" in high or list(ranks) == high:
+            what, passed = "hardly depends on the weights", False
+        elif high:
+            what, passed = "where it is large hardly depends on the weights; its signs do", False
+        elif all(hi < HALF for _, hi in sure.values()):
+            what, passed = "depends on the weights", True
+        else:
+            what, passed = "may depend on the weights", None
+        texts = {name: "{} [{}, {}]".format(*map(_two, (row["mean"], *sure[name]))) for name, row in ranks.items()}
+        if len(set(texts.values())) == 1:
+            numbers = next(iter(texts.values()))
+        else:
+            numbers = ", ".join(f"{text} of the {MEASURES[name].split()[-1]}" for name, text in texts.items())
+        found.append(Verdict(contender, passed, f"{what}: with all of them random, rank correlation {numbers}"))
+    return found
+
+
+def _two(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+
+
+def without(cells: Sequence[Labelled], frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``tables.rows`` less those of randomised nets that have nothing but agreements.
+
+    All of them where nothing else is left.
+    """
+    scored = frame[(frame["metric"] != "") & ~frame["metric"].astype(str).str.startswith(NAME)]
+    bare = {pair.variant.cell.folder.name for pair in pairs(cells)} - set(scored["cell"].astype(str))
+    if not bare:
+        return frame
+    kept = frame[~frame["cell"].isin(bare)].copy()
+    for name in kept.select_dtypes("category"):
+        kept[name] = kept[name].cat.remove_unused_categories()
+    return kept

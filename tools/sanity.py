@@ -1,0 +1,119 @@
+"""The sanity check of a method, or with -m of several: explain nets with randomised layers and compare the maps.
+
+See configs/sanity.yaml and docs/how-to/check-sanity.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
+
+from attrib import sanity
+from attrib.config import build, example, experiment, options_of, resolved
+from attrib.formats import to_terminal
+from attrib.memory import keep_freed_memory
+from attrib.models.randomise import Randomise, weighted_layers
+from attrib.plan import Options, plan
+from attrib.report.agreement import tables
+from attrib.run import run
+from attrib.types import UserError
+
+status = 0  # of the process: a grid goes on after a failure, but does not hide it
+roots: dict[str, None] = {}  # work directories whose agreements are to be drawn
+
+
+def _grid(settings: Mapping[str, Any]) -> tuple[sanity.Agreement, Any, dict[str, Any]]:
+    """What is compared, which layers, and how the others of ``Randomise`` are."""
+    names = [field.name for field in dataclasses.fields(sanity.Agreement)]
+    measured = {name: value for name, value in settings.items() if name in names}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    layers = rest.pop("layers", None)
+    build({"_target_": "attrib.models.Randomise", **rest}, "sanity")  # names a wrong field before anything is done
+    agreement = build({"_target_": "attrib.sanity.Agreement", "_convert_": "all", **measured}, "sanity")
+    if layers is not None and not isinstance(layers, (int, str, list)):
+        raise UserError(f"sanity.layers must be null, or numbers and paths of modules, not {layers!r}")
+    return agreement, layers, rest
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """The original, then each randomised copy; then what the maps have in common."""
+    global status
+    agreement, layers, how = _grid(config["sanity"])
+    plain = {name: value for name, value in config.items() if name != "sanity"}
+    plain["model"] = {name: value for name, value in plain["model"].items() if name != "randomise"}
+    options: Options = options_of(plain["run"])
+
+    def explain(cell: Any) -> None:
+        global status
+        if options.dry:
+            print(plan(cell, options))
+            return
+        summary = run(cell, options)
+        print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
+        if summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present)):
+            status = max(status, 3)
+
+    original = experiment(plain)
+    x = example(original.dataset)
+    x = x.to(original.model.device, original.model.dtype if x.is_floating_point() else None)
+    known = weighted_layers(original.model.module, x)
+    if layers is None:
+        layers = list(range(1, len(known) + 1))
+    variants = [Randomise(layers=one, **how) for one in (layers if isinstance(layers, list) else [layers])]
+    for variant in variants:
+        variant.chosen(known)  # before anything is computed
+    explain(original)
+    for variant in variants:
+        explain(experiment({**plain, "model": {**plain["model"], "randomise": dataclasses.asdict(variant)}}))
+    if not options.dry:
+        found = sanity.compare(options.root, agreement)
+        print(f"{found} samples compared with the original's", flush=True)
+        roots[options.root] = None
+
+
+@hydra.main(
+    version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent / "configs"), config_name="sanity"
+)
+def main(config: DictConfig) -> None:
+    global status
+    try:
+        check(resolved(config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = max(status, 2)
+
+
+def draw() -> None:
+    """The tables of everything that was checked. Raises UserError if there is nothing to compare yet."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for root in roots:
+        for table in tables(root):
+            console.print(Text(table.title, style="bold"))
+            console.print(to_terminal(dataclasses.replace(table, title="", notes=())))
+            for note in table.notes:
+                console.print(Text(note))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("attrib").setLevel(logging.INFO)
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyMethod finds a file beside you
+    main()
+    try:
+        draw()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = max(status, 2)
+    sys.exit(status)
