@@ -237,6 +237,16 @@ def test_conditionals_are_schur_complements(split):
         torch.testing.assert_close(operator.conditional(places)(v), (part @ schur * part).sum(1))
 
 
+def test_a_matrix_is_inverted_once_for_all_units(monkeypatch):
+    sizes, invert = [], torch.cholesky_inverse
+    monkeypatch.setattr(torch, "cholesky_inverse", lambda a: sizes.append(a.shape[-1]) or invert(a))
+    matrix = torch.eye(12).double()[None] * 2
+    operator = Dense(Groups(SHAPE, 0, 6), matrix, torch.linalg.cholesky(matrix), False)
+    for place in range(6):
+        operator.conditional(torch.tensor([place]))
+    assert sizes.count(12) == 1
+
+
 # ---- shrinkage, jitter, bad input -----------------------------------------------------------------------------
 
 
@@ -296,6 +306,14 @@ def test_too_little_data(kind):
         fitted(Covariance(kind), broken)
 
 
+def test_per_class_needs_one_label_per_sample():
+    batch = data(8)
+    several = dataclasses.replace(batch, target=torch.ones(8, 3, dtype=torch.long))
+    with pytest.raises(UserError, match="one label per sample"):
+        fitted(Covariance("diagonal", per_class=True), several)
+    assert fitted(Covariance("diagonal"), several)["n"].tolist() == [8]
+
+
 def test_images_of_different_sizes():
     class Mixed(FitSamples):
         def __iter__(self):
@@ -311,6 +329,9 @@ def test_a_state_of_other_inputs(kind):
     state, other = fitted(Covariance(kind), data(9)), data(2, (3, 4, 5))
     with pytest.raises(UserError, match=r"inputs of another shape than \(3, 4, 5\)"):
         Covariance(kind).of(other, Inputs.of(classifier(), other), state)
+    unlike, batch = Covariance("full" if kind == "low_rank" else "low_rank"), data(2)
+    with pytest.raises(UserError, match="is not of kind="):
+        unlike.of(batch, Inputs.of(classifier(), batch), state)
 
 
 def test_texts_have_no_places_to_compare():

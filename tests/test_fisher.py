@@ -236,6 +236,24 @@ def test_gradients_of_several_labels_are_those_of_each(batched):
         torch.testing.assert_close(grad[:, k], each, rtol=0, atol=1e-14)
 
 
+def test_more_labels_than_rows_go_backward_in_several_passes(monkeypatch):
+    """1000 classes of a large net must not take the memory of 1000 rows."""
+    batch, model = inputs(3), conv(rows=3)
+    sizes, grad = [], torch.autograd.grad
+
+    def counted(outputs, inputs, grad_outputs=None, **options):
+        sizes.append(len(grad_outputs))
+        return grad(outputs, inputs, grad_outputs, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    _, found = gradients(model, model.module, batch.x, (), lambda out, rows: out, 4)
+    monkeypatch.undo()
+    assert sizes == [3, 1] * 3
+    for k in range(4):
+        each = model.gradient(batch.x, lambda out, rows, k=k: out[:, k])[1]
+        torch.testing.assert_close(found[:, k], each, rtol=0, atol=1e-14)
+
+
 def test_several_positive_labels_are_summed():
     batch, model = inputs(2), conv()
     many = Batch(batch.uids, batch.x, torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]]))
@@ -297,6 +315,7 @@ def test_memory_does_not_grow_with_the_draws():
         ("activation", "relu", "softmax, log_softmax, none"), ("channels", "all", "each, summed"),
         ("reduce", "max", "sum, abs_sum, abs_max"), ("levels", 0, "at least 1"), ("labels", 0, "a number of labels"),
         ("labels", (), "a list of labels"), ("labels", (1, -1), "a list of labels"), ("labels", "some", "target, all"),
+        ("labels", (1.5,), "a list of labels"), ("labels", True, "a number of labels"),
     ],
 )  # fmt: skip
 def test_bad_fields(field, value, message):

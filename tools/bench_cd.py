@@ -2,6 +2,7 @@
 
     python tools/bench_cd.py --arch vgg16 --size 224 --masks 200 --loop 3
     python tools/bench_cd.py --arch acd_cnn --masks 600 --loop 100
+    python tools/bench_cd.py --acd --rows 256
 
 "One at a time" is the loop that the released code runs for each mask: relevant and irrelevant part and the bias go
 through each layer on their own, and maximum pooling picks its values channel by channel in Python. It is
@@ -15,13 +16,20 @@ import argparse
 import platform
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attrib.agglomeration import Rules, agglomerate, together
 from attrib.decomposition import Decomposer, decompose
+from attrib.memory import keep_freed_memory
+from attrib.methods.acd import ACD
 from attrib.models import AcdCNN, Classifier, torchvision_net
 from attrib.noise import Noise
+from attrib.trees import Tree, grow
+from attrib.types import Batch
+from attrib.units import Partition
 
 Two = tuple[Tensor, Tensor]
 
@@ -78,6 +86,51 @@ def tiles(count: int, size: int) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
+def acd(arguments: argparse.Namespace) -> None:
+    """The hierarchy of one digit, pixel by pixel: the method ``acd``, and the same walk whose sets go one at a time."""
+    torch.manual_seed(0)
+    module = AcdCNN().eval().requires_grad_(False)
+    model = Classifier(module, rows=arguments.rows, device=arguments.device)
+    # A flat background with a figure on it, as a digit has.
+    image = torch.zeros(1, 1, 28, 28) - 0.4242
+    image[..., 5:23, 12:16] = 2.5
+    image[..., 5:9, 8:20] = 1.8
+    batch = Batch(("digit",), image.to(model.device), model.logits(image.to(model.device)).argmax(1))
+    fields = {"units": Partition(side=28), "percentile": arguments.percentile, "steps": arguments.steps}
+    method, asked = ACD(**fields, as_released=arguments.both), 0
+    layers = [module.conv1, nn.MaxPool2d(2), nn.ReLU(), module.conv2, nn.MaxPool2d(2), nn.ReLU()]
+    layers += [nn.Flatten(), module.fc1, nn.ReLU(), module.fc2]
+
+    def one_at_a_time(_: np.ndarray, sets: np.ndarray) -> np.ndarray:
+        nonlocal asked
+        asked += len(sets)
+        masks = torch.from_numpy(sets).view(-1, 28, 28).to(batch.x)
+        return torch.cat([one_mask(layers, batch.x, mask)[0] for mask in masks]).double().cpu().numpy()
+
+    def fast() -> Tree:
+        found = method.attribute(model, batch, {}, Noise(batch.uids, 0, device=model.device))
+        return Tree.from_json(found["tree"][0])
+
+    fast()  # warm
+    start = time.perf_counter()
+    ours = fast()
+    together_s = time.perf_counter() - start
+    weights = np.eye(10)[int(batch.target)]
+    with torch.no_grad():
+        start = time.perf_counter()
+        walk = agglomerate((28, 28), weights, Rules(arguments.percentile, arguments.steps))
+        (found,) = together([walk], one_at_a_time)
+        slow_s = time.perf_counter() - start
+    theirs = grow((28, 28), found.units, found.levels, found.whole, weights, range(10), int(batch.target), None)
+    names = [{node.id for node in tree.nodes[tree.n :]} for tree in (ours, theirs)]
+    print(
+        f"acd of a 28 px digit, percentile {arguments.percentile:g}, {arguments.steps} steps, {asked} sets, "
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {model.device}: one at a "
+        f"time {slow_s:.2f} s, method=acd {together_s:.2f} s with rows={model.rows}: {slow_s / together_s:.1f} times; "
+        f"{len(names[0] & names[1])} of {len(names[1])} components are the same"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="vgg16", help="acd_cnn, or torchvision's alexnet or vgg without batch norm")
@@ -87,7 +140,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--both", action="store_true", help="both parts on their own, rounding as the original")
+    parser.add_argument("--acd", action="store_true", help="the hierarchy of one digit instead, on acd_cnn")
+    parser.add_argument("--percentile", type=float, default=99.0, help="of --acd")
+    parser.add_argument("--steps", type=int, default=5, help="of --acd")
     arguments = parser.parse_args()
+    if arguments.acd:
+        return acd(arguments)
     if arguments.arch == "acd_cnn":
         net, channels, size = AcdCNN(), 1, 28
     else:
@@ -122,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as tools/run.py; the plain loops profit from it too
     main()

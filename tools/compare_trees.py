@@ -20,7 +20,7 @@ from attrib.memory import keep_freed_memory
 from attrib.noise import Noise
 from attrib.plan import plan
 from attrib.trees import Tree
-from attrib.types import UserError
+from attrib.types import SampleError, UserError
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
@@ -49,7 +49,11 @@ def compared(args: argparse.Namespace) -> list[tuple[str, bool, twins.Agreement]
     for batch in cell.samples(plan(cell, options).selected[: args.count], options.read):
         noise = Noise(batch.uids, cell.seed, cell.model.device, cell.model.dtype)
         other = twins.twin(cell.model, batch, args.twin, args.size, noise.child("twin"))
-        pair = [cell.method.attribute(cell.model, b, {}, noise.child("method"))["tree"] for b in (batch, other)]
+        try:
+            pair = [cell.method.attribute(cell.model, b, {}, noise.child("method"))["tree"] for b in (batch, other)]
+        except SampleError as error:
+            print(f"left out {', '.join(batch.uids)}: {error}", file=sys.stderr)
+            continue
         classes = [twins.predicted(cell.model, b) for b in (batch, other)]
         for uid, one, changed, before, after in zip(batch.uids, *pair, *classes, strict=True):
             found.append((uid, before != after, twins.agreement(Tree.from_json(one), Tree.from_json(changed))))
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = compared(args)
         if not found:
-            raise UserError("no sample could be read")
+            raise UserError("no sample could be compared")
     except (UserError, HydraException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

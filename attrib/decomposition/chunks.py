@@ -33,6 +33,7 @@ def decompose(
     *,
     samples: Tensor | None = None,
     decomposer: Decomposer | None = None,
+    logits: Tensor | None = None,
     both: bool = False,
     checks: int = 1,
     tolerance: float | None = None,
@@ -45,6 +46,7 @@ def decompose(
     samples     (R,) the row of x that each mask belongs to; then masks are (R, *places), in any
                 order, and their number may differ between samples
     decomposer  ``Decomposer(model.module)`` if None
+    logits      (N, K) ``model.logits(x)``, if they are known
     both        propagate the irrelevant part of every mask on its own, rounding as the original code does, at
                 2 to 3 times the cost. Where max-pooling has several equal maxima (a constant
                 background) that rounding decides which of them counts; else the first one does.
@@ -72,7 +74,7 @@ def decompose(
 
         return model.chunked(piece, len(chosen))
 
-    logits = model.logits(x) - decomposer.constant
+    logits = (model.logits(x) if logits is None else logits) - decomposer.constant
     everything = torch.arange(len(samples), device=x.device)
     relevant, whole = parts(everything, both)
     irrelevant = whole - relevant

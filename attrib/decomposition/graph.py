@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from attrib.decomposition.call import Call
+from attrib.decomposition.rules_linear import TURNED
 from attrib.decomposition.table import SIZES, function_name, rule_of
 from attrib.decomposition.values import Pair, Parts, Plain, Rows, RowsMergedError
 from attrib.models.split import CannotSplitError, trace
@@ -74,8 +75,9 @@ class Decomposer:
         """Nodes that depend on the numbers of the input, not on its size alone."""
         found: set[fx.Node] = {next(node for node in nodes if node.op == "placeholder")}
         for node in nodes:
-            named = node.op in ("call_function", "call_method") and function_name(node.target) in SIZES
-            if not named and any(source in found for source in node.all_input_nodes):
+            named = function_name(node.target) if node.op in ("call_function", "call_method") else ""
+            size = named in SIZES or (named == "getattr" and node.args[1] not in TURNED)
+            if not size and any(source in found for source in node.all_input_nodes):
                 found.add(node)
         return found
 
@@ -163,7 +165,11 @@ class Decomposer:
                     break
                 values[node] = value = self._call(node, args, kwargs, rows).value()
                 if node in self._in_place and isinstance(value, (Pair, Tensor)):
-                    values[node.all_input_nodes[0]] = value  # whoever reads the changed tensor later reads this
+                    changed = node  # whoever reads the changed tensor later, under any of its names, reads this
+                    while changed in self._in_place:
+                        changed = changed.all_input_nodes[0]
+                        if changed in values:
+                            values[changed] = value
             for source in self._done.get(node, ()):
                 del values[source]
         if not isinstance(args[0], Pair):

@@ -29,6 +29,22 @@ def facts(call: Call) -> Any:
     return Plain(part, whole)
 
 
+TURNED = frozenset({"T", "mT", "H", "mH"})
+_FACTS = frozenset({"shape", "ndim", "dtype", "device", "is_cuda"})
+
+
+def attribute(call: Call) -> Any:
+    """``x.shape`` and other facts; ``x.mT``; the maxima of ``x.max(1).values``."""
+    container, name = call.args[:2]
+    if isinstance(container, tuple) and name == "values":
+        return container[0]
+    if name in TURNED:
+        return call.linear()
+    if name not in _FACTS:
+        raise call.refuse(f"of {name!r}")
+    return facts(call)
+
+
 def item(call: Call) -> Any:
     """An element of a tuple, or linear indexing of a tensor."""
     container, key = call.args
@@ -49,10 +65,10 @@ def affine_module(call: Call) -> Pair:
         return call.linear()
     shift = bias if isinstance(module, nn.Linear) else _channels(bias, call.pairs[0].whole)
     if call.rows.both:  # as the authors' code does it, whose rounding decides which of equal maxima is the first
-        pair = replace(call, run=lambda *args: module(*args) - shift).linear()
+        pair = replace(call, run=lambda *args, **kwargs: module(*args, **kwargs) - shift).linear()
     else:
         without = {"bias": torch.zeros_like(bias)}
-        pair = replace(call, run=lambda *args: functional_call(module, without, args)).linear()
+        pair = replace(call, run=lambda *args, **kwargs: functional_call(module, without, args, kwargs)).linear()
     return call.with_bias(pair, shift)
 
 
@@ -81,14 +97,16 @@ def add(call: Call) -> Pair:
     A constant beside a pair is a bias (position embeddings; no paper defines it): it is shared out
     in proportion, and where both parts are zero each gets half.
     """
-    first, second = call.args[:2]
+    names = dict(zip(("input", "other"), call.args)) | call.kwargs
+    first, second = names["input"], names["other"]
     constant = second if isinstance(first, Pair) else first
     if isinstance(constant, Pair) or (isinstance(constant, (int, float)) and constant == 0):
         return call.linear()
     (pair,) = call.pairs
     zero = torch.zeros((), dtype=pair.whole.dtype, device=pair.whole.device)
     alone = tuple(zero if value is constant else value for value in call.args)
-    moved = replace(call, args=alone).linear()
+    named = {name: zero if value is constant else value for name, value in call.kwargs.items()}
+    moved = replace(call, args=alone, kwargs=named).linear()
     bias = call.evaluate(lambda _: zero, lambda p: p.whole)
     if not isinstance(constant, Plain):
         return call.with_bias(moved, bias)

@@ -110,14 +110,22 @@ _STEPS: dict[str, Callable[[_Step, _State], _State]] = {
 }  # fmt: skip
 
 
-def _direction(z: Pair, module: nn.RNNBase, suffix: str) -> tuple[Pair, _State]:
+def _inside(z: Pair, first: bool) -> Tensor:
+    """(R, T, 1) how much of each step is relevant; of a word whose vector is zero the mask alone can say it."""
+    relevant, rest = (part.abs().sum(-1, keepdim=True) for part in (z.relevant, z.irrelevant))
+    share, mask = proportion(relevant, rest), z.rows.mask
+    if not first or mask is None or mask.shape != share.shape[:2]:
+        return share
+    return torch.where(relevant + rest == 0, mask[..., None].to(share.dtype), share)
+
+
+def _direction(z: Pair, inside: Tensor, module: nn.RNNBase, suffix: str) -> tuple[Pair, _State]:
     """One direction of one layer: (rows, T, E) -> (rows, T, H), and the state after the last step."""
     names = (f"{name}_{suffix}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     x_weight, h_weight, x_bias, h_bias = (getattr(module, name, None) for name in names)
     if x_bias is None:
         x_bias = h_bias = x_weight.new_zeros(len(x_weight))
     x = z.linear(lambda part, _: F.linear(part, x_weight))
-    inside = proportion(z.relevant.abs().sum(-1, keepdim=True), z.irrelevant.abs().sum(-1, keepdim=True))
     start = x.linear(lambda part, _: part.new_zeros(len(part), module.hidden_size))
     state, outputs = _State(start, start), []
     for t in range(z.whole.shape[1]):
@@ -130,14 +138,16 @@ def _direction(z: Pair, module: nn.RNNBase, suffix: str) -> tuple[Pair, _State]:
 def _turned(z: Pair, lengths: Plain | None) -> Pair:
     """The steps from the last to the first; of padded rows the real ones."""
     if lengths is None:
-        return z.linear(lambda part, _: part.flip(1))
+        return z.linear(lambda part, _: _turn(part))
+    return _by_length(z, lengths, _turn)
 
-    def turned(value: Tensor, length: Tensor) -> Tensor:
-        t = torch.arange(value.shape[1], device=value.device)[None]
-        order = torch.where(t < length[:, None], length[:, None] - 1 - t, t)
-        return value.gather(1, order[:, :, None].expand_as(value))
 
-    return _by_length(z, lengths, turned)
+def _turn(value: Tensor, length: Tensor | None = None) -> Tensor:
+    if length is None:
+        return value.flip(1)
+    t = torch.arange(value.shape[1], device=value.device)[None]
+    order = torch.where(t < length[:, None], length[:, None] - 1 - t, t)
+    return value.gather(1, order[:, :, None].expand_as(value))
 
 
 def _by_length(z: Pair, lengths: Plain, function: Callable[[Tensor, Tensor], Tensor]) -> Pair:
@@ -152,10 +162,13 @@ def _layers(z: Pair, module: nn.RNNBase, lengths: Plain | None) -> tuple[Pair, l
     """All layers and directions: (rows, T, E) -> (rows, T, H * directions), states in torch's order."""
     states = []
     for layer in range(module.num_layers):
-        ways = []
+        ways, inside = [], _inside(z, layer == 0)
         for suffix in ("", "_reverse")[: 2 if module.bidirectional else 1]:
             back = bool(suffix)
-            h, state = _direction(_turned(z, lengths) if back else z, module, f"l{layer}{suffix}")
+            start = (
+                (_turned(z, lengths), _turn(inside, None if lengths is None else lengths.part)) if back else (z, inside)
+            )
+            h, state = _direction(*start, module, f"l{layer}{suffix}")
             ways.append(_turned(h, lengths) if back else h)
             states.append(state)
         z = _joined(ways, lambda values: torch.cat(values, -1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attrib.methods import FitData, Partial, State
-from attrib.methods.covariance_moments import CoMoments, Rows, Sketch, check_rows, check_spread
+from attrib.methods.covariance_moments import ONE_LABEL, CoMoments, Rows, Sketch, check_rows, check_spread
 from attrib.methods.covariance_operators import Dense, Groups, LowRank, Operator, Scale
 from attrib.methods.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier
@@ -240,7 +240,7 @@ class Covariance:
         index = torch.zeros(len(x), dtype=torch.long, device=x.device)
         if self.per_class:
             if batch.target.ndim != 1:
-                raise UserError("Covariance.per_class needs one label per sample; these have several")
+                raise UserError(ONE_LABEL)
             match = batch.target[:, None] == state["classes"].to(x.device)
             for uid, target, known in zip(batch.uids, batch.target.tolist(), match.any(1).tolist()):
                 if not known:
@@ -250,8 +250,9 @@ class Covariance:
         state = {name: value.to(x.device) for name, value in state.items()}
         try:
             return Spread(index, [_operator(kind, text, shape, state, k) for k in range(len(state["classes"]))], None)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"Covariance: the state was fitted on inputs of another shape than {shape}") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            what = f"inputs of another shape than {shape}, or is not of kind={kind}"
+            raise UserError(f"Covariance: the state was fitted on {what}") from error
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def _own_variance(kind: Kind, inputs: Inputs) -> Tensor:
 
 
 def _operator(kind: Kind, text: bool, shape: tuple[int, ...], state: State, k: int) -> Operator:
-    """The operator of class number k. Raises RuntimeError or ValueError if the state has another shape."""
+    """The operator of class number k. Raises KeyError, RuntimeError or ValueError for a state of something else."""
     if kind in ("scalar", "channels", "diagonal"):
         variance = state["variance"][k]
         if kind == "channels" and not text:

@@ -17,6 +17,8 @@ from attrib.methods.inputs import EMBEDDING
 from attrib.models import Classifier
 from attrib.types import UserError
 
+ONE_LABEL = "Covariance.per_class needs one label per sample; these have several"
+
 
 class CoMoments:
     """Streaming mean (C, F) and sums of squares about it of rows (C, F).
@@ -89,6 +91,8 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         seen = 0
         for batch in self.data:
+            if self.per_class and batch.target.ndim != 1:
+                raise UserError(ONE_LABEL)
             x = batch.x if batch.mask is None else self.model.until(EMBEDDING, batch.x).z
             for label in sorted(batch.target.unique().tolist()) if self.per_class else [-1]:
                 mine = batch.target == label if self.per_class else torch.ones(len(x), dtype=torch.bool)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -123,7 +124,7 @@ class Dense:
 
         return value
 
-    @property
+    @cached_property
     def _precision(self) -> Tensor:
         return torch.cholesky_inverse(self.factor)
 

@@ -112,7 +112,9 @@ class FunctionalInformation(Method):
         if isinstance(self.labels, str):
             good = self.labels in ("target", "all")
         else:
-            good = self.labels > 0 if isinstance(self.labels, int) else min(self.labels, default=-1) >= 0
+            listed = isinstance(self.labels, tuple)
+            good = all(type(label) is int for label in (self.labels if listed else (self.labels,)))
+            good = good and (min(self.labels, default=-1) >= 0 if listed else self.labels > 0)
         if not good:
             raise wrong("labels", "target, all, a number of labels, or a list of labels")
 

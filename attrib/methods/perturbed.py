@@ -138,7 +138,8 @@ def gradients(
     """Several numbers per row (N, L), and the gradient of each (N, L, *x), from one forward pass.
 
     ``together``: one backward pass for all L where torch can vectorise it; else one after another, with the
-    same numbers. A piece has at most rows / L rows of ``model``. ``net``, z and rest: see ``Inputs``.
+    same numbers. A piece has at most rows / L rows of ``model``, and a backward pass that of more labels than
+    ``rows`` no more than so many of them. ``net``, z and rest: see ``Inputs``.
     """
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
@@ -146,19 +147,23 @@ def gradients(
             leaf = z[rows].detach().requires_grad_()
             values = objective(net(leaf.clone(), *(t[rows] for t in rest)), rows)
             total = values.sum(0)
-        return values.detach(), _jacobian(total, leaf, together).movedim(0, 1)
+        return values.detach(), _jacobian(total, leaf, max(1, model.rows // len(leaf)) if together else 0).movedim(0, 1)
 
-    return model.chunked(piece, len(z), count)
+    return model.chunked(piece, len(z), count, least=1)
 
 
-def _jacobian(total: Tensor, leaf: Tensor, together: bool) -> Tensor:
-    """(L,) and (N, *x) -> (L, N, *x)."""
+def _jacobian(total: Tensor, leaf: Tensor, together: int) -> Tensor:
+    """(L,) and (N, *x) -> (L, N, *x), so many labels in one backward pass; 0: one after another."""
     if together:
         try:
             with warnings.catch_warnings():  # where torch vectorises in a loop of its own, it warns of that
                 warnings.simplefilter("ignore")
                 each = torch.eye(len(total), dtype=total.dtype, device=total.device)
-                return torch.autograd.grad(total, leaf, each, retain_graph=True, is_grads_batched=True)[0]
+                found = [
+                    torch.autograd.grad(total, leaf, part, retain_graph=True, is_grads_batched=True)[0]
+                    for part in each.split(together)
+                ]
+                return torch.cat(found)
         except (RuntimeError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise

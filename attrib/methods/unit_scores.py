@@ -48,6 +48,8 @@ class UnitScores:
     when the set is removed; "build_up": the logits when all other units are. The latter two also of
     probabilities (``output``).
 
+    as_released  for "cd": round as the authors' code does (``both`` of ``decompose``)
+
     error  (B,) largest error of completeness of any set so far, relative to the largest logit; 0 but for "cd"
     """
 
@@ -61,12 +63,15 @@ class UnitScores:
         baseline: Baseline = "zero",
         output: Output = "logit",
         output_bias: bool = True,
+        as_released: bool = False,
         name: str = "UnitScores",
     ) -> None:
         self._model, self._batch, self._units, self._how, self._output = model, batch, units, how, output
+        self._both, self._asked = as_released, 0
         self.error = torch.zeros(len(batch), dtype=model.dtype, device=model.device)
         if how == "cd":
             self._decomposer = Decomposer(model.module, output_bias=output_bias)
+            self._whole = model.logits(batch.x)
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
@@ -74,6 +79,7 @@ class UnitScores:
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
         """(R,) sample, (R, n) bool -> (R, K)."""
+        self._asked += 1
         size = max(self._model.rows, _MASK_BYTES // max(1, self._units.of[0].numel()))
         pieces = [self._scores(o, s) for o, s in zip(owner.split(size), sets.split(size), strict=True)]
         return torch.cat(pieces)
@@ -82,7 +88,10 @@ class UnitScores:
         flat = self._units.of.flatten(1)[owner]
         inside = (sets.gather(1, flat.clamp(min=0)) & (flat >= 0)).view(-1, *self._units.of.shape[1:])
         if self._how == "cd":
-            found = decompose(self._model, self._batch.x, inside, samples=owner, decomposer=self._decomposer)
+            # Hierarchies ask often, and the rules are the same each time: the 1st, 2nd, 4th, 8th ... answer is checked.
+            settings = {"both": self._both, "checks": int(self._asked & (self._asked - 1) == 0)}
+            known = {"decomposer": self._decomposer, "logits": self._whole}
+            found = decompose(self._model, self._batch.x, inside, samples=owner, **known, **settings)
             self.error = torch.maximum(self.error, found.error.to(self.error))
             return found.relevant
         if self._how == "occlusion":

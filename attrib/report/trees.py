@@ -21,6 +21,7 @@ from attrib.types import UserError
 NAME = "tree"  # of the document
 MOST_STEPS = 6  # pictures in the row of an image
 MOST_NODES = 60  # components with a picture of their own, the last and so the largest ones
+MOST_LEVELS = 60  # of a long text: rows, and how deep the tree opens
 SIDE = 168  # pixels of a picture's longer side
 
 
@@ -136,11 +137,12 @@ def _about(tree: Tree, node: Node) -> str:
     return f"{node.id} · {node.score:+.3g} · level {node.level}, step {node.step}" + (f" · {values}" if values else "")
 
 
-def _branch(tree: Tree, node: Node, palette: _Palette, describe: Any) -> Branch:
+def _branch(tree: Tree, node: Node, palette: _Palette, describe: Any, depth: int = 0) -> Branch:
     """Units are left out of a grid's components, which have many."""
-    parts = [part for part in tree.parts(node) if part.level > 0 or len(tree.shape) == 1]
+    below_it = tree.parts(node) if depth < MOST_LEVELS else ()
+    parts = [part for part in below_it if part.level > 0 or len(tree.shape) == 1]
     text, image = describe(node)
-    below = [_branch(tree, part, palette, describe) for part in parts]
+    below = [_branch(tree, part, palette, describe, depth + 1) for part in parts]
     return Branch(text, f"{node.score:+.3g}", *palette.css(node.score), image, _about(tree, node), below)
 
 
@@ -163,9 +165,13 @@ def _phrase(node: Node, words: Sequence[str]) -> str:
 
 
 def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Cell]]:
-    """From the whole to the words, as figure 2 of the paper from top to bottom; each phrase at its own level."""
-    rows = []
-    for level in range(tree.root.level, -1, -1):
+    """From the whole to the words, as figure 2 of the paper from top to bottom; each phrase at its own level.
+
+    Of more than ``MOST_LEVELS`` levels so many are shown, evenly.
+    """
+    rows, highest = [], tree.root.level
+    levels = {round(level) for level in np.linspace(0, highest, min(highest + 1, MOST_LEVELS))}
+    for level in sorted(levels, reverse=True):
         row, place = [], 0
         for node in sorted((n for n in tree.nodes if n.level == level), key=lambda n: n.members):
             (first, last), *_ = node.members
@@ -232,12 +238,6 @@ class _Drawing:
             first,
             *((_caption(step, nodes), self._uri(self._drawn(nodes, self._palette, True))) for step, nodes in after),
         ]
-
-    @staticmethod
-    def _caption(step: int, nodes: Sequence[Node]) -> str:
-        return (
-            f"step {step}: " + ", ".join(f"{node.score:+.3g}" for node in nodes[:4]) + (" …" if len(nodes) > 4 else "")
-        )
 
     def alone(self, node: Node) -> str:
         """A small picture of what belongs to a component; the rest is dark."""
