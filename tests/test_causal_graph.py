@@ -325,6 +325,8 @@ def test_bad_input(model, sites, x):
         find(sites, x, 10, Search())
     with pytest.raises(UserError, match=r"'fc9' is no convolution or linear layer of LeNet; these are: conv1, conv2"):
         find(sites, x, 1, Search(layers=("fc9",)))
+    with pytest.raises(UserError, match="nor the logits, read conv2, so that no path leads to it"):
+        find(sites, x, 1, Search(layers=("conv2", "fc3")))
     with pytest.raises(UserError, match="layers is 0"):
         find(sites, x, 1, Search(layers=0))
     with pytest.raises(UserError, match="class 3 has 0 correctly classified samples"):

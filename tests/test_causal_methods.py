@@ -15,7 +15,7 @@ from scipy import signal, special
 from tiny import ROOT, tool
 from torch import Tensor, nn
 
-from attrib.causal import CausalGraphs, ClassGraph, Search, Sites, Structure, find, to_state
+from attrib.causal import CausalGraphs, ClassGraph, Search, Sites, Structure, find, subnetwork, to_state
 from attrib.causal.subnetwork import effect, logits, summary, weights
 from attrib.methods.causal import CausalGradient, CausalPaths
 from attrib.models import Classifier, LeNet
@@ -226,6 +226,19 @@ def test_the_table(model, batch, graphs):
     assert table["mean", "none", "whole"]["accuracy"] == pytest.approx((1 + row[7, "none", "whole", 0]["accuracy"]) / 2)
 
 
+def test_masked_weights_are_made_again_where_there_is_no_room(model, batch, graphs, monkeypatch):
+    structure, data = Structure(model.module, batch.x), [batch[[0, 1]], batch[[8, 9]]]
+    made = []
+    monkeypatch.setattr(subnetwork, "weights", lambda *args: made.append(args[2]) or weights(*args))
+    frames, counts = [], []
+    for room in (2**30, 0):
+        monkeypatch.setattr(subnetwork, "HELD_BYTES", room)
+        frames.append(effect(model, structure, graphs, data, draws=1))
+        counts.append(len(made))
+    assert counts == [3 * 4 * 2, 3 * 4 * 2 * 3]  # once, then once a batch
+    pd.testing.assert_frame_equal(*frames)
+
+
 def test_the_columns_of_the_method_are_those_of_the_table(model, batch, graphs, state):
     found = explained(CausalPaths(draws=2), model, batch, state)
     structure = Structure(model.module, batch.x)
@@ -270,6 +283,16 @@ def test_the_tool_writes_everything(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "+do=[pictures]"])
     graph.main()
     assert (graph.status, "'pictures' is none of graphs, effect, stability" in capsys.readouterr().err) == (2, True)
+    for wrong, message in (
+        ("+repeats=x", "repeats must be a whole number, not 'x'"),
+        ("+betas=0.1", r"betas must be a list, not 0.1; write +betas=[...]"),
+        ("+betas=[a]", "betas: 'a' is no number"),
+        ("+do=graphs", "do must be a list, not 'graphs'"),
+    ):
+        name = wrong.partition("=")[0]
+        monkeypatch.setattr(sys, "argv", [*(c for c in command if not c.startswith(name)), wrong])
+        graph.main()
+        assert (graph.status, message in capsys.readouterr().err) == (2, True)
     monkeypatch.setattr(sys, "argv", [command[0], "method=gradient", *command[2:7]])
     graph.main()
     assert "take method=causal_paths" in capsys.readouterr().err

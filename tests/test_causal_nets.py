@@ -201,6 +201,26 @@ def test_sources():
     assert permuted["head"] == [("down", 0, 1), ("stem", 0, 1)]
 
 
+def test_one_channel_is_a_channel():
+    x = torch.zeros(2, 1, 8, 8)
+    perceptron = Structure(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), x).layer("1")
+    assert perceptron.units == ((0, 64),)
+    assert [(s.path, s.channels, s.places) for s in perceptron.sources] == [("input", 1, (8, 8))]
+    narrow = Structure(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)), x).layer("3")
+    assert [(s.path, s.channels, s.places, narrow.refused) for s in narrow.sources] == [("0", 1, (6, 6), "")]
+    pooled = nn.Sequential(nn.Conv2d(1, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3))
+    assert [(s.path, s.span) for s in Structure(pooled, x).layer("3").sources] == [("0", 1)]
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=x.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("name", "layers"), [("resnet18", 21), ("mobilenet_v3_small", 54), ("convnext_tiny", 59), ("vgg11_bn", 11)]
 )
@@ -341,6 +361,7 @@ def test_an_operation_that_is_not_known_is_named():
     [
         (nn.Sequential(nn.Flatten(), Scaled(192, 3)), r"layer 1 \(Scaled\) is not linear in its weight"),
         (Twice(), "layer same runs 2 times"),
+        (Named(), "layer head is given its input by name"),
         (Branching(), "needs a net that torch.fx can trace"),
         (nn.Sequential(nn.Flatten(), nn.ReLU()), "has no convolution or linear layer"),
     ],

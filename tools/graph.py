@@ -128,6 +128,15 @@ def write(cell: Experiment, options: Options, wanted: Wanted) -> Path:
 def _wanted(plain: dict[str, Any]) -> Wanted:
     """Takes what is meant for this tool out of the configuration. Raises UserError."""
     wanted = Wanted(**{name: plain.pop(name) for name in Wanted._fields if name in plain})
+    for name in ("do", "betas"):
+        if not isinstance(getattr(wanted, name), (list, tuple)):
+            raise UserError(f"{name} must be a list, not {getattr(wanted, name)!r}; write +{name}=[...]")
+    for name, kind in (("repeats", int), ("draws", int), ("out", str)):
+        value = getattr(wanted, name)
+        if not isinstance(value, kind) and (name, value) != ("out", None):
+            raise UserError(f"{name} must be {'a whole number' if kind is int else 'a path'}, not {value!r}")
+    if wrong := [beta for beta in wanted.betas if not isinstance(beta, (int, float))]:
+        raise UserError(f"betas: {wrong[0]!r} is no number")
     if wrong := [part for part in wanted.do if part not in PARTS]:
         raise UserError(f"do: {wrong[0]!r} is none of {', '.join(PARTS)}; write +do=[graphs,effect]")
     if wanted.repeats < 2 or wanted.draws < 1 or not wanted.betas:

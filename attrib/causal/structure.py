@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -151,7 +152,14 @@ class Structure:
                     f"layers: {path!r} is no convolution or linear layer of {type(self.module).__name__}; "
                     f"these are: {', '.join(self.paths)}"
                 )
-        return tuple(path for path in self.paths if path in layers)
+        chosen = tuple(path for path in self.paths if path in layers)
+        read = {source.path for path in (*chosen, OUTPUT) for source in self.layer(path).sources}
+        if cut_off := [path for path in chosen if path not in read]:
+            raise UserError(
+                f"layers: none of the others, nor the logits, read {cut_off[0]}, so that no path leads to it; "
+                "name the layers between them as well"
+            )
+        return chosen
 
     def at(self, path: str) -> str:
         """The weighted layer that makes what comes out of the module at ``path``: itself, or the last one so far."""
@@ -187,7 +195,9 @@ class Structure:
             nodes = [n for n in self.graph.nodes if n.op == "call_module" and n.target == path]
             if len(nodes) != 1:
                 raise UserError(f"layer {path} runs {len(nodes)} times in a forward pass; a causal graph needs once")
-            given = nodes[0].args[0] if nodes[0].args else nodes[0].kwargs["input"]
+            if not nodes[0].args:
+                raise UserError(f"layer {path} is given its input by name; call it as layer(x), not layer(input=x)")
+            given = nodes[0].args[0]
             linear = isinstance(self.module.get_submodule(path), nn.Linear)
             axis = len(self._shapes[given]) - 1 if linear else 1
         size = self._shapes[given][axis]
@@ -279,18 +289,21 @@ class Structure:
         (operand,) = self._tensors(place.node)
         old, new = self._shapes[operand], self._shapes[place.node]
         before, size = math.prod(new[: place.axis]), new[place.axis]
-        for axis, channels in enumerate(old):
-            if math.prod(old[:axis]) == before and (channels > 1 or size == 1):
-                inner = [math.prod(old[axis : stop + 1]) for stop in range(axis, len(old))]
-                if size not in inner:
-                    return None
+        found = []
+        for axis in range(min(place.axis, 1), len(old)):  # samples are never channels
+            inner = [math.prod(old[axis : stop + 1]) for stop in range(axis, len(old))]
+            if math.prod(old[:axis]) == before and size in inner:
                 inside = old[axis + 1 : axis + 1 + inner.index(size)]
-                return [
+                found.append(
                     replace(
                         place.back(operand, axis), span=place.span * math.prod(inside), places=inside + place.places
                     )
-                ]
-        return None
+                )
+        for choice in found[:-1]:  # axes of length 1 leave a choice: the first that is one of channels
+            with suppress(UserError):
+                self._sources(choice, "")
+                return [choice]
+        return found[-1:] or None
 
     def _permuted(self, place: _Place) -> list[_Place] | None:
         (operand,) = self._tensors(place.node)

@@ -33,6 +33,7 @@ from attrib.types import Batch
 
 Change = Literal["keep edges", "keep nodes", "remove edges", "remove nodes"]
 CHANGES: tuple[Change, ...] = get_args(Change)
+HELD_BYTES = 2**30  # of masked weights that ``effect`` keeps from batch to batch
 
 
 def masks(structure: Structure, graph: ClassGraph, edges_only: bool) -> dict[str, Tensor]:
@@ -118,25 +119,33 @@ def effect(
     accuracy    share of them that get their class
     others      share of the other classes' samples that get the class; NaN without any
     """
-    networks: dict[tuple[int | str, str, str, int], dict[str, Tensor]] = {}
+    networks: dict[tuple[int | str, str, str, int], tuple[list[ClassGraph], Change | None]] = {}
     drawn = {
         target: [random_graph(structure, graph, Noise([f"class {target}/draw {i}"], seed)) for i in range(draws)]
         for target, graph in graphs.items()
     }
     for target in [*graphs, "union"]:
         members = list(graphs) if target == "union" else [target]
-        networks[target, "none", "whole", 0] = {}
+        networks[target, "none", "whole", 0] = [], None
         for change in CHANGES:
-            networks[target, change, "causal", 0] = weights(structure, [graphs[k] for k in members], change)
+            networks[target, change, "causal", 0] = [graphs[k] for k in members], change
             for i in range(draws):
-                networks[target, change, "random", i] = weights(structure, [drawn[k][i] for k in members], change)
+                networks[target, change, "random", i] = [drawn[k][i] for k in members], change
+    held: dict[tuple[int | str, str, str, int], dict[str, Tensor]] = {}  # as many as fit, the others are made again
+    room = HELD_BYTES
     sums = {key: torch.zeros(4, dtype=torch.float64) for key in networks}  # samples, logit, right, wrongly given
     total = 0
     for batch in data:
         total += len(batch)
         whole = model.logits(batch.x)
         known = torch.isin(batch.target, torch.tensor(list(graphs), device=batch.target.device))
-        for key, changed in networks.items():
+        for key, (members, change) in networks.items():
+            changed = held.get(key)
+            if changed is None:
+                changed = weights(structure, members, change) if change else {}
+                size = sum(weight.nbytes for weight in changed.values())
+                if size <= room:
+                    held[key], room = changed, room - size
             found = logits(model, changed, batch.x) if changed else whole
             mine = known if key[0] == "union" else batch.target == key[0]
             own = found.gather(1, batch.target[:, None])[:, 0].double()
