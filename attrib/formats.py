@@ -1,7 +1,7 @@
 """Formats: tables laid out for people and written as CSV, Markdown, LaTeX or for a terminal.
 
-``long_table``, ``wide_table`` and ``paired_table`` lay out what ``tables.summary`` and ``tables.paired``
-computed; ``to_markdown``, ``to_latex`` and ``to_terminal`` write.
+``long_table``, ``wide_table``, ``paired_table`` and ``rank_tables`` lay out what ``tables.summary``, ``paired``
+and ``ranks`` computed; ``to_markdown``, ``to_latex`` and ``to_terminal`` write.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import rich.text
 
 @dataclass(frozen=True)
 class Table:
-    """Texts ready to be written in any format. ``bold`` holds (row, column) positions."""
+    """Texts ready to be written in any format. ``bold`` holds (row, column) positions; ``code`` is for copying."""
 
     title: str
     header: Sequence[str]
@@ -31,6 +31,7 @@ class Table:
     bold: frozenset[tuple[int, int]] = frozenset()
     left: int = 1  # so many columns are names, aligned left
     notes: Sequence[str] = field(default_factory=tuple)
+    code: Sequence[str] = ()
 
 
 def decimals(half: float) -> int:
@@ -55,6 +56,35 @@ def seconds_text(seconds: float) -> str:
     return "–" if math.isnan(seconds) else f"{seconds:.3g}"
 
 
+def rows_text(rows: float) -> str:
+    return "–" if math.isnan(rows) else f"{rows:.3g}" if rows < 100 else f"{rows:,.0f}"
+
+
+def memory_text(size: float) -> str:
+    """``size`` in bytes."""
+    if math.isnan(size):
+        return "–"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+COSTS = ("s/sample", "rows/sample", "peak memory")  # what ``cost_texts`` gives
+
+
+def cost_texts(row: Mapping[str, Any]) -> list[str]:
+    """Of a summary's row: seconds per sample, rows through the net per sample, peak memory."""
+    return [seconds_text(row["seconds"]), rows_text(row["rows"]), memory_text(row["memory"])]
+
+
+def devices(found: Iterable[str]) -> tuple[str, bool]:
+    """(the device to name in the title, whether each line has to name its own)."""
+    names = [name for name in dict.fromkeys(found) if name]
+    return (names[0], False) if len(names) == 1 else ("", len(names) > 1)
+
+
+def title(*parts: str) -> str:
+    return " · ".join(filter(None, parts))
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
@@ -76,7 +106,9 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
     names += ["metric"] if table["metric"].ne(table["column"]).any() else []
     pending = table["pending"].any()
     level = percent(confidence)
-    header = [*names, "column", "n", "failed", *(["pending"] if pending else []), "mean", f"{level} CI", "s/sample"]
+    device, several = devices(table["device"])
+    header = [*names, "column", "n", "failed", *(["pending"] if pending else []), "mean", f"{level} CI"]
+    header += [*COSTS, *(["device"] if several else [])]
     body = []
     for row in table.to_dict("records"):
         interval = f"[{rounded(row['lo'], row['lo'], row['hi'])}, {rounded(row['hi'], row['lo'], row['hi'])}]"
@@ -87,12 +119,13 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
                 *map(str, (row["n"], row["failed"], *([row["pending"]] if pending else []))),
                 rounded(row["mean"], row["lo"], row["hi"]),
                 interval if row["hi"] == row["hi"] else "–",
-                seconds_text(row["seconds"]),
+                *cost_texts(row),
+                *([row["device"] or "–"] if several else []),
             ]
         )
     header[names.index("contender")] = "method"
-    bold = frozenset((i, len(header) - 3) for i in np.flatnonzero(table["best"]))
-    return Table(_title(table), header, body, bold, len(names) + 1, _notes(table))
+    bold = frozenset((i, header.index("mean")) for i in np.flatnonzero(table["best"]))
+    return Table(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
 
 
 @dataclass(frozen=True)
@@ -101,16 +134,21 @@ class Wide:
 
     columns  titles, such as ``ehr ↑``
     counts   below each title, what all its entries share: ``n=20, 1 failed``, or nothing
-    lines    (contender, seconds per sample, one summary row or None per column)
+    lines    (contender, its costs as ``cost_texts`` and, where they differ, its device; one summary row or None
+             per column)
     unscored what is known of a contender without any score: ``n=0, 3 failed``
+    device   the one that all lines have in common
+    costs    titles of the costs
     """
 
     dataset: str
     model: str
     columns: Sequence[str]
     counts: Sequence[str]
-    lines: Sequence[tuple[str, float, Sequence[Mapping[str, Any] | None]]]
+    lines: Sequence[tuple[str, Sequence[str], Sequence[Mapping[str, Any] | None]]]
     unscored: Mapping[str, str] = field(default_factory=dict)
+    device: str = ""
+    costs: Sequence[str] = COSTS
 
 
 def wide(table: pd.DataFrame) -> list[Wide]:
@@ -125,23 +163,28 @@ def wide(table: pd.DataFrame) -> list[Wide]:
         titles = [" ".join(filter(None, (c if len(homes[c]) == 1 else f"{c} · {m}", arrows[m, c]))) for m, c in places]
         records = {(r["contender"], r["metric"], r["column"]): r for r in block.to_dict("records")}
         names = list(dict.fromkeys(sorted(block["contender"], key=list(dict.fromkeys(block["contender"])).index)))
-        seconds = block.groupby("contender")["seconds"].mean()
-        lines = [(c, float(seconds[c]), [records.get((c, *place)) for place in places]) for c in names]
+        device, several = devices(block["device"])
+        costs = block.groupby("contender").agg(
+            {"seconds": "mean", "rows": "mean", "memory": "max", "device": lambda d: title(*dict.fromkeys(d))}
+        )
+        texts = {c: [*cost_texts(row), *([row["device"] or "–"] if several else [])] for c, row in costs.iterrows()}
+        lines = [(c, texts[c], [records.get((c, *place)) for place in places]) for c in names]
         counts = []
         for i in range(len(places)):
-            texts = {count_text(e[i]["n"], e[i]["failed"], e[i]["pending"]) for _, _, e in lines if e[i]}
-            counts.append(texts.pop() if len(texts) == 1 else "")
+            found = {count_text(e[i]["n"], e[i]["failed"], e[i]["pending"]) for _, _, e in lines if e[i]}
+            counts.append(found.pop() if len(found) == 1 else "")
         bare = [r for r in block.to_dict("records") if not r["column"]]
         unscored = {r["contender"]: count_text(r["n"], r["failed"], r["pending"]) for r in bare}
-        blocks.append(Wide(str(dataset), str(model), titles, counts, lines, unscored))
+        heads = (*COSTS, *(["device"] if several else []))
+        blocks.append(Wide(str(dataset), str(model), titles, counts, lines, unscored, device, heads))
     return blocks
 
 
 def wide_table(block: Wide) -> Table:
     """Methods × columns, ``mean ± half width``; the best of a column in bold."""
-    header = ["method", *(f"{c} ({n})" if n else c for c, n in zip(block.columns, block.counts)), "s/sample"]
+    header = ["method", *(f"{c} ({n})" if n else c for c, n in zip(block.columns, block.counts)), *block.costs]
     body, bold, empty = [], set(), []
-    for i, (contender, seconds, entries) in enumerate(block.lines):
+    for i, (contender, costs, entries) in enumerate(block.lines):
         line = [contender]
         for j, (entry, shared) in enumerate(zip(entries, block.counts)):
             text = "–" if entry is None else with_half(entry["mean"], entry["lo"], entry["hi"])
@@ -150,11 +193,11 @@ def wide_table(block: Wide) -> Table:
             if entry is not None and entry["best"]:
                 bold.add((i, j + 1))
             line.append(text)
-        body.append([*line, seconds_text(seconds)])
+        body.append([*line, *costs])
         if not any(entries):
             empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
     notes = (f"No scores: {', '.join(empty)}.",) if empty else ()
-    return Table(f"{block.dataset}, {block.model}", header, body, frozenset(bold), 1, notes)
+    return Table(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
 
 
 def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | None = None) -> Table:
@@ -165,14 +208,16 @@ def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | N
     shown = tests
     notes = [
         "difference: mean of a - b on the common samples; p: two-sided permutation test; "
-        "p (Holm): over all pairs of a dataset, model and metric; d_z: mean difference / its standard deviation."
+        "p (Holm): over all pairs of a dataset, model and metric. Effect sizes: d_z, mean difference / standard "
+        "deviation of the differences; r_rb, rank-biserial correlation, 1 if a is higher on every sample, -1 if b is."
     ]
     if most is not None and len(tests) > most:
         shown = tests.sort_values("p_holm", kind="stable").head(most)
         notes.append(f"{len(tests) - most} more pairs are not shown; --pairs COLUMN shows all of a column.")
     names = _shared_last(tests, ["dataset", "model"])
     names += ["metric"] if tests["metric"].ne(tests["column"]).any() else []
-    header = [*names, "column", "a", "b", "n common", "difference", f"{percent(confidence)} CI", "p", "p (Holm)", "d_z"]
+    header = [*names, "column", "a", "b", "n common", "difference", f"{percent(confidence)} CI"]
+    header += ["p", "p (Holm)", "d_z", "r_rb"]
     body, bold = [], set()
     for i, row in enumerate(shown.to_dict("records")):
         lo, hi = row["lo"], row["hi"]
@@ -185,12 +230,44 @@ def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | N
                 f"[{rounded(lo, lo, hi)}, {rounded(hi, lo, hi)}]" if hi == hi else "–",
                 p_text(row["p"]),
                 p_text(row["p_holm"]),
-                "–" if math.isnan(row["effect"]) else f"{row['effect']:+.2f}",
+                *("–" if math.isnan(row[name]) else f"{row[name]:+.2f}" for name in ("effect", "rank_biserial")),
             ]
         )
         if row["better"]:
             bold.add((i, len(names) + (1 if row["better"] == row["a"] else 2)))
     return Table("Paired tests", header, body, frozenset(bold), len(names) + 3, notes)
+
+
+def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[Table]:
+    """Mean ranks from ``tables.ranks`` as methods × columns, one table per dataset and model.
+
+    Methods are in the order of their mean rank over the columns; the best of a column in bold.
+    """
+    drawn = []
+    note = (
+        "Mean rank on the common samples, 1 is best. Methods that share a letter are not distinguishable: their "
+        f"ranks differ by less than the critical difference (Nemenyi, {percent(confidence)}), or Friedman's test "
+        "does not reject."
+    )
+    for (dataset, model), block in table.groupby(["dataset", "model"], sort=False):
+        columns = {place: part.to_dict("records") for place, part in block.groupby(["metric", "column"], sort=False)}
+        order = list(block.groupby("contender", sort=False)["rank"].mean().sort_values(kind="stable").index)
+        header, bold, body = ["rank"], set(), [[name] for name in order]
+        below = [["n common"], ["Friedman p"], ["critical difference"]]
+        for j, ((metric, column), rows) in enumerate(columns.items(), 1):
+            header.append(column if column == metric else f"{column} · {metric}")
+            ranks = {row["contender"]: row for row in rows if not math.isnan(row["rank"])}
+            for i, name in enumerate(order):
+                row = ranks.get(name)
+                body[i].append("–" if row is None else f"{row['rank']:.2f} {row['group']}")
+                if row is not None and row["rank"] == min(other["rank"] for other in ranks.values()):
+                    bold.add((i, j))
+            n, most = rows[0]["n"], max(row["n_own"] for row in rows)
+            below[0].append(f"{n}" if n == most else f"{n} of {most}")
+            below[1].append(p_text(rows[0]["p"]))
+            below[2].append(rounded(rows[0]["critical_difference"]))
+        drawn.append(Table(f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note,)))
+    return drawn
 
 
 def _shared_last(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
@@ -226,6 +303,7 @@ def to_markdown(table: Table) -> str:
     for i, row in enumerate(table.body):
         lines.append(line(f"**{_md(t)}**" if (i, j) in table.bold else _md(t) for j, t in enumerate(row)))
     lines += [f"\n{_md(note)}" for note in table.notes]
+    lines += ["\n```bash", *table.code, "```"] if table.code else []
     return "\n".join(lines) + "\n"
 
 
@@ -262,7 +340,8 @@ def to_latex(table: Table) -> str:
     lines += [r"  \toprule", line(map(_tex, table.header)), r"  \midrule"]
     for i, row in enumerate(table.body):
         lines.append(line(rf"\textbf{{{_tex(t)}}}" if (i, j) in table.bold else _tex(t) for j, t in enumerate(row)))
-    lines += [r"  \bottomrule", r"\end{tabular}", *(f"% {' '.join(note.split())}" for note in table.notes)]
+    lines += [r"  \bottomrule", r"\end{tabular}"]
+    lines += [f"% {' '.join(note.split())}" for note in (*table.notes, *table.code)]
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,8 @@ from attrib.types import UNREADABLE, UserError
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
 WHERE = (*AXES, "metric", "map", "column")
 _GROUP = ["cell", "dataset", "model", "method", "map", "contender", "metric", "column", "direction"]
-ROWS = [*_GROUP, "uid", "fingerprint", "value", "state", "stage", "reason", "seconds", "time"]
+COSTS = ["seconds", "rows", "memory", "device"]  # as attrib.costs notes them beside a map
+ROWS = [*_GROUP, "uid", "fingerprint", "value", "state", "stage", "reason", *COSTS, "time"]
 _ITEM = ["uid", "map", "column"]
 
 
@@ -48,7 +49,8 @@ def rows(root: Path | str) -> pd.DataFrame:
 
     A sample that a cell is no longer about has no rows. A cell without any score has
     its failed and pending samples under an empty metric, map and column. ``contender`` is the method,
-    with its map where a method has several. ``seconds`` is what the map took, ``time`` is Unix time.
+    with its map where a method has several. ``seconds``, ``rows``, ``memory`` and ``device`` are what the
+    map took (:mod:`attrib.costs`; NaN and "" where nothing is noted), ``time`` is Unix time.
     Raises UserError if ``root`` holds no cell.
     """
     listed = labelled(root)
@@ -79,7 +81,8 @@ def rows(root: Path | str) -> pd.DataFrame:
     several = frame["map"].where(frame["map"] != "").groupby(frame["method"]).transform("nunique") > 1
     named = several & (frame["map"] != "")
     frame["contender"] = frame["method"].where(~named, frame["method"] + " · " + frame["map"])
-    for column in (*_GROUP, "state", "stage"):  # few values, many rows
+    frame["device"] = frame["device"].fillna("")
+    for column in (*_GROUP, "state", "stage", "device"):  # few values, many rows
         values = frame[column].astype(str)
         frame[column] = pd.Categorical(values, categories=list(dict.fromkeys(values)))
     return frame[ROWS]
@@ -148,13 +151,15 @@ def _due(item: Labelled, maps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _maps(item: Labelled) -> pd.DataFrame:
-    """uid, fingerprint and seconds of every stored map that counts."""
+    """uid, fingerprint and costs of every stored map that counts."""
     index = item.maps()
+    infos = [record.info for record in index.values()]
     return pd.DataFrame(
         {
             "uid": pd.Series([uid for uid, _ in index], dtype=str),
             "fingerprint": pd.Series([fingerprint for _, fingerprint in index], dtype=str),
-            "seconds": pd.Series([record.info.get("seconds", math.nan) for record in index.values()], dtype=float),
+            **{name: pd.Series([info.get(name, math.nan) for info in infos], dtype=float) for name in COSTS[:3]},
+            "device": pd.Series([info.get("device", "") for info in infos], dtype=str),
         }
     )
 
@@ -201,7 +206,8 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
 
     n samples, failed and pending ones; mean with its bootstrap interval (:func:`attrib.stats.interval`);
     direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and
-    column, if there are at least two and the column has a direction; mean seconds per sample.
+    column, if there are at least two and the column has a direction; mean seconds and rows through the
+    net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not known.
     """
     found = []
     for names, group in frame.groupby(_GROUP, observed=True, sort=False):
@@ -218,6 +224,9 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
                 "lo": mean.lo,
                 "hi": mean.hi,
                 "seconds": group["seconds"].mean(),
+                "rows": group["rows"].mean(),
+                "memory": group["memory"].max(),
+                "device": " + ".join(d for d in dict.fromkeys(group["device"]) if d),
             }
         )
     table = pd.DataFrame(found)
@@ -232,7 +241,7 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
             table[name] = pd.Categorical(table[name], categories=frame[name].cat.categories)
     table = table.sort_values(["dataset", "model", "metric", "column", "method", "map"], kind="stable")
     table = table.astype(dict.fromkeys(_GROUP, str)).reset_index(drop=True)
-    return table[[*_GROUP, "n", "failed", "pending", "mean", "lo", "hi", "best", "seconds"]]
+    return table[[*_GROUP, "n", "failed", "pending", "mean", "lo", "hi", "best", *COSTS]]
 
 
 def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.DataFrame:
@@ -240,9 +249,9 @@ def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.Dat
 
     A sample is common if both have a finite score of it under the same uid *and* fingerprint. Each row:
     n common samples, the n of each side, mean difference a - b with its interval, p of the permutation
-    test, p after Holm's correction over all pairs of the dataset, model and metric, Cohen's d_z, and
-    ``better``: which of the two, empty where p_holm does not reach 1 - confidence or the column has no
-    direction. Raises UserError if nothing has the column.
+    test, p after Holm's correction over all pairs of the dataset, model and metric, two effect sizes
+    (:func:`attrib.stats.paired_test`), and ``better``: which of the two, empty where p_holm does not reach
+    1 - confidence or the column has no direction. Raises UserError if nothing has the column.
     """
     frame = frame[frame["column"] == column]
     if frame.empty:
@@ -263,7 +272,8 @@ def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.Dat
             row |= {"p_holm": float(p), "better": ahead if clear else ""}
             found.append({**dict(zip(("dataset", "model", "metric"), names[:3])), "column": column, **row})
     order = ("dataset", "model", "metric", "column", "a", "b", "n", "n_a", "n_b")
-    return pd.DataFrame(found, columns=[*order, "difference", "lo", "hi", "p", "p_holm", "effect", "better"])
+    measures = ("difference", "lo", "hi", "p", "p_holm", "effect", "rank_biserial", "better")
+    return pd.DataFrame(found, columns=[*order, *measures])
 
 
 def all_paired(frame: pd.DataFrame, columns: Sequence[str] = (), confidence: float = 0.95) -> pd.DataFrame:
@@ -285,3 +295,33 @@ def ties(table: pd.DataFrame, tests: pd.DataFrame, confidence: float = 0.95) -> 
         level |= {(*place, y) for x, y in ((a, b), (b, a)) if (*place, x) in best}
     rows_of = table[[*names, "contender"]].itertuples(index=False, name=None)
     return pd.Series([row in level and row not in best for row in rows_of], index=table.index, dtype=bool)
+
+
+def ranks(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Average ranks of the methods (and maps), one row per contender and column that has a direction.
+
+    They are taken on the samples of which every contender with any score has one (uid and fingerprint).
+    n such samples, n_own of the contender itself; ``rank`` (1 is best), ``group`` (:class:`attrib.stats.Ranks`),
+    Friedman's chi-squared and p, the critical difference. A contender without scores has n_own 0 and no rank.
+    Columns without two contenders to rank are left out.
+    """
+    found = []
+    frame = frame[frame["column"].astype(bool) & (frame["direction"] != "none")].astype({"contender": str})
+    for names, group in frame.groupby(["dataset", "model", "metric", "column", "direction"], observed=True, sort=False):
+        ok = group[group["state"] == "ok"]
+        values = ok.pivot(index=["uid", "fingerprint"], columns="contender", values="value")
+        listed = list(dict.fromkeys(group["contender"]))
+        ranked = [name for name in listed if name in values]
+        if len(ranked) < 2:
+            continue
+        result = stats.ranks(values[ranked], higher=names[-1] == "higher", confidence=confidence)
+        places = dict(zip(ranked, zip(result.ranks, result.groups, strict=True), strict=True))
+        common = {"n": result.n, "friedman": result.chi2, "p": result.p, "critical_difference": result.difference}
+        for name in listed:
+            rank, letters = places.get(name, (math.nan, ""))
+            own = int(values[name].count()) if name in places else 0
+            row = {"contender": name, "rank": float(rank), "group": letters, "n_own": own, **common}
+            found.append({**dict(zip(("dataset", "model", "metric", "column"), names[:4])), **row})
+    order = ("dataset", "model", "metric", "column", "contender", "rank", "group", "n", "n_own")
+    table = pd.DataFrame(found, columns=[*order, "friedman", "p", "critical_difference"])
+    return table.sort_values(["dataset", "model", "metric", "column", "rank"], kind="stable", ignore_index=True)

@@ -45,8 +45,11 @@ def test_markdown(root, capsys):
     assert run(root, "--format", "md", "--wide") == 0
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert lines[0] == r"| method | ehr ↑ (n=20) | insertion ↑ (n=20) | deletion ↓ (n=20) | s/sample |"
-    assert lines[1] == "| :-- | --: | --: | --: | --: |"
+    assert (
+        lines[0]
+        == r"| method | ehr ↑ (n=20) | insertion ↑ (n=20) | deletion ↓ (n=20) | s/sample | rows/sample | peak memory |"
+    )
+    assert lines[1] == "| :-- | --: | --: | --: | --: | --: | --: |"
     assert len(lines) == 5
     assert "**0." in next(line for line in lines if "| iba" in line)
     assert r"| grad\_cam |" in text

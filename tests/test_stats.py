@@ -159,3 +159,78 @@ def test_holm():
     with_gap = stats.holm([0.02, math.nan, 0.5])
     assert with_gap[[0, 2]] == pytest.approx([0.04, 0.5])
     assert math.isnan(with_gap[1])
+
+
+def test_rank_biserial():
+    # |d| = 1, 2, 3 have the ranks 1, 2, 3; those of the wins are 1 and 3: (4 - 2) / 6.
+    assert stats.paired_test([1, 0, 3], [0, 2, 0]).rank_biserial == pytest.approx(2 / 6)
+    assert stats.paired_test([2, 4, 6], [1, 2, 3]).rank_biserial == 1.0
+    assert stats.paired_test([1, 2, 3], [2, 4, 6]).rank_biserial == -1.0
+    assert stats.paired_test([1.0] * 4, [1.0] * 4).rank_biserial == 0.0
+    # An outlier turns d_z, not the rank correlation.
+    outlier = stats.paired_test([1.0] * 9 + [0.0], [0.0] * 9 + [1000.0])
+    assert outlier.effect < 0 < outlier.rank_biserial
+    assert math.isnan(stats.paired_test([], []).rank_biserial)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rank_biserial_is_made_of_wilcoxons_sums(seed):
+    d = np.round(np.random.default_rng(seed).normal(0.3, 1, 25), 1)  # with ties and zeros
+    won = scipy_stats.wilcoxon(d, zero_method="zsplit", alternative="greater", method="asymptotic").statistic
+    total = d.size * (d.size + 1) / 2
+    assert stats.paired_test(d, np.zeros(25)).rank_biserial == pytest.approx((2 * won - total) / total)
+
+
+# Demšar 2006 ("Statistical comparisons of classifiers over multiple data sets", JMLR 7), table 6:
+# ranks of C4.5, C4.5+m, C4.5+cf and C4.5+m+cf on 14 data sets.
+DEMSAR = [
+    [4, 3, 2, 1], [1, 2, 3, 4], [4, 1, 2, 3], [4, 1, 3, 2], [4, 2, 3, 1], [1, 2.5, 4, 2.5], [3, 2, 4, 1],
+    [2.5, 2.5, 4, 1], [4, 3, 2, 1], [2.5] * 4, [4, 2.5, 1, 2.5], [3, 2, 4, 1], [4, 1, 2, 3], [3, 1, 4, 2],
+]  # fmt: skip
+
+
+def test_ranks_of_demsars_example():
+    found = stats.ranks(DEMSAR, higher=False)
+    assert found.n == 14
+    assert np.round(found.ranks, 3).tolist() == [3.143, 2.0, 2.893, 1.964]
+    assert round(found.difference, 2) == 1.25  # the critical difference that section 3.2.2 gives
+    # He does not correct for ties: 9.28 in the paper.
+    ties = (4**3 - 4) + 3 * (2**3 - 2)
+    assert round(found.chi2 * (1 - ties / (14 * 4 * 15)), 2) == 9.28
+    expected = scipy_stats.friedmanchisquare(*np.transpose(DEMSAR))
+    assert (found.chi2, found.p) == pytest.approx(tuple(expected))
+    # Friedman's test rejects, but even best and worst are less than the critical difference apart.
+    assert found.p < 0.05
+    assert set(found.groups) == {"a"}
+    assert stats.ranks(-np.array(DEMSAR)).ranks.tolist() == found.ranks.tolist()
+
+
+@pytest.mark.parametrize(
+    ("k", "q"), [(2, 1.960), (3, 2.343), (4, 2.569), (5, 2.728), (6, 2.850), (7, 2.949), (8, 3.031), (10, 3.164)]
+)
+def test_critical_differences_are_those_of_demsars_table_5(k, q):
+    found = stats.ranks(np.random.default_rng(0).normal(size=(30, k)))
+    assert found.difference / math.sqrt(k * (k + 1) / (6 * 30)) == pytest.approx(q, abs=1e-3)
+
+
+def test_groups_of_methods():
+    rng = np.random.default_rng(3)
+    clear = stats.ranks(rng.normal(size=(200, 4)) + np.array([0, 9, 0, 5]))
+    assert clear.groups == ("c", "a", "c", "b")
+    assert clear.p < 1e-6
+    # A middle method that is like both of its neighbours bears both letters.
+    assert stats._letters(np.array([1.0, 1.6, 2.2]), 0.7) == ("a", "ab", "b")
+    assert stats._letters(np.array([2.2, 1.0, 1.6]), 0.0) == ("c", "a", "b")
+    assert stats._letters(np.arange(60.0), 0.0)[-1] == "(59)"
+
+
+def test_ranks_of_degenerate_inputs():
+    same = stats.ranks(np.ones((5, 3)))
+    assert (same.chi2, same.p, same.groups) == (0.0, 1.0, ("a", "a", "a"))
+    gaps = stats.ranks([[3, 1], [math.nan, 2], [5, 1], [math.inf, 0]])
+    assert (gaps.n, gaps.ranks.tolist()) == (2, [1.0, 2.0])
+    none = stats.ranks(np.full((3, 2), math.nan))
+    assert none.n == 0
+    assert math.isnan(none.p)
+    with pytest.raises(ValueError, match="two methods"):
+        stats.ranks([[1.0], [2.0]])

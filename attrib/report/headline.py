@@ -40,7 +40,9 @@ class Verdict:
     apart: Sequence[str]  # no common samples
 
 
-def lines(wide: formats.Wide, styles: Mapping[str, Style]) -> list[tuple[str, Style, str, list[Entry | None]]]:
+def lines(
+    wide: formats.Wide, styles: Mapping[str, Style]
+) -> list[tuple[str, Style, Sequence[str], list[Entry | None]]]:
     axes = []
     for i in range(len(wide.columns)):
         ends = [e[i][k] for _, _, e in wide.lines if e[i] for k in ("mean", "lo", "hi") if np.isfinite(e[i][k])]
@@ -49,10 +51,10 @@ def lines(wide: formats.Wide, styles: Mapping[str, Style]) -> list[tuple[str, St
         (
             contender,
             styles[contender],
-            formats.seconds_text(seconds),
+            costs,
             [_entry(e, shared, axis) for e, shared, axis in zip(entries, wide.counts, axes, strict=True)],
         )
-        for contender, seconds, entries in wide.lines
+        for contender, costs, entries in wide.lines
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from attrib import formats
 from attrib.labels import AXES, Labelled
 from attrib.store import Cell
 
@@ -36,6 +38,7 @@ def costs(cells: Sequence[Labelled]) -> list[dict[str, Any]]:
         infos = [record.info for record in item.maps().values()]
         seconds = np.array([i["seconds"] for i in infos if "seconds" in i], dtype=float)
         rows = np.array([i["rows"] for i in infos if "rows" in i], dtype=float)
+        memory = max((i["memory"] for i in infos if "memory" in i), default=math.nan)
         found.append(
             {
                 **{axis: getattr(item, axis) for axis in AXES},
@@ -43,7 +46,9 @@ def costs(cells: Sequence[Labelled]) -> list[dict[str, Any]]:
                 "mean": float(seconds.mean()) if seconds.size else None,
                 "median": f"{np.median(seconds):.3g}" if seconds.size else "–",
                 "total": _duration(seconds.sum()) if seconds.size else "–",
-                "rows": f"{rows.mean():.4g}" if rows.size else "–",
+                "rows": formats.rows_text(rows.mean() if rows.size else math.nan),
+                "memory": formats.memory_text(memory),
+                "device": " + ".join(dict.fromkeys(i["device"] for i in infos if "device" in i)) or "–",
                 "broken": item.cell.maps.broken,
             }
         )
