@@ -39,6 +39,10 @@ lint: .venv/installed
 
 bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench_fisher.py --draws 8 --rows 8
+	$(BIN)/python tools/bench_cd.py
+	$(BIN)/python tools/bench_cd.py --acd --rows 256
+	$(BIN)/python tools/bench_causal.py
 
 clean:
 	rm -rf .venv .venv-torchtext build *.egg-info

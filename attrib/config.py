@@ -14,12 +14,13 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 
 from attrib import keys
-from attrib.datasets import Selection, TextDataset
+from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment import Experiment
 from attrib.models import Classifier, load_weights
+from attrib.models.randomise import randomised
 from attrib.models.zoo import input_of
 from attrib.plan import Options
 from attrib.samples import parse_device
@@ -41,7 +42,7 @@ def resolved(config: DictConfig) -> dict[str, Any]:
             name, image = (config[part].get("name", part) for part in ("model", "dataset"))
             raise UserError(
                 f"dataset {image} holds images, and model {name} does not say how it wants them (model.input): "
-                "is it for texts?"
+                "is it for texts or sounds?"
             ) from error
         raise UserError(str(error)) from error
     except OmegaConfBaseException as error:
@@ -180,7 +181,10 @@ def build(node: Node, where: str) -> Any:
 # What a part of an experiment must have; see the protocols in the packages of the same names.
 MEMBERS = {
     "dataset": ("fingerprint", "batch", "uids", "key", "names", "modality", "box_area"),
-    "method": ("attribute", "VERSION", "MAPS", "EXTRAS", "TOKENS", "MODALITIES", "TEXT_ROLES", "roles", "fit"),
+    "method": (
+        *("attribute", "VERSION", "MAPS", "EXTRAS", "COLUMNS", "DOCUMENTS", "TOKENS", "MODALITIES", "TEXT_ROLES"),
+        *("roles", "fit"),
+    ),
     "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "MODALITIES", "roles"),
 }
 
@@ -255,8 +259,11 @@ def _net(model: Node) -> dict[str, Any]:
     return _without(model, *NOT_OF_THE_NET)
 
 
-def classifier(node: Node, options: Options, where: str = "model") -> Classifier:
-    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``."""
+def classifier(node: Node, options: Options, where: str = "model", dataset: Dataset | None = None) -> Classifier:
+    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``.
+
+    With ``randomise`` it is a copy with randomised layers; a sample of ``dataset`` shows their order.
+    """
     arguments, shape = _net(node), None
     if not _is_node(node["input"]):
         size = _field(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
@@ -274,7 +281,8 @@ def classifier(node: Node, options: Options, where: str = "model") -> Classifier
         load_weights(net, str(node["checkpoint"]), node.get("match", "name"))
     known = getattr(net, "default_layers", {})
     paths = {role: known.get(role) if path is None else str(path) for role, path in layers.items()}
-    return Classifier(
+    how = build({"_target_": "attrib.models.Randomise", **(node.get("randomise") or {})}, f"{where}: randomise")
+    model = Classifier(
         net,
         paths,
         rows=options.rows,
@@ -284,10 +292,30 @@ def classifier(node: Node, options: Options, where: str = "model") -> Classifier
         spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
         input_shape=shape,
     )
+    if not how.layers:
+        return model
+    if dataset is None:
+        raise UserError(f"{where}: randomise needs a dataset, whose samples show the order of the layers")
+    return randomised(model, net, how, example(dataset))
+
+
+def example(dataset: Dataset) -> Tensor:
+    """The input (1, *input) of the first sample that can be read. Raises UserError if none can."""
+    for uid in dataset.uids:
+        try:
+            return dataset.batch([uid]).x
+        except Exception:  # the ledger will say so
+            continue
+    raise UserError("no sample of the dataset can be read")
 
 
 def _where(config: Node, part: str) -> str:
     return f"configs/{part}/{config[part].get('name', part)}.yaml"
+
+
+def completed(config: Node) -> Node:
+    """The configuration with what it leaves to the checkpoint and to the net's library. Raises UserError."""
+    return with_input(with_checkpoint(config, _where(config, "model")))
 
 
 def experiment(config: Node) -> Experiment:
@@ -299,7 +327,7 @@ def experiment(config: Node) -> Experiment:
         if not isinstance(config.get(part), Mapping):
             raise UserError(f"no {part} chosen; add {part}=... (see configs/{part}/)")
     options = options_of(config["run"])
-    config = with_input(with_checkpoint(config, _where(config, "model")))
+    config = completed(config)
     data, method_node = config["dataset"], config["method"]
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
     reserved = ("name", "target", "select", "estimation")
@@ -311,7 +339,9 @@ def experiment(config: Node) -> Experiment:
         if node
     }
     dataset = _build_as("dataset", _without(data, *reserved), where["dataset"])
-    model = classifier(config["model"], options, where["model"])
+    model = classifier(config["model"], options, where["model"], dataset)
+    if model.variant is not None:
+        names["model"] += f"-{model.variant.name}"
     estimation, estimation_select = None, Selection()
     if method.fit is not None:
         node, at = data.get("estimation"), f"{where['dataset']}: estimation"
@@ -330,7 +360,7 @@ def experiment(config: Node) -> Experiment:
         method=method,
         metrics=metrics,
         seed=_field("seed", int, config.get("seed", 0)),
-        config={k: v for k, v in config.items() if k != "run"},
+        config=_without(config, "run", "paper"),
     )
     for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
         model.path(role)

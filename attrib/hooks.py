@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from attrib.pictures import overlay, words
+from attrib.spectrogram import draw
 from attrib.store import write_atomic
 from attrib.types import Batch, SampleError
 
@@ -95,9 +96,9 @@ def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
 
 
 class PictureHook(Hook):
-    """``masks/<map>/<uid>.png``: each map over its image; ``.html``: the words of a text (``run.png=true``).
+    """``masks/<map>/<uid>.png``: each map over its image, or below its sound; ``.html``: the words of a text.
 
-    Drawn after each batch; at the end also for maps that were there already and have no picture.
+    With ``run.png=true``. Drawn after each batch; at the end also for maps that were there already and have no picture.
     """
 
     def after_test_iter(
@@ -114,7 +115,7 @@ class PictureHook(Hook):
     def _draw(self, runner: AttributionRunner, uid: str, step: int, *, replace: bool) -> None:
         plan = runner.attribution.plan
         names = plan.experiment.method.MAPS
-        text = plan.experiment.dataset.modality == "text"
+        dataset, text = plan.experiment.dataset, plan.experiment.dataset.modality == "text"
         suffix = ".html" if text else ".png"
         paths = {name: picture_path(plan.cell.folder / "masks" / name, uid, suffix) for name in names}
         if not replace and all(path.exists() for path in paths.values()):
@@ -122,24 +123,52 @@ class PictureHook(Hook):
         try:
             arrays = plan.cell.maps.read(plan.key(uid), names)
             if text:
-                tokens = plan.experiment.dataset.tokens(uid)
+                tokens = dataset.tokens(uid)
                 for name, path in paths.items():
                     write_atomic(path, words_page(uid, tokens, arrays[name]).encode())
                 return
-            picture = plan.experiment.dataset.picture(uid)
-            roi = plan.experiment.dataset.batch([uid]).roi
+            sound = dataset.modality == "audio"
+            content = dataset.wave(uid) if sound else dataset.picture(uid)
+            roi = dataset.batch([uid]).roi
         except (KeyError, OSError, SampleError):
             return  # no map, or not readable: the ledger says why
         for name, path in paths.items():
-            image = overlay(picture, arrays[name], roi[0].numpy() if roi is not None else None)
+            region = roi[0].numpy() if roi is not None else None
+            if sound:
+                image = draw(content, dataset.rate, arrays[name], region)
+            else:
+                image = overlay(content, arrays[name], region)
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, format="png")
             write_atomic(path, buffer.getvalue())
             runner.visualizer.add_image(f"{name}/{path.stem}", image, step=step)
 
 
+class DocumentHook(Hook):
+    """``<document>/<uid>.json``: what the method wrote of each sample; at the end also of samples without a file."""
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        plan = runner.attribution.plan
+        for name in plan.experiment.method.DOCUMENTS if outputs.stage == "maps" else ():
+            for uid, document in zip(outputs.uids, outputs.arrays.get(name, ())):
+                write_atomic(picture_path(plan.cell.folder / name, uid, ".json"), document.tobytes() + b"\n")
+
+    def after_test_epoch(self, runner: AttributionRunner, metrics: dict | None = None) -> None:
+        plan = runner.attribution.plan
+        for name in plan.experiment.method.DOCUMENTS:
+            for uid in plan.uids:
+                path = picture_path(plan.cell.folder / name, uid, ".json")
+                try:
+                    if not path.exists():
+                        write_atomic(path, plan.cell.maps.read(plan.key(uid), [name])[name].tobytes() + b"\n")
+                except (KeyError, OSError):
+                    continue  # no map, or not readable: the ledger says why
+
+
 def standard_hooks(*, progress: bool, png: bool) -> list[Hook]:
-    hooks: list[Hook] = [ScalarHook()]
+    hooks: list[Hook] = [ScalarHook(), DocumentHook()]
     if progress:
         hooks.append(ProgressHook())
     if png:

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from attrib import keys
 from attrib.budget import Budget
+from attrib.costs import Meter
+from attrib.documents import own_scores, packed
 from attrib.methods import State
+from attrib.metrics import Explain, Explaining
 from attrib.models.classifier import is_out_of_memory, release_memory
 from attrib.noise import Noise
 from attrib.plan import Options, Plan, metric_folder
@@ -91,6 +94,7 @@ class Loop(BaseLoop):
         self.runner.call_hook("before_test")
         self.runner.call_hook("before_test_epoch")
         self._maps()
+        own_scores(self.plan)
         for name in self.plan.experiment.metrics:
             self._scores(name)
         self.runner.call_hook("after_test_epoch", metrics=dataclasses.asdict(self.summary))
@@ -157,7 +161,8 @@ class Loop(BaseLoop):
         experiment, maps = self.plan.experiment, stage == "maps"
         self.stage, self.total, done = stage.rpartition(".")[0] or stage, len(todo), 0
         samples = self.samples if maps else experiment.stored_samples(todo, self.options.read)
-        self._budget = Budget(self.options.batch, experiment.model, experiment.method if maps else None)
+        explains = maps or isinstance(experiment.metrics[self.stage], Explaining)
+        self._budget = Budget(self.options.batch, experiment.model, experiment.method if explains else None)
         for portion in self._budget.portions(self._together(todo)):
             for batch, unread in samples.load(self._budget.chunks(portion)):
                 start = time.perf_counter()
@@ -217,15 +222,12 @@ class Loop(BaseLoop):
 
         def explain(batch: Batch) -> Done:
             model, method = experiment.model, experiment.method
-            start, passed = time.perf_counter(), model.passed
-            noise = Noise(batch.uids, experiment.seed, model.device, model.dtype)
-            found = method.attribute(model, batch, self.state, noise)
-            arrays = {name: value.detach().float().cpu().numpy() for name, value in found.items()}
+            meter = Meter(model)
+            found = experiment.explain(batch, self.state)
+            documents = {name: packed(found[name]) for name in method.DOCUMENTS if name in found}
+            arrays = documents | {n: v.detach().float().cpu().numpy() for n, v in found.items() if n not in documents}
             self._check_maps(batch, arrays)
-            cost = {
-                "seconds": (time.perf_counter() - start) / len(batch),
-                "rows": (model.passed - passed) / len(batch),
-            }
+            cost = meter.each(len(batch))
             finite = np.ones(len(batch), dtype=bool)
             for name in method.MAPS:
                 finite &= np.isfinite(arrays[name]).reshape(len(batch), -1).all(1)
@@ -254,7 +256,7 @@ class Loop(BaseLoop):
         """What a user's own method may get wrong."""
         method = self.plan.experiment.method
         name = type(method).__name__
-        declared = {*method.MAPS, *method.EXTRAS}
+        declared = {*method.MAPS, *method.EXTRAS, *method.DOCUMENTS}
         if set(arrays) != declared:
             raise UserError(f"{name}.attribute returned {sorted(arrays)}, but MAPS and EXTRAS say {sorted(declared)}")
         for key, value in arrays.items():
@@ -295,6 +297,8 @@ class Loop(BaseLoop):
         if dataset.modality == "text":
             tokens = dataset.tokens(uid)
             return {"words": self.samples.batch([uid]).words[0].cpu().numpy()}, {"tokens": list(tokens)}
+        if dataset.modality == "audio":
+            return {"wave": dataset.wave(uid)}, {"rate": dataset.rate}
         return {"image": dataset.picture(uid)}, {}
 
     # ---- scores -------------------------------------------------------------------------------
@@ -326,7 +330,8 @@ class Loop(BaseLoop):
             for kind in experiment.method.MAPS:
                 maps = _stacked([r[kind] for r in read], batch).to(experiment.model.device, experiment.model.dtype)
                 noise = Noise(batch.uids, experiment.seed, maps.device, maps.dtype).child(name)
-                found: Mapping[str, Tensor] = metric.score(experiment.model, batch, maps, noise)
+                explain = {"explain": self._explain(kind)} if isinstance(metric, Explaining) else {}
+                found: Mapping[str, Tensor] = metric.score(experiment.model, batch, maps, noise, **explain)
                 scored = {key: value.detach().cpu().double().numpy() for key, value in found.items()}
                 for i in range(len(batch)):
                     values[i] |= {(kind, c): float(scored[c][i]) for c in metric.COLUMNS}
@@ -351,6 +356,10 @@ class Loop(BaseLoop):
         finally:
             curves.flush()
             rows.flush()
+
+    def _explain(self, kind: str) -> Explain:
+        """What a metric that asks for other maps gets: the method's map of this name."""
+        return lambda batch: self.plan.experiment.explain(batch, self.state)[kind]
 
     def _scored(self, rows: Rows) -> Present:
         """Asks the disk every half minute only: reading all rows costs more than a few samples done twice."""

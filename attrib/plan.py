@@ -16,6 +16,8 @@ import attrib
 from attrib import keys
 from attrib.budget import FIXED
 from attrib.experiment import Experiment
+from attrib.metrics import Explaining
+from attrib.models.randomise import Variant
 from attrib.states import load_confidence
 from attrib.store import Arrays, Cell, Key, cells
 from attrib.types import UserError
@@ -75,6 +77,7 @@ class Plan:
     uids: tuple[str, ...]  # of this run
     fingerprints: dict[str, str]
     state_key: str | None
+    original: str | None  # key of the cell of the net whose randomised copy is explained here
     seconds: float | None = None  # per missing map, from what is recorded
     present: set[str] = field(default_factory=set)
     scored: dict[str, set[str]] = field(default_factory=dict)
@@ -82,6 +85,12 @@ class Plan:
 
     def key(self, uid: str) -> Key:
         return uid, self.fingerprints[uid]
+
+    @property
+    def explains(self) -> bool:
+        """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
+        asking = [name for name, metric in self.experiment.metrics.items() if isinstance(metric, Explaining)]
+        return any(len(done) < len(self.uids) for done in (self.present, *(self.scored[name] for name in asking)))
 
     def __str__(self) -> str:
         missing = len(self.uids) - len(self.present)
@@ -110,14 +119,14 @@ def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
     whole = experiment.samples(experiment.dataset.uids, options.read)
     selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u))
     uids = tuple(u for u in selected[: options.limit] if keys.shard_of(u, options.shards) == options.shard)
-    state_key = None
-    if experiment.method.fit is not None:
-        state_key = experiment.state_key(experiment.estimation_samples(options.read))
+    fitted_on = None if experiment.method.fit is None else experiment.estimation_samples(options.read)
+    state_key = None if fitted_on is None else experiment.state_key(fitted_on)
     folder = root / experiment.folder(experiment.cell_key(state_key))
     cell = Cell(folder, writer, flush_seconds=options.flush)
     fingerprints = {u: experiment.dataset.fingerprint(u) for u in uids}
     alike = _alike(cell, root)
-    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, _mean_seconds(c.maps for c in alike))
+    original, seconds = experiment.original_key(fitted_on), _mean_seconds(c.maps for c in alike)
+    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, original, seconds)
     index = cell.maps.index()
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:
@@ -170,6 +179,7 @@ def spec_of(work: Plan) -> dict[str, Any]:
         "names": dict(experiment.names),
         "key": experiment.cell_key(work.state_key),
         "dataset_key": experiment.dataset_key,
+        "modality": experiment.dataset.modality,
         "state_key": work.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
@@ -178,6 +188,7 @@ def spec_of(work: Plan) -> dict[str, Any]:
         "method": keys.spec(experiment.method),
         "maps": dict(experiment.method.MAPS),
         "extras": dict(experiment.method.EXTRAS),
+        "documents": dict(experiment.method.DOCUMENTS),
         "pictures": experiment.pictures_key,
         "config": dict(experiment.config),
         "versions": {
@@ -187,6 +198,20 @@ def spec_of(work: Plan) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "git": git_commit(),
+        **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, work)}),
+    }
+
+
+def _randomised(variant: Variant, work: Plan) -> dict[str, Any]:
+    """What a sanity check needs to know: ``attrib.sanity`` reads it."""
+    return {
+        "original": work.original,
+        "model": variant.original.key,
+        "layers": list(variant.layers),
+        "place": variant.place,
+        "total": variant.total,
+        "mode": variant.how.mode,
+        "seed": variant.how.seed,
     }
 
 

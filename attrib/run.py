@@ -142,7 +142,7 @@ def _run(work: Plan, options: Options, start: float) -> Summary:
     summary, finished, at_once = Summary(), False, None
     try:
         state: State = {}
-        if work.state_key is not None and len(work.present) < len(work.uids):
+        if work.state_key is not None and work.explains:
             samples = experiment.estimation_samples(options.read)
             state = load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples)
         runner.attribute(work, state, options)

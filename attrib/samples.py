@@ -25,8 +25,9 @@ Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid,
 class Samples:
     """Some samples of a dataset as a model wants them, in batches.
 
-    target   which class is explained: the dataset's label, or the class the model predicts; None
-             leaves the dataset's target as it is, for work that needs none or knows it already
+    target   which class is explained: the dataset's label, or the class the model predicts (of a copy with
+             randomised layers: the class that the original predicts); None leaves the dataset's target as
+             it is, for work that needs none or knows it already
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
@@ -54,7 +55,7 @@ class Samples:
         if self.target is None:
             return batch
         if self.target == "predicted":
-            return dataclasses.replace(batch, target=self.model.logits(batch.x).argmax(1))
+            return dataclasses.replace(batch, target=self.model.original.logits(batch.x).argmax(1))
         unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
         if unknown:
             raise SampleError(f"{unknown[0]} has no label; explain the model's own class with dataset.target=predicted")
@@ -166,11 +167,11 @@ class Samples:
                 yield batch
 
     def confidence(self, uids: Sequence[str]) -> Mapping[str, float]:
-        """The model's softmax probability of the target, of the samples that can be read."""
+        """The (original) model's softmax probability of the target, of the samples that can be read."""
         found: dict[str, float] = {}
         for batch, _ in self.load(self.chunks(uids)):
             if batch is not None:
-                probability = self.model.logits(batch.x).softmax(1)
+                probability = self.model.original.logits(batch.x).softmax(1)
                 picked = probability.gather(1, batch.target[:, None])[:, 0]
                 found |= dict(zip(batch.uids, picked.tolist()))
         return found

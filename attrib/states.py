@@ -103,7 +103,7 @@ def _publish(path: Path, data: bytes) -> None:
 
 def load_confidence(root: Path, samples: Samples, uids: Sequence[str]) -> Mapping[str, float]:
     """The model's probability of each sample's target, remembered per content of the sample."""
-    key = keys.digest(samples.model.key, samples.dataset.key, samples.target)
+    key = keys.digest(samples.model.original.key, samples.dataset.key, samples.target)
     path = root / "state" / f"confidence.{key[:8]}.json"
     known: dict[str, list] = json.loads(path.read_text()) if path.exists() else {}
     fingerprints = {u: samples.dataset.fingerprint(u) for u in uids}

@@ -16,7 +16,8 @@ from attrib.types import UserError
 
 log = logging.getLogger(__name__)
 
-NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match")  # of a model YAML; the rest builds the net
+# Of a model YAML; the rest builds the net.
+NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match", "randomise")
 
 
 def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -32,9 +32,9 @@ class Batch:
     """B samples. Every tensor has the samples along its first dimension.
 
     uids     B stable names such as ``val/n01440764/000293``, never positions
-    x        (B, *input); text: (B, T) token ids
+    x        (B, *input): image (B, C, H, W), sound (B, C, L), text (B, T) token ids
     target   (B,) class index, or (B, K) for multi-label
-    roi      (B, H, W) bool, region of interest; a sample without one is all False
+    roi      (B, H, W) bool, of sounds (B, L), region of interest; a sample without one is all False
     lengths  (B,) number of real tokens, special ones included; text only
     words    (B, T) number 0, 1, 2 ... of the word that a token belongs to, -1 for special tokens and
              padding; text only
@@ -67,7 +67,7 @@ class Batch:
 
     @property
     def mask(self) -> Tensor | None:
-        """(B, T) bool, True on real tokens; None for images."""
+        """(B, T) bool, True on real tokens; None for images and sounds."""
         if self.lengths is None:
             return None
         return torch.arange(self.x.shape[1], device=self.lengths.device) < self.lengths[:, None]

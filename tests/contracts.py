@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch, SampleError, UserError
 
 _TORCH = ("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli")
 _TENSOR = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "multinomial")
@@ -100,7 +101,7 @@ def metric_contract(
         scores = metric.score(model, batch, map, Noise(batch.uids, seed=3))
     assert scores.keys() == metric.COLUMNS.keys() | metric.CURVES.keys()
     assert set(metric.COLUMNS.values()) <= {"higher", "lower", "none"}
-    assert ("image" if batch.lengths is None else "text") in metric.MODALITIES
+    assert {2: "text", 3: "audio", 4: "image"}[batch.x.ndim] in metric.MODALITIES
     assert all(isinstance(role, str) for role in metric.roles)
     assert all(scores[name].shape == (len(batch),) for name in metric.COLUMNS)
     assert all(scores[name].ndim == 2 and len(scores[name]) == len(batch) for name in metric.CURVES)
@@ -198,7 +199,7 @@ def net_dies(call: int | None) -> Iterator[list[int]]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM):
+        for kind in (nn.Conv1d, nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM):
             patch.setattr(kind, "forward", dying(kind.forward))
         yield calls
 
@@ -267,12 +268,15 @@ def method_contract(
 
     def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = atol) -> None:
         """Up to ``atol`` of the largest value: of the array, or of the maps, whose remainders extras may be."""
+        for name in method.DOCUMENTS:
+            same_json(found[name], expected[name], max(atol, 1e-6))
+        found, expected = ({n: v for n, v in m.items() if n not in method.DOCUMENTS} for m in (found, expected))
         largest = max(expected[name].abs().max().item() for name in method.MAPS)
         scales = {name: max(largest, value.abs().max().item()) for name, value in expected.items()}
         close(*({name: value.double() / scales[name] for name, value in m.items()} for m in (found, expected)), atol)
 
     def picked(maps: Mapping[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-        return {name: value[rows] for name, value in maps.items()}
+        return {n: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in maps.items()}
 
     def long(maps: Mapping[str, Tensor], length: int = batch.x.shape[1]) -> dict[str, Tensor]:
         """Maps of texts with zeros up to ``length``, or cut to it."""
@@ -287,14 +291,20 @@ def method_contract(
     model = classifier(64, torch.float64)
     with forbid_global_rng(), untouched(model, batch, state), net_dies(None) as calls:
         maps = explain(batch, model)
-    assert maps.keys() == method.MAPS.keys() | method.EXTRAS.keys()
+    assert maps.keys() == method.MAPS.keys() | method.EXTRAS.keys() | method.DOCUMENTS.keys()
+    assert method.COLUMNS.keys() <= method.EXTRAS.keys()
+    for name in method.DOCUMENTS:
+        assert len(maps[name]) == len(batch), name
+        json.dumps(maps[name], allow_nan=False)
     for name, value in maps.items():
+        if name in method.DOCUMENTS:
+            continue
         assert value.shape[:1] == (len(batch),), f"{name}: {tuple(value.shape)}"
         assert value.is_floating_point(), f"{name}: {value.dtype}"
         assert value.isfinite().all(), name
         assert not value.requires_grad, name
     for name in method.MAPS:
-        assert maps[name].shape == (batch.x.shape if text else (len(batch), *batch.x.shape[-2:])), name
+        assert maps[name].shape == (batch.x.shape if text else (len(batch), *batch.x.shape[2:])), name
         for i, one in enumerate(maps[name]):
             assert (one[: batch.lengths[i]] if text else one).std() > 0, f"{name} is constant"
     for name in per_token:
@@ -304,7 +314,7 @@ def method_contract(
     # The same again; another seed is another draw of the same thing; no sample sees the others.
     same(explain(batch, model), maps)
     singles = (long(explain(_alone(batch[[i]]))) for i in everything)
-    same({name: torch.cat(parts) for name, parts in _listed(singles)}, maps)
+    same({name: _joined(parts) for name, parts in _listed(singles)}, maps)
     order = everything[::-1]
     same(explain(batch[order]), picked(maps, order))
     for rows in (1, 2):
@@ -329,11 +339,33 @@ def method_contract(
     try:
         with untouched(model, wrong, state):
             found = explain(wrong, model)
-    except (IndexError, RuntimeError, UserError):
+    except (IndexError, RuntimeError, SampleError, UserError):
         same(explain(batch, model), maps)
     else:
         same(found, maps)  # only a method that never looks at the target may go on
     return maps
+
+
+def _joined(parts: list[Any]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else [document for part in parts for document in part]
+
+
+def same_json(found: Any, expected: Any, atol: float) -> None:
+    """The same structure and texts; numbers up to ``atol``, relative to those beyond 1."""
+    if isinstance(expected, Mapping):
+        assert found.keys() == expected.keys()
+        pairs = [(found[key], value) for key, value in expected.items()]
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        pairs = list(zip(found, expected, strict=True))
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=atol, abs=atol)
+        pairs = []
+    else:
+        assert found == expected
+        pairs = []
+    for one, other in pairs:
+        same_json(one, other, atol)
 
 
 def _listed(parts: Iterable[Mapping[str, Tensor]]) -> list[tuple[str, list[Tensor]]]:
@@ -353,9 +385,13 @@ def fit_contract(
     assert all(isinstance(line, str) for line in lines)
     for size, rows in ((1, 3), (len(samples), 64)):
         other = fit.run(classifier(rows, torch.float64), FitSamples(samples, size), PartialInMemory(), lines.append)
-        close(other, state, atol)
-    with pytest.raises(KilledError), untouched(model, samples), net_dies(2):
+        scales = {name: max(1.0, value.abs().max().item()) for name, value in state.items()}
+        close(*({name: value / scales[name] for name, value in one.items()} for one in (other, state)), atol)
+    with net_dies(None) as calls:
         fit.run(model, FitSamples(samples, 4), PartialInMemory(), lines.append)
+    if calls[0] > 1:  # what is fitted on images themselves needs no net
+        with pytest.raises(KilledError), untouched(model, samples), net_dies(2):
+            fit.run(model, FitSamples(samples, 4), PartialInMemory(), lines.append)
     if partial.state is not None:  # it saves: killed right after its first save, it goes on to the same state
         partial = PartialInMemory(killed_after=1)
         with pytest.raises(KilledError):

@@ -212,7 +212,7 @@ def test_an_experiment(config):
         ("dataset._target_", "test_config.not_a_net", "has no field 'root'"),
         ("dataset", {"_target_": "test_config.not_a_net"}, "is not a dataset"),
         ("method", {"_target_": "attrib.metrics.EHR"}, "is not a method: it has no attribute, MAPS"),
-        ("metric.ehr", IBA, r"^configs/metric/ehr\.yaml: .* is not a metric: it has no score, COLUMNS"),
+        ("metric.ehr", IBA, r"^configs/metric/ehr\.yaml: .* is not a metric: it has no score, CURVES"),
         ("model._target_", "test_config.not_a_net", "gives int, not a torch.nn.Module"),
         ("model.input", None, r"^configs/model/small_cnn\.yaml: no input"),
         ("model.input.size", "x", "size must be int"),

@@ -17,12 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from audio_nets import audio_classifier, sounds
 from contracts import fit_contract, method_contract, seeded
 from text_nets import text_classifier, texts
 from tiny import ROOT, tool
 from tiny import pictures as tiny_pictures
 from torch import Tensor, nn
 
+from attrib.causal import CausalGraphs
 from attrib.config import build
 from attrib.methods.losses import target_score
 from attrib.methods.statistics import FeatureStatistics
@@ -36,7 +38,7 @@ H, W, K = 12, 10, 5
 # What makes a method cheap, wherever it has such a field. Nothing else is taken from the YAML but its own values.
 CHEAP = {
     "steps": 3, "samples": 3, "batch": 2, "draws": 2, "epochs": 2, "train_batch": 4, "window": 4, "stride": 3,
-    "dataset_size": 6, "sub_dataset_size": 4,
+    "side": 4, "dataset_size": 6, "sub_dataset_size": 4, "correct": False,
 }  # fmt: skip
 
 
@@ -94,7 +96,10 @@ def test_method(path):
     roles = (*method.roles, *(method.fit.roles if method.fit else ()))
     build_model = classifier(roles)
     state = fit_contract(method.fit, build_model, pictures(10, seed=1)) if method.fit else {}
-    method_contract(method, build_model, pictures(4), state)
+    batch = pictures(4)
+    if isinstance(method.fit, CausalGraphs):  # explains only classes that its fit has seen
+        batch = dataclasses.replace(batch, target=torch.tensor([3, 3, 3, 3]))
+    method_contract(method, build_model, batch, state)
 
 
 @pytest.mark.parametrize("net", ["lstm", "mean"])
@@ -105,10 +110,18 @@ def test_method_of_texts(path, net):
     method_contract(method, build_model, texts(4), state)
 
 
+@pytest.mark.parametrize("path", [p for p in METHODS if "audio" in load(p).MODALITIES], ids=lambda path: path.stem)
+def test_method_of_sounds(path):
+    method = load(path)
+    build_model = audio_classifier((*method.roles, *(method.fit.roles if method.fit else ())))
+    state = fit_contract(method.fit, build_model, sounds(10, seed=1)) if method.fit else {}
+    method_contract(method, build_model, sounds(4), state)
+
+
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_method_says_what_it_explains(path):
     method = load(path)
-    assert set(method.MODALITIES) <= {"image", "text"}
+    assert set(method.MODALITIES) <= {"image", "text", "audio"}
     assert method.TEXT_ROLES == () or "text" in method.MODALITIES
     assert set(method.TOKENS) <= set(method.EXTRAS)
 
@@ -199,7 +212,7 @@ BROKEN = [
 class Given:
     """A method that computes what it is given."""
 
-    MAPS, EXTRAS, TOKENS = {"map": ""}, {}, ()
+    MAPS, EXTRAS, COLUMNS, DOCUMENTS, TOKENS = {"map": ""}, {}, {}, {}, ()
 
     def __init__(self, compute: Callable[[Classifier, Batch, Noise], Tensor]) -> None:
         self.compute = compute

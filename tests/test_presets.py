@@ -42,9 +42,11 @@ def nodes(axis: str) -> dict[str, dict]:
 
 
 MODELS, DATASETS = nodes("model"), nodes("dataset")
-TEXT_MODELS = [name for name, node in MODELS.items() if "_target_" in node["input"]]
-IMAGE_MODELS = [name for name in MODELS if name not in TEXT_MODELS]
-IMAGES = [name for name, node in DATASETS.items() if "transform" in node]
+AUDIO_MODELS = [n for n, node in MODELS.items() if node["input"].get("_target_") == "attrib.datasets.WaveTransform"]
+TEXT_MODELS = [name for name, node in MODELS.items() if "_target_" in node["input"] and name not in AUDIO_MODELS]
+IMAGE_MODELS = [name for name in MODELS if name not in (*TEXT_MODELS, *AUDIO_MODELS)]
+IMAGES = [name for name, node in DATASETS.items() if isinstance(node.get("transform"), dict)]
+AUDIO = [name for name, node in DATASETS.items() if node.get("transform") == "${model.input}"]
 TEXTS = [name for name, node in DATASETS.items() if "encoder" in node]
 
 # What a preset leaves to the user, and how to do without a download.
@@ -57,10 +59,13 @@ MODEL = {
     ],
 }  # fmt: skip
 DATASET = {"text_csv": ["dataset.path=x.csv"]}
+# Other measures of the class of functional_information.
+FISHER = ("fisher", "functional_information_covariance", "set_information", "smooth_grad_sq", "var_grad")
 
 
-def test_every_dataset_is_of_images_or_texts():
-    assert {*IMAGES, *TEXTS, "digits_canvas"} >= {*DATASETS}
+def test_every_dataset_is_of_images_texts_or_sounds():
+    assert {*IMAGES, *TEXTS, *AUDIO, "digits_canvas"} >= {*DATASETS}
+    assert {"tones", "wav_folder"} <= {*AUDIO}
     assert len(TEXT_MODELS) >= 5
     assert len(IMAGE_MODELS) >= 5
 
@@ -105,6 +110,31 @@ def test_text_model(name):
         torch.testing.assert_close(model.after(role, z, rest), logits, rtol=1e-3, atol=1e-5)
         _, grad = model.gradient(z, lambda out, rows: out[:, 0], role, rest)
         assert grad.abs().amax() > 0
+
+
+@pytest.mark.parametrize("name", AUDIO_MODELS)
+def test_audio_model(name):
+    """Every role can be cut at by graph, and is a layer of moments."""
+    node = composed("dataset=tones", f"model={name}", "model.checkpoint=null")["model"]
+    model, transform = classifier(node, options_of({"rows": 4, "device": "cpu"})), build(node["input"], name)
+    x = torch.linspace(-1, 1, 2 * transform.length).view(2, 1, -1).sin()
+    logits = model.logits(x)
+    assert logits.shape == (2, node["num_classes"])
+    assert {"bottleneck", "cam"} <= model.layers.keys()
+    for role in model.layers:
+        z, rest = model.until(role, x)
+        assert z.ndim == 3
+        assert not rest
+        torch.testing.assert_close(model.after(role, z, rest), logits, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dataset", AUDIO)
+def test_audio_dataset(dataset):
+    """The input of the model reaches both sets."""
+    root = ["dataset.root=x"] if DATASETS[dataset].get("root") == "???" else []
+    config = composed(f"dataset={dataset}", "model=tone_cnn", *root)
+    for node in (config["dataset"], config["dataset"]["estimation"]):
+        assert node["transform"] == config["model"]["input"]
 
 
 @pytest.mark.parametrize(("name", "weights"), [("vgg16", "DEFAULT"), ("resnet50", "IMAGENET1K_V1")])
@@ -157,6 +187,7 @@ def test_method_fields_are_all_in_the_yaml(name):
 
     assert written(node) == fields(method)
     first = name.removesuffix("_text").removesuffix("_fast")  # another configuration of a class
+    first = dict.fromkeys(FISHER, "functional_information").get(name, "cd" if name.startswith("cd_") else first)
     assert (method == type(method)()) == (name == first or first not in presets("method"))
 
 
@@ -168,22 +199,27 @@ def test_metric(name):
     assert set(metric.COLUMNS.values()) <= {"higher", "lower", "none"}
 
 
-@pytest.mark.parametrize("method", presets("method"))
-def test_every_method_with_every_metric(method, tmp_path: Path):
+CHEAP = {
+    "steps": 2,
+    "samples": 2,
+    "epochs": 1,
+    "batch": 2,
+    "window": 16,
+    "stride": 16,
+    "dataset_size": 4,
+    "segments": 9,
+    "correct": "false",
+}
+
+
+def computed(folder: Path, method: str, metrics: list[str], *overrides: str) -> None:
     """The whole way of the command line, on a small net and three pictures."""
-    images = pictures(tmp_path, 3)
-    cheap = {"steps": 2, "samples": 2, "epochs": 1, "batch": 2, "window": 16, "stride": 16, "dataset_size": 4}
-    node = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())
-    stages = {f"method.{k}.": v for k, v in node.items() if isinstance(v, dict)}
-    parts = {"method.": node, **stages}
-    overrides = [f"{at}{k}={v}" for at, part in parts.items() for k, v in cheap.items() if k in part]
-    every = presets("metric")
-    metrics = [m for m in every if "image" in build(composed(f"metric=[{m}]")["metric"][m], m).MODALITIES]
-    config = composed(
-        f"method={method}", "dataset=boxed_images", f"dataset.root={images}", "dataset.classes=null",
-        f"metric=[{','.join(metrics)}]", *(f"metric.{m}.steps=3" for m in metrics if "insertion" in m),
-        f"run.root={tmp_path / 'work'}", "run.progress=false", *overrides,
-    )  # fmt: skip
+    given = [f"metric=[{','.join(metrics)}]", f"run.root={folder / 'work'}", "run.progress=false", *overrides]
+    root = pictures(folder, 3)
+    # Of one class, as causal graphs need two samples of it.
+    (folder / "labels.csv").write_text("file,label\n" + "".join(f"p00{i}.png,3\n" for i in range(3)))
+    images = [f"dataset.root={root}", "dataset.classes=null", "model.input.size=32"]
+    config = composed(f"method={method}", "dataset=boxed_images", *images, *given)
     config["model"] = yaml.safe_load((ROOT / "tests" / "configs" / "model" / "small_cnn.yaml").read_text())
     cell = experiment(config)
     summary = run(cell, options_of(config["run"]))
@@ -191,16 +227,16 @@ def test_every_method_with_every_metric(method, tmp_path: Path):
     assert (summary.maps_computed, summary.scores_computed) == (3, 3 * len(metrics))
 
 
-@pytest.mark.parametrize("name", presets("paper"))
-def test_grid_of_a_paper(name):
-    """Every point of the grid composes and builds; what is chosen on the command line wins."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        params = compose("run", [f"paper={name}"], return_hydra_config=True).hydra.sweeper.params
-        params = {key: str(values).split(",") for key, values in params.items()}
-    assert all(len(values) > 1 for values in params.values())
-    for key, values in params.items():
-        for value in values:
-            config = composed(f"paper={name}", f"{key}={value}")
-            assert OmegaConf.select(OmegaConf.create(config), key) == yaml.safe_load(value)
-            build({k: v for k, v in config["method"].items() if k != "name"}, name)
-    assert composed(f"paper={name}", "model=resnet50")["model"]["name"] == "resnet50"
+@pytest.mark.parametrize("method", presets("method"))
+def test_every_method(method, tmp_path: Path):
+    node = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())
+    parts = {"method.": node, **{f"method.{k}.": v for k, v in node.items() if isinstance(v, dict)}}
+    cheap = [f"{at}{k}={v}" for at, part in parts.items() for k, v in CHEAP.items() if k in part]
+    computed(tmp_path, method, ["ehr"], *cheap)
+
+
+@pytest.mark.parametrize("metric", presets("metric"))
+def test_every_metric(metric, tmp_path: Path):
+    node = composed(f"metric=[{metric}]")["metric"][metric]
+    if "image" in build(node, metric).MODALITIES:  # the others: test_text_run, test_audio_run
+        computed(tmp_path, "gradient", [metric], *(f"metric.{metric}.{k}={v}" for k, v in CHEAP.items() if node.get(k)))

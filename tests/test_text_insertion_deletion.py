@@ -228,7 +228,7 @@ def test_points():
 def test_what_it_reads_and_judges():
     assert InsertionDeletion().roles == ("embedding",)
     assert InsertionDeletion(words="mask").roles == InsertionDeletion(words="delete").roles == ()
-    assert InsertionDeletion.MODALITIES == ("image", "text")
+    assert InsertionDeletion.MODALITIES == ("image", "text", "audio")
 
 
 def test_errors():

@@ -110,7 +110,7 @@ def test_what_is_for_images_is_refused(run):
     assert "grad_cam is for image data, but dataset text_csv holds text" in result.err
     result = run("method=random", "metric=[ehr]")
     assert result.status == 2
-    assert "ehr is for image data" in result.err
+    assert "ehr is for image and audio data" in result.err
     result = run("method=random")
     assert "take metric=[insertion_deletion]" in result.err
 

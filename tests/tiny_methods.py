@@ -1,12 +1,13 @@
 """Methods that fail, as a user's own might, and a metric that tells what it was given."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from attrib.methods import Method, State
+from attrib.metrics import Explain, Explaining
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -53,3 +54,34 @@ class TargetOf:
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> Mapping[str, Tensor]:
         return {"target": batch.target}
+
+
+@dataclass(frozen=True)
+class MapAgain(Explaining):
+    """How far the map of the unchanged input is from the one that is stored."""
+
+    VERSION: ClassVar[int] = 1
+    NEEDS_ROI: ClassVar[bool] = False
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
+    roles: ClassVar[tuple[str, ...]] = ()
+    COLUMNS: ClassVar[Mapping[str, str]] = {"same": "lower", "other": "none"}
+    CURVES: ClassVar[Mapping[str, str]] = {}
+
+    def score(
+        self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain
+    ) -> Mapping[str, Tensor]:
+        size = map.abs().flatten(1).amax(1)
+        again, other = explain(batch), explain(replace(batch, x=batch.x.flip(-1)))
+        return {name: (m - map).abs().flatten(1).amax(1) / size for name, m in (("same", again), ("other", other))}
+
+
+@dataclass(frozen=True)
+class TwoMaps(Method):
+    """Two different maps, of the input and of noise."""
+
+    VERSION: ClassVar[int] = 1
+    MAPS: ClassVar[Mapping[str, str]] = {"input": "input", "noisy": "input and noise"}
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        value = batch.x.sum(1)
+        return {"input": value, "noisy": 3 * value + noise.normal(*value.shape[1:])}

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import pandas as pd
 
 import attrib
-from attrib import formats, labels, pictures, tables
-from attrib.report import curves, gallery, headline, provenance
+from attrib import formats, labels, pictures, sanity, tables
+from attrib.report import agreement, curves, gallery, graphs, headline, provenance, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
 from attrib.report.headline import Entry, Verdict
+from attrib.report.trees import Hierarchy
 from attrib.store import write_atomic
 
 IMAGE_BYTES = 11_000_000  # of all galleries together; a page beyond 15 MB is no pleasure to open
@@ -38,6 +40,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
     root = Path(root)
     cells = labels.labelled(root)
     frame = tables.rows(root)
+    every, frame = frame, sanity.without(cells, frame)  # randomised nets have a section of their own
     summary = tables.summary(frame, confidence)
     tests = tables.all_paired(frame, confidence=confidence)
     summary["tie"] = tables.ties(summary, tests, confidence)
@@ -55,13 +58,17 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
             Block(
                 dataset=wide.dataset,
                 model=wide.model,
+                device=wide.device,
                 columns=list(zip(wide.columns, wide.counts)),
+                costs=wide.costs,
                 lines=headline.lines(wide, styles),
                 unscored=wide.unscored,
                 verdicts=headline.verdicts(summary, wide, mine, confidence),
                 pairs=formats.paired_table(mine, confidence) if len(mine) else None,
+                ranks=_ranks(part, confidence),
                 curves=curves.means(own, part, scores, styles),
                 gallery=gallery.gallery(root, own, part, samples, IMAGE_BYTES // len(wides)),
+                hierarchies=trees.hierarchies(root, own, part, samples, IMAGE_BYTES // 3 // len(wides)),
                 losses=curves.losses(own, part, styles),
             )
         )
@@ -76,12 +83,14 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
         title=f"{root.resolve().name}: attribution report",
         facts=headline.facts(frame),
         blocks=blocks,
+        checks=agreement.checks(cells, every, styles, confidence),
+        graphs=graphs.graphs(root, IMAGE_BYTES // 3),
         styles=styles,
         long=formats.long_table(summary, confidence),
         level=formats.percent(confidence),
         legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
         percentile=pictures.PERCENTILE,
-        failures=provenance.failures(frame),
+        failures=provenance.failures(every),
         costs=provenance.costs(cells),
         provenance=provenance.provenance(cells),
         runs=[run for item in cells for run in provenance.runs(item.cell)],
@@ -96,17 +105,27 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
     )
 
 
+def _ranks(frame: pd.DataFrame, confidence: float) -> formats.Table | None:
+    """Of three methods or more; of two, the paired test says all."""
+    table = tables.ranks(frame, confidence)
+    return formats.rank_tables(table, confidence)[0] if table["contender"].nunique() > 2 else None
+
+
 @dataclass(frozen=True)
 class Block:
     """Everything about one dataset and model."""
 
     dataset: str
     model: str
+    device: str
     columns: Sequence[tuple[str, str]]
-    lines: Sequence[tuple[str, Style, str, Sequence[Entry | None]]]
+    costs: Sequence[str]
+    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[Entry | None]]]
     unscored: Mapping[str, str]
     verdicts: Sequence[Verdict]
     pairs: formats.Table | None
+    ranks: formats.Table | None
     curves: Sequence[Curve]
     gallery: Gallery | None
+    hierarchies: Sequence[Hierarchy]
     losses: Sequence[Curve]

@@ -130,11 +130,11 @@ def _axes(about: str) -> tuple[str, str]:
 
 
 def losses(cells: Sequence[Labelled], frame: pd.DataFrame, styles: Mapping[str, Style]) -> list[Curve]:
-    """The extras ``loss*`` (S,) of some samples: one thin line a sample, their mean on top."""
+    """The extras ``loss*`` and ``error_*`` (S,) of some samples: one thin line a sample, their mean on top."""
     found = []
     for item in cells:
         index = item.maps()
-        names = dict.fromkeys(n for record in index.values() for n in record.names if n.startswith("loss"))
+        names = dict.fromkeys(n for record in index.values() for n in record.names if n.startswith(("loss", "error_")))
         method = frame.loc[frame["cell"] == item.cell.folder.name, "contender"]
         style = styles[method.iloc[0]] if len(method) else Style(pictures.COLOURS[0], False)
         for name in names:
@@ -145,6 +145,11 @@ def losses(cells: Sequence[Labelled], frame: pd.DataFrame, styles: Mapping[str, 
             lines = [pictures.Line(v, style.colour, width=0.5) for v in values]
             if len({len(v) for v in values}) == 1:
                 lines.append(pictures.Line(np.mean(values, axis=0), style.colour, width=2.2))
-            image = pictures.plot(lines, size=(3.4, 2.2), x="step", y=name, unit_x=False)
+            x, y = (
+                ("equal steps, from 10 draws to all", "relative standard error")
+                if name.startswith("error_")
+                else ("step", name)
+            )
+            image = pictures.plot(lines, size=(3.4, 2.2), x=x, y=y, unit_x=False)
             found.append(Curve(f"{item.method} · {name}", "", image, [(item.method, style, len(values))]))
     return found

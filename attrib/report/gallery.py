@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 
-from attrib import pictures
+from attrib import pictures, spectrogram
 from attrib.labels import Labelled
 from attrib.store import Arrays, Key
 
@@ -20,7 +20,7 @@ LONGEST = 224  # pixels of a thumbnail's longer side
 
 @dataclass(frozen=True)
 class Tile:
-    """One map of one sample: a picture, coloured words, or the reason why there is none."""
+    """One map of one sample: a picture, of a sound below its spectrogram, coloured words, or why there is none."""
 
     image: str = ""
     words: Sequence[pictures.Word] = ()
@@ -43,6 +43,7 @@ class Gallery:
     columns: Sequence[tuple[str, str, bool]]  # contender, what the map is, whether it is signed
     samples: Sequence[Sample]
     note: str
+    sound: bool = False  # whether the samples are sounds
 
     @property
     def text(self) -> bool:
@@ -82,7 +83,12 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     note = f"{len(shown)} of {len(stored)} samples with maps." if len(shown) < len(stored) else ""
     if not pictured:
         note += " The work directory holds no pictures of the inputs: maps are drawn alone."
-    return Gallery([(label, about, signed) for *_, label, about, signed in columns], shown, note.strip())
+    sound = any(map(_is_sound, cells))
+    return Gallery([(label, about, signed) for *_, label, about, signed in columns], shown, note.strip(), sound)
+
+
+def _is_sound(item: Labelled) -> bool:
+    return item.spec.get("modality") == "audio"
 
 
 def _current(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
@@ -100,7 +106,8 @@ def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
         return None
 
 
-_Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]  # image or words, region, what is known of it
+# Image, wave or words; region; what is known of it.
+_Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]
 _NO_INPUT: _Input = (None, None, {})
 
 
@@ -115,7 +122,8 @@ def _input(stores: Sequence[Arrays], key: Key) -> _Input:
 
 
 def _content(store: Arrays, key: Key) -> str:
-    return "words" if "tokens" in store.index()[key].info else "image"
+    info = store.index()[key].info
+    return "words" if "tokens" in info else "wave" if "rate" in info else "image"
 
 
 def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
@@ -135,12 +143,11 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
             tiles.append(Tile(scores=numbers, problem=problem or absent))
         else:
             own_image, own_roi, own_info = inputs_of[known[uid]]
-            tokens = [str(t) for t in own_info.get("tokens", ())]
-            tiles.append(_tile(map, own_image, own_roi, tokens, signed, numbers, problem))
+            tiles.append(_tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item)))
     image = None if "tokens" in info else image
-    drawn = (
-        "" if image is None else pictures.data_uri(pictures.outlined(image, roi), photo=_photo(image), longest=LONGEST)
-    )
+    if image is not None:
+        image = spectrogram.draw(image, info["rate"], roi=roi) if "rate" in info else pictures.outlined(image, roi)
+    drawn = "" if image is None else pictures.data_uri(image, photo=_photo(image), longest=LONGEST)
     name, target = str(info.get("name") or ""), info.get("target")
     if target is not None:
         name = f"{name} ({target})" if name else f"class {target}"
@@ -155,12 +162,20 @@ def _tile(
     map: np.ndarray,
     image: np.ndarray | None,
     roi: np.ndarray | None,
-    tokens: Sequence[str],
+    info: Mapping[str, Any],
     signed: bool,
     scores: Sequence[tuple[str, str]],
     problem: str,
+    sound: bool,
 ) -> Tile:
-    limit = f"{'±' if signed else ''}{pictures.scale(map, signed).limit:.3g}"
+    sign, tokens = "±" if signed else "", [str(t) for t in info.get("tokens", ())]
+    if sound and map.ndim == 1:
+        known = image is not None and image.shape == map.shape
+        wave, rate = (image, info["rate"]) if known else (np.zeros(map.shape), len(map))  # silence: the map alone
+        drawn = spectrogram.draw(wave, rate, map, roi if known else None, signed)
+        uri = pictures.data_uri(drawn, photo=True, longest=LONGEST)
+        return Tile(uri, (), f"{sign}{spectrogram.limit(map):.3g}", scores, problem)
+    limit = f"{sign}{pictures.scale(map, signed).limit:.3g}"
     if map.ndim == 1:
         known = len(tokens) == len(map)
         numbers = image if known and image is not None and image.shape == map.shape else None
