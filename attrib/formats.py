@@ -44,7 +44,14 @@ def rounded(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
     if math.isnan(value):
         return "–"
     half = (hi - lo) / 2
-    return f"{value:.{decimals(half)}f}" if math.isfinite(half) and half > 0 else f"{value:.4g}"
+    if not (math.isfinite(half) and half > 0):
+        return f"{value:.4g}"
+    digits = decimals(half)
+    if digits <= 7:
+        return f"{value:.{digits}f}"
+    # 2.24e-07 rather than seven zeros.
+    size = math.floor(math.log10(abs(value))) if value else -digits
+    return f"{value:.{max(0, digits + size)}e}"
 
 
 def with_half(value: float, lo: float, hi: float) -> str:

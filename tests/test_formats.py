@@ -127,3 +127,10 @@ def test_mistakes_are_named(root, capsys, args, message):
 def test_empty_root_exits_2(tmp_path, capsys):
     assert run(tmp_path) == 2
     assert "holds no results" in capsys.readouterr().err
+
+
+def test_tiny_numbers_have_exponents():
+    assert formats.rounded(2.2412e-7, 1.9e-7, 2.56e-7) == "2.24e-07"
+    assert formats.with_half(2.2412e-7, 1.92e-7, 2.56e-7) == "2.24e-07 ± 3.2e-08"
+    assert formats.rounded(0.0, -1e-9, 1e-9) == "0e+00"
+    assert formats.rounded(0.0224, 0.0192, 0.0256) == "0.0224"
