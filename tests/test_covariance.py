@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import nets
 import numpy as np
 import pytest
 import torch
 from contracts import FitSamples, PartialInMemory, close, fit_contract
 from text_nets import text_classifier, texts
-from tiny import ROOT
 from torch import Tensor, nn
 
 from attrib.config import build
@@ -261,7 +261,7 @@ def test_shrinkage_and_jitter(kind):
 
 
 def test_parity_of_the_released_helpers():
-    golden = np.load(ROOT / "tests" / "golden" / "fisher_helpers.npz")
+    golden = nets.golden("fisher_helpers")
     rows = torch.tensor(golden["data"])
     moments = CoMoments("shared")
     for piece in rows[:, None].split(7):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
+import nets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from contracts import close, fit_contract, method_contract, seeded
 from fisher_nets import Conv, Linear, conv, inputs
-from tiny import ROOT
 from torch import Tensor, nn
 
 from attrib.config import build
@@ -52,7 +52,7 @@ class Stored:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    return dict(np.load(ROOT / "tests" / "golden" / "fisher_cnn.npz"))
+    return nets.golden("fisher_cnn")
 
 
 @pytest.fixture(scope="module")

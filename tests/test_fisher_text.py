@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import nets
 import numpy as np
 import pytest
 import torch
 from contracts import fit_contract, method_contract, seeded
 from text_nets import text_classifier, text_net, texts
-from tiny import ROOT
 from torch import Tensor
 
 from attrib.methods.covariance import Covariance
@@ -156,7 +156,7 @@ def test_the_released_map_of_bert_is_rounding():
     the same happens here when asked for, and that the sum of squares, with the same noise, is that of a
     direct computation on the transformer itself.
     """
-    golden = np.load(ROOT / "tests" / "golden" / "fisher_bert.npz")
+    golden = nets.golden("fisher_bert")
     net = bert(vocab_size=50)
     weights = {k[3:]: torch.tensor(v) for k, v in golden.items() if k.startswith("sd.")}
     assert not net.net.load_state_dict(weights, strict=False).unexpected_keys
