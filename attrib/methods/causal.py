@@ -91,14 +91,21 @@ class _Reading:
         softmax over the places, then the mean over the causes. A linear layer weighs each place by its weight.
         """
         module, layer = self.structure.module.get_submodule(self.path), self.structure.layer(self.path)
-        causes, maps = found.causes.nonzero()[:, 0].tolist(), []
-        for node in found.effects.nonzero()[:, 0].tolist():
-            one = torch.tensor([node], device=features.device)
-            linked = [(c, edges(module, layer.units[c], one)) for c in causes]
-            linked = [(c, edge.weight[0]) for c, edge in linked if len(edge.effects)]
-            if not linked:
+        nodes, causes = (part.nonzero()[:, 0].to(features.device) for part in (found.effects, found.causes))
+        reached = [edges(module, layer.units[c], nodes) for c in causes.tolist()]
+        if not reached:
+            return []
+        weight = module.weight.new_zeros(len(causes), len(nodes), *reached[0].weight.shape[1:])
+        linked = torch.zeros(weight.shape[:2], dtype=torch.bool, device=features.device)
+        for row, edge in enumerate(reached):
+            at = torch.searchsorted(nodes, edge.effects)
+            weight[row, at], linked[row, at] = edge.weight, True
+        maps = []
+        for j, node in enumerate(nodes.tolist()):
+            of = linked[:, j]
+            if not of.any():
                 continue  # of a grouped convolution: no cause in its group
-            x, w = features[[c for c, _ in linked]], torch.stack([weight for _, weight in linked])
+            x, w = features[causes[of]], weight[of, j]
             if isinstance(module, nn.Linear):
                 v = x * w.reshape(len(w), *(x.shape[1:] if w.shape[1] > 1 else (1, 1)))
             else:
