@@ -148,7 +148,6 @@ def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: flo
     """
     module, n = site.module, len(site.z)
     weight = module.weight
-    total = torch.zeros_like(weight)
 
     def piece(rows: slice) -> Tensor:
         with torch.enable_grad():

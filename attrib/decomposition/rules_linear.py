@@ -63,7 +63,7 @@ def affine_module(call: Call) -> Pair:
     bias = module.bias
     if bias is None:
         return call.linear()
-    shift = bias if isinstance(module, nn.Linear) else _channels(bias, call.pairs[0].whole)
+    shift = bias if isinstance(module, nn.Linear) else channels(bias, call.pairs[0].whole)
     if call.rows.both:  # as the authors' code does it, whose rounding decides which of equal maxima is the first
         pair = replace(call, run=lambda *args, **kwargs: module(*args, **kwargs) - shift).linear()
     else:
@@ -84,10 +84,11 @@ def affine_function(call: Call) -> Pair:
     args = tuple(None if i == 2 else value for i, value in enumerate(call.args))
     kwargs = {k: v for k, v in call.kwargs.items() if k != "bias"}
     pair = replace(call, args=args, kwargs=kwargs).linear()
-    return call.with_bias(pair, bias if call.name == "linear" else _channels(bias, pair.whole))
+    return call.with_bias(pair, bias if call.name == "linear" else channels(bias, pair.whole))
 
 
-def _channels(bias: Tensor, like: Tensor) -> Tensor:
+def channels(bias: Tensor, like: Tensor) -> Tensor:
+    """One number per channel (C,), in the form in which it broadcasts to ``like`` (N, C, ...)."""
     return bias.reshape(-1, *(1,) * (like.ndim - 2))
 
 

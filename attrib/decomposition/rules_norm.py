@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.decomposition.call import Call
+from attrib.decomposition.rules_linear import channels
 from attrib.decomposition.values import Pair
 
 
@@ -58,7 +59,7 @@ def _batch_norm(
     shift = -mean * torch.rsqrt(variance + eps)
     shift = shift if weight is None else shift * weight
     shift = shift if bias is None else shift + bias
-    return call.with_bias(scaled, _channels(shift, pair.whole), tie=0.0)
+    return call.with_bias(scaled, channels(shift, pair.whole), tie=0.0)
 
 
 def layer_norm_module(call: Call) -> Pair:
@@ -111,16 +112,12 @@ def _group_norm(call: Call, groups: int, weight: Tensor | None, bias: Tensor | N
     grouped = pair.linear(lambda part, _: part.unflatten(1, (groups, -1)))
     dims = list(range(2, grouped.whole.ndim))
     normed = _normed(grouped, dims, eps, lambda value: value)
-    gain = 1.0 if weight is None else _channels(weight, pair.whole)
+    gain = 1.0 if weight is None else channels(weight, pair.whole)
     normed = normed.linear(lambda part, _: part.flatten(1, 2) * gain)
-    return normed if bias is None else call.with_bias(normed, _channels(bias, pair.whole))
+    return normed if bias is None else call.with_bias(normed, channels(bias, pair.whole))
 
 
 def _normed(pair: Pair, dims: list[int], eps: float, gain: Callable[[Tensor], Tensor]) -> Pair:
     variance = pair.whole.var(dims, correction=0, keepdim=True)
     scale = torch.rsqrt(variance + eps)
     return pair.linear(lambda part, spread: gain((part - part.mean(dims, keepdim=True)) * spread(scale)))
-
-
-def _channels(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.reshape(-1, *(1,) * (like.ndim - 2))

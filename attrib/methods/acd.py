@@ -88,7 +88,7 @@ class ACD(Method):
         units = self.units.of(batch)
         names = {"baseline": self.baseline, "output": self.output, "output_bias": self.output_bias, "name": "ACD"}
         scores = UnitScores(model, batch, units, self.score, as_released=self.as_released, **names)
-        logits = model.logits(batch.x).double().cpu().numpy()
+        logits = scores.logits.double().cpu().numpy()
         asked = [self._asked(batch, i, own) for i, own in enumerate(logits)]
         shapes = [self._shape(batch, n) for n in units.n.tolist()]
         rules = Rules(self.percentile, self.steps, self.absolute, self.smooth)

@@ -50,7 +50,8 @@ class UnitScores:
 
     as_released  for "cd": round as the authors' code does (``both`` of ``decompose``)
 
-    error  (B,) largest error of completeness of any set so far, relative to the largest logit; 0 but for "cd"
+    logits  (B, K) of the whole samples
+    error   (B,) largest error of completeness of any set so far, relative to the largest logit; 0 but for "cd"
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class UnitScores:
         self._model, self._batch, self._units, self._how, self._output = model, batch, units, how, output
         self._both, self._asked = as_released, 0
         self.error = torch.zeros(len(batch), dtype=model.dtype, device=model.device)
+        self.logits = model.logits(batch.x)
         if how == "cd":
             self._decomposer = Decomposer(model.module, output_bias=output_bias)
-            self._whole = model.logits(batch.x)
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
-            self._logits = self._forward(torch.arange(len(batch), device=model.device), None)
+            self._whole = self.logits.softmax(1) if output == "probability" else self.logits
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
         """(R,) sample, (R, n) bool -> (R, K)."""
@@ -90,24 +91,23 @@ class UnitScores:
         if self._how == "cd":
             # Hierarchies ask often, and the rules are the same each time: the 1st, 2nd, 4th, 8th ... answer is checked.
             settings = {"both": self._both, "checks": int(self._asked & (self._asked - 1) == 0)}
-            known = {"decomposer": self._decomposer, "logits": self._whole}
+            known = {"decomposer": self._decomposer, "logits": self.logits}
             found = decompose(self._model, self._batch.x, inside, samples=owner, **known, **settings)
             self.error = torch.maximum(self.error, found.error.to(self.error))
             return found.relevant
         if self._how == "occlusion":
-            return self._logits[owner] - self._forward(owner, ~inside)
+            return self._whole[owner] - self._forward(owner, ~inside)
         return self._forward(owner, inside | (self._units.of[owner] < 0))
 
     @torch.no_grad()
-    def _forward(self, owner: Tensor, there: Tensor | None) -> Tensor:
-        """Logits (or probabilities) with only those places that are there, (R, *places) bool; None: all."""
+    def _forward(self, owner: Tensor, there: Tensor) -> Tensor:
+        """Logits (or probabilities) with only those places that are there, (R, *places) bool."""
         inputs = self._inputs
 
         def piece(rows: slice) -> Tensor:
             at = owner[rows]
-            x = inputs.x[at]
-            if there is not None:
-                x = torch.where(there[rows].unsqueeze(1 if inputs.mask is None else -1), x, self._removed[at])
+            kept = there[rows].unsqueeze(1 if inputs.mask is None else -1)
+            x = torch.where(kept, inputs.x[at], self._removed[at])
             logits = inputs.net(x, *(t[at] for t in inputs.rest))
             return logits.softmax(1) if self._output == "probability" else logits
 
