@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from test_audio import sine, write
-from tiny import command, tool
+from tiny import command, only_cell, stored, tool
 
 from attrib import report
 from attrib.models import ToneCNN, save_checkpoint
 from attrib.report import gallery
 from attrib.spectrogram import SIZE, STRIP, draw, limit, moments, spectrogram
-from attrib.store import Arrays, Cell, cells
+from attrib.store import Arrays
 from attrib.training.batches import Feed, Rows
 from attrib.types import UserError
 
@@ -56,16 +56,6 @@ def run(monkeypatch, capfd, folder):
         )  # fmt: skip
 
     return run_here
-
-
-def only_cell(root: Path) -> Cell:
-    (cell,) = cells(root)
-    return cell
-
-
-def stored(root: Path) -> dict[str, dict[str, np.ndarray]]:
-    cell = only_cell(root)
-    return {uid: cell.maps.read((uid, f), ["map", "capacity"]) for uid, f in cell.maps.index()}
 
 
 def test_iba_on_sounds_end_to_end(run, folder):

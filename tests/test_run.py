@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
-from tiny import command, pictures, write_image
+from tiny import command, only_cell, pictures, write_image
 
 from attrib import tables
 from attrib.hooks import picture_path
-from attrib.store import Arrays, Cell, cells
+from attrib.store import Arrays, cells
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
 
@@ -37,11 +37,6 @@ def run(monkeypatch, capfd, tmp_path):
 
     run_here.images, run_here.root = images, tmp_path / "work"
     return run_here
-
-
-def only_cell(root: Path) -> Cell:
-    (cell,) = cells(root)
-    return cell
 
 
 def summary(result) -> dict[str, int]:

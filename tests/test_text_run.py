@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import command, tool
+from tiny import command, only_cell, stored, tool
 
 from attrib import report
 from attrib.models import DeepLSTM, save_checkpoint
-from attrib.store import Cell, cells
 from attrib.trained import with_checkpoint
 
 TEXTS = [
@@ -52,16 +50,6 @@ def run(monkeypatch, capfd, folder):
         )  # fmt: skip
 
     return run_here
-
-
-def only_cell(root: Path) -> Cell:
-    (cell,) = cells(root)
-    return cell
-
-
-def stored(root: Path) -> dict[str, dict[str, np.ndarray]]:
-    cell = only_cell(root)
-    return {uid: cell.maps.read((uid, f), ["map", "capacity"]) for uid, f in cell.maps.index()}
 
 
 def test_iba_on_sentences_end_to_end(run, folder):

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from attrib.store import Cell, cells
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -75,3 +77,17 @@ def command(monkeypatch, capfd) -> Callable[..., Result]:
         return Result(status, *capfd.readouterr())
 
     return run
+
+
+# ---- what a run has left behind ---------------------------------------------------------------------
+
+
+def only_cell(root: Path) -> Cell:
+    (cell,) = cells(root)
+    return cell
+
+
+def stored(root: Path) -> dict[str, dict[str, np.ndarray]]:
+    """What IBA keeps of each sample, by uid."""
+    cell = only_cell(root)
+    return {uid: cell.maps.read((uid, f), ["map", "capacity"]) for uid, f in cell.maps.index()}
