@@ -17,6 +17,7 @@ from PIL import Image
 
 PERCENTILE = 99.0  # of |map|: a single hot pixel must not darken everything else
 SIGNED, POSITIVE = "RdBu_r", "inferno"
+GREY = "#808790"  # of axes and words in plots, legible on white and on black
 # Tol's bright scheme, told apart by colour-blind readers and on white as on black.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#888888")
 
@@ -202,7 +203,6 @@ def plot(
     """
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    grey = "#808790"
     for line in lines:
         steps = np.linspace(0, 1, len(line.y)) if unit_x else np.arange(len(line.y))
         if line.lo is not None and line.hi is not None:
@@ -210,21 +210,26 @@ def plot(
         style = {"linewidth": line.width, "linestyle": "--" if line.dashed else "-"}
         axes.plot(steps, line.y, color=line.colour, solid_capstyle="round", **style)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(grey)
-    axes.tick_params(colors=grey, labelsize=8)
-    axes.grid(True, color=grey, alpha=0.2, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelsize=8)
+    axes.grid(True, color=GREY, alpha=0.2, linewidth=0.6)
     axes.margins(x=0.01)
     if ticks:
-        names = [_plain(name) for name in ticks]
+        names = [plain(name) for name in ticks]
         axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 3 else 0, parse_math=False)
     for text, name in ((axes.xaxis.label, x), (axes.yaxis.label, y)):
-        text.set(text=_plain(name), color=grey, fontsize=8.5, parse_math=False)
+        text.set(text=plain(name), color=GREY, fontsize=8.5, parse_math=False)
+    return svg_uri(figure)
+
+
+def svg_uri(figure: Figure) -> str:
+    """The figure as an SVG data: URI, transparent, the same bytes at any time."""
     buffer = io.BytesIO()
     meta: Mapping[str, None] = {"Date": None, "Creator": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=dict(meta))
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Only letters that matplotlib's own font has; others would warn and be drawn as boxes."""
     return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)

@@ -18,10 +18,11 @@ import pandas as pd
 
 import attrib
 from attrib import formats, labels, pictures, sanity, tables
-from attrib.report import agreement, curves, gallery, graphs, headline, provenance, trees
+from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
 from attrib.report.headline import Entry, Verdict
+from attrib.report.ranks import Diagram
 from attrib.report.trees import Hierarchy
 from attrib.store import write_atomic
 
@@ -53,6 +54,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
         own = [c for c in cells if (c.dataset, c.model) == (wide.dataset, wide.model)]
         inside = (frame["dataset"] == wide.dataset) & (frame["model"] == wide.model)
         part = frame[inside]
+        ranked = tables.ranks(part, confidence)
         mine = tests[(tests["dataset"] == wide.dataset) & (tests["model"] == wide.model)]
         blocks.append(
             Block(
@@ -65,7 +67,8 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
                 unscored=wide.unscored,
                 verdicts=headline.verdicts(summary, wide, mine, confidence),
                 pairs=formats.paired_table(mine, confidence) if len(mine) else None,
-                ranks=_ranks(part, confidence),
+                ranks=_rank_table(ranked, confidence),
+                diagrams=ranks.diagrams(ranked, styles),
                 curves=curves.means(own, part, scores, styles),
                 gallery=gallery.gallery(root, own, part, samples, IMAGE_BYTES // len(wides)),
                 hierarchies=trees.hierarchies(root, own, part, samples, IMAGE_BYTES // 3 // len(wides)),
@@ -105,9 +108,8 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
     )
 
 
-def _ranks(frame: pd.DataFrame, confidence: float) -> formats.Table | None:
+def _rank_table(table: pd.DataFrame, confidence: float) -> formats.Table | None:
     """Of three methods or more; of two, the paired test says all."""
-    table = tables.ranks(frame, confidence)
     return formats.rank_tables(table, confidence)[0] if table["contender"].nunique() > 2 else None
 
 
@@ -125,6 +127,7 @@ class Block:
     verdicts: Sequence[Verdict]
     pairs: formats.Table | None
     ranks: formats.Table | None
+    diagrams: Sequence[Diagram]
     curves: Sequence[Curve]
     gallery: Gallery | None
     hierarchies: Sequence[Hierarchy]
