@@ -14,10 +14,13 @@ from attrib.metrics.degradation import Degradation
 from attrib.metrics.ehr import EHR
 from attrib.metrics.eraser import Eraser
 from attrib.metrics.explaining import Explain, Explaining
+from attrib.metrics.infidelity import Infidelity
 from attrib.metrics.insertion_deletion import InsertionDeletion
 from attrib.metrics.irof import IROF
 from attrib.metrics.lipschitz import Lipschitz
 from attrib.metrics.localisation import Localisation
+from attrib.metrics.quantus import ExplainingQuantus, Quantus, quantus_metric
+from attrib.metrics.road import ROAD
 from attrib.metrics.sensitivity_n import SensitivityN
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -26,16 +29,21 @@ from attrib.types import Batch
 __all__ = [
     "EHR",
     "IROF",
+    "ROAD",
     "Degradation",
     "Direction",
     "Eraser",
     "Explain",
     "Explaining",
+    "ExplainingQuantus",
+    "Infidelity",
     "InsertionDeletion",
     "Lipschitz",
     "Localisation",
     "Metric",
+    "Quantus",
     "SensitivityN",
+    "quantus_metric",
 ]
 
 Direction = Literal["higher", "lower", "none"]

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid, tiles, untiled
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_path, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -164,17 +164,12 @@ class InsertionDeletion:
         x, target = batch.x.to(model.device, model.dtype)[defined], batch.target.to(model.device)[defined]
         counts = self.counts(torch.tensor([math.prod(rank.shape[1:])], device=model.device))
         distinct, place = counts[0].unique(return_inverse=True)
-        rank = untiled(rank[defined], self.window, size).unsqueeze(1)
+        rank = untiled(rank[defined].int(), self.window, size)  # int32: half the bytes to read for each point
 
         def curve(start: Tensor, end: Tensor) -> Tensor:
             """(B, S): the score while the places of ``start`` become those of ``end``."""
-
-            def inputs(sample: Tensor, column: Tensor) -> Tensor:
-                replaced = rank[sample] < distinct[column].view(-1, 1, *(1 for _ in size))
-                return torch.where(replaced, end[sample], start[sample])
-
             scores = torch.full((len(batch), len(place)), torch.nan, dtype=torch.float64, device=model.device)
-            scores[defined] = score_grid(model, target, len(distinct), inputs, self.output)[:, place]
+            scores[defined] = score_path(model, target, start, end, rank, distinct, self.output)[:, place]
             return scores
 
         insertion = curve(baseline(x, self.insertion_baseline, self.sigma, self.kernel), x)

@@ -2,18 +2,19 @@
 
 A metric describes its perturbed images by one function of (sample, column); ``score_grid`` calls it
 for at most ``model.rows`` images at a time, so that memory does not grow with the number of columns.
-``score_rows`` does the same for any list of rows; ``words`` makes those of texts.
+``score_mixed`` and ``score_path`` are faster where every image is made of two; ``score_rows`` takes any list
+of rows; ``words`` makes those of texts.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -22,6 +23,7 @@ Baseline = Literal["zero", "blur", "mean"]
 Output = Literal["probability", "logit"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 OUTPUTS: tuple[str, ...] = get_args(Output)
+SMALL = 2**14  # numbers of an image, below which it costs a CPU less to choose them all than to look for the new ones
 
 
 def ranks(map: Tensor, noise: Noise, ragged: bool = False) -> Tensor:
@@ -80,6 +82,8 @@ def baseline(x: Tensor, kind: Baseline, sigma: float = 5.0, kernel: int | None =
     side = blur_kernel(sigma) if kernel is None else kernel
     if side // 2 >= min(x.shape[2:]):
         raise ValueError(f"a blur window of {side} pixels does not fit an input of {tuple(x.shape[2:])}")
+    from torchvision.transforms.functional import gaussian_blur  # takes seconds to import
+
     if x.ndim == 3:
         return gaussian_blur(x.unsqueeze(2), [side, 1], [sigma, sigma]).squeeze(2)
     return gaussian_blur(x, [side, side], [sigma, sigma])
@@ -136,3 +140,101 @@ def score_grid(
     sample, column = row // columns, row % columns
     scores = score_rows(model, target, sample, lambda r: model.module(images(sample[r], column[r])), output)
     return scores.view(len(target), columns)
+
+
+def score_mixed(
+    model: Classifier,
+    target: Tensor,
+    columns: int,
+    start: Tensor,
+    end: Tensor,
+    replaced: Callable[[int, slice], Tensor],
+    output: Output = "probability",
+) -> Tensor:
+    """``score_grid`` of images that are ``end`` where something is replaced, else ``start``: (B, columns) float64.
+
+    ``start`` and ``end`` are (B, C, *places) on the model's device; ``replaced(i, columns)`` gets the number of a
+    sample and a slice of its columns, and says where: (R, 1 or C, *places) bool.
+    """
+
+    def make(out: Tensor, i: int, some: slice) -> None:
+        torch.where(replaced(i, some), end[i], start[i], out=out)
+
+    return _score_made(model, target, columns, start, make, output)
+
+
+def score_path(
+    model: Classifier,
+    target: Tensor,
+    start: Tensor,
+    end: Tensor,
+    rank: Tensor,
+    counts: Tensor,
+    output: Output = "probability",
+) -> Tensor:
+    """The target's score on the way from ``start`` to ``end``, both (B, C, *places): (B, S) float64.
+
+    At point s the places whose ``rank``, (B, *places) integers, is below ``counts[s]``, (S,) in ascending order, are
+    those of ``end``. All on the model's device.
+    """
+    rank, below = rank.flatten(1), counts.to(rank.dtype)
+    size = start.shape[2:]
+
+    def replaced(i: int, some: slice) -> Tensor:
+        return (rank[i] < below[some, None]).view(-1, 1, *size)
+
+    if start.device.type != "cpu" or start[:1].numel() < SMALL:  # few operations
+        return score_mixed(model, target, len(counts), start, end, replaced, output)
+    # A CPU copies several times as fast as it chooses: an image is the one before, but for what is new.
+    sorted_rank, order = rank.sort(dim=1)
+    reached = torch.searchsorted(sorted_rank, below.expand(len(rank), -1).contiguous()).tolist()
+
+    def make(out: Tensor, i: int, some: slice) -> None:
+        torch.where(replaced(i, slice(some.start, some.start + 1)), end[i], start[i], out=out[:1])
+        _go_on(out.flatten(2), end[i].flatten(1), order[i], reached[i][some])
+
+    return _score_made(model, target, len(counts), start, make, output)
+
+
+def _go_on(out: Tensor, end: Tensor, order: Tensor, reached: list[int]) -> None:
+    """``out`` (R, C, N), of which the first row is there: the others differ from the row before in the places
+    ``order[reached[r - 1] : reached[r]]``, where they are ``end`` (C, N)."""
+    few, row = max(1024, len(order) // 64), 1
+    while row < len(out):
+        # As many rows at once as differ in few places.
+        done = reached[row - 1]
+        stop = max(row + 1, bisect.bisect_right(reached, done + few, row))
+        new, last = order[done : reached[stop - 1]], out[row - 1]
+        out[row:stop] = last
+        if len(new):
+            gone = torch.arange(done, done + len(new)) < torch.tensor(reached[row:stop])[:, None, None]
+            out[row:stop].index_copy_(2, new, torch.where(gone, end[:, new], last[:, new]))
+        row = stop
+
+
+def _score_made(
+    model: Classifier,
+    target: Tensor,
+    columns: int,
+    like: Tensor,
+    make: Callable[[Tensor, int, slice], None],
+    output: Output,
+) -> Tensor:
+    """``make(out, i, columns)`` fills ``out`` (R, C, *places) with the images of some columns of sample i."""
+    buffer = like[:0]
+
+    def logits(rows: slice) -> Tensor:
+        nonlocal buffer
+        # One buffer for all blocks: fresh memory would have to be fetched from the system first.
+        count, row = rows.stop - rows.start, rows.start
+        if not count <= len(buffer) < 2 * count:
+            buffer = torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        while row < rows.stop:
+            i, column = divmod(row, columns)
+            some = min(columns - column, rows.stop - row)
+            make(buffer[row - rows.start :][:some], i, slice(column, column + some))
+            row += some
+        return model.module(buffer[:count])
+
+    sample = torch.arange(len(target), device=model.device).repeat_interleave(columns)
+    return score_rows(model, target, sample, logits, output).view(len(target), columns)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_mixed
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -108,9 +108,10 @@ class SensitivityN:
 
         sizes = self.counts(units.n).repeat_interleave(self.samples, dim=1)
         change, total = [], []
-        whole = self._scores(model, batch, units, torch.zeros_like(value[:, None], dtype=torch.bool))
+        base = baseline(batch.x, self.baseline) if batch.words is None else batch.x
+        whole = self._scores(model, batch, base, units, torch.zeros_like(value[:, None], dtype=torch.bool))
         for gone in self._subsets(units, sizes, noise, max(1, model.rows // len(batch))):
-            change.append(whole - self._scores(model, batch, units, gone))
+            change.append(whole - self._scores(model, batch, base, units, gone))
             total.append((value[:, None] * gone).sum(2))
         found = [torch.cat(part, 1).view(len(batch), -1, self.samples) for part in (change, total)]
         curve = correlation(*found).masked_fill(~defined[:, None], torch.nan)
@@ -120,16 +121,20 @@ class SensitivityN:
     def _subsets(units: Units, sizes: Tensor, noise: Noise, portion: int) -> Iterator[Tensor]:
         """(B, M) sizes -> M random subsets in pieces of at most ``portion``, (B, m, n) bool."""
         beyond = ~units.exist[:, 0]
+        alike = bool((sizes == sizes[:1]).all())  # always of images: the one number can be found without a sort
         for some in sizes.split(portion, dim=1):
             gone = []
-            for size in some.unbind(1):  # one draw after another, so that portions do not matter
+            for first, size in zip(some[0].tolist(), some.unbind(1)):  # one draw after another: portions do not matter
                 bits = noise.ragged_bits((units.most,), 0).masked_fill(beyond, _LAST)
-                last = bits.sort(1).values.gather(1, size[:, None] - 1)
+                if alike:
+                    last = bits.kthvalue(first, dim=1, keepdim=True).values
+                else:
+                    last = bits.sort(1).values.gather(1, size[:, None] - 1)
                 gone.append((bits <= last) & ~beyond)
             yield torch.stack(gone, 1)
 
-    def _scores(self, model: Classifier, batch: Batch, units: Units, gone: Tensor) -> Tensor:
-        """(B, m, n) bool -> (B, m) the target's score without these units."""
+    def _scores(self, model: Classifier, batch: Batch, base: Tensor, units: Units, gone: Tensor) -> Tensor:
+        """(B, m, n) bool -> (B, m) the target's score without these units, images with ``base`` in their place."""
         places = units.of.flatten(1)
         if batch.words is not None:
             count = gone.shape[1]
@@ -140,13 +145,11 @@ class SensitivityN:
                 return gone[sample, column].gather(1, places[sample].clamp(min=0)) & (places[sample] >= 0)
 
             return score_subsets(model, batch, row // count, tokens, self.words, self.output).view(-1, count)
-        base = baseline(batch.x, self.baseline)
 
-        def images(sample: Tensor, column: Tensor) -> Tensor:
-            removed = gone[sample, column].view(-1, 1, *batch.x.shape[2:])
-            return torch.where(removed, base[sample], batch.x[sample])
+        def removed(i: int, columns: slice) -> Tensor:
+            return gone[i, columns].view(-1, 1, *batch.x.shape[2:])
 
-        return score_grid(model, batch.target, gone.shape[1], images, self.output)
+        return score_mixed(model, batch.target, gone.shape[1], batch.x, base, removed, self.output)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

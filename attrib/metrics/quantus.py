@@ -1,0 +1,393 @@
+"""Any metric of the package quantus, by its name, one sample at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import importlib
+import inspect
+import io
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attrib.metrics.explaining import Explain, Explaining
+from attrib.models import Classifier
+from attrib.models.classifier import is_out_of_memory
+from attrib.noise import Noise
+from attrib.types import Batch, SampleError, UserError
+
+REFUSED: Mapping[str, str] = {  # and why; what else does it
+    "SensitivityN": "correlates over the samples of a batch, so a sample has no score of its own; take "
+    "metric=[sensitivity_n], or quantus' FaithfulnessCorrelation, the same for subsets of one size",
+    "Consistency": "compares a sample with the others of its batch, so a sample has no score of its own",
+    "Sufficiency": "compares a sample with the others of its batch, so a sample has no score of its own",
+    "Monotonicity": "never brings a feature back (it fills the baseline with the baseline), so every map scores 1",
+    "Focus": "needs mosaics of four images as inputs",
+    "MPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
+    "SmoothMPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
+    "EfficientMPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
+    "InputInvariance": "needs maps of a second net with a shifted first layer",
+}
+EXPLAINS = frozenset((
+    *("AvgSensitivity", "Continuity", "LocalLipschitzEstimate", "MaxSensitivity", "RandomLogit"),
+    *("RelativeInputStability", "RelativeOutputStability", "RelativeRepresentationStability"),
+))  # fmt: skip
+CURVES: Mapping[str, str] = {  # what their points are; all but ROAD have an area in quantus too
+    "PixelFlipping": "x: steps of features_in_step features removed, most relevant first; y: score of the target",
+    "RegionPerturbation": "x: patches removed, in the order; y: how far the score of the target has fallen",
+    "Selectivity": "x: patches removed, most relevant first; y: score of the target",
+    "ROAD": "x: percentages of pixels removed, most relevant first; y: 1 where the target is still predicted",
+}
+OURS = ("return_aggregate", "aggregate_func", "disable_warnings", "display_progressbar", "default_plot_func")
+
+
+@dataclass(frozen=True)
+class Quantus:
+    """A metric of quantus (Hedström et al., *Quantus: An Explainable AI Toolkit*, JMLR 24, 2023), version 0.6.
+
+    metric       its class's name, such as PixelFlipping
+    parameters   arguments of its constructor, by name; what is left out has quantus' own default. A function is
+                 given by its name in ``quantus.functions``, such as perturb_func: batch_uniform_noise
+    softmax      whether it sees probabilities or logits; None: quantus' own default for it
+
+    The column is the class's name in snake case. Its direction is ``score_direction`` of the class, but for
+    RegionPerturbation, which declares "lower" and returns how far the score *fell*: "higher" in the order morf,
+    "lower" in the order lerf, "none" at random.
+
+    A curve (PixelFlipping, RegionPerturbation, Selectivity) becomes a column as in quantus' ``get_auc_score``: its
+    area in steps, by the trapezoid rule; that of ROAD by its mean. Answers of yes or no are 1 and 0.
+
+    quantus draws from numpy's global random numbers. Here each sample is a call of its own, with states seeded
+    from the sample's stream and put back afterwards. So what quantus takes over a batch (normalisation, baselines) is
+    taken over the sample.
+
+    A map that is not finite, a sample without a region where one is needed: NaN. What quantus itself refuses, such
+    as a map that is constant or negative throughout, is a SampleError that says why.
+
+    Use ``quantus_metric``: metrics that ask for other maps are of the class ``ExplainingQuantus``.
+    Raises UserError for an unknown metric or parameter, and where quantus is not installed.
+    """
+
+    VERSION: ClassVar[int] = 1
+    roles: ClassVar[tuple[str, ...]] = ()
+
+    metric: str = "Sparseness"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    softmax: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        if not isinstance(self.parameters, Mapping):
+            raise UserError(f"Quantus.parameters is {self.parameters!r}, must be names and values")
+        if self.metric in EXPLAINS and not isinstance(self, Explaining):
+            raise UserError(f"{self.metric} asks for other maps: build it by attrib.metrics.quantus_metric")
+        known = [name for name in _parameters(self._class().__init__) if name not in OURS]
+        for name in self.parameters:
+            if name in OURS:
+                raise UserError(f"Quantus.parameters: {name} is set by attrib, take it out")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"quantus' {self.metric} has no parameter {name!r}{hint} (it has: {', '.join(known)})")
+        with _contained(0):
+            self._made()
+
+    def _check(self) -> None:
+        classes = _classes()
+        usable = sorted(set(classes) - set(REFUSED))
+        if self.metric not in classes:
+            near = difflib.get_close_matches(self.metric, list(classes), n=3, cutoff=0.5)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise UserError(f"quantus has no metric {self.metric!r}{hint} (it has: {', '.join(usable)})")
+        if self.metric in REFUSED:
+            raise UserError(f"quantus' {self.metric} cannot be used here: it {REFUSED[self.metric]}")
+
+    def _class(self) -> Any:
+        return _classes()[self.metric]
+
+    def _made(self, **more: Any) -> Any:
+        """The metric of quantus; a fresh one for each sample, as some remember what they saw first."""
+        given = {name: _function(name, value) for name, value in self.parameters.items()}
+        if self.metric == "IROF":  # its own default wants masks with the image's number of channels
+            given.setdefault("perturb_func", _replaced_by_mask)
+        silent = {"return_aggregate": False, "disable_warnings": True, "display_progressbar": False}
+        try:
+            return self._class()(**copy.deepcopy(given), **more, **silent)
+        except (AssertionError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"quantus' {self.metric} refuses {dict(self.parameters)}: {error}") from error
+
+    # ---- what it declares ---------------------------------------------------------------------
+
+    @property
+    def column(self) -> str:
+        return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", self.metric).lower()
+
+    @property
+    def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
+        return {self.column: self._direction()}
+
+    @property
+    def CURVES(self) -> Mapping[str, str]:  # noqa: N802
+        return {f"{self.column}_curve": CURVES[self.metric]} if self._has_curve() else {}
+
+    @property
+    def NEEDS_ROI(self) -> bool:  # noqa: N802
+        return self._class().evaluation_category.value == "Localisation"
+
+    @property
+    def MODALITIES(self) -> tuple[str, ...]:  # noqa: N802
+        kinds = {kind.value for kind in self._class().data_applicability}
+        return tuple(name for name, kind in (("image", "image"), ("audio", "time-series")) if kind in kinds)
+
+    def _direction(self) -> str:
+        if self.metric == "RegionPerturbation":
+            order = str(self.parameters.get("order", "morf")).lower()
+            return {"morf": "higher", "lerf": "lower"}.get(order, "none")
+        return self._class().score_direction.value
+
+    def _has_curve(self) -> bool:
+        return self.metric in CURVES and not self.parameters.get("return_auc_per_sample", False)
+
+    # ---- scores -------------------------------------------------------------------------------
+
+    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """``map`` (B, H, W), sound (B, L) -> a column (B,), and for some a curve (B, S); float64 on the CPU.
+
+        Raises UserError for a dataset without regions where they are needed, for several labels a sample and for
+        ROAD on images with more than one channel; ValueError if the map does not fit; SampleError for what quantus
+        refuses.
+        """
+        return self._score(model, batch, map, noise, None)
+
+    def _score(
+        self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain | None
+    ) -> dict[str, Tensor]:
+        if batch.x.ndim < 3 or map.shape != (len(batch), *batch.x.shape[2:]):
+            raise ValueError(f"Quantus: a map of shape {tuple(map.shape)} does not fit {tuple(batch.x.shape)}")
+        if batch.target.ndim != 1:
+            raise UserError(f"quantus' {self.metric} knows one class per sample, not several labels")
+        if self.NEEDS_ROI and batch.roi is None:
+            raise UserError(f"quantus' {self.metric} needs a region of interest, and this dataset has none")
+        if self.metric == "ROAD" and batch.x.shape[1] > 1:
+            raise UserError(
+                f"quantus' ROAD takes pixels for numbers of all channels, so it works on images of one channel only; "
+                f"these have {batch.x.shape[1]}"
+            )
+        seeds = noise.child("quantus").bits(1)[:, 0].tolist()
+        defined = map.isfinite().flatten(1).all(1)
+        if self.NEEDS_ROI:
+            defined &= batch.roi.flatten(1).any(1).to(map.device)
+        extra: dict[str, Any] = {}
+        if self.metric == "RandomLogit" and "num_classes" not in self.parameters and defined.any():
+            extra["num_classes"] = model.logits(batch.x[:1].to(model.device, model.dtype)).shape[1]
+        # One metric hangs hooks into the net and names its layers: it gets the net itself, a copy in float32.
+        plain = self.metric == "RelativeRepresentationStability"
+        net = copy.deepcopy(model.module).float() if plain else _Net(model)
+        where = {"device": str(model.device)} if plain else {}
+        found = [
+            self._one(net, where, batch[[i]], map[i : i + 1], seeds[i], explain, extra) if defined[i] else None
+            for i in range(len(batch))
+        ]
+        return self._columns(found)
+
+    def _columns(self, found: list[np.ndarray | None]) -> dict[str, Tensor]:
+        """One row per sample; a curve also as a number."""
+        length = max((len(values) for values in found if values is not None), default=1)
+        rows = np.full((len(found), length), np.nan)
+        for row, values in zip(rows, found):
+            if values is not None:
+                row[: len(values)] = values
+        curve = torch.from_numpy(rows)
+        if not self._has_curve():
+            return {self.column: curve.mean(1)}
+        number = curve.mean(1) if self.metric == "ROAD" else torch.trapezoid(curve, dim=1)
+        return {self.column: number, f"{self.column}_curve": curve}
+
+    def _one(
+        self,
+        net: nn.Module,
+        where: Mapping[str, str],
+        given: Batch,
+        map: Tensor,
+        seed: int,
+        explain: Explain | None,
+        extra: Mapping[str, Any],
+    ) -> np.ndarray:
+        """The numbers of one sample, (S,), S = 1 without a curve."""
+
+        def explained(model: Any, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
+            assert explain is not None
+            x = torch.as_tensor(np.asarray(inputs)).to(given.x)
+            target = torch.as_tensor(np.asarray(targets)).to(given.target)
+            return _numpy(explain(replace(given, x=x, target=target))[:, None])
+
+        extra = dict(extra)
+        if self.metric == "RandomLogit" and "seed" not in self.parameters:
+            extra["seed"] = seed % 2**32  # it seeds itself, with the same number for all samples
+        try:
+            with _contained(seed):
+                metric = self._made(**extra)
+                softmax = _parameters(type(metric).__call__)["softmax"].default
+                result = metric(
+                    model=net,
+                    x_batch=_numpy(given.x),
+                    y_batch=_numpy(given.target),
+                    a_batch=_numpy(map[:, None]),
+                    s_batch=_numpy(given.roi.bool()[:, None]) if self.NEEDS_ROI else None,
+                    explain_func=explained,
+                    channel_first=True,
+                    softmax=bool(softmax) if self.softmax is None else self.softmax,
+                    batch_size=1,
+                    **where,
+                )
+            values = list(result.values()) if isinstance(result, Mapping) else result[0]
+            return np.atleast_1d(np.asarray(values, dtype=np.float64))
+        except (UserError, SampleError):
+            raise
+        except Exception as error:  # quantus raises anything
+            if is_out_of_memory(error):
+                raise
+            reason = str(error) or type(error).__name__
+            raise SampleError(f"{given.uids[0]}: quantus' {self.metric} refuses it: {reason}") from error
+
+
+@dataclass(frozen=True)
+class ExplainingQuantus(Quantus, Explaining):
+    """A metric of quantus that asks for maps of other inputs, or of another class; each costs as much as a map."""
+
+    metric: str = "MaxSensitivity"
+
+    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
+        """See ``Quantus.score``."""
+        return self._score(model, batch, map, noise, explain)
+
+
+def quantus_metric(
+    metric: str = "Sparseness", parameters: Mapping[str, Any] | None = None, softmax: bool | None = None
+) -> Quantus:
+    """The metric of quantus of this name; see ``Quantus``."""
+    kind = ExplainingQuantus if metric in EXPLAINS else Quantus
+    return kind(metric, {} if parameters is None else parameters, softmax)
+
+
+# ---- quantus ----------------------------------------------------------------------------------
+
+
+def _quantus() -> Any:
+    try:
+        with _quiet():
+            return importlib.import_module("quantus")
+    except ImportError as error:
+        raise UserError(f"metrics of quantus need the package quantus ({error}); try: pip install quantus") from error
+
+
+def _classes() -> dict[str, Any]:
+    """Class name -> metric."""
+    return {kind.__name__: kind for group in _quantus().AVAILABLE_METRICS.values() for kind in group.values()}
+
+
+def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found = inspect.signature(function).parameters
+    return {name: p for name, p in found.items() if name != "self" and p.kind not in variable}
+
+
+_FUNCTIONS = ("perturb_func", "similarity_func", "normalise_func", "norm_func", "discretise_func", "complexity_func")
+
+
+def _function(name: str, value: Any) -> Any:
+    """A function that is given by its name. Raises UserError for a name that quantus does not have."""
+    wants = name.endswith("_func") or name in ("norm_numerator", "norm_denominator")
+    if not (wants and isinstance(value, str)) or name == "loss_func":  # loss_func is a name for quantus too
+        return value
+    modules = [importlib.import_module(f"quantus.functions.{module}") for module in _FUNCTIONS]
+    known: dict[str, Callable[..., Any]] = {}
+    for module in modules:
+        own = inspect.getmembers(module, inspect.isfunction)
+        known |= {key: function for key, function in own if function.__module__ == module.__name__}
+    if value not in known:
+        near = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise UserError(f"Quantus.parameters: {name}: quantus has no function {value!r}{hint}")
+    return known[value]
+
+
+def _replaced_by_mask(arr: np.ndarray, mask: np.ndarray, **keywords: Any) -> np.ndarray:
+    """quantus' baseline_replacement_by_mask, whose mask must have as many channels as the image."""
+    perturb = importlib.import_module("quantus.functions.perturb_func").baseline_replacement_by_mask
+    return perturb(arr=arr, mask=np.broadcast_to(mask, arr.shape), **keywords)
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    """A copy: some metrics work in place."""
+    return value.detach().cpu().numpy().copy()
+
+
+class _Net(nn.Module):
+    """What quantus takes for a net: the classifier, with its device, precision and limit of rows."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.net = model.module
+        self._model = model
+        self.training = False  # not eval(), which walks through the net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._model.logits(x.to(self._model.device, self._model.dtype)).to("cpu")
+
+
+class _Numpy:
+    """numpy as quantus 0.6.0 knows it: with what numpy 2 has renamed or taken away."""
+
+    NaN = np.nan
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "trapz" and np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+            name = "trapezoid"
+        return getattr(np, name)
+
+
+# They take numpy's functions from a name "np" of their own.
+_OUTDATED = ("quantus.helpers.utils", "quantus.metrics.robustness.continuity")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _contained(seed: int) -> Iterator[None]:
+    """Inside, the process-wide random states are seeded, nothing is printed, and quantus' own modules have an older
+    numpy; everything is put back."""
+    cached = _quantus().PyTorchModel
+    modules = [importlib.import_module(name) for name in _OUTDATED]
+    before = [module.np for module in modules]
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    with _quiet():
+        try:
+            for module in modules:
+                module.np = _Numpy()
+            random.setstate(random.Random(seed).getstate())
+            np.random.set_state(np.random.RandomState(seed % 2**32).get_state())
+            torch.random.set_rng_state(torch.Generator().manual_seed(seed % 2**63).get_state())
+            yield
+        finally:
+            for module, own in zip(modules, before):
+                module.np = own
+            for remembering in (cached._get_last_softmax_layer_index, cached._get_model_with_linear_top):
+                remembering.cache_clear()  # it keeps every net that it has seen
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.random.set_rng_state(states[2])
