@@ -5,7 +5,7 @@ DEMO ?= workdirs/demo
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test test-slow test-torchtext lint bench clean
+.PHONY: demo test test-slow test-slurm test-torchtext lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,9 @@ test: .venv/installed  ## everything but the slow tests
 
 test-slow: .venv/installed  ## end-to-end checks of minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2
+
+test-slurm: .venv/installed  ## arrays on a real Slurm, killed, preempted and timed out (root on Debian, else skipped; 3 min)
+	tests/slurm/run.sh
 
 test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in an environment of its own (2 min)
 	$(PYTHON) -m venv .venv-torchtext

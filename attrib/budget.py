@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -83,20 +84,18 @@ def _left_by_groups(root: Path) -> Iterator[int]:
                 yield int(most) - int(now) + (_named(_text(level / "memory.stat"), cache) or 0)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path | str) -> str:
     try:
-        return path.read_text()
+        with open(path) as file:
+            return file.read()
     except OSError:
         return ""
 
 
 def _named(text: str, name: str) -> int | None:
     """The number behind a name, of lines such as ``MemAvailable:   123 kB``."""
-    for line in text.splitlines():
-        words = line.split()
-        if words[:1] == [name]:
-            return int(words[1])
-    return None
+    found = re.search(rf"^{re.escape(name)}\s+(\d+)", text, re.MULTILINE)
+    return None if found is None else int(found[1])
 
 
 # ---- what a piece of work takes -----------------------------------------------------------------
@@ -106,13 +105,14 @@ class Peak:
     """What this process takes at its peak beyond what it has now, from here on."""
 
     def __init__(self, device: torch.device, root: Path = Path("/")) -> None:
-        self.device, self.status = device, root / "proc/self/status"
+        self.device, self.status = device, f"{root}/proc/self/status"  # a string: this is done for every batch
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before: int | None = torch.cuda.memory_allocated(device)
             return
-        with suppress(OSError):  # else it is the peak of the process's whole life, which is larger
-            (root / "proc/self/clear_refs").write_text("5")  # let it begin anew (proc(5))
+        # Let it begin anew (proc(5)), else it is the peak of the process's whole life, which is larger.
+        with suppress(OSError), open(f"{root}/proc/self/clear_refs", "w") as file:
+            file.write("5")
         self.before = self._kilobytes("VmRSS:")
 
     def _kilobytes(self, name: str) -> int | None:

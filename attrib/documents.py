@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from attrib import keys
 from attrib.plan import Plan
 from attrib.store import write_json
+from attrib.types import SampleError
 
 
 def packed(documents: Sequence[Any]) -> np.ndarray:
@@ -30,10 +31,10 @@ def unpacked(array: np.ndarray) -> Any:
     return json.loads(array.tobytes())
 
 
-def own_scores(work: Plan) -> None:
+def own_scores(work: Plan, read: Callable[[str, Iterable[str]], Mapping[str, np.ndarray]]) -> None:
     """Write the columns that the method itself has (``Method.COLUMNS``) as scores of all samples whose maps are stored.
 
-    From what lies beside the maps, so that a killed run leaves nothing out.
+    From what lies beside the maps, so that a killed run leaves nothing out. ``read`` gives arrays of a sample by name.
     """
     cell, method = work.cell, work.experiment.method
     for column, direction in method.COLUMNS.items():
@@ -46,8 +47,8 @@ def own_scores(work: Plan) -> None:
             write_json(rows.folder / "metric.json", {"name": column, "spec": {"class": column}, **about})
         for uid in missing:
             try:
-                value = float(cell.maps.read(work.key(uid), [column])[column])
-            except (KeyError, OSError) as error:
+                value = float(read(uid, [column])[column])
+            except (KeyError, SampleError) as error:
                 cell.ledger.add(uid, work.fingerprints[uid], folder, str(error))
                 continue
             rows.add(uid, work.fingerprints[uid], {(name, column): value for name in method.MAPS})

@@ -1,10 +1,16 @@
-"""mmengine hooks of every run: progress for people, pictures, scalars for visualisation backends."""
+"""mmengine hooks of every run: progress for people, signs of life, pictures, scalars for visualisation backends."""
 
 from __future__ import annotations
 
 import io
+import logging
+import os
+import platform
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +22,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from attrib.pictures import overlay, words
+from attrib.plan import Options, Plan, metric_folder
 from attrib.spectrogram import draw
-from attrib.store import write_atomic
+from attrib.store import write_atomic, write_json
 from attrib.types import Batch, SampleError
+from attrib.workers import BEAT, PROGRESS, identity
 
 if TYPE_CHECKING:
     from attrib.run import AttributionRunner
+
+log = logging.getLogger(__name__)
 
 
 class ProgressHook(Hook):
@@ -63,6 +73,99 @@ class ProgressHook(Hook):
 
     def after_test(self, runner: AttributionRunner) -> None:
         self._close()
+
+
+class Heartbeat(Hook):
+    """``progress.json`` in the run's folder: signs of life, read by ``attrib.workers``.
+
+    A thread writes it every ``seconds``, so a batch, or a fit, of many minutes does not look like death. The loop pays
+    for two clock readings a batch, and for a file when a stage begins. A disk that refuses it is a warning, once.
+    """
+
+    WINDOW = 300.0  # seconds over which the rate is taken, longer where a batch takes longer
+
+    def __init__(self, work: Plan, options: Options, *, seconds: float = BEAT) -> None:
+        self.path = work.cell.folder / "runs" / work.cell.writer / PROGRESS
+        self._seconds = seconds
+        self._about = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "process": identity(),
+            "started": time.time(),
+            "shard": options.shard,
+            "shards": options.shards,
+            "limit": options.limit,
+            "metrics": [metric_folder(work.experiment, name) for name in work.experiment.metrics],
+            **_slurm(os.environ),
+        }
+        fits = work.state_key is not None and work.explains
+        self._stage, self._done, self._total, self._failed = "fit" if fits else "start", 0, 0, 0
+        self._marks: deque[tuple[float, int]] = deque()  # monotonic time and samples done, of the stage
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        self._warned = False
+
+    def start(self) -> None:
+        self._write()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5)
+        if not self._thread.is_alive():  # else the disk hangs, and it would hang us
+            self._write()
+
+    def before_test_iter(self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None) -> None:
+        if runner.attribution.stage != self._stage:
+            self._enter(runner.attribution.stage, runner.attribution.total)
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if outputs.stage != self._stage:  # nothing of it could be read so far
+            self._enter(outputs.stage, outputs.total)
+        now = time.monotonic()
+        with self._lock:
+            self._done, self._total, self._failed = outputs.done, outputs.total, runner.attribution.summary.failed
+            if len(self._marks) > 1 and now - self._marks[-2][0] < 1:
+                self._marks.pop()
+            self._marks.append((now, outputs.done))
+            while len(self._marks) > 2 and now - self._marks[1][0] > self.WINDOW:
+                self._marks.popleft()
+
+    def _enter(self, stage: str, total: int) -> None:
+        with self._lock:
+            self._stage, self._done, self._total = stage, 0, total
+            self._marks = deque([(time.monotonic(), 0)])
+        self._write()
+
+    def _live(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            first, last = (self._marks[0], self._marks[-1]) if self._marks else ((0.0, 0), (0.0, 0))
+            now = {"stage": self._stage, "done": self._done, "total": self._total, "failed": self._failed}
+        rate = (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else None
+        try:
+            write_json(self.path, {**self._about, **now, "rate": rate, "time": time.time()})
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("%s cannot be written, tools/status.py may take this run for dead: %s", self.path, error)
+
+
+def _slurm(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The Slurm job as squeue names it, 123_4 for task 4 of an array, and how often it was requeued."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+    if job is None:
+        return {}
+    about: dict[str, Any] = {"job": job, "slurm_job_id": environment.get("SLURM_JOB_ID")}
+    restarts = environment.get("SLURM_RESTART_COUNT", "")
+    return about | ({"restarts": int(restarts)} if restarts.isdigit() else {})
 
 
 class ScalarHook(Hook):

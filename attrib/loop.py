@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,92 +18,100 @@ from attrib import keys
 from attrib.budget import Budget
 from attrib.costs import Meter
 from attrib.documents import own_scores, packed
+from attrib.interrupt import Interrupted, Stop
 from attrib.methods import State
 from attrib.metrics import Explain, Explaining
 from attrib.models.classifier import is_out_of_memory, release_memory
 from attrib.noise import Noise
+from attrib.originals import keep_originals, plain
 from attrib.plan import Options, Plan, metric_folder
-from attrib.store import Arrays, Key, Rows, write_json
-from attrib.types import UNREADABLE, Batch, SampleError, UserError
+from attrib.salvage import salvage
+from attrib.store import DamagedError, Key, Rows, write_json
+from attrib.summary import Step, Summary
+from attrib.types import Batch, SampleError, UserError
+from attrib.writing import Buffered
 
 if TYPE_CHECKING:
     from attrib.run import AttributionRunner
 
 log = logging.getLogger(__name__)
 
-PICTURES = 24  # inputs kept for the report, at most
 NO_ROOM = (
     "this sample does not fit into memory even alone; take fewer draws, a smaller input (model.input.size) or layer, "
     "run.dtype=float32, or a device with more memory"
 )
-
-
-@dataclass(frozen=True)
-class Step:
-    """What hooks get as ``outputs`` after each batch.
-
-    stage    "maps", or the name of the metric
-    uids     the B samples that succeeded; ``data_batch`` holds the same
-    arrays   stage "maps": every map and extra, (B, ...); else scores and curves of the last map
-    done, total   samples of this stage
-    """
-
-    stage: str
-    uids: tuple[str, ...]
-    arrays: Mapping[str, np.ndarray]
-    seconds: float
-    done: int
-    total: int
-
 
 Done = tuple[tuple[str, ...], Mapping[str, np.ndarray]]  # the samples that succeeded, and their arrays
 Work = Callable[[Batch], Done]
 Present = Callable[[Sequence[str]], set[str]]
 
 
-@dataclass
-class Summary:
-    """Samples (scores: samples x metrics) computed by this run, found already present, and failed."""
-
-    maps_computed: int = 0
-    maps_present: int = 0
-    scores_computed: int = 0
-    scores_present: int = 0
-    failed: int = 0
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
-
-
 class Loop(BaseLoop):
     """Maps, then each metric, over the samples that miss them."""
 
-    def __init__(self, runner: AttributionRunner, work: Plan, state: State, options: Options) -> None:
+    def __init__(
+        self, runner: AttributionRunner, work: Plan, state: Callable[[], State], options: Options, stop: Stop
+    ) -> None:
         super().__init__(runner, dataloader=[])
-        self.plan, self.state, self.options = work, state, options
+        self.plan, self.state, self.options, self.stop = work, state, options, stop
         self.summary = Summary()
         self.stage, self.total = "", 0  # what is being done, and for how many samples
         self.samples = work.experiment.samples(work.uids, options.read)
         self._budget = Budget(options.batch, work.experiment.model)
         self.at_once: int | None = None  # samples explained at once, at the end; None if none had to be
         self._failed: set[tuple[str, str]] = set()
+        self._left: dict[str, int] = {}  # stage that was begun -> samples still to do
+        self._lost: dict[Key, Mapping[str, Any]] = {}  # maps that were damaged -> what was noted beside them
+        self._buffers: list[Buffered] = [work.cell.maps]  # of the stages that were begun
         self._iteration = 0
 
     def run(self) -> dict[str, float]:
         self.runner.call_hook("before_test")
         self.runner.call_hook("before_test_epoch")
-        self._maps()
-        own_scores(self.plan)
-        for name in self.plan.experiment.metrics:
-            self._scores(name)
-        self.runner.call_hook("after_test_epoch", metrics=dataclasses.asdict(self.summary))
+        try:
+            missing = [u for u in self.plan.uids if u not in self.plan.present]
+            self.summary.maps_present = len(self.plan.uids) - len(missing)
+            self._maps(missing)
+            if not (self.stop() and self.left):
+                own_scores(self.plan, self._stored)
+            for name in self.plan.experiment.metrics:
+                self._scores(name)
+            if lost := [u for u in self.plan.uids if self.plan.key(u) in self._lost]:
+                self._maps(lost)  # of which no score was asked for
+            if self.stop() and self.left:
+                self.summary.stopped = self.stop.name
+            else:
+                self.runner.call_hook("after_test_epoch", metrics=dataclasses.asdict(self.summary))
+        except Interrupted:
+            self.summary.stopped = self.stop.name
         self.runner.call_hook("after_test")
         return dataclasses.asdict(self.summary)
+
+    @property
+    def left(self) -> int:
+        """Maps and scores that are still to be done."""
+        experiment = self.plan.experiment
+        mapless = {uid for uid, stage in self._failed if stage in ("load", "maps")}
+        count = sum(self._left.values())
+        if "maps" not in self._left:
+            count += len(self.plan.uids) - len(self.plan.present)
+        for name in experiment.metrics:
+            if metric_folder(experiment, name) not in self._left:
+                done = self.plan.scored[name]
+                count += sum(u not in done and u not in mapless for u in self.plan.uids)
+        return count
+
+    @property
+    def unwritten(self) -> int:
+        """Maps and scores that were computed, but that the disk did not take."""
+        return sum(buffer.unwritten for buffer in self._buffers)
 
     # ---- one stage ----------------------------------------------------------------------------
 
     def _fail(self, uid: str, stage: str, reason: str) -> None:
         self.plan.cell.ledger.add(uid, self.plan.fingerprints[uid], stage, reason)
+        if stage in self._left and (uid, stage) not in self._failed:
+            self._left[stage] -= 1
         self._failed.add((uid, stage))
         self.summary.failed = len(self._failed)
         log.warning("%s failed for %s: %s", stage, uid, reason)
@@ -142,7 +149,7 @@ class Loop(BaseLoop):
         uids: tuple[str, ...] = ()
         parts: dict[str, list[np.ndarray]] = {}
         start = 0
-        while start < len(batch):
+        while start < len(batch) and not (start and self.stop()):
             stop = start + min(size, self._budget.most)
             succeeded, arrays = self._attempt(stage, batch[start:stop], work)
             start = stop
@@ -157,23 +164,29 @@ class Loop(BaseLoop):
         stage     "maps" or a metric's score folder, ``<name>.<key8>``; the ledger notes it
         present   which of these samples another process has done meanwhile
         flush     called between batches; what it raises is the disk's fault, not a sample's
+        Ends early when told to stop.
         """
         experiment, maps = self.plan.experiment, stage == "maps"
         self.stage, self.total, done = stage.rpartition(".")[0] or stage, len(todo), 0
+        self._left[stage] = len(todo)
         samples = self.samples if maps else experiment.stored_samples(todo, self.options.read)
         explains = maps or isinstance(experiment.metrics[self.stage], Explaining)
         self._budget = Budget(self.options.batch, experiment.model, experiment.method if explains else None)
         for portion in self._budget.portions(self._together(todo)):
             for batch, unread in samples.load(self._budget.chunks(portion)):
+                if self.stop():
+                    return
                 start = time.perf_counter()
                 done += len(unread) + (len(batch) if batch is not None else 0)
                 for uid, reason in unread:
                     self._fail(uid, "load", reason)
+                self._left[stage] -= len(unread)
                 uids: tuple[str, ...] = ()
                 arrays: Mapping[str, np.ndarray] = {}
                 if batch is not None:
-                    self._look_again(batch.uids)
+                    self.plan.look_again(batch.uids)
                     others = present(batch.uids)
+                    self._left[stage] -= len(others)
                     batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
                 if batch is not None and len(batch):
                     self.runner.call_hook("before_test_iter", batch_idx=self._iteration, data_batch=batch)
@@ -185,7 +198,10 @@ class Loop(BaseLoop):
                 step = Step(self.stage, uids, arrays, time.perf_counter() - start, done, self.total)
                 self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
                 self._iteration += 1
-                flush()
+                with self.stop.held():
+                    flush()
+                if self.stop():
+                    return  # before the next batch is waited for
 
     def _together(self, uids: Sequence[str]) -> Sequence[str]:
         """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.
@@ -204,52 +220,48 @@ class Loop(BaseLoop):
 
         return sorted(uids, key=lambda uid: (-length(uid), uid))
 
-    def _look_again(self, uids: Sequence[str]) -> None:
-        """Take the fingerprints of files that could not be read when the run was planned, and now could."""
-        for uid in uids:
-            if self.plan.fingerprints[uid] == UNREADABLE:
-                self.plan.fingerprints[uid] = self.plan.experiment.dataset.fingerprint(uid)
-
     # ---- maps ---------------------------------------------------------------------------------
 
-    def _maps(self) -> None:
-        work, cell = self.plan, self.plan.cell
-        experiment = work.experiment
-        todo = [u for u in work.uids if u not in work.present]
-        self.summary.maps_present = len(work.uids) - len(todo)
+    def _maps(self, todo: Sequence[str]) -> None:
+        maps = self.plan.cell.maps
         if todo:
-            self._keep_pictures()
+            keep_originals(self.plan, self.samples, Path(self.options.root))
+        with self.stop.held():
+            try:
+                with self.stop.finishing():
+                    self._walk("maps", todo, self._mapped, self._present, maps.flush_if_due)
+            finally:
+                maps.flush()
+                self.at_once = self._budget.most if todo else self.at_once
 
-        def explain(batch: Batch) -> Done:
-            model, method = experiment.model, experiment.method
-            meter = Meter(model)
-            found = experiment.explain(batch, self.state)
-            documents = {name: packed(found[name]) for name in method.DOCUMENTS if name in found}
-            arrays = documents | {n: v.detach().float().cpu().numpy() for n, v in found.items() if n not in documents}
-            self._check_maps(batch, arrays)
-            cost = meter.each(len(batch))
-            finite = np.ones(len(batch), dtype=bool)
-            for name in method.MAPS:
-                finite &= np.isfinite(arrays[name]).reshape(len(batch), -1).all(1)
-            for i, uid in enumerate(batch.uids):
-                if not finite[i]:
-                    self._fail(uid, "maps", "the map has NaN or infinite values")
-                    continue
-                length = None if batch.lengths is None else int(batch.lengths[i])
-                per_token = () if length is None else (*method.MAPS, *method.TOKENS)
-                one = {name: value[i, :length] if name in per_token else value[i] for name, value in arrays.items()}
-                cell.maps.add(uid, work.fingerprints[uid], one, target=_plain(batch.target[i]), **cost)
-                self.summary.maps_computed += 1
-            return _only(batch.uids, arrays, finite)
-
-        try:
-            self._walk("maps", todo, explain, self._present, cell.maps.flush_if_due)
-        finally:
-            cell.maps.flush()
-            self.at_once = self._budget.most if todo else None
+    def _mapped(self, batch: Batch) -> Done:
+        """Explain a batch and store its maps."""
+        work, experiment = self.plan, self.plan.experiment
+        method = experiment.method
+        meter = Meter(experiment.model)
+        found = experiment.explain(batch, self.state())
+        documents = {name: packed(found[name]) for name in method.DOCUMENTS if name in found}
+        arrays = documents | {n: v.detach().float().cpu().numpy() for n, v in found.items() if n not in documents}
+        self._check_maps(batch, arrays)
+        cost = meter.each(len(batch))
+        finite = np.ones(len(batch), dtype=bool)
+        for name in method.MAPS:
+            finite &= np.isfinite(arrays[name]).reshape(len(batch), -1).all(1)
+        for i, uid in enumerate(batch.uids):
+            if not finite[i]:
+                self._fail(uid, "maps", "the map has NaN or infinite values")
+                continue
+            length = None if batch.lengths is None else int(batch.lengths[i])
+            per_token = () if length is None else (*method.MAPS, *method.TOKENS)
+            one = {name: value[i, :length] if name in per_token else value[i] for name, value in arrays.items()}
+            work.cell.maps.add(uid, work.fingerprints[uid], one, target=plain(batch.target[i]), **cost)
+            self.summary.maps_computed += 1
+            self._left["maps"] -= 1
+            self._lost.pop(self.plan.key(uid), None)
+        return _only(batch.uids, arrays, finite)
 
     def _present(self, uids: Sequence[str]) -> set[str]:
-        index = self.plan.cell.maps.index()
+        index = self.plan.cell.maps.index(patient=True)
         return {u for u in uids if self.plan.key(u) in index}
 
     def _check_maps(self, batch: Batch, arrays: Mapping[str, np.ndarray]) -> None:
@@ -266,40 +278,28 @@ class Loop(BaseLoop):
             if batch.mask is not None and key in method.MAPS and value[~batch.mask.cpu().numpy()].any():
                 raise UserError(f"{name}: {key} is not zero on the padding of the texts")
 
-    def _keep_pictures(self) -> None:
-        """The first inputs as the network sees them, so that a report needs no dataset."""
-        experiment = self.plan.experiment
-        folder = Path(self.options.root) / "state" / f"pictures.{experiment.pictures_key}"
-        pictures = Arrays(folder, self.plan.cell.writer)
-        present = pictures.index()
-        mine = set(self.plan.uids)
-        for uid in self.plan.selected[:PICTURES]:
-            if uid not in mine or self.plan.key(uid) in present:
-                continue
-            try:
-                batch = self.samples.batch([uid])
-                self._look_again([uid])
-                arrays, info = self._picture(uid)
-            except UserError:
-                raise
-            except Exception:
-                continue  # the ledger will say so when its map is due
-            if batch.roi is not None and batch.roi.any():
-                arrays["roi"] = batch.roi[0].cpu().numpy()
-            target = _plain(batch.target[0])
-            name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
-            pictures.add(*self.plan.key(uid), arrays, name=name, target=target, **info)
-        pictures.flush()
+    def _stored(self, uid: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Stored arrays of a sample; what turns out to be damaged, or gone, is computed again.
 
-    def _picture(self, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """What a person needs to see of a sample: arrays, and what is not an array."""
-        dataset = self.plan.experiment.dataset
-        if dataset.modality == "text":
-            tokens = dataset.tokens(uid)
-            return {"words": self.samples.batch([uid]).words[0].cpu().numpy()}, {"tokens": list(tokens)}
-        if dataset.modality == "audio":
-            return {"wave": dataset.wave(uid)}, {"rate": dataset.rate}
-        return {"image": dataset.picture(uid)}, {}
+        Raises SampleError if that fails, KeyError for what was never stored.
+        """
+        maps, key = self.plan.cell.maps, self.plan.key(uid)
+        if key not in self._lost:
+            try:
+                return maps.read(key, names)
+            except (DamagedError, FileNotFoundError):
+                with self.stop.held():  # what was salvaged must be written
+                    lost = salvage(maps, maps.index()[key].path, Path(self.options.root))
+                self._lost |= lost
+                self.summary.maps_present -= sum(self.plan.key(u) in lost for u in self.plan.present)
+        if key in self._lost:
+            if (uid, "maps") not in self._failed:
+                batch, target = self.samples.batch([uid]), [self._lost[key]["target"]]
+                self._left["maps"] += 1
+                self._attempt("maps", dataclasses.replace(batch, target=batch.target.new_tensor(target)), self._mapped)
+            if key in self._lost:
+                raise SampleError("its map was damaged, and could not be computed again")
+        return maps.read(key, names)
 
     # ---- scores -------------------------------------------------------------------------------
 
@@ -310,11 +310,14 @@ class Loop(BaseLoop):
         stored = cell.maps.index()
         done = work.scored[name]
         self.summary.scores_present += len(done)
+        if self.stop():
+            return
         todo = [u for u in work.uids if u not in done and work.key(u) in stored]
         if not todo:
             return
         targets = {u: stored[work.key(u)].info["target"] for u in todo}  # what the map explains
         rows, curves = cell.scores(folder), cell.curves(folder)
+        self._buffers.append(rows)
         if not (rows.folder / "metric.json").exists():
             declared = {"columns": dict(metric.COLUMNS), "curves": dict(metric.CURVES)}
             write_json(rows.folder / "metric.json", {"name": name, "spec": keys.spec(metric), **declared})
@@ -325,7 +328,7 @@ class Loop(BaseLoop):
             batch = dataclasses.replace(batch, target=target)
             values: list[dict[tuple[str, str], float]] = [{} for _ in batch.uids]
             lines: list[dict[str, np.ndarray]] = [{} for _ in batch.uids]
-            read = [cell.maps.read(work.key(u), experiment.method.MAPS) for u in batch.uids]
+            read = [self._stored(u, experiment.method.MAPS) for u in batch.uids]
             scored: dict[str, np.ndarray] = {}
             for kind in experiment.method.MAPS:
                 maps = _stacked([r[kind] for r in read], batch).to(experiment.model.device, experiment.model.dtype)
@@ -345,21 +348,26 @@ class Loop(BaseLoop):
                 curves.add(uid, work.fingerprints[uid], lines[i], seconds=seconds)
                 rows.add(uid, work.fingerprints[uid], values[i])
                 self.summary.scores_computed += 1
+                self._left[folder] -= 1
             return _only(batch.uids, scored, finite)
 
         def flush() -> None:
+            cell.maps.flush_if_due()  # those that had been damaged
             if curves.flush_if_due():  # curves first: a sample whose rows are there has its curves too
                 rows.flush()
 
-        try:
-            self._walk(folder, todo, judge, self._scored(rows), flush)
-        finally:
-            curves.flush()
-            rows.flush()
+        with self.stop.held():
+            try:
+                with self.stop.finishing():
+                    self._walk(folder, todo, judge, self._scored(rows), flush)
+            finally:
+                cell.maps.flush()
+                curves.flush()
+                rows.flush()
 
     def _explain(self, kind: str) -> Explain:
         """What a metric that asks for other maps gets: the method's map of this name."""
-        return lambda batch: self.plan.experiment.explain(batch, self.state)[kind]
+        return lambda batch: self.plan.experiment.explain(batch, self.state())[kind]
 
     def _scored(self, rows: Rows) -> Present:
         """Asks the disk every half minute only: reading all rows costs more than a few samples done twice."""
@@ -390,7 +398,3 @@ def _why_undefined(batch: Batch, i: int) -> str:
     if batch.roi is None or not batch.roi[i].any():
         return "the score is not defined (NaN); the sample has no region of interest"
     return "the score is not defined (NaN) for this map"
-
-
-def _plain(target: Tensor) -> int | list[int]:
-    return int(target) if target.ndim == 0 else [int(t) for t in target]

@@ -1,6 +1,7 @@
 """Pictures of maps: colours, overlays on the input, small line plots. For the report and the PNG hook.
 
-Matplotlib is used through its objects alone: no pyplot, no backend, no process-wide settings.
+Matplotlib is used through its objects alone: no pyplot, no backend, no process-wide settings. It is imported where
+something is drawn, because most runs draw nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PERCENTILE = 99.0  # of |map|: a single hot pixel must not darken everything else
 SIGNED, POSITIVE = "RdBu_r", "inferno"
@@ -56,7 +59,9 @@ def _unit(map: np.ndarray, scale: Scale) -> np.ndarray:
 
 def _colour(unit: np.ndarray, scale: Scale) -> np.ndarray:
     """Values in -1 .. 1 or 0 .. 1, any shape -> (..., 3) in 0 .. 1."""
-    return matplotlib.colormaps[scale.colours]((unit + 1) / 2 if scale.signed else unit)[..., :3]
+    from matplotlib import colormaps
+
+    return colormaps[scale.colours]((unit + 1) / 2 if scale.signed else unit)[..., :3]
 
 
 def _bytes(rgb: np.ndarray) -> np.ndarray:
@@ -201,6 +206,8 @@ def plot(
     ``unit_x``: x runs from 0 to 1, else over the steps 0, 1, 2 ..., whose names ``ticks`` are, if any. There is no
     legend: the page has it.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     for line in lines:

@@ -16,11 +16,13 @@ import attrib
 from attrib import keys
 from attrib.budget import FIXED
 from attrib.experiment import Experiment
+from attrib.fingerprints import Fingerprints
+from attrib.interrupt import Stop
 from attrib.metrics import Explaining
 from attrib.models.randomise import Variant
 from attrib.states import load_confidence
 from attrib.store import Arrays, Cell, Key, cells
-from attrib.types import UserError
+from attrib.types import UNREADABLE, UserError
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Options:
               allows (``attrib.budget``)
     rows      rows that go through the net at once; halved when memory runs out
     flush     seconds after which finished samples are made durable
+    grace     seconds that the batch in work gets when the run is told to stop (``attrib.interrupt``)
     strict    exit with status 3 at the end if any sample failed (always, if all of them did)
     hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
     """
@@ -46,6 +49,7 @@ class Options:
     shard: int = 0
     shards: int = 1
     flush: float = 5.0
+    grace: float = 20.0
     png: bool = False
     dry: bool = False
     strict: bool = False
@@ -58,6 +62,8 @@ class Options:
             raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
+        if self.grace < 0:
+            raise UserError(f"run.grace must be seconds, 0 or more, not {self.grace}")
         if self.batch != "auto" and self.batch < 1:
             raise UserError(f"run.batch must be at least 1, or auto, not {self.batch}")
 
@@ -86,6 +92,12 @@ class Plan:
     def key(self, uid: str) -> Key:
         return uid, self.fingerprints[uid]
 
+    def look_again(self, uids: Iterable[str]) -> None:
+        """Take the fingerprints of files that could not be read when the run was planned, and now could."""
+        for uid in uids:
+            if self.fingerprints[uid] == UNREADABLE:
+                self.fingerprints[uid] = self.experiment.dataset.fingerprint(uid)
+
     @property
     def explains(self) -> bool:
         """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
@@ -113,17 +125,21 @@ def metric_folder(experiment: Experiment, name: str) -> str:
     return f"{name}.{experiment.metric_key(name)[:8]}"
 
 
-def plan(experiment: Experiment, options: Options, writer: str = "") -> Plan:
+def plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
     """Selects the samples, finds the cell and what it already holds. Computes no maps."""
     root = Path(options.root)
+    prints = Fingerprints(root, writer)
     whole = experiment.samples(experiment.dataset.uids, options.read)
-    selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u))
+    selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u, stop, prints))
     uids = tuple(u for u in selected[: options.limit] if keys.shard_of(u, options.shards) == options.shard)
     fitted_on = None if experiment.method.fit is None else experiment.estimation_samples(options.read)
+    if fitted_on is not None:
+        prints.of(fitted_on.dataset, fitted_on.uids)
     state_key = None if fitted_on is None else experiment.state_key(fitted_on)
     folder = root / experiment.folder(experiment.cell_key(state_key))
     cell = Cell(folder, writer, flush_seconds=options.flush)
-    fingerprints = {u: experiment.dataset.fingerprint(u) for u in uids}
+    fingerprints = prints.of(experiment.dataset, uids)
+    prints.save()
     alike = _alike(cell, root)
     original, seconds = experiment.original_key(fitted_on), _mean_seconds(c.maps for c in alike)
     found = Plan(experiment, cell, selected, uids, fingerprints, state_key, original, seconds)
@@ -164,9 +180,9 @@ def _alike(cell: Cell, root: Path) -> list[Cell]:
 
 
 def _mean_seconds(stored: Iterable[Arrays]) -> float | None:
-    """Mean seconds per sample of the first store that has any."""
+    """Mean seconds per sample of the first store that has any; of a few of its chunks."""
     for arrays in stored:
-        seconds = [r.info["seconds"] for r in arrays.index().values() if "seconds" in r.info]
+        seconds = [info["seconds"] for info in (r.info for r in arrays.sampled()) if "seconds" in info]
         if seconds:
             return float(np.mean(seconds))
     return None

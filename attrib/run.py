@@ -27,7 +27,8 @@ from mmengine.utils.dl_utils import collect_env
 from torch import nn
 
 from attrib.experiment import Experiment
-from attrib.hooks import standard_hooks
+from attrib.hooks import Heartbeat, standard_hooks
+from attrib.interrupt import Interrupted, Stop, watching
 from attrib.loop import Loop, Summary
 from attrib.methods import State
 from attrib.plan import Options, Plan, check_metrics, git_commit, plan, spec_of
@@ -96,11 +97,6 @@ class AttributionRunner(Runner):
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         return self.attribution
 
-    def attribute(self, work: Plan, state: State, options: Options) -> Summary:
-        self.attribution = Loop(self, work, state, options)
-        self.test()
-        return self.attribution.summary
-
 
 @functools.cache
 def _environment() -> Mapping[str, Any]:
@@ -111,52 +107,91 @@ def _environment() -> Mapping[str, Any]:
 def run(experiment: Experiment, options: Options) -> Summary:
     """Compute what is missing of one cell and leave a record under ``runs/``.
 
-    Raises UserError for what a person must put right; samples that fail are in the summary, the
-    ledger and, with ``strict``, in the exit status of the tool.
+    Told to stop (``attrib.interrupt``) it ends early: ``stopped`` and ``left`` of the summary say so. A caller with
+    more to do watches for itself, or the next run goes on as if nothing had happened.
+
+    Raises UserError for what a person must put right, Interrupted if told to stop before anything could be computed;
+    samples that fail are in the summary, the ledger and, with ``strict``, in the exit status of the tool.
     """
-    start = time.time()
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(start))
+    start = time.monotonic()  # the clock may be set while we run
+    stamp = time.strftime("%Y%m%d-%H%M%S")
     writer = f"{stamp}-{os.getpid()}-{options.shard}-{secrets.token_hex(2)}"
-    work = plan(experiment, options, writer)
-    check_metrics(work)
-    try:
-        return _run(work, options, start)
-    except OSError as error:  # a sample's own errors never come this far
-        again = "What was stored is safe; run the same command again"
-        raise UserError(f"{work.cell.folder} cannot be written or read: {error}. {again}") from error
+    with watching(options.grace) as stop:
+        with stop.at_once():
+            try:
+                work = plan(experiment, options, writer, stop)
+            except OSError as error:
+                raise UserError(f"run.root={options.root} cannot be read: {error}") from error
+            check_metrics(work)
+        try:
+            summary = _run(work, options, start, stop)
+        except OSError as error:  # a sample's own errors never come this far
+            raise _refused(work, error) from error
+        stop.work_left = summary.stopped is not None
+    return summary
 
 
-def _run(work: Plan, options: Options, start: float) -> Summary:
+def _run(work: Plan, options: Options, start: float, stop: Stop) -> Summary:
     experiment, cell = work.experiment, work.cell
     folder = cell.folder / "runs" / cell.writer
-    _open(work)
-    write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
-    try:
-        runner = AttributionRunner(experiment.model.module, folder, cell.folder.name, options, experiment.seed)
-    except (KeyError, TypeError, ValueError) as error:  # how mmengine says that a name is not registered
-        raise UserError(f"run.hooks or run.vis_backends cannot be built: {error}") from error
-    package = logging.getLogger("attrib")
-    package.addHandler(runner.file_handler)
-    for name in cell.maps.broken:
-        log.warning("damaged, its samples are computed again: %s", name)
-    summary, finished, at_once = Summary(), False, None
-    try:
-        state: State = {}
-        if work.state_key is not None and work.explains:
-            samples = experiment.estimation_samples(options.read)
-            state = load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples)
-        runner.attribute(work, state, options)
-        finished = True
-    finally:
-        if runner.attribution is not None:
-            # Also of a run that was interrupted.
-            summary, at_once = runner.attribution.summary, runner.attribution.at_once
-        record = {"finished": finished, "seconds": time.time() - start, "cell": cell.folder.name, "batch": at_once}
-        write_json(folder / "summary.json", {**dataclasses.asdict(summary), **record})
-        package.removeHandler(runner.file_handler)
-        runner.visualizer.close()
-        runner.file_handler.close()
+    with stop.at_once():
+        _open(work)
+        write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
+        try:
+            runner = AttributionRunner(experiment.model.module, folder, cell.folder.name, options, experiment.seed)
+        except (KeyError, TypeError, ValueError) as error:  # how mmengine says that a name is not registered
+            raise UserError(f"run.hooks or run.vis_backends cannot be built: {error}") from error
+
+    @functools.cache
+    def state() -> State:
+        if work.state_key is None:
+            return {}
+        samples = experiment.estimation_samples(options.read)
+        return load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples, stop)
+
+    with stop.held():
+        package = logging.getLogger("attrib")
+        package.addHandler(runner.file_handler)
+        for name in cell.maps.broken:
+            log.warning("damaged, its samples are computed again: %s", name)
+        loop, finished = Loop(runner, work, state, options, stop), False
+        runner.attribution, summary = loop, loop.summary
+        heartbeat = Heartbeat(work, options)
+        runner.register_hook(heartbeat)
+        heartbeat.start()
+        failure: OSError | None = None
+        try:
+            with stop.finishing():
+                if work.explains:
+                    state()
+                runner.test()
+            finished = summary.stopped is None
+        except Interrupted:
+            summary.stopped = stop.name
+        except OSError as error:
+            failure = error
+        finally:
+            summary.left = loop.left + loop.unwritten
+            if summary.stopped:
+                log.warning("%s", summary.ending)
+            heartbeat.stop()
+            package.removeHandler(runner.file_handler)
+            runner.visualizer.close()
+            runner.file_handler.close()
+            record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.at_once}
+            try:
+                write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise _refused(work, failure, loop.unwritten) from failure
     return summary
+
+
+def _refused(work: Plan, error: OSError, unwritten: int = 0) -> UserError:
+    lost = f" {unwritten} maps and scores that were computed could not be written." if unwritten else ""
+    again = "What was stored is safe; run the same command again"
+    return UserError(f"{work.cell.folder} cannot be written or read: {error}.{lost} {again}")
 
 
 def _open(work: Plan) -> None:

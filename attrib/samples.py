@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 import torch
@@ -19,6 +19,8 @@ from attrib.types import Batch, SampleError, UserError
 log = logging.getLogger(__name__)
 
 Target = Literal["label", "predicted"]
+PATIENCE = 2.0  # seconds that whoever stops early gives to what is being read: on a dead file server it may hang
+
 Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
 
 
@@ -56,17 +58,19 @@ class Samples:
             return batch
         if self.target == "predicted":
             return dataclasses.replace(batch, target=self.model.original.logits(batch.x).argmax(1))
-        unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
-        if unknown:
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0:
+            unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
             raise SampleError(f"{unknown[0]} has no label; explain the model's own class with dataset.target=predicted")
         if self._classes is None:
             self._classes = self.model.logits(batch.x[:1]).shape[1]
         # On a GPU an index out of range would take the whole process down.
-        highest = targets.reshape(len(batch), -1).amax(1) if targets.ndim == 1 else torch.tensor([targets.shape[1] - 1])
-        if int(highest.max()) >= self._classes:
+        highest = highest if targets.ndim == 1 else targets.shape[1] - 1
+        if highest >= self._classes:
+            uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
             raise UserError(
-                f"{batch.uids[int(highest.argmax())]} has class {int(highest.max())}, but the model has "
-                f"{self._classes} classes; check the dataset's class index (dataset.classes) and the model"
+                f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
+                "index (dataset.classes) and the model"
             )
         return batch
 
@@ -101,19 +105,21 @@ class Samples:
     def load(self, chunks: Iterable[Sequence[str]]) -> Iterator[Loaded]:
         """Each chunk of uids as one batch, or several if the device has no room; the next two are read while one is
         worked on."""
-        with ThreadPoolExecutor(2) as pool:
-            waiting: deque[Future[Loaded]] = deque()
-            rest = iter(chunks)
-            try:
-                for chunk in rest:
-                    waiting.append(pool.submit(self._read, chunk))
-                    if len(waiting) > 2:
-                        yield from self._finish(waiting.popleft().result())
-                while waiting:
-                    yield from self._finish(waiting.popleft().result())
-            finally:
-                for future in waiting:
-                    future.cancel()
+        pool = ThreadPoolExecutor(2)
+        waiting: deque[Future[Loaded]] = deque()
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(self._read, chunk))
+                if len(waiting) > 2:
+                    yield from self._finish(waiting[0].result())
+                    waiting.popleft()
+            while waiting:
+                yield from self._finish(waiting[0].result())
+                waiting.popleft()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not wait([f for f in waiting if not f.cancelled()], PATIENCE).not_done:
+                pool.shutdown()
 
     def _finish(self, loaded: Loaded) -> Iterator[Loaded]:
         batch, bad = loaded

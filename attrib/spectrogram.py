@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy import signal
 
 from attrib import pictures
 
@@ -47,6 +46,8 @@ def draw(
 
 def spectrogram(wave: np.ndarray, rate: int, size: tuple[int, int]) -> np.ndarray:
     """(L,) -> (H, W) in 0 .. 1: decibels below the loudest, the highest pitch, rate / 2, in the first row."""
+    from scipy import signal  # takes a second to import
+
     window = int(np.clip(WINDOW * rate, 16, max(16, len(wave))))
     hop = max(1, min(window // 2, len(wave) // size[1]))
     framed = np.pad(wave, (window // 2, window))

@@ -17,170 +17,191 @@ target, boxes), so data that changed on disk is computed anew.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from attrib.ledger import Ledger
+from attrib.listing import Folder, Memory, Stamp, stamp_of
 from attrib.types import UNREADABLE, UserError
+from attrib.writing import Buffered, Key, write_atomic, write_json
 
-Key = tuple[str, str]  # (uid, fingerprint)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing, also when the machine dies in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A process number alone is not unique: containers on two machines often have the same.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+__all__ = ["Arrays", "Cell", "DamagedError", "Key", "Ledger", "Record", "Rows", "cells", "write_atomic", "write_json"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+class DamagedError(OSError):
+    """A chunk is not what was written."""
 
 
-class _Buffered:
-    """Samples gathered in memory until there are enough of them, or enough seconds passed.
-
-    A fast method therefore writes few files, and a slow one (more than ``seconds`` a sample)
-    flushes after each sample.
-    """
-
-    SUFFIX: ClassVar[str]
-
-    def __init__(self, folder: Path, writer: str, *, seconds: float, count: int) -> None:
-        self.folder, self.writer = Path(folder), writer
-        self._seconds, self._count = seconds, count
-        self._pending: dict[Key, Any] = {}
-        self._since = time.monotonic()
-        self._number = 0
-        self.broken: list[str] = []  # files that could not be read; their samples count as missing
-
-    def _add(self, key: Key, value: Any) -> None:
-        self._pending[key] = value
-
-    def flush_if_due(self) -> bool:
-        """Called between batches, when all parts of a sample have been added."""
-        due = len(self._pending) >= self._count or time.monotonic() - self._since >= self._seconds
-        if due and self._pending:
-            self.flush()
-            return True
-        return False
-
-    def flush(self) -> None:
-        """Make everything added so far durable."""
-        if self._pending:
-            write_atomic(self._next(), self._encoded())
-            self._pending = {}
-        self._since = time.monotonic()
-
-    def _next(self) -> Path:
-        """A name that is not taken, also not by an earlier object of the same writer."""
-        while True:
-            self._number += 1
-            path = self.folder / f"{self.writer}-{self._number:05d}{self.SUFFIX}"
-            if not path.exists():
-                return path
-
-    def _encoded(self) -> bytes:
-        """What is pending, as the content of one file."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """Where a stored sample lies, and what was noted beside it."""
 
-    path: Path
+    folder: Path
+    chunk: str
     position: int
-    names: tuple[str, ...]
-    crc: Mapping[str, int]
-    info: Mapping[str, Any]
+    noted: str  # JSON of (crc, info), read when it is asked for: a cell may hold 100,000 of them
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.chunk
+
+    @property
+    def crc(self) -> Mapping[str, int]:
+        return json.loads(self.noted)[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.crc)
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        return json.loads(self.noted)[1]
 
 
-class Arrays(_Buffered):
+_Noted = tuple[Key, str]  # a sample, and what is noted beside it
+
+
+class Arrays(Buffered):
     """Named arrays per sample, any shape, in chunks that hold all arrays of some samples."""
 
     SUFFIX = ".safetensors"
+    REMEMBERED = pa.schema([("uid", pa.string()), ("fingerprint", pa.string()), ("noted", pa.string())])
 
-    def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256) -> None:
-        super().__init__(folder, writer, seconds=seconds, count=count)
+    def __init__(
+        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256, background: bool = False
+    ) -> None:
+        super().__init__(folder, writer, seconds=seconds, count=count, background=background)
+        self.files = self._unread()
         self._index: dict[Key, Record] | None = None
-        self._seen: set[str] = set()
+        self._chunks: dict[str, tuple[Stamp, list[_Noted]]] = {}  # what was read
 
     def add(self, uid: str, fingerprint: str, arrays: Mapping[str, np.ndarray], **info: Any) -> None:
         """Remember one sample. ``info`` is anything JSON can hold (seconds, rows)."""
-        self._add((uid, fingerprint), ({k: _packed(v) for k, v in arrays.items()}, info))
+        packed = {k: _packed(v) for k, v in arrays.items()}
+        self._add((uid, fingerprint), (packed, info), sum(value.nbytes for value in packed.values()))
 
-    def _encoded(self) -> bytes:
+    def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
         tensors: dict[str, np.ndarray] = {}
-        samples = []
-        for i, ((uid, fingerprint), (arrays, info)) in enumerate(self._pending.items()):
+        described = []
+        for i, ((uid, fingerprint), (arrays, info)) in enumerate(samples.items()):
             tensors |= {f"{i}/{name}": value for name, value in arrays.items()}
             crc = {name: zlib.crc32(value.data) for name, value in arrays.items()}
-            samples.append({"uid": uid, "fingerprint": fingerprint, "crc": crc, "info": info})
-        return to_safetensors(tensors, {"samples": json.dumps(samples)})
+            described.append({"uid": uid, "fingerprint": fingerprint, "crc": crc, "info": info})
+        text = json.dumps(described)
+        return to_safetensors(tensors, {"samples": text, "crc": str(zlib.crc32(text.encode()))})
 
-    def index(self) -> Mapping[Key, Record]:
-        """Every stored sample; new files of other writers are seen at each call."""
+    def index(self, *, patient: bool = False) -> Mapping[Key, Record]:
+        """Every stored sample; new files of other writers are seen at each call.
+
+        ``patient``: they are seen somewhat later, so that whoever asks often spends little of the time on it.
+        """
+        recalled: dict[str, tuple[Stamp, list[_Noted]]] = {}
         if self._index is None:
-            self._index = {}
-        for path in sorted(self.folder.glob("[!.]*.safetensors")):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    samples = json.loads(file.metadata()["samples"])
-                self._index |= {
-                    (s["uid"], s["fingerprint"]): Record(path, i, tuple(s["crc"]), s["crc"], s["info"])
-                    for i, s in enumerate(samples)
-                }
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                self.broken.append(f"{path}: {error}")
+            self._index, recalled = {}, self._recalled()
+        for name in self.files.new(patient=patient):
+            known = recalled.get(name) or self._read_chunk(name)
+            if known is not None:
+                self._chunks[name] = known
+                rows = known[1]
+                self._index |= {key: Record(self.folder, name, i, noted) for i, (key, noted) in enumerate(rows)}
+        if self.files.due(len(self._chunks)):
+            self._remember()
         return self._index
+
+    def reindex(self) -> int:
+        """Read all chunks again, whatever is remembered of them, and remember that. Returns the number of samples."""
+        self.files = self._unread()
+        self._index, self._chunks, self.broken = {}, {}, []
+        self.index()
+        self._remember()
+        return len(self._index)
+
+    def sampled(self, chunks: int = 32) -> list[Record]:
+        """The samples of a few chunks, evenly spread over the names, without looking at all."""
+        if self._index is not None:
+            return list(self._index.values())
+        names = self._unread().new()
+        found = (self._read_chunk(name, blame=False) for name in names[:: max(1, len(names) // chunks)])
+        return [Record(self.folder, "", i, noted) for part in found if part for i, (_, noted) in enumerate(part[1])]
+
+    def _read_chunk(self, name: str, blame: bool = True) -> tuple[Stamp, list[_Noted]] | None:
+        """What a chunk says of its samples; None if it cannot be read."""
+        path = self.folder / name
+        try:
+            stamp = stamp_of(path)  # before: if it is changed meanwhile, what is remembered will not fit
+            with safe_open(path, framework="numpy") as file:
+                about = file.metadata()
+            samples = json.loads(about["samples"])
+            if int(about.get("crc", zlib.crc32(about["samples"].encode()))) != zlib.crc32(about["samples"].encode()):
+                raise ValueError("wrong checksum of what it says of its samples")
+            return stamp, [((s["uid"], s["fingerprint"]), _note(s["crc"], s["info"])) for s in samples]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            if blame:
+                self.broken.append(f"{path}: {error}")
+            return None
+
+    def _unread(self) -> Folder:
+        return Folder(self.folder, self.SUFFIX, "index.cache", self.REMEMBERED)
+
+    def _recalled(self) -> dict[str, tuple[Stamp, list[_Noted]]]:
+        stamps, counts, table = self.files.recall()
+        keys = zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist(), strict=True)
+        rows = list(zip(keys, table["noted"].to_pylist(), strict=True))
+        ends = np.cumsum(counts, dtype=int).tolist()
+        parts = (rows[end - count : end] for end, count in zip(ends, counts, strict=True))
+        return {name: (stamp, part) for (name, stamp), part in zip(stamps.items(), parts, strict=True)}
+
+    def _remember(self) -> None:
+        rows = [(*key, noted) for _, part in self._chunks.values() for key, noted in part]
+        columns = [pa.array(column, pa.string()) for column in (zip(*rows, strict=True) if rows else ((), (), ()))]
+        stamps = {name: stamp for name, (stamp, _) in self._chunks.items()}
+        counts = [len(part) for _, part in self._chunks.values()]
+        table = pa.Table.from_arrays(columns, schema=self.REMEMBERED)
+        self.files.remember(Memory(stamps, counts, table))
 
     def read(self, key: Key, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
         """The arrays of one sample, also of one that is not flushed yet.
 
         Raises KeyError if it is not there, OSError if its chunk is damaged.
         """
-        if key in self._pending:
-            arrays = self._pending[key][0]
-            return {name: arrays[name] for name in (arrays if names is None else names)}
+        for waiting in (self._pending, self._writing):
+            if key in waiting:
+                arrays = waiting[key][0]
+                return {name: arrays[name] for name in (arrays if names is None else names)}
         # The folder is listed again only for a sample that was not there before.
         record = (self._index or {}).get(key) or self.index()[key]
-        names = record.names if names is None else tuple(names)
+        crc = record.crc
+        names = tuple(crc) if names is None else tuple(names)
         for name in names:
-            if name not in record.names:
-                raise KeyError(f"{record.path} holds {', '.join(record.names)} of {key[0]}, but not {name}")
+            if name not in crc:
+                raise KeyError(f"{record.path} holds {', '.join(crc)} of {key[0]}, but not {name}")
         try:
             with safe_open(record.path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(f"{record.position}/{name}") for name in names}
         except SafetensorError as error:
-            raise OSError(f"{record.path} is damaged: {error}; delete the file") from error
+            raise _damaged(record.path, str(error)) from error
         for name, value in arrays.items():
-            if zlib.crc32(value.data) != record.crc[name]:
-                raise OSError(f"{record.path} is damaged: wrong checksum of {name} of {key[0]}; delete the file")
+            if zlib.crc32(value.data) != crc[name]:
+                raise _damaged(record.path, f"wrong checksum of {name} of {key[0]}")
         return arrays
+
+    def forget(self, chunk: str) -> None:
+        """A chunk of this name is no longer there, or of no use: its samples are those of other chunks, or missing."""
+        self._chunks.pop(chunk, None)
+        self._index = {key: record for key, record in (self._index or {}).items() if record.chunk != chunk}
+
+
+def _damaged(path: Path, what: str) -> DamagedError:
+    return DamagedError(f"{path} is damaged: {what}; delete the file")
 
 
 def _packed(value: np.ndarray) -> np.ndarray:
@@ -189,7 +210,11 @@ def _packed(value: np.ndarray) -> np.ndarray:
     return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 
-class Rows(_Buffered):
+def _note(crc: Mapping[str, int], info: Mapping[str, Any]) -> str:
+    return json.dumps([dict(crc), info], separators=(",", ":"))
+
+
+class Rows(Buffered):
     """Score rows: (uid, fingerprint, map, column, value, time), one Parquet file per flush."""
 
     SCHEMA = pa.schema(
@@ -203,10 +228,14 @@ class Rows(_Buffered):
         ]
     )
 
+    NAMED = pa.schema([("file", pa.string()), *SCHEMA])
     SUFFIX = ".parquet"
 
     def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096) -> None:
         super().__init__(folder, writer, seconds=seconds, count=count)
+        self.files = Folder(self.folder, self.SUFFIX, "rows.cache", self.SCHEMA)
+        self._stamps: dict[str, Stamp] | None = None  # of the files that were read
+        self._rows = self.NAMED.empty_table()  # theirs, in the order of the files' names
 
     def add(self, uid: str, fingerprint: str, values: Mapping[tuple[str, str], float]) -> None:
         """All scores of one sample at once, keyed by (map, column)."""
@@ -219,78 +248,61 @@ class Rows(_Buffered):
             ],
         )
 
-    def _encoded(self) -> bytes:
-        rows = [row for sample in self._pending.values() for row in sample]
+    def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
+        rows = [row for sample in samples.values() for row in sample]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=self.SCHEMA), sink, write_page_checksum=True)
         return sink.getvalue().to_pybytes()
 
     def table(self) -> pa.Table:
         """All rows, also those of other writers; damaged files are left out and named in ``broken``."""
-        tables, self.broken = [], []
-        for path in sorted(self.folder.glob("[!.]*.parquet")):
+        if self._stamps is None:
+            self._stamps, counts, table = self.files.recall()
+            of = pa.array(np.repeat(np.arange(len(counts)), counts), pa.int64())
+            self._rows = table.add_column(
+                0, self.NAMED.field("file"), pa.array(list(self._stamps), pa.string()).take(of)
+            )
+        now, self.broken = self.files.stamps(), []
+        self._forget([name for name, stamp in self._stamps.items() if now.get(name) != stamp])
+        tables = [self._rows]
+        for name, stamp in now.items():
+            if name in self._stamps:
+                continue
             try:
-                table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-                # Not left to read_table(schema=...), which fills a column it does not find with nulls.
-                if not table.schema.equals(self.SCHEMA):
-                    raise pa.ArrowInvalid("not the columns of a score file")
-                tables.append(table)
+                tables.append(self._read_file(name))
+                self._stamps[name] = stamp
             except (pa.ArrowException, OSError) as error:
-                self.broken.append(f"{path}: {error}")
-        return pa.concat_tables(tables) if tables else self.SCHEMA.empty_table()
+                self.broken.append(f"{self.folder / name}: {error}")
+        if len(tables) > 1:
+            rows = pa.concat_tables(tables)
+            # A sample may stand in several files; which is taken must not depend on what was remembered.
+            self._rows = rows.take(pc.sort_indices(rows, [("file", "ascending")])).combine_chunks()
+            if self.files.due(len(self._stamps)):
+                self._remember()
+        return self._rows.drop_columns("file")
+
+    def _forget(self, names: Sequence[str]) -> None:
+        if names:
+            self._rows = self._rows.filter(pc.invert(pc.is_in(self._rows["file"], pa.array(names))))
+            for name in names:
+                del self._stamps[name]
+
+    def _read_file(self, name: str) -> pa.Table:
+        table = pq.read_table(self.folder / name, partitioning=None, page_checksum_verification=True)
+        # Not left to read_table(schema=...), which fills a column it does not find with nulls.
+        if not table.schema.equals(self.SCHEMA):
+            raise pa.ArrowInvalid("not the columns of a score file")
+        return table.add_column(0, self.NAMED.field("file"), [[name] * len(table)])
+
+    def _remember(self) -> None:
+        counted = pc.value_counts(self._rows["file"])
+        counts = dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
+        stamps = {name: self._stamps[name] for name in counts}
+        self.files.remember(Memory(stamps, list(counts.values()), self._rows.drop_columns("file")))
 
     def present(self) -> set[Key]:
         table = self.table()
         return set(zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
-
-
-class Ledger:
-    """What could not be computed, and why: a history, nothing is ever taken out of it.
-
-    Each writer appends to a file of its own, ``failures/<writer>.jsonl`` (without a name, ``failures.jsonl``),
-    because file servers lose lines where two machines append to one file.
-    """
-
-    MAX_REASON = 1500  # keeps a line below the size that one write() delivers whole
-    FIELDS = ("uid", "fingerprint", "stage", "reason")
-
-    def __init__(self, folder: Path, writer: str = "") -> None:
-        self.folder = Path(folder)
-        self.path = self.folder / (f"failures/{writer}.jsonl" if writer else "failures.jsonl")
-        self._known: set[tuple[str, ...]] | None = None
-
-    def add(self, uid: str, fingerprint: str, stage: str, reason: str) -> None:
-        """``stage`` is "load", "maps" or the metric's folder of scores, ``<name>.<key8>``.
-
-        What the ledger said already when this object first wrote is not said again.
-        """
-        if self._known is None:
-            self._known = {tuple(entry[name] for name in self.FIELDS) for entry in self.entries()}
-        fields = (uid, fingerprint, stage, reason[: self.MAX_REASON])
-        if fields in self._known:
-            return
-        self._known.add(fields)
-        entry = {**dict(zip(self.FIELDS, fields, strict=True)), "time": time.time()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The leading newline ends a line that a killed writer left unfinished.
-        line = ("\n" + json.dumps(entry) + "\n").encode()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def entries(self) -> list[dict[str, Any]]:
-        """What all writers noted, in the order of time."""
-        found = []
-        for path in (self.folder / "failures.jsonl", *sorted(self.folder.glob("failures/[!.]*.jsonl"))):
-            for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue  # blank, or torn by a kill
-        return sorted(found, key=lambda entry: entry["time"])
 
 
 class Cell:
@@ -298,7 +310,7 @@ class Cell:
 
     def __init__(self, folder: Path, writer: str = "", *, flush_seconds: float = 5.0) -> None:
         self.folder, self.writer, self._flush_seconds = Path(folder), writer, flush_seconds
-        self.maps = Arrays(self.folder / "maps", writer, seconds=flush_seconds)
+        self.maps = Arrays(self.folder / "maps", writer, seconds=flush_seconds, background=True)
         self.ledger = Ledger(self.folder, writer)
 
     @property

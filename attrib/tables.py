@@ -84,7 +84,7 @@ def rows(root: Path | str) -> pd.DataFrame:
     frame["device"] = frame["device"].fillna("")
     for column in (*_GROUP, "state", "stage", "device"):  # few values, many rows
         values = frame[column].astype(str)
-        frame[column] = pd.Categorical(values, categories=list(dict.fromkeys(values)))
+        frame[column] = pd.Categorical(values, categories=values.unique().tolist())
     return frame[ROWS]
 
 
@@ -112,7 +112,7 @@ def _metric_rows(
         table = pd.concat([table, failed[table.columns]] if len(failed) else [table])
         table = table.drop_duplicates(_ITEM, keep="last")
     # A metric that is known by its failures alone has nothing pending.
-    if not scores.lost and len(table) < len(wanted) * len(set(table["uid"]) | set(due["uid"])):
+    if not scores.lost and len(table) < len(wanted) * len({*table["uid"].unique(), *due["uid"].unique()}):
         pending = due.merge(wanted, how="cross").assign(value=np.nan, time=np.nan, state="pending", stage="", reason="")
         pending = pending[table.columns]
         table = pd.concat([table, pending] if len(pending) else [table]).drop_duplicates(_ITEM, keep="first")
@@ -139,12 +139,13 @@ def _counting(item: Labelled, frame: pd.DataFrame) -> np.ndarray:
     """Which rows are about a sample of the cell as it is now."""
     if item.samples is None:
         return np.ones(len(frame), dtype=bool)
-    return np.array([item.counts(*key) for key in zip(frame["uid"], frame["fingerprint"])], dtype=bool)
+    keys = zip(frame["uid"].tolist(), frame["fingerprint"].tolist(), strict=True)
+    return np.array([item.counts(*key) for key in keys], dtype=bool)
 
 
 def _due(item: Labelled, maps: pd.DataFrame) -> pd.DataFrame:
     """uid and fingerprint of every sample that should have scores: the selected ones, else those with a map."""
-    due: dict[str, str] = dict(zip(maps["uid"], maps["fingerprint"]))
+    due: dict[str, str] = dict(zip(maps["uid"].tolist(), maps["fingerprint"].tolist(), strict=True))
     if item.samples is not None:
         due = {uid: fingerprint or due.get(uid, "") for uid, fingerprint in item.samples.items()}
     return pd.DataFrame({"uid": list(due), "fingerprint": list(due.values())}, dtype=str)
@@ -256,11 +257,14 @@ def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.Dat
     frame = frame[frame["column"] == column]
     if frame.empty:
         raise UserError(f"no results have the column {column!r}")
-    frame = frame[frame["state"] == "ok"].astype({"contender": str})
+    frame = frame[frame["state"] == "ok"]
     found = []
     for names, group in frame.groupby(["dataset", "model", "metric", "direction"], observed=True, sort=False):
+        if group["contender"].nunique() < 2:
+            continue
+        group = group.astype({"contender": str})
         values = group.pivot(index=["uid", "fingerprint"], columns="contender", values="value")
-        values = values[list(dict.fromkeys(group["contender"]))]
+        values = values[list(group["contender"].unique())]
         block = []
         for a, b in itertools.combinations(values.columns, 2):
             test = stats.paired_test(values[a], values[b], confidence)
@@ -278,7 +282,7 @@ def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.Dat
 
 def all_paired(frame: pd.DataFrame, columns: Sequence[str] = (), confidence: float = 0.95) -> pd.DataFrame:
     """:func:`paired` for these columns, or for all."""
-    names = list(columns) or [c for c in dict.fromkeys(frame["column"].astype(str)) if c]
+    names = list(columns) or [c for c in frame["column"].astype(str).unique() if c]
     if not names:
         return pd.DataFrame(columns=["dataset", "model", "metric", "column", "a", "b", "p_holm"])
     return pd.concat([paired(frame, name, confidence) for name in names], ignore_index=True)

@@ -62,8 +62,7 @@ class Batch:
         return len(self.uids)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return [(name, value) for name, value in pairs if isinstance(value, Tensor)]
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
     @property
     def mask(self) -> Tensor | None:
@@ -77,6 +76,8 @@ class Batch:
         moved = {name: value.to(device) for name, value in self._tensors()}
         if dtype is not None and moved["x"].is_floating_point():
             moved["x"] = moved["x"].to(dtype)
+        if all(value is moved[name] for name, value in self._tensors()):
+            return self  # it is there already
         return dataclasses.replace(self, **moved)
 
     def __getitem__(self, rows: Sequence[int] | slice) -> Batch:

@@ -51,34 +51,34 @@ def defined(said: list[float], cost: list[float], beta: str) -> tuple[float, flo
 # ---- other programs --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("kind", ["square", "noise"])
-def test_equals_captum(kind, normalize):
+def test_equals_captum(kind):
     """On the same perturbations, of a trained net; captum wants a number for every channel."""
-    (x, labels), map = small_cnn_images(), torch.tensor(np.random.RandomState(0).randn(5, 32, 32)) * 0.1
-    metric = Infidelity(kind, samples=40, beta="any")
-    batch = Batch(tuple("abcde"), x.double(), labels)
-    found = score(metric, batch, map, Classifier(small_cnn(), dtype=torch.float64))
+    (x, labels), map = small_cnn_images(), torch.tensor(np.random.RandomState(0).randn(3, 32, 32)) * 0.1
+    metric, n = Infidelity(kind, samples=12, beta="any"), 12
+    batch, net = Batch(tuple("abc"), x[:3].double(), labels[:3]), small_cnn().double()
+    found = score(metric, batch, map, Classifier(net, dtype=torch.float64))
     if kind == "square":
         of = [torch.stack([mask((32, 32), *s) for s in drawn(metric, uid, (32, 32))]) for uid in batch.uids]
         change = torch.cat(of)[:, None].double().expand(-1, 3, -1, -1)  # binary
-        perturbed = batch.x.repeat_interleave(40, 0) * (1 - change)
+        perturbed = batch.x.repeat_interleave(n, 0) * (1 - change)
     else:
         low, high = (edge.view(-1, 1, 1, 1, 1) for edge in batch.x.flatten(1).aminmax(dim=1))
         stream = Noise(batch.uids)
-        draws = torch.stack([stream.normal(32, 32) for _ in range(40)], 1)[:, :, None].double()
+        draws = torch.stack([stream.normal(32, 32) for _ in range(n)], 1)[:, :, None].double()
         perturbed = (0.2 * (high - low) * draws).maximum(low).minimum(high).expand(-1, -1, 3, -1, -1).flatten(0, 1)
-        change = batch.x.repeat_interleave(40, 0) - perturbed
-    theirs = captum_infidelity(
-        small_cnn().double(),
-        lambda _: (change, perturbed),
-        batch.x,
-        map[:, None].expand(-1, 3, -1, -1) / 3,
-        target=labels,
-        n_perturb_samples=40,
-        normalize=normalize,
-    )
-    torch.testing.assert_close(found["infidelity" if normalize else "infidelity_unscaled"], theirs, rtol=1e-9, atol=0)
+        change = batch.x.repeat_interleave(n, 0) - perturbed
+    for name, normalize in (("infidelity", True), ("infidelity_unscaled", False)):
+        theirs = captum_infidelity(
+            net,
+            lambda _: (change, perturbed),
+            batch.x,
+            map[:, None].expand(-1, 3, -1, -1) / 3,
+            target=batch.target,
+            n_perturb_samples=n,
+            normalize=normalize,
+        )
+        torch.testing.assert_close(found[name], theirs, rtol=1e-9, atol=0)
 
 
 def test_all_squares_as_in_the_released_program():
@@ -223,13 +223,13 @@ def test_contract(fields):
 
 @pytest.mark.parametrize("words", ["zero", "delete"])
 def test_contract_of_texts(words):
-    batch = texts([*some_sentences(special=True), *some_sentences(), sentence(special=True)])
+    batch = texts([*some_sentences(special=True)[:3], *some_sentences()[3:], sentence(special=True)])
     map = some_map(batch)
-    map[5, 2] = torch.nan
+    map[2, 3] = torch.nan
     metric = Infidelity(samples=4, words=words)
     found = metric_contract(metric, lambda rows: text_classifier(lstm(), rows), batch, map)
     for name, value in found.items():
-        assert value.isnan().nonzero().flatten().tolist() == [5, 10], name  # a broken map, a text without words
+        assert value.isnan().nonzero().flatten().tolist() == [2, 5], name  # a broken map, a text without words
 
 
 @pytest.mark.parametrize("kind", ["square", "noise"])
@@ -239,7 +239,7 @@ def test_contract_of_sounds(kind):
     metric_contract(Infidelity(kind, samples=6), audio_classifier(), batch, map)
 
 
-@pytest.mark.parametrize("baseline", ["zero", "mean", "blur"])
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
 def test_input_difference_times_gradient_is_faithful_to_a_linear_net(baseline):
     batch, _ = samples()
     weight = torch.tensor(np.random.RandomState(1).randn(3, H, W))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from nets import golden, small_cnn, small_cnn_images
 from quantus_nets import SIDE, classifier, samples
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrib.metrics import Degradation, InsertionDeletion, Localisation, SensitivityN, quantus_metric
 from attrib.metrics.quantus import _classes
@@ -43,6 +43,78 @@ def old_numpy():
         warnings.simplefilter("ignore")
         patch.setattr(np, "trapz", np.trapezoid, raising=False)
         yield
+
+
+# ---- quantus itself ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["PixelFlipping", "Selectivity", "RegionPerturbation"])
+def test_column_of_a_curve_is_quantus_own_area(name):
+    """Against quantus, called as its documentation does, with the numpy function that it misses put back."""
+    given = {"features_in_step": 32} if name == "PixelFlipping" else {}
+    batch, map = samples(2)
+    metric, model = quantus_metric(name, given), classifier()
+    with old_numpy():
+        own = _classes()[name](**given, disable_warnings=True)
+        # One batch for both: nothing here depends on the others.
+        curves = own(
+            model=model.module, x_batch=batch.x.numpy(), y_batch=batch.target.numpy(), a_batch=map[:, None].numpy(),
+            channel_first=True,
+        )  # fmt: skip
+        area = own.get_auc_score
+    found = ours(metric, model, batch, map)
+    np.testing.assert_allclose(found[f"{metric.column}_curve"], np.stack(curves), atol=1e-6)
+    np.testing.assert_allclose(found[metric.column].mean(), area, rtol=1e-5, atol=1e-5)
+
+
+def test_area_for_each_sample_is_the_same_column_without_the_curve():
+    batch, map = samples(2)
+    assert quantus_metric("PixelFlipping", {"return_auc_per_sample": True}).CURVES == {}
+    whole, alone = (
+        theirs("PixelFlipping", classifier(), batch, map, features_in_step=32, return_auc_per_sample=only)
+        for only in (False, True)
+    )
+    np.testing.assert_allclose(alone["pixel_flipping"], whole["pixel_flipping"], rtol=1e-6)
+    assert list(alone) == ["pixel_flipping"]
+
+
+def test_softmax_is_quantus_default_or_the_given():
+    batch, map = samples(2)
+    p, default, logit = (
+        ours(quantus_metric("Selectivity", {}, softmax), classifier(), batch, map)["selectivity_curve"]
+        for softmax in (True, None, False)
+    )
+    assert (p == default).all()
+    assert (p > 0).all()
+    assert (logit < 0).any()
+
+
+class Attending(nn.Module):
+    """Its last layer by name is a softmax, which is not what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.attend = classifier().module, nn.Softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * (1 + self.attend(x)))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_softmax_inside_the_net_is_left_alone(softmax):
+    """quantus takes the last one that it finds for the output: it takes it out, or probabilities for granted."""
+    batch, map = samples(2)
+    model = Classifier(Attending())
+    found = ours(quantus_metric("Selectivity", {}, softmax), model, batch, map)["selectivity_curve"]
+    order = map.unfold(1, 8, 8).unfold(2, 8, 8).sum((3, 4)).flatten(1).argsort(1, descending=True)
+    for i, x in enumerate(batch.x):
+        image = x.clone()
+        for step, tile in enumerate(order[i].tolist()):
+            row, column = tile // 2 * 8, tile % 2 * 8
+            image[:, row : row + 8, column : column + 8] = x.min()
+            logits = model.logits(image[None])[0]
+            expected = (logits.softmax(0) if softmax else logits)[batch.target[i]].item()
+            assert found[i, step] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 # ---- deletion and pixel flipping --------------------------------------------------------------

@@ -82,6 +82,9 @@ class OnDisk:
         if self.saves == self.kill:
             raise KilledError
 
+    def wanted(self) -> bool:
+        return False
+
 
 def train(fit: ReadoutFit, model: Classifier, partial: OnDisk | None = None, data: Data | None = None):
     """The state, and what was reported."""

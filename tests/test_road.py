@@ -227,6 +227,30 @@ def test_full_blocks_of_whole_samples():
     assert Recorder.seen == [16, 16]
 
 
+def test_a_block_without_memory_is_made_again_of_unspoilt_images():
+    """Also where the net writes into its input before memory runs out."""
+
+    class Spoiling(nn.Module):
+        fails = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = net(x.clone())
+            x.zero_()
+            if self.fails:
+                self.fails -= 1
+                raise torch.OutOfMemoryError("out of memory")
+            return logits
+
+    (batch, map), net = samples(2), small_net().double()
+    expected = score(ROAD(shares=(0.2, 0.5)), batch, map)
+    model = classifier(4, Spoiling())
+    model.module.fails = 1
+    found = score(ROAD(shares=(0.2, 0.5)), batch, map, model)
+    assert model.rows == 2
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12)
+
+
 def test_errors():
     batch, map = samples()
     with pytest.raises(ValueError, match="does not fit"):

@@ -124,6 +124,16 @@ def test_correlation():
     a, b = torch.tensor(r.randn(2, 5, 30))
     np.testing.assert_allclose(correlation(a, b), [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)])
     assert correlation(torch.full((1, 9), 0.1).double().cumsum(0), b[:1, :9]).item() == 0
+    assert correlation(a[:1].index_fill(1, torch.tensor([2]), torch.nan), b[:1]).isnan().all()
+
+
+def test_no_positive_label_is_not_defined():
+    """Then there is no score that anything could go with."""
+    batch, map = samples(2)
+    batch = Batch(batch.uids, batch.x, torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0]]))
+    found = score(SensitivityN(points=2, samples=4), batch, map)
+    assert found["sensitivity_n"].isnan().tolist() == [False, True]
+    assert found["sensitivity_n_curve"].isnan().all(1).tolist() == [False, True]
 
 
 def test_errors():

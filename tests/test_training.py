@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -385,6 +386,16 @@ def test_what_is_said_when_stopped(command, monkeypatch):
 
 def _stop(*_, **__):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop(command, monkeypatch, number):
+    """By Slurm, say: the state of the last whole epoch is there, so there is nothing to wait for."""
+    monkeypatch.setattr(recipe, "fit", lambda *_, **__: [os.kill(os.getpid(), number), time.sleep(30)])
+    start = time.monotonic()
+    result = command(*TINY)
+    assert (result.status, time.monotonic() - start < 20) == (75, True)
+    assert "the same command goes on after the last whole epoch" in result.err
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

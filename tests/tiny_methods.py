@@ -1,6 +1,6 @@
 """Methods that fail, as a user's own might, and a metric that tells what it was given."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -39,6 +39,21 @@ class Broken(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         return {"mapp": noise.uniform(*batch.x.shape[-2:])}
+
+
+during: Callable[[Batch], object] = len  # what happens within a batch of ``Eventful``, for a test to set
+
+
+@dataclass(frozen=True)
+class Eventful(Method):
+    """Noise and input, while something else happens."""
+
+    VERSION: ClassVar[int] = 1
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "noise and input"}
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        during(batch)
+        return {"map": noise.uniform(*batch.x.shape[-2:]) + batch.x.mean(1)}
 
 
 @dataclass(frozen=True)

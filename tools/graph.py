@@ -35,6 +35,7 @@ from attrib.causal.stability import bootstrap, soft
 from attrib.causal.subnetwork import effect, summary
 from attrib.config import experiment, options_of, resolved
 from attrib.experiment import Experiment
+from attrib.interrupt import LEFT, Interrupted, Stop, ended, leave, watching
 from attrib.memory import keep_freed_memory
 from attrib.plan import Options, plan
 from attrib.states import load_state
@@ -86,14 +87,14 @@ def _layers(graphs: Mapping[int, ClassGraph], names: Mapping[int, str]) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def write(cell: Experiment, options: Options, wanted: Wanted) -> Path:
+def write(cell: Experiment, options: Options, wanted: Wanted, stop: Stop) -> Path:
     """All files that are wanted; returns their folder."""
     fit, model, root = cell.method.fit, cell.model, Path(options.root)
     if not isinstance(fit, CausalGraphs):
         raise UserError(f"method {cell.names['method']} has no causal graphs; take method=causal_paths")
     estimation = cell.estimation_samples(options.read)
     key = cell.state_key(estimation)
-    state = load_state(root, key, fit, model, estimation)
+    state = load_state(root, key, fit, model, estimation, stop)
     folder = Path(wanted.out or root / "graphs" / f"{cell.names['dataset']}.{cell.names['model']}.{key[:8]}")
     chosen = fit.choose(model, estimation, lambda _: None) if "stability" in wanted.do else {}
     structure = Structure(model.module, estimation.batch(estimation.uids[:1]).x)
@@ -148,9 +149,13 @@ def _wanted(plain: dict[str, Any]) -> Wanted:
 def main(config: DictConfig) -> None:
     global status
     try:
-        plain = resolved(config)
-        wanted = _wanted(plain)
-        print(f"wrote {write(experiment(plain), options_of(plain['run']), wanted)}")
+        with watching() as stop, stop.at_once():
+            plain = resolved(config)
+            wanted = _wanted(plain)
+            print(f"wrote {write(experiment(plain), options_of(plain['run']), wanted, stop)}")
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on", flush=True)
+        sys.exit(LEFT)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
@@ -163,5 +168,4 @@ if __name__ == "__main__":
     sys.path.append(str(Path.cwd()))  # as in tools/run.py
     if not any(argument.startswith("method=") for argument in sys.argv[1:]):
         sys.argv.insert(1, "method=causal_paths")
-    main()
-    sys.exit(status)
+    leave(ended(main) or status)

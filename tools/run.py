@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
 from attrib import paper
+from attrib.cluster import slurm, submission
+from attrib.cluster.ranks import of_rank
 from attrib.config import build, experiment, options_of, resolved
+from attrib.interrupt import LEFT, Interrupted, ended, leave, watching
 from attrib.memory import keep_freed_memory
 from attrib.plan import Options, plan
-from attrib.run import run
 from attrib.types import UserError
+
+if TYPE_CHECKING:
+    from attrib.loop import Summary
 
 status = 0  # of the process: a grid goes on after a failure, but does not hide it
 
@@ -30,27 +37,66 @@ def _options(config: dict) -> Options:
         name: [build(node, f"run.{name}") if "_target_" in node else node for node in config[name]]
         for name in ("hooks", "vis_backends")
     }
-    return options_of({**config, **extras})
+    return of_rank(options_of({**config, **extras}), os.environ)
+
+
+def _ready() -> None:
+    """What a process needs that computes: this one, or a task of Slurm's, where this file is not the program."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("attrib").setLevel(logging.INFO)
+    keep_freed_memory()
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # so that _target_: my_module.MyMethod finds a file beside you
+
+
+def _cell(config: DictConfig) -> tuple[int, Summary | None, str]:
+    """One cell: the exit status, what was done, and that in words. Prints as it goes."""
+    with watching() as stop:  # here too, because a launcher may call this in a process of its own, without ``main``
+        try:
+            with stop.at_once():
+                plain = resolved(config)
+                options = _options(plain["run"])
+                cell = experiment(plain)
+                if options.dry:
+                    print(plan(cell, options))
+                    return 0, None, "dry"
+            from attrib.run import run  # brings mmengine, which takes as long to import as all the rest
+
+            summary = run(cell, options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2, None, f"error: {error}"
+        except Interrupted as stopped:
+            said = f"{stopped}; the same command goes on"
+            print(said, flush=True)
+            return LEFT, None, said
+        said = f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}"
+        print(said, flush=True)
+        if summary.stopped:
+            print(summary.ending, flush=True)
+            return LEFT, summary, summary.ending
+        nothing = not (summary.maps_computed or summary.maps_present)
+        return 3 if summary.failed and (options.strict or nothing) else 0, summary, said
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent / "configs"), config_name="run")
 def one(config: DictConfig) -> None:
     global status
+    if submission.in_task():
+        submission.begin()
+        _ready()
     try:
-        plain = resolved(config)
-        options = _options(plain["run"])
-        cell = experiment(plain)
-        if options.dry:
-            print(plan(cell, options))
-            return
-        summary = run(cell, options)
-        print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
-        nothing = not (summary.maps_computed or summary.maps_present)
-        if summary.failed and (options.strict or nothing):
-            status = max(status, 3)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = max(status, 2)
+        code, summary, said = _cell(config)
+    except Exception as error:
+        if not submission.in_task():
+            raise
+        traceback.print_exc()  # else Hydra hands it to submitit, and Slurm calls the task COMPLETED
+        code, summary, said = 1, None, f"{type(error).__name__}: {error}"
+    status = max(status, code)
+    if submission.in_task():
+        submission.hand_in(code, summary, said)
+    if code == LEFT:
+        sys.exit(LEFT)  # ends a grid as a whole
 
 
 def commands(arguments: Sequence[str]) -> list[list[str]]:
@@ -65,12 +111,12 @@ def commands(arguments: Sequence[str]) -> list[list[str]]:
     known, rest = parser.parse_known_args(arguments)
     names = [a.removeprefix("paper=") for a in rest if a.startswith("paper=")]
     if not names or names[-1] == "null":
-        return [list(arguments)]
+        return [slurm.with_shards(arguments)]
     if not known.multirun:
         if any(a.startswith("paper.") for a in rest):
             raise UserError("paper.* says what a table is; add -m to run it")
         return [list(arguments)]
-    if strange := [a for a in rest if a.startswith(("-", "hydra"))]:
+    if strange := [a for a in rest if a.startswith(("-", "hydra", "run=slurm"))]:
         raise UserError(
             f"-m paper={names[-1]} runs one cell after the other and knows no {strange[0]}; for a cluster, "
             f"tools/table.py paper={names[-1]} --commands prints the command of each"
@@ -79,26 +125,44 @@ def commands(arguments: Sequence[str]) -> list[list[str]]:
     return [preset.arguments(job) for job in preset.jobs]
 
 
+def _launched(program: str, arguments: Sequence[str]) -> int | None:
+    """Have Slurm do it, or print how (``run.dry=true``): the exit status. None where Slurm is not asked for.
+
+    Raises UserError.
+    """
+    grid = slurm.grid(arguments, os.environ)
+    if grid is None:
+        return None
+    if grid.dry:
+        about = slurm.estimate(grid, slurm.plans(grid))
+        print(slurm.script(grid, sys.executable, str(Path(program).resolve()), Path.cwd(), about), end="")
+        return 0
+    submission.check()
+    with watching() as stop:
+        return submission.submit(one, grid.root, stop)
+
+
 def main() -> None:
     global status
     program, *arguments = sys.argv
-    try:
-        lines = commands(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 2
-        return
-    for line in lines:
-        sys.argv = [program, *line]
-        one()
+    with watching() as stop:
+        try:
+            with stop.at_once():
+                for line in commands(arguments):
+                    sys.argv = [program, *line]
+                    code = _launched(program, line)
+                    if code is None:
+                        one()
+                    else:
+                        status = max(status, code)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            status = 2
+        except Interrupted as stopped:  # between two cells
+            print(f"{stopped}; the same command goes on", flush=True)
+            sys.exit(LEFT)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("attrib").setLevel(logging.INFO)
-    keep_freed_memory()
-    # A polite kill flushes what is finished; an impolite one loses at most a few seconds.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyMethod finds a file beside you
-    main()
-    sys.exit(status)
+    _ready()
+    leave(ended(main) or status)

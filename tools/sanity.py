@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.text import Text
 from attrib import sanity
 from attrib.config import build, example, experiment, options_of, resolved
 from attrib.formats import to_terminal
+from attrib.interrupt import LEFT, Interrupted, ended, leave, watching
 from attrib.memory import keep_freed_memory
 from attrib.models.randomise import Randomise, weighted_layers
 from attrib.plan import Options, plan
@@ -60,6 +60,9 @@ def check(config: Mapping[str, Any]) -> None:
             return
         summary = run(cell, options)
         print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
+        if summary.stopped:
+            print(summary.ending, flush=True)
+            sys.exit(LEFT)
         if summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present)):
             status = max(status, 3)
 
@@ -87,7 +90,11 @@ def check(config: Mapping[str, Any]) -> None:
 def main(config: DictConfig) -> None:
     global status
     try:
-        check(resolved(config))
+        with watching() as stop, stop.at_once():
+            check(resolved(config))
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on", flush=True)
+        sys.exit(LEFT)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = max(status, 2)
@@ -108,12 +115,12 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("attrib").setLevel(logging.INFO)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyMethod finds a file beside you
-    main()
+    if code := ended(main):
+        leave(code)
     try:
         draw()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = max(status, 2)
-    sys.exit(status)
+    leave(status)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from attrib import formats, paper, paper_table, tables
-from attrib.plan import Options
+from attrib import formats, tables
 from attrib.types import UserError
 
 FORMATS = ("csv", "md", "tex", "terminal")
@@ -118,6 +117,9 @@ def draw(args: argparse.Namespace) -> str | None:
 def draw_paper(args: argparse.Namespace, kind: str) -> str | None:
     if args.wide or args.ranks or args.rows or args.where or args.pairs is not None:
         raise UserError("paper=NAME has one layout: no --wide, --ranks, --rows, --where, --pairs")
+    from attrib import paper, paper_table  # compose configurations, which takes seconds to import
+    from attrib.plan import Options
+
     name, *overrides = args.root
     preset = paper.load(name.removeprefix("paper="), overrides, args.config_dir)
     roots = [o.removeprefix("run.root=") for o in preset.how if o.startswith("run.root=")]

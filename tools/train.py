@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from attrib.interrupt import LEFT, Interrupted, ended, leave, watching
 from attrib.memory import keep_freed_memory
 from attrib.training.recipe import train
 from attrib.types import UserError
@@ -24,21 +24,20 @@ def main(config: DictConfig) -> None:
     global status
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        print(train(plain), flush=True)
+        with watching() as stop, stop.at_once():  # the state of the last whole epoch is there
+            print(train(plain), flush=True)
     except (UserError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = max(status, 2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         how = "without train.restart the same command" if config.train.get("restart") else "the same command"
         print(f"stopped; {how} goes on after the last whole epoch", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(LEFT)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("attrib").setLevel(logging.INFO)
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyNet finds a file beside you
-    main()
-    sys.exit(status)
+    leave(ended(main) or status)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import signal
 
-from attrib.datasets.files import existing_folder, read_rows, uids_of
+from attrib.datasets.files import InFiles, existing_folder, read_rows, uids_of
 from attrib.datasets.wav import FASTEST, SLOWEST, Sound, read_wav
 from attrib.keys import digest
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
@@ -55,6 +54,8 @@ class WaveTransform:
         """(length,) float32, what the network hears, before normalisation."""
         samples = np.asarray(sound.samples, np.float64)
         if sound.rate != self.rate:
+            from scipy import signal  # takes a second to import
+
             common = math.gcd(sound.rate, self.rate)
             samples = signal.resample_poly(samples, self.rate // common, sound.rate // common)
         skip = self._skipped(len(samples))
@@ -105,7 +106,7 @@ class AudioDataset(ABC):
         self.names = dict(names or {})
         self.key = digest(type(self).__qualname__, transform, about)
         self._marked = marked
-        self._fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
     @abstractmethod
     def sound(self, uid: str) -> Sound:
@@ -134,14 +135,14 @@ class AudioDataset(ABC):
         return self.transform.wave(self.sound(uid))
 
     def fingerprint(self, uid: str) -> str:
-        if uid not in self._fingerprints:
+        if uid not in self.fingerprints:
             try:
                 content = hashlib.sha256(self.content(uid)).hexdigest()
                 value = digest(content, self.label(uid), self.intervals(uid))[:16]
             except (OSError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
-            self._fingerprints[uid] = value
-        return self._fingerprints[uid]
+            self.fingerprints[uid] = value
+        return self.fingerprints[uid]
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """x (B, 1, L) float32, normalised; target (B,); roi (B, L) bool. Raises SampleError."""
@@ -164,7 +165,7 @@ class AudioDataset(ABC):
         return float(self.transform.mask(intervals, self.sound(uid)).mean()) if intervals else None
 
 
-class WavFolder(AudioDataset):
+class WavFolder(InFiles, AudioDataset):
     """Recordings, one folder per class: ``<root>/<class>/*.wav``, at any depth. See ``wav`` for the formats.
 
     intervals   CSV file,start,end: the path below the root, and seconds between which the evidence lies;
@@ -200,6 +201,12 @@ class WavFolder(AudioDataset):
 
     def content(self, uid: str) -> bytes:
         return (self._root / self._files[uid]).read_bytes()
+
+    def sources(self, uid: str) -> tuple[str, ...]:
+        return (os.path.abspath(self._root / self._files[uid]),)
+
+    def described(self, uid: str) -> tuple[Any, ...]:
+        return self.label(uid), self.intervals(uid)
 
     @contextmanager
     def _blame(self, uid: str) -> Iterator[None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from attrib.datasets.arrays import check_split
-from attrib.datasets.files import existing_folder, parse_box
+from attrib.datasets.files import InFiles, existing_folder, parse_box
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -43,7 +44,7 @@ def _text(value: Any, where: str) -> str:
     raise UserError(f"{where} is {type(value).__name__}, not a text")
 
 
-class StanfordCars(ImageDataset):
+class StanfordCars(InFiles, ImageDataset):
     """Images in ``cars_train/`` and ``cars_test/`` below ``root``, MATLAB tables in ``devkit/`` (Krause et al., 2013).
 
     cars_meta.mat holds the 196 classes, cars_train_annos.mat and cars_test_annos_withlabels.mat (in devkit/
@@ -96,6 +97,12 @@ class StanfordCars(ImageDataset):
 
     def boxes(self, uid: str) -> tuple[Box, ...]:
         return (self._boxes[uid],)
+
+    def sources(self, uid: str) -> tuple[str, ...]:
+        return (os.path.abspath(self._images / self._files[uid]),)
+
+    def described(self, uid: str) -> tuple[Any, ...]:
+        return self.label(uid), self.boxes(uid)
 
     def file(self, uid: str) -> str:
         return str(self._images / self._files[uid])

@@ -7,10 +7,13 @@ import importlib.util
 import json
 import math
 import os
+import posixpath
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 from attrib.datasets.transform import Box
 from attrib.types import UserError
@@ -47,7 +50,8 @@ def image_files(root: Path) -> list[str]:
     for a folder that may not be listed.
     """
 
-    def walk(folder: Path, inside: tuple[str, ...]) -> Iterator[str]:
+    # Strings, because a hundred thousand Path objects take seconds.
+    def walk(folder: str, relative: str, inside: tuple[str, ...]) -> Iterator[str]:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
@@ -58,23 +62,19 @@ def image_files(root: Path) -> list[str]:
             if entry.is_dir():
                 real = os.path.realpath(entry.path)
                 if real not in inside:
-                    yield from walk(Path(entry.path), (*inside, real))
-            elif PurePosixPath(entry.name).suffix.lower() in SUFFIXES:
-                yield Path(entry.path).relative_to(root).as_posix()
+                    yield from walk(entry.path, f"{relative}{entry.name}/", (*inside, real))
+            elif posixpath.splitext(entry.name)[1].lower() in SUFFIXES:
+                yield relative + entry.name
 
-    return sorted(walk(root, (os.path.realpath(root),)))
+    return sorted(walk(os.fspath(root), "", (os.path.realpath(root),)))
 
 
 def uids_of(files: Sequence[str]) -> dict[str, str]:
     """uid -> file. A uid is the path without its extension; files that would share one keep theirs."""
-    stems = Counter(str(PurePosixPath(f).with_suffix("")) for f in files)
+    stems = [posixpath.splitext(f)[0] for f in files]
+    count = Counter(stems)
     known = set(files)  # the stem of "a.jpg.png" is the whole name of "a.jpg"
-
-    def uid(file: str) -> str:
-        stem = str(PurePosixPath(file).with_suffix(""))
-        return file if stems[stem] > 1 or stem in known else stem
-
-    return {uid(f): f for f in files}
+    return {f if count[stem] > 1 or stem in known else stem: f for f, stem in zip(files, stems, strict=True)}
 
 
 def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tuple[str, dict[str, str]]]:
@@ -98,6 +98,24 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
             if row[column] is None:
                 raise UserError(f"{where}: no value for {column}")
     return rows
+
+
+class InFiles(ABC):
+    """Datasets that can tell what a fingerprint depends on without reading it, see ``attrib.fingerprints``.
+
+    fingerprints   those that this object knows, by uid
+    A subclass that reads other files gives ``sources`` anew; where it does not, every file is read at every start.
+    """
+
+    fingerprints: dict[str, str]
+
+    @abstractmethod
+    def sources(self, uid: str) -> tuple[str, ...]:
+        """Absolute paths of every file whose content matters, also of one that need not be there."""
+
+    @abstractmethod
+    def described(self, uid: str) -> tuple[Any, ...]:
+        """What matters besides and does not come from these files, such as the label; ``repr`` must say all of it."""
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from attrib.datasets.files import Classes, existing_folder, image_files, read_boxes, read_classes, read_labels, uids_of
+from attrib.datasets.files import (
+    Classes,
+    InFiles,
+    existing_folder,
+    image_files,
+    read_boxes,
+    read_classes,
+    read_labels,
+    uids_of,
+)
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.types import SampleError, UserError
 
 
-class ImageFolder(ImageDataset):
+class ImageFolder(InFiles, ImageDataset):
     """All images below ``root``.
 
     labels   CSV file,label (the path below root; a class index or a name in ``classes``), for every image
@@ -41,6 +51,7 @@ class ImageFolder(ImageDataset):
     ) -> None:
         self._root = existing_folder(root, "dataset.root")
         self._unit_root = existing_folder(units, "dataset.units") if units else None
+        self._top = os.path.abspath(self._root)
         files = image_files(self._root)
         if not files:
             raise UserError(f"dataset.root: {self._root} holds no images")
@@ -59,6 +70,13 @@ class ImageFolder(ImageDataset):
     def open(self, uid: str) -> BinaryIO:
         return open(self._root / self._files[uid], "rb")
 
+    def sources(self, uid: str) -> tuple[str, ...]:
+        image = os.path.join(self._top, self._files[uid])
+        return (image,) if self._unit_root is None else (image, os.path.abspath(self._unit_file(uid)))
+
+    def described(self, uid: str) -> tuple[Any, ...]:
+        return self.label(uid), self.boxes(uid)
+
     def label(self, uid: str) -> int:
         return self._labels[uid]
 
@@ -68,7 +86,7 @@ class ImageFolder(ImageDataset):
     def units(self, uid: str) -> np.ndarray | None:
         if self._unit_root is None:
             return None
-        file = (self._unit_root / self._files[uid]).with_suffix(".png")
+        file = self._unit_file(uid)
         try:
             with Image.open(file) as image:
                 found, size = np.asarray(image), image.size
@@ -77,6 +95,9 @@ class ImageFolder(ImageDataset):
         if found.ndim != 2 or size != self.size(uid):
             raise SampleError(f"{file}: must be gray and of its image's size {self.size(uid)}, not {found.shape[::-1]}")
         return found
+
+    def _unit_file(self, uid: str) -> Path:
+        return (self._unit_root / self._files[uid]).with_suffix(".png")
 
     def file(self, uid: str) -> str:
         return str(self._root / self._files[uid])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from attrib.datasets.files import existing_folder, image_files, parse_box, read_classes, uids_of
+from attrib.datasets.files import InFiles, existing_folder, image_files, parse_box, read_classes, uids_of
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -50,7 +51,7 @@ def read_voc(path: Path) -> Annotation:
     return Annotation(boxes, (width, height) if width > 0 and height > 0 else None)
 
 
-class ImageNet(ImageDataset):
+class ImageNet(InFiles, ImageDataset):
     """``images/<split>/<wnid>/*.JPEG`` below ``root``, with ``imagenet_class_index.json``.
 
     Boxes come from ``annotations/<split>/<wnid>/*.xml`` or ``annotations/<split>/*.xml``, where there
@@ -91,11 +92,22 @@ class ImageNet(ImageDataset):
         return self._labels[self._wnid(uid)]
 
     def boxes(self, uid: str) -> tuple[Box, ...]:
-        file = Path(self._files[uid]).with_suffix(".xml")
-        for path in (self._annotations / file, self._annotations / file.name):
+        for path in self._annotation_files(uid):
             if path.exists():
                 return self._scaled(read_voc(path), uid)
         return ()
+
+    def _annotation_files(self, uid: str) -> tuple[Path, Path]:
+        """Where they may lie; the first that exists counts."""
+        file = Path(self._files[uid]).with_suffix(".xml")
+        return self._annotations / file, self._annotations / file.name
+
+    def sources(self, uid: str) -> tuple[str, ...]:
+        files = self._images / self._files[uid], *self._annotation_files(uid)
+        return tuple(map(os.path.abspath, files))
+
+    def described(self, uid: str) -> tuple[Any, ...]:
+        return self.label(uid), self._wnid(uid)
 
     def _scaled(self, annotation: Annotation, uid: str) -> tuple[Box, ...]:
         boxes = annotation.boxes.get(self._wnid(uid), ())

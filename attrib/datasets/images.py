@@ -69,7 +69,7 @@ class ImageDataset(ABC):
         self.names = dict(names or {})
         self.key = digest(type(self).__qualname__, transform)
         self._boxed = boxed
-        self._fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
     @abstractmethod
     def open(self, uid: str) -> BinaryIO:
@@ -112,7 +112,7 @@ class ImageDataset(ABC):
             raise SampleError(f"{self.file(uid)}: {error or type(error).__name__}") from error
 
     def fingerprint(self, uid: str) -> str:
-        if uid not in self._fingerprints:
+        if uid not in self.fingerprints:
             try:
                 with self.open(uid) as stream:
                     content = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -121,8 +121,8 @@ class ImageDataset(ABC):
                 value = digest(content, self.label(uid), self.boxes(uid), *more)[:16]
             except (OSError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
-            self._fingerprints[uid] = value
-        return self._fingerprints[uid]
+            self.fingerprints[uid] = value
+        return self.fingerprints[uid]
 
     def batch(self, uids: Sequence[str]) -> Batch:
         rows = [self._row(uid) for uid in uids]

@@ -67,6 +67,8 @@ class Selection:
             left = keep(f"select.min_confidence={self.min_confidence}", sure)
         if not left:
             raise UserError(f"no sample is left of {len(dataset.uids)}: {', '.join(removed)}")
+        if self.count is None:
+            return tuple(sorted(left))
         ranked = sorted(left, key=lambda uid: (stable_hash(f"{self.seed}/{uid}"), uid))
         return tuple(sorted(ranked[: self.count]))
 

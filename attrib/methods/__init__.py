@@ -38,6 +38,10 @@ class Partial(Protocol):
 
     def save(self, state: State) -> None: ...
 
+    def wanted(self) -> bool:
+        """Whether the job was told to stop: a fit whose steps are long saves now, and then reports."""
+        ...
+
 
 class Fit(Protocol):
     """What a method needs to know of the data before it can explain anything.

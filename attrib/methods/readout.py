@@ -208,7 +208,7 @@ class ReadoutFit:
                         f"{where}: the bottleneck is closed everywhere, where it has no gradient; lower method.lr "
                         "or method.beta"
                     )
-                if last or time.monotonic() - saved >= SAVE_SECONDS:
+                if last or partial.wanted() or time.monotonic() - saved >= SAVE_SECONDS:
                     adam = {f"adam.{name}": value for name, value in optimizer.moments().items()}
                     partial.save({**now(), **adam, "readable": state["readable"]})
                     saved = time.monotonic()

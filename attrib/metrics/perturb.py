@@ -228,6 +228,7 @@ def _score_made(
         # One buffer for all blocks: fresh memory would have to be fetched from the system first.
         count, row = rows.stop - rows.start, rows.start
         if not count <= len(buffer) < 2 * count:
+            buffer = like[:0]  # the old one goes first
             buffer = torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device)
         while row < rows.stop:
             i, column = divmod(row, columns)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 import io
 import random
@@ -47,6 +48,8 @@ CURVES: Mapping[str, str] = {  # what their points are; all but ROAD have an are
     "Selectivity": "x: patches removed, most relevant first; y: score of the target",
     "ROAD": "x: percentages of pixels removed, most relevant first; y: 1 where the target is still predicted",
 }
+# Those of ``similarity_func`` that grow with likeness; the others fall.
+ALIKE = ("correlation_pearson", "correlation_spearman", "correlation_kendall_tau", "ssim")
 OURS = ("return_aggregate", "aggregate_func", "disable_warnings", "display_progressbar", "default_plot_func")
 
 
@@ -58,10 +61,12 @@ class Quantus:
     parameters   arguments of its constructor, by name; what is left out has quantus' own default. A function is
                  given by its name in ``quantus.functions``, such as perturb_func: batch_uniform_noise
     softmax      whether it sees probabilities or logits; None: quantus' own default for it
+    version      that of quantus, so that scores by another one have another key; not to be given
 
     The column is the class's name in snake case. Its direction is ``score_direction`` of the class, but for
     RegionPerturbation, which declares "lower" and returns how far the score *fell*: "higher" in the order morf,
-    "lower" in the order lerf, "none" at random.
+    "lower" in the order lerf, "none" at random. With a ``similarity_func`` that grows where quantus' own choice falls,
+    such as a distance for a correlation, it is "none".
 
     A curve (PixelFlipping, RegionPerturbation, Selectivity) becomes a column as in quantus' ``get_auc_score``: its
     area in steps, by the trapezoid rule; that of ROAD by its mean. Answers of yes or no are 1 and 0.
@@ -83,9 +88,17 @@ class Quantus:
     metric: str = "Sparseness"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     softmax: bool | None = None
+    version: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self._check()
+        object.__setattr__(self, "version", _version())
+        classes = _classes()
+        if self.metric not in classes:
+            near = difflib.get_close_matches(self.metric, list(classes), n=3, cutoff=0.5)
+            hint, usable = f"; near names: {', '.join(near)}" if near else "", sorted(set(classes) - set(REFUSED))
+            raise UserError(f"quantus has no metric {self.metric!r}{hint} (it has: {', '.join(usable)})")
+        if self.metric in REFUSED:
+            raise UserError(f"quantus' {self.metric} cannot be used here: it {REFUSED[self.metric]}")
         if not isinstance(self.parameters, Mapping):
             raise UserError(f"Quantus.parameters is {self.parameters!r}, must be names and values")
         if self.metric in EXPLAINS and not isinstance(self, Explaining):
@@ -101,16 +114,6 @@ class Quantus:
         with _contained(0):
             self._made()
 
-    def _check(self) -> None:
-        classes = _classes()
-        usable = sorted(set(classes) - set(REFUSED))
-        if self.metric not in classes:
-            near = difflib.get_close_matches(self.metric, list(classes), n=3, cutoff=0.5)
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise UserError(f"quantus has no metric {self.metric!r}{hint} (it has: {', '.join(usable)})")
-        if self.metric in REFUSED:
-            raise UserError(f"quantus' {self.metric} cannot be used here: it {REFUSED[self.metric]}")
-
     def _class(self) -> Any:
         return _classes()[self.metric]
 
@@ -122,7 +125,7 @@ class Quantus:
         silent = {"return_aggregate": False, "disable_warnings": True, "display_progressbar": False}
         try:
             return self._class()(**copy.deepcopy(given), **more, **silent)
-        except (AssertionError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # quantus raises anything
             raise UserError(f"quantus' {self.metric} refuses {dict(self.parameters)}: {error}") from error
 
     # ---- what it declares ---------------------------------------------------------------------
@@ -152,6 +155,9 @@ class Quantus:
         if self.metric == "RegionPerturbation":
             order = str(self.parameters.get("order", "morf")).lower()
             return {"morf": "higher", "lerf": "lower"}.get(order, "none")
+        similar, falls = self.parameters.get("similarity_func"), self._class().evaluation_category.value == "Robustness"
+        if similar is not None and (similar in ALIKE) == falls:
+            return "none"
         return self._class().score_direction.value
 
     def _has_curve(self) -> bool:
@@ -159,18 +165,15 @@ class Quantus:
 
     # ---- scores -------------------------------------------------------------------------------
 
-    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
+    def score(
+        self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain | None = None
+    ) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> a column (B,), and for some a curve (B, S); float64 on the CPU.
 
         Raises UserError for a dataset without regions where they are needed, for several labels a sample and for
         ROAD on images with more than one channel; ValueError if the map does not fit; SampleError for what quantus
         refuses.
         """
-        return self._score(model, batch, map, noise, None)
-
-    def _score(
-        self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain | None
-    ) -> dict[str, Tensor]:
         if batch.x.ndim < 3 or map.shape != (len(batch), *batch.x.shape[2:]):
             raise ValueError(f"Quantus: a map of shape {tuple(map.shape)} does not fit {tuple(batch.x.shape)}")
         if batch.target.ndim != 1:
@@ -189,20 +192,21 @@ class Quantus:
         extra: dict[str, Any] = {}
         if self.metric == "RandomLogit" and "num_classes" not in self.parameters and defined.any():
             extra["num_classes"] = model.logits(batch.x[:1].to(model.device, model.dtype)).shape[1]
-        # One metric hangs hooks into the net and names its layers: it gets the net itself, a copy in float32.
-        plain = self.metric == "RelativeRepresentationStability"
-        net = copy.deepcopy(model.module).float() if plain else _Net(model)
-        where = {"device": str(model.device)} if plain else {}
+        default = bool(_parameters(self._class().__call__)["softmax"].default)
+        net, how = _Net(model), {"softmax": default if self.softmax is None else self.softmax}
+        if self.metric == "RelativeRepresentationStability":
+            # It hangs hooks into the net and names its layers: it gets the net itself, a copy in float32. Of its
+            # output it takes the largest at most; softmax, so that quantus takes no layer out.
+            net, how = copy.deepcopy(model.module).float(), {"softmax": True, "device": str(model.device)}
         found = [
-            self._one(net, where, batch[[i]], map[i : i + 1], seeds[i], explain, extra) if defined[i] else None
+            self._one(net, how, batch[[i]], map[i : i + 1], seeds[i], explain, extra) if defined[i] else None
             for i in range(len(batch))
         ]
         return self._columns(found)
 
     def _columns(self, found: list[np.ndarray | None]) -> dict[str, Tensor]:
         """One row per sample; a curve also as a number."""
-        length = max((len(values) for values in found if values is not None), default=1)
-        rows = np.full((len(found), length), np.nan)
+        rows = np.full((len(found), max((len(v) for v in found if v is not None), default=1)), np.nan)
         for row, values in zip(rows, found):
             if values is not None:
                 row[: len(values)] = values
@@ -215,7 +219,7 @@ class Quantus:
     def _one(
         self,
         net: nn.Module,
-        where: Mapping[str, str],
+        how: Mapping[str, Any],
         given: Batch,
         map: Tensor,
         seed: int,
@@ -230,14 +234,11 @@ class Quantus:
             target = torch.as_tensor(np.asarray(targets)).to(given.target)
             return _numpy(explain(replace(given, x=x, target=target))[:, None])
 
-        extra = dict(extra)
         if self.metric == "RandomLogit" and "seed" not in self.parameters:
-            extra["seed"] = seed % 2**32  # it seeds itself, with the same number for all samples
+            extra = {**extra, "seed": seed % 2**32}  # it seeds itself, with the same number for all samples
         try:
             with _contained(seed):
-                metric = self._made(**extra)
-                softmax = _parameters(type(metric).__call__)["softmax"].default
-                result = metric(
+                result = self._made(**extra)(
                     model=net,
                     x_batch=_numpy(given.x),
                     y_batch=_numpy(given.target),
@@ -245,9 +246,8 @@ class Quantus:
                     s_batch=_numpy(given.roi.bool()[:, None]) if self.NEEDS_ROI else None,
                     explain_func=explained,
                     channel_first=True,
-                    softmax=bool(softmax) if self.softmax is None else self.softmax,
                     batch_size=1,
-                    **where,
+                    **how,
                 )
             values = list(result.values()) if isinstance(result, Mapping) else result[0]
             return np.atleast_1d(np.asarray(values, dtype=np.float64))
@@ -265,10 +265,6 @@ class ExplainingQuantus(Quantus, Explaining):
     """A metric of quantus that asks for maps of other inputs, or of another class; each costs as much as a map."""
 
     metric: str = "MaxSensitivity"
-
-    def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
-        """See ``Quantus.score``."""
-        return self._score(model, batch, map, noise, explain)
 
 
 def quantus_metric(
@@ -290,6 +286,14 @@ def _quantus() -> Any:
         raise UserError(f"metrics of quantus need the package quantus ({error}); try: pip install quantus") from error
 
 
+def _version() -> str:
+    _quantus()
+    version = importlib.metadata.version("quantus")
+    if not version.startswith("0.6"):
+        raise UserError(f"attrib knows quantus 0.6, not {version}, which is installed; try: pip install 'quantus<0.7'")
+    return version
+
+
 def _classes() -> dict[str, Any]:
     """Class name -> metric."""
     return {kind.__name__: kind for group in _quantus().AVAILABLE_METRICS.values() for kind in group.values()}
@@ -309,9 +313,8 @@ def _function(name: str, value: Any) -> Any:
     wants = name.endswith("_func") or name in ("norm_numerator", "norm_denominator")
     if not (wants and isinstance(value, str)) or name == "loss_func":  # loss_func is a name for quantus too
         return value
-    modules = [importlib.import_module(f"quantus.functions.{module}") for module in _FUNCTIONS]
     known: dict[str, Callable[..., Any]] = {}
-    for module in modules:
+    for module in (importlib.import_module(f"quantus.functions.{name}") for name in _FUNCTIONS):
         own = inspect.getmembers(module, inspect.isfunction)
         known |= {key: function for key, function in own if function.__module__ == module.__name__}
     if value not in known:
@@ -333,11 +336,14 @@ def _numpy(value: Tensor) -> np.ndarray:
 
 
 class _Net(nn.Module):
-    """What quantus takes for a net: the classifier, with its device, precision and limit of rows."""
+    """What quantus takes for a net: the classifier, with its device, precision and limit of rows.
+
+    It has no layers that quantus could see: where one is a softmax, of attention for instance, quantus would take it
+    out, or take logits for probabilities.
+    """
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        self.net = model.module
         self._model = model
         self.training = False  # not eval(), which walks through the net
 

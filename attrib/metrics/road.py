@@ -131,7 +131,8 @@ def recognised(model: Classifier, images: Tensor, target: Tensor) -> Tensor:
     """(N, *input) -> (N, 2): whether the target is the first choice, and its probability."""
 
     def both(rows: slice) -> Tensor:
-        logits, wanted = model.module(images[rows].to(model.device)).double(), target[rows]
+        # A copy, because a net may change what it is given, and a block without memory is tried again.
+        logits, wanted = model.module(images[rows].to(model.device, copy=True)).double(), target[rows]
         if wanted.ndim == 1:
             first = (logits.argmax(1) == wanted).double()
         else:

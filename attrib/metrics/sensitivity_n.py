@@ -39,8 +39,8 @@ class SensitivityN:
     output     "logit", as in the paper, or "probability"
 
     Where all sums or all differences of a size are equal, nothing goes with anything: 0. So a constant map
-    scores 0. A map with NaN or infinite values, and a text of fewer than two words: NaN. Costs ``points`` times
-    ``samples`` forward passes, and one.
+    scores 0. A map with NaN or infinite values, a text of fewer than two words, and several labels of which none is
+    positive: NaN. Costs ``points`` times ``samples`` forward passes, and one.
     """
 
     VERSION: ClassVar[int] = 1
@@ -153,11 +153,11 @@ class SensitivityN:
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, over the last dimension; 0 where one does not vary beyond rounding."""
+    """Pearson's, over the last dimension; 0 where one does not vary beyond rounding, NaN where one has NaN."""
     moved = []
     for values in (a, b):
         centred = values - values.mean(-1, keepdim=True)
         size = centred.norm(dim=-1, keepdim=True)
         noise = 1e-12 * values.norm(dim=-1, keepdim=True)
-        moved.append(torch.where(size > noise, centred / size, 0.0))
+        moved.append(torch.where(size <= noise, 0.0, centred / size))
     return (moved[0] * moved[1]).sum(-1)

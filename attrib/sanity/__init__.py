@@ -76,25 +76,27 @@ def _compare(pair: Pair, agreement: Agreement, writer: str) -> int:
     rows = cell.scores(folder)
     present = rows.present()
     found = 0
-    for key in (key for key in ours if key in theirs and key not in present):
-        targets = [index[key].info.get("target") for index in (ours, theirs)]
-        if targets[0] != targets[1]:
-            cell.ledger.add(*key, folder, f"its map explains class {targets[0]}, the original net's {targets[1]}")
-            continue
-        try:
-            a, b = (item.cell.maps.read(key, names) for item in (pair.variant, pair.original))
-        except (OSError, KeyError) as error:
-            cell.ledger.add(*key, folder, str(error))
-            continue
-        values = {name: agreement.of(b[name], a[name]) for name in names}
-        if not (rows.folder / "metric.json").exists():
-            columns = dict.fromkeys(values[names[0]], "none")  # less is not better: below zero is agreement too
-            declared = {"columns": columns, "curves": {}}
-            write_json(rows.folder / "metric.json", {"name": NAME, "spec": keys.spec(agreement), **declared})
-        rows.add(*key, {(name, column): value for name in names for column, value in values[name].items()})
-        rows.flush_if_due()
-        found += 1
-    rows.flush()
+    try:
+        for key in (key for key in ours if key in theirs and key not in present):
+            targets = [index[key].info.get("target") for index in (ours, theirs)]
+            if targets[0] != targets[1]:
+                cell.ledger.add(*key, folder, f"its map explains class {targets[0]}, the original net's {targets[1]}")
+                continue
+            try:
+                a, b = (item.cell.maps.read(key, names) for item in (pair.variant, pair.original))
+            except (OSError, KeyError) as error:
+                cell.ledger.add(*key, folder, str(error))
+                continue
+            values = {name: agreement.of(b[name], a[name]) for name in names}
+            if not (rows.folder / "metric.json").exists():
+                columns = dict.fromkeys(values[names[0]], "none")  # less is not better: below zero is agreement too
+                declared = {"columns": columns, "curves": {}}
+                write_json(rows.folder / "metric.json", {"name": NAME, "spec": keys.spec(agreement), **declared})
+            rows.add(*key, {(name, column): value for name in names for column, value in values[name].items()})
+            rows.flush_if_due()
+            found += 1
+    finally:
+        rows.flush()
     return found
 
 

@@ -1,0 +1,285 @@
+"""A grid for a Slurm cluster: what its command line asks for, how long it will take, and a plain ``sbatch`` script.
+
+``run=slurm`` submits through submitit (``attrib.cluster.submission``); with ``run.dry=true`` the script here is
+printed instead, for people who would rather read and submit it themselves. Knows Hydra, like ``config`` and ``paper``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attrib.config import experiment, options_of, resolved
+from attrib.paper import CONFIGS, composed
+from attrib.plan import Plan, plan
+from attrib.types import UserError
+
+LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+SHARD, SHARDS, DRY = "run.shard", "run.shards", "run.dry"
+# Of the launcher's fields (configs/hydra/launcher/slurm.yaml), what sbatch calls them; others keep their names.
+SBATCH = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}
+NOT_SBATCH = (
+    *("_target_", "submitit_folder", "max_num_timeout", "signal_delay_s", "array_parallelism"),
+    *("stderr_to_stdout", "additional_parameters", "setup", "teardown"),
+)
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line of tools/run.py: ``overrides`` as they were written, and parsed, by what they set."""
+
+    multirun: bool
+    folder: Path | None  # Hydra's --config-dir
+    overrides: Mapping[str, Override]
+
+    @property
+    def sweeps(self) -> bool:
+        return any(o.is_sweep_override() for o in self.overrides.values())
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The overrides of each cell of the grid, without those that say which shard, or that nothing is computed."""
+        ways = []
+        for key, override in self.overrides.items():
+            if key in (SHARD, SHARDS, DRY):
+                continue
+            if override.is_sweep_override():
+                name = override.get_key_element()
+                ways.append([f"{name}={value}" for value in override.sweep_string_iterator()])
+            else:
+                ways.append([override.input_line])
+        return list(itertools.product(*ways))
+
+    def values(self, key: str) -> list[str] | None:
+        """What is given for ``key``, or None."""
+        override = self.overrides.get(key)
+        if override is None:
+            return None
+        return list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
+
+
+def parsed(arguments: Sequence[str]) -> Line | None:
+    """None for what Hydra itself had better answer (``--help``, ``--cfg``, or an override that cannot be parsed)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-cd", "--config-dir", type=Path)
+    known, rest = parser.parse_known_args(arguments)
+    if any(a.startswith("-") for a in rest):
+        return None
+    try:
+        overrides = OverridesParser.create().parse_overrides(rest)
+    except HydraException:
+        return None
+    return Line(known.multirun, known.config_dir, {o.key_or_group: o for o in overrides})
+
+
+def with_shards(arguments: Sequence[str]) -> list[str]:
+    """``-m run.shard=range(N)`` says by itself that there are N shards; any other sweep has to.
+
+    Raises UserError if the number of shards is not said, or is swept.
+    """
+    line = parsed(arguments)
+    if line is None or not line.multirun or SHARD not in line.overrides:
+        return list(arguments)
+    if SHARDS in line.overrides:
+        if line.overrides[SHARDS].is_sweep_override():
+            raise UserError("run.shards is one number for all jobs, the number of parts that the samples are cut into")
+        return list(arguments)
+    shard = line.overrides[SHARD]
+    if not shard.is_sweep_override():
+        return list(arguments)
+    sweep = shard.value()
+    if shard.is_range_sweep() and isinstance(sweep, RangeSweep) and (sweep.start, sweep.step) == (0, 1):
+        return [*arguments, f"{SHARDS}={int(sweep.stop)}"]
+    raise UserError(f"{shard.input_line}: of how many? Add run.shards=N, or say run.shard=range(N) for all of them")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a cluster is to do: every shard of ``chosen`` of every cell, and what a job asks for (``launcher``)."""
+
+    cells: tuple[tuple[str, ...], ...]
+    shards: int
+    chosen: tuple[int, ...]
+    dry: bool
+    folder: Path | None
+    launcher: Mapping[str, Any]
+    root: str  # run.root
+
+    @property
+    def tasks(self) -> list[int]:
+        """The array's indices: shard + shards · cell."""
+        return [cell * self.shards + shard for cell in range(len(self.cells)) for shard in self.chosen]
+
+
+def grid(arguments: Sequence[str], environment: Mapping[str, str]) -> Grid | None:
+    """What a command line wants from Slurm; None if it does not ask for Slurm (``run=slurm``), or Hydra will complain.
+
+    Raises UserError if it asks for something that Slurm or the runner cannot do.
+    """
+    line = parsed(arguments)
+    if line is None or (line.sweeps and not line.multirun) or not line.overrides.keys() & {"run", "hydra/launcher"}:
+        return None
+    cells = line.cells()
+    config = _composed(cells[0], line.folder)
+    if config is None or config.hydra.launcher.get("_target_") != LAUNCHER:
+        return None
+    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    if launcher.get("nodes", 1) != 1 or launcher.get("tasks_per_node", 1) != 1:
+        raise UserError(
+            "hydra.launcher: nodes and tasks_per_node must be 1; a task is one process with one GPU: take more shards"
+        )
+    dry = (line.values(DRY) or [""])[-1].lower() == "true"
+    shards = _number(SHARDS, (line.values(SHARDS) or ["1"])[-1])
+    chosen = line.values(SHARD)
+    if chosen is None and line.multirun and shards > 1:
+        raise UserError(f"run.shards={shards}: add 'run.shard=range({shards})', or only shard 0 is computed")
+    numbers = range(shards) if chosen is None else [_number(SHARD, value) for value in chosen]
+    if strange := [n for n in numbers if not 0 <= n < shards]:
+        raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {strange[0]} of {shards}")
+    if not (dry or line.multirun):
+        if "SLURM_JOB_ID" in environment:  # a task of the script below
+            return None
+        raise UserError("run=slurm submits an array: add -m and 'run.shard=range(N)', or run.dry=true to see a script")
+    return Grid(tuple(cells), shards, tuple(numbers), dry, line.folder, launcher, str(config.run.root))
+
+
+def _number(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"{key} must be int, not {value!r}") from error
+
+
+def _composed(overrides: Sequence[str], folder: Path | None) -> DictConfig | None:
+    """The configuration with the node ``hydra``; None if Hydra refuses it, which it will say itself."""
+    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("run", [*overrides, *more], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):
+        return None
+
+
+# ---- how long ----------------------------------------------------------------------------------
+
+
+def plans(wanted: Grid) -> list[Plan]:
+    """What every cell of the grid misses, over all shards. Computes no maps. Raises UserError."""
+    found = []
+    for overrides in wanted.cells:
+        plain = resolved(composed(overrides, wanted.folder))
+        options = options_of({**plain["run"], "hooks": [], "vis_backends": []})
+        found.append(plan(experiment(plain), options))
+    return found
+
+
+def seconds_due(work: Plan) -> float | None:
+    """Seconds of one process for what is missing, from what is recorded; None if nothing is recorded for some of it."""
+    parts = [(len(work.uids) - len(work.present), work.seconds)]
+    parts += [(len(work.uids) - len(done), work.score_seconds.get(name)) for name, done in work.scored.items()]
+    if any(due and each is None for due, each in parts):
+        return None
+    return sum(due * (each or 0.0) for due, each in parts)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
+    """Lines for people: what is missing, and what it will cost."""
+    lines = [text for work in found for text in str(work).splitlines()]
+    known = [seconds_due(work) for work in found]
+    if None in known:
+        return [*lines, "no time recorded yet for some of this: run it once with run.limit=16, and ask again"]
+    launcher, tasks = wanted.launcher, len(wanted.tasks)
+    total = sum(known) * len(wanted.chosen) / wanted.shards
+    together = min(tasks, launcher.get("array_parallelism") or tasks)
+    kind = "GPU" if any(launcher.get(name) for name in ("gpus_per_node", "gres", "gpus_per_task")) else "CPU"
+    lines.append(
+        f"about {total / 3600:.2f} {kind} hours: {tasks} tasks of about {_hours(total / tasks)}, {together} at a time, "
+        f"{_hours(total / together)} in all; what was recorded elsewhere is a guess here, and start-up is not counted"
+    )
+    limit = launcher.get("timeout_min")
+    if limit and total / tasks > 60 * limit:
+        lines.append(f"a task is longer than its {limit} minutes: it is requeued and goes on; more shards avoid that")
+    return lines
+
+
+# ---- the script --------------------------------------------------------------------------------
+
+
+def script(wanted: Grid, python: str, program: str, where: Path, about: Sequence[str] = ()) -> str:
+    """A script for ``sbatch`` that computes the grid as one array, task by task what ``run=slurm`` would do.
+
+    python, program   the interpreter, and tools/run.py
+    where             the directory to run in; paths of the command line are relative to it
+    about             lines for its head, such as those of ``estimate``
+    """
+    launcher, config = wanted.launcher, ["--config-dir", str(wanted.folder)] if wanted.folder else []
+    logs = shlex.quote(f"{wanted.root}/.slurm")
+    names = "".join(
+        f"    {i}) arguments=({shlex.join([*config, *overrides])}) ;;\n" for i, overrides in enumerate(wanted.cells)
+    )
+    head = "".join(f"# {line}".rstrip() + "\n" for line in about)
+    options = "".join(f"#SBATCH {option}\n" for option in _options(wanted, where))
+    setup, teardown = ("".join(f"{line}\n" for line in launcher.get(name) or ()) for name in ("setup", "teardown"))
+    return f"""#!/bin/bash
+# Submit with sbatch. Exit status of a task: 0 done, 75 stopped with work left, else see docs/how-to/cluster.md.
+{head}{options}
+task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+mkdir -p {logs} && exec >>{logs}/"$task.log" 2>&1 </dev/null
+export HYDRA_FULL_ERROR=1
+{setup}
+case $((SLURM_ARRAY_TASK_ID / {wanted.shards})) in
+{names}esac
+srun --unbuffered {shlex.quote(python)} {shlex.quote(program)} "${{arguments[@]}}" \\
+    {SHARDS}={wanted.shards} {SHARD}=$((SLURM_ARRAY_TASK_ID % {wanted.shards}))
+{teardown}"""
+
+
+def _options(wanted: Grid, where: Path) -> list[str]:
+    launcher = wanted.launcher
+    together = launcher.get("array_parallelism")
+    array = ranges(wanted.tasks) + (f"%{min(together, len(wanted.tasks))}" if together else "")
+    given = {SBATCH.get(k, k.replace("_", "-")): v for k, v in launcher.items() if k not in NOT_SBATCH}
+    given["mem"] = f"{round(given['mem'] * 1024)}M" if given.get("mem") else None
+    given |= {
+        "array": array,
+        "signal": f"USR1@{launcher.get('signal_delay_s', 120)}",
+        "requeue": True,
+        "output": "/dev/null",  # the folder of the log may not exist yet
+        "chdir": str(where),
+        **(launcher.get("additional_parameters") or {}),
+    }
+    return [
+        f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}"
+        for name, value in given.items()
+        if value is not None and value is not False
+    ]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """0, 1, 2, 5 as 0-2,5: how sbatch wants an array's indices."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

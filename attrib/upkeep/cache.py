@@ -1,0 +1,346 @@
+"""What a work directory holds, what of it no cell refers to any more, and how that is deleted.
+
+Only what attrib itself writes is ever deleted, by name and place; everything else is listed as kept, with the reason.
+Symbolic links are never followed and never removed, so nothing outside the work directory can be reached.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from attrib.salvage import DAMAGED
+from attrib.store import Arrays, Cell, cells
+from attrib.types import UserError
+from attrib.upkeep.status import no_cells
+from attrib.workers import RUNNING, SILENT, clock, counted, read_object, workers
+
+DAY = 86400.0
+NOT_OURS = "is a link, on another file system, or not ours"
+_CELL = re.compile(r"[^./]+\.[^./]+\.[^./]+\.[0-9a-f]{8}")
+_FITTED = re.compile(r"(?P<key>[0-9a-f]{8})\.(?:(?P<partial>partial\.)?safetensors|json)")
+_SHARED = re.compile(r"(?P<kind>pictures|confidence)\.(?P<key>[0-9a-f]{8})(?:\.json)?")
+_TEMPORARY = re.compile(r"\..+\.(?:\d+-)?[0-9a-f]{8,16}\.tmp")
+_CHUNKS = (".safetensors", ".parquet", ".cache", ".json", ".tmp")
+# What a cell's folder may hold, and the suffixes of what lies there; None: anything, users' hooks write there too.
+_PARTS: Mapping[str, tuple[str, ...] | None] = {
+    "maps": _CHUNKS,
+    "scores": _CHUNKS,
+    "failures": (".jsonl",),
+    "masks": None,
+    "runs": None,
+}
+_FILES = {"spec.json", "samples.json", "failures.jsonl"}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``size`` bytes in ``files`` files, the newest ``age`` seconds old.
+
+    ``strange``: links, other file systems, files that attrib does not write.
+    """
+
+    size: int = 0
+    files: int = 0
+    age: float = 0.0
+    strange: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something in a work directory. ``uses`` names the cells that need it; ``kind``:
+
+    cell, state (fitted), partial (unfinished), pictures (for the report), confidence, fingerprints, temporary,
+    folder (of a cell, without spec.json), other (not of attrib, or not prune's business)
+    """
+
+    kind: str
+    paths: tuple[Path, ...]
+    measure: Measure
+    about: str = ""
+    uses: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.paths[0]
+
+
+# ---- looking ----------------------------------------------------------------------------------------
+
+
+def walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """A file, or everything below a folder and the folder itself, with ``lstat``. Links are named, not followed."""
+    try:
+        about = path.lstat()
+    except OSError:  # gone meanwhile
+        return
+    yield path, about
+    if stat.S_ISDIR(about.st_mode):
+        try:
+            names = sorted(entry.name for entry in os.scandir(path))
+        except OSError:
+            return
+        for name in names:
+            yield from walk(path / name)
+
+
+def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None = None) -> Measure:
+    """``suffixes`` of the files that attrib writes there; others are strange."""
+    size, files, newest, strange = 0, 0, 0.0, []
+    device = None
+    for path in paths:
+        for one, about in walk(path):
+            device = about.st_dev if device is None else device
+            regular, folder = stat.S_ISREG(about.st_mode), stat.S_ISDIR(about.st_mode)
+            known = folder or suffixes is None or one.suffix in suffixes
+            if not (regular or folder) or about.st_dev != device or not known:
+                strange.append(one)
+            elif regular:
+                size, files, newest = size + about.st_size, files + 1, max(newest, about.st_mtime)
+    return Measure(size, files, max(0.0, now - newest) if newest else 0.0, tuple(strange))
+
+
+def temporaries(root: Path, older: float, now: float) -> list[Item]:
+    """Files under a temporary name that no writer has touched for ``older`` seconds: it died in between."""
+    found = []
+    for path, about in walk(root):
+        if stat.S_ISREG(about.st_mode) and _TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
+            age = max(0.0, now - about.st_mtime)
+            found.append(Item("temporary", (path,), Measure(about.st_size, 1, age), "a writer died here"))
+    return found
+
+
+def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Item]:
+    """Everything in a work directory, cells first; ``uses``: its :func:`references`. Raises UserError if it is none."""
+    root = Path(root)
+    now = clock(root) if root.is_dir() else 0.0
+    found = [_cell(cell, now) for cell in cells(root)]
+    state = root / "state"
+    if not found and not state.is_dir():
+        raise UserError(no_cells(root))
+    found += _states(root, uses, now)
+    for path in sorted(root.iterdir()):
+        if path == state or (path / "spec.json").exists() or _TEMPORARY.fullmatch(path.name):
+            continue
+        size = measured([path], now)
+        if path.is_dir() and not path.is_symlink() and _CELL.fullmatch(path.name):
+            strangers = foreign(path)
+            about = f"holds {strangers[0].relative_to(root)}, which is not ours" if strangers else "has no spec.json"
+            found.append(Item("folder" if not strangers else "other", (path,), size, about))
+        elif path.name == DAMAGED:
+            found.append(Item("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it"))
+        else:
+            found.append(Item("other", (path,), size, "a link" if path.is_symlink() else ""))
+    return found + temporaries(root, 0.0, now)
+
+
+def _cell(cell: Cell, now: float) -> Item:
+    try:
+        index = cell.maps.index()
+        chunks = len({record.path for record in index.values()})
+        words = [f"{counted(len(index), 'map')} in {counted(chunks, 'chunk')}"]
+    except (OSError, ValueError, TypeError) as error:
+        words = [f"maps cannot be read: {error}"]
+    if cell.maps.broken:
+        words.append(f"{len(cell.maps.broken)} damaged")
+    try:
+        words.insert(0, counted(len(cell.samples()), "sample"))
+        words.append(counted(len(cell.metrics()), "metric"))
+    except (UserError, OSError):
+        words.append("samples.json is damaged")
+    if cell.folder.is_symlink():
+        words.append("a link")
+    return Item("cell", (cell.folder,), measured([cell.folder], now), ", ".join(words))
+
+
+def references(root: Path) -> dict[str, tuple[str, ...]]:
+    """``<key8>``, ``pictures.<key8>`` or ``confidence`` -> the cells (and graphs) that refer to it.
+
+    Raises UserError for a cell whose spec cannot be read: nobody knows what it needs.
+    """
+    found: dict[str, list[str]] = {}
+    for cell in cells(root):
+        spec = read_object(cell.folder / "spec.json")
+        if not {"key", "pictures", "state_key"} <= spec.keys():
+            raise UserError(
+                f"{cell.folder / 'spec.json'} cannot be read, so nobody knows which states it needs; "
+                "tools/cache.py repair moves it away, and the next run of the cell writes it anew"
+            )
+        if spec["state_key"]:
+            found.setdefault(str(spec["state_key"])[:8], []).append(cell.folder.name)
+        found.setdefault(f"pictures.{spec['pictures']}", []).append(cell.folder.name)
+        if not spec.get("config") or _selects_by_confidence(spec["config"]):
+            found.setdefault("confidence", []).append(cell.folder.name)
+    for path in root.glob("graphs/*.*.*"):
+        found.setdefault(path.name.rsplit(".", 1)[-1], []).append(f"graphs/{path.name}")
+    return {key: tuple(names) for key, names in found.items()}
+
+
+def _selects_by_confidence(node: Any) -> bool:
+    """A confidence file bears no name that a spec knows: all of them are needed where a cell selects by confidence."""
+    if isinstance(node, Mapping):
+        return node.get("min_confidence") is not None or any(map(_selects_by_confidence, node.values()))
+    return isinstance(node, list) and any(map(_selects_by_confidence, node))
+
+
+def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list[Item]:
+    folder = root / "state"
+    if folder.is_symlink():
+        return [Item("other", (folder,), Measure(), "a link; what it leads to is not looked at")]
+    groups: dict[tuple[str, str], list[Path]] = {}
+    others = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name):
+            continue
+        if (fitted := _FITTED.fullmatch(path.name)) and not path.is_dir():
+            kind = "partial" if fitted["partial"] else "state"
+            groups.setdefault((kind, fitted["key"]), []).append(path)
+        elif shared := _SHARED.fullmatch(path.name):
+            groups.setdefault((shared["kind"], shared["key"]), []).append(path)
+        elif path.name == "fingerprints" and not path.is_symlink():
+            others.append(Item("fingerprints", (path,), measured([path], now), "of files, so that they are read once"))
+        else:
+            others.append(Item("other", (path,), measured([path], now), "not ours"))
+    found = []
+    for (kind, key), paths in groups.items():
+        name = {"pictures": f"pictures.{key}", "confidence": "confidence"}.get(kind, key)
+        paths.sort(key=lambda path: path.suffix != ".safetensors")  # the state before what is said about it
+        found.append(Item(kind, tuple(paths), measured(paths, now, _CHUNKS), uses=uses.get(name, ())))
+    return sorted(found, key=lambda item: (item.kind, item.path)) + others
+
+
+def foreign(folder: Path) -> list[Path]:
+    """What in a cell's folder attrib did not write, and links."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        suffixes = (".json", ".tmp")  # a folder of documents
+        if path.is_symlink() or path.is_file():
+            if path.is_symlink() or not (path.name in _FILES or _TEMPORARY.fullmatch(path.name)):
+                found.append(path)
+            continue
+        suffixes = _PARTS.get(path.name, suffixes)
+        for one, about in walk(path):
+            if stat.S_ISDIR(about.st_mode):
+                continue
+            known = suffixes is None or one.suffix in suffixes
+            if not stat.S_ISREG(about.st_mode) or not known:
+                found.append(one)
+    return found
+
+
+# ---- deleting ---------------------------------------------------------------------------------------
+
+
+def refuse_while_running(root: Path | str, silent: float = SILENT) -> None:
+    """Raises UserError if a worker of any cell shows signs of life."""
+    root = Path(root)
+    now = clock(root)
+    for runs in sorted(root.glob("*/runs")):  # also of a folder whose spec.json was lost
+        for worker in workers(runs.parent, now, silent):
+            if worker.state == RUNNING:
+                where = f"{worker.host or 'some host'}, pid {worker.pid}, last sign of life {worker.age:.0f} s ago"
+                raise UserError(f"{worker.cell} is being worked on ({where}); stop it first, or wait")
+
+
+def unused(root: Path | str) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """(what prune deletes, what it keeps though no cell refers to it, with the reason)."""
+    root = Path(root)
+    doomed: list[Item] = []
+    kept: list[tuple[Item, str]] = []
+    for item in inventory(root, references(root)):
+        if item.uses or item.kind in ("cell", "fingerprints", "temporary"):
+            continue
+        if item.kind == "other":
+            if item.about:
+                kept.append((item, item.about))
+        elif item.measure.strange:
+            kept.append((item, f"{item.measure.strange[0]} {NOT_OURS}"))
+        elif item.kind == "folder" and any(root.glob(f"{DAMAGED}/*/{escape(item.path.name)}/spec.json")):
+            kept.append((item, "its spec.json was damaged and moved away; the next run of the cell writes it anew"))
+        elif item.kind == "partial" and item.measure.age < DAY:
+            kept.append((item, "an unfinished fit that was saved today"))
+        else:
+            doomed.append(item)
+    return doomed, kept
+
+
+def superseded(root: Path | str) -> list[Item]:
+    """Score folders of an older VERSION of a metric that the cell also has in a newer one, all else being equal."""
+    root, found = Path(root), []
+    now = clock(root)
+    for cell in cells(root):
+        newest: dict[str, int] = {}
+        listed = []
+        for name in cell.metrics():
+            spec = read_object(cell.folder / "scores" / name / "metric.json").get("spec")
+            if isinstance(spec, dict) and isinstance(spec.get("VERSION"), int):
+                same = repr(sorted((k, v) for k, v in spec.items() if k != "VERSION"))
+                newest[same] = max(newest.get(same, 0), spec["VERSION"])
+                listed.append((name, same, spec["VERSION"]))
+        for name, same, version in listed:
+            if version < newest[same]:
+                about = f"version {version} of the metric; the cell has version {newest[same]}"
+                found.append(_scores(cell, name, about, now))
+    return found
+
+
+def scores(root: Path | str, pattern: str) -> list[Item]:
+    """The score folders called so: ``ehr.*``, or ``ehr.9561f895``."""
+    root = Path(root)
+    now = clock(root)
+    found = [(cell, name) for cell in cells(root) for name in cell.metrics()]
+    return [_scores(cell, name, "as asked for", now) for cell, name in found if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _scores(cell: Cell, name: str, about: str, now: float) -> Item:
+    path = cell.folder / "scores" / name
+    return Item("scores", (path,), measured([path], now, _CHUNKS), about)
+
+
+def remove(root: Path | str, path: Path) -> None:
+    """Delete a file or folder of a work directory. Raises UserError if that would reach, or remove, a link."""
+    check_inside(root, path)
+    if path.is_dir():
+        if links := measured([path], 0.0).strange:
+            raise UserError(f"{links[0]} {NOT_OURS}; {path} is left as it is")
+        shutil.rmtree(path)  # does not follow links that are made meanwhile
+    else:
+        path.unlink()
+
+
+def check_inside(root: Path | str, path: Path) -> None:
+    """Raises UserError unless ``path`` lies below ``root``, with no link on the way and none at its end."""
+    root = Path(root)
+    try:
+        parts = path.relative_to(root).parts
+    except ValueError:
+        parts = ("..",)
+    place = root
+    for part in parts or ("..",):
+        place = place / part
+        if part == ".." or place.is_symlink():
+            raise UserError(f"{path} is not reached within {root} alone ({place} is a link or lies outside)")
+
+
+def stale_maps(cell: Cell) -> Mapping[Path, tuple[int, int]]:
+    """Chunk -> (samples that the cell is no longer about: other uids, other content; samples).
+
+    Empty where the cell does not say what it is about.
+    """
+    if not (cell.folder / "samples.json").exists():
+        return {}
+    said = cell.samples()
+    found: dict[Path, list[int]] = {}
+    for (uid, fingerprint), record in Arrays(cell.folder / "maps").index().items():
+        count = found.setdefault(record.path, [0, 0])
+        count[0] += not (uid in said and said[uid] in (None, fingerprint))
+        count[1] += 1
+    return {path: (stale, whole) for path, (stale, whole) in found.items() if stale}

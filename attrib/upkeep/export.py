@@ -1,0 +1,181 @@
+"""Maps out of a work directory, for other programs: pictures, .npy, .npz."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from attrib.hooks import picture_path, words_page
+from attrib.pictures import heat, overlay
+from attrib.spectrogram import draw
+from attrib.store import Arrays, Cell, Key, cells, write_atomic
+from attrib.types import UserError
+from attrib.upkeep.status import matches, no_cells
+from attrib.workers import read_object
+
+FORMATS = ("png", "npy", "npz")
+
+
+@dataclass
+class Exported:
+    """``files`` written. ``bare``: pictures of the map alone, since the report's pictures do not hold its input.
+
+    ``skipped``: sample, and why nothing was written for it.
+    """
+
+    files: int = 0
+    bare: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    cell: Cell
+    key: Key
+    name: str  # of the map; "" for all of them (npz)
+    path: Path
+
+
+def export(
+    root: Path | str,
+    out: Path | str,
+    kind: str = "png",
+    *,
+    filters: Sequence[str] = (),
+    maps: Sequence[str] = (),
+    uids: Sequence[str] = (),
+    force: bool = False,
+) -> Exported:
+    """Write the maps that count (``samples.json``) below ``out``: ``<cell>/<map>/<uid>.png`` or ``<cell>/<uid>.npz``.
+
+    kind     png: the map over its input where the report keeps that (the first samples), else the map alone; of a text
+             a page with coloured words (.html). npy: the map. npz: all that is stored of a sample, by name
+    filters  of cells, see ``status.Observer``
+    maps     names of maps, all if empty (npz: names of arrays)
+    uids     samples, ``*`` and ``?`` match anything; all if empty
+
+    Nothing in a uid leads out of ``out``. Raises UserError before anything is written if nothing is selected, or a
+    file is there already and ``force`` is not given.
+    """
+    root, out = Path(root), Path(out)
+    if kind not in FORMATS:
+        raise UserError(f"no format {kind}; take {', '.join(FORMATS)}")
+    jobs = list(_jobs(root, out, kind, filters, maps, uids))
+    if not jobs:
+        raise UserError(f"nothing in {root} is selected; tools/cache.py list shows its cells")
+    taken: dict[Path, _Job] = {}
+    result = Exported()
+    for job in jobs:
+        other = taken.setdefault(job.path, job)
+        if other is not job:
+            result.skipped.append(f"{job.key[0]}: {job.path} is the file of {other.key[0]} too")
+    there = [path for path in taken if path.exists()]
+    if there and not force:
+        raise UserError(f"{there[0]} exists ({len(there)} files of {len(taken)}); --force writes over them")
+    inputs: dict[str, Arrays] = {}
+    for job in taken.values():
+        try:
+            arrays = job.cell.maps.read(job.key, [job.name] if job.name else maps or None)
+        except (KeyError, OSError) as error:
+            result.skipped.append(f"{job.key[0]}: {error}")
+            continue
+        if kind == "png":
+            spec = read_object(job.cell.folder / "spec.json")
+            folder = f"pictures.{spec.get('pictures')}"
+            store = inputs.setdefault(folder, Arrays(root / "state" / folder))
+            data, bare = _picture(
+                arrays[job.name], str(spec.get("modality", "image")), _input(store, job.key), job.key[0]
+            )
+        else:
+            data, bare = _packed(arrays, job.name), False
+        if data is None:
+            result.skipped.append(
+                f"{job.key[0]}: its input is not kept, and a map of it alone cannot be drawn; take npy"
+            )
+            continue
+        write_atomic(job.path, data)
+        result.files, result.bare = result.files + 1, result.bare + bare
+    return result
+
+
+def _jobs(
+    root: Path, out: Path, kind: str, filters: Sequence[str], maps: Sequence[str], uids: Sequence[str]
+) -> Iterable[_Job]:
+    found = [cell for cell in cells(root) if matches(cell.folder.name, filters)]
+    if not found:
+        raise UserError(no_cells(root) if not filters else f"no cell in {root} is called {' and '.join(filters)}")
+    for cell in found:
+        said = cell.samples() if (cell.folder / "samples.json").exists() else None
+        spec = read_object(cell.folder / "spec.json")
+        suffix = ".html" if kind == "png" and spec.get("modality") == "text" else f".{kind}"
+        for (uid, fingerprint), record in sorted(cell.maps.index().items()):
+            counts = said is None or (uid in said and said[uid] in (None, fingerprint))
+            if not counts or (uids and not any(fnmatch.fnmatchcase(uid, pattern) for pattern in uids)):
+                continue
+            if kind == "npz":
+                yield _Job(cell, (uid, fingerprint), "", picture_path(out / cell.folder.name, uid, suffix))
+                continue
+            own = [name for name in record.names if name in spec.get("maps", ())]
+            for name in maps or own:
+                if name in record.names:
+                    # The name of a map comes from a file, as a uid does.
+                    folder = picture_path(out / cell.folder.name, name, "")
+                    yield _Job(cell, (uid, fingerprint), name, picture_path(folder, uid, suffix))
+
+
+def _input(store: Arrays, key: Key) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What the report keeps of a sample; empty if it keeps nothing."""
+    record = store.index().get(key)
+    if record is None:
+        return {}, {}
+    try:
+        return store.read(key), dict(record.info)
+    except (KeyError, OSError):
+        return {}, {}
+
+
+def _picture(
+    map: np.ndarray, modality: str, known: tuple[dict[str, np.ndarray], dict[str, Any]], uid: str
+) -> tuple[bytes | None, bool]:
+    """A file's content, and whether it shows the map alone; None if there is nothing to draw it on."""
+    arrays, info = known
+    if modality == "text":
+        return (words_page(uid, info["tokens"], map).encode() if "tokens" in info else None), False
+    if modality == "audio":
+        if "wave" not in arrays:
+            return None, False
+        return _png(draw(arrays["wave"], info["rate"], map, arrays.get("roi"))), False
+    if "image" in arrays:
+        return _png(overlay(arrays["image"], map, arrays.get("roi"))), False
+    return (_png(heat(map)), True) if map.ndim == 2 else (None, False)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _packed(arrays: dict[str, np.ndarray], name: str) -> bytes:
+    """One array as .npy; all of them (``name`` is "") as .npz, which ``np.load`` opens."""
+    if name:
+        return _npy(arrays[name])
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for one, value in arrays.items():
+            archive.writestr(f"{one.replace('/', '_')}.npy", _npy(value))
+    return buffer.getvalue()
+
+
+def _npy(value: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, value, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,249 @@
+"""Files of a work directory read whole and compared with their checksums; what is damaged moved out of the way.
+
+A damaged chunk is no loss: its samples count as missing, and the next run computes exactly those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+from attrib.salvage import DAMAGED, salvage
+from attrib.store import Arrays, Cell, Key, Ledger, Rows, cells, write_atomic
+from attrib.types import UserError
+from attrib.upkeep.cache import check_inside, remove
+from attrib.upkeep.status import no_cells
+from attrib.workers import read_object
+
+_READ = (SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that cannot be used, and the samples it held; None if it no longer says which."""
+
+    path: Path
+    problem: str
+    samples: tuple[Key, ...] | None = None
+
+
+Check = Callable[[Path], Damage | None]
+
+
+# ---- checking ---------------------------------------------------------------------------------------
+
+
+def checks(root: Path | str) -> list[tuple[Path, Check]]:
+    """Every file that is checked, and how. Raises UserError if ``root`` holds nothing to check."""
+    root = Path(root)
+    found: list[tuple[Path, Check]] = []
+    for cell in cells(root):
+        folder = cell.folder
+        found += [(folder / "spec.json", _object), *[(p, _samples) for p in [folder / "samples.json"] if p.exists()]]
+        found += [(path, chunk) for path in _chunks(folder / "maps")]
+        for name in cell.metrics():
+            scores = folder / "scores" / name
+            found += [(path, _object) for path in [scores / "metric.json"] if path.exists()]
+            found += [(path, chunk) for path in _chunks(scores)]
+            found += [(path, rows) for path in sorted(scores.glob("[!.]*.parquet"))]
+        found += [(path, _ledger) for path in (folder / "failures.jsonl", *sorted(folder.glob("failures/[!.]*.jsonl")))]
+    state = root / "state"
+    for path in sorted(state.glob("[!.]*")):
+        if path.name.startswith("pictures.") and path.is_dir():
+            found += [(one, chunk) for one in _chunks(path)]
+        elif path.suffix == ".safetensors":
+            found.append((path, _state))
+        elif path.suffix == ".json":
+            found.append((path, _object))
+    if not found:
+        raise UserError(no_cells(root))
+    return [(path, check) for path, check in found if path.exists()]
+
+
+def chunk(path: Path) -> Damage | None:
+    """A chunk of arrays: every array of every sample against its checksum."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            samples = json.loads(file.metadata()["samples"])
+            bad, problem = [], ""
+            for i, sample in enumerate(samples):
+                for name, crc in sample["crc"].items():
+                    if zlib.crc32(file.get_tensor(f"{i}/{name}").data) != crc:
+                        bad.append(str(sample["uid"]))
+                        problem = problem or f"wrong checksum of {name} of {sample['uid']}"
+            keys = tuple((str(s["uid"]), str(s["fingerprint"])) for s in samples)
+    except _READ as error:
+        return Damage(path, str(error), _header(path))
+    more = f" and {len(set(bad)) - 1} more" if len(set(bad)) > 1 else ""
+    return Damage(path, problem + more, keys) if bad else None
+
+
+def _header(path: Path) -> tuple[Key, ...] | None:
+    """The samples of a chunk whose beginning alone can be read."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                return None
+            metadata = json.loads(file.read(length))["__metadata__"]
+        return tuple((str(s["uid"]), str(s["fingerprint"])) for s in json.loads(metadata["samples"]))
+    except (*_READ, RecursionError, MemoryError):
+        return None
+
+
+def rows(path: Path) -> Damage | None:
+    """A file of score rows: every page against its checksum."""
+    try:
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        if table.schema.equals(Rows.SCHEMA):
+            return None
+        problem = "not the columns of a score file"
+    except _READ as error:
+        problem = str(error)
+    try:
+        names = ["uid", "fingerprint"]
+        table = pq.read_table(path, columns=names, partitioning=None, page_checksum_verification=True)
+        keys = dict.fromkeys(zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist()))
+    except _READ:
+        return Damage(path, problem)
+    return Damage(path, problem, tuple((str(uid), str(fingerprint)) for uid, fingerprint in keys))
+
+
+def _object(path: Path) -> Damage | None:
+    return None if read_object(path) else Damage(path, "not a JSON object")
+
+
+def _samples(path: Path) -> Damage | None:
+    try:
+        Cell(path.parent).samples()
+    except UserError:
+        return Damage(path, "does not map samples to fingerprints")
+    except OSError as error:
+        return Damage(path, str(error))
+    return None
+
+
+def _ledger(path: Path) -> Damage | None:
+    """Lines that a kill tore are no damage; a line that is JSON, but no entry, stops every reader."""
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(entry, dict) or not {*Ledger.FIELDS, "time"} <= entry.keys():
+            return Damage(path, f"a line that is no entry: {line[:80]}")
+    return None
+
+
+def _state(path: Path) -> Damage | None:
+    """A fitted state has no checksums: only whether it is whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            list(file.keys())
+    except _READ as error:
+        return Damage(path, str(error))
+    return None
+
+
+def _chunks(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.safetensors"))
+
+
+# ---- repairing --------------------------------------------------------------------------------------
+
+
+def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = False) -> int:
+    """Move damaged files to ``<root>/.damaged/<time>/``, or delete them; returns how many samples of chunks were saved.
+
+    What is good in a damaged chunk is written anew first. With curves that are lost go the scores of their samples, so
+    that the next run computes both. Raises UserError for a file that is reached by a link.
+    """
+    root, saved = Path(root), 0
+    place = root / DAMAGED
+    for path in (place, *(damage.path for damage in damages)):
+        check_inside(root, path)
+    before = set(place.iterdir()) if place.is_dir() else set()
+    for damage in damages:
+        if damage.path.suffix == ".safetensors" and damage.path.parent != root / "state":
+            arrays = Arrays(damage.path.parent, writer())
+            held = sum(record.path == damage.path for record in arrays.index().values())
+            saved += held - len(salvage(arrays, damage.path, root))
+        else:
+            target = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}" / damage.path.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(damage.path, target)
+    for folder in dict.fromkeys(d.path.parent for d in damages if d.path.parent.parent.name == "scores"):
+        _forget(folder, [d.samples for d in damages if d.path.parent == folder and d.path.suffix == ".safetensors"])
+    for path in set(place.iterdir()) - before if delete else ():
+        remove(root, path)
+    return saved
+
+
+def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
+    """Drop the rows of samples whose curves were lost: of all without curves, if nobody knows which those are."""
+    stored = Arrays(folder).index()
+    lost = {key for keys in known if keys is not None for key in keys if key not in stored}
+    if any(keys is None for keys in known):
+        lost |= {key for key in Rows(folder).present() if key not in stored}
+    for path in sorted(folder.glob("[!.]*.parquet")):
+        if path.is_symlink() or rows(path) is not None:
+            continue
+        table = pq.read_table(path, partitioning=None)
+        keep = [key not in lost for key in zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist())]
+        if all(keep):
+            continue
+        if any(keep):
+            sink = pa.BufferOutputStream()
+            pq.write_table(table.filter(pa.array(keep)), sink, write_page_checksum=True)
+            write_atomic(folder / f"{writer()}-00001.parquet", sink.getvalue().to_pybytes())
+        path.unlink()
+
+
+def reindex(root: Path | str) -> int:
+    """Rebuild the caches of what lies in which chunk; returns the number of samples in all of them."""
+    root = Path(root)
+    folders = [cell.folder / "maps" for cell in cells(root)]
+    folders += [cell.folder / "scores" / name for cell in cells(root) for name in cell.metrics()]
+    folders += sorted(path for path in root.glob("state/pictures.*") if path.is_dir())
+    for folder in folders:
+        Rows(folder).files.memory.unlink(missing_ok=True)
+    return sum(Arrays(folder).reindex() for folder in folders if _chunks(folder))
+
+
+def writer() -> str:
+    """A name for files that no run wrote."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-0-{secrets.token_hex(2)}"
+
+
+def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
+    """Write these chunks of maps again without the samples that the cell is no longer about; returns how many went.
+
+    The new chunk is whole before the old one goes. Raises UserError if a chunk is damaged, or reached by a link.
+    """
+    said, dropped = cell.samples(), 0
+    for path in paths:
+        check_inside(root, path)
+        if damage := chunk(path):
+            raise UserError(f"{path} is damaged ({damage.problem}); tools/cache.py repair first")
+        fresh = Arrays(path.parent, writer())
+        with safe_open(path, framework="numpy") as file:
+            for i, sample in enumerate(json.loads(file.metadata()["samples"])):
+                uid, fingerprint = sample["uid"], sample["fingerprint"]
+                if uid in said and said[uid] in (None, fingerprint):
+                    arrays = {name: file.get_tensor(f"{i}/{name}") for name in sample["crc"]}
+                    fresh.add(uid, fingerprint, arrays, **sample["info"])
+                else:
+                    dropped += 1
+        fresh.flush()
+        path.unlink()
+    return dropped

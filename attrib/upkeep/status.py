@@ -1,0 +1,329 @@
+"""Where the cells of a work directory stand: done, to do, failed, by whom, how fast, until when.
+
+Everything is read from files that runs leave; nothing is asked of the machines, and nothing is computed. A cell that
+is half written, or damaged, is shown as far as it can be read, with the names of what cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attrib.store import Cell, Key, Ledger, Rows, cells
+from attrib.types import UNREADABLE, UserError
+from attrib.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
+
+DONE, WORKED_ON, LEFT = 0, 10, 75  # exit status of tools/status.py; 75 as tools/run.py says that work is left
+RECENT = 1000  # samples whose recorded seconds are averaged
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Maps, or one metric's scores, of a cell, counted in samples.
+
+    name      "maps" or the score folder, ``<name>.<key8>``
+    todo      samples that miss it and did not fail; ``unseen`` of them no run has looked at yet (limit, shards to come)
+    asked     whether the newest run wants it; scores of an earlier configuration are not waited for
+    rate      samples per second of all running workers that are at it; None if none is
+    seconds   of one worker per sample: as measured now, else as recorded; None if neither is known
+    """
+
+    name: str
+    done: int
+    todo: int
+    failed: int
+    unseen: int = 0
+    asked: bool = True
+    rate: float | None = None
+    seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name.rpartition(".")[0] or self.name
+
+
+@dataclass(frozen=True)
+class Failure:
+    uid: str
+    stage: str
+    reason: str
+    time: float
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """``samples`` are those that the cell is about (None: it does not say, all that is stored counts).
+
+    ``broken`` names files that could not be read, each with the error; what they held counts as to do. ``readable``:
+    whether the cell says what it is (spec.json) and, if it has the file, what it is about (samples.json).
+    ``workers`` are those that matter (:func:`attrib.workers.current`), ``runs`` counts all there ever were.
+    """
+
+    name: str
+    samples: int | None
+    stages: tuple[Stage, ...]
+    workers: tuple[Worker, ...]
+    runs: int
+    failures: tuple[Failure, ...]
+    broken: tuple[str, ...]
+    eta: float | None = None
+    readable: bool = True
+
+    @property
+    def left(self) -> bool:
+        """Whether a run would find work. Samples that failed are no work, though a run tries them again."""
+        return not self.readable or any(stage.todo for stage in self.stages if stage.asked)
+
+    @property
+    def running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state == RUNNING]
+
+    @property
+    def seconds(self) -> float | None:
+        """What one worker would take for the rest; None if that is not known of every stage."""
+        due = [stage for stage in self.stages if stage.asked and stage.todo]
+        if any(stage.seconds is None for stage in due):
+            return None
+        return sum(stage.todo * (stage.seconds or 0.0) for stage in due)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A state that is being fitted, or was when its worker ended: ``state/<key8>.partial.safetensors``."""
+
+    name: str
+    cells: tuple[str, ...]  # that need it
+    size: int
+    age: float
+
+
+@dataclass(frozen=True)
+class Status:
+    root: Path
+    time: float
+    cells: tuple[CellStatus, ...]
+    fits: tuple[Fit, ...] = ()
+
+    @property
+    def exit(self) -> int:
+        """DONE; WORKED_ON: some cell misses something, and all that do have a worker; LEFT: one has none."""
+        due = [cell for cell in self.cells if cell.left]
+        if any(not cell.running for cell in due):
+            return LEFT
+        return WORKED_ON if due or any(cell.running for cell in self.cells) else DONE
+
+    def record(self, lines: int = 5) -> dict[str, Any]:
+        """For scripts: what JSON can hold."""
+
+        def worker(one: Worker) -> dict[str, Any]:
+            more = {"folder": str(one.folder), "eta": one.eta, "log": one.log_lines(lines)}
+            return {**dataclasses.asdict(one), **more}
+
+        listed = [
+            {
+                "name": cell.name,
+                "samples": cell.samples,
+                "left": cell.left,
+                "eta": cell.eta,
+                "seconds": cell.seconds,
+                "stages": [dataclasses.asdict(one) for one in cell.stages],
+                "workers": [worker(one) for one in cell.workers],
+                "runs": cell.runs,
+                "failures": [dataclasses.asdict(one) for one in cell.failures],
+                "broken": list(cell.broken),
+            }
+            for cell in self.cells
+        ]
+        about = {"root": str(self.root), "time": self.time, "exit": self.exit}
+        return {**about, "cells": listed, "fits": [dataclasses.asdict(one) for one in self.fits]}
+
+
+class Observer:
+    """Looks at a work directory again and again; of what it has read it reads only what is new.
+
+    filters   words that a cell's name must hold, all of them; a word with ``*`` or ``?`` must match a part between
+              dots, or the whole name
+    silent    seconds without a sign of life after which a worker on another machine counts as dead
+    """
+
+    def __init__(self, root: Path | str, filters: Sequence[str] = (), silent: float = SILENT) -> None:
+        self.root, self._filters, self._silent = Path(root), tuple(filters), silent
+        self._cells: dict[str, Cell] = {}
+        self._rows: dict[Path, Rows] = {}
+
+    def look(self) -> Status:
+        """Raises UserError if there is no cell, or none that the filters let through."""
+        found = cells(self.root)
+        if not found:
+            raise UserError(no_cells(self.root))
+        chosen = [cell for cell in found if matches(cell.folder.name, self._filters)]
+        if not chosen:
+            raise UserError(f"none of the {len(found)} cells in {self.root} is called {' and '.join(self._filters)}")
+        now = clock(self.root)
+        known = [self._known(cell) for cell in chosen]
+        return Status(self.root, now, tuple(self._cell(cell, now) for cell in known), tuple(fits(self.root, now)))
+
+    def _known(self, cell: Cell) -> Cell:
+        """What has read this cell before; a new object where files were broken, which may be repaired by now."""
+        before = self._cells.get(cell.folder.name)
+        if before is None or before.maps.broken:
+            self._cells[cell.folder.name] = cell
+        return self._cells[cell.folder.name]
+
+    def _cell(self, cell: Cell, now: float) -> CellStatus:
+        broken: list[str] = []
+        path = cell.folder / "samples.json"
+        said = _tried(cell.samples, None, broken, path) if path.exists() else None
+        if not read_object(cell.folder / "spec.json"):
+            broken.append(f"{cell.folder / 'spec.json'}: not the description of a cell")
+        readable = not broken
+
+        def counted(keys: Iterable[Key]) -> set[str]:
+            if said is None:
+                return {uid for uid, _ in keys}
+            return {uid for uid, fingerprint in keys if uid in said and said[uid] in (None, fingerprint)}
+
+        index = _tried(cell.maps.index, {}, broken, cell.maps.folder)
+        broken += cell.maps.broken
+        mapped = counted(index)
+        due = mapped if said is None else set(said)
+        failures = _failures(cell.ledger, said, broken)
+        runs = workers(cell.folder, now, self._silent)
+        running = [worker for worker in runs if worker.state == RUNNING]
+        lost = {uid: failure for uid, failure in _merged(failures).items() if uid in due and uid not in mapped}
+        unseen = 0 if said is None else sum(1 for u, f in said.items() if f is None and u not in mapped)
+        recorded = _recorded(record.info for record in itertools.islice(reversed(index.values()), RECENT))
+        rate, measured = _speed(running, "maps")
+        todo = len(due) - len(mapped) - len(lost)
+        stages = [Stage("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
+        named = list(lost.values())
+        wanted = asked(runs)
+        for name in dict.fromkeys((*_tried(cell.metrics, [], broken, cell.folder), *sorted(wanted or ()), *failures)):
+            if name in ("load", "maps"):
+                continue
+            rows = self._rows.setdefault(cell.folder / name, cell.scores(name))
+            scored = counted(_tried(rows.present, set(), broken, rows.folder)) & due
+            broken += rows.broken
+            bad = {uid: f for uid, f in failures.get(name, {}).items() if uid in due and uid not in scored}
+            todo = len(due - scored - bad.keys() - lost.keys())
+            wants = wanted is None or name in wanted
+            rate, measured = _speed(running, name.rpartition(".")[0])
+            cost = measured or (_score_seconds(cell, name) if todo and wants else None)
+            stages.append(Stage(name, len(scored), todo, len(bad), 0, wants, rate, cost))
+            named += bad.values()
+        found = CellStatus(
+            name=cell.folder.name,
+            samples=None if said is None else len(said),
+            stages=tuple(stages),
+            workers=tuple(current(runs)),
+            runs=len(runs),
+            failures=tuple(sorted(named, key=lambda failure: -failure.time)),
+            broken=tuple(printable(line) for line in dict.fromkeys(broken)),
+            readable=readable,
+        )
+        if not running or found.seconds is None:
+            return found
+        return dataclasses.replace(found, eta=found.seconds / len(running))
+
+
+def _score_seconds(cell: Cell, name: str) -> float | None:
+    """Mean seconds per sample that the metric recorded beside its curves."""
+    curves = cell.curves(name)
+    return _recorded(record.info for record in _tried(curves.sampled, [], [], curves.folder))
+
+
+def matches(name: str, filters: Sequence[str]) -> bool:
+    """Whether a cell's name meets every filter, see :class:`Observer`."""
+    parts = (name, *name.split("."))
+    return all(
+        any(fnmatch.fnmatchcase(part, word) for part in parts) if set(word) & set("*?[") else word in name
+        for word in filters
+    )
+
+
+def no_cells(root: Path) -> str:
+    """What to say of a folder without cells."""
+    if not root.is_dir():
+        return f"{root} is no folder; give the work directory (run.root) that tools/run.py writes to"
+    below = sorted({path.parent.parent.name for path in root.glob("*/*/spec.json")})
+    if below:
+        return f"{root} holds no cells, but work directories: {', '.join(below)}; give one of them"
+    return f"{root} holds no cells: no <dataset>.<model>.<method>.<key>/spec.json there"
+
+
+def fits(root: Path, now: float) -> list[Fit]:
+    """Unfinished states below ``state/``, and the cells that wait for each."""
+    found = []
+    try:
+        entries = [e for e in os.scandir(root / "state") if e.name.endswith(".partial.safetensors")]
+    except OSError:
+        return []
+    specs = (
+        {path.parent.name: read_object(path).get("state_key") for path in root.glob("*/spec.json")} if entries else {}
+    )
+    for entry in sorted(entries, key=lambda e: e.name):
+        key8 = entry.name.split(".")[0]
+        try:
+            stat = entry.stat(follow_symlinks=False)
+        except OSError:  # published this moment
+            continue
+        needing = tuple(sorted(name for name, key in specs.items() if isinstance(key, str) and key[:8] == key8))
+        found.append(Fit(key8, needing, stat.st_size, max(0.0, now - stat.st_mtime)))
+    return found
+
+
+def _tried(read: Callable[[], T], otherwise: T, broken: list[str], what: Path) -> T:
+    """What ``read`` returns; for a file that cannot be understood, ``otherwise`` and a line in ``broken``."""
+    try:
+        return read()
+    except UserError as error:
+        broken.append(str(error))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        broken.append(f"{what}: {type(error).__name__}: {error}")
+    return otherwise
+
+
+def _failures(
+    ledger: Ledger, said: Mapping[str, str | None] | None, broken: list[str]
+) -> dict[str, dict[str, Failure]]:
+    """stage -> uid -> the newest entry that is about the sample as it is now."""
+    found: dict[str, dict[str, Failure]] = {}
+    for entry in _tried(ledger.entries, [], broken, ledger.folder / "failures"):
+        if not isinstance(entry, dict):
+            continue
+        uid, fingerprint, stage = entry.get("uid"), entry.get("fingerprint"), entry.get("stage")
+        if not (isinstance(uid, str) and isinstance(stage, str)):
+            continue
+        if said is None or (uid in said and (said[uid] is None or fingerprint in (said[uid], UNREADABLE))):
+            when = entry.get("time")
+            when = float(when) if isinstance(when, (int, float)) else 0.0
+            found.setdefault(stage, {})[uid] = Failure(uid, stage, str(entry.get("reason", "")), when)
+    return found
+
+
+def _merged(failures: Mapping[str, Mapping[str, Failure]]) -> dict[str, Failure]:
+    """uid -> why it has no map: it could not be read, or not be explained, whichever came last."""
+    found: dict[str, Failure] = {}
+    for one in (*failures.get("load", {}).values(), *failures.get("maps", {}).values()):
+        if one.uid not in found or one.time >= found[one.uid].time:
+            found[one.uid] = one
+    return found
+
+
+def _recorded(infos: Iterable[Mapping[str, Any]]) -> float | None:
+    seconds = [s for info in infos if isinstance(s := info.get("seconds"), (int, float))]
+    return sum(seconds) / len(seconds) if seconds else None
+
+
+def _speed(running: Sequence[Worker], stage: str) -> tuple[float | None, float | None]:
+    """Samples per second of all workers at a stage, and seconds per sample of one of them."""
+    rates = [worker.rate for worker in running if worker.stage == stage and worker.rate]
+    return (sum(rates), len(rates) / sum(rates)) if rates else (None, None)

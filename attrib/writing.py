@@ -1,0 +1,120 @@
+"""Writing whole files, and gathering samples until they are worth a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+Key = tuple[str, str]  # (uid, fingerprint)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing, also when the machine dies in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A process number alone is not unique: containers on two machines often have the same.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+class Buffered:
+    """Samples gathered in memory until there are enough of them, or enough seconds passed.
+
+    A fast method therefore writes few files, and a slow one (more than ``seconds`` a sample)
+    flushes after each sample. With ``background`` a thread writes while the next samples are gathered.
+    """
+
+    SUFFIX: ClassVar[str]
+    MOST: ClassVar[int] = 64 * 2**20  # bytes of arrays that wait to be written
+
+    def __init__(self, folder: Path, writer: str, *, seconds: float, count: int, background: bool = False) -> None:
+        self.folder, self.writer = Path(folder), writer
+        self._seconds, self._count, self._background = seconds, count, background
+        self._pending: dict[Key, Any] = {}
+        self._bytes = 0
+        self._writing: dict[Key, Any] = {}  # what the thread writes
+        self._pool: ThreadPoolExecutor | None = None
+        self._job: Future[None] | None = None
+        self._since = time.monotonic()
+        self._number = 0
+        self.broken: list[str] = []  # files that could not be read; their samples count as missing
+
+    @property
+    def unwritten(self) -> int:
+        """Samples that were added and are not durable yet."""
+        return len(self._pending) + len(self._writing)
+
+    def _add(self, key: Key, value: Any, size: int = 0) -> None:
+        self._pending[key] = value
+        self._bytes += size
+
+    def flush_if_due(self) -> bool:
+        """Called between batches, when all parts of a sample have been added."""
+        due = len(self._pending) >= self._count or time.monotonic() - self._since >= self._seconds
+        if not (due or self._bytes >= self.MOST) or not self._pending:
+            return False
+        if not self._background:
+            self.flush()
+            return True
+        self._finish()
+        self._pool = self._pool or ThreadPoolExecutor(1)
+        self._writing, self._pending, self._bytes = self._pending, {}, 0
+        self._job = self._pool.submit(self._write, self._writing)
+        self._since = time.monotonic()
+        return True
+
+    def flush(self) -> None:
+        """Make everything added so far durable."""
+        self._finish()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        if self._pending:
+            self._write(self._pending)
+            self._pending, self._bytes = {}, 0
+        self._since = time.monotonic()
+
+    def _finish(self) -> None:
+        """Wait for the thread. Raises what it raised; its samples then wait to be written again."""
+        if self._job is None:
+            return
+        try:
+            self._job.result()
+        except Exception:
+            self._pending = self._writing | self._pending
+            raise
+        finally:
+            if self._job.done():  # else the waiting was interrupted
+                self._job, self._writing = None, {}
+
+    def _write(self, samples: Mapping[Key, Any]) -> None:
+        write_atomic(self._next(), self._encoded(samples))
+
+    def _next(self) -> Path:
+        """A name that is not taken, also not by an earlier object of the same writer."""
+        while True:
+            self._number += 1
+            path = self.folder / f"{self.writer}-{self._number:05d}{self.SUFFIX}"
+            if not path.exists():
+                return path
+
+    def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
+        """Samples as the content of one file."""
+        raise NotImplementedError
