@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -21,12 +22,21 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+EVERY = 0.25  # seconds: a kernel takes half a millisecond to say how much memory a process had
+
+
 class Meter:
-    """Runs from its making until :meth:`each`."""
+    """Between :meth:`begin` and :meth:`each`, for one batch after the other."""
 
     def __init__(self, model: Classifier) -> None:
-        self._model, self._rows = model, model.passed
-        self._peak = Peak(model.device)
+        self._model = model
+        self._peak: Peak | None = None
+        self._memory: dict[str, int] = {}
+        self._looked = -math.inf
+
+    def begin(self) -> None:
+        self._rows = self._model.passed
+        self._peak = self._peak or Peak(self._model.device)
         self._start = time.perf_counter()
 
     def each(self, samples: int) -> dict[str, Any]:
@@ -35,12 +45,15 @@ class Meter:
         seconds, rows   its share
         memory          bytes, of the whole batch. On a GPU the peak of torch's tensors, weights included; on a
                         CPU the peak of the whole process (resident pages: libraries, weights, what is kept for
-                        the next allocation). It grows with ``run.batch`` and ``run.rows``, and two devices'
-                        cannot be compared. Absent where there is no way to tell.
+                        the next allocation), of batches shorter than ``EVERY`` several share one. It grows with
+                        ``run.batch`` and ``run.rows``, and two devices' cannot be compared. Absent where there is no
+                        way to tell.
         device          see :func:`device_name`
         """
-        seconds, more = time.perf_counter() - self._start, self._peak.bytes()
-        cost = {"seconds": seconds / samples, "rows": (self._model.passed - self._rows) / samples}
-        known = more is not None and self._peak.before is not None
-        memory = {"memory": self._peak.before + more} if known else {}
-        return {**cost, **memory, "device": device_name(self._model.device)}
+        now = time.perf_counter()
+        cost = {"seconds": (now - self._start) / samples, "rows": (self._model.passed - self._rows) / samples}
+        if self._peak is not None and (self._model.device.type != "cpu" or now - self._looked >= EVERY):
+            more, before, self._looked = self._peak.bytes(), self._peak.before, now
+            self._memory = {"memory": before + more} if more is not None and before is not None else {}
+            self._peak = None
+        return {**cost, **self._memory, "device": device_name(self._model.device)}

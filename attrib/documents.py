@@ -52,4 +52,5 @@ def own_scores(work: Plan, read: Callable[[str, Iterable[str]], Mapping[str, np.
                 cell.ledger.add(uid, work.fingerprints[uid], folder, str(error))
                 continue
             rows.add(uid, work.fingerprints[uid], {(name, column): value for name in method.MAPS})
+        cell.maps.flush()  # those that had been damaged
         rows.flush()

@@ -83,6 +83,10 @@ class Stop:
     def held(self) -> contextlib.AbstractContextManager[None]:
         return self._region("hold")
 
+    def hold(self) -> None:
+        """``held`` from here on, until ``watching`` is left: all is done, and it is only to be said."""
+        self._mode = "hold"
+
     @contextmanager
     def _region(self, mode: Literal["finish", "drop", "hold"]) -> Iterator[None]:
         before, self._mode = self._mode, mode
@@ -219,7 +223,12 @@ def ended(main: Callable[[], Any]) -> int:
 
 
 def leave(status: int, patience: float = 2.0) -> NoReturn:
-    """End the process, also if a thread hangs in a read that will not come back (Python would wait for it for ever)."""
+    """End the process, also if a thread hangs in a read that will not come back (Python would wait for it for ever).
+
+    A signal that comes now changes nothing: the process is ending, and its status says how.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end = time.monotonic() + patience
     others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
     for thread in others:

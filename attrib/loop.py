@@ -58,6 +58,7 @@ class Loop(BaseLoop):
         self.stage, self.total = "", 0  # what is being done, and for how many samples
         self.samples = work.experiment.samples(work.uids, options.read)
         self._budget = Budget(options.batch, work.experiment.model)
+        self._meter = Meter(work.experiment.model)
         self.at_once: int | None = None  # samples explained at once, at the end; None if none had to be
         self._failed: set[tuple[str, str]] = set()
         self._left: dict[str, int] = {}  # stage that was begun -> samples still to do
@@ -110,7 +111,7 @@ class Loop(BaseLoop):
 
     def _fail(self, uid: str, stage: str, reason: str) -> None:
         self.plan.cell.ledger.add(uid, self.plan.fingerprints[uid], stage, reason)
-        if stage in self._left and (uid, stage) not in self._failed:
+        if stage in self._left:
             self._left[stage] -= 1
         self._failed.add((uid, stage))
         self.summary.failed = len(self._failed)
@@ -238,12 +239,12 @@ class Loop(BaseLoop):
         """Explain a batch and store its maps."""
         work, experiment = self.plan, self.plan.experiment
         method = experiment.method
-        meter = Meter(experiment.model)
+        self._meter.begin()
         found = experiment.explain(batch, self.state())
         documents = {name: packed(found[name]) for name in method.DOCUMENTS if name in found}
         arrays = documents | {n: v.detach().float().cpu().numpy() for n, v in found.items() if n not in documents}
         self._check_maps(batch, arrays)
-        cost = meter.each(len(batch))
+        cost = self._meter.each(len(batch))
         finite = np.ones(len(batch), dtype=bool)
         for name in method.MAPS:
             finite &= np.isfinite(arrays[name]).reshape(len(batch), -1).all(1)
@@ -290,12 +291,13 @@ class Loop(BaseLoop):
             except (DamagedError, FileNotFoundError):
                 with self.stop.held():  # what was salvaged must be written
                     lost = salvage(maps, maps.index()[key].path, Path(self.options.root))
-                self._lost |= lost
-                self.summary.maps_present -= sum(self.plan.key(u) in lost for u in self.plan.present)
+                    self._lost |= lost
+                    mine = {u for u in self.plan.uids if self.plan.key(u) in lost}
+                    self._left["maps"] += len(mine)
+                    self.summary.maps_present -= len(mine & self.plan.present)
         if key in self._lost:
             if (uid, "maps") not in self._failed:
                 batch, target = self.samples.batch([uid]), [self._lost[key]["target"]]
-                self._left["maps"] += 1
                 self._attempt("maps", dataclasses.replace(batch, target=batch.target.new_tensor(target)), self._mapped)
             if key in self._lost:
                 raise SampleError("its map was damaged, and could not be computed again")
@@ -310,10 +312,8 @@ class Loop(BaseLoop):
         stored = cell.maps.index()
         done = work.scored[name]
         self.summary.scores_present += len(done)
-        if self.stop():
-            return
         todo = [u for u in work.uids if u not in done and work.key(u) in stored]
-        if not todo:
+        if self.stop() or not todo:
             return
         targets = {u: stored[work.key(u)].info["target"] for u in todo}  # what the map explains
         rows, curves = cell.scores(folder), cell.curves(folder)

@@ -123,6 +123,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
             except OSError as error:
                 raise UserError(f"run.root={options.root} cannot be read: {error}") from error
             check_metrics(work)
+        stop.hold()  # once there is a summary, the caller gets it
         try:
             summary = _run(work, options, start, stop)
         except OSError as error:  # a sample's own errors never come this far

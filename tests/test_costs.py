@@ -27,9 +27,16 @@ def noted(root, method, **info):
     anew.flush()
 
 
+def _each(model, samples):
+    meter = costs.Meter(model)
+    meter.begin()
+    return meter.each(samples)
+
+
 def test_a_meter_counts_rows_and_seconds_of_each_sample():
     model = Classifier(small_cnn(), {}, rows=3)
     meter = costs.Meter(model)
+    meter.begin()
     model.logits(torch.zeros(6, 3, 32, 32))
     cost = meter.each(2)
     assert cost["rows"] == 3
@@ -42,7 +49,23 @@ def test_a_meter_counts_rows_and_seconds_of_each_sample():
 
 def test_memory_is_absent_where_nothing_can_tell(monkeypatch):
     monkeypatch.setattr(costs.Peak, "bytes", lambda self: None)
-    assert set(costs.Meter(Classifier(small_cnn(), {})).each(1)) == {"seconds", "rows", "device"}
+    assert set(_each(Classifier(small_cnn(), {}), 1)) == {"seconds", "rows", "device"}
+
+
+def test_short_batches_share_a_look_at_the_memory(monkeypatch):
+    made = []
+    monkeypatch.setattr(costs.Peak, "bytes", lambda self: made.append(self) or len(made))
+    monkeypatch.setattr(costs, "EVERY", 1e6)
+    meter, memories = costs.Meter(Classifier(small_cnn(), {})), []
+    for _ in range(3):
+        meter.begin()
+        memories.append(meter.each(1)["memory"])
+    assert len(made) == 1
+    assert len(set(memories)) == 1
+    monkeypatch.setattr(costs, "EVERY", 0.0)
+    meter.begin()
+    meter.each(1)
+    assert len(made) == 2  # over all that was since the first look
 
 
 def test_a_gpu_has_its_own_peak(monkeypatch):
@@ -55,7 +78,7 @@ def test_a_gpu_has_its_own_peak(monkeypatch):
     class OnGpu:
         device, passed = torch.device("cuda", 0), 0
 
-    assert costs.Meter(OnGpu()).each(4) | {"seconds": 0} == {
+    assert _each(OnGpu(), 4) | {"seconds": 0} == {
         "seconds": 0, "rows": 0, "memory": 5000, "device": "NVIDIA Test"
     }  # fmt: skip
     assert calls == ["reset"]

@@ -264,6 +264,14 @@ def test_the_status_that_was_asked_for(code, status):
     assert interrupt.ended(lambda: None) == 0
 
 
+def test_a_signal_while_leaving_changes_nothing():
+    code = (
+        "import atexit, os, signal, time; from attrib.interrupt import leave;"
+        "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)]); leave(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 75
+
+
 def test_leaving_does_not_wait_for_a_thread_that_hangs():
     code = (
         "import threading, sys; sys.stdout.write('bye'); threading.Thread(target=threading.Event().wait).start();"

@@ -149,9 +149,13 @@ class Tell(Hook):
 def test_a_batch_that_takes_longer_than_the_grace_is_dropped(run, goes_on, during):
     during("p002", lambda: [tell(), time.sleep(30)])
     start = time.monotonic()
-    assert run("run.grace=0.1").status == 75
+    result = run("run.grace=0.1")
+    assert result.status == 75
     assert time.monotonic() - start < 10
     assert record(run.root)["left"] == 4 + 6
+    *_, line, ending = result.out.strip().splitlines()
+    assert counts(line)["maps_computed"] == 2
+    assert ending == "stopped by SIGTERM, 10 maps and scores are left; the same command goes on"
     goes_on(4)
 
 
@@ -208,6 +212,12 @@ def test_a_grid_stops_as_a_whole(run, during, method):
     tiny_methods.during = len
     assert run("-m", "method=eventful,random").status == 0
     assert [len(cell.maps.index()) for cell in cells(run.root)] == [6, 6]
+
+
+def test_an_error_before_the_stop_is_not_lost(run, during):
+    during("p002", tell)
+    wrong = "method._target_=nowhere.Method,tiny_methods.Eventful"
+    assert run("-m", "method=eventful", wrong).status == 75
 
 
 def test_planning_stops_at_once(run, monkeypatch):

@@ -88,11 +88,10 @@ def one(config: DictConfig) -> None:
     try:
         code, summary, said = _cell(config)
     except Exception as error:
-        if not submission.in_task():
-            raise
-        traceback.print_exc()  # else Hydra hands it to submitit, and Slurm calls the task COMPLETED
+        # Here, because Hydra says it at the end of a grid, or never, and in a task leaves it to submitit.
+        traceback.print_exc()
         code, summary, said = 1, None, f"{type(error).__name__}: {error}"
-    status = max(status, code)
+    status = min(status, code, key=submission.WORST.index)
     if submission.in_task():
         submission.hand_in(code, summary, said)
     if code == LEFT:

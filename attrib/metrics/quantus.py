@@ -290,7 +290,7 @@ def _version() -> str:
     _quantus()
     version = importlib.metadata.version("quantus")
     if not version.startswith("0.6"):
-        raise UserError(f"attrib knows quantus 0.6, not {version}, which is installed; try: pip install 'quantus<0.7'")
+        raise UserError(f"attrib knows quantus 0.6, and {version} is installed; try: pip install 'quantus~=0.6.0'")
     return version
 
 
