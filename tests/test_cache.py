@@ -172,6 +172,19 @@ def test_repair_moves_damage_away_and_the_next_run_finds_the_rest(root, capsys):
     assert [c.folder.name for c in cells(root)] == [NAME]
 
 
+def test_what_others_put_beside_the_states_is_not_repaired(root):
+    """Nor a file of confidences that is empty because no sample could be read."""
+    (root / "state" / "notes.json").write_text("[1]")
+    (root / "state" / "mine.safetensors").write_text("mine")
+    (root / "state" / "77777777.safetensors").mkdir()
+    (root / "state" / "confidence.01234567.json").write_text("{}")
+    before = tree(root)
+    assert main("repair", root, "--yes", "--delete") == 0
+    assert tree(root) == before
+    (root / "state" / "confidence.01234567.json").write_text("[")
+    assert [damage.path.name for damage in repair_damages(root)] == ["confidence.01234567.json"]
+
+
 def test_repair_asks_first(root, monkeypatch):
     flip(chunks(root)[0])
     before = tree(root)
@@ -379,6 +392,16 @@ def test_links_are_not_followed(root, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "holds maps/x.safetensors, which is not ours" in text.replace("photos.net.gone.76543210/", "")
     assert text.count("kept:") == 4
+
+
+def test_scores_of_a_cell_elsewhere_are_left_alone(root, tmp_path, capsys):
+    """The others go all the same."""
+    shutil.copytree(root / NAME, tmp_path / "scratch")
+    (root / "photos.net.a.00000001").symlink_to(tmp_path / "scratch")
+    assert main("prune", root, "--yes", "--scores", "ehr.*") == 0
+    assert (tmp_path / "scratch" / "scores" / METRIC / "metric.json").exists()
+    assert not (root / NAME / "scores" / METRIC).exists()
+    assert "is a link" in capsys.readouterr().out
 
 
 def test_a_state_folder_elsewhere_is_left_alone(root, tmp_path):

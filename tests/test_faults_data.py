@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,8 @@ from test_faults import Job, during, job, numbers, undisturbed
 from tiny import only_cell, write_image
 
 from attrib import tables
+from attrib.documents import own_scores
+from attrib.store import Cell
 
 __all__ = ["during", "job", "undisturbed"]  # fixtures
 
@@ -125,6 +129,34 @@ def test_a_damaged_map_that_cannot_be_made_again(job):
     assert "failed=1" in result.out
     (job.images / "p001.png").write_bytes(picture)
     job.finishes(1)
+
+
+def test_a_damaged_map_that_the_method_refuses_is_not_left(job, during):
+    """It failed, like any other; nothing of this run is still to be done."""
+    assert job("metric=[]").status == 0
+    flip(chunks(job)[0], -20)
+    during("p001", lambda: 1 / 0)
+    result = job()
+    assert result.status == 0
+    assert result.out.strip().splitlines()[-1].endswith("failed=2")  # its map, and the score
+    assert not json.loads(sorted(job.root.glob("*/runs/*/summary.json"))[-1].read_text())["left"]
+    job.finishes(1)
+
+
+def test_a_map_that_was_made_again_for_the_methods_own_score_is_kept(tmp_path):
+    """No metric comes afterwards that would write it."""
+    cell = Cell(tmp_path / "photos.net.acd.01234567", "w")
+    cell.maps.add("p0", "f", {"map": np.zeros(2), "size": np.zeros(())})
+    cell.maps.flush()
+
+    def read(uid: str, names: list[str]) -> dict[str, np.ndarray]:
+        cell.maps.add(uid, "f", {"map": np.ones(2), "size": np.ones(())})
+        return {"size": np.ones(())}
+
+    method = SimpleNamespace(COLUMNS={"size": "none"}, MAPS={"map": ""})
+    own = {"cell": cell, "uids": ("p0",), "fingerprints": {"p0": "f"}, "key": lambda uid: (uid, "f")}
+    own_scores(SimpleNamespace(**own, experiment=SimpleNamespace(method=method)), read)
+    assert Cell(cell.folder).maps.read(("p0", "f"))["size"] == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

@@ -214,10 +214,24 @@ def test_a_grid_stops_as_a_whole(run, during, method):
     assert [len(cell.maps.index()) for cell in cells(run.root)] == [6, 6]
 
 
-def test_an_error_before_the_stop_is_not_lost(run, during):
-    during("p002", tell)
-    wrong = "method._target_=nowhere.Method,tiny_methods.Eventful"
-    assert run("-m", "method=eventful", wrong).status == 75
+@pytest.mark.parametrize("told", [True, False])
+def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch, told):
+    """Hydra alone would say it at the grid's end, so never if that is told to stop before."""
+    plan, calls = attrib.run.plan, []
+
+    def planned(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("a bug")
+        if told:
+            tell()
+        return plan(*arguments)
+
+    monkeypatch.setattr(attrib.run, "plan", planned)
+    result = run("-m", "method=eventful,random")
+    assert result.status == (75 if told else 1)
+    assert result.err.count("RuntimeError: a bug") == 1
+    assert len(cells(run.root)) == (0 if told else 1)
 
 
 def test_planning_stops_at_once(run, monkeypatch):

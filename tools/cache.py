@@ -142,7 +142,7 @@ def damages(root: Path) -> list[repair.Damage]:
     """Reads everything, with a bar on a terminal."""
     listed = repair.checks(root)
     bar = tqdm(listed, desc="reading", unit=" files", disable=not sys.stderr.isatty(), leave=False)
-    found = [damage for path, check in bar if (damage := check(path)) is not None]
+    found = [damage for path, check in bar if (damage := check(path)) is not None and path.exists()]
     print(f"{counted(len(listed), 'file')} read, {len(found)} damaged")
     for damage in found:
         print(f"  {printable(f'{damage.path}: {damage.problem}')}")
@@ -258,6 +258,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped. What was done so far is done; the same command goes on", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"error: {error}. What was done so far is done; the same command goes on", file=sys.stderr)
         return 2

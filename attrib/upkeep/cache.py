@@ -6,6 +6,7 @@ Symbolic links are never followed and never removed, so nothing outside the work
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import os
 import re
@@ -26,8 +27,8 @@ from attrib.workers import RUNNING, SILENT, clock, counted, read_object, workers
 DAY = 86400.0
 NOT_OURS = "is a link, on another file system, or not ours"
 _CELL = re.compile(r"[^./]+\.[^./]+\.[^./]+\.[0-9a-f]{8}")
-_FITTED = re.compile(r"(?P<key>[0-9a-f]{8})\.(?:(?P<partial>partial\.)?safetensors|json)")
-_SHARED = re.compile(r"(?P<kind>pictures|confidence)\.(?P<key>[0-9a-f]{8})(?:\.json)?")
+FITTED = re.compile(r"(?P<key>[0-9a-f]{8})\.(?:(?P<partial>partial\.)?safetensors|json)")
+SHARED = re.compile(r"(?P<kind>pictures|confidence)\.(?P<key>[0-9a-f]{8})(?:\.json)?")
 _TEMPORARY = re.compile(r"\..+\.(?:\d+-)?[0-9a-f]{8,16}\.tmp")
 _CHUNKS = (".safetensors", ".parquet", ".cache", ".json", ".tmp")
 # What a cell's folder may hold, and the suffixes of what lies there; None: anything, users' hooks write there too.
@@ -200,10 +201,10 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if _TEMPORARY.fullmatch(path.name):
             continue
-        if (fitted := _FITTED.fullmatch(path.name)) and not path.is_dir():
+        if (fitted := FITTED.fullmatch(path.name)) and not path.is_dir():
             kind = "partial" if fitted["partial"] else "state"
             groups.setdefault((kind, fitted["key"]), []).append(path)
-        elif shared := _SHARED.fullmatch(path.name):
+        elif shared := SHARED.fullmatch(path.name):
             groups.setdefault((shared["kind"], shared["key"]), []).append(path)
         elif path.name == "fingerprints" and not path.is_symlink():
             others.append(Item("fingerprints", (path,), measured([path], now), "of files, so that they are read once"))
@@ -302,7 +303,9 @@ def scores(root: Path | str, pattern: str) -> list[Item]:
 
 def _scores(cell: Cell, name: str, about: str, now: float) -> Item:
     path = cell.folder / "scores" / name
-    return Item("scores", (path,), measured([path], now, _CHUNKS), about)
+    measure = measured([path], now, _CHUNKS)
+    links = tuple(part for part in (cell.folder, path.parent) if part.is_symlink())  # ``remove`` would refuse
+    return Item("scores", (path,), dataclasses.replace(measure, strange=links + measure.strange), about)
 
 
 def remove(root: Path | str, path: Path) -> None:

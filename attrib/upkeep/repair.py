@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from attrib.salvage import DAMAGED, salvage
 from attrib.store import Arrays, Cell, Key, Ledger, Rows, cells, write_atomic
 from attrib.types import UserError
-from attrib.upkeep.cache import check_inside, remove
+from attrib.upkeep.cache import FITTED, SHARED, check_inside, remove
 from attrib.upkeep.status import no_cells
 from attrib.workers import read_object
 
@@ -59,12 +59,12 @@ def checks(root: Path | str) -> list[tuple[Path, Check]]:
         found += [(path, _ledger) for path in (folder / "failures.jsonl", *sorted(folder.glob("failures/[!.]*.jsonl")))]
     state = root / "state"
     for path in sorted(state.glob("[!.]*")):
-        if path.name.startswith("pictures.") and path.is_dir():
-            found += [(one, chunk) for one in _chunks(path)]
-        elif path.suffix == ".safetensors":
-            found.append((path, _state))
-        elif path.suffix == ".json":
-            found.append((path, _object))
+        if path.is_dir():
+            found += [(one, chunk) for one in (_chunks(path) if SHARED.fullmatch(path.name) else ())]
+        elif FITTED.fullmatch(path.name):
+            found.append((path, _state if path.suffix == ".safetensors" else _object))
+        elif SHARED.fullmatch(path.name):
+            found.append((path, _confidence))
     if not found:
         raise UserError(no_cells(root))
     return [(path, check) for path, check in found if path.exists()]
@@ -121,6 +121,15 @@ def rows(path: Path) -> Damage | None:
 
 def _object(path: Path) -> Damage | None:
     return None if read_object(path) else Damage(path, "not a JSON object")
+
+
+def _confidence(path: Path) -> Damage | None:
+    """Empty where no sample could be read."""
+    try:
+        whole = isinstance(json.loads(path.read_text()), dict)
+    except (OSError, ValueError, RecursionError):
+        whole = False
+    return None if whole else Damage(path, "not a JSON object")
 
 
 def _samples(path: Path) -> Damage | None:
