@@ -243,7 +243,7 @@ def test_an_unexpected_error_is_told_as_well(task, monkeypatch, capfd):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(run, "_cell", fails)
-    monkeypatch.setattr(run, "_ready", lambda: None)
+    monkeypatch.setattr(run.program, "ready", lambda: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "method=random"])
     with pytest.raises(SystemExit) as end:
         run.main()

@@ -15,7 +15,6 @@ in run.root or fitted now. Everything is written to <run.root>/graphs/<dataset>.
 from __future__ import annotations
 
 import io
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from attrib import program
 from attrib.causal import CausalGraphs, ClassGraph, Sites, Structure, from_state
 from attrib.causal.drawing import draw, draw_stability
 from attrib.causal.exchange import HOW, to_json
@@ -36,7 +36,6 @@ from attrib.causal.subnetwork import effect, summary
 from attrib.config import experiment, options_of, resolved
 from attrib.experiment import Experiment
 from attrib.interrupt import LEFT, Interrupted, Stop, ended, leave, watching
-from attrib.memory import keep_freed_memory
 from attrib.plan import Options, plan
 from attrib.states import load_state
 from attrib.store import write_atomic, write_json
@@ -156,16 +155,12 @@ def main(config: DictConfig) -> None:
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on", flush=True)
         sys.exit(LEFT)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 2
+    except Exception as error:
+        status = program.told(error)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("attrib").setLevel(logging.INFO)
-    keep_freed_memory()
-    sys.path.append(str(Path.cwd()))  # as in tools/run.py
+    program.ready()
     if not any(argument.startswith("method=") for argument in sys.argv[1:]):
         sys.argv.insert(1, "method=causal_paths")
     leave(ended(main) or status)

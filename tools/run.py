@@ -6,10 +6,8 @@ See configs/run.yaml, configs/paper and README.md.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +15,11 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from attrib import paper
+from attrib import paper, program
 from attrib.cluster import slurm, submission
 from attrib.cluster.ranks import of_rank
 from attrib.config import build, experiment, options_of, resolved
 from attrib.interrupt import LEFT, Interrupted, ended, leave, watching
-from attrib.memory import keep_freed_memory
 from attrib.plan import Options, plan
 from attrib.types import UserError
 
@@ -40,15 +37,6 @@ def _options(config: dict) -> Options:
     return of_rank(options_of({**config, **extras}), os.environ)
 
 
-def _ready() -> None:
-    """What a process needs that computes: this one, or a task of Slurm's, where this file is not the program."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("attrib").setLevel(logging.INFO)
-    keep_freed_memory()
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # so that _target_: my_module.MyMethod finds a file beside you
-
-
 def _cell(config: DictConfig) -> tuple[int, Summary | None, str]:
     """One cell: the exit status, what was done, and that in words. Prints as it goes."""
     with watching() as stop:  # here too, because a launcher may call this in a process of its own, without ``main``
@@ -64,8 +52,7 @@ def _cell(config: DictConfig) -> tuple[int, Summary | None, str]:
 
             summary = run(cell, options)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2, None, f"error: {error}"
+            return program.told(error), None, f"error: {error}"
         except Interrupted as stopped:
             said = f"{stopped}; the same command goes on"
             print(said, flush=True)
@@ -84,14 +71,12 @@ def one(config: DictConfig) -> None:
     global status
     if submission.in_task():
         submission.begin()
-        _ready()
+        program.ready()
     try:
         code, summary, said = _cell(config)
     except Exception as error:
-        # Here, because Hydra says it at the end of a grid, or never, and in a task leaves it to submitit.
-        traceback.print_exc()
-        code, summary, said = 1, None, f"{type(error).__name__}: {error}"
-    status = min(status, code, key=submission.WORST.index)
+        code, summary, said = program.told(error), None, f"{type(error).__name__}: {error}"
+    status = program.worst((status, code))
     if submission.in_task():
         submission.hand_in(code, summary, said)
     if code == LEFT:
@@ -124,7 +109,7 @@ def commands(arguments: Sequence[str]) -> list[list[str]]:
     return [preset.arguments(job) for job in preset.jobs]
 
 
-def _launched(program: str, arguments: Sequence[str]) -> int | None:
+def _launched(tool: str, arguments: Sequence[str]) -> int | None:
     """Have Slurm do it, or print how (``run.dry=true``): the exit status. None where Slurm is not asked for.
 
     Raises UserError.
@@ -134,7 +119,7 @@ def _launched(program: str, arguments: Sequence[str]) -> int | None:
         return None
     if grid.dry:
         about = slurm.estimate(grid, slurm.plans(grid))
-        print(slurm.script(grid, sys.executable, str(Path(program).resolve()), Path.cwd(), about), end="")
+        print(slurm.script(grid, sys.executable, str(Path(tool).resolve()), Path.cwd(), about), end="")
         return 0
     submission.check()
     with watching() as stop:
@@ -143,25 +128,24 @@ def _launched(program: str, arguments: Sequence[str]) -> int | None:
 
 def main() -> None:
     global status
-    program, *arguments = sys.argv
+    tool, *arguments = sys.argv
     with watching() as stop:
         try:
             with stop.at_once():
                 for line in commands(arguments):
-                    sys.argv = [program, *line]
-                    code = _launched(program, line)
+                    sys.argv = [tool, *line]
+                    code = _launched(tool, line)
                     if code is None:
                         one()
                     else:
-                        status = max(status, code)
+                        status = program.worst((status, code))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            status = 2
+            status = program.told(error)
         except Interrupted as stopped:  # between two cells
             print(f"{stopped}; the same command goes on", flush=True)
             sys.exit(LEFT)
 
 
 if __name__ == "__main__":
-    _ready()
+    program.ready()
     leave(ended(main) or status)

@@ -6,7 +6,6 @@ See configs/sanity.yaml and docs/how-to/check-sanity.md.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from attrib import sanity
+from attrib import program, sanity
 from attrib.config import build, example, experiment, options_of, resolved
 from attrib.formats import to_terminal
 from attrib.interrupt import LEFT, Interrupted, ended, leave, watching
-from attrib.memory import keep_freed_memory
 from attrib.models.randomise import Randomise, weighted_layers
 from attrib.plan import Options, plan
 from attrib.report.agreement import tables
@@ -64,7 +62,7 @@ def check(config: Mapping[str, Any]) -> None:
             print(summary.ending, flush=True)
             sys.exit(LEFT)
         if summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present)):
-            status = max(status, 3)
+            status = program.worst((status, program.FAILED))
 
     original = experiment(plain)
     x = example(original.dataset)
@@ -95,9 +93,8 @@ def main(config: DictConfig) -> None:
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on", flush=True)
         sys.exit(LEFT)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = max(status, 2)
+    except Exception as error:
+        status = program.worst((status, program.told(error)))
 
 
 def draw() -> None:
@@ -112,15 +109,11 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("attrib").setLevel(logging.INFO)
-    keep_freed_memory()
-    sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyMethod finds a file beside you
+    program.ready()
     if code := ended(main):
         leave(code)
     try:
         draw()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = max(status, 2)
+        status = program.worst((status, program.told(error)))
     leave(status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from attrib import program
 from attrib.interrupt import LEFT, Interrupted, ended, leave, watching
-from attrib.memory import keep_freed_memory
 from attrib.training.recipe import train
 from attrib.types import UserError
 
@@ -26,9 +25,10 @@ def main(config: DictConfig) -> None:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         with watching() as stop, stop.at_once():  # the state of the last whole epoch is there
             print(train(plain), flush=True)
-    except (UserError, OmegaConfBaseException) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = max(status, 2)
+    except OmegaConfBaseException as error:
+        status = program.worst((status, program.told(UserError(str(error)))))
+    except Exception as error:
+        status = program.worst((status, program.told(error)))
     except (KeyboardInterrupt, Interrupted):
         how = "without train.restart the same command" if config.train.get("restart") else "the same command"
         print(f"stopped; {how} goes on after the last whole epoch", file=sys.stderr, flush=True)
@@ -36,8 +36,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("attrib").setLevel(logging.INFO)
-    keep_freed_memory()
-    sys.path.append(str(Path.cwd()))  # so that _target_: my_module.MyNet finds a file beside you
+    program.ready()
     leave(ended(main) or status)
