@@ -1,9 +1,18 @@
-"""A work directory for the tests of labels, tables, formats and the report, see ``synthetic.build``."""
+"""Signals as tests expect them; a work directory for labels, tables, formats, the report (``synthetic.build``)."""
 
 import shutil
+import signal
 
 import pytest
 from synthetic import build
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_heard():
+    """A shell tells what it runs in the background to ignore Ctrl-C, and a run keeps to that. Tests send signals."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
