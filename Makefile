@@ -46,6 +46,8 @@ bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench_cd.py
 	$(BIN)/python tools/bench_cd.py --acd --rows 256
 	$(BIN)/python tools/bench_causal.py
+	$(BIN)/python tools/bench_metrics.py
+	$(BIN)/python tools/bench_runner.py --overhead --repeat 2
 
 clean:
 	rm -rf .venv .venv-torchtext build *.egg-info
