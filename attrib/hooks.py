@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import platform
@@ -18,10 +17,9 @@ from urllib.parse import quote
 
 import numpy as np
 from mmengine.hooks import Hook
-from PIL import Image
 from tqdm import tqdm
 
-from attrib.pictures import overlay, words
+from attrib.pictures import overlay, png, words
 from attrib.plan import Options, Plan, metric_folder
 from attrib.spectrogram import draw
 from attrib.store import write_atomic, write_json
@@ -241,9 +239,7 @@ class PictureHook(Hook):
                 image = draw(content, dataset.rate, arrays[name], region)
             else:
                 image = overlay(content, arrays[name], region)
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, format="png")
-            write_atomic(path, buffer.getvalue())
+            write_atomic(path, png(image))
             runner.visualizer.add_image(f"{name}/{path.stem}", image, step=step)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attrib import keys
-from attrib.store import Cell, Key, Record, cells
+from attrib.store import Cell, Key, Record, cells, counts
 from attrib.types import UserError
 
 AXES = ("dataset", "model", "method")
@@ -43,9 +43,7 @@ class Labelled:
 
     def counts(self, uid: str, fingerprint: str) -> bool:
         """Whether a result under this fingerprint is one of the sample as it is now."""
-        if self.samples is None:
-            return True
-        return uid in self.samples and self.samples[uid] in (None, fingerprint)
+        return counts(self.samples, uid, fingerprint)
 
     def maps(self) -> dict[Key, Record]:
         """The stored maps that count."""
@@ -75,7 +73,7 @@ def labelled(root: Path | str) -> list[Labelled]:
     key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
     for i, label in enumerate(_labels(list(zip(places, key8, others)))):
         columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
-    return [Labelled(cell, spec, *labels, _samples(cell)) for (cell, spec), *labels in zip(found, *columns)]
+    return [Labelled(cell, spec, *labels, cell.about()) for (cell, spec), *labels in zip(found, *columns)]
 
 
 def _spec(cell: Cell) -> dict[str, Any]:
@@ -87,11 +85,6 @@ def _spec(cell: Cell) -> dict[str, Any]:
     if missing := [*missing, *sorted(_SPEC - spec.keys())]:
         raise UserError(f"{cell.folder / 'spec.json'} does not say its {', '.join(missing)}")
     return spec
-
-
-def _samples(cell: Cell) -> dict[str, str | None] | None:
-    # Without the file Cell.samples() is empty, as where all data went.
-    return cell.samples() if (cell.folder / "samples.json").exists() else None
 
 
 def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:

@@ -168,6 +168,13 @@ def legend(signed: bool) -> np.ndarray:
     return coloured(np.linspace(-1.0 if signed else 0.0, 1.0, 128), signed)[None]
 
 
+def png(picture: np.ndarray) -> bytes:
+    """``picture`` (H, W, 3) uint8 as a file's content."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def data_uri(picture: np.ndarray, *, photo: bool = False, longest: int = 256) -> str:
     """``picture`` (H, W, 3) uint8 as a data: URI, at most ``longest`` pixels a side; JPEG for photos, else PNG."""
     image = Image.fromarray(picture)

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -35,6 +34,7 @@ from attrib.plan import Options, Plan, check_metrics, git_commit, plan, spec_of
 from attrib.states import load_state
 from attrib.store import write_json
 from attrib.types import UserError
+from attrib.writing import writer_name
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +114,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
     samples that fail are in the summary, the ledger and, with ``strict``, in the exit status of the tool.
     """
     start = time.monotonic()  # the clock may be set while we run
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    writer = f"{stamp}-{os.getpid()}-{options.shard}-{secrets.token_hex(2)}"
+    writer = writer_name(options.shard)
     with watching(options.grace) as stop:
         with stop.at_once():
             try:

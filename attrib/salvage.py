@@ -19,6 +19,14 @@ log = logging.getLogger(__name__)
 DAMAGED = ".damaged"  # folder of the work directory to which damaged files are moved; nobody reads it
 
 
+def put_aside(path: Path, root: Path) -> None:
+    """Move a file of the work directory to ``<root>/.damaged/``, unless somebody else has."""
+    place = root / DAMAGED / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}" / path.relative_to(root)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, place)
+
+
 def salvage(maps: Arrays, path: Path, root: Path) -> dict[Key, Mapping[str, Any]]:
     """Write the good samples of the chunk ``path`` anew and move it to ``<root>/.damaged/``.
 
@@ -28,16 +36,13 @@ def salvage(maps: Arrays, path: Path, root: Path) -> dict[Key, Mapping[str, Any]
     chunk that is gone (another process has been here). Raises UserError if the disk does not take the copies.
     """
     held = {key: record for key, record in maps.index().items() if record.path == path}
-    place = root / DAMAGED / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}" / path.relative_to(root)
     if path.exists():
         for key, record in held.items():
             with contextlib.suppress(OSError):
                 maps.add(*key, maps.read(key), **record.info)
         try:
             maps.flush()
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, place)
+            put_aside(path, root)
         except OSError as error:  # of the disk; the sample that is asked for must not be blamed
             raise UserError(f"{path} is damaged, and what is good in it cannot be written anew: {error}") from error
     maps.forget(path.name)

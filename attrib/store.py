@@ -35,7 +35,20 @@ from attrib.listing import Folder, Memory, Stamp, stamp_of
 from attrib.types import UNREADABLE, UserError
 from attrib.writing import Buffered, Key, write_atomic, write_json
 
-__all__ = ["Arrays", "Cell", "DamagedError", "Key", "Ledger", "Record", "Rows", "cells", "write_atomic", "write_json"]
+__all__ = [
+    "Arrays",
+    "Cell",
+    "DamagedError",
+    "Key",
+    "Ledger",
+    "Record",
+    "Rows",
+    "cells",
+    "counts",
+    "described",
+    "write_atomic",
+    "write_json",
+]
 
 
 class DamagedError(OSError):
@@ -139,10 +152,7 @@ class Arrays(Buffered):
         try:
             stamp = stamp_of(path)  # before: if it is changed meanwhile, what is remembered will not fit
             with safe_open(path, framework="numpy") as file:
-                about = file.metadata()
-            samples = json.loads(about["samples"])
-            if int(about.get("crc", zlib.crc32(about["samples"].encode()))) != zlib.crc32(about["samples"].encode()):
-                raise ValueError("wrong checksum of what it says of its samples")
+                samples = described(file)
             return stamp, [((s["uid"], s["fingerprint"]), _note(s["crc"], s["info"])) for s in samples]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             if blame:
@@ -198,6 +208,15 @@ class Arrays(Buffered):
         """A chunk of this name is no longer there, or of no use: its samples are those of other chunks, or missing."""
         self._chunks.pop(chunk, None)
         self._index = {key: record for key, record in (self._index or {}).items() if record.chunk != chunk}
+
+
+def described(chunk: Any) -> list[dict[str, Any]]:
+    """What an open chunk says of its samples, in their order. Raises ValueError, KeyError or TypeError if damaged."""
+    about = chunk.metadata()
+    crc = zlib.crc32(about["samples"].encode())
+    if int(about.get("crc", crc)) != crc:  # earlier versions wrote none
+        raise ValueError("wrong checksum of what it says of its samples")
+    return json.loads(about["samples"])
 
 
 def _damaged(path: Path, what: str) -> DamagedError:
@@ -351,6 +370,10 @@ class Cell:
                 "delete it, the next run of the cell writes it anew"
             ) from error
 
+    def about(self) -> dict[str, str | None] | None:
+        """As ``samples``, but None where nobody has written it: then all that is stored counts, see ``counts``."""
+        return self.samples() if self._samples_path.exists() else None
+
     @property
     def _samples_path(self) -> Path:
         return self.folder / "samples.json"
@@ -365,6 +388,11 @@ class Cell:
     def metrics(self) -> list[str]:
         """Names of the score folders that exist."""
         return sorted(p.name for p in (self.folder / "scores").glob("*") if p.is_dir())
+
+
+def counts(about: Mapping[str, str | None] | None, uid: str, fingerprint: str) -> bool:
+    """Whether a stored result is of a sample as it is now. ``about``: see ``Cell.about``."""
+    return about is None or (uid in about and about[uid] in (None, fingerprint))
 
 
 def cells(root: Path) -> list[Cell]:

@@ -14,6 +14,11 @@ from typing import Any, ClassVar
 Key = tuple[str, str]  # (uid, fingerprint)
 
 
+def writer_name(shard: int = 0) -> str:
+    """A name that no other writer has: time, process, shard, and something random, as clocks and numbers repeat."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{shard}-{secrets.token_hex(2)}"
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing, also when the machine dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)

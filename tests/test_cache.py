@@ -578,3 +578,13 @@ def test_texts_become_pages(tmp_path):
     page = (tmp_path / "out" / NAME / "map" / "a.html").read_text()
     assert "&lt;b&gt;" in page
     assert "fine" in page
+
+
+def test_what_a_chunk_says_of_its_samples_has_a_checksum_too(root):
+    path = sorted((root / NAME / "maps").glob("*.safetensors"))[0]
+    data, said = path.read_bytes(), b'fingerprint\\": \\"f'
+    assert said in data
+    path.write_bytes(data.replace(said, said[:-1] + b"g", 1))
+    damage = repair.chunk(path)
+    assert damage.problem == "wrong checksum of what it says of its samples"
+    assert damage.samples

@@ -7,9 +7,6 @@ them as the scores of a metric ``agreement``: rows that tables draw, computed on
 
 from __future__ import annotations
 
-import os
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ from attrib.labels import Labelled, labelled
 from attrib.models.randomise import ROOT
 from attrib.sanity.measures import MEASURES, Agreement
 from attrib.store import Cell, write_json
+from attrib.writing import writer_name
 
 __all__ = ["MEASURES", "Agreement", "Pair", "Verdict", "compare", "pairs", "summary", "verdicts", "without"]
 
@@ -65,7 +63,7 @@ def compare(root: Path | str, agreement: Agreement) -> int:
     Maps are compared under one uid, content and class; a sample that cannot be compared is in the variant's ledger.
     """
     # A name of its own: two processes may write to one folder.
-    writer = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
+    writer = writer_name()
     return sum(_compare(pair, agreement, writer) for pair in pairs(labelled(root)))
 
 

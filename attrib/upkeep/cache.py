@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from attrib.salvage import DAMAGED
-from attrib.store import Arrays, Cell, cells
+from attrib.store import Arrays, Cell, cells, counts
 from attrib.types import UserError
 from attrib.upkeep.status import no_cells
 from attrib.workers import RUNNING, SILENT, clock, counted, read_object, workers
@@ -338,12 +338,10 @@ def stale_maps(cell: Cell) -> Mapping[Path, tuple[int, int]]:
 
     Empty where the cell does not say what it is about.
     """
-    if not (cell.folder / "samples.json").exists():
-        return {}
-    said = cell.samples()
+    said = cell.about()
     found: dict[Path, list[int]] = {}
     for (uid, fingerprint), record in Arrays(cell.folder / "maps").index().items():
         count = found.setdefault(record.path, [0, 0])
-        count[0] += not (uid in said and said[uid] in (None, fingerprint))
+        count[0] += not counts(said, uid, fingerprint)
         count[1] += 1
     return {path: (stale, whole) for path, (stale, whole) in found.items() if stale}

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from attrib.hooks import picture_path, words_page
-from attrib.pictures import heat, overlay
+from attrib.pictures import heat, overlay, png
 from attrib.spectrogram import draw
-from attrib.store import Arrays, Cell, Key, cells, write_atomic
+from attrib.store import Arrays, Cell, Key, cells, counts, write_atomic
 from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
 from attrib.workers import read_object
@@ -113,12 +112,13 @@ def _jobs(
     if not found:
         raise UserError(no_cells(root) if not filters else f"no cell in {root} is called {' and '.join(filters)}")
     for cell in found:
-        said = cell.samples() if (cell.folder / "samples.json").exists() else None
+        said = cell.about()
         spec = read_object(cell.folder / "spec.json")
         suffix = ".html" if kind == "png" and spec.get("modality") == "text" else f".{kind}"
         for (uid, fingerprint), record in sorted(cell.maps.index().items()):
-            counts = said is None or (uid in said and said[uid] in (None, fingerprint))
-            if not counts or (uids and not any(fnmatch.fnmatchcase(uid, pattern) for pattern in uids)):
+            if not counts(said, uid, fingerprint) or (
+                uids and not any(fnmatch.fnmatchcase(uid, pattern) for pattern in uids)
+            ):
                 continue
             if kind == "npz":
                 yield _Job(cell, (uid, fingerprint), "", picture_path(out / cell.folder.name, uid, suffix))
@@ -152,16 +152,10 @@ def _picture(
     if modality == "audio":
         if "wave" not in arrays:
             return None, False
-        return _png(draw(arrays["wave"], info["rate"], map, arrays.get("roi"))), False
+        return png(draw(arrays["wave"], info["rate"], map, arrays.get("roi"))), False
     if "image" in arrays:
-        return _png(overlay(arrays["image"], map, arrays.get("roi"))), False
-    return (_png(heat(map)), True) if map.ndim == 2 else (None, False)
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png")
-    return buffer.getvalue()
+        return png(overlay(arrays["image"], map, arrays.get("roi"))), False
+    return (png(heat(map)), True) if map.ndim == 2 else (None, False)
 
 
 def _packed(arrays: dict[str, np.ndarray], name: str) -> bytes:

@@ -6,9 +6,6 @@ A damaged chunk is no loss: its samples count as missing, and the next run compu
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,11 +16,13 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from attrib.salvage import DAMAGED, salvage
-from attrib.store import Arrays, Cell, Key, Ledger, Rows, cells, write_atomic
+from attrib.salvage import put_aside as move_aside
+from attrib.store import Arrays, Cell, Key, Ledger, Rows, cells, counts, described, write_atomic
 from attrib.types import UserError
 from attrib.upkeep.cache import FITTED, SHARED, check_inside, remove
 from attrib.upkeep.status import no_cells
 from attrib.workers import read_object
+from attrib.writing import writer_name
 
 _READ = (SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
@@ -74,7 +73,7 @@ def chunk(path: Path) -> Damage | None:
     """A chunk of arrays: every array of every sample against its checksum."""
     try:
         with safe_open(path, framework="numpy") as file:
-            samples = json.loads(file.metadata()["samples"])
+            samples = described(file)
             bad, problem = [], ""
             for i, sample in enumerate(samples):
                 for name, crc in sample["crc"].items():
@@ -184,13 +183,11 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
     before = set(place.iterdir()) if place.is_dir() else set()
     for damage in damages:
         if damage.path.suffix == ".safetensors" and damage.path.parent != root / "state":
-            arrays = Arrays(damage.path.parent, writer())
+            arrays = Arrays(damage.path.parent, writer_name())
             held = sum(record.path == damage.path for record in arrays.index().values())
             saved += held - len(salvage(arrays, damage.path, root))
         else:
-            target = place / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}" / damage.path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(damage.path, target)
+            move_aside(damage.path, root)
     for folder in dict.fromkeys(d.path.parent for d in damages if d.path.parent.parent.name == "scores"):
         _forget(folder, [d.samples for d in damages if d.path.parent == folder and d.path.suffix == ".safetensors"])
     for path in set(place.iterdir()) - before if delete else ():
@@ -214,7 +211,7 @@ def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
         if any(keep):
             sink = pa.BufferOutputStream()
             pq.write_table(table.filter(pa.array(keep)), sink, write_page_checksum=True)
-            write_atomic(folder / f"{writer()}-00001.parquet", sink.getvalue().to_pybytes())
+            write_atomic(folder / f"{writer_name()}-00001.parquet", sink.getvalue().to_pybytes())
         path.unlink()
 
 
@@ -229,11 +226,6 @@ def reindex(root: Path | str) -> int:
     return sum(Arrays(folder).reindex() for folder in folders if _chunks(folder))
 
 
-def writer() -> str:
-    """A name for files that no run wrote."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-0-{secrets.token_hex(2)}"
-
-
 def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
     """Write these chunks of maps again without the samples that the cell is no longer about; returns how many went.
 
@@ -244,11 +236,11 @@ def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
         check_inside(root, path)
         if damage := chunk(path):
             raise UserError(f"{path} is damaged ({damage.problem}); tools/cache.py repair first")
-        fresh = Arrays(path.parent, writer())
+        fresh = Arrays(path.parent, writer_name())
         with safe_open(path, framework="numpy") as file:
-            for i, sample in enumerate(json.loads(file.metadata()["samples"])):
+            for i, sample in enumerate(described(file)):
                 uid, fingerprint = sample["uid"], sample["fingerprint"]
-                if uid in said and said[uid] in (None, fingerprint):
+                if counts(said, uid, fingerprint):
                     arrays = {name: file.get_tensor(f"{i}/{name}") for name in sample["crc"]}
                     fresh.add(uid, fingerprint, arrays, **sample["info"])
                 else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrib.store import Cell, Key, Ledger, Rows, cells
+from attrib.store import Cell, Key, Ledger, Rows, cells, counts
 from attrib.types import UNREADABLE, UserError
 from attrib.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
 
@@ -180,16 +180,13 @@ class Observer:
 
     def _cell(self, cell: Cell, now: float) -> CellStatus:
         broken: list[str] = []
-        path = cell.folder / "samples.json"
-        said = _tried(cell.samples, None, broken, path) if path.exists() else None
+        said = _tried(cell.about, None, broken, cell.folder / "samples.json")
         if not read_object(cell.folder / "spec.json"):
             broken.append(f"{cell.folder / 'spec.json'}: not the description of a cell")
         readable = not broken
 
         def counted(keys: Iterable[Key]) -> set[str]:
-            if said is None:
-                return {uid for uid, _ in keys}
-            return {uid for uid, fingerprint in keys if uid in said and said[uid] in (None, fingerprint)}
+            return {uid for uid, fingerprint in keys if counts(said, uid, fingerprint)}
 
         index = _tried(cell.maps.index, {}, broken, cell.maps.folder)
         broken += cell.maps.broken
