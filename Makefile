@@ -41,13 +41,13 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed  ## speed as ratios to plain loops in the same run
-	$(BIN)/python tools/bench.py
-	$(BIN)/python tools/bench_fisher.py --draws 8 --rows 8
-	$(BIN)/python tools/bench_cd.py
-	$(BIN)/python tools/bench_cd.py --acd --rows 256
-	$(BIN)/python tools/bench_causal.py
-	$(BIN)/python tools/bench_metrics.py
-	$(BIN)/python tools/bench_runner.py --overhead --repeat 2
+	$(BIN)/python tools/bench/bench.py
+	$(BIN)/python tools/bench/bench_fisher.py --draws 8 --rows 8
+	$(BIN)/python tools/bench/bench_cd.py
+	$(BIN)/python tools/bench/bench_cd.py --acd --rows 256
+	$(BIN)/python tools/bench/bench_causal.py
+	$(BIN)/python tools/bench/bench_metrics.py
+	$(BIN)/python tools/bench/bench_runner.py --overhead --repeat 2
 
 clean:
 	rm -rf .venv .venv-torchtext build *.egg-info

@@ -12,10 +12,24 @@ import torch
 from torch import Tensor
 
 
+def stable_name(kind: type) -> str:
+    """The name by which a class enters keys: its own ``NAME``, by default its path.
+
+    A class that moves to another module keeps its results if it says ``NAME = "old.path.Class"``. A subclass does not
+    inherit the name.
+
+    >>> class Moved:
+    ...     NAME = "my_module.Mine"
+    >>> stable_name(Moved)
+    'my_module.Mine'
+    """
+    return str(vars(kind).get("NAME") or f"{kind.__module__}.{kind.__qualname__}")
+
+
 def spec(thing: Any) -> Any:
     """A plain, JSON-ready description of ``thing``.
 
-    A dataclass becomes its class, its VERSION and its fields; two objects with the same spec
+    A dataclass becomes its class (``stable_name``), its VERSION and its fields; two objects with the same spec
     compute the same numbers.
 
     Raises TypeError for anything that has no stable description (a lambda, an open file).
@@ -29,7 +43,7 @@ def spec(thing: Any) -> Any:
         kind = type(thing)
         fields = {f.name: spec(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
         return {
-            "class": f"{kind.__module__}.{kind.__qualname__}",
+            "class": stable_name(kind),
             "VERSION": getattr(kind, "VERSION", 0),  # in capitals: a field may be called "version"
             **fields,
         }

@@ -23,7 +23,7 @@ class UserError(Exception):
 class SampleError(Exception):
     """One sample cannot be used (unreadable file, no region of interest, NaN map).
 
-    It goes to the failure ledger and the run goes on; see ``attrib.run``.
+    It goes to the failure ledger and the run goes on; see ``attrib.running.run``.
     """
 
 

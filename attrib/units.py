@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -115,6 +115,7 @@ class Partition:
     compactness   of superpixels: more makes them squarer (scikit-image's)
     """
 
+    NAME: ClassVar[str] = "attrib.units.Partition"
     kind: Kind = "auto"
     side: int = 7
     segments: int = 50

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from attrib.store import Cell, write_json
+from attrib.store.cell import Cell
+from attrib.store.files import write_json
 
 NAME = "photos.net.iba.01234567"
 METRIC = "ehr.aaaaaaaa"
@@ -35,7 +36,7 @@ def cell(root: Path, maps: int = 4, scores: int = 2, samples: tuple[str, ...] | 
 def run_folder(
     made: Cell, name: str = "20260101-000000-4242-0-aaaa", *, age: float = 0.0, summary=None, **progress
 ) -> Path:
-    """A run as ``attrib.run`` leaves it; ``age`` seconds ago its last file was written."""
+    """A run as ``attrib.running.run`` leaves it; ``age`` seconds ago its last file was written."""
     folder = made.folder / "runs" / name
     write_json(folder / "config.json", {"run": {"shard": 0, "shards": 1}})
     (folder / f"{name}.log").write_text("first\nsecond\n\x1b[2Jthird\n")

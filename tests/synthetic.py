@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from attrib import store
+from attrib.store import cell as store
 
 METHODS = ("grad_cam", "iba", "ig")
 SCORES = {
@@ -51,10 +53,10 @@ def metric_folder(made, folder, columns=None, curves=None, parameters=None):
 
 def add_rows(made, folder, rows, writer="w0"):
     """rows: (uid, fingerprint, map, column, value, time), written as one chunk of another writer."""
-    table = store.pa.Table.from_pylist([dict(zip(store.Rows.SCHEMA.names, r)) for r in rows], store.Rows.SCHEMA)
+    table = pa.Table.from_pylist([dict(zip(store.Rows.SCHEMA.names, r)) for r in rows], store.Rows.SCHEMA)
     path = made.folder / "scores" / folder / f"{writer}-{time.monotonic_ns()}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.pq.write_table(table, path)
+    pq.write_table(table, path)
 
 
 def add_entry(made, uid, fingerprint, stage, reason, at):

@@ -7,9 +7,9 @@ from agglomerated import of_units, sets_of, slowly, tangled
 from nets import golden
 
 from attrib.agglomeration import Rules, agglomerate, threshold, together
+from attrib.agglomeration.trees import grow
 from attrib.decomposition import Decomposer
 from attrib.models import AcdLSTM
-from attrib.trees import grow
 
 GOLDEN = golden("acd_1d")
 RUNS = [(s, how, p) for s in ("s0", "s2") for how in ("cd", "build_up") for p in ("99p5", "80")]

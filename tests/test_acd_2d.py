@@ -10,9 +10,9 @@ from agglomerated import of_units, sets_of, slowly, tangled
 from nets import golden
 
 from attrib.agglomeration import Rules, agglomerate, follow, smoothed, threshold, together
+from attrib.agglomeration.trees import grow, runs
 from attrib.decomposition import Decomposer
 from attrib.models import AcdCNN
-from attrib.trees import grow, runs
 
 GOLDEN, PIECES = golden("acd_2d"), golden("acd_2d_pieces")
 # The net's weights are the authors' own and not ours to commit.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.methods.baselines import Gradient, InputXGradient, IntegratedGradients, Occlusion, Random, SmoothGrad
 from attrib.methods.iba import IBA
-from attrib.methods.layout import Layout, SoundLayout, TextLayout, places
+from attrib.methods.parts.layout import Layout, SoundLayout, TextLayout, places
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 

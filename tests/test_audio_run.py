@@ -15,10 +15,10 @@ from test_audio import sine, write
 from tiny import command, only_cell, stored, tool
 
 from attrib import report
+from attrib.drawing.spectrogram import SIZE, STRIP, draw, limit, moments, spectrogram
 from attrib.models import ToneCNN, save_checkpoint
 from attrib.report import gallery
-from attrib.spectrogram import SIZE, STRIP, draw, limit, moments, spectrogram
-from attrib.store import Arrays
+from attrib.store.cell import Arrays
 from attrib.training.batches import Feed, Rows
 from attrib.types import UserError
 

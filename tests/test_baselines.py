@@ -26,7 +26,7 @@ from attrib.methods.baselines import (
     Random,
     SmoothGrad,
 )
-from attrib.methods.propagation import Windows
+from attrib.methods.parts.propagation import Windows
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tiny import command, only_cell, pictures, tool
 
-from attrib.salvage import DAMAGED
-from attrib.store import Arrays, Cell, cells
+from attrib.store.cell import Arrays, Cell, cells
+from attrib.store.damaged import DAMAGED
 from attrib.types import UserError
 from attrib.upkeep import cache, export, repair
 

@@ -12,12 +12,12 @@ from test_cd_nets import mnist
 from test_cd_rules import OF, Op, net, pair, rule
 from torch import Tensor, nn
 
+from attrib.agglomeration.trees import Tree, grow
 from attrib.decomposition import Decomposer
 from attrib.methods.acd import ACD
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.report import trees as pictured
-from attrib.trees import Tree, grow
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
 

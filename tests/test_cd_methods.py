@@ -14,14 +14,14 @@ from tiny import command, pictures, tool
 from torch import nn
 
 from attrib import report
+from attrib.agglomeration.trees import Tree
 from attrib.decomposition import Decomposer
 from attrib.methods.acd import ACD
 from attrib.methods.cd import CD
 from attrib.models import AcdCNN, Classifier
 from attrib.noise import Noise
-from attrib.store import cells
-from attrib.trees import Tree
-from attrib.twins import agreement, twin
+from attrib.sanity.perturbed_trees import agreement, twin
+from attrib.store.cell import cells
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
 

@@ -12,7 +12,7 @@ import yaml
 from tiny import ROOT, pictures
 
 from attrib import keys
-from attrib.config import build, classifier, experiment, options_of, with_input
+from attrib.config.objects import build, classifier, experiment, options_of, with_input
 from attrib.datasets import ImageNet, ImageTransform, Selection
 from attrib.methods import Method
 from attrib.types import UserError

@@ -10,8 +10,11 @@ from nets import small_cnn
 from synthetic import only
 from tiny import tool
 
-from attrib import costs, formats, report, store, tables
+from attrib import report
 from attrib.models import Classifier
+from attrib.results import formats, tables
+from attrib.running import costs
+from attrib.store import cell as store
 from attrib.types import UserError
 
 

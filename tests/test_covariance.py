@@ -12,13 +12,13 @@ from contracts import FitSamples, PartialInMemory, close, fit_contract
 from text_nets import text_classifier, texts
 from torch import Tensor, nn
 
-from attrib.config import build
+from attrib.config.objects import build
 from attrib.keys import spec
-from attrib.methods import covariance as module
-from attrib.methods.covariance import Covariance
-from attrib.methods.covariance_moments import CoMoments, Sketch
-from attrib.methods.covariance_operators import Dense, Groups, LowRank
-from attrib.methods.inputs import Inputs
+from attrib.methods.parts import covariance as module
+from attrib.methods.parts.covariance import Covariance
+from attrib.methods.parts.covariance_moments import CoMoments, Sketch
+from attrib.methods.parts.covariance_operators import Dense, Groups, LowRank
+from attrib.methods.parts.inputs import Inputs
 from attrib.models import Classifier
 from attrib.types import Batch, UserError
 
@@ -369,7 +369,7 @@ def test_it_has_a_key_and_leaves_the_data_alone():
     method = build(
         {
             "_target_": "attrib.methods.fisher.FunctionalInformation",
-            "covariance": {"_target_": "attrib.methods.covariance.Covariance", "kind": "full"},
+            "covariance": {"_target_": "attrib.methods.parts.covariance.Covariance", "kind": "full"},
         },
         "x",
     )

@@ -11,9 +11,9 @@ import torch
 from contracts import seeded
 from torch import Tensor, nn
 
-from attrib.config import build
+from attrib.config.objects import build
 from attrib.methods.extremal import TIE, ExtremalPerturbation, area_loss, blur, kernel, perturb, smooth_max
-from attrib.methods.layout import resize
+from attrib.methods.parts.layout import resize
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

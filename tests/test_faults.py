@@ -24,7 +24,7 @@ import torch
 from mmengine.hooks import Hook
 from tiny import only_cell, pictures, quickly
 
-from attrib import tables
+from attrib.results import tables
 
 COMMON = ("dataset=tiny", "model=small_cnn", "method=eventful", "metric=[ehr]", "run.progress=false", "run.batch=2")
 

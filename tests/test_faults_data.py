@@ -19,9 +19,9 @@ from mmengine.hooks import Hook
 from test_faults import Job, during, job, numbers, undisturbed
 from tiny import only_cell, write_image
 
-from attrib import tables
-from attrib.documents import own_scores
-from attrib.store import Cell
+from attrib.results import tables
+from attrib.running.documents import own_scores
+from attrib.store.cell import Cell
 
 __all__ = ["during", "job", "undisturbed"]  # fixtures
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from tiny import pixels, save
 
-from attrib import fingerprints, listing
 from attrib.datasets import ImageFolder, ImageNet, ImageTransform, WaveTransform, WavFolder
 from attrib.datasets.images import ImageDataset
-from attrib.fingerprints import Fingerprints
+from attrib.running import fingerprints
+from attrib.running.fingerprints import Fingerprints
+from attrib.store import listing
 from attrib.types import UNREADABLE
 
 SMALL = ImageTransform(size=8, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -13,11 +13,11 @@ from contracts import close, fit_contract, method_contract, seeded
 from fisher_nets import Conv, Linear, conv, inputs
 from torch import Tensor, nn
 
-from attrib.config import build
-from attrib.methods.covariance import Covariance
+from attrib.config.objects import build
 from attrib.methods.fisher import ABOUT, FunctionalInformation
-from attrib.methods.inputs import Inputs
-from attrib.methods.perturbed import Mean, Outputs, Perturbations, gradients
+from attrib.methods.parts.covariance import Covariance
+from attrib.methods.parts.inputs import Inputs
+from attrib.methods.parts.perturbed import Mean, Outputs, Perturbations, gradients
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

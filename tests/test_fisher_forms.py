@@ -11,10 +11,10 @@ from contracts import close
 from fisher_nets import Exponential, Linear, conv, inputs, low_rank_state, spd
 from torch import Tensor
 
-from attrib.methods.covariance import Covariance
 from attrib.methods.fisher import ABOUT, FunctionalInformation
-from attrib.methods.inputs import Inputs
-from attrib.methods.perturbed import Outputs, Perturbations
+from attrib.methods.parts.covariance import Covariance
+from attrib.methods.parts.inputs import Inputs
+from attrib.methods.parts.perturbed import Outputs, Perturbations
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError

@@ -10,8 +10,8 @@ from contracts import fit_contract, method_contract, seeded
 from text_nets import text_classifier, text_net, texts
 from torch import Tensor
 
-from attrib.methods.covariance import Covariance
 from attrib.methods.fisher import ABOUT, FunctionalInformation
+from attrib.methods.parts.covariance import Covariance
 from attrib.models import Classifier, HuggingFaceClassifier
 from attrib.models.text import DeepLSTM
 from attrib.noise import Noise

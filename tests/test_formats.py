@@ -8,7 +8,7 @@ import pytest
 from synthetic import UIDS, add_entry, add_rows, cell, iba, metric_folder
 from tiny import tool
 
-from attrib import formats, tables
+from attrib.results import formats, tables
 
 
 def test_rounding_follows_the_interval():

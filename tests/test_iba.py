@@ -12,10 +12,10 @@ from contracts import seeded
 from nets import golden, small_cnn, small_cnn_images
 from torch import Tensor, nn
 
-from attrib.methods import State
+from attrib.fit import State
 from attrib.methods.iba import IBA, Gaussian, capacity
-from attrib.methods.losses import target_loss
-from attrib.methods.statistics import FeatureStatistics, Moments
+from attrib.methods.parts.losses import target_loss
+from attrib.methods.parts.statistics import FeatureStatistics, Moments
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

@@ -15,14 +15,15 @@ from test_wgan import RELEASED, Children, Released, close, released_critic, rele
 from test_wgan import reference as reference_gan
 from torch import Tensor, nn
 
-from attrib.config import build
-from attrib.methods import State, iba
+from attrib.config.objects import build
+from attrib.fit import State
+from attrib.methods import iba
 from attrib.methods.iba import IBA
 from attrib.methods.input_iba import InputBottleneck, InputIBA, capacity
-from attrib.methods.inputs import Inputs
-from attrib.methods.layout import Layout
-from attrib.methods.statistics import Moments
-from attrib.methods.wgan import WGAN, ConvCritics
+from attrib.methods.parts.inputs import Inputs
+from attrib.methods.parts.layout import Layout
+from attrib.methods.parts.statistics import Moments
+from attrib.methods.parts.wgan import WGAN, ConvCritics
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
@@ -369,7 +370,7 @@ def test_noise_needs_a_spread():
 def test_a_wrong_field_of_a_stage_is_named():
     node = {
         "_target_": "attrib.methods.input_iba.InputIBA",
-        "gan": {"_target_": "attrib.methods.wgan.WGAN", "epoch": 3},
+        "gan": {"_target_": "attrib.methods.parts.wgan.WGAN", "epoch": 3},
     }
     with pytest.raises(UserError, match=r"gan.*no field 'epoch'; did you mean 'epochs'"):
         build(node, "input_iba")

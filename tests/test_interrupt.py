@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from tiny import ROOT
 
-from attrib import interrupt
-from attrib.interrupt import SIGNALS, Interrupted, Stop, watching
+from attrib.process import signals
+from attrib.process.signals import SIGNALS, Interrupted, Stop, watching
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(interrupt, "TWICE", 0.02)
-    monkeypatch.setattr(interrupt, "AGAIN", 0.05)
+    monkeypatch.setattr(signals, "TWICE", 0.02)
+    monkeypatch.setattr(signals, "AGAIN", 0.05)
     before = [signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)]
     yield
     assert [signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)] == before
@@ -81,7 +81,7 @@ def test_a_second_signal_raises_at_once():
 
 def test_a_signal_that_comes_twice_at_the_same_time_is_one(monkeypatch):
     """Slurm tells the step and, by srun, its processes."""
-    monkeypatch.setattr(interrupt, "TWICE", 10)
+    monkeypatch.setattr(signals, "TWICE", 10)
     with watching() as stop:
         tell()
         tell()
@@ -260,13 +260,13 @@ def test_the_status_that_was_asked_for(code, status):
     def main() -> None:
         sys.exit(code)
 
-    assert interrupt.ended(main) == status
-    assert interrupt.ended(lambda: None) == 0
+    assert signals.ended(main) == status
+    assert signals.ended(lambda: None) == 0
 
 
 def test_a_signal_while_leaving_changes_nothing():
     code = (
-        "import atexit, os, signal, time; from attrib.interrupt import leave;"
+        "import atexit, os, signal, time; from attrib.process.signals import leave;"
         "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)]); leave(75)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 75
@@ -275,7 +275,7 @@ def test_a_signal_while_leaving_changes_nothing():
 def test_leaving_does_not_wait_for_a_thread_that_hangs():
     code = (
         "import threading, sys; sys.stdout.write('bye'); threading.Thread(target=threading.Event().wait).start();"
-        "from attrib.interrupt import leave; leave(75, 0.1)"
+        "from attrib.process.signals import leave; leave(75, 0.1)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout) == (75, "bye")

@@ -20,20 +20,23 @@ import torch
 from mmengine.hooks import Hook
 from tiny import ROOT, command, only_cell, pictures, quickly, tool
 
-import attrib.run
-from attrib import interrupt, samples, states, tables
-from attrib.interrupt import LEFT, SIGNALS, Interrupted, watching
-from attrib.methods.statistics import FeatureStatistics
-from attrib.samples import Samples
-from attrib.states import load_state
-from attrib.store import cells
+import attrib.running.run
+from attrib.experiment import samples
+from attrib.experiment.samples import Samples
+from attrib.methods.parts.statistics import FeatureStatistics
+from attrib.process import signals
+from attrib.process.signals import LEFT, SIGNALS, Interrupted, watching
+from attrib.results import tables
+from attrib.running import states
+from attrib.running.states import load_state
+from attrib.store.cell import cells
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=2", "run.flush=1000")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(interrupt, "TWICE", 0.02)
+    monkeypatch.setattr(signals, "TWICE", 0.02)
     monkeypatch.setattr(samples, "PATIENCE", 0.1)
     before = [signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)]
     yield
@@ -217,7 +220,7 @@ def test_a_grid_stops_as_a_whole(run, during, method):
 @pytest.mark.parametrize("told", [True, False])
 def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch, told):
     """Hydra alone would say it at the grid's end, so never if that is told to stop before."""
-    plan, calls = attrib.run.plan, []
+    plan, calls = attrib.running.run.plan, []
 
     def planned(*arguments):
         calls.append(arguments)
@@ -227,7 +230,7 @@ def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch,
             tell()
         return plan(*arguments)
 
-    monkeypatch.setattr(attrib.run, "plan", planned)
+    monkeypatch.setattr(attrib.running.run, "plan", planned)
     result = run("-m", "method=eventful,random")
     assert result.status == (75 if told else 1)
     assert result.err.count("RuntimeError: a bug") == 1
@@ -236,7 +239,7 @@ def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch,
 
 def test_planning_stops_at_once(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(attrib.run, "check_metrics", lambda _: [tell(), time.sleep(30)])
+        patch.setattr(attrib.running.run, "check_metrics", lambda _: [tell(), time.sleep(30)])
         start = time.monotonic()
         result = run()
     assert result.status == 75, result.err
@@ -342,7 +345,7 @@ def test_a_sanity_check_stops_as_a_whole(run, during, monkeypatch, capfd):
     data = ["dataset=tiny", f"dataset.root={run.root.parent / 'images'}", f"run.root={run.root}", "run.progress=false"]
     how = ["model=small_cnn", "method=eventful", "sanity.layers=[1,all]"]
     monkeypatch.setattr(sys, "argv", ["sanity.py", *config, *data, *how])
-    assert interrupt.ended(tool("sanity").main) == 75
+    assert signals.ended(tool("sanity").main) == 75
     assert "the same command goes on" in capfd.readouterr().out.strip().splitlines()[-1]
     assert len(cells(run.root)) == 1
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from synthetic import UIDS, add_rows, cell, iba, metric_folder, only, spec
 
-from attrib import formats, keys, labels, store, tables
+from attrib import keys
+from attrib.results import formats, labels, tables
+from attrib.store import cell as store
 from attrib.types import UserError
 
 

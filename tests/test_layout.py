@@ -10,7 +10,7 @@ from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 from torch import Tensor
 
-from attrib.methods.layout import Layout, resize
+from attrib.methods.parts.layout import Layout, resize
 from attrib.types import UserError
 
 

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 import synthetic
 
-from attrib import listing, tables
-from attrib.listing import Folder, pack, settled, unpack
-from attrib.store import Arrays, Rows
+from attrib.results import tables
+from attrib.store import listing
+from attrib.store.cell import Arrays, Rows
+from attrib.store.listing import Folder, pack, settled, unpack
 
 SCHEMA = pa.schema([("a", pa.string()), ("b", pa.int64())])
 

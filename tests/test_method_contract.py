@@ -25,9 +25,9 @@ from tiny import pictures as tiny_pictures
 from torch import Tensor, nn
 
 from attrib.causal import CausalGraphs
-from attrib.config import build
-from attrib.methods.losses import target_score
-from attrib.methods.statistics import FeatureStatistics
+from attrib.config.objects import build
+from attrib.methods.parts.losses import target_score
+from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

@@ -19,7 +19,7 @@ from sentences import VOCABULARY, BagOfWords, sentence, texts
 from tiny import ROOT
 from torch import Tensor, nn
 
-from attrib.config import build
+from attrib.config.objects import build
 from attrib.datasets import DigitsCanvas, ImageTransform, Tones, WaveTransform
 from attrib.methods.baselines import InputXGradient
 from attrib.models import Classifier

@@ -17,13 +17,13 @@ import torch
 import yaml
 from tiny import ROOT, Result, pictures, tool
 
-from attrib import paper, paper_table
-from attrib.config import experiment, options_of
+from attrib.config.objects import experiment, options_of
 from attrib.datasets import snippets
 from attrib.models import DeepLSTM, LeNet
 from attrib.models.checkpoint import save_checkpoint
-from attrib.run import run as run_cell
-from attrib.store import cells
+from attrib.papers import comparison, presets
+from attrib.running.run import run as run_cell
+from attrib.store.cell import cells
 from attrib.types import UserError
 
 PRESETS = sorted(p.stem for p in (ROOT / "configs" / "paper").glob("*.yaml"))
@@ -76,7 +76,7 @@ def entries(preset):
 
 
 def test_a_preset_is_rows_times_columns(configs):
-    preset = paper.load("mine", folder=configs)
+    preset = presets.load("mine", folder=configs)
     assert entries(preset) == [
         ("random", "EHR", "method=random"),
         ("random", "of steps", "method=random", "metric.ehr.steps=3"),
@@ -89,25 +89,25 @@ def test_a_preset_is_rows_times_columns(configs):
     ]
     assert len(preset.jobs) == 8
     first, second, third, *_ = (e.published for e in preset.entries)
-    assert first == paper.Published(0.2, 0.5, "Someone 2020, table 3, page 5")
-    assert second == paper.Published(9.5, 0.1, "table 4")
+    assert first == presets.Published(0.2, 0.5, "Someone 2020, table 3, page 5")
+    assert second == presets.Published(9.5, 0.1, "table 4")
     assert third is None
 
 
 def test_the_command_line_chooses_adds_and_replaces(configs):
     def rows(*overrides):
-        return list(dict.fromkeys(e.row for e in paper.load("mine", overrides, configs).entries))
+        return list(dict.fromkeys(e.row for e in presets.load("mine", overrides, configs).entries))
 
     assert rows("method=grad_cam") == ["Grad-CAM"]
     assert rows("method=random,grad_cam") == ["random", "Grad-CAM"]
     assert rows("method=iba", "method.beta=5") == ["IBA 5"]
     assert rows("method=iba", "method.beta=5,7") == ["IBA 5", "IBA 7"]
     assert rows("seed=1,2")[:2] == ["random (seed=1)", "random (seed=2)"]
-    preset = paper.load("mine", ["seed=3", "run.root=w", "metric.ehr.steps=3", "method=random"], configs)
+    preset = presets.load("mine", ["seed=3", "run.root=w", "metric.ehr.steps=3", "method=random"], configs)
     assert preset.jobs == [("method=random", "seed=3", "metric.ehr.steps=3")]
     assert preset.changed == ("seed=3", "metric.ehr.steps=3", "method=random")
     assert preset.arguments(preset.jobs[0])[-1] == "run.root=w"
-    tiny = paper.load("mine", ["paper.size=tiny", "method=random"], configs)
+    tiny = presets.load("mine", ["paper.size=tiny", "method=random"], configs)
     assert all("dataset.select={count:2}" in e.overrides for e in tiny.entries)
     assert not any(e.published for e in tiny.entries)
     assert "paper.size=tiny" in tiny.all_arguments
@@ -134,7 +134,7 @@ def test_mistakes_in_a_preset_are_named(configs, old, new, words):
     assert old in MINE
     (configs / "paper" / "mine.yaml").write_text(MINE.replace(old, new))
     with pytest.raises(UserError) as error:
-        paper.load("mine", folder=configs)
+        presets.load("mine", folder=configs)
     for word in words:
         assert word in str(error.value)
 
@@ -151,9 +151,9 @@ def test_mistakes_in_a_preset_are_named(configs, old, new, words):
 def test_a_preset_that_reads_what_is_not_computed(configs, tmp_path, images, old, new, words):
     assert old in MINE
     (configs / "paper" / "mine.yaml").write_text(MINE.replace(old, new))
-    preset = paper.load("mine", [f"dataset.root={images}"], configs)
+    preset = presets.load("mine", [f"dataset.root={images}"], configs)
     with pytest.raises(UserError) as error:
-        paper_table.table(preset, tmp_path / "none")
+        comparison.table(preset, tmp_path / "none")
     for word in words:
         assert word in str(error.value)
 
@@ -162,11 +162,11 @@ def test_mistakes_on_the_command_line_are_named(configs):
     with pytest.raises(
         UserError, match=r"nothing has method=nope; there is method=random, method=grad_cam|method=nope"
     ):
-        paper.load("mine", ["method=nope"], configs)
+        presets.load("mine", ["method=nope"], configs)
     with pytest.raises(UserError, match="paper=nope"):
-        paper.load("nope", folder=configs)
+        presets.load("nope", folder=configs)
     with pytest.raises(UserError, match="command line"):
-        paper.load("mine", ["a=[1"], configs)
+        presets.load("mine", ["a=[1"], configs)
 
 
 # Running and finding ------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def run(monkeypatch, capfd, configs, images, tmp_path):
 
 def test_a_multirun_computes_what_is_missing_and_the_table_says_what_is_left(run, configs, tmp_path):
     def table(*more):
-        preset = paper.load("mine", [*run.common, *more], configs)
-        return preset, paper_table.table(preset, run.root)
+        preset = presets.load("mine", [*run.common, *more], configs)
+        return preset, comparison.table(preset, run.root)
 
     _, before = table()
     assert set(before["verdict"]) == {"MISSING"}
@@ -222,14 +222,14 @@ def test_a_multirun_computes_what_is_missing_and_the_table_says_what_is_left(run
     assert "maps_computed=4" not in again.out
     assert len(re.findall("scores_computed=0", again.out)) == 2
 
-    drawn = paper_table.drawn(preset, found)
+    drawn = comparison.drawn(preset, found)
     assert drawn.body[0][:3] == ["random", "EHR", "4"]
     assert "1 PASS, 1 FAIL, 6 UNREAD" in drawn.notes[0]
     assert not drawn.code
     # Another seed is another table, and says so.
     preset, other = table("seed=1")
     assert set(other["verdict"]) == {"MISSING"}
-    assert "seed=1" in " ".join(paper_table.drawn(preset, other).notes)
+    assert "seed=1" in " ".join(comparison.drawn(preset, other).notes)
 
     for suffix in ("md", "tex", "csv", "txt"):
         out = tmp_path / f"table.{suffix}"
@@ -240,7 +240,7 @@ def test_a_multirun_computes_what_is_missing_and_the_table_says_what_is_left(run
 
 def test_a_run_that_is_not_complete_is_missing(run, configs):
     assert run("paper=mine", "method=random", "run.limit=3").status == 0
-    found = paper_table.table(paper.load("mine", [*run.common, "method=random"], configs), run.root)
+    found = comparison.table(presets.load("mine", [*run.common, "method=random"], configs), run.root)
     assert found[["verdict", "n", "pending", "why"]].iloc[0].tolist() == ["MISSING", 3, 1, "3 of 4 samples"]
     assert not pd.isna(found["mean"][0])
 
@@ -248,10 +248,10 @@ def test_a_run_that_is_not_complete_is_missing(run, configs):
 def test_failed_samples_are_counted(run, configs, images):
     (images / "p001.png").write_bytes(b"not a picture")
     assert run("paper=mine", "method=random").status == 0
-    preset = paper.load("mine", [*run.common, "method=random"], configs)
-    found = paper_table.table(preset, run.root)
+    preset = presets.load("mine", [*run.common, "method=random"], configs)
+    found = comparison.table(preset, run.root)
     assert found[["verdict", "n", "failed"]].iloc[0].tolist() == ["PASS", 3, 1]
-    assert paper_table.drawn(preset, found).body[0][2] == "3, 1 failed"
+    assert comparison.drawn(preset, found).body[0][2] == "3, 1 failed"
 
 
 def test_what_cannot_be_run_so_is_said(run):
@@ -290,14 +290,14 @@ def test_the_presets_of_all_five_papers_are_there():
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_composes_and_reads_what_it_computes(name, tmp_path):
     """And no value is there without a source; every row and column reads a map and a score that exist."""
-    preset = paper.load(name)
+    preset = presets.load(name)
     assert preset.source
     assert preset.title
-    table = paper_table.table(preset, tmp_path / "none")
+    table = comparison.table(preset, tmp_path / "none")
     assert len(table) == len(preset.entries) > 1
     assert not table.duplicated(["row", "column"]).any()
     assert set(table["verdict"]) == {"MISSING"}
-    drawn = paper_table.drawn(preset, table)
+    drawn = comparison.drawn(preset, table)
     assert drawn.code[0].startswith(f"python tools/run.py -m paper={name}")
     node = yaml.safe_load((ROOT / "configs" / "paper" / f"{name}.yaml").read_text())["paper"]
     assert node["tiny"]
@@ -362,20 +362,20 @@ def test_every_preset_runs_in_its_tiny_size(name, rows, embedded, tmp_path):
     """On data that comes with the project; then nothing of what was run is missing."""
     tiny = yaml.safe_load((ROOT / "configs" / "paper" / f"{name}.yaml").read_text())["paper"]["tiny"]
     (net,) = (o.removeprefix("model=") for o in tiny.split() if o.startswith("model="))
-    preset = paper.load(name, ["paper.size=tiny", *embedded[net], f"run.root={tmp_path}/work", "run.progress=false"])
+    preset = presets.load(name, ["paper.size=tiny", *embedded[net], f"run.root={tmp_path}/work", "run.progress=false"])
     done = {}
     for job in preset.jobs if rows == "all rows" else preset.jobs[:1]:
-        config = paper.configuration(preset, job)
+        config = presets.configuration(preset, job)
         more = ["dataset.estimation.select.count=40", *cheap(config["method"], "method")]
         more += [o for metric, node in config["metric"].items() for o in cheap(node, f"metric.{metric}")]
-        quick = paper.configuration(preset, [*job, *more])
+        quick = presets.configuration(preset, [*job, *more])
         summary = run_cell(
             experiment(quick), options_of(quick["run"] | {"root": f"{tmp_path}/work", "progress": False})
         )
         assert summary.maps_present + summary.maps_computed == 3
         done[job] = (*job, *more)
     entries = [dataclasses.replace(e, overrides=done[e.overrides]) for e in preset.entries if e.overrides in done]
-    table = paper_table.table(dataclasses.replace(preset, entries=tuple(entries)), f"{tmp_path}/work")
+    table = comparison.table(dataclasses.replace(preset, entries=tuple(entries)), f"{tmp_path}/work")
     assert set(table["verdict"]) == {"UNREAD"}
     # Nets with random weights: a map that is zero has no Lipschitz constant.
     assert (table["n"] + table["failed"] == 3).all()
@@ -385,8 +385,8 @@ def test_every_preset_runs_in_its_tiny_size(name, rows, embedded, tmp_path):
 
 def test_another_net_for_the_layers():
     """What was a plain multirun of Hydra: the values of a row's sweep are the command line's."""
-    preset = paper.load("input_iba_layers", ["model=resnet50", "model.layers.bottleneck=layer1,layer3"])
+    preset = presets.load("input_iba_layers", ["model=resnet50", "model.layers.bottleneck=layer1,layer3"])
     assert [job[-1] for job in preset.jobs] == ["model.layers.bottleneck=layer1", "model.layers.bottleneck=layer3"]
     assert list(dict.fromkeys(e.row for e in preset.entries))[1] == "InputIBA at layer3"
-    assert paper.configuration(preset, preset.jobs[0])["model"]["name"] == "resnet50"
+    assert presets.configuration(preset, preset.jobs[0])["model"]["name"] == "resnet50"
     assert [e.map for e in preset.entries[::6]] == ["input", "feature"]

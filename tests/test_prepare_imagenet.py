@@ -1,4 +1,4 @@
-"""tools/prepare_imagenet.py on a validation set of 30 images in five classes."""
+"""attrib/cli/prepare_imagenet.py on a validation set of 30 images in five classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attrib.datasets.prepare import find_sources, imagenet_classes, prepare, rea
 from attrib.types import UserError
 
 WNIDS = ["n01440764", "n01443537", "n02123045", "n02123159", "n03124043"]
-TOOL = Path(__file__).parents[1] / "tools" / "prepare_imagenet.py"
+TOOL = Path(__file__).parent.parent / "attrib" / "cli" / "prepare_imagenet.py"
 
 
 def tool():

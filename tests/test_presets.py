@@ -13,11 +13,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny import ROOT, pictures
 
-from attrib.config import build, classifier, experiment, options_of, with_input
+from attrib.config.objects import build, classifier, experiment, options_of, with_input
 from attrib.datasets import ImageTransform
 from attrib.models import torchvision_net
 from attrib.models.zoo import input_of
-from attrib.run import run
+from attrib.running.run import run
 
 CONFIGS = ROOT / "configs"
 

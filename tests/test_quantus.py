@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import attrib.metrics.quantus as adapter
 from attrib import keys
-from attrib.config import build
+from attrib.config.objects import build
 from attrib.metrics import Explaining, ExplainingQuantus, Quantus, quantus_metric
 from attrib.metrics.quantus import CURVES, EXPLAINS, REFUSED, _classes
 from attrib.models import Classifier

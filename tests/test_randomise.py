@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from attrib.models import BiLSTM, Classifier, DeepLSTM, LeNet, Randomise, ToneCNN
-from attrib.models.randomise import Layer, randomised, reinitialise, weighted_layers
+from attrib.models.randomise import randomised, reinitialise, weighted_layers
+from attrib.models.variant import Layer
 from attrib.types import UserError
 
 DIGIT = torch.zeros(1, 1, 32, 32)

@@ -11,7 +11,7 @@ from tiny import ROOT, only_cell, pictures
 
 from attrib import keys
 from attrib.cluster.ranks import of_rank
-from attrib.plan import Options
+from attrib.running.options import Options
 from attrib.types import UserError
 
 

@@ -19,7 +19,7 @@ from nets import golden, small_cnn, small_cnn_images
 from torch import Tensor, nn
 from torchvision import models
 
-from attrib.config import build
+from attrib.config.objects import build
 from attrib.methods import readout
 from attrib.methods.iba import restrict
 from attrib.methods.readout import IBAReadout, ReadoutFit

@@ -13,8 +13,11 @@ from PIL import Image
 from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec
 from tiny import tool
 
-from attrib import formats, labels, pictures, report, store, tables
+from attrib import report
+from attrib.drawing import pictures
 from attrib.report import gallery, terminal
+from attrib.results import formats, labels, tables
+from attrib.store import cell as store
 from attrib.types import UserError
 
 EVIL = "<script>alert(1)</script>"

@@ -5,8 +5,8 @@ import base64
 import pandas as pd
 import pytest
 
-from attrib import stats, tables
 from attrib.report import curves, ranks
+from attrib.results import stats, tables
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 from tiny import ROOT, pictures
 
-from attrib import tables
-from attrib.store import cells
+from attrib.results import tables
+from attrib.store.cell import cells
 
 SAMPLES = 24
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}

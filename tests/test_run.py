@@ -11,9 +11,9 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
-from attrib import tables
-from attrib.hooks import picture_path
-from attrib.store import Arrays, cells
+from attrib.results import tables
+from attrib.running.hooks import picture_path
+from attrib.store.cell import Arrays, cells
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
 

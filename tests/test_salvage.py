@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attrib.salvage import salvage
-from attrib.store import Arrays, DamagedError
+from attrib.store.cell import Arrays, DamagedError
+from attrib.store.damaged import salvage
 from attrib.types import UserError
 
 UIDS = ("a", "b", "c")

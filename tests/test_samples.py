@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from attrib.experiment.samples import Samples, parse_device
 from attrib.models import Classifier
-from attrib.samples import Samples, parse_device
 from attrib.types import Batch, SampleError, UserError
 
 UIDS = tuple("abcdefghij")

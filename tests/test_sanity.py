@@ -11,15 +11,16 @@ import torch
 from nets import small_cnn, small_cnn_images
 from tiny import ROOT, Result, pictures, tool
 
-from attrib import labels, report, sanity, tables
+from attrib import report, sanity
 from attrib.methods.iba import IBA
 from attrib.methods.input_iba import InputBottleneck, InputIBA
 from attrib.methods.input_iba_stages import InputIBAStages
-from attrib.methods.wgan import WGAN
+from attrib.methods.parts.wgan import WGAN
 from attrib.models import Classifier, Randomise
 from attrib.models.randomise import randomised
 from attrib.noise import Noise
-from attrib.store import cells
+from attrib.results import labels, tables
+from attrib.store.cell import cells
 from attrib.types import Batch, UserError
 
 LAYERS = ["classifier.3", "classifier.0", "features.8", "features.5", "features.3", "features.0"]

@@ -19,8 +19,8 @@ from tiny import command, tool
 
 from attrib.cluster import submission
 from attrib.cluster.submission import Task
-from attrib.interrupt import LEFT, watching
-from attrib.loop import Summary
+from attrib.process.signals import LEFT, watching
+from attrib.running.loop import Summary
 from attrib.types import UserError
 
 pytest.importorskip("submitit")
@@ -243,7 +243,7 @@ def test_an_unexpected_error_is_told_as_well(task, monkeypatch, capfd):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(run, "_cell", fails)
-    monkeypatch.setattr(run.program, "ready", lambda: None)
+    monkeypatch.setattr(run.exit_status, "ready", lambda: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "method=random"])
     with pytest.raises(SystemExit) as end:
         run.main()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from attrib.methods import FitData, Partial, State
+from attrib.experiment.samples import Samples
+from attrib.fit import FitData, Partial, State
 from attrib.models import Classifier
-from attrib.samples import Samples
-from attrib.states import load_confidence, load_state
+from attrib.running.states import load_confidence, load_state
 from attrib.types import Batch, SampleError, UserError
 
 UIDS = ("a", "b", "c")

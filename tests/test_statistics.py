@@ -11,7 +11,7 @@ from nets import golden
 from torch import Tensor, nn
 
 from attrib.methods.iba import Gaussian
-from attrib.methods.statistics import FeatureStatistics, Moments
+from attrib.methods.parts.statistics import FeatureStatistics, Moments
 from attrib.models import Classifier
 from attrib.types import Batch, UserError
 

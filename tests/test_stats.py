@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from attrib import stats
+from attrib.results import stats
 
 
 def sample(n, seed=0):

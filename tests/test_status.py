@@ -17,14 +17,26 @@ import pytest
 from half_done import METRIC, NAME, UIDS, cell, run_folder
 from tiny import command, only_cell, pictures, tool
 
-from attrib import hooks
-from attrib.hooks import Heartbeat
-from attrib.plan import Options
-from attrib.store import Cell
+from attrib.running import hooks
+from attrib.running.hooks import Heartbeat
+from attrib.running.options import Options
+from attrib.store.cell import Cell
+from attrib.store.workers import (
+    DEAD,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    Worker,
+    clock,
+    current,
+    identity,
+    tail,
+    workers,
+)
 from attrib.types import UserError
 from attrib.upkeep.status import DONE, LEFT, WORKED_ON, Observer, Status, matches
 from attrib.upkeep.status_table import duration, speed
-from attrib.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, clock, current, identity, tail, workers
 
 
 def look(root: Path, *filters: str) -> Status:
@@ -301,7 +313,7 @@ def test_the_log_is_shown_without_the_list_of_hooks(tmp_path):
     name = "20260101-000000-4242-0-aaaa"
     (run_folder(made, name) / f"{name}.log").write_text(
         "2026/11/22 10:44:00 - mmengine - INFO - Hooks will be executed so:\nbefore_run:\n (NORMAL) A\n"
-        "2026/11/22 10:44:01 - attrib.loop - ERROR - maps of p1\nTraceback:\n  File\n"
+        "2026/11/22 10:44:01 - attrib.running.loop - ERROR - maps of p1\nTraceback:\n  File\n"
         "2026/11/22 10:44:02 - mmengine - WARNING - odd\n"
     )
     lines = one_worker(made).log_lines(9)

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attrib import store
-from attrib.store import Arrays, Cell, Ledger, Rows, cells, write_atomic, write_json
+from attrib.store.cell import Arrays, Cell, Rows, cells, to_safetensors
+from attrib.store.files import Key, write_atomic, write_json
+from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ ODD = ("val/n01/a b", "ü∑/‮x", "a\nb\tc", 'q"\\,;', "x" * 300, "", "{}", "\
 DTYPES = ("float16", "float32", ">f4", "float64", "bool", "uint8", ">i2", "int64", "complex64")
 
 
-def read_all(folder: Path) -> dict[store.Key, dict[str, np.ndarray]]:
+def read_all(folder: Path) -> dict[Key, dict[str, np.ndarray]]:
     arrays = Arrays(folder)
     found = {key: arrays.read(key) for key in arrays.index()}
     assert arrays.broken == []
@@ -259,7 +260,7 @@ def test_foreign_files_do_no_harm(tmp_path):
     (tmp_path / "metric.json").write_text("{}")
     assert len(read_all(tmp_path)) == 3
     for content in ('"text"', "[1]", '[{"uid": "a"}]', "3", "null"):
-        data = store.to_safetensors({"0/m": np.zeros(1)}, {"samples": content})
+        data = to_safetensors({"0/m": np.zeros(1)}, {"samples": content})
         (tmp_path / "x.safetensors").write_bytes(data)
         reader = Arrays(tmp_path)
         assert len(reader.index()) == 3
@@ -372,7 +373,7 @@ def test_large_arrays_do_not_pile_up(tmp_path, monkeypatch):
 
 WRITE = """
 import sys, numpy as np
-from attrib.store import Arrays, Rows
+from attrib.store.cell import Arrays, Rows
 arrays, rows = Arrays(sys.argv[1], "w"), Rows(sys.argv[1], "w")
 print("ready", flush=True)
 for i in range(10**6):
@@ -545,7 +546,7 @@ def test_ledger_survives_torn_lines_and_long_reasons(tmp_path):
 
 APPEND = """
 import sys
-from attrib.store import Ledger
+from attrib.store.ledger import Ledger
 ledger = Ledger(sys.argv[1], sys.argv[3])
 for i in range(150):
     ledger.add(f"{sys.argv[2]}/{i}", "f", "maps", "∑x" * 700)

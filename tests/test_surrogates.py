@@ -17,7 +17,7 @@ from contracts import seeded
 from text_nets import K, text_classifier, text_net, texts
 from torch import Tensor, nn
 
-from attrib.methods.losses import target_score
+from attrib.methods.parts.losses import target_score
 from attrib.methods.surrogates import KernelShap, Lime, Units
 from attrib.models import Classifier
 from attrib.noise import Noise

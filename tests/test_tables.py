@@ -6,11 +6,14 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from synthetic import METHODS, UIDS, add_entry, add_rows, cell, iba, metric_folder, only, values_of
 from tiny import tool
 
-from attrib import formats, stats, store, tables
+from attrib.results import formats, stats, tables
+from attrib.store import cell as store
 from attrib.types import UNREADABLE, UserError
 
 EHR = "ehr.11111111"
@@ -382,8 +385,8 @@ def test_a_hundred_thousand_samples_in_seconds(tmp_path):
         metric_folder(made, EHR)
         columns = {"uid": uids, "fingerprint": ["f"] * n, "map": ["map"] * n, "column": ["ehr"] * n}
         columns |= {"value": np.random.default_rng(k).normal(k / 100, 1, n), "time": np.ones(n)}
-        table = store.pa.table(columns, schema=store.Rows.SCHEMA)
-        store.pq.write_table(table, made.folder / "scores" / EHR / "w0-00001.parquet")
+        table = pa.table(columns, schema=store.Rows.SCHEMA)
+        pq.write_table(table, made.folder / "scores" / EHR / "w0-00001.parquet")
     start = time.monotonic()
     frame = tables.rows(tmp_path)
     table = tables.summary(frame)

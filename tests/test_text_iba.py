@@ -12,10 +12,10 @@ from contracts import FitSamples, PartialInMemory, close, fit_contract, forbid_g
 from nets import golden
 from torch import Tensor
 
-from attrib.methods import State
+from attrib.fit import State
 from attrib.methods.iba import IBA
-from attrib.methods.layout import TextLayout
-from attrib.methods.statistics import FeatureStatistics
+from attrib.methods.parts.layout import TextLayout
+from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier
 from attrib.models.text import BiLSTM, DeepLSTM
 from attrib.noise import Noise

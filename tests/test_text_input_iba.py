@@ -17,14 +17,14 @@ from test_text_iba import reference as reference_iba
 from test_wgan import close
 from torch import Tensor, nn
 
-from attrib.methods import State
+from attrib.fit import State
 from attrib.methods.iba import IBA
 from attrib.methods.input_iba import InputBottleneck, InputIBA
-from attrib.methods.inputs import Inputs
-from attrib.methods.layout import TextLayout
-from attrib.methods.statistics import FeatureStatistics
-from attrib.methods.wgan import WGAN, Generators, Trained
-from attrib.methods.wgan_text import LSTMCritics, _ends, critic_shapes
+from attrib.methods.parts.inputs import Inputs
+from attrib.methods.parts.layout import TextLayout
+from attrib.methods.parts.statistics import FeatureStatistics
+from attrib.methods.parts.wgan import WGAN, Generators, Trained
+from attrib.methods.parts.wgan_text import LSTMCritics, _ends, critic_shapes
 from attrib.models import Classifier
 from attrib.models.text import BiLSTM, DeepLSTM
 from attrib.noise import Noise

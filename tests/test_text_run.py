@@ -10,8 +10,8 @@ import torch
 from tiny import command, only_cell, stored, tool
 
 from attrib import report
+from attrib.config.trained import with_checkpoint
 from attrib.models import DeepLSTM, save_checkpoint
-from attrib.trained import with_checkpoint
 
 TEXTS = [
     "A good film , good and short !",

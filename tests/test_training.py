@@ -28,7 +28,7 @@ from attrib.datasets import TextTable, WordEncoder
 from attrib.metadata import read_metadata
 from attrib.models import DeepLSTM, load_weights
 from attrib.noise import Noise
-from attrib.store import write_atomic
+from attrib.store.files import write_atomic
 from attrib.training import batches, recipe, state
 from attrib.training.batches import Feed, Rows, crop_flip, learning_rate, share
 from attrib.training.loop import Schedule, evaluate, seeded

@@ -9,10 +9,11 @@ import pytest
 from agglomerated import tangled
 from synthetic import cell, spec
 
-from attrib import report, store
+from attrib import report
 from attrib.agglomeration import Rules, agglomerate, together
-from attrib.documents import packed
-from attrib.trees import Tree, grow, node_id, runs
+from attrib.agglomeration.trees import Tree, grow, node_id, runs
+from attrib.running.documents import packed
+from attrib.store import cell as store
 from attrib.types import UserError
 
 WEIGHTS = np.array([1.0, 0.0, -1.0])

@@ -15,9 +15,17 @@ from contracts import forbid_global_rng, seeded, untouched
 from nets import golden, small_cnn, small_cnn_images
 from torch import Tensor, nn
 
-from attrib.methods import wgan
-from attrib.methods.layout import Layout
-from attrib.methods.wgan import WGAN, ConvCritics, Generators, Synthetic, Trained, critic_parameters, critic_shapes
+from attrib.methods.parts import wgan
+from attrib.methods.parts.layout import Layout
+from attrib.methods.parts.wgan import (
+    WGAN,
+    ConvCritics,
+    Generators,
+    Synthetic,
+    Trained,
+    critic_parameters,
+    critic_shapes,
+)
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import UserError

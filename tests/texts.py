@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny import ROOT
 
-from attrib.config import build
+from attrib.config.objects import build
 from attrib.datasets import Selection, TextDataset
 
 

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from attrib.store import Cell, cells
+from attrib.store.cell import Cell, cells
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,8 +50,8 @@ def pictures(folder: Path, count: int = 6) -> Path:
 
 
 def tool(name: str) -> ModuleType:
-    """tools/NAME.py as a fresh module."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    """attrib/cli/NAME.py as a fresh module."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "attrib" / "cli" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attrib.methods import Method, State
+from attrib.fit import State
+from attrib.methods import Method
 from attrib.metrics import Explain, Explaining
 from attrib.models import Classifier
 from attrib.noise import Noise

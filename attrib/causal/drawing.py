@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from attrib.causal.exchange import HOW, connections
 from attrib.causal.graph import ClassGraph
 from attrib.causal.structure import INPUT, OUTPUT, Structure
-from attrib.pictures import COLOURS
+from attrib.drawing.pictures import COLOURS
 
 MOST_EDGES = 3000  # drawn, the strongest first
 MOST_DOTS = 256  # channels of a layer that are drawn beside its nodes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attrib.causal.interventions import Sites, edges, estimate, intervene
 from attrib.causal.structure import Nodes, Structure
-from attrib.methods import Fit, FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, State
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
@@ -42,6 +42,7 @@ class Search:
     seed        of u
     """
 
+    NAME: ClassVar[str] = "attrib.causal.graph.Search"
     soft: bool = False
     beta: float = 0.0
     z: float = 1.65
@@ -228,6 +229,7 @@ class CausalGraphs(Fit):
     search    see ``Search``
     """
 
+    NAME: ClassVar[str] = "attrib.causal.graph.CausalGraphs"
     VERSION: ClassVar[int] = 1
 
     samples: int = 50

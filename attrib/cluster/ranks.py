@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from attrib.plan import Options
+from attrib.running.options import Options
 from attrib.types import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -21,9 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from attrib.config import experiment, options_of, resolved
-from attrib.paper import CONFIGS, composed
-from attrib.plan import Plan, plan
+from attrib.config.objects import experiment, options_of, resolved
+from attrib.papers.presets import CONFIGS, composed
+from attrib.running.plan import Plan, plan
 from attrib.types import UserError
 
 LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"

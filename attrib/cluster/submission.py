@@ -27,9 +27,9 @@ from unittest import mock
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 
-from attrib import program
-from attrib.interrupt import LEFT, Interrupted, Stop
-from attrib.store import write_json
+from attrib.process import exit_status
+from attrib.process.signals import LEFT, Interrupted, Stop
+from attrib.store.files import write_json
 from attrib.types import UserError
 
 PATIENCE = 10.0  # seconds that a file of another machine may take to be seen here (NFS)
@@ -133,7 +133,7 @@ def ended(tasks: Sequence[Task], patience: float = PATIENCE) -> list[Mapping[str
 
 def said(tasks: Sequence[Task], outcomes: Sequence[Mapping[str, Any] | None]) -> str:
     """How many tasks ended how, with the samples of those that told; and where to look for the others."""
-    words = {0: "done", LEFT: "stopped with work left", program.FAILED: "with failed samples"}
+    words = {0: "done", LEFT: "stopped with work left", exit_status.FAILED: "with failed samples"}
     counts = Counter(None if o is None else o["status"] for o in outcomes)
     parts = [f"{n} {words.get(s, f'ended with status {s}')}" for s, n in counts.items() if s is not None]
     total = {
@@ -158,7 +158,7 @@ def said(tasks: Sequence[Task], outcomes: Sequence[Mapping[str, Any] | None]) ->
 
 
 def worst(outcomes: Sequence[Mapping[str, Any] | None]) -> int:
-    return program.worst(program.UNEXPECTED if o is None else o["status"] for o in outcomes)
+    return exit_status.worst(exit_status.UNEXPECTED if o is None else o["status"] for o in outcomes)
 
 
 # ---- in a task ---------------------------------------------------------------------------------

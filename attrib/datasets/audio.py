@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class WaveTransform:
     mean, std   of the normalisation, full scale being -1 .. 1
     """
 
+    NAME: ClassVar[str] = "attrib.datasets.audio.WaveTransform"
     rate: int
     length: int
     mean: float = 0.0

@@ -101,7 +101,7 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
 
 
 class InFiles(ABC):
-    """Datasets that can tell what a fingerprint depends on without reading it, see ``attrib.fingerprints``.
+    """Datasets that can tell what a fingerprint depends on without reading it, see ``attrib.running.fingerprints``.
 
     fingerprints   those that this object knows, by uid
     A subclass that reads other files gives ``sources`` anew; where it does not, every file is read at every start.

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 from attrib.datasets.files import existing_folder, image_files, imagenet_classes, parse_box, read_class_table, read_rows
 from attrib.datasets.transform import Box
 from attrib.keys import stable_hash
-from attrib.store import write_atomic, write_json
+from attrib.store.files import write_atomic, write_json
 from attrib.types import UserError
 
 SPLITS = ("attribution", "estimation")

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from attrib.keys import stable_hash
 from attrib.types import SampleError, UserError
@@ -29,6 +29,7 @@ class Selection:
     A sample that a rule cannot judge because it cannot be read stays, so that the run reports it.
     """
 
+    NAME: ClassVar[str] = "attrib.datasets.select.Selection"
     count: int | None = None
     seed: int = 0
     list: str | None = None

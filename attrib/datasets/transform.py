@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class ImageTransform:
     Equal, bit for bit, to torchvision's Resize, CenterCrop, ToTensor and Normalize of a PIL image.
     """
 
+    NAME: ClassVar[str] = "attrib.datasets.transform.ImageTransform"
     size: int | tuple[int, int] = 224
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

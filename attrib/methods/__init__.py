@@ -7,58 +7,15 @@ nothing of datasets, metrics, the store or each other, except that those built o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from attrib.fit import Fit, State
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
-
-State = dict[str, Tensor]
-
-
-class FitData(Protocol):
-    """The samples that a state is fitted on."""
-
-    uids: tuple[str, ...]
-
-    def batch(self, uids: Sequence[str]) -> Batch: ...
-
-    def __iter__(self) -> Iterable[Batch]:
-        """All samples, in batches of a size that must not matter."""
-        ...
-
-
-class Partial(Protocol):
-    """Where a fit keeps its intermediate state, so that a killed job goes on where it was."""
-
-    def load(self) -> State | None: ...
-
-    def save(self, state: State) -> None: ...
-
-    def wanted(self) -> bool:
-        """Whether the job was told to stop: a fit whose steps are long saves now, and then reports."""
-        ...
-
-
-class Fit(Protocol):
-    """What a method needs to know of the data before it can explain anything.
-
-    A frozen dataclass with a key of its own: methods with an equal fit share its state.
-    """
-
-    VERSION: ClassVar[int]
-    TARGETS: ClassVar[bool] = True  # whether it looks at the samples' targets
-    TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of a text's net only; may be left out
-
-    @property
-    def roles(self) -> tuple[str, ...]: ...
-
-    def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        """The fitted state; ``report`` takes a line of progress for people."""
-        ...
 
 
 class Method(Protocol):
@@ -87,7 +44,7 @@ class Method(Protocol):
         """What each sample of such a batch will take of the device's memory, or None if that is not known.
 
         Beside what goes through the net, which ``run.rows`` bounds. For a method with much to keep per
-        sample: so many samples as do not fit are never tried (``attrib.budget``). A hint: it changes
+        sample: so many samples as do not fit are never tried (``attrib.running.batch_size``). A hint: it changes
         no number.
         """
         return None

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from attrib.agglomeration import Rules, agglomerate, together
-from attrib.methods import Method, State
-from attrib.methods.inputs import EMBEDDING
-from attrib.methods.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
+from attrib.agglomeration.trees import Tree, grow
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.trees import Tree, grow
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
 
@@ -27,8 +28,8 @@ TOP = 5
 class ACD(Method):
     """Units that are merged into a tree, those first that gain most (Singh, Murdoch & Yu, ICLR 2019, algorithm 1).
 
-    The document ``tree`` is the hierarchy (``attrib.trees``); the map is one level of it, so that metrics can
-    judge it: every component's score, shared equally among its units and places.
+    The document ``tree`` is the hierarchy (``attrib.agglomeration.trees``); the map is one level of it, so that
+    metrics can judge it: every component's score, shared equally among its units and places.
 
     score        of a set of units: "cd", "occlusion" or "build_up", see ``CD``
     units        words, windows, or tiles; those of texts and sounds are a line, tiles are a grid
@@ -40,11 +41,12 @@ class ACD(Method):
                  several equal maxima, of which its rounding picks one; else the first one counts.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.acd.ACD"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units (or of a probability), signed; a unit's score is its sum"}
-    DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.trees"}
+    DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.agglomeration.trees"}
     score: Part = "cd"
     units: Partition = field(default_factory=lambda: Partition(side=14))
     percentile: float = 95.0

@@ -25,10 +25,11 @@ import torch
 from captum import attr
 from torch import Tensor, nn
 
-from attrib.methods import Method, State
-from attrib.methods.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.layout import resize
-from attrib.methods.propagation import hookable, without_overlap
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
+from attrib.methods.parts.layout import resize
+from attrib.methods.parts.propagation import hookable, without_overlap
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE, RELU_LIKE
 from attrib.noise import Noise
@@ -52,6 +53,7 @@ def _check_fields(method: Any) -> None:
 class Random(Method):
     """Uniform noise on [0, 1): what any method must beat."""
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.Random"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MAPS: ClassVar[Mapping[str, str]] = {"map": "uniform on [0, 1), no information"}
@@ -66,6 +68,7 @@ class Random(Method):
 class Gradient(Method):
     """Gradient of the target's logit (Simonyan et al., 2014, section 3)."""
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.Gradient"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -87,6 +90,7 @@ class Gradient(Method):
 class InputXGradient(Method):
     """Input times gradient (Shrikumar et al., 2016); the input is the normalised image, or the embedded text."""
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.InputXGradient"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -114,6 +118,7 @@ class IntegratedGradients(Method):
     ``delta`` is the error of completeness: sum of the map minus the change of the logit.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.IntegratedGradients"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -150,6 +155,7 @@ class SmoothGrad(Method):
             text, the range of its embedded tokens
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.SmoothGrad"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -196,6 +202,7 @@ class GuidedBackprop(Method):
     Images only: the nets of texts have gates and GELUs, not ReLUs.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.GuidedBackprop"
     VERSION: ClassVar[int] = 2
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
@@ -216,6 +223,7 @@ class Deconvolution(Method):
     UserError on a net without ReLUs. Images only.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.Deconvolution"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "signal at the input, signed"}
     reduce: Reduce = "sum"
@@ -237,6 +245,7 @@ class DeepLiftShap(Method):
     Images only: the rule does not cover the gates of an LSTM, nor attention.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.DeepLiftShap"
     VERSION: ClassVar[int] = 2
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units"}
@@ -272,6 +281,7 @@ class GradCAM(Method):
     Images only: it needs a conv map.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.GradCAM"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, >= 0 unless relu=false, upsampled from the layer"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"cam": "the same at the layer's resolution, (h, w)"}
@@ -310,6 +320,7 @@ class Occlusion(Method):
                      vector in the place of an embedded token
     """
 
+    NAME: ClassVar[str] = "attrib.methods.baselines.Occlusion"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)

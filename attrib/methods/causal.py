@@ -15,7 +15,8 @@ from attrib.causal.graph import CausalGraphs, ClassGraph, Found, from_state
 from attrib.causal.interventions import edges, twin
 from attrib.causal.structure import INPUT, OUTPUT, Structure
 from attrib.causal.subnetwork import logits, random_graph, weights
-from attrib.methods import Method, State
+from attrib.fit import State
+from attrib.methods import Method
 from attrib.models import Classifier
 from attrib.models.split import hooked
 from attrib.noise import Noise
@@ -138,6 +139,7 @@ class CausalPaths(Method):
     A sample whose class has no graph, or one that ends above the layer, is a failure of that sample.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
     VERSION: ClassVar[int] = 1
     layer: str = "bottleneck"
     nodes: int = 0
@@ -248,6 +250,7 @@ class CausalGradient(Method):
     multiply   times the input; otherwise the gradient alone
     """
 
+    NAME: ClassVar[str] = "attrib.methods.causal.CausalGradient"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {
         "map": "change of the logit per unit of input along causal paths, times the input; signed, summed over channels"

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.methods import Method, State
-from attrib.methods.inputs import EMBEDDING, Inputs
-from attrib.methods.losses import target_score
-from attrib.methods.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs
+from attrib.methods.parts.losses import target_score
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -37,6 +38,7 @@ class CD(Method):
     output_bias  false: without the bias of the last layer, as the authors' code for texts
     """
 
+    NAME: ClassVar[str] = "attrib.methods.cd.CD"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.methods import Method, State
-from attrib.methods.layout import resize
-from attrib.methods.losses import target_score
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.layout import resize
+from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -177,6 +178,7 @@ class ExtremalPerturbation(Method):
     EfficientNet-Lite0 that is about 20 s of one CPU core an image, against 4 min.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.extremal.ExtremalPerturbation"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "sum of the masks of all areas, 0 .. number of areas"}
     EXTRAS: ClassVar[Mapping[str, str]] = {

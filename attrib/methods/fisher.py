@@ -17,11 +17,12 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.methods import Method, State
-from attrib.methods.covariance import Covariance, Spread
-from attrib.methods.fisher_sets import Sets, hierarchy
-from attrib.methods.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.perturbed import ACTIVATIONS, Activation, Draws, Mean, Outputs, Perturbations
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.covariance import Covariance, Spread
+from attrib.methods.parts.fisher_sets import Sets, hierarchy
+from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
+from attrib.methods.parts.perturbed import ACTIVATIONS, Activation, Draws, Mean, Outputs, Perturbations
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -67,6 +68,7 @@ class FunctionalInformation(Method):
     Raises UserError for fields that cannot be computed with.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.fisher.FunctionalInformation"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)

@@ -13,10 +13,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from attrib.methods import Method, State, layout
-from attrib.methods.layout import Places
-from attrib.methods.losses import target_loss
-from attrib.methods.statistics import FeatureStatistics
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts import layout
+from attrib.methods.parts.layout import Places
+from attrib.methods.parts.losses import target_loss
+from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier, Front
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -166,6 +168,7 @@ class IBA(Method):
     The capacity is that of the last forward pass, before the last step, as in the authors' code.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.iba.IBA"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MAPS: ClassVar[Mapping[str, str]] = {

@@ -15,13 +15,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from attrib.methods import Method, State
+from attrib.fit import State
+from attrib.methods import Method
 from attrib.methods.iba import IBA, Gaussian, Optimised, optimise
-from attrib.methods.inputs import EMBEDDING, Inputs
-from attrib.methods.layout import Layout, Places, TextLayout
-from attrib.methods.statistics import FeatureStatistics
-from attrib.methods.wgan import WGAN, ConvCritics, Critics, Push, Trained, critic_parameters
-from attrib.methods.wgan_text import LSTMCritics
+from attrib.methods.parts.inputs import EMBEDDING, Inputs
+from attrib.methods.parts.layout import Layout, Places, TextLayout
+from attrib.methods.parts.statistics import FeatureStatistics
+from attrib.methods.parts.wgan import WGAN, ConvCritics, Critics, Push, Trained, critic_parameters
+from attrib.methods.parts.wgan_text import LSTMCritics
 from attrib.models import Classifier, Front
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
@@ -48,6 +49,7 @@ class InputBottleneck:
     mean, std    of the noise, in units of the normalised input, or of the embedding
     """
 
+    NAME: ClassVar[str] = "attrib.methods.input_iba.InputBottleneck"
     beta: float = 20.0
     steps: int = 60
     lr: float = 1.0
@@ -119,6 +121,7 @@ class InputIBA(Method):
     and lets a text have 100 numbers per token only.)
     """
 
+    NAME: ClassVar[str] = "attrib.methods.input_iba.InputIBA"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)

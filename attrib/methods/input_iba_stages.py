@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from attrib.methods import FitData, Partial, State
+from attrib.fit import FitData, Partial, State
 from attrib.methods.input_iba import InputIBA
-from attrib.methods.statistics import FeatureStatistics
+from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier
 from attrib.types import UserError
 
@@ -17,6 +17,7 @@ from attrib.types import UserError
 class OriginalStatistics(FeatureStatistics):
     """The same of the net that a randomised one is a copy of."""
 
+    NAME: ClassVar[str] = "attrib.methods.input_iba_stages.OriginalStatistics"
     VERSION: ClassVar[int] = 1
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
@@ -34,6 +35,7 @@ class InputIBAStages(InputIBA):
                       bottleneck at the input alone
     """
 
+    NAME: ClassVar[str] = "attrib.methods.input_iba_stages.InputIBAStages"
     VERSION: ClassVar[int] = 1
 
     randomised_from: Literal["gan", "input"] = "gan"

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.methods import FitData, Method, Partial, State, layout
+from attrib.fit import FitData, Partial, State
+from attrib.methods import Method
 from attrib.methods.iba import Gaussian, Restricted, capacity, restrict
-from attrib.methods.layout import Layout
-from attrib.methods.statistics import Moments
+from attrib.methods.parts import layout
+from attrib.methods.parts.layout import Layout
+from attrib.methods.parts.statistics import Moments
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -104,6 +106,7 @@ class ReadoutFit:
     Samples that cannot be read are left out.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.readout.ReadoutFit"
     VERSION: ClassVar[int] = 1
     TARGETS: ClassVar[bool] = True
 
@@ -292,6 +295,7 @@ class IBAReadout(Method):
     large throws alpha to its lower limit, where it stays.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.readout.IBAReadout"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "information in bits per pixel, >= 0, upsampled from the layer"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"capacity": "bits per place of the layer, summed over channels, (h, w)"}

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.methods import Method, State
-from attrib.methods.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.losses import target_score
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
+from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -59,6 +60,7 @@ class GradientShap(Method):
              the zero vector for every token. Not images of the data set, which make a map depend on it
     """
 
+    NAME: ClassVar[str] = "attrib.methods.sampled.GradientShap"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -111,6 +113,7 @@ class Rise(Method):
     Images only.
     """
 
+    NAME: ClassVar[str] = "attrib.methods.sampled.Rise"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "mean score where the pixel is seen, upsampled from cells"}
     samples: int = 4000

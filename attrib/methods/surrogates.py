@@ -15,8 +15,9 @@ from captum import attr
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from attrib.methods import Method, State
-from attrib.methods.inputs import EMBEDDING, Inputs
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -197,6 +198,7 @@ class Lime(_Removal):
     tiles          of images: tiles along each side
     """
 
+    NAME: ClassVar[str] = "attrib.methods.surrogates.Lime"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; a word's or tile's weight is its sum"}
     kernel_width: float = 0.25
@@ -236,6 +238,7 @@ class KernelShap(_Removal):
     tiles      of images: tiles along each side
     """
 
+    NAME: ClassVar[str] = "attrib.methods.surrogates.KernelShap"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
 

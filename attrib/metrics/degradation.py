@@ -44,6 +44,7 @@ class Degradation:
     of MoRF. A map with NaN or infinite values scores NaN. Costs 2 forward passes a tile.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.degradation.Degradation"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)

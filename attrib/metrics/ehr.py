@@ -49,6 +49,7 @@ class EHR:
     the caller's array below the threshold).
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.ehr.EHR"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")

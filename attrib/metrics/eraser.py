@@ -43,6 +43,7 @@ class Eraser:
     words share theirs.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.eraser.Eraser"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("text",)

@@ -65,6 +65,7 @@ class Infidelity:
     ``samples`` forward passes, and one; equal squares share theirs.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.infidelity.Infidelity"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")

@@ -64,6 +64,7 @@ class InsertionDeletion:
     net's part behind the embedding.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")

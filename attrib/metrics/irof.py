@@ -47,6 +47,7 @@ class IROF:
     values, and a sample whose target has probability 0, score NaN. Costs L + 1 forward passes.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.irof.IROF"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)

@@ -42,6 +42,7 @@ class Lipschitz(Explaining):
     throughout where it should be divided by (its norm or maximum), and an input without any range: NaN.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.lipschitz.Lipschitz"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")

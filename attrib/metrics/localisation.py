@@ -39,6 +39,7 @@ class Localisation:
     empty. NaN or infinite values in the map, or an empty region: NaN. R may be any mask, also of a sound's time.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.localisation.Localisation"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")

@@ -82,6 +82,7 @@ class Quantus:
     Raises UserError for an unknown metric or parameter, and where quantus is not installed.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.quantus.Quantus"
     VERSION: ClassVar[int] = 1
     roles: ClassVar[tuple[str, ...]] = ()
 
@@ -264,6 +265,7 @@ class Quantus:
 class ExplainingQuantus(Quantus, Explaining):
     """A metric of quantus that asks for maps of other inputs, or of another class; each costs as much as a map."""
 
+    NAME: ClassVar[str] = "attrib.metrics.quantus.ExplainingQuantus"
     metric: str = "MaxSensitivity"
 
 

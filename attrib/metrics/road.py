@@ -56,6 +56,7 @@ class ROAD:
     double precision, by as many threads as torch has: see ``Imputer``.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.road.ROAD"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)

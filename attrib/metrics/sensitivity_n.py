@@ -43,6 +43,7 @@ class SensitivityN:
     positive: NaN. Costs ``points`` times ``samples`` forward passes, and one.
     """
 
+    NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")

@@ -4,10 +4,10 @@ from attrib.models.audio import ToneCNN
 from attrib.models.checkpoint import load_weights, save_checkpoint
 from attrib.models.classifier import Classifier
 from attrib.models.huggingface import HuggingFaceClassifier, hf_classifier
-from attrib.models.randomise import Randomise
 from attrib.models.small import AcdCNN, LeNet, resnet18_cifar
 from attrib.models.split import Front
 from attrib.models.text import AcdLSTM, BiLSTM, DeepLSTM, Recurrent
+from attrib.models.variant import Randomise
 from attrib.models.zoo import timm_net, torchvision_net
 
 __all__ = [

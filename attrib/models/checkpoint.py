@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib.metadata import KEY, resolve
-from attrib.store import write_atomic
+from attrib.store.files import write_atomic
 from attrib.types import UserError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights

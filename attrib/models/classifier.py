@@ -8,19 +8,17 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
-from attrib.memory import Heap
 from attrib.models.split import Front, Split, between, hooked, split
+from attrib.models.variant import Variant
 from attrib.noise import Noise
+from attrib.process.memory import Heap
 from attrib.types import SampleError, UserError
-
-if TYPE_CHECKING:
-    from attrib.models.randomise import Variant
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,8 @@ class Classifier:
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the logits of a noise image of this shape are compared before and
                  after the preparation
-    variant      if this is a copy with randomised layers: of what
+    variant      if this is a copy with randomised layers: which
+    original     if this is such a copy: of what. It says which class is explained and which samples are selected
 
     Raises UserError for a layer that does not exist.
     """
@@ -54,11 +53,13 @@ class Classifier:
         spec: Mapping[str, Any] | None = None,
         input_shape: tuple[int, ...] | None = None,
         variant: Variant | None = None,
+        original: Classifier | None = None,
     ) -> None:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
         self.layers = {role: path for role, path in (layers or {}).items() if path is not None}
         self.rows, self.device, self.dtype, self.variant = rows, torch.device(device), dtype, variant
+        self.original = original or self
         self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
         self.weights = tensor_digest(module.state_dict())
@@ -73,11 +74,6 @@ class Classifier:
                     f"model.layers.{role}: {type(module).__name__} has no layer {path!r}; "
                     f"near names: {', '.join(near) or 'none'} (all: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
-
-    @property
-    def original(self) -> Classifier:
-        """Which net says what class is explained and which samples are selected: this one, or what it is a copy of."""
-        return self if self.variant is None else self.variant.original
 
     def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> nn.Module:
         net = copy.deepcopy(module).to(self.device, self.dtype).eval().requires_grad_(False)

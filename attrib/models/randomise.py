@@ -6,16 +6,16 @@ Adebayo, Gilmer, Muelly, Goodfellow, Hardt & Kim, *Sanity Checks for Saliency Ma
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from attrib.models.classifier import Classifier
+from attrib.models.variant import Layer, Randomise, Variant
 from attrib.noise import Noise
 from attrib.types import UserError
 
@@ -24,85 +24,7 @@ if TYPE_CHECKING:
 
 # They hold nothing random when they are new, so they are no layers of their own.
 FOLLOWERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
-ROOT = "(net)"  # shown for parameters that belong to the net itself, as the class token of a transformer
 _CHUNK = 1 << 20  # numbers drawn at a time: a VGG's first linear layer has a hundred million
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A module with weights, and the normalisations that follow it, which become new with it."""
-
-    path: str
-    modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Randomise:
-    """Which layers get new weights.
-
-    layers   n: counted from the output, ``cascade`` all of the last n, ``independent`` the n-th from the output
-             alone; or the path of a layer, or of a module that holds layers: ``cascade`` everything from the output
-             to there, ``independent`` what is there alone; "all"; null or 0: none
-    seed     of the new weights. Those of a layer depend on its path and the seed alone
-    """
-
-    layers: int | str | None = None
-    mode: Literal["cascade", "independent"] = "cascade"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("cascade", "independent"):
-            raise UserError(f"mode must be cascade or independent, not {self.mode!r}")
-
-    def chosen(self, found: list[Layer]) -> list[Layer]:
-        """Of all layers, from the output, those that get new weights. Raises UserError if there are no such ones."""
-        names, first = [layer.path or ROOT for layer in found], 0
-        if not self.layers or self.layers == "all":
-            return list(found) if self.layers else []
-        if isinstance(self.layers, int):
-            if not 0 < self.layers <= len(found):
-                raise UserError(
-                    f"randomise.layers is {self.layers}, but the net has {len(found)} layers with weights; "
-                    f"from the output: {', '.join(names)}"
-                )
-            first = last = self.layers - 1
-        else:
-            inside = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{self.layers}.")]
-            if not inside:
-                near = difflib.get_close_matches(self.layers, names, n=5, cutoff=0.3)
-                raise UserError(
-                    f"randomise.layers: the net has no layer with weights at {self.layers!r}; near names: "
-                    f"{', '.join(near) or 'none'} (from the output: {', '.join(names)})"
-                )
-            if self.mode == "independent":
-                return [found[i] for i in inside]
-            last = inside[-1]
-        return found[first : last + 1] if self.mode == "independent" else found[: last + 1]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a randomised classifier is a copy of.
-
-    original   says which class is explained, and which samples are selected
-    layers     the layers with new weights, from the output
-    total      how many layers with weights the net has
-    place      the furthest of ``layers`` from the output, counted from 1
-    """
-
-    original: Classifier
-    layers: tuple[str, ...]
-    total: int
-    place: int
-    how: Randomise
-
-    @property
-    def name(self) -> str:
-        """For people and folders: ``random-3`` are the last three, ``random-only-conv1`` is one."""
-        if self.how.mode == "cascade":
-            return f"random-{self.place}"
-        what = self.how.layers if isinstance(self.how.layers, str) else self.layers[-1] or ROOT
-        return f"random-only-{what}"
 
 
 # ---- order ------------------------------------------------------------------------------------
@@ -239,12 +161,12 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
     """
     found = weighted_layers(original.module, x.to(original.device, original.dtype if x.is_floating_point() else None))
     chosen = how.chosen(found)
-    twin = copy.deepcopy(net)
-    reinitialise(twin, chosen, how.seed)
-    about = Variant(original, tuple(layer.path for layer in chosen), len(found), found.index(chosen[-1]) + 1, how)
+    new = copy.deepcopy(net)
+    reinitialise(new, chosen, how.seed)
+    about = Variant(tuple(layer.path for layer in chosen), len(found), found.index(chosen[-1]) + 1, how)
     modules = sorted(path for layer in chosen for path in layer.modules)
     return type(original)(
-        twin,
+        new,
         original.layers,
         rows=original.rows,
         device=original.device,
@@ -252,4 +174,5 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         # The original counts as well: it may say which class is explained.
         spec={"randomised": {"of": original.key, "modules": modules, "seed": how.seed}},
         variant=about,
+        original=original,
     )

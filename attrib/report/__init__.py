@@ -17,14 +17,16 @@ import jinja2
 import pandas as pd
 
 import attrib
-from attrib import formats, labels, pictures, sanity, tables
+from attrib import sanity
+from attrib.drawing import pictures
 from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
 from attrib.report.headline import Entry, Verdict
 from attrib.report.ranks import Diagram
 from attrib.report.trees import Hierarchy
-from attrib.store import write_atomic
+from attrib.results import formats, labels, tables
+from attrib.store.files import write_atomic
 
 IMAGE_BYTES = 11_000_000  # of all galleries together; a page beyond 15 MB is no pleasure to open
 

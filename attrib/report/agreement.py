@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 
-from attrib import formats, labels, pictures, sanity
-from attrib import tables as views
+from attrib import sanity
+from attrib.drawing import pictures
 from attrib.report.curves import Style, style
+from attrib.results import formats, labels
+from attrib.results import tables as views
 from attrib.sanity import MEASURES, Pair, Verdict
 from attrib.types import UserError
 

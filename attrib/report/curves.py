@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
-from attrib import pictures
-from attrib.labels import Labelled, Scores
-from attrib.store import Arrays, Key
+from attrib.drawing import pictures
+from attrib.results.labels import Labelled, Scores
+from attrib.store.cell import Arrays
+from attrib.store.files import Key
 
 MOST_CURVES = 2_000  # samples whose curves are read, per method: a band does not get better by more
 MOST_LOSSES = 24

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 
-from attrib import pictures, spectrogram
-from attrib.labels import Labelled
-from attrib.store import Arrays, Key
+from attrib.drawing import pictures, spectrogram
+from attrib.results.labels import Labelled
+from attrib.store.cell import Arrays
+from attrib.store.files import Key
 
 LONGEST = 224  # pixels of a thumbnail's longer side
 

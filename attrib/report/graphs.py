@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from attrib import formats, pictures
 from attrib.causal.subnetwork import summary
+from attrib.drawing import pictures
+from attrib.results import formats
 
 LONGEST = 1100  # pixels of a picture's longer side
 

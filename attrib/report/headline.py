@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attrib import formats
 from attrib.report.curves import Style
+from attrib.results import formats
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attrib import formats
-from attrib.labels import AXES, Labelled
-from attrib.store import Cell
+from attrib.results import formats
+from attrib.results.labels import AXES, Labelled
+from attrib.store.cell import Cell
 
 MOST_UIDS = 50  # uids listed per kind of failure
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from attrib import formats, pictures
+from attrib.drawing import pictures
 from attrib.report.curves import Style
+from attrib.results import formats
 
 ROW = 0.22  # inches for each name
 

@@ -9,8 +9,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from attrib import labels, pictures, tables
+from attrib.drawing import pictures
 from attrib.report.gallery import Gallery, gallery
+from attrib.results import labels, tables
 from attrib.types import UserError
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attrib import pictures
-from attrib.documents import unpacked
-from attrib.labels import Labelled
+from attrib.agglomeration.trees import Node, Tree
+from attrib.drawing import pictures
 from attrib.report.gallery import _NO_INPUT, _array, _current, _input
-from attrib.store import Arrays
-from attrib.trees import Node, Tree
+from attrib.results.labels import Labelled
+from attrib.running.documents import unpacked
+from attrib.store.cell import Arrays
 from attrib.types import UserError
 
 NAME = "tree"  # of the document

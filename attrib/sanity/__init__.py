@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas as pd
 
-from attrib import keys, stats
-from attrib.labels import Labelled, labelled
-from attrib.models.randomise import ROOT
+from attrib import keys
+from attrib.models.variant import ROOT
+from attrib.results import stats
+from attrib.results.labels import Labelled, labelled
 from attrib.sanity.measures import MEASURES, Agreement
-from attrib.store import Cell, write_json
-from attrib.writing import writer_name
+from attrib.store.cell import Cell
+from attrib.store.files import write_json, writer_name
 
 __all__ = ["MEASURES", "Agreement", "Pair", "Verdict", "compare", "pairs", "summary", "verdicts", "without"]
 

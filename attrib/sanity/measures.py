@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from skimage.feature import hog as histograms
 from skimage.metrics import structural_similarity
 
-from attrib.pictures import PERCENTILE, is_signed
+from attrib.drawing.pictures import PERCENTILE, is_signed
 from attrib.types import UserError
 
 Measure = Callable[[np.ndarray, np.ndarray], float]
@@ -93,6 +93,7 @@ class Agreement:
     as_released   ssim as InputIBA's code computes it, for maps in 0 .. 1
     """
 
+    NAME: ClassVar[str] = "attrib.sanity.measures.Agreement"
     VERSION: ClassVar[int] = 1
 
     measures: tuple[str, ...] = ("spearman", "spearman_abs", "ssim", "ssim_abs")

@@ -28,8 +28,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from attrib.keys import stable_hash
-from attrib.run import AttributionRunner
-from attrib.store import write_atomic
+from attrib.running.runner import AttributionRunner
+from attrib.store.files import write_atomic
 from attrib.training.batches import Augment, Feed, Rows, learning_rate
 from attrib.training.state import Progress, load_state, save_state
 from attrib.types import UserError

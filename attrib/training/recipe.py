@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrib.config import build, with_input
+from attrib.config.objects import build, with_input
 from attrib.datasets import Dataset
 from attrib.datasets.tokens import build_vocabulary
 from attrib.datasets.vectors import word_vectors
+from attrib.experiment.samples import parse_device
 from attrib.keys import digest
 from attrib.models.checkpoint import load_weights, save_checkpoint
-from attrib.plan import git_commit
-from attrib.samples import parse_device
-from attrib.store import write_atomic, write_json
+from attrib.running.plan import git_commit
+from attrib.store.files import write_atomic, write_json
 from attrib.training.batches import Rows, share
 from attrib.training.loop import Schedule, evaluate, fit, seeded
 from attrib.training.record import Node, Result, check_same, curve, what

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from attrib.store import write_atomic
+from attrib.store.files import write_atomic
 from attrib.types import UserError
 
 

@@ -18,11 +18,11 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from attrib.salvage import DAMAGED
-from attrib.store import Arrays, Cell, cells, counts
+from attrib.store.cell import Arrays, Cell, cells, counts
+from attrib.store.damaged import DAMAGED
+from attrib.store.workers import RUNNING, SILENT, clock, counted, read_object, workers
 from attrib.types import UserError
 from attrib.upkeep.status import no_cells
-from attrib.workers import RUNNING, SILENT, clock, counted, read_object, workers
 
 DAY = 86400.0
 NOT_OURS = "is a link, on another file system, or not ours"

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from attrib.hooks import picture_path, words_page
-from attrib.pictures import heat, overlay, png
-from attrib.spectrogram import draw
-from attrib.store import Arrays, Cell, Key, cells, counts, write_atomic
+from attrib.drawing.pictures import heat, overlay, png
+from attrib.drawing.spectrogram import draw
+from attrib.running.hooks import picture_path, words_page
+from attrib.store.cell import Arrays, Cell, cells, counts
+from attrib.store.files import Key, write_atomic
+from attrib.store.workers import read_object
 from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
-from attrib.workers import read_object
 
 FORMATS = ("png", "npy", "npz")
 

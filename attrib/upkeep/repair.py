@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from attrib.salvage import DAMAGED, salvage
-from attrib.salvage import put_aside as move_aside
-from attrib.store import Arrays, Cell, Key, Ledger, Rows, cells, counts, described, write_atomic
+from attrib.store.cell import Arrays, Cell, Rows, cells, counts, described
+from attrib.store.damaged import DAMAGED, salvage
+from attrib.store.damaged import put_aside as move_aside
+from attrib.store.files import Key, write_atomic, writer_name
+from attrib.store.ledger import Ledger
+from attrib.store.workers import read_object
 from attrib.types import UserError
 from attrib.upkeep.cache import FITTED, SHARED, check_inside, remove
 from attrib.upkeep.status import no_cells
-from attrib.workers import read_object
-from attrib.writing import writer_name
 
 _READ = (SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 

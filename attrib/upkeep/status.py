@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrib.store import Cell, Key, Ledger, Rows, cells, counts
+from attrib.store.cell import Cell, Rows, cells, counts
+from attrib.store.files import Key
+from attrib.store.ledger import Ledger
+from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
 from attrib.types import UNREADABLE, UserError
-from attrib.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
 
 DONE, WORKED_ON, LEFT = 0, 10, 75  # exit status of tools/status.py; 75 as tools/run.py says that work is left
 RECENT = 1000  # samples whose recorded seconds are averaged
@@ -64,7 +66,7 @@ class CellStatus:
 
     ``broken`` names files that could not be read, each with the error; what they held counts as to do. ``readable``:
     whether the cell says what it is (spec.json) and, if it has the file, what it is about (samples.json).
-    ``workers`` are those that matter (:func:`attrib.workers.current`), ``runs`` counts all there ever were.
+    ``workers`` are those that matter (:func:`attrib.store.workers.current`), ``runs`` counts all there ever were.
     """
 
     name: str

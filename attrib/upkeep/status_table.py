@@ -9,8 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from attrib.store.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, counted, printable
 from attrib.upkeep.status import CellStatus, Stage, Status
-from attrib.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, counted, printable
 
 STYLES = {RUNNING: "green", FINISHED: "dim", STOPPED: "yellow", FAILED: "red", DEAD: "red"}
 BROKEN = 5  # files that cannot be read, named of each cell

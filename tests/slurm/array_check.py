@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attrib import tables
-from attrib.store import Cell, cells
+from attrib.results import tables
+from attrib.store.cell import Cell, cells
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES, TASKS = 400, 4

@@ -1,0 +1,1 @@
+"""The command ``attrib``: one module per subcommand, each parses, composes and calls."""

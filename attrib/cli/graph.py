@@ -1,0 +1,169 @@
+"""Causal graphs of a net's classes: JSON, pictures, what their paths are worth, how stable they are.
+
+python tools/graph.py dataset=digits model=lenet_digits [method.graph.samples=100]
+    [+do=[graphs,effect,stability]] [+betas=[0,0.05,0.1]] [+repeats=5] [+draws=5] [+out=FOLDER]
+
+The configuration is that of tools/run.py with method=causal_paths; the graphs are the method's fitted state, found
+in run.root or fitted now. Everything is written to <run.root>/graphs/<dataset>.<model>.<key>/:
+
+    class_3.json  class_3.png      a graph, for networkx and to look at
+    effect.csv                     the causal sub-network against random ones of its size, on the dataset's samples
+    stability.csv  stability.png   Jaccard index of graphs by soft interventions, over beta
+    bootstrap.csv                  the same for samples drawn with replacement
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import pandas as pd
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from attrib.causal import CausalGraphs, ClassGraph, Sites, Structure, from_state
+from attrib.causal.drawing import draw, draw_stability
+from attrib.causal.exchange import HOW, to_json
+from attrib.causal.stability import bootstrap, soft
+from attrib.causal.subnetwork import effect, summary
+from attrib.config.objects import experiment, options_of, resolved
+from attrib.experiment.cell import Experiment
+from attrib.process import exit_status
+from attrib.process.signals import LEFT, Interrupted, Stop, ended, leave, watching
+from attrib.running.options import Options
+from attrib.running.plan import plan
+from attrib.running.states import load_state
+from attrib.store.files import write_atomic, write_json
+from attrib.types import UserError
+
+status = 0
+PARTS = ("graphs", "effect", "stability")
+
+
+class Wanted(NamedTuple):
+    """What beside the configuration of tools/run.py may be given, each with a + in front."""
+
+    do: Sequence[str] = PARTS
+    betas: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+    repeats: int = 5  # graphs at each beta, and by bootstrap
+    draws: int = 5  # random sub-networks
+    out: str | None = None
+
+
+def _written(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    write_atomic(path, frame.to_csv(index=False).encode())
+    return frame
+
+
+def _png(path: Path, figure: Figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_atomic(path, buffer.getvalue())
+
+
+def _shown(title: str, frame: pd.DataFrame) -> None:
+    table = Table(title=title)
+    for column in frame.columns:
+        table.add_column(str(column))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _layers(graphs: Mapping[int, ClassGraph], names: Mapping[int, str]) -> pd.DataFrame:
+    """Nodes per class and layer, causes / candidates."""
+    rows = []
+    for target, graph in graphs.items():
+        row = {"class": f"{target} {names.get(target, '')}".strip(), "samples": graph.samples}
+        for path, found in graph.layers.items():
+            row[path] = f"{int(found.causes.sum())}/{len(found.causes)}" + ("*" if HOW[found.how] == "fallback" else "")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write(cell: Experiment, options: Options, wanted: Wanted, stop: Stop) -> Path:
+    """All files that are wanted; returns their folder."""
+    fit, model, root = cell.method.fit, cell.model, Path(options.root)
+    if not isinstance(fit, CausalGraphs):
+        raise UserError(f"method {cell.names['method']} has no causal graphs; take method=causal_paths")
+    estimation = cell.estimation_samples(options.read)
+    key = cell.state_key(estimation)
+    state = load_state(root, key, fit, model, estimation, stop)
+    folder = Path(wanted.out or root / "graphs" / f"{cell.names['dataset']}.{cell.names['model']}.{key[:8]}")
+    chosen = fit.choose(model, estimation, lambda _: None) if "stability" in wanted.do else {}
+    structure = Structure(model.module, estimation.batch(estimation.uids[:1]).x)
+    graphs, names = from_state(structure, state), dict(cell.dataset.names)
+    if "graphs" in wanted.do:
+        for target, graph in graphs.items():
+            write_json(folder / f"class_{target}.json", to_json(structure, graph, names))
+            _png(folder / f"class_{target}.png", draw(structure, graph, names.get(target, "")))
+        if len(structure.paths) <= 12:
+            _shown("causes / candidates per layer, * by the fallback", _layers(graphs, names))
+    if "effect" in wanted.do:
+        samples = cell.samples(plan(cell, options).uids, options.read)
+        frame = _written(folder / "effect.csv", effect(model, structure, graphs, samples, wanted.draws, cell.seed))
+        table = summary(frame)
+        _shown(
+            "sub-networks: mean over the classes, and the union of all graphs",
+            table[table["class"].isin(["mean", "union"])],
+        )
+    if "stability" in wanted.do:
+        sites, found, drawn = Sites(model, structure), [], []
+        for target, uids in chosen.items():
+            x = estimation.batch(uids).x
+            found.append(soft(sites, x, target, fit.search, wanted.betas, wanted.repeats))
+            drawn.append(bootstrap(sites, x, target, fit.search, wanted.repeats, cell.seed))
+        frame = _written(folder / "stability.csv", pd.concat(found))
+        _png(folder / "stability.png", draw_stability(frame))
+        mean = _written(folder / "bootstrap.csv", pd.concat(drawn)).groupby("layer", sort=False).mean(numeric_only=True)
+        _shown("Jaccard index under bootstrap, mean over the classes", mean.drop(columns="class").reset_index())
+    return folder
+
+
+def _wanted(plain: dict[str, Any]) -> Wanted:
+    """Takes what is meant for this tool out of the configuration. Raises UserError."""
+    wanted = Wanted(**{name: plain.pop(name) for name in Wanted._fields if name in plain})
+    for name in ("do", "betas"):
+        if not isinstance(getattr(wanted, name), (list, tuple)):
+            raise UserError(f"{name} must be a list, not {getattr(wanted, name)!r}; write +{name}=[...]")
+    for name, kind in (("repeats", int), ("draws", int), ("out", str)):
+        value = getattr(wanted, name)
+        if not isinstance(value, kind) and (name, value) != ("out", None):
+            raise UserError(f"{name} must be {'a whole number' if kind is int else 'a path'}, not {value!r}")
+    if wrong := [beta for beta in wanted.betas if not isinstance(beta, (int, float))]:
+        raise UserError(f"betas: {wrong[0]!r} is no number")
+    if wrong := [part for part in wanted.do if part not in PARTS]:
+        raise UserError(f"do: {wrong[0]!r} is none of {', '.join(PARTS)}; write +do=[graphs,effect]")
+    if wanted.repeats < 2 or wanted.draws < 1 or not wanted.betas:
+        raise UserError("repeats must be at least 2, draws at least 1, and betas not empty")
+    return wanted
+
+
+@hydra.main(
+    version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent.parent / "configs"), config_name="run"
+)
+def main(config: DictConfig) -> None:
+    global status
+    try:
+        with watching() as stop, stop.at_once():
+            plain = resolved(config)
+            wanted = _wanted(plain)
+            print(f"wrote {write(experiment(plain), options_of(plain['run']), wanted, stop)}")
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on", flush=True)
+        sys.exit(LEFT)
+    except Exception as error:
+        status = exit_status.told(error)
+
+
+if __name__ == "__main__":
+    exit_status.ready()
+    if not any(argument.startswith("method=") for argument in sys.argv[1:]):
+        sys.argv.insert(1, "method=causal_paths")
+    leave(ended(main) or status)

@@ -1,0 +1,1 @@
+"""From a YAML configuration to the objects of an experiment."""

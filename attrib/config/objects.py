@@ -1,0 +1,384 @@
+"""From a resolved configuration to the objects of an experiment: the only module that knows Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import hydra.utils
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from torch import Tensor, nn
+
+from attrib import keys
+from attrib.config.trained import NOT_OF_THE_NET, check_encoder, with_checkpoint
+from attrib.datasets import Dataset, Selection, TextDataset
+from attrib.experiment.cell import Experiment
+from attrib.experiment.samples import parse_device
+from attrib.models import Classifier, load_weights
+from attrib.models.randomise import randomised
+from attrib.models.zoo import input_of
+from attrib.running.options import Options
+from attrib.types import UserError
+
+Node = Mapping[str, Any]
+
+DTYPES = ("float32", "float64")
+INPUT = ("size", "mean", "std", "resize", "resize_size", "interpolation")  # the fields of model.input
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values. Raises UserError if a value is missing, or stands for one that is."""
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except InterpolationKeyError as error:
+        if isinstance(config.get("model"), DictConfig) and "model.input" in str(error):
+            name, image = (config[part].get("name", part) for part in ("model", "dataset"))
+            raise UserError(
+                f"dataset {image} holds images, and model {name} does not say how it wants them (model.input): "
+                "is it for texts or sounds?"
+            ) from error
+        raise UserError(str(error)) from error
+    except OmegaConfBaseException as error:
+        raise UserError(str(error)) from error
+
+
+def _known(what: str, given: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{what} has no field {given!r}{hint} (fields: {', '.join(known) or 'none'})"
+
+
+# ---- types ------------------------------------------------------------------------------------
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """``value`` in the one form that its annotation has for it, so that 10 and 10.0 have the same key.
+
+    An annotation that is not understood accepts anything. Raises TypeError.
+    """
+    origin, arms = get_origin(hint), get_args(hint)
+    if _is_node(value):  # an object to come
+        return value
+    if origin in (Union, types.UnionType):
+        for arm in sorted(arms, key=lambda arm: type(value) is not arm):  # 1 stays 1 in float | int
+            try:
+                return _as(arm, value)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is Literal:
+        good = any(type(value) is type(arm) and value == arm for arm in arms)
+    elif hint is float:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if good else value
+    elif hint is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+    elif hint in (bool, str, type(None)) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+        good = isinstance(value, hint)
+    elif origin in (tuple, list, Sequence):
+        good = isinstance(value, (tuple, list))
+        if good and origin is tuple:
+            each = arms[:1] * len(value) if arms[-1:] == (...,) else arms
+            good = len(each) == len(value)
+            value = tuple(map(_as, each, value))
+        elif good:
+            value = [_as(arms[0], v) for v in value]
+    else:
+        good = True
+    if not good:
+        raise TypeError
+    return value
+
+
+def _spelled(hint: Any) -> str:
+    """An annotation in words for people who write YAML."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_spelled(arm) for arm in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if hint is type(None):
+        return "null"
+    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
+
+
+def _field(name: str, hint: Any, value: Any) -> Any:
+    try:
+        return _as(hint, value)
+    except (TypeError, OverflowError) as error:
+        raise UserError(f"{name} must be {_spelled(hint)}, not {value!r}") from error
+
+
+def _hints(what: Callable[..., Any]) -> Node:
+    """The annotations of what a call of ``what`` takes; none where they cannot be read."""
+    plain_class = isinstance(what, type) and not dataclasses.is_dataclass(what)
+    try:
+        return get_type_hints(what.__init__ if plain_class else what)
+    except Exception:  # a name that is imported for type checkers only, a builtin without annotations
+        return {}
+
+
+# ---- objects ----------------------------------------------------------------------------------
+
+
+def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a node's ``_target_`` names, and the node with its fields, and those of nodes in it, as their types want."""
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{where}: no _target_: it must name the class to build, such as attrib.methods.iba.IBA")
+    try:
+        what = hydra.utils.get_object(target)
+    except Exception as error:  # importing a user's module can raise anything
+        raise UserError(f"{where}: cannot import _target_ {target}: {error}") from error
+    if not callable(what):
+        raise UserError(f"{where}: _target_ {target} is {type(what).__name__}, not a class or function")
+    checked = {k: _checked(v, f"{where}: {k}")[1] if _is_node(v) else v for k, v in node.items()}
+    try:
+        parameters = inspect.signature(what).parameters
+    except (TypeError, ValueError):  # some builtins have none
+        return what, checked
+    hints, named = _hints(what), [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    for field, value in node.items():
+        if field.startswith("_"):
+            continue
+        if field in named:
+            sloppy = value is None and parameters[field].default is None  # x: int = None
+            if field in hints and not _is_node(value) and not sloppy:
+                checked[field] = _field(f"{where}: {field}", hints[field], value)
+        elif len(named) == len(parameters):
+            raise UserError(f"{where}: {_known(target, field, named)}")
+    return what, checked
+
+
+def build(node: Node, where: str) -> Any:
+    """The object that a node describes by ``_target_`` and its arguments.
+
+    Raises UserError that begins with ``where`` and names the field for an unknown field or one of
+    the wrong type, a target that cannot be imported, or arguments that the target refuses.
+    """
+    _, checked = _checked(node, where)
+    try:
+        return hydra.utils.instantiate(checked, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        while cause.__cause__ is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise UserError(f"{where}: {cause}") from error
+        raise UserError(f"{where}: {node['_target_']} cannot be built: {type(cause).__name__}: {cause}") from error
+
+
+# What a part of an experiment must have; see the protocols in the packages of the same names.
+MEMBERS = {
+    "dataset": ("fingerprint", "batch", "uids", "key", "names", "modality", "box_area"),
+    "method": (
+        *("attribute", "VERSION", "MAPS", "EXTRAS", "COLUMNS", "DOCUMENTS", "TOKENS", "MODALITIES", "TEXT_ROLES"),
+        *("roles", "fit"),
+    ),
+    "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "MODALITIES", "roles"),
+}
+
+
+def _build_as(part: str, node: Node, where: str) -> Any:
+    made = build(node, where)
+    missing = [name for name in MEMBERS[part] if not hasattr(made, name)]
+    if missing:
+        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}")
+    if part != "dataset":
+        try:
+            keys.spec(made)
+        except TypeError as error:
+            raise UserError(f"{where}: {node['_target_']} cannot have a key ({error}); see docs/how-to") from error
+    return made
+
+
+def _without(node: Node, *names: str) -> dict[str, Any]:
+    return {k: v for k, v in node.items() if k not in names}
+
+
+def _filled(given: Node, known: Node) -> dict[str, Any]:
+    """``known`` where ``given`` is null. A resize_size belongs to one size and one way to resize."""
+    full = {k: known.get(k) if v is None else v for k, v in given.items()}
+    if given.get("resize_size", 0) is None and any(full.get(k) != known.get(k) for k in ("size", "resize")):
+        full["resize_size"] = None
+    return full
+
+
+def with_input(config: Node) -> Node:
+    """The configuration without nulls in ``model.input``.
+
+    They stand for what the library that the net comes from says of its weights. The nulls that
+    the transforms of the dataset took over from there are filled as well; what is given stays.
+    The input of a text net is an encoder, and has none.
+
+    Raises UserError that names the fields of which the library says nothing.
+    """
+    model, where = config["model"], _where(config, "model")
+    given = model.get("input")
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"{where}: no input; it says how images are prepared ({', '.join(INPUT)}), "
+            "or texts (the _target_ of an encoder)"
+        )
+    if _is_node(given):
+        return config
+    if all(v is not None for k, v in given.items() if k != "resize_size"):
+        return config
+    builder, arguments = _checked(_net(model), where)
+    known = input_of(builder, **{k: v for k, v in arguments.items() if not k.startswith("_")})
+    if any(given.get(k) not in (None, known.get(k)) for k in ("size", "resize")):
+        known = {**known, "resize_size": None}  # the transform's own default
+    missing = [f"model.input.{k}" for k in INPUT if given.get(k) is None and k not in known]
+    if missing:
+        name = model.get("arch", arguments["_target_"])
+        raise UserError(f"{where}: how {name} wants its images is not known; set {', '.join(missing)}")
+    full = _filled({k: given.get(k) for k in INPUT}, known)
+
+    def followed(data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        transform, rest = data.get("transform"), _without(data, "transform")
+        rest = {k: followed(v) if k == "estimation" else v for k, v in rest.items()}
+        return {**rest, "transform": _filled(transform, full)} if isinstance(transform, Mapping) else rest
+
+    return {**config, "model": {**model, "input": full}, "dataset": followed(config["dataset"])}
+
+
+def _net(model: Node) -> dict[str, Any]:
+    """Of a model YAML, what builds the net."""
+    return _without(model, *NOT_OF_THE_NET)
+
+
+def classifier(node: Node, options: Options, where: str = "model", dataset: Dataset | None = None) -> Classifier:
+    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``.
+
+    With ``randomise`` it is a copy with randomised layers; a sample of ``dataset`` shows their order.
+    """
+    arguments, shape = _net(node), None
+    if not _is_node(node["input"]):
+        size = _field(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
+        mean = _field(f"{where}: input.mean", tuple[float, ...], node["input"].get("mean"))
+        shape = (len(mean), size, size) if isinstance(size, int) else (len(mean), *size)
+    layers = node.get("layers") or {}
+    if not isinstance(layers, Mapping):
+        raise UserError(f"{where}: layers must give a path to each role, not {layers!r}")
+    if options.dtype not in DTYPES:
+        raise UserError(f"run.dtype must be one of {', '.join(DTYPES)}, not {options.dtype!r}")
+    net = build(arguments, where)
+    if not isinstance(net, nn.Module):
+        raise UserError(f"{where}: {arguments['_target_']} gives {type(net).__name__}, not a torch.nn.Module")
+    if node.get("checkpoint"):
+        load_weights(net, str(node["checkpoint"]), node.get("match", "name"))
+    known = getattr(net, "default_layers", {})
+    paths = {role: known.get(role) if path is None else str(path) for role, path in layers.items()}
+    how = build({"_target_": "attrib.models.Randomise", **(node.get("randomise") or {})}, f"{where}: randomise")
+    model = Classifier(
+        net,
+        paths,
+        rows=options.rows,
+        device=parse_device(options.device),
+        dtype=getattr(torch, options.dtype),
+        # Where weights come from does not matter: they are in the key themselves.
+        spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
+        input_shape=shape,
+    )
+    if not how.layers:
+        return model
+    if dataset is None:
+        raise UserError(f"{where}: randomise needs a dataset, whose samples show the order of the layers")
+    return randomised(model, net, how, example(dataset))
+
+
+def example(dataset: Dataset) -> Tensor:
+    """The input (1, *input) of the first sample that can be read. Raises UserError if none can."""
+    for uid in dataset.uids:
+        try:
+            return dataset.batch([uid]).x
+        except Exception:  # the ledger will say so
+            continue
+    raise UserError("no sample of the dataset can be read")
+
+
+def _where(config: Node, part: str) -> str:
+    return f"configs/{part}/{config[part].get('name', part)}.yaml"
+
+
+def completed(config: Node) -> Node:
+    """The configuration with what it leaves to the checkpoint and to the net's library. Raises UserError."""
+    return with_input(with_checkpoint(config, _where(config, "model")))
+
+
+def experiment(config: Node) -> Experiment:
+    """All objects of one cell, from a plain, resolved configuration (see configs/run.yaml).
+
+    Raises UserError for anything that a person wrote wrong.
+    """
+    for part in ("dataset", "model", "method", "run"):
+        if not isinstance(config.get(part), Mapping):
+            raise UserError(f"no {part} chosen; add {part}=... (see configs/{part}/)")
+    options = options_of(config["run"])
+    config = completed(config)
+    data, method_node = config["dataset"], config["method"]
+    names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
+    reserved = ("name", "target", "select", "estimation")
+    where = {part: _where(config, part) for part in names}
+    method = _build_as("method", _without(method_node, "name"), where["method"])
+    metrics = {
+        name: _build_as("metric", node, f"configs/metric/{name}.yaml")
+        for name, node in (config.get("metric") or {}).items()
+        if node
+    }
+    dataset = _build_as("dataset", _without(data, *reserved), where["dataset"])
+    model = classifier(config["model"], options, where["model"], dataset)
+    if model.variant is not None:
+        names["model"] += f"-{model.variant.name}"
+    estimation, estimation_select = None, Selection()
+    if method.fit is not None:
+        node, at = data.get("estimation"), f"{where['dataset']}: estimation"
+        if node is None:
+            raise UserError(f"{where['dataset']}: {names['method']} is fitted on data first; add estimation: ...")
+        estimation = _build_as("dataset", _without(node, *reserved), at)
+        estimation_select = _selection(node, f"{at}.select")
+    cell = Experiment(
+        names=names,
+        dataset=dataset,
+        target=data.get("target", "label"),
+        select=_selection(data, f"{where['dataset']}: select"),
+        estimation=estimation,
+        estimation_select=estimation_select,
+        model=model,
+        method=method,
+        metrics=metrics,
+        seed=_field("seed", int, config.get("seed", 0)),
+        config=_without(config, "run", "paper"),
+    )
+    for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
+        model.path(role)
+    if isinstance(dataset, TextDataset):
+        check_encoder(dataset.encoder, model, config["model"].get("checkpoint"), where["model"])
+    return cell
+
+
+def _selection(node: Node, where: str) -> Selection:
+    if not node.get("select"):
+        return Selection()
+    return build({"_target_": "attrib.datasets.Selection", **node["select"]}, where)
+
+
+def options_of(node: Node) -> Options:
+    """The ``run`` node: how to compute, never what."""
+    known, hints = list(inspect.signature(Options).parameters), get_type_hints(Options)
+    for field in node:
+        if field not in known:
+            raise UserError(f"configs/run: {_known('run', field, known)}")
+    return Options(**{field: _field(f"run.{field}", hints[field], value) for field, value in node.items()})

@@ -1,0 +1,1 @@
+"""Pictures of maps, words and sounds."""

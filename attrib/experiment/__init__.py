@@ -1,0 +1,1 @@
+"""One cell of a table, and its samples on their way to the model."""

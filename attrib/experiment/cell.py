@@ -1,0 +1,148 @@
+"""One cell of a table: what is computed, and the keys that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from attrib import keys
+from attrib.datasets import Dataset, Selection
+from attrib.experiment.samples import Samples, Target
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.metrics import Metric
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A dataset, a model, a method and metrics. How it is run (``plan.Options``) is not part of it.
+
+    names    labels for people and folders: {"dataset": "photos", "model": ..., "method": ...}
+    target   which class is explained, see ``samples.Samples``
+    estimation   what the method's state is fitted on; None if it has none
+    config   the resolved configuration it was built from, kept for the record
+    """
+
+    names: Mapping[str, str]
+    dataset: Dataset
+    model: Classifier
+    method: Method
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    target: Target = "label"
+    select: Selection = field(default_factory=Selection)
+    estimation: Dataset | None = None
+    estimation_select: Selection = field(default_factory=Selection)
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a method or metric of other data than the dataset holds."""
+        holds = self.dataset.modality
+        fitting = ",".join(name for name, metric in self.metrics.items() if holds in metric.MODALITIES)
+        advice = dict.fromkeys(self.metrics, f"take metric=[{fitting}]")
+        for name, part in {self.names["method"]: self.method, **self.metrics}.items():
+            if holds not in part.MODALITIES:
+                raise UserError(
+                    f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "
+                    f"{holds}; {advice.get(name, 'README.md lists the methods for it')}"
+                )
+
+    def samples(self, uids: Sequence[str], batch: int) -> Samples:
+        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
+
+    def stored_samples(self, uids: Sequence[str], batch: int) -> Samples:
+        """For work on stored maps, which say themselves what they explain."""
+        return Samples(self.dataset, self.model, uids, target=None, batch=batch)
+
+    def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:
+        """What the method says of a batch, with random numbers of the samples' own."""
+        noise = Noise(batch.uids, self.seed, self.model.device, self.model.dtype)
+        return self.method.attribute(self.model, batch, state, noise)
+
+    def estimation_samples(self, batch: int) -> Samples:
+        """What the method's state is fitted on."""
+        if self.estimation is None:
+            raise UserError(f"{self.names['method']} needs an estimation set: dataset.estimation")
+        whole = Samples(self.estimation, self.model, self.estimation.uids, target=self.target, batch=batch)
+        return Samples(
+            self.estimation,
+            self.model,
+            self.estimation_select.apply(self.estimation, whole.confidence),
+            target=self.target if self.method.fit is None or self.method.fit.TARGETS else None,
+            batch=batch,
+        )
+
+    # ---- keys ---------------------------------------------------------------------------------
+
+    @cached_property
+    def dataset_key(self) -> str:
+        """Which samples, explained for which class. A list file counts by its content."""
+        return keys.digest(self.dataset.key, self.target, _selection_spec(self.select))
+
+    @cached_property
+    def pictures_key(self) -> str:
+        """Of the inputs kept for the report, which bear the name of the class that the model is asked for."""
+        return keys.digest(self.dataset_key, self.model.original.key)[:8]
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Role -> path of the layers that the method reads. Raises UserError if the model does not have one."""
+        text = self.method.TEXT_ROLES if self.dataset.modality == "text" else ()
+        return self._layers([*self.method.roles, *text])
+
+    def _layers(self, roles: Sequence[str]) -> dict[str, str]:
+        return {role: self.model.path(role) for role in roles}
+
+    def state_key(self, samples: Samples, model: Classifier | None = None) -> str:
+        """What the state is fitted on, sample by sample, and by what."""
+        fit = self.method.fit
+        assert fit is not None
+        content = [(uid, samples.dataset.fingerprint(uid)) for uid in samples.uids]
+        text = getattr(fit, "TEXT_ROLES", ()) if self.dataset.modality == "text" else ()  # few fits have any
+        layers = self._layers([*fit.roles, *text])
+        key = (model or self.model).key
+        return keys.digest(fit, key, layers, samples.dataset.key, content, samples.target)
+
+    def cell_key(self, state_key: str | None, model: Classifier | None = None) -> str:
+        key = (model or self.model).key
+        return keys.digest(self.dataset_key, key, self.layers, self.method, self.seed, state_key)
+
+    def original_key(self, samples: Samples | None) -> str | None:
+        """The key of the same cell of the net that this one's is a randomised copy of; None if it is none.
+
+        ``samples`` are those of the fit, if the method has one.
+        """
+        if self.model.variant is None:
+            return None
+        state = None if samples is None else self.state_key(samples, self.model.original)
+        return self.cell_key(state, self.model.original)
+
+    def metric_key(self, name: str) -> str:
+        metric = self.metrics[name]
+        read = self._layers([role for role in metric.roles if role in self.model.layers])
+        return keys.digest(metric, self.seed, *([read] if read else []))
+
+    def folder(self, cell_key: str) -> str:
+        """Names are labels that people choose: only plain characters become part of a path."""
+        names = (self.names[part] for part in ("dataset", "model", "method"))
+        plain = ("".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names)
+        return ".".join([*plain, cell_key[:8]])
+
+
+def _selection_spec(select: Selection) -> Any:
+    if select.list is None:
+        return select
+    path = Path(select.list).expanduser()
+    try:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"select.list: {path} cannot be read: {error}") from error
+    return dataclasses.replace(select, list=content)

@@ -1,0 +1,124 @@
+"""Streaming sums over a data set from which covariances are made.
+
+Sums are kept in float64 and do not depend on how the data is cut: they are merged with the update of Chan,
+Golub & LeVeque (1979), or taken about the first row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attrib.fit import FitData
+from attrib.methods.parts.inputs import EMBEDDING
+from attrib.models import Classifier
+from attrib.types import UserError
+
+ONE_LABEL = "Covariance.per_class needs one label per sample; these have several"
+
+
+class CoMoments:
+    """Streaming mean (C, F) and sums of squares about it of rows (C, F).
+
+    squares   None: of every number, (C, F); "shared": a matrix (1, F, F), summed over C; "each": (C, F, F)
+    """
+
+    def __init__(self, squares: Literal["shared", "each"] | None) -> None:
+        self.n, self.squares = 0, squares
+        self.mean = self.m2 = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """x (rows, C, F)."""
+        if not len(x):
+            return
+        x = x.to(torch.float64)
+        n, mean = len(x), x.mean(0)
+        m2, total, delta = self._products(x - mean), self.n + n, mean - self.mean
+        between = self._products(delta[None]) * (self.n * n / total) if self.n else 0
+        self.mean = self.mean + delta * (n / total)
+        self.m2 = self.m2 + m2 + between
+        self.n = total
+
+    def _products(self, x: Tensor) -> Tensor:
+        if self.squares is None:
+            return x.square().sum(0)
+        if self.squares == "each":
+            return torch.einsum("nci,ncj->cij", x, x)
+        flat = x.flatten(0, 1)
+        return (flat.T @ flat)[None]
+
+
+class Sketch:
+    """Streaming product of the covariance of rows (F,) with the columns of q (F, k), and its diagonal."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.n, self.q = 0, q
+        self._first = self._sum = self._squares = self._product = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """x (rows, F)."""
+        if not len(x):
+            return
+        x = x.to(torch.float64)
+        if not self.n:
+            self._first = x[0].clone()  # about it, so that a large mean costs no digits
+        x = x - self._first
+        self._sum = self._sum + x.sum(0)
+        self._squares = self._squares + x.square().sum(0)
+        self._product = self._product + x.T @ (x @ self.q)
+        self.n += len(x)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The product (F, k) and the variances (F,)."""
+        mean = self._sum / self.n
+        product = self._product - self.n * mean[:, None] * (mean @ self.q)
+        return product / (self.n - 1), ((self._squares - self.n * mean**2) / (self.n - 1)).clamp(min=0)
+
+
+class Rows:
+    """The observations of a data set, as often as they are asked for: (class or -1, rows (n, C, F)).
+
+    whole   all features together, (n, 1, C F). Of texts a row is a real token, (n, 1, E).
+    """
+
+    def __init__(self, model: Classifier, data: FitData, per_class: bool, whole: bool, report: Callable) -> None:
+        self.model, self.data, self.per_class, self.whole, self.report = model, data, per_class, whole, report
+        self.shape: tuple[int, ...] = ()  # of an image or sound
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        seen = 0
+        for batch in self.data:
+            if self.per_class and batch.target.ndim != 1:
+                raise UserError(ONE_LABEL)
+            x = batch.x if batch.mask is None else self.model.until(EMBEDDING, batch.x).z
+            for label in sorted(batch.target.unique().tolist()) if self.per_class else [-1]:
+                mine = batch.target == label if self.per_class else torch.ones(len(x), dtype=torch.bool)
+                yield label, self._rows(x[mine.to(x.device)], None if batch.mask is None else batch.mask[mine])
+            seen += len(batch)
+            self.report(f"covariance: {seen} / {len(self.data.uids)} samples")
+
+    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            return x[mask].unsqueeze(1)
+        if self.shape not in ((), tuple(x.shape[1:])):
+            raise UserError(f"Covariance: inputs of {tuple(x.shape[1:])} and of {self.shape} in one estimation set")
+        self.shape = tuple(x.shape[1:])
+        return x.flatten(1).unsqueeze(1) if self.whole or x.ndim == 2 else x.flatten(2)
+
+
+def check_rows(counts: dict[int, int], per_class: bool) -> None:
+    few = [label for label, n in counts.items() if n < 2]
+    if few or not counts:
+        of = f" of each class, and class {few[0]} has {counts[few[0]]}" if per_class and few else ""
+        raise UserError(f"a covariance needs at least 2 samples{of}: the estimation set is too small")
+
+
+def check_spread(variance: Tensor) -> None:
+    """Raises UserError for numbers that never vary, or are not finite."""
+    if not variance.isfinite().all():
+        raise UserError("the covariance has NaN or infinite values: so has a sample of the estimation set")
+    if not (variance > 0).all():
+        raise UserError("the inputs of the estimation set do not vary: they have no covariance")

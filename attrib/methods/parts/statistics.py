@@ -1,0 +1,81 @@
+"""Mean, spread and activity of a layer's units over a dataset: what IBA knows of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attrib.fit import FitData, Partial, State
+from attrib.methods.parts.layout import places
+from attrib.models import Classifier
+from attrib.types import UserError
+
+
+class Moments:
+    """Streaming mean, standard deviation (ddof 1) and share of non-zero values, per unit.
+
+    Batches are merged with the update of Chan, Golub & LeVeque (1979), the batched form of
+    Welford's: the result does not depend on how the data is cut. Sums are kept in float64.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._mean = self._m2 = self._nonzero = torch.zeros(())
+
+    def add(self, z: Tensor) -> None:
+        """z (B, *unit)."""
+        z = z.to(torch.float64)
+        n, mean = len(z), z.mean(0)
+        m2 = ((z - mean) ** 2).sum(0)
+        if self.n == 0:
+            self._mean, self._m2, self._nonzero = mean, m2, (z != 0).sum(0)
+        else:
+            delta, total = mean - self._mean, self.n + n
+            self._mean = self._mean + delta * (n / total)
+            self._m2 = self._m2 + m2 + delta**2 * (self.n * n / total)
+            self._nonzero = self._nonzero + (z != 0).sum(0)
+        self.n += n
+
+    def state(self) -> State:
+        """mean, std, active (share of rows where the unit is not zero), n. Needs two rows."""
+        if self.n < 2:
+            raise UserError(f"feature statistics need at least 2 samples, the estimation set has {self.n}")
+        return {
+            "mean": self._mean.float(),
+            "std": (self._m2 / (self.n - 1)).sqrt().float(),
+            "active": (self._nonzero / self.n).float(),
+            "n": torch.tensor(self.n),
+        }
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Fits the moments of the layer with this role (IBA, section 3.1: mu_R and sigma_R).
+
+    Of a text's layer (B, T, C) every real token is one observation of its C units, so that padding
+    counts nothing and long texts more: the moments are (C,). (InputIBA's code counts texts, and
+    averages over padding.)
+    """
+
+    NAME: ClassVar[str] = "attrib.methods.statistics.FeatureStatistics"
+    VERSION: ClassVar[int] = 1
+    TARGETS: ClassVar[bool] = False
+    layer: str = "bottleneck"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.layer,)
+
+    def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
+        moments, seen = Moments(), 0
+        for batch in data:
+            z = model.until(self.layer, batch.x).z
+            per_token = batch.mask is not None and places(batch, z).real is not None
+            moments.add(z[batch.mask] if per_token else z)
+            seen += len(batch)
+            report(f"feature statistics of {model.path(self.layer)}: {seen} / {len(data.uids)} samples")
+        return moments.state()

@@ -1,0 +1,255 @@
+"""Presets: a table of a paper as a grid of runs, with the value that the paper gives for each entry.
+
+``configs/paper/NAME.yaml`` says rows × columns. A row adds Hydra overrides (a method) and names the map that is
+judged; a column adds overrides (a model) and names the score that is read. So every entry is one command line of
+``tools/run.py``. Knows Hydra, like ``config``; ``paper_table`` finds the entries in a work directory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attrib.config.objects import resolved
+from attrib.types import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+FULL, TINY = "full", "tiny"
+FIELDS = ("title", "source", "place", "note", "size", "tolerance", "columns", "rows", "tiny")
+HOW = ("run", "hydra", "paper")  # overrides of these never choose rows or columns
+
+Pairs = Mapping[str, Override]  # parsed overrides by what they set
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that somebody read in the paper. ``source``: table and page, or the address of a page that has it."""
+
+    value: float
+    tolerance: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row or a column. ``reads`` is the map of a row ("": the method's only one), the METRIC.COLUMN of a column."""
+
+    label: str
+    overrides: Pairs
+    reads: str
+    published: Mapping[str, Published | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One number of the table, and the overrides of the run that computes it."""
+
+    row: str
+    column: str
+    map: str
+    metric: str
+    score: str
+    overrides: tuple[str, ...]
+    published: Published | None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A table of a paper, row by row. ``changed``: what the command line chose, replaced or added."""
+
+    name: str
+    title: str
+    source: str
+    note: str
+    entries: tuple[Entry, ...]
+    changed: tuple[str, ...] = ()
+    how: tuple[str, ...] = ()  # overrides of run.*
+    folder: Path | None = None  # Hydra's --config-dir
+    size: str = FULL
+
+    @property
+    def jobs(self) -> list[tuple[str, ...]]:
+        """The overrides of every run that the table needs."""
+        return list(dict.fromkeys(entry.overrides for entry in self.entries))
+
+    def arguments(self, overrides: Sequence[str]) -> list[str]:
+        """For tools/run.py: what computes one of the ``jobs``."""
+        more = ["--config-dir", str(self.folder)] if self.folder else []
+        return [*more, f"paper={self.name}", *overrides, *self.how]
+
+    @property
+    def all_arguments(self) -> list[str]:
+        """For tools/run.py: what computes all jobs."""
+        size = [] if self.size == FULL else [f"paper.size={self.size}"]
+        return ["-m", *self.arguments([*size, *self.changed])]
+
+
+def composed(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
+    """What tools/run.py would get; ``folder`` is Hydra's --config-dir. Raises UserError for what Hydra refuses."""
+    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("run", [*overrides, *more])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{shlex.join(overrides)}: {error}") from error
+
+
+def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Preset:
+    """The preset as the overrides of a command line leave it.
+
+    An override of what rows or columns set chooses those that agree with it; of what a row sweeps over, it takes
+    the place of the values; any other override is added to every entry. With ``paper.size=tiny`` the overrides of
+    ``tiny`` take the place of those of rows and columns, and nothing is published.
+
+    Raises UserError that names the file and the field.
+    """
+    where = f"configs/paper/{name}.yaml"
+    given = _parsed(overrides, "command line")
+    node = composed([f"paper={name}", *(o for o in overrides if o.startswith("paper."))], folder).get("paper")
+    node = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+    if not node.get("rows") or not node.get("columns") or not node.get("title"):
+        raise UserError(f"{where} is not a table: it needs paper.title, paper.rows and paper.columns")
+    if unknown := sorted(node.keys() - set(FIELDS)):
+        raise UserError(f"{where}: paper has no field {unknown[0]!r} (fields: {', '.join(FIELDS)})")
+    tiny = node.get("size", FULL) == TINY
+    if node.get("size", FULL) not in ((FULL, TINY) if node.get("tiny") else (FULL,)):
+        raise UserError(f"{where}: there is no paper.size={node['size']}; {FULL} or, where it is given, {TINY}")
+
+    what = {key: o for key, o in given.items() if key.split(".")[0].lstrip("+~") not in HOW}
+    rows = _chosen([_row(where, label, line, node) for label, line in node["rows"].items()], what, where)
+    columns = _chosen([_column(where, label, line) for label, line in node["columns"].items()], what, where)
+    forced = {**(_parsed(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
+    for column in columns:
+        forced = _open(forced, column)
+    entries = []
+    for row in rows:
+        mine = _open(forced, row)
+        for label, pairs in _swept(row, mine):
+            for column in columns:
+                full = {**pairs, **column.overrides, **{key: pairs[key] for key in mine}}
+                metric, _, score = column.reads.partition(".")
+                value = None if tiny else row.published.get(column.label)
+                entries.append(Entry(label, column.label, row.reads, metric, score, _written(full), value))
+    source = ", ".join(str(node[name]) for name in ("source", "place") if node.get(name))
+    changed = tuple(o.input_line for o in what.values())
+    how = tuple(o.input_line for key, o in given.items() if key not in what and not key.startswith("paper"))
+    note = " ".join(str(node.get("note") or "").split())
+    size = TINY if tiny else FULL
+    return Preset(name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size)
+
+
+def _parsed(overrides: Sequence[str], where: str) -> dict[str, Override]:
+    """``["model=vgg16", "~metric"]`` by key; Raises UserError for what is not an override."""
+    try:
+        return {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides))}
+    except HydraException as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> Line:
+    at = f"{where}: rows: {label}"
+    line = _fields(at, {"with": line} if isinstance(line, str) else line, ("with", "map", "published"))
+    published = _fields(f"{at}: published", line.get("published") or {}, tuple(node["columns"]))
+    values = {column: _published(f"{at}: {column}", value, node) for column, value in published.items()}
+    overrides = _parsed(shlex.split(line.get("with") or ""), at)
+    if any(values.values()) and any(o.is_sweep_override() for o in overrides.values()):
+        raise UserError(f"{at}: a row of several values cannot have one published value; write a row for each")
+    return Line(label, overrides, line.get("map") or "", values)
+
+
+def _column(where: str, label: str, line: Any) -> Line:
+    at = f"{where}: columns: {label}"
+    line = _fields(at, {"score": line} if isinstance(line, str) else line, ("score", "with"))
+    if str(line.get("score")).count(".") != 1:
+        raise UserError(f"{at}: score must be METRIC.COLUMN, such as ehr.ehr, not {line.get('score')!r}")
+    overrides = _parsed(shlex.split(line.get("with") or ""), at)
+    if any(o.is_sweep_override() for o in overrides.values()):
+        raise UserError(f"{at}: a column has one value; write a column for each")
+    return Line(label, overrides, line["score"])
+
+
+def _fields(at: str, given: Any, known: Sequence[str]) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise UserError(f"{at} must have the fields {', '.join(known)}, not {given!r}")
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{at} has no {unknown[0]!r} (only {', '.join(known)})")
+    return given
+
+
+def _published(at: str, value: Any, node: Mapping[str, Any]) -> Published | None:
+    """null, a number, or {value, tolerance, source}; tolerance and source are else those of the table."""
+    given = _fields(at, value if isinstance(value, Mapping) else {"value": value}, ("value", "tolerance", "source"))
+    if given.get("value") is None:
+        return None
+    table = f"{node['source']}, {node['place']}" if node.get("source") and node.get("place") else None
+    full = {"tolerance": node.get("tolerance"), "source": table, **given}
+    numbers = [full["value"], full["tolerance"]]
+    plain = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    if not plain or full["tolerance"] < 0 or not full["source"]:
+        raise UserError(
+            f"{at}: a published value needs a number, a tolerance and a source (paper and table), not {full}"
+        )
+    return Published(float(full["value"]), float(full["tolerance"]), str(full["source"]))
+
+
+def _values(override: Override) -> list[str]:
+    """What an override sets, one string for each value that it sweeps over."""
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    return [override.get_value_element_as_str()]
+
+
+def _chosen(lines: Sequence[Line], given: Pairs, where: str) -> list[Line]:
+    """Without those that set something else than the command line says. Raises UserError if none is left."""
+    kept = list(lines)
+    for key, override in given.items():
+        setting = {line.label: line.overrides[key] for line in kept if key in line.overrides}
+        fixed = {label: _values(o)[0] for label, o in setting.items() if not o.is_sweep_override()}
+        kept = [line for line in kept if fixed.get(line.label, _values(override)[0]) in _values(override)]
+        if not kept:
+            known = ", ".join(dict.fromkeys(fixed.values()))
+            raise UserError(f"{where}: nothing has {override.input_line}; there is {key}={known}")
+    return kept
+
+
+def _open(forced: Pairs, line: Line) -> Pairs:
+    """Without the sweeps that only chose this row or column: it says itself which of the values it has."""
+    own = {key for key, o in line.overrides.items() if not o.is_sweep_override()}
+    return {key: o for key, o in forced.items() if not (key in own and o.is_sweep_override())}
+
+
+def _swept(row: Line, forced: Pairs) -> Iterator[tuple[str, dict[str, Override]]]:
+    """(label, overrides) for each value that the row or the command line sweeps over; {} in the label is the value."""
+    pairs = {**row.overrides, **forced}
+    named = [key for key, o in pairs.items() if o.is_sweep_override() or _is_sweep(row.overrides.get(key))]
+    for values in itertools.product(*(_values(pairs[key]) for key in named)):
+        label, single = row.label, [f"{pairs[k].get_key_element()}={v}" for k, v in zip(named, values)]
+        for key, value in zip(named, values):
+            label = label.replace("{}", value, 1) if "{}" in label else f"{label} ({key.rpartition('.')[2]}={value})"
+        yield label, {**pairs, **_parsed(single, row.label)}
+
+
+def _is_sweep(override: Override | None) -> bool:
+    return override is not None and override.is_sweep_override()
+
+
+def _written(pairs: Pairs) -> tuple[str, ...]:
+    """In the order in which people write them: parts (model=vgg16) before their fields."""
+    return tuple(o.input_line for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))
+
+
+def configuration(preset: Preset, overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain configuration of one of a preset's jobs."""
+    return resolved(composed([f"paper={preset.name}", *overrides], preset.folder))

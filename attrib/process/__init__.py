@@ -1,0 +1,1 @@
+"""What any process of attrib needs: signals, memory, exit statuses."""

@@ -1,0 +1,1 @@
+"""Stored scores as labelled rows, tables, intervals and tests."""

@@ -1,0 +1,188 @@
+"""Labels: the names under which cells and metrics are shown.
+
+A label is the name from the configuration; where one name stands for several things, the fields in which
+they differ follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attrib import keys
+from attrib.store.cell import Cell, Record, cells, counts
+from attrib.store.files import Key
+from attrib.types import UserError
+
+AXES = ("dataset", "model", "method")
+# What a spec.json must say, see attrib.running.plan.spec_of.
+_SPEC = {"names", "config", "method", "maps", "layers", "weights", "seed", "versions", "git", "pictures"}
+_SPEC |= {"dataset_key", "model_key", "state_key"}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A cell, its spec and the names under which tables show its dataset, model and method.
+
+    ``samples``: the uids the cell is about now, with the fingerprint that counts or None, if any does;
+    None if the cell does not say (it was not filled by a run), and all that it holds counts.
+    """
+
+    cell: Cell
+    spec: Mapping[str, Any]
+    dataset: str
+    model: str
+    method: str
+    samples: Mapping[str, str | None] | None = None
+
+    def about(self, uid: str) -> bool:
+        return self.samples is None or uid in self.samples
+
+    def counts(self, uid: str, fingerprint: str) -> bool:
+        """Whether a result under this fingerprint is one of the sample as it is now."""
+        return counts(self.samples, uid, fingerprint)
+
+    def maps(self) -> dict[Key, Record]:
+        """The stored maps that count."""
+        return {key: record for key, record in self.cell.maps.index().items() if self.counts(*key)}
+
+
+def labelled(root: Path | str) -> list[Labelled]:
+    """Every cell of a work directory with its labels.
+
+    A label is the name from the configuration. Where one name stands for several things, the fields
+    that differ follow: ``iba (beta=1)``, ``iba (beta=10)``. No two cells have all three labels in common.
+    Raises UserError if there is no cell.
+    """
+    found = [(cell, _spec(cell)) for cell in cells(Path(root))]
+    if not found:
+        raise UserError(
+            f"{root} holds no results: no <dataset>.<model>.<method>.<key>/spec.json there. "
+            "Give the work directory that tools/run.py wrote (or run it first)."
+        )
+    columns = []
+    for axis in AXES:
+        described = [_describe(spec, axis) for _, spec in found]
+        columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
+    # What else makes a cell of its own depends on the model or the data: layers, the fitted state.
+    places = ["\0".join(names) for names in zip(*columns)]
+    others = [{**spec["layers"], "state": str(spec["state_key"])[:8]} for _, spec in found]
+    key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
+    for i, label in enumerate(_labels(list(zip(places, key8, others)))):
+        columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
+    return [Labelled(cell, spec, *labels, cell.about()) for (cell, spec), *labels in zip(found, *columns)]
+
+
+def _spec(cell: Cell) -> dict[str, Any]:
+    try:
+        spec = cell.spec
+        missing = [axis for axis in AXES if not isinstance(spec["names"][axis], str)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{cell.folder / 'spec.json'} is not the description of a cell: {error!r}") from error
+    if missing := [*missing, *sorted(_SPEC - spec.keys())]:
+        raise UserError(f"{cell.folder / 'spec.json'} does not say its {', '.join(missing)}")
+    return spec
+
+
+def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
+    """(identity, fields) of a cell's dataset, model or method.
+
+    Two cells share an axis if the identities are equal. That is a key, because a configuration also says
+    *how* (paths), which must not split a table.
+    """
+    if axis == "method":
+        fields = {**spec["method"], "seed": spec["seed"]}
+        return keys.digest(fields), fields
+    fields = dict(spec["config"].get(axis) or {})  # experiments made in Python have no configuration
+    if axis == "model":
+        fields.pop("layers", None)  # which of them a method uses is the method's business
+        fields["weights"] = str(spec["weights"])[:8]
+    return spec[f"{axis}_key"], fields
+
+
+def _labels(things: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    """One label per (name, identity, fields): equal for equal names and identities, else different."""
+    kinds: dict[str, dict[str, dict[str, str]]] = {}
+    for name, identity, fields in things:
+        kinds.setdefault(name, {}).setdefault(identity, dict(_flat(fields)))
+    labels: dict[tuple[str, str], str] = {}
+    for name, variants in kinds.items():
+        every = list(dict.fromkeys(itertools.chain.from_iterable(variants.values())))
+        differing = [f for f in every if len({fields.get(f) for fields in variants.values()}) > 1]
+        written = {
+            identity: ", ".join(f"{f}={fields[f]}" for f in differing if f in fields)
+            for identity, fields in variants.items()
+        }
+        for identity, text in written.items():
+            unique = bool(text) and sum(other == text for other in written.values()) == 1
+            text = text if unique else ", ".join(filter(None, (text, f"key={identity[:8]}")))
+            labels[name, identity] = f"{name} ({text})" if len(variants) > 1 else name
+    return [labels[name, identity] for name, identity, _ in things]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, str) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A folder of scores: which metric wrote it, under which label, and what its columns and curves are.
+
+    ``lost``: there is no such folder, only the ledger knows the metric.
+    """
+
+    folder: str
+    label: str
+    columns: Mapping[str, str]
+    curves: Mapping[str, str]
+    lost: bool = False
+
+
+def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
+    """Cell name -> its folders of scores, labelled alike in all cells."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for cell in cell_list:
+        for folder in cell.metrics():
+            try:
+                described = json.loads((cell.folder / "scores" / folder / "metric.json").read_text())
+            except (OSError, ValueError):
+                described = {}  # killed before it was written; the scores are shown without a direction
+            found.append((cell.folder.name, folder, {"name": folder.rsplit(".", 1)[0], **described}))
+    things = [(d["name"], keys.digest(d.get("spec", folder)), d.get("spec") or {}) for _, folder, d in found]
+    labels = _labels(things)
+    seen = set()
+    result: dict[str, list[Scores]] = {}
+    for (cell, folder, d), label in zip(found, labels):
+        if (cell, label) in seen:  # one metric twice in a cell, under two keys
+            label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
+        seen.add((cell, label))
+        result.setdefault(cell, []).append(Scores(folder, label, d.get("columns", {}), d.get("curves", {})))
+    return result
+
+
+def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]) -> list[Scores]:
+    """The metrics among a ledger's stages that left a cell nothing but failures, labelled as in other cells.
+
+    ``known`` is what :func:`metrics` found.
+    """
+    own = known.get(cell, [])
+    labels = {scores.folder: scores.label for listed in known.values() for scores in listed}
+    understood = {"load", "maps", *(scores.folder for scores in own)}
+    taken = {scores.label for scores in own}
+    found = []
+    for stage in sorted(set(stages) - understood):
+        name, _, key8 = stage.rpartition(".")
+        label = labels.get(stage, name or stage)
+        if label in taken:
+            label = f"{label} [{key8}]"
+        taken.add(label)
+        found.append(Scores(stage, label, {}, {}, lost=True))
+    return found

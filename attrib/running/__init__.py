@@ -1,0 +1,1 @@
+"""Computing what a work directory misses of an experiment."""

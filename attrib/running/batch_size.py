@@ -1,0 +1,237 @@
+"""How many samples are explained at once: ``run.batch=auto``, and what is done when memory runs out.
+
+With ``auto`` one sample is explained alone first (of texts, the longest), and then
+
+    B = min(run.rows, 0.5 * free / need), at least 1
+
+free   bytes that this process may still take, found just before that sample. On a GPU: what the driver
+       says is free, torch's cache being emptied first. On the CPU: the least of MemAvailable and of
+       what the control groups of the process (a Slurm job, a container) leave it; files in the page
+       cache that nobody reads any more count as free.
+need   bytes per sample: the larger of what that sample took at its peak and of what the method says
+       that it will take (``Method.bytes_per_sample``)
+
+Half of the memory is left to others and to what was not foreseen. The peak of one sample counts the rows
+that it sends through the net, although ``run.rows`` bounds those of all samples together, so B is
+rather too small than too large.
+
+A number stays what it is, unless the method says that so many samples do not fit at all.
+
+None of this changes a number, or enters a key.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from attrib.methods import Method
+from attrib.models import Classifier
+from attrib.models.classifier import release_memory
+from attrib.types import Batch, UserError
+
+log = logging.getLogger(__name__)
+
+FIXED = 8  # samples at once where nothing is measured
+SHARE = 0.5  # of the free memory
+
+_GROUPS_V2 = ("memory.max", "memory.current", "inactive_file")
+_GROUPS_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+# ---- free memory ------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take on a device; None where there is no way to tell.
+
+    ``root`` is the folder of ``proc`` and ``sys``.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    machine = _named(_text(root / "proc/meminfo"), "MemAvailable:")
+    left = [*_left_by_groups(root), *([] if machine is None else [machine * 1024])]
+    return max(0, min(left)) if left else None
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What each control group above this process leaves of its limit, if it has one. A job's limit is seldom the last.
+
+    Inside a container the paths may be those of the machine: levels that do not exist are passed over.
+    """
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            home, (limit, used, cache) = root / "sys/fs/cgroup/memory", _GROUPS_V1
+        elif not controllers:
+            home, (limit, used, cache) = root / "sys/fs/cgroup", _GROUPS_V2
+        else:
+            continue
+        below = Path(path.strip("/"))
+        for level in (home / p for p in (below, *below.parents)):
+            most, now = _text(level / limit).strip(), _text(level / used).strip()
+            if most.isdecimal() and now.isdecimal():  # not "max"
+                yield int(most) - int(now) + (_named(_text(level / "memory.stat"), cache) or 0)
+
+
+def _text(path: Path | str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _named(text: str, name: str) -> int | None:
+    """The number behind a name, of lines such as ``MemAvailable:   123 kB``."""
+    found = re.search(rf"^{re.escape(name)}\s+(\d+)", text, re.MULTILINE)
+    return None if found is None else int(found[1])
+
+
+# ---- what a piece of work takes -----------------------------------------------------------------
+
+
+class Peak:
+    """What this process takes at its peak beyond what it has now, from here on."""
+
+    def __init__(self, device: torch.device, root: Path = Path("/")) -> None:
+        self.device, self.status = device, f"{root}/proc/self/status"  # a string: this is done for every batch
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before: int | None = torch.cuda.memory_allocated(device)
+            return
+        # Let it begin anew (proc(5)), else it is the peak of the process's whole life, which is larger.
+        with suppress(OSError), open(f"{root}/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        self.before = self._kilobytes("VmRSS:")
+
+    def _kilobytes(self, name: str) -> int | None:
+        found = _named(_text(self.status), name) if self.device.type == "cpu" else None
+        return None if found is None else found * 1024
+
+    def bytes(self) -> int | None:
+        """None where there is no way to tell."""
+        cuda = self.device.type == "cuda"
+        most = torch.cuda.max_memory_allocated(self.device) if cuda else self._kilobytes("VmHWM:")
+        return None if most is None or self.before is None else max(1, most - self.before)
+
+
+def _settle(device: torch.device) -> None:
+    """Give back what was freed but kept for the next allocation (``attrib.process.memory``): free, not yet used."""
+    release_memory(device)
+    if device.type == "cpu" and sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # no glibc: nothing was kept
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# ---- samples at once ------------------------------------------------------------------------------
+
+
+def fitting(free: int, need: int, most: int) -> int:
+    """Samples at once by the formula above, for at most ``most``."""
+    return max(1, min(int(SHARE * free / need), most))
+
+
+class Budget:
+    """How many samples a stage of a run takes at once.
+
+    most        so many from now on; see ``halve``
+    open        ``run.batch=auto`` has not been decided yet; until then samples come one by one
+    succeeded   how many samples did so far; the loop counts them
+    method      whose word on ``bytes_per_sample`` counts; None for work that is not a method's
+    """
+
+    def __init__(self, batch: int | Literal["auto"], model: Classifier, method: Method | None = None) -> None:
+        self.model, self.method, self.succeeded = model, method, 0
+        self.open = batch == "auto" and method is not None
+        self.most = 1 if self.open else FIXED if batch == "auto" else batch
+        self._declared: int | None = None
+        self._asked = False
+
+    def portions(self, uids: Sequence[str]) -> Iterator[Sequence[str]]:
+        """The samples in their order; one portion is done before the next is asked for.
+
+        With ``auto`` a portion is a single sample, which is measured, until one succeeds.
+        """
+        while self.open and uids:
+            _settle(self.model.device)
+            free, peak = free_memory(self.model.device), Peak(self.model.device)
+            yield uids[:1]
+            uids = uids[1:]
+            if self.succeeded:
+                self._decide(free, peak.bytes())
+        if uids:
+            yield uids
+
+    def chunks(self, uids: Sequence[str]) -> Iterator[tuple[str, ...]]:
+        """The samples of a portion, as many at a time as are allowed when it is their turn."""
+        start = 0
+        while start < len(uids):
+            stop = start + self.most
+            yield tuple(uids[start:stop])
+            start = stop
+
+    def halve(self, size: int) -> None:
+        """``size`` samples did not fit: half as many from now on."""
+        self.most = min(self.most, max(1, size // 2))
+        # Filled in here: mmengine lets a warning pass once only, whatever its numbers.
+        log.warning(f"out of memory with {size} samples at once; going on with {self.most}")
+
+    def _decide(self, free: int | None, measured: int | None) -> None:
+        self.open = False
+        need = max(self._declared or 0, measured or 0)
+        if free is None or not need:
+            self.most = min(FIXED, self.model.rows)
+            log.warning(
+                "run.batch=auto: there is no way to tell how much memory this takes and how much is free (%s); "
+                "going on with %d samples at once",
+                self.model.device,
+                self.most,
+            )
+            return
+        self.most = fitting(free, need, self.model.rows)
+        found = self.most, _size(free), _size(need), self.model.rows
+        log.info("run.batch=auto: %d samples at once (%s free, %s per sample, run.rows=%d)", *found)
+
+    def ask(self, batch: Batch) -> None:
+        """Ask the method, once, what such samples will need; fewer at once if they do not fit.
+
+        The first samples are the largest, so what is true of them will do for all.
+        """
+        if self._asked or self.method is None:
+            return
+        self._asked = True
+        try:
+            self._declared = self.method.bytes_per_sample(self.model, batch)
+        except UserError:
+            raise
+        except Exception as error:  # a user's method may raise anything, and this is only a hint
+            log.warning("%s.bytes_per_sample: %s: %s", type(self.method).__name__, type(error).__name__, error)
+        if self.open or self._declared is None:
+            return
+        _settle(self.model.device)
+        free = free_memory(self.model.device)
+        if free is not None and self.most * self._declared > free:
+            before, self.most = self.most, max(1, free // self._declared)
+            if self.most < before:
+                log.warning(
+                    "run.batch=%d needs %s, and %s is free; going on with %d samples at once",
+                    before,
+                    _size(before * self._declared),
+                    _size(free),
+                    self.most,
+                )
+
+
+def _size(bytes: int) -> str:
+    return f"{bytes / 2**30:.2f} GiB" if bytes >= 2**30 else f"{bytes / 2**20:.0f} MiB"

@@ -1,0 +1,276 @@
+"""mmengine hooks of every run: progress for people, signs of life, pictures, scalars for visualisation backends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import numpy as np
+from mmengine.hooks import Hook
+from tqdm import tqdm
+
+from attrib.drawing.pictures import overlay, png, words
+from attrib.drawing.spectrogram import draw
+from attrib.running.options import Options
+from attrib.running.plan import Plan, metric_folder
+from attrib.store.files import write_atomic, write_json
+from attrib.store.workers import BEAT, PROGRESS, identity
+from attrib.types import Batch, SampleError
+
+if TYPE_CHECKING:
+    from attrib.running.runner import AttributionRunner
+
+log = logging.getLogger(__name__)
+
+
+class ProgressHook(Hook):
+    """A bar in samples with an ETA; on a log file instead of a terminal, a line every 30 seconds."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._stage = ""
+
+    def before_test_iter(self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None) -> None:
+        loop = runner.attribution
+        if self._bar is None or self._stage != loop.stage:
+            self._close()
+            self._stage = loop.stage
+            self._bar = tqdm(
+                total=loop.total,
+                desc=f"{loop.plan.experiment.names['method']}: {loop.stage}",
+                unit=" samples",
+                mininterval=0.2 if sys.stderr.isatty() else 30,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if self._bar is None:
+            return  # nothing of this stage could be read
+        if runner.attribution.summary.failed:
+            self._bar.set_postfix(failed=runner.attribution.summary.failed, refresh=False)
+        self._bar.update(outputs.done - self._bar.n)
+        if outputs.done == outputs.total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def after_test(self, runner: AttributionRunner) -> None:
+        self._close()
+
+
+class Heartbeat(Hook):
+    """``progress.json`` in the run's folder: signs of life, read by ``attrib.store.workers``.
+
+    A thread writes it every ``seconds``, so a batch, or a fit, of many minutes does not look like death. The loop pays
+    for two clock readings a batch, and for a file when a stage begins. A disk that refuses it is a warning, once.
+    """
+
+    WINDOW = 300.0  # seconds over which the rate is taken, longer where a batch takes longer
+
+    def __init__(self, work: Plan, options: Options, *, seconds: float = BEAT) -> None:
+        self.path = work.cell.folder / "runs" / work.cell.writer / PROGRESS
+        self._seconds = seconds
+        self._about = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "process": identity(),
+            "started": time.time(),
+            "shard": options.shard,
+            "shards": options.shards,
+            "limit": options.limit,
+            "metrics": [metric_folder(work.experiment, name) for name in work.experiment.metrics],
+            **_slurm(os.environ),
+        }
+        fits = work.state_key is not None and work.explains
+        self._stage, self._done, self._total, self._failed = "fit" if fits else "start", 0, 0, 0
+        self._marks: deque[tuple[float, int]] = deque()  # monotonic time and samples done, of the stage
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        self._warned = False
+
+    def start(self) -> None:
+        self._write()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5)
+        if not self._thread.is_alive():  # else the disk hangs, and it would hang us
+            self._write()
+
+    def before_test_iter(self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None) -> None:
+        if runner.attribution.stage != self._stage:
+            self._enter(runner.attribution.stage, runner.attribution.total)
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if outputs.stage != self._stage:  # nothing of it could be read so far
+            self._enter(outputs.stage, outputs.total)
+        now = time.monotonic()
+        with self._lock:
+            self._done, self._total, self._failed = outputs.done, outputs.total, runner.attribution.summary.failed
+            if len(self._marks) > 1 and now - self._marks[-2][0] < 1:
+                self._marks.pop()
+            self._marks.append((now, outputs.done))
+            while len(self._marks) > 2 and now - self._marks[1][0] > self.WINDOW:
+                self._marks.popleft()
+
+    def _enter(self, stage: str, total: int) -> None:
+        with self._lock:
+            self._stage, self._done, self._total = stage, 0, total
+            self._marks = deque([(time.monotonic(), 0)])
+        self._write()
+
+    def _live(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            first, last = (self._marks[0], self._marks[-1]) if self._marks else ((0.0, 0), (0.0, 0))
+            now = {"stage": self._stage, "done": self._done, "total": self._total, "failed": self._failed}
+        rate = (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else None
+        try:
+            write_json(self.path, {**self._about, **now, "rate": rate, "time": time.time()})
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("%s cannot be written, tools/status.py may take this run for dead: %s", self.path, error)
+
+
+def _slurm(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The Slurm job as squeue names it, 123_4 for task 4 of an array, and how often it was requeued."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+    if job is None:
+        return {}
+    about: dict[str, Any] = {"job": job, "slurm_job_id": environment.get("SLURM_JOB_ID")}
+    restarts = environment.get("SLURM_RESTART_COUNT", "")
+    return about | ({"restarts": int(restarts)} if restarts.isdigit() else {})
+
+
+class ScalarHook(Hook):
+    """Seconds per sample and mean scores of each batch, for the visualisation backends."""
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if not outputs.uids:
+            return
+        scalars = {f"{outputs.stage}/seconds_per_sample": outputs.seconds / len(outputs.uids)}
+        if outputs.stage != "maps":
+            scalars |= {f"{outputs.stage}/{k}": float(v.mean()) for k, v in outputs.arrays.items() if v.ndim == 1}
+        runner.visualizer.add_scalars(scalars, step=batch_idx)
+
+
+def picture_path(folder: Path, uid: str, suffix: str = ".png") -> Path:
+    """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it."""
+    parts = [quote(part, safe=" ,+=@()") for part in uid.split("/")]
+    parts = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in parts]
+    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}{suffix}")
+
+
+def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
+    """A text with coloured words as a page of its own."""
+    spans = (
+        f'<span style="background:{word.ground};color:{word.ink};padding:1px 3px">{escape(word.text)}</span>'
+        for word in words(tokens, map)
+    )
+    return f"<!doctype html><meta charset=utf-8><title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
+
+
+class PictureHook(Hook):
+    """``masks/<map>/<uid>.png``: each map over its image, or below its sound; ``.html``: the words of a text.
+
+    With ``run.png=true``. Drawn after each batch; at the end also for maps that were there already and have no picture.
+    """
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        if outputs.stage == "maps":
+            for uid in outputs.uids:
+                self._draw(runner, uid, batch_idx, replace=True)
+
+    def after_test_epoch(self, runner: AttributionRunner, metrics: dict | None = None) -> None:
+        for uid in runner.attribution.plan.uids:
+            self._draw(runner, uid, 0, replace=False)
+
+    def _draw(self, runner: AttributionRunner, uid: str, step: int, *, replace: bool) -> None:
+        plan = runner.attribution.plan
+        names = plan.experiment.method.MAPS
+        dataset, text = plan.experiment.dataset, plan.experiment.dataset.modality == "text"
+        suffix = ".html" if text else ".png"
+        paths = {name: picture_path(plan.cell.folder / "masks" / name, uid, suffix) for name in names}
+        if not replace and all(path.exists() for path in paths.values()):
+            return
+        try:
+            arrays = plan.cell.maps.read(plan.key(uid), names)
+            if text:
+                tokens = dataset.tokens(uid)
+                for name, path in paths.items():
+                    write_atomic(path, words_page(uid, tokens, arrays[name]).encode())
+                return
+            sound = dataset.modality == "audio"
+            content = dataset.wave(uid) if sound else dataset.picture(uid)
+            roi = dataset.batch([uid]).roi
+        except (KeyError, OSError, SampleError):
+            return  # no map, or not readable: the ledger says why
+        for name, path in paths.items():
+            region = roi[0].numpy() if roi is not None else None
+            if sound:
+                image = draw(content, dataset.rate, arrays[name], region)
+            else:
+                image = overlay(content, arrays[name], region)
+            write_atomic(path, png(image))
+            runner.visualizer.add_image(f"{name}/{path.stem}", image, step=step)
+
+
+class DocumentHook(Hook):
+    """``<document>/<uid>.json``: what the method wrote of each sample; at the end also of samples without a file."""
+
+    def after_test_iter(
+        self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
+    ) -> None:
+        plan = runner.attribution.plan
+        for name in plan.experiment.method.DOCUMENTS if outputs.stage == "maps" else ():
+            for uid, document in zip(outputs.uids, outputs.arrays.get(name, ())):
+                write_atomic(picture_path(plan.cell.folder / name, uid, ".json"), document.tobytes() + b"\n")
+
+    def after_test_epoch(self, runner: AttributionRunner, metrics: dict | None = None) -> None:
+        plan = runner.attribution.plan
+        for name in plan.experiment.method.DOCUMENTS:
+            for uid in plan.uids:
+                path = picture_path(plan.cell.folder / name, uid, ".json")
+                try:
+                    if not path.exists():
+                        write_atomic(path, plan.cell.maps.read(plan.key(uid), [name])[name].tobytes() + b"\n")
+                except (KeyError, OSError):
+                    continue  # no map, or not readable: the ledger says why
+
+
+def standard_hooks(*, progress: bool, png: bool) -> list[Hook]:
+    hooks: list[Hook] = [ScalarHook(), DocumentHook()]
+    if progress:
+        hooks.append(ProgressHook())
+    if png:
+        hooks.append(PictureHook())
+    return hooks

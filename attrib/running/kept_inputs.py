@@ -1,0 +1,55 @@
+"""The first inputs of a cell as the network sees them, kept so that a report needs no dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from attrib.experiment.samples import Samples
+from attrib.running.plan import Plan
+from attrib.store.cell import Arrays
+from attrib.types import UserError
+
+MOST = 24
+
+
+def keep_originals(work: Plan, samples: Samples, root: Path) -> None:
+    """Those of ``work`` that are not there yet; one that cannot be read is left out."""
+    experiment = work.experiment
+    kept = Arrays(root / "state" / f"pictures.{experiment.pictures_key}", work.cell.writer)
+    present = kept.index()
+    mine = set(work.uids)
+    for uid in work.selected[:MOST]:
+        if uid not in mine or work.key(uid) in present:
+            continue
+        try:
+            batch = samples.batch([uid])
+            work.look_again([uid])
+            arrays, info = _shown(samples, uid)
+        except UserError:
+            raise
+        except Exception:
+            continue  # the ledger will say so when its map is due
+        if batch.roi is not None and batch.roi.any():
+            arrays["roi"] = batch.roi[0].cpu().numpy()
+        target = plain(batch.target[0])
+        name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
+        kept.add(*work.key(uid), arrays, name=name, target=target, **info)
+    kept.flush()
+
+
+def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What a person needs to see of a sample: arrays, and what is not an array."""
+    dataset = samples.dataset
+    if dataset.modality == "text":
+        return {"words": samples.batch([uid]).words[0].cpu().numpy()}, {"tokens": list(dataset.tokens(uid))}
+    if dataset.modality == "audio":
+        return {"wave": dataset.wave(uid)}, {"rate": dataset.rate}
+    return {"image": dataset.picture(uid)}, {}
+
+
+def plain(target: Tensor) -> int | list[int]:
+    return int(target) if target.ndim == 0 else [int(t) for t in target]

@@ -1,0 +1,58 @@
+"""How an experiment is run: settings that change speed and storage, never results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from attrib.running.batch_size import FIXED
+from attrib.types import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compute. Nothing here changes a number beyond floating-point noise, or enters a key.
+
+    root      the work directory
+    limit     only the first N samples of the selection
+    batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
+              allows (``attrib.running.batch_size``)
+    rows      rows that go through the net at once; halved when memory runs out
+    flush     seconds after which finished samples are made durable
+    grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
+    strict    exit with status 3 at the end if any sample failed (always, if all of them did)
+    hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
+    """
+
+    root: str = "workdirs"
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    batch: int | Literal["auto"] = FIXED
+    rows: int = 64
+    shard: int = 0
+    shards: int = 1
+    flush: float = 5.0
+    grace: float = 20.0
+    png: bool = False
+    dry: bool = False
+    strict: bool = False
+    progress: bool = True
+    hooks: Sequence[Any] = ()
+    vis_backends: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shard < self.shards:
+            raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
+        if self.grace < 0:
+            raise UserError(f"run.grace must be seconds, 0 or more, not {self.grace}")
+        if self.batch != "auto" and self.batch < 1:
+            raise UserError(f"run.batch must be at least 1, or auto, not {self.batch}")
+
+    @property
+    def read(self) -> int:
+        """Samples at once where nothing is explained: selection, fits, scores. ``rows`` bounds what they cost."""
+        return FIXED if self.batch == "auto" else self.batch

@@ -1,0 +1,197 @@
+"""What a run would do: which samples, which cell, what it already holds."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import attrib
+from attrib import keys
+from attrib.experiment.cell import Experiment
+from attrib.metrics import Explaining
+from attrib.models.variant import Variant
+from attrib.process.signals import Stop
+from attrib.running.fingerprints import Fingerprints
+from attrib.running.options import Options
+from attrib.running.states import load_confidence
+from attrib.store.cell import Arrays, Cell, cells
+from attrib.store.files import Key
+from attrib.types import UNREADABLE, UserError
+
+
+@dataclass
+class Plan:
+    """What a run of an experiment would do."""
+
+    experiment: Experiment
+    cell: Cell
+    selected: tuple[str, ...]  # by the rules of the dataset, before limit and shard
+    uids: tuple[str, ...]  # of this run
+    fingerprints: dict[str, str]
+    state_key: str | None
+    original: str | None  # key of the cell of the net whose randomised copy is explained here
+    seconds: float | None = None  # per missing map, from what is recorded
+    present: set[str] = field(default_factory=set)
+    scored: dict[str, set[str]] = field(default_factory=dict)
+    score_seconds: dict[str, float] = field(default_factory=dict)
+
+    def key(self, uid: str) -> Key:
+        return uid, self.fingerprints[uid]
+
+    def look_again(self, uids: Iterable[str]) -> None:
+        """Take the fingerprints of files that could not be read when the run was planned, and now could."""
+        for uid in uids:
+            if self.fingerprints[uid] == UNREADABLE:
+                self.fingerprints[uid] = self.experiment.dataset.fingerprint(uid)
+
+    @property
+    def explains(self) -> bool:
+        """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
+        asking = [name for name, metric in self.experiment.metrics.items() if isinstance(metric, Explaining)]
+        return any(len(done) < len(self.uids) for done in (self.present, *(self.scored[name] for name in asking)))
+
+    def __str__(self) -> str:
+        missing = len(self.uids) - len(self.present)
+        lines = [
+            f"{self.cell.folder.name}: {len(self.uids)} samples, {len(self.present)} maps present, {missing} to compute"
+        ]
+        for name, done in self.scored.items():
+            due, each = len(self.uids) - len(done), self.score_seconds.get(name)
+            time = f", about {each * due:.0f} s" if due and each is not None else ""
+            lines.append(f"  {name}: {len(done)} present, {due} to compute{time}")
+        if missing and self.seconds is not None:
+            total = self.seconds * missing
+            lines.append(f"  about {total:.0f} s for the maps ({self.seconds:.3g} s per sample recorded)")
+        elif missing:
+            lines.append("  no time recorded yet for this method")
+        return "\n".join(lines)
+
+
+def metric_folder(experiment: Experiment, name: str) -> str:
+    return f"{name}.{experiment.metric_key(name)[:8]}"
+
+
+def plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
+    """Selects the samples, finds the cell and what it already holds. Computes no maps."""
+    root = Path(options.root)
+    prints = Fingerprints(root, writer)
+    whole = experiment.samples(experiment.dataset.uids, options.read)
+    selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u, stop, prints))
+    uids = tuple(u for u in selected[: options.limit] if keys.shard_of(u, options.shards) == options.shard)
+    fitted_on = None if experiment.method.fit is None else experiment.estimation_samples(options.read)
+    if fitted_on is not None:
+        prints.of(fitted_on.dataset, fitted_on.uids)
+    state_key = None if fitted_on is None else experiment.state_key(fitted_on)
+    folder = root / experiment.folder(experiment.cell_key(state_key))
+    cell = Cell(folder, writer, flush_seconds=options.flush)
+    fingerprints = prints.of(experiment.dataset, uids)
+    prints.save()
+    alike = _alike(cell, root)
+    original, seconds = experiment.original_key(fitted_on), _mean_seconds(c.maps for c in alike)
+    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, original, seconds)
+    index = cell.maps.index()
+    found.present = {u for u in uids if found.key(u) in index}
+    for name in experiment.metrics:
+        folder = metric_folder(experiment, name)
+        scored = cell.scores(folder).present()
+        found.scored[name] = {u for u in uids if found.key(u) in scored}
+        seconds = _mean_seconds(c.curves(folder) for c in alike)
+        if seconds is not None:
+            found.score_seconds[name] = seconds
+    return found
+
+
+def check_metrics(work: Plan) -> None:
+    """Before anything is computed or written. Raises UserError for a metric of regions on a dataset that has none."""
+    experiment = work.experiment
+    names = [name for name, metric in experiment.metrics.items() if metric.NEEDS_ROI]
+    for uid in work.uids if names else ():
+        try:
+            roi = experiment.dataset.batch([uid]).roi
+        except Exception:  # the ledger will say so when its map is due
+            continue
+        if roi is None:
+            others = ",".join(name for name in experiment.metrics if name not in names)
+            dataset = experiment.names["dataset"]
+            raise UserError(
+                f"{', '.join(names)} needs regions of interest, and dataset {dataset} has none; take metric=[{others}]"
+            )
+        return
+
+
+def _alike(cell: Cell, root: Path) -> list[Cell]:
+    """This cell, and others with the same model and method names: what is recorded there says how long it takes."""
+    names = cell.folder.name.split(".")[1:3]
+    return [cell, *(c for c in cells(root) if c.folder != cell.folder and c.folder.name.split(".")[1:3] == names)]
+
+
+def _mean_seconds(stored: Iterable[Arrays]) -> float | None:
+    """Mean seconds per sample of the first store that has any; of a few of its chunks."""
+    for arrays in stored:
+        seconds = [info["seconds"] for info in (r.info for r in arrays.sampled()) if "seconds" in info]
+        if seconds:
+            return float(np.mean(seconds))
+    return None
+
+
+def spec_of(work: Plan) -> dict[str, Any]:
+    """What stands in a cell's spec.json: enough to know what its numbers are."""
+    experiment = work.experiment
+    return {
+        "names": dict(experiment.names),
+        "key": experiment.cell_key(work.state_key),
+        "dataset_key": experiment.dataset_key,
+        "modality": experiment.dataset.modality,
+        "state_key": work.state_key,
+        "model_key": experiment.model.key,
+        "weights": experiment.model.weights,
+        "layers": experiment.layers,
+        "seed": experiment.seed,
+        "method": keys.spec(experiment.method),
+        "maps": dict(experiment.method.MAPS),
+        "extras": dict(experiment.method.EXTRAS),
+        "documents": dict(experiment.method.DOCUMENTS),
+        "pictures": experiment.pictures_key,
+        "config": dict(experiment.config),
+        "versions": {
+            "attrib": attrib.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "git": git_commit(),
+        **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, work)}),
+    }
+
+
+def _randomised(variant: Variant, work: Plan) -> dict[str, Any]:
+    """What a sanity check needs to know: ``attrib.sanity`` reads it."""
+    return {
+        "original": work.original,
+        "model": work.experiment.model.original.key,
+        "layers": list(variant.layers),
+        "place": variant.place,
+        "total": variant.total,
+        "mode": variant.how.mode,
+        "seed": variant.how.seed,
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with ``-dirty`` if it was changed since; None outside a checkout of attrib."""
+    home = Path(__file__).resolve().parents[2]
+    if not (home / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,135 @@
+"""Running an experiment: maps first, then scores from the stored maps; only what is missing.
+
+The loop is mmengine's: a ``Runner`` whose test loop walks over samples and calls hooks at its
+usual moments, so that any mmengine ``Hook`` or ``VisBackend`` works (``run.hooks``,
+``run.vis_backends``). The store decides what is missing, so a run may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from attrib.experiment.cell import Experiment
+from attrib.fit import State
+from attrib.process.signals import Interrupted, Stop, watching
+from attrib.running.hooks import Heartbeat, standard_hooks
+from attrib.running.loop import Loop, Summary
+from attrib.running.options import Options
+from attrib.running.plan import Plan, check_metrics, plan, spec_of
+from attrib.running.runner import AttributionRunner
+from attrib.running.states import load_state
+from attrib.store.files import write_json, writer_name
+from attrib.types import UserError
+
+log = logging.getLogger(__name__)
+
+
+def run(experiment: Experiment, options: Options) -> Summary:
+    """Compute what is missing of one cell and leave a record under ``runs/``.
+
+    Told to stop (``attrib.process.signals``) it ends early: ``stopped`` and ``left`` of the summary say so. A
+    caller with more to do watches for itself, or the next run goes on as if nothing had happened.
+
+    Raises UserError for what a person must put right, Interrupted if told to stop before anything could be computed;
+    samples that fail are in the summary, the ledger and, with ``strict``, in the exit status of the tool.
+    """
+    start = time.monotonic()  # the clock may be set while we run
+    writer = writer_name(options.shard)
+    with watching(options.grace) as stop:
+        with stop.at_once():
+            try:
+                work = plan(experiment, options, writer, stop)
+            except OSError as error:
+                raise UserError(f"run.root={options.root} cannot be read: {error}") from error
+            check_metrics(work)
+        stop.hold()  # once there is a summary, the caller gets it
+        try:
+            summary = _run(work, options, start, stop)
+        except OSError as error:  # a sample's own errors never come this far
+            raise _refused(work, error) from error
+        stop.work_left = summary.stopped is not None
+    return summary
+
+
+def _run(work: Plan, options: Options, start: float, stop: Stop) -> Summary:
+    experiment, cell = work.experiment, work.cell
+    folder = cell.folder / "runs" / cell.writer
+    with stop.at_once():
+        _open(work)
+        write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
+        hooks = standard_hooks(progress=options.progress, png=options.png)
+        try:
+            net, name = experiment.model.module, cell.folder.name
+            runner = AttributionRunner(net, folder, name, options, experiment.seed, hooks)
+        except (KeyError, TypeError, ValueError) as error:  # how mmengine says that a name is not registered
+            raise UserError(f"run.hooks or run.vis_backends cannot be built: {error}") from error
+
+    @functools.cache
+    def state() -> State:
+        if work.state_key is None:
+            return {}
+        samples = experiment.estimation_samples(options.read)
+        return load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples, stop)
+
+    with stop.held():
+        package = logging.getLogger("attrib")
+        package.addHandler(runner.file_handler)
+        for name in cell.maps.broken:
+            log.warning("damaged, its samples are computed again: %s", name)
+        loop, finished = Loop(runner, work, state, options, stop), False
+        runner.attribution, summary = loop, loop.summary
+        heartbeat = Heartbeat(work, options)
+        runner.register_hook(heartbeat)
+        heartbeat.start()
+        failure: OSError | None = None
+        try:
+            with stop.finishing():
+                if work.explains:
+                    state()
+                runner.test()
+            finished = summary.stopped is None
+        except Interrupted:
+            summary.stopped = stop.name
+        except OSError as error:
+            failure = error
+        finally:
+            summary.left = loop.left + loop.unwritten
+            if summary.stopped:
+                log.warning("%s", summary.ending)
+            heartbeat.stop()
+            package.removeHandler(runner.file_handler)
+            runner.visualizer.close()
+            runner.file_handler.close()
+            record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.at_once}
+            try:
+                write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise _refused(work, failure, loop.unwritten) from failure
+    return summary
+
+
+def _refused(work: Plan, error: OSError, unwritten: int = 0) -> UserError:
+    lost = f" {unwritten} maps and scores that were computed could not be written." if unwritten else ""
+    again = "What was stored is safe; run the same command again"
+    return UserError(f"{work.cell.folder} cannot be written or read: {error}.{lost} {again}")
+
+
+def _open(work: Plan) -> None:
+    """Say what the cell is. Raises UserError in the one case in four thousand million that its name is taken."""
+    spec = spec_of(work)
+    work.cell.write_spec(spec)
+    if work.cell.spec["key"] != spec["key"]:
+        raise UserError(f"{work.cell.folder} holds another experiment whose key begins alike; take another run.root")
+    work.cell.write_samples(work.selected, work.fingerprints)
+
+
+def _options_record(options: Options) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(options), default=repr))

@@ -1,0 +1,90 @@
+"""mmengine's runner, with what it gets wrong for frozen models on one CPU put right."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import BaseLoop, Runner
+from mmengine.utils.dl_utils import collect_env
+from torch import nn
+
+from attrib.running.options import Options
+from attrib.running.plan import git_commit
+from attrib.store.files import write_json
+from attrib.types import UserError
+
+
+class AttributionRunner(Runner):
+    """mmengine's runner with what it gets wrong for frozen models on one CPU put right."""
+
+    def __init__(
+        self, net: nn.Module, folder: Path, name: str, options: Options, seed: int, hooks: Sequence[Hook]
+    ) -> None:
+        self._run_name = folder.name
+        self.attribution: BaseLoop | None = None
+        unused = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+        super().__init__(
+            model=net,
+            work_dir=str(folder.parent),
+            test_dataloader=[],
+            test_evaluator=[],
+            test_cfg={},
+            default_hooks=dict.fromkeys(unused),  # training hooks, which would run in a test loop too
+            custom_hooks=[*hooks, *options.hooks],
+            visualizer={"type": "Visualizer", "vis_backends": list(options.vis_backends), "save_dir": str(folder)},
+            env_cfg={"cudnn_benchmark": False},
+            randomness={"seed": seed},
+            # Two runners of one second share their logger and visualizer, unless their names differ.
+            experiment_name=f"{name}.{folder.name}",
+            cfg=Config(),
+        )
+        for hook in self.hooks:
+            if not isinstance(hook, Hook):
+                raise UserError(f"run.hooks: {hook!r} is not an mmengine Hook")
+
+    def setup_env(self, env_cfg: dict) -> None:
+        super().setup_env(env_cfg)
+        self._timestamp = self._run_name  # names mmengine's log folder, which is our run's folder
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> Any:
+        """The log goes to the run's folder whole; only warnings disturb the progress bar."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                self.file_handler = handler
+            else:
+                handler.setLevel(logging.ERROR)
+        return logger
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        return model  # mmengine would move it to a device of its choice
+
+    def dump_config(self) -> None:
+        """The composed configuration is written as config.json instead."""
+
+    def _log_env(self, env_cfg: dict) -> None:
+        found = {k: str(v) for k, v in _environment().items()}
+        about = {
+            "command": sys.argv,
+            "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores",
+            "git": git_commit(),
+        }
+        write_json(Path(self.log_dir) / "environment.json", {**found, **about})
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        return self.attribution
+
+
+@functools.cache
+def _environment() -> Mapping[str, Any]:
+    """Asks compilers and drivers for their versions, which takes seconds: once per process."""
+    return collect_env()

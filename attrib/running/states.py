@@ -1,0 +1,158 @@
+"""What is computed once for a whole dataset and shared: fitted states, confidences."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from attrib import keys
+from attrib.experiment.samples import Samples
+from attrib.fit import Fit, State
+from attrib.models import Classifier
+from attrib.process.signals import Stop
+from attrib.running.fingerprints import Fingerprints
+from attrib.store.files import write_atomic, write_json
+from attrib.types import SampleError, UserError
+
+log = logging.getLogger(__name__)
+
+
+PORTION = 256  # samples whose confidence is asked for together
+SAVE_SECONDS = 30.0
+
+
+class _Partial:
+    """An unfinished fit on disk."""
+
+    def __init__(self, path: Path, stop: Stop) -> None:
+        self.path, self._stop = path, stop
+
+    def load(self) -> State | None:
+        return _read(self.path)
+
+    def save(self, state: State) -> None:
+        write_atomic(self.path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
+
+    def wanted(self) -> bool:
+        return self._stop()
+
+
+def _read(path: Path) -> State | None:
+    if not path.exists():
+        return None
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s); fitting it again", path, error)
+        return None
+
+
+def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Samples, stop: Stop | None = None) -> State:
+    """The fitted state, from ``state/<key8>.safetensors`` or fitted now.
+
+    Jobs that need it at once all fit it, but the first to finish decides: the others take its
+    file, so that all shards work with the same numbers also where a GPU does not repeat itself.
+
+    Raises UserError if the estimation set cannot be used, Interrupted if ``stop`` says so when the fit next reports.
+    """
+    stop = stop or Stop()
+    path = root / "state" / f"{key[:8]}.safetensors"
+    state = _read(path)
+    if state is not None:
+        return state
+    partial = _Partial(path.with_suffix(".partial.safetensors"), stop)
+    inform = _now_and_then(log.info)
+
+    def report(line: str) -> None:
+        inform(line)
+        stop.check()  # a fit reports after it has saved
+
+    log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
+    with stop.held():
+        try:
+            with stop.finishing():
+                fitted = fit.run(model, samples, partial, report)
+        except SampleError as error:
+            raise UserError(f"{type(fit).__name__} cannot be fitted: {error}") from error
+        about = {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids), "skipped": samples.skipped}
+        write_json(path.with_suffix(".json"), about)
+        _publish(path, safetensors.torch.save({k: v.contiguous().cpu() for k, v in fitted.items()}))
+        partial.path.unlink(missing_ok=True)
+    state = _read(path)
+    assert state is not None
+    return state
+
+
+def _now_and_then(report: Callable[[str], None], seconds: float = 10.0) -> Callable[[str], None]:
+    """Progress for people: a line every ``seconds``."""
+    last = time.monotonic()
+
+    def throttled(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            report(line)
+
+    return throttled
+
+
+def _publish(path: Path, data: bytes) -> None:
+    """Write the file unless it is there by now; a damaged one is replaced."""
+    if _read(path) is not None:
+        return
+    path.unlink(missing_ok=True)
+    mine = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    write_atomic(mine, data)
+    try:
+        os.link(mine, path)
+    except FileExistsError:
+        pass
+    finally:
+        mine.unlink()
+
+
+def load_confidence(
+    root: Path, samples: Samples, uids: Sequence[str], stop: Stop | None = None, prints: Fingerprints | None = None
+) -> Mapping[str, float]:
+    """The model's probability of each sample's target, remembered per content of the sample.
+
+    Written now and then, so that selecting from a large dataset may be stopped and go on. Raises Interrupted then.
+    """
+    stop = stop or Stop()
+    key = keys.digest(samples.model.original.key, samples.dataset.key, samples.target)
+    path = root / "state" / f"confidence.{key[:8]}.json"
+    known = _known(path)
+    fingerprints = (prints or Fingerprints(root)).of(samples.dataset, uids)
+    missing = [u for u in uids if known.get(u, [None])[0] != fingerprints[u]]
+    saved = time.monotonic()
+    with stop.held():
+        try:
+            with stop.finishing():
+                for start in range(0, len(missing), PORTION):
+                    found = samples.confidence(missing[start : start + PORTION])
+                    known |= {u: [fingerprints[u], p] for u, p in found.items()}
+                    if time.monotonic() - saved >= SAVE_SECONDS:
+                        write_json(path, known)
+                        saved = time.monotonic()
+                    stop.check()
+        finally:
+            if missing:
+                write_json(path, known)
+    return {u: known[u][1] for u in uids if u in known and known[u][0] == fingerprints[u]}
+
+
+def _known(path: Path) -> dict[str, list]:
+    """uid -> [fingerprint, confidence]."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except ValueError as error:
+        log.warning("%s cannot be read (%s); asking the model again", path, error)
+        return {}
