@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,16 @@ class UserError(Exception):
     The tools print the message alone, without a traceback, so it must name the file, field or
     sample and say what to do.
     """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The hint that a message about an unknown name ends with; "" where no known name is near.
+
+    >>> did_you_mean("gradcam", ["iba", "grad_cam"])
+    "; did you mean 'grad_cam'?"
+    """
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class SampleError(Exception):
