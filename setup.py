@@ -1,5 +1,8 @@
-"""Thin by intent: everything is in pyproject.toml; this lets old tools say `python setup.py`."""
+"""Everything but the packages is in pyproject.toml: configs/, a folder beside attrib/, is attrib/configs in a wheel."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["attrib", "attrib.*"]), "attrib.configs"],
+    package_dir={"attrib.configs": "configs"},
+)

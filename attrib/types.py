@@ -1,41 +1,19 @@
-"""The nouns that every part of attrib passes around: a batch, and the two kinds of failure."""
+"""The nouns that every part of attrib passes around: a batch, and (from ``errors``) the two kinds of failure."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attrib.errors import SampleError, UserError, did_you_mean
+
+__all__ = ["UNREADABLE", "Batch", "SampleError", "UserError", "did_you_mean"]
+
 UNREADABLE = ""  # the fingerprint of a sample whose file could not be read
-
-
-class UserError(Exception):
-    """Something that the person at the keyboard can put right.
-
-    The tools print the message alone, without a traceback, so it must name the file, field or
-    sample and say what to do.
-    """
-
-
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The hint that a message about an unknown name ends with; "" where no known name is near.
-
-    >>> did_you_mean("gradcam", ["iba", "grad_cam"])
-    "; did you mean 'grad_cam'?"
-    """
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-class SampleError(Exception):
-    """One sample cannot be used (unreadable file, no region of interest, NaN map).
-
-    It goes to the failure ledger and the run goes on; see ``attrib.running.run``.
-    """
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capfd, folder):
-    call = command(monkeypatch, capfd)
+    call = command(capfd)
 
     def run_here(*arguments: str, root: str = "work"):
         return call(
@@ -137,7 +136,7 @@ def test_models_and_data_of_other_kinds(run, monkeypatch, capfd, folder):
     result = run("method=random", "model=lenet", "model.checkpoint=null", "metric=[]")
     assert result.status == 2
     assert "the chosen model does not say how it wants its sounds" in result.err
-    call = command(monkeypatch, capfd)
+    call = command(capfd)
     result = call("dataset=digits", "model=tone_cnn", "method=random", f"run.root={folder / 'x'}")
     assert result.status == 2
     assert "does not say how it wants them (model.input): is it for texts or sounds?" in result.err
@@ -161,12 +160,10 @@ def test_sounds_that_are_not_marked(run):
 def test_tones_train(tmp_path, monkeypatch, capfd):
     """The recipe's own way, on a few clips: a checkpoint that the preset's model takes."""
     arguments = ("train=tone_cnn_tones", "train.limit=24", "train.epochs=2", f"train.root={tmp_path}")
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "train.progress=false", "model.width=4"])
-    module = tool("train")
-    module.main()
+    assert tool("train").main([*arguments, "train.progress=false", "model.width=4"]) == 0
     folder = tmp_path / "train" / "tone_cnn_tones"
     assert json.loads((folder / "result.json").read_text())["samples"] == {"train": 24, "validation": 24, "test": 24}
-    assert command(monkeypatch, capfd)(
+    assert command(capfd)(
         "dataset=tones", "model=tone_cnn_tones", f"model.checkpoint={folder / 'model.safetensors'}",
         "method=gradient", "metric=[ehr]", "dataset.select.count=2", f"run.root={tmp_path}", "run.progress=false",
     ).status == 0  # fmt: skip
@@ -185,8 +182,7 @@ def _clips():
 
 @pytest.mark.slow
 def test_the_recipe_learns_the_tones(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "train=tone_cnn_tones", f"train.root={tmp_path}"])
-    tool("train").main()
+    assert tool("train").main(["train=tone_cnn_tones", f"train.root={tmp_path}"]) == 0
     result = json.loads((tmp_path / "train" / "tone_cnn_tones" / "result.json").read_text())
     assert result["accuracy"]["test"] >= 0.95
 

@@ -243,7 +243,7 @@ def test_repair_makes_a_new_index(root):
 
 
 def test_a_repaired_run_computes_exactly_what_was_lost(monkeypatch, capfd, tmp_path):
-    run = command(monkeypatch, capfd)
+    run = command(capfd)
     images, root = pictures(tmp_path), tmp_path / "work"
     what = ("dataset=tiny", "model=small_cnn", "method=gradient", "metric=[insertion_deletion]")
     how = ("run.progress=false", "metric.insertion_deletion.steps=4", f"dataset.root={images}", f"run.root={root}")

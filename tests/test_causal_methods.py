@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -259,16 +258,15 @@ def test_the_columns_of_the_method_are_those_of_the_table(model, batch, graphs, 
 # ---- the tool ----------------------------------------------------------------------------------------
 
 
-def test_the_tool_writes_everything(tmp_path, monkeypatch, capsys):
-    command = ["graph.py", "method=causal_paths", "dataset=digits", "model=lenet", "metric=[]", f"run.root={tmp_path}"]
+def test_the_command_writes_everything(tmp_path, capsys):
+    command = ["method=causal_paths", "dataset=digits", "model=lenet", "metric=[]", f"run.root={tmp_path}"]
     command += ["run.device=cpu", "run.limit=30", "method.graph.correct=false", "method.graph.samples=4"]
     command += ["method.graph.classes=[3,8]", "dataset.estimation.select.count=60", "method.graph.search.layers=3"]
-    command += ["+repeats=2", "+draws=1", "+betas=[0.0,0.1]"]
-    monkeypatch.setattr(sys, "argv", command)
+    command += ["repeats=2", "+draws=1", "betas=[0.0,0.1]"]
     graph = tool("graph")
-    graph.main()
+    status = graph.main(command)
     out = capsys.readouterr()
-    assert graph.status == 0, out.err
+    assert status == 0, out.err
     (folder,) = (tmp_path / "graphs").iterdir()
     files = {path.name for path in folder.iterdir()}
     assert files == {
@@ -280,21 +278,17 @@ def test_the_tool_writes_everything(tmp_path, monkeypatch, capsys):
     assert set(pd.read_csv(folder / "stability.csv")["layer"]) == {"fc3", "fc2", "fc1"}
     assert "mean over the classes" in out.out
 
-    monkeypatch.setattr(sys, "argv", [*command, "+do=[pictures]"])
-    graph.main()
-    assert (graph.status, "'pictures' is none of graphs, effect, stability" in capsys.readouterr().err) == (2, True)
     for wrong, message in (
-        ("+repeats=x", "repeats must be a whole number, not 'x'"),
-        ("+betas=0.1", r"betas must be a list, not 0.1; write +betas=[...]"),
-        ("+betas=[a]", "betas: 'a' is no number"),
+        ("do=[pictures]", "'pictures' is none of graphs, effect, stability"),
+        ("repeats=x", "repeats must be a whole number, not 'x'"),
+        ("betas=0.1", r"betas must be a list, not 0.1; write betas=[...]"),
+        ("betas=[a]", "betas: 'a' is no number"),
         ("+do=graphs", "do must be a list, not 'graphs'"),
     ):
         name = wrong.partition("=")[0]
-        monkeypatch.setattr(sys, "argv", [*(c for c in command if not c.startswith(name)), wrong])
-        graph.main()
-        assert (graph.status, message in capsys.readouterr().err) == (2, True)
-    monkeypatch.setattr(sys, "argv", [command[0], "method=gradient", *command[2:7]])
-    graph.main()
+        assert graph.main([*(c for c in command if not c.startswith(name)), wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert graph.main(["method=gradient", *command[1:6]]) == 2
     assert "take method=causal_paths" in capsys.readouterr().err
 
 

@@ -267,7 +267,7 @@ def test_twins():
 
 
 def test_acd_end_to_end(tmp_path, monkeypatch, capfd):
-    call = command(monkeypatch, capfd)
+    call = command(capfd)
     where = f"dataset.root={pictures(tmp_path, 3)}", f"run.root={tmp_path / 'work'}", "run.progress=false"
     small = "method.units.side=4", "method.percentile=80", "metric=[ehr]"
     result = call("dataset=tiny", "model=small_cnn", "method=acd", *small, *where)

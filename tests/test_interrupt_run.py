@@ -46,7 +46,7 @@ def quick(monkeypatch):
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
     """tools/run.py on six small pictures."""
-    whole, quick, images = command(monkeypatch, capfd), quickly(capfd), pictures(tmp_path)
+    whole, quick, images = command(capfd), quickly(capfd), pictures(tmp_path)
 
     def here(*arguments: str, root: str = "work"):
         if not any(a.startswith("method=") for a in arguments):
@@ -344,8 +344,7 @@ def test_a_sanity_check_stops_as_a_whole(run, during, monkeypatch, capfd):
     config = ["--config-dir", str(ROOT / "tests" / "configs")]
     data = ["dataset=tiny", f"dataset.root={run.root.parent / 'images'}", f"run.root={run.root}", "run.progress=false"]
     how = ["model=small_cnn", "method=eventful", "sanity.layers=[1,all]"]
-    monkeypatch.setattr(sys, "argv", ["sanity.py", *config, *data, *how])
-    assert signals.ended(tool("sanity").main) == 75
+    assert tool("sanity").main([*config, *data, *how]) == 75
     assert "the same command goes on" in capfd.readouterr().out.strip().splitlines()[-1]
     assert len(cells(run.root)) == 1
 

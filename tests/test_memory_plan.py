@@ -18,7 +18,8 @@ from test_run import maps, only_cell, scores
 from tiny import ROOT, command, pictures
 from torch import nn
 
-from attrib.config.objects import experiment, options_of, resolved
+from attrib.config.compose import resolved
+from attrib.config.objects import experiment, options_of
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import Samples
 from attrib.methods.baselines import Random
@@ -362,7 +363,7 @@ def test_options():
 
 def test_the_command_line_takes_it(monkeypatch, capfd, tmp_path):
     images = pictures(tmp_path, 3)
-    result = command(monkeypatch, capfd)(
+    result = command(capfd)(
         *("dataset=tiny", "model=small_cnn", "method=input_iba", "metric=[]", "run.progress=false", "run.batch=auto"),
         *("method.gan.epochs=1", "method.gan.dataset_size=4", "method.gan.batch=2", "method.input.steps=2"),
         *("method.feature.steps=2", f"dataset.root={images}", f"run.root={tmp_path / 'work'}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -82,7 +83,7 @@ def pictures(n: int, seed: int = 0) -> Batch:
 def load(path: Path) -> Any:
     """The method of a YAML, made cheap."""
     node = yaml.safe_load(path.read_text())
-    node.pop("name")
+    node.pop("name"), node.pop("modalities", None)
 
     def cheap(node: dict[str, Any]) -> dict[str, Any]:
         return {k: cheap(v) if isinstance(v, dict) else CHEAP.get(k, v) for k, v in node.items()}
@@ -280,6 +281,8 @@ def as_on_the_page(tmp_path, monkeypatch) -> Path:
     config = tmp_path / "my_configs" / "method" / "layer_cam.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(blocks("yaml")[0])
+    for part in ("dataset", "model"):
+        shutil.copytree(ROOT / "tests" / "configs" / part, config.parents[1] / part)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
     return tmp_path
@@ -304,9 +307,15 @@ def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
     (without,) = re.findall(r"Without a YAML: `(.*?)`", (ROOT / "docs" / "how-to" / "add-a-method.md").read_text())
 
     def arguments(command: str) -> list[str]:
-        small = [f"hydra.searchpath=[file://{ROOT / 'tests' / 'configs'}]", "dataset=tiny", "model=small_cnn"]
+        small = ["dataset=tiny", "model=small_cnn"]
         places = [f"dataset.root={tiny_pictures(as_on_the_page, 2)}", f"run.root={as_on_the_page / 'work'}"]
-        return [*command.removeprefix("python tools/run.py ").split(), *small, *places, "metric=[]", "run.device=cpu"]
+        return [
+            *command.removeprefix("attrib run ").removeprefix("python tools/run.py ").split(),
+            *small,
+            *places,
+            "metric=[]",
+            "run.device=cpu",
+        ]
 
     environment = {
         **os.environ,
@@ -318,6 +327,5 @@ def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
     assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in done.stdout
 
     # The other one explains another layer, so it is another cell; in this process, as starting Python is slow.
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments(without)])
-    tool("run").main()
+    assert tool("run").main(arguments(without)) == 0
     assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in capfd.readouterr().out

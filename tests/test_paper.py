@@ -7,7 +7,6 @@ import hashlib
 import io
 import re
 import shlex
-import sys
 import tarfile
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from tiny import ROOT, Result, pictures, tool
+from tiny import ROOT, Result, called, pictures, tool
 
 from attrib.config.objects import experiment, options_of
 from attrib.datasets import snippets
@@ -163,7 +162,7 @@ def test_mistakes_on_the_command_line_are_named(configs):
         UserError, match=r"nothing has method=nope; there is method=random, method=grad_cam|method=nope"
     ):
         presets.load("mine", ["method=nope"], configs)
-    with pytest.raises(UserError, match="paper=nope"):
+    with pytest.raises(UserError, match="there is no paper 'nope'"):
         presets.load("nope", folder=configs)
     with pytest.raises(UserError, match="command line"):
         presets.load("mine", ["a=[1"], configs)
@@ -177,11 +176,7 @@ def run(monkeypatch, capfd, configs, images, tmp_path):
     common = (f"dataset.root={images}", f"run.root={tmp_path / 'work'}", "run.progress=false")
 
     def run_here(*arguments: str) -> Result:
-        module = tool("run")
-        monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", str(configs), *arguments, *common])
-        capfd.readouterr()
-        module.main()
-        return Result(module.status, *capfd.readouterr())
+        return called(capfd, lambda: tool("run").main(["--config-dir", str(configs), *arguments, *common]))
 
     run_here.common, run_here.root = common, tmp_path / "work"
     return run_here
@@ -198,7 +193,7 @@ def test_a_multirun_computes_what_is_missing_and_the_table_says_what_is_left(run
 
     # The command of one entry computes that entry, and its like, alone.
     line = shlex.split(before["command"][0])
-    assert line[:2] == ["python", "tools/run.py"]
+    assert line[:2] == ["attrib", "run"]
     result = run(*(a for a in line[4:] if a not in run.common))
     assert result.status == 0, result.err
     preset, some = table()
@@ -268,12 +263,12 @@ def test_commands(configs, images, tmp_path, capsys):
     assert module.main([*arguments, "--commands"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
-    assert all(line.startswith("python tools/run.py --config-dir ") for line in lines)
+    assert all(line.startswith("attrib run --config-dir ") for line in lines)
     assert module.main([*arguments, "--format", "md"]) == 0
     text = capsys.readouterr().out
-    assert "```bash\npython tools/run.py -m --config-dir" in text
+    assert "```bash\nattrib run -m --config-dir" in text
     assert module.main([*arguments, "--format", "tex"]) == 0
-    assert "% python tools/run.py" in capsys.readouterr().out
+    assert "% attrib run" in capsys.readouterr().out
     assert module.main([*arguments, "--wide"]) == 2
     assert "one layout" in capsys.readouterr().err
     assert module.main([str(tmp_path), "seed=1"]) == 2
@@ -298,7 +293,7 @@ def test_preset_composes_and_reads_what_it_computes(name, tmp_path):
     assert not table.duplicated(["row", "column"]).any()
     assert set(table["verdict"]) == {"MISSING"}
     drawn = comparison.drawn(preset, table)
-    assert drawn.code[0].startswith(f"python tools/run.py -m paper={name}")
+    assert drawn.code[0].startswith(f"attrib run -m paper={name}")
     node = yaml.safe_load((ROOT / "configs" / "paper" / f"{name}.yaml").read_text())["paper"]
     assert node["tiny"]
 
@@ -365,10 +360,10 @@ def test_every_preset_runs_in_its_tiny_size(name, rows, embedded, tmp_path):
     preset = presets.load(name, ["paper.size=tiny", *embedded[net], f"run.root={tmp_path}/work", "run.progress=false"])
     done = {}
     for job in preset.jobs if rows == "all rows" else preset.jobs[:1]:
-        config = presets.configuration(preset, job)
+        config = presets.configuration(preset, job).values
         more = ["dataset.estimation.select.count=40", *cheap(config["method"], "method")]
         more += [o for metric, node in config["metric"].items() for o in cheap(node, f"metric.{metric}")]
-        quick = presets.configuration(preset, [*job, *more])
+        quick = presets.configuration(preset, [*job, *more]).values
         summary = run_cell(
             experiment(quick), options_of(quick["run"] | {"root": f"{tmp_path}/work", "progress": False})
         )
@@ -388,5 +383,5 @@ def test_another_net_for_the_layers():
     preset = presets.load("input_iba_layers", ["model=resnet50", "model.layers.bottleneck=layer1,layer3"])
     assert [job[-1] for job in preset.jobs] == ["model.layers.bottleneck=layer1", "model.layers.bottleneck=layer3"]
     assert list(dict.fromkeys(e.row for e in preset.entries))[1] == "InputIBA at layer3"
-    assert presets.configuration(preset, preset.jobs[0])["model"]["name"] == "resnet50"
+    assert presets.configuration(preset, preset.jobs[0]).values["model"]["name"] == "resnet50"
     assert [e.map for e in preset.entries[::6]] == ["input", "feature"]

@@ -1,8 +1,7 @@
-"""attrib/cli/prepare_imagenet.py on a validation set of 30 images in five classes."""
+"""``attrib prepare-imagenet`` on a validation set of 30 images in five classes."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections import Counter
@@ -12,20 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from tiny import tool
 
 from attrib.datasets import ImageNet, ImageTransform
 from attrib.datasets.prepare import find_sources, imagenet_classes, prepare, read_meta
 from attrib.types import UserError
 
 WNIDS = ["n01440764", "n01443537", "n02123045", "n02123159", "n03124043"]
-TOOL = Path(__file__).parent.parent / "attrib" / "cli" / "prepare_imagenet.py"
-
-
-def tool():
-    spec = importlib.util.spec_from_file_location("prepare_imagenet", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def wnid(i: int) -> str:
@@ -200,7 +192,7 @@ def test_messages(full):
 
 
 def test_the_tool_prints_what_it_did(full, capsys):
-    main = tool()
+    main = tool("prepare_imagenet").main
     given = ["--images", str(full / "sorted"), "--target", str(full / "out"), "--attribution", "5", "--estimation", "5"]
     assert main(given) == 0
     assert "30 images of 5 classes found; 11 files written, 0 present" in capsys.readouterr().out

@@ -20,7 +20,7 @@ COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4"
 
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
-    call = command(monkeypatch, capfd)
+    call = command(capfd)
     images = pictures(tmp_path)
 
     def run_here(*arguments: str, root: str = "work"):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 
 import pytest
 import torch
 from nets import small_cnn, small_cnn_images
-from tiny import ROOT, Result, pictures, tool
+from tiny import Result, command, pictures
 
 from attrib import report, sanity
 from attrib.methods.iba import IBA
@@ -31,22 +30,10 @@ def check(monkeypatch, capfd, tmp_path):
     """tools/sanity.py on small pictures and a small net."""
     images = pictures(tmp_path)
 
-    def run(*arguments: str, root: str = "work", draw: bool = True) -> Result:
-        module = tool("sanity")
+    def run(*arguments: str, root: str = "work") -> Result:
         common = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4", "run.device=cpu")
         roots = (f"dataset.root={images}", f"run.root={tmp_path / root}")
-        flags, rest = [a for a in arguments if a == "-m"], [a for a in arguments if a != "-m"]
-        config = ["--config-dir", str(ROOT / "tests" / "configs")]
-        monkeypatch.setattr(sys, "argv", ["sanity.py", *flags, *config, *common, *roots, *rest])
-        capfd.readouterr()
-        try:
-            module.main()
-            status = module.status
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        if draw:
-            module.draw()
-        return Result(status, *capfd.readouterr())
+        return command(capfd, "sanity")(*common, *roots, *arguments)
 
     run.root = tmp_path / "work"
     return run
@@ -111,7 +98,7 @@ def test_chosen_layers_and_what_is_compared(check):
 
 
 def test_shards_and_dry_runs(check):
-    module_says = check("method=gradient", "run.dry=true", draw=False).out  # every number of layers
+    module_says = check("method=gradient", "run.dry=true").out  # every number of layers
     assert [name in module_says for name in ("random-1.", "random-6.", "random-7.")] == [True, True, False]
     assert module_says.count("6 to compute") == 7
     assert not check.root.exists() or not cells(check.root)
@@ -189,7 +176,7 @@ def test_mistakes_are_named_before_anything_is_done(check, argument, message):
 def test_without_copies_there_is_nothing_to_draw(check):
     from attrib.report.agreement import tables as drawn
 
-    check("method=gradient", "sanity.layers=[]", draw=False)
+    check("method=gradient", "sanity.layers=[]")
     with pytest.raises(UserError, match="no maps of randomised nets"):
         drawn(check.root)
     assert "Sanity check" not in report.page(check.root)

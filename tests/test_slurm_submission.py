@@ -152,7 +152,7 @@ def test_the_tool_submits_one_array_and_reads_how_it_ended(stand_in, tmp_path, m
     stand_in("sbatch", 'cp "$1" script; echo Submitted batch job 7')
     write = 'for i in 0 1 2; do echo "{\\"status\\": $((i == 2 ? 75 : 0)), \\"summary\\": {}, \\"said\\": \\"told\\"}"'
     stand_in("squeue", f"{write} >work/.submitit/7/7_${{i}}_status.json; done")
-    result = command(monkeypatch, capfd)(*LINE, f"run.root={tmp_path / 'work'}")
+    result = command(capfd)(*LINE, f"run.root={tmp_path / 'work'}")
     assert result.status == LEFT, result.err
     assert "submitted 3 tasks, job 7; logs: " in result.out
     assert "scancel 7" in result.out
@@ -174,7 +174,7 @@ def test_what_slurm_refuses_is_said(stand_in, tmp_path, monkeypatch, capfd):
     stand_in("srun", "true")
     stand_in("squeue", "true")
     stand_in("sbatch", "echo 'sbatch: error: invalid partition specified: nope' >&2; exit 1")
-    result = command(monkeypatch, capfd)(*LINE, f"run.root={tmp_path / 'work'}")
+    result = command(capfd)(*LINE, f"run.root={tmp_path / 'work'}")
     assert (result.status, result.out) == (2, "")
     assert "error: run=slurm: nothing was submitted: sbatch: error: invalid partition" in result.err
     assert "Traceback" not in result.err

@@ -478,7 +478,7 @@ def test_a_heartbeat_costs_a_batch_nothing(tmp_path):
 
 
 def test_of_a_real_run(monkeypatch, capfd, tmp_path):
-    run = command(monkeypatch, capfd)
+    run = command(capfd)
     images, root = pictures(tmp_path), tmp_path / "work"
     result = run("dataset=tiny", "model=small_cnn", "method=flaky", "metric=[ehr]", "run.progress=false", "run.limit=5",
                  f"dataset.root={images}", f"run.root={root}")  # fmt: skip

@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capfd, folder):
-    call = command(monkeypatch, capfd)
+    call = command(capfd)
 
     def run_here(*arguments: str, root: str = "work"):
         return call(
@@ -122,7 +122,7 @@ def test_mistakes_with_models_and_data(run, folder):
 
 
 def test_images_and_texts_are_not_mixed_up(monkeypatch, capfd, folder):
-    call = command(monkeypatch, capfd)
+    call = command(capfd)
     result = call("dataset=movie_snippets", "model=efficientnet_lite0", "method=random", f"run.root={folder / 'work'}")
     assert result.status == 2
     assert "this dataset needs a text model" in result.err

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from mmengine.hooks import Hook
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from tiny import ROOT, Result, tool
+from tiny import ROOT, Result, called, tool
 from torch import nn
 
 from attrib.datasets import TextTable, WordEncoder
@@ -93,20 +93,8 @@ def train(capfd, tmp_path):
 
 @pytest.fixture
 def command(monkeypatch, capfd, tmp_path):
-    """``tools/train.py ARGS`` itself."""
-
-    def run(*arguments: str) -> Result:
-        module = tool("train")
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"train.root={tmp_path / 'work'}"])
-        capfd.readouterr()
-        try:
-            module.main()
-            status = module.status
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        return Result(status, *capfd.readouterr())
-
-    return run
+    """``attrib train ARGS`` itself."""
+    return lambda *arguments: called(capfd, lambda: tool("train").main([*arguments, f"train.root={tmp_path / 'work'}"]))
 
 
 def rows_of(folder: Path) -> list[dict]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from attrib.cli.main import dispatch
+from attrib.config.compose import compose_node, plain
 from attrib.store.cell import Cell, cells
 
 ROOT = Path(__file__).parent.parent
@@ -50,13 +50,8 @@ def pictures(folder: Path, count: int = 6) -> Path:
 
 
 def tool(name: str) -> ModuleType:
-    """attrib/cli/NAME.py as a fresh module."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "attrib" / "cli" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a subcommand."""
+    return importlib.import_module(f"attrib.cli.{name}")
 
 
 class Result(NamedTuple):
@@ -65,31 +60,30 @@ class Result(NamedTuple):
     err: str
 
 
-def command(monkeypatch, capfd) -> Callable[..., Result]:
-    """``tools/run.py ARGS`` without starting Python again."""
+def called(capfd, work: Callable[[], int]) -> Result:
+    """The exit status that ``work`` gives or exits with, and what it printed."""
+    capfd.readouterr()
+    try:
+        status = work()
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    return Result(status, *capfd.readouterr())
 
-    def run(*arguments: str) -> Result:
-        module = tool("run")
-        monkeypatch.setattr(sys, "argv", ["run.py", "--config-dir", str(ROOT / "tests" / "configs"), *arguments])
-        capfd.readouterr()
-        try:
-            module.main()
-            status = module.status
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        return Result(status, *capfd.readouterr())
 
-    return run
+def command(capfd, name: str = "run") -> Callable[..., Result]:
+    """``attrib run ARGS`` with the configurations of the tests, without starting Python again."""
+    return lambda *arguments: called(
+        capfd, lambda: dispatch([name, "--config-dir", str(ROOT / "tests" / "configs"), *arguments])
+    )
 
 
 @functools.cache
 def _composed(groups: tuple[str, ...]) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("run", [f"hydra.searchpath=[file://{ROOT / 'tests' / 'configs'}]", *groups])
+    return compose_node("run", groups, ROOT / "tests" / "configs")
 
 
 def quickly(capfd) -> Callable[..., Result]:
-    """:func:`command` without Hydra's half second for each: ``dataset=``, ``model=``, ``method=``, ``metric=[...]``
+    """:func:`command` without Hydra's time for each: ``dataset=``, ``model=``, ``method=``, ``metric=[...]``
     are composed once, other arguments put in their places."""
 
     def run(*arguments: str) -> Result:
@@ -97,14 +91,7 @@ def quickly(capfd) -> Callable[..., Result]:
         config = _composed(groups).copy()
         for path, value in (a.split("=", 1) for a in arguments if a not in groups):
             OmegaConf.update(config, path.lstrip("+"), OmegaConf.create(f"value: {value}").value, force_add=True)
-        module = tool("run")
-        capfd.readouterr()
-        try:
-            module.one(config)
-            status = module.status
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        return Result(status, *capfd.readouterr())
+        return called(capfd, lambda: tool("run").cell(plain(config)).status)
 
     return run
 

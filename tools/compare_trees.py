@@ -1,3 +1,3 @@
-import runpy
+from attrib.cli.main import main
 
-runpy.run_module("attrib.cli.compare_trees", run_name="__main__")
+main("compare-trees")

@@ -1,3 +1,3 @@
-import runpy
+from attrib.cli.main import main
 
-runpy.run_module("attrib.cli.show", run_name="__main__")
+main("show")

@@ -1,28 +1,18 @@
-"""Look after a work directory: python tools/cache.py list|verify|repair|export|prune workdirs ...
-
-list     what it holds, and how much of it
-verify   reads every file that has a checksum; exit status 1 if any is damaged
-repair   moves damaged files away, so that the next run computes what they held; removes what dead writers left behind
-export   maps as PNG, .npy or .npz for other programs
-prune    deletes what no cell refers to
-
-repair and prune say what they would do and ask first; --yes does not ask, --dry does nothing.
-"""
+"""``attrib cache``: list, verify, repair, export or prune what a work directory holds."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from attrib.cli import common, parsers
 from attrib.store.cell import cells
 from attrib.store.damaged import DAMAGED
 from attrib.store.workers import clock, counted, printable
@@ -31,43 +21,19 @@ from attrib.upkeep import cache, export, repair
 from attrib.upkeep.status_table import duration
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", required=True)
-
-    def command(name: str, about: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=about, description=about)
-        one.add_argument("root", type=Path, help="work directory that tools/run.py writes to")
-        return one
-
-    def asking(one: argparse.ArgumentParser) -> None:
-        one.add_argument("--dry", action="store_true", help="only say what would be done")
-        one.add_argument("--yes", action="store_true", help="do not ask")
-
-    command("list", "cells, states and leftovers with their sizes")
-    command("verify", "read everything and compare it with its checksums")
-    one = command("repair", "move damaged files away and rebuild the caches of what lies where")
-    one.add_argument("--delete", action="store_true", help=f"delete damaged files instead of moving them to {DAMAGED}")
-    asking(one)
-    one = command("export", "write maps as files of their own")
-    one.add_argument("out", type=Path, help="folder to write to")
-    one.add_argument(
-        "--format", choices=export.FORMATS, default="png", help="npz: all that is stored of a sample (png)"
-    )
-    one.add_argument("--cell", nargs="+", default=[], metavar="WORD", help="only cells with all of these in their name")
-    one.add_argument("--map", nargs="+", default=[], metavar="NAME", help="only these maps")
-    one.add_argument(
-        "--uid", nargs="+", default=[], metavar="PATTERN", help="only these samples; * and ? match anything"
-    )
-    one.add_argument("--force", action="store_true", help="write over files that are there")
-    one = command("prune", "delete fitted states, pictures and folders that no cell refers to")
-    one.add_argument("--old-versions", action="store_true", help="also scores of an older VERSION of a metric")
-    one.add_argument(
-        "--scores", nargs="+", default=[], metavar="FOLDER", help="also these scores, such as ehr.9561f895 or ehr.*"
-    )
-    one.add_argument("--samples", action="store_true", help="also maps of samples that samples.json no longer names")
-    asking(one)
-    return p
+def main(argv: Sequence[str]) -> int:
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first not in COMMANDS:
+        parsers.cache().parse(argv)  # says what there is, and exits
+    assert first is not None
+    rest = list(argv)
+    rest.remove(first)
+    args = parsers.cache(first).parse(rest)
+    try:
+        return common.guarded(lambda: COMMANDS[first](args))
+    except KeyboardInterrupt:
+        print("stopped. What was done so far is done; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def size(number: float) -> str:
@@ -85,16 +51,9 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> None:
         drawn.add_column(name, no_wrap=True, justify="right" if name in ("size", "files", "age") else "left")
     for row in rows:
         drawn.add_row(*(Text(printable(cell)) for cell in row))
-    show(drawn)
-
-
-def show(what: object) -> None:
-    if sys.stdout.isatty():
-        Console().print(what, soft_wrap=True)
-        return
-    console = Console(file=io.StringIO(), width=400)  # a pipe has no width: never fold a table for it
-    console.print(what, soft_wrap=True)
-    print("\n".join(line.rstrip() for line in console.file.getvalue().splitlines()))
+    console = common.console()
+    console.print(drawn, soft_wrap=True)
+    print(common.printed(console), end="")
 
 
 def ask(question: str, args: argparse.Namespace) -> bool:
@@ -250,21 +209,10 @@ def selected(args: argparse.Namespace) -> tuple[list[cache.Item], list[tuple[cac
     return list({item.path: item for item in doomed}.values()), kept
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    commands = {"list": do_list, "verify": do_verify, "repair": do_repair, "export": do_export, "prune": do_prune}
-    try:
-        return commands[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped. What was done so far is done; the same command goes on", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error}. What was done so far is done; the same command goes on", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "list": do_list,
+    "verify": do_verify,
+    "repair": do_repair,
+    "export": do_export,
+    "prune": do_prune,
+}

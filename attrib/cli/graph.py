@@ -1,15 +1,6 @@
-"""Causal graphs of a net's classes: JSON, pictures, what their paths are worth, how stable they are.
+"""``attrib graph``: causal graphs of a network's classes, what their paths are worth, and how stable they are.
 
-python tools/graph.py dataset=digits model=lenet_digits [method.graph.samples=100]
-    [+do=[graphs,effect,stability]] [+betas=[0,0.05,0.1]] [+repeats=5] [+draws=5] [+out=FOLDER]
-
-The configuration is that of tools/run.py with method=causal_paths; the graphs are the method's fitted state, found
-in run.root or fitted now. Everything is written to <run.root>/graphs/<dataset>.<model>.<key>/:
-
-    class_3.json  class_3.png      a graph, for networkx and to look at
-    effect.csv                     the causal sub-network against random ones of its size, on the dataset's samples
-    stability.csv  stability.png   Jaccard index of graphs by soft interventions, over beta
-    bootstrap.csv                  the same for samples drawn with replacement
+The graphs are the fitted state of ``method=causal_paths``, found in ``run.root`` or fitted now.
 """
 
 from __future__ import annotations
@@ -20,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import pandas as pd
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -32,28 +21,44 @@ from attrib.causal.drawing import draw, draw_stability
 from attrib.causal.exchange import HOW, to_json
 from attrib.causal.stability import bootstrap, soft
 from attrib.causal.subnetwork import effect, summary
-from attrib.config.objects import experiment, options_of, resolved
+from attrib.cli import common
+from attrib.cli.parsers import PARSERS
+from attrib.config.compose import Composition
+from attrib.config.objects import experiment, options_of
 from attrib.experiment.cell import Experiment
-from attrib.process import exit_status
-from attrib.process.signals import LEFT, Interrupted, Stop, ended, leave, watching
+from attrib.process.signals import Stop, watching
 from attrib.running.options import Options
 from attrib.running.plan import plan
 from attrib.running.states import load_state
 from attrib.store.files import write_atomic, write_json
 from attrib.types import UserError
 
-status = 0
 PARTS = ("graphs", "effect", "stability")
 
 
 class Wanted(NamedTuple):
-    """What beside the configuration of tools/run.py may be given, each with a + in front."""
+    """What is to be written: the fields of configs/graph.yaml beside those of configs/run.yaml."""
 
-    do: Sequence[str] = PARTS
-    betas: Sequence[float] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
-    repeats: int = 5  # graphs at each beta, and by bootstrap
-    draws: int = 5  # random sub-networks
-    out: str | None = None
+    do: Sequence[str]
+    betas: Sequence[float]
+    repeats: int  # graphs at each beta, and by bootstrap
+    draws: int  # random sub-networks
+    out: str | None
+
+
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["graph"]().parse(argv)
+    common.prepare()
+    return common.grid("graph", args, _graphs)
+
+
+def _graphs(composition: Composition) -> int:
+    with watching() as stop:
+        plain = dict(composition.values)
+        wanted = _wanted(plain)
+        cell = experiment(plain, composition.files)
+        print(f"wrote {write(cell, options_of(plain['run']), wanted, stop)}")
+    return 0
 
 
 def _written(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
@@ -128,10 +133,10 @@ def write(cell: Experiment, options: Options, wanted: Wanted, stop: Stop) -> Pat
 
 def _wanted(plain: dict[str, Any]) -> Wanted:
     """Takes what is meant for this tool out of the configuration. Raises UserError."""
-    wanted = Wanted(**{name: plain.pop(name) for name in Wanted._fields if name in plain})
+    wanted = Wanted(**{name: plain.pop(name) for name in Wanted._fields})
     for name in ("do", "betas"):
         if not isinstance(getattr(wanted, name), (list, tuple)):
-            raise UserError(f"{name} must be a list, not {getattr(wanted, name)!r}; write +{name}=[...]")
+            raise UserError(f"{name} must be a list, not {getattr(wanted, name)!r}; write {name}=[...]")
     for name, kind in (("repeats", int), ("draws", int), ("out", str)):
         value = getattr(wanted, name)
         if not isinstance(value, kind) and (name, value) != ("out", None):
@@ -139,31 +144,7 @@ def _wanted(plain: dict[str, Any]) -> Wanted:
     if wrong := [beta for beta in wanted.betas if not isinstance(beta, (int, float))]:
         raise UserError(f"betas: {wrong[0]!r} is no number")
     if wrong := [part for part in wanted.do if part not in PARTS]:
-        raise UserError(f"do: {wrong[0]!r} is none of {', '.join(PARTS)}; write +do=[graphs,effect]")
+        raise UserError(f"do: {wrong[0]!r} is none of {', '.join(PARTS)}; write do=[graphs,effect]")
     if wanted.repeats < 2 or wanted.draws < 1 or not wanted.betas:
         raise UserError("repeats must be at least 2, draws at least 1, and betas not empty")
     return wanted
-
-
-@hydra.main(
-    version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent.parent / "configs"), config_name="run"
-)
-def main(config: DictConfig) -> None:
-    global status
-    try:
-        with watching() as stop, stop.at_once():
-            plain = resolved(config)
-            wanted = _wanted(plain)
-            print(f"wrote {write(experiment(plain), options_of(plain['run']), wanted, stop)}")
-    except Interrupted as stopped:
-        print(f"{stopped}; the same command goes on", flush=True)
-        sys.exit(LEFT)
-    except Exception as error:
-        status = exit_status.told(error)
-
-
-if __name__ == "__main__":
-    exit_status.ready()
-    if not any(argument.startswith("method=") for argument in sys.argv[1:]):
-        sys.argv.insert(1, "method=causal_paths")
-    leave(ended(main) or status)

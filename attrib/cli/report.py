@@ -1,40 +1,26 @@
-"""Write one self-contained HTML page about a work directory: python tools/report.py workdirs [--out report.html]"""
+"""``attrib report``: one self-contained HTML page about a work directory."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from attrib import report
+from attrib.cli import common
+from attrib.cli.parsers import PARSERS
 from attrib.types import UserError
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("root", type=Path, help="work directory that tools/run.py wrote")
-    p.add_argument("--out", type=Path, metavar="FILE", help="default: ROOT/report.html")
-    p.add_argument("--samples", type=int, default=12, help="at most so many rows in each gallery (12)")
-    p.add_argument("--confidence", type=float, default=0.95, help="of the intervals and verdicts (0.95)")
-    return p
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["report"]().parse(argv)
+    return common.guarded(lambda: _report(args, shlex.join(["attrib", "report", *argv])))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    command = shlex.join(["tools/report.py", *(sys.argv[1:] if argv is None else argv)])
+def _report(args: argparse.Namespace, command: str) -> int:
     out = args.out or args.root / "report.html"
-    try:
-        if not 0 < args.confidence < 1:
-            raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
-        report.write(args.root, out, samples=args.samples, confidence=args.confidence, command=command)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 < args.confidence < 1:
+        raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
+    report.write(args.root, out, samples=args.samples, confidence=args.confidence, command=command)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,155 +1,124 @@
-"""Run one experiment, or with -m a grid of them, or what a paper's table still misses (-m paper=NAME).
-
-See configs/run.yaml, configs/paper and README.md.
-"""
+"""``attrib run``: one experiment, with ``-m`` a grid of them, or what a paper's table still misses (-m paper=NAME)."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import hydra
-from omegaconf import DictConfig
-
+from attrib.cli import common
+from attrib.cli.parsers import PARSERS
 from attrib.cluster import slurm, submission
 from attrib.cluster.ranks import of_rank
-from attrib.config.objects import build, experiment, options_of, resolved
+from attrib.config.compose import CommandLine, Composition, compose
+from attrib.config.objects import build, experiment, options_of
 from attrib.papers import presets
 from attrib.process import exit_status
-from attrib.process.signals import LEFT, Interrupted, ended, leave, watching
+from attrib.process.signals import LEFT, Interrupted, Stop, watching
 from attrib.running.options import Options
 from attrib.running.plan import plan
 from attrib.types import UserError
 
 if TYPE_CHECKING:
-    from attrib.running.loop import Summary
-
-status = 0  # of the process: a grid goes on after a failure, but does not hide it
+    from attrib.running.summary import Summary
 
 
-def _options(config: dict) -> Options:
+class Outcome(NamedTuple):
+    """How a cell ended: its exit status, what was done (None if nothing could be), and that in words."""
+
+    status: int
+    summary: Summary | None
+    text: str
+
+
+def options(node: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Options:
+    """The node ``run`` as options of this process, with its hooks built. Raises UserError."""
     extras = {
-        name: [build(node, f"run.{name}") if "_target_" in node else node for node in config[name]]
+        name: [build(one, f"run.{name}") if "_target_" in one else one for one in node[name]]
         for name in ("hooks", "vis_backends")
     }
-    return of_rank(options_of({**config, **extras}), os.environ)
+    return of_rank(options_of({**node, **extras}), environment)
 
 
-def _cell(config: DictConfig) -> tuple[int, Summary | None, str]:
-    """One cell: the exit status, what was done, and that in words. Prints as it goes."""
+def cell(composition: Composition) -> Outcome:
+    """Compute one cell, or say what would be computed (``run.dry=true``). Prints as it goes."""
     with watching() as stop:  # here too, because a launcher may call this in a process of its own, without ``main``
         try:
             with stop.at_once():
-                plain = resolved(config)
-                options = _options(plain["run"])
-                cell = experiment(plain)
-                if options.dry:
-                    print(plan(cell, options))
-                    return 0, None, "dry"
+                settings = options(composition.values["run"])
+                made = experiment(composition.values, composition.files)
+                if settings.dry:
+                    print(plan(made, settings))
+                    return Outcome(0, None, "dry")
             from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
 
-            summary = run(cell, options)
+            summary = run(made, settings)
         except UserError as error:
-            return exit_status.told(error), None, f"error: {error}"
+            return Outcome(exit_status.told(error), None, f"error: {error}")
         except Interrupted as stopped:
-            said = f"{stopped}; the same command goes on"
-            print(said, flush=True)
-            return LEFT, None, said
-        said = f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}"
-        print(said, flush=True)
-        if summary.stopped:
-            print(summary.ending, flush=True)
-            return LEFT, summary, summary.ending
-        nothing = not (summary.maps_computed or summary.maps_present)
-        return 3 if summary.failed and (options.strict or nothing) else 0, summary, said
+            text = f"{stopped}; the same command goes on"
+            print(text, flush=True)
+            return Outcome(LEFT, None, text)
+    text = f"{made.names['dataset']} {made.names['model']} {made.names['method']}: {summary}"
+    print(text, flush=True)
+    if summary.stopped:
+        print(summary.ending, flush=True)
+        return Outcome(LEFT, summary, summary.ending)
+    nothing = not (summary.maps_computed or summary.maps_present)
+    failed = summary.failed and (settings.strict or nothing)
+    return Outcome(exit_status.FAILED if failed else 0, summary, text)
 
 
-@hydra.main(
-    version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent.parent / "configs"), config_name="run"
-)
-def one(config: DictConfig) -> None:
-    global status
-    if submission.in_task():
-        submission.begin()
-        exit_status.ready()
-    try:
-        code, summary, said = _cell(config)
-    except Exception as error:
-        code, summary, said = exit_status.told(error), None, f"{type(error).__name__}: {error}"
-    status = exit_status.worst((status, code))
-    if submission.in_task():
-        submission.hand_in(code, summary, said)
-    if code == LEFT:
-        sys.exit(LEFT)  # ends a grid as a whole
-
-
-def commands(arguments: Sequence[str]) -> list[list[str]]:
-    """The command lines for Hydra: one for each run of a paper's table, else the one that was given.
-
-    A run computes what its cell misses and nothing else, so a table that is complete costs no computation.
-    Raises UserError.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-cd", "--config-dir", type=Path)
-    known, rest = parser.parse_known_args(arguments)
-    names = [a.removeprefix("paper=") for a in rest if a.startswith("paper=")]
-    if not names or names[-1] == "null":
-        return [slurm.with_shards(arguments)]
-    if not known.multirun:
-        if any(a.startswith("paper.") for a in rest):
-            raise UserError("paper.* says what a table is; add -m to run it")
-        return [list(arguments)]
-    if strange := [a for a in rest if a.startswith(("-", "hydra", "run=slurm"))]:
-        raise UserError(
-            f"-m paper={names[-1]} runs one cell after the other and knows no {strange[0]}; for a cluster, "
-            f"tools/table.py paper={names[-1]} --commands prints the command of each"
-        )
-    preset = presets.load(names[-1], [a for a in rest if not a.startswith("paper=")], known.config_dir)
-    return [preset.arguments(job) for job in preset.jobs]
-
-
-def _launched(tool: str, arguments: Sequence[str]) -> int | None:
-    """Have Slurm do it, or print how (``run.dry=true``): the exit status. None where Slurm is not asked for.
-
-    Raises UserError.
-    """
-    grid = slurm.grid(arguments, os.environ)
-    if grid is None:
-        return None
-    if grid.dry:
-        about = slurm.estimate(grid, slurm.plans(grid))
-        print(slurm.script(grid, sys.executable, str(Path(tool).resolve()), Path.cwd(), about), end="")
-        return 0
-    submission.check()
-    with watching() as stop:
-        return submission.submit(one, grid.root, stop)
-
-
-def main() -> None:
-    global status
-    tool, *arguments = sys.argv
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["run"]().parse(argv)
+    common.prepare()
     with watching() as stop:
         try:
             with stop.at_once():
-                for line in commands(arguments):
-                    sys.argv = [tool, *line]
-                    code = _launched(tool, line)
-                    if code is None:
-                        one()
-                    else:
-                        status = exit_status.worst((status, code))
+                line = slurm.with_shards(CommandLine.of(args.overrides, args.config_dir, args.multirun))
+                name = (line.values("paper") or ["None"])[-1]
+                if name != "None" and line.multirun:
+                    return _of_paper(name, line)
+                if name != "None" and any(key.startswith("paper.") for key in line.overrides):
+                    raise UserError("paper.* says what a table is; add -m to run it")
+                if args.cfg is None and (wanted := slurm.grid(line, os.environ)) is not None:
+                    return _on_slurm(wanted, stop)
+                return common.each("run", line, line.cells(), _status, show=bool(args.cfg))
         except UserError as error:
-            status = exit_status.told(error)
+            return exit_status.told(error)
         except Interrupted as stopped:  # between two cells
             print(f"{stopped}; the same command goes on", flush=True)
-            sys.exit(LEFT)
+            return LEFT
 
 
-if __name__ == "__main__":
-    exit_status.ready()
-    leave(ended(main) or status)
+def _status(composition: Composition) -> int:
+    return cell(composition).status
+
+
+def _of_paper(name: str, line: CommandLine) -> int:
+    """The runs of a paper's table, one after the other; each computes only what its cell misses. Raises UserError."""
+    texts = {key: str(o.input_line) for key, o in line.overrides.items() if key != "paper"}
+    if strange := [text for text in texts.values() if text.startswith(("hydra", "run=slurm"))]:
+        raise UserError(
+            f"-m paper={name} runs one cell after the other and knows no {strange[0]}; for a cluster, "
+            f"attrib table paper={name} --commands prints the command of each"
+        )
+    preset = presets.load(name, list(texts.values()), line.folder)
+    return common.each("run", line, [preset.overrides(job) for job in preset.jobs], _status)
+
+
+def _on_slurm(wanted: slurm.Grid, stop: Stop) -> int:
+    """Have Slurm do it, or print the script that would (``run.dry=true``). Raises UserError."""
+    if wanted.dry:
+        about = slurm.estimate(wanted, slurm.plans(wanted))
+        print(slurm.script(wanted, sys.executable, Path.cwd(), about), end="")
+        return 0
+    return submission.submit(wanted, compute_task, stop)
+
+
+def compute_task(overrides: Sequence[str], folder: Path | None) -> Outcome:
+    """What a task of a Slurm array computes (``attrib.cluster.task.Compute``)."""
+    common.prepare()
+    return cell(compose("run", overrides, folder))

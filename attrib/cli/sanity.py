@@ -1,27 +1,25 @@
-"""The sanity check of a method, or with -m of several: explain nets with randomised layers and compare the maps.
-
-See configs/sanity.yaml and docs/how-to/check-sanity.md.
-"""
+"""``attrib sanity``: explain networks with randomised layers, and compare the maps with the original's."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
 from attrib import sanity
-from attrib.config.objects import build, example, experiment, options_of, resolved
+from attrib.cli import common
+from attrib.cli.parsers import PARSERS
+from attrib.config.compose import Composition
+from attrib.config.objects import build, example, experiment, options_of
+from attrib.experiment.cell import Experiment
 from attrib.models.randomise import weighted_layers
 from attrib.models.variant import Randomise
 from attrib.process import exit_status
-from attrib.process.signals import LEFT, Interrupted, ended, leave, watching
+from attrib.process.signals import LEFT
 from attrib.report.agreement import tables
 from attrib.results.formats import to_terminal
 from attrib.running.options import Options
@@ -29,8 +27,19 @@ from attrib.running.plan import plan
 from attrib.running.run import run
 from attrib.types import UserError
 
-status = 0  # of the process: a grid goes on after a failure, but does not hide it
-roots: dict[str, None] = {}  # work directories whose agreements are to be drawn
+
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["sanity"]().parse(argv)
+    common.prepare()
+    roots: dict[str, None] = {}  # work directories whose agreements are to be drawn
+    status = common.grid("sanity", args, lambda composition: check(composition, roots))
+    if status == LEFT or args.cfg:
+        return status
+    try:
+        draw(list(roots))
+    except UserError as error:
+        return exit_status.worst((status, exit_status.told(error)))
+    return status
 
 
 def _grid(settings: Mapping[str, Any]) -> tuple[sanity.Agreement, Any, dict[str, Any]]:
@@ -46,28 +55,18 @@ def _grid(settings: Mapping[str, Any]) -> tuple[sanity.Agreement, Any, dict[str,
     return agreement, layers, rest
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """The original, then each randomised copy; then what the maps have in common."""
-    global status
+def check(composition: Composition, roots: dict[str, None]) -> int:
+    """The original, then each randomised copy; then what the maps have in common. The exit status.
+
+    The work directory is added to ``roots`` once there is something to draw.
+    """
+    config = composition.values
     agreement, layers, how = _grid(config["sanity"])
     plain = {name: value for name, value in config.items() if name != "sanity"}
     plain["model"] = {name: value for name, value in plain["model"].items() if name != "randomise"}
-    options: Options = options_of(plain["run"])
+    options = options_of(plain["run"])
 
-    def explain(cell: Any) -> None:
-        global status
-        if options.dry:
-            print(plan(cell, options))
-            return
-        summary = run(cell, options)
-        print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
-        if summary.stopped:
-            print(summary.ending, flush=True)
-            sys.exit(LEFT)
-        if summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present)):
-            status = exit_status.worst((status, exit_status.FAILED))
-
-    original = experiment(plain)
+    original = experiment(plain, composition.files)
     x = example(original.dataset)
     x = x.to(original.model.device, original.model.dtype if x.is_floating_point() else None)
     known = weighted_layers(original.model.module, x)
@@ -76,31 +75,33 @@ def check(config: Mapping[str, Any]) -> None:
     variants = [Randomise(layers=one, **how) for one in (layers if isinstance(layers, list) else [layers])]
     for variant in variants:
         variant.chosen(known)  # before anything is computed
-    explain(original)
+    statuses = [_explain(original, options)]
     for variant in variants:
-        explain(experiment({**plain, "model": {**plain["model"], "randomise": dataclasses.asdict(variant)}}))
+        if LEFT in statuses:
+            return LEFT
+        copy = {**plain, "model": {**plain["model"], "randomise": dataclasses.asdict(variant)}}
+        statuses.append(_explain(experiment(copy, composition.files), options))
     if not options.dry:
         found = sanity.compare(options.root, agreement)
         print(f"{found} samples compared with the original's", flush=True)
         roots[options.root] = None
+    return exit_status.worst(statuses)
 
 
-@hydra.main(
-    version_base="1.3", config_path=str(Path(__file__).resolve().parent.parent.parent / "configs"), config_name="sanity"
-)
-def main(config: DictConfig) -> None:
-    global status
-    try:
-        with watching() as stop, stop.at_once():
-            check(resolved(config))
-    except Interrupted as stopped:
-        print(f"{stopped}; the same command goes on", flush=True)
-        sys.exit(LEFT)
-    except Exception as error:
-        status = exit_status.worst((status, exit_status.told(error)))
+def _explain(cell: Experiment, options: Options) -> int:
+    if options.dry:
+        print(plan(cell, options))
+        return 0
+    summary = run(cell, options)
+    print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
+    if summary.stopped:
+        print(summary.ending, flush=True)
+        return LEFT
+    failed = summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present))
+    return exit_status.FAILED if failed else 0
 
 
-def draw() -> None:
+def draw(roots: Sequence[str]) -> None:
     """The tables of everything that was checked. Raises UserError if there is nothing to compare yet."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     for root in roots:
@@ -109,14 +110,3 @@ def draw() -> None:
             console.print(to_terminal(dataclasses.replace(table, title="", notes=())))
             for note in table.notes:
                 console.print(Text(note))
-
-
-if __name__ == "__main__":
-    exit_status.ready()
-    if code := ended(main):
-        leave(code)
-    try:
-        draw()
-    except UserError as error:
-        status = exit_status.worst((status, exit_status.told(error)))
-    leave(status)

@@ -1,60 +1,36 @@
-"""Draw the tables of a work directory, or a paper's table beside ours.
-
-python tools/table.py workdirs [--wide] [--ranks] [--out table.md] ...
-python tools/table.py paper=NAME [run.root=workdirs] [what tools/run.py was given besides] ...
-"""
+"""``attrib table``: the scores of a work directory, or of a paper's table, as text."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from rich.console import Console
-
+from attrib.cli import common
+from attrib.cli.parsers import PARSERS
+from attrib.config.places import checked_folder
 from attrib.results import formats, tables
+from attrib.running.options import Options
 from attrib.types import UserError
 
-FORMATS = ("csv", "md", "tex", "terminal")
 SUFFIXES = {".csv": "csv", ".md": "md", ".markdown": "md", ".tex": "tex", ".txt": "terminal"}
 SHORT = 30  # lines of paired tests that a terminal shows unless they were asked for
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "root",
-        nargs="+",
-        help="work directory that tools/run.py wrote; or paper=NAME (configs/paper) and overrides as for tools/run.py",
-    )
-    p.add_argument("--format", choices=FORMATS, help="default: by the suffix of --out, else terminal")
-    p.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to the terminal")
-    p.add_argument("--wide", action="store_true", help="methods × columns, one table per dataset and model (not csv)")
-    p.add_argument(
-        "--pairs",
-        nargs="*",
-        metavar="COLUMN",
-        help="paired tests of these columns, without a name of all; in a terminal they are shown anyway. "
-        "A csv then holds the tests instead of the means",
-    )
-    p.add_argument("--ranks", action="store_true", help="mean ranks of the methods with Friedman's test and Nemenyi's")
-    p.add_argument("--rows", action="store_true", help="csv of every sample's scores instead of means")
-    p.add_argument(
-        "--where",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE[,VALUE]",
-        help=f"only these; fields: {', '.join(tables.WHERE)}. Example: dataset=photos method=iba,grad_cam",
-    )
-    p.add_argument("--commands", action="store_true", help="paper=NAME: only the commands that compute what is missing")
-    p.add_argument(
-        "--config-dir", type=Path, metavar="DIR", help="paper=NAME: more configurations, as for tools/run.py"
-    )
-    p.add_argument("--confidence", type=float, default=0.95, help="of the intervals and verdicts (0.95)")
-    return p
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["table"]().parse(argv)
+    return common.guarded(lambda: _table(args))
+
+
+def _table(args: argparse.Namespace) -> int:
+    text = draw(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text, encoding="utf-8")
+        print(f"wrote {args.out}")
+    else:
+        print(text, end="")
+    return 0
 
 
 def conditions(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -69,8 +45,8 @@ def conditions(texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def draw(args: argparse.Namespace) -> str | None:
-    """The text of the table; None if it went straight to the terminal."""
+def draw(args: argparse.Namespace) -> str:
+    """The text of the table; "" if it went straight to the terminal."""
     kind = args.format or SUFFIXES.get(args.out.suffix.lower() if args.out else "", None if args.out else "terminal")
     if kind is None:
         raise UserError(f"--out {args.out}: no format has this suffix; use {', '.join(SUFFIXES)} or --format")
@@ -81,11 +57,11 @@ def draw(args: argparse.Namespace) -> str | None:
     if not 0 < args.confidence < 1:
         raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
 
-    if args.root[0].startswith("paper="):
+    if any(word.startswith("paper=") for word in args.root):
         return draw_paper(args, kind)
-    if len(args.root) > 1 or args.commands or args.config_dir:
-        raise UserError("one work directory, please; overrides, --commands and --config-dir go with paper=NAME")
-    frame = tables.rows(args.root[0])
+    if len(args.root) > 1 or args.commands:
+        raise UserError("expected one work directory; overrides and --commands go with paper=NAME")
+    frame = tables.rows(args.root[0] if args.root else Options.root)
     if args.where:
         frame = tables.where(frame, conditions(args.where))
     if args.rows:
@@ -114,14 +90,14 @@ def draw(args: argparse.Namespace) -> str | None:
     return write(drawn, kind, args)
 
 
-def draw_paper(args: argparse.Namespace, kind: str) -> str | None:
+def draw_paper(args: argparse.Namespace, kind: str) -> str:
     if args.wide or args.ranks or args.rows or args.where or args.pairs is not None:
         raise UserError("paper=NAME has one layout: no --wide, --ranks, --rows, --where, --pairs")
     from attrib.papers import comparison, presets  # compose configurations, which takes seconds to import
-    from attrib.running.options import Options
 
-    name, *overrides = args.root
-    preset = presets.load(name.removeprefix("paper="), overrides, args.config_dir)
+    [name] = [word.removeprefix("paper=") for word in args.root if word.startswith("paper=")]
+    overrides = [word for word in args.root if not word.startswith("paper=")]
+    preset = presets.load(name, overrides, checked_folder(args.config_dir))
     roots = [o.removeprefix("run.root=") for o in preset.how if o.startswith("run.root=")]
     found = comparison.table(preset, roots[-1] if roots else Options.root, args.confidence)
     if args.commands:
@@ -132,35 +108,13 @@ def draw_paper(args: argparse.Namespace, kind: str) -> str | None:
     return write([comparison.drawn(preset, found, args.confidence)], kind, args)
 
 
-def write(drawn: Sequence[formats.Table], kind: str, args: argparse.Namespace) -> str | None:
-    """The tables as one text; None if they went straight to the terminal."""
+def write(drawn: Sequence[formats.Table], kind: str, args: argparse.Namespace) -> str:
+    """The tables as one text; "" if they went straight to the terminal."""
     if kind != "terminal":
         return "\n".join(map(formats.to_markdown if kind == "md" else formats.to_latex, drawn))
-    # A file or a pipe has no width: never fold a table for it.
-    apart = args.out is not None or not sys.stdout.isatty()
-    console = Console(file=io.StringIO() if apart else sys.stdout, width=400 if apart else None)
+    console = common.console(apart=args.out is not None)
     for item in drawn:
         console.print(formats.to_terminal(item))
         for line in item.code:
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-    return "\n".join(s.rstrip() for s in console.file.getvalue().splitlines()) + "\n" if apart else None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        text = draw(args)
-        if args.out and text is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text, encoding="utf-8")
-            print(f"wrote {args.out}")
-        elif text is not None:
-            print(text, end="")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return common.printed(console)

@@ -1,28 +1,21 @@
 """A grid for a Slurm cluster: what its command line asks for, how long it will take, and a plain ``sbatch`` script.
 
 ``run=slurm`` submits through submitit (``attrib.cluster.submission``); with ``run.dry=true`` the script here is
-printed instead, for people who would rather read and submit it themselves. Knows Hydra, like ``config`` and ``paper``.
+printed instead, for people who would rather read and submit it themselves.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from attrib.config.objects import experiment, options_of, resolved
-from attrib.papers.presets import CONFIGS, composed
+from attrib.config.compose import CommandLine, RangeSweep, compose, compose_node
+from attrib.config.objects import experiment, options_of
 from attrib.running.plan import Plan, plan
 from attrib.types import UserError
 
@@ -39,72 +32,23 @@ NOT_SBATCH = (
 # ---- the command line --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Line:
-    """A command line of tools/run.py: ``overrides`` as they were written, and parsed, by what they set."""
-
-    multirun: bool
-    folder: Path | None  # Hydra's --config-dir
-    overrides: Mapping[str, Override]
-
-    @property
-    def sweeps(self) -> bool:
-        return any(o.is_sweep_override() for o in self.overrides.values())
-
-    def cells(self) -> list[tuple[str, ...]]:
-        """The overrides of each cell of the grid, without those that say which shard, or that nothing is computed."""
-        ways = []
-        for key, override in self.overrides.items():
-            if key in (SHARD, SHARDS, DRY):
-                continue
-            if override.is_sweep_override():
-                name = override.get_key_element()
-                ways.append([f"{name}={value}" for value in override.sweep_string_iterator()])
-            else:
-                ways.append([override.input_line])
-        return list(itertools.product(*ways))
-
-    def values(self, key: str) -> list[str] | None:
-        """What is given for ``key``, or None."""
-        override = self.overrides.get(key)
-        if override is None:
-            return None
-        return list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
-
-
-def parsed(arguments: Sequence[str]) -> Line | None:
-    """None for what Hydra itself had better answer (``--help``, ``--cfg``, or an override that cannot be parsed)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("-cd", "--config-dir", type=Path)
-    known, rest = parser.parse_known_args(arguments)
-    if any(a.startswith("-") for a in rest):
-        return None
-    try:
-        overrides = OverridesParser.create().parse_overrides(rest)
-    except HydraException:
-        return None
-    return Line(known.multirun, known.config_dir, {o.key_or_group: o for o in overrides})
-
-
-def with_shards(arguments: Sequence[str]) -> list[str]:
+def with_shards(line: CommandLine) -> CommandLine:
     """``-m run.shard=range(N)`` says by itself that there are N shards; any other sweep has to.
 
     Raises UserError if the number of shards is not said, or is swept.
     """
-    line = parsed(arguments)
-    if line is None or not line.multirun or SHARD not in line.overrides:
-        return list(arguments)
+    if not line.multirun or SHARD not in line.overrides:
+        return line
     if SHARDS in line.overrides:
         if line.overrides[SHARDS].is_sweep_override():
             raise UserError("run.shards is one number for all jobs, the number of parts that the samples are cut into")
-        return list(arguments)
+        return line
     shard = line.overrides[SHARD]
     if not shard.is_sweep_override():
-        return list(arguments)
+        return line
     sweep = shard.value()
     if shard.is_range_sweep() and isinstance(sweep, RangeSweep) and (sweep.start, sweep.step) == (0, 1):
-        return [*arguments, f"{SHARDS}={int(sweep.stop)}"]
+        return line.with_override(f"{SHARDS}={int(sweep.stop or 0)}")
     raise UserError(f"{shard.input_line}: of how many? Add run.shards=N, or say run.shard=range(N) for all of them")
 
 
@@ -126,17 +70,16 @@ class Grid:
         return [cell * self.shards + shard for cell in range(len(self.cells)) for shard in self.chosen]
 
 
-def grid(arguments: Sequence[str], environment: Mapping[str, str]) -> Grid | None:
-    """What a command line wants from Slurm; None if it does not ask for Slurm (``run=slurm``), or Hydra will complain.
+def grid(line: CommandLine, environment: Mapping[str, str]) -> Grid | None:
+    """What a command line wants from Slurm; None if it does not ask for Slurm (``run=slurm``).
 
     Raises UserError if it asks for something that Slurm or the runner cannot do.
     """
-    line = parsed(arguments)
-    if line is None or (line.sweeps and not line.multirun) or not line.overrides.keys() & {"run", "hydra/launcher"}:
+    if not line.overrides.keys() & {"run", "hydra/launcher"}:
         return None
-    cells = line.cells()
-    config = _composed(cells[0], line.folder)
-    if config is None or config.hydra.launcher.get("_target_") != LAUNCHER:
+    cells = line.cells(without=(SHARD, SHARDS, DRY))
+    config = compose_node("run", cells[0], line.folder)
+    if config.hydra.launcher.get("_target_") != LAUNCHER:
         return None
     launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     if launcher.get("nodes", 1) != 1 or launcher.get("tasks_per_node", 1) != 1:
@@ -165,16 +108,6 @@ def _number(key: str, value: str) -> int:
         raise UserError(f"{key} must be int, not {value!r}") from error
 
 
-def _composed(overrides: Sequence[str], folder: Path | None) -> DictConfig | None:
-    """The configuration with the node ``hydra``; None if Hydra refuses it, which it will say itself."""
-    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("run", [*overrides, *more], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException):
-        return None
-
-
 # ---- how long ----------------------------------------------------------------------------------
 
 
@@ -182,9 +115,9 @@ def plans(wanted: Grid) -> list[Plan]:
     """What every cell of the grid misses, over all shards. Computes no maps. Raises UserError."""
     found = []
     for overrides in wanted.cells:
-        plain = resolved(composed(overrides, wanted.folder))
-        options = options_of({**plain["run"], "hooks": [], "vis_backends": []})
-        found.append(plan(experiment(plain), options))
+        composition = compose("run", overrides, wanted.folder)
+        options = options_of({**composition.values["run"], "hooks": [], "vis_backends": []})
+        found.append(plan(experiment(composition.values, composition.files), options))
     return found
 
 
@@ -224,12 +157,12 @@ def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
 # ---- the script --------------------------------------------------------------------------------
 
 
-def script(wanted: Grid, python: str, program: str, where: Path, about: Sequence[str] = ()) -> str:
+def script(wanted: Grid, python: str, where: Path, about: Sequence[str] = ()) -> str:
     """A script for ``sbatch`` that computes the grid as one array, task by task what ``run=slurm`` would do.
 
-    python, program   the interpreter, and tools/run.py
-    where             the directory to run in; paths of the command line are relative to it
-    about             lines for its head, such as those of ``estimate``
+    python   the interpreter of an environment that has attrib
+    where    the directory to run in; paths of the command line are relative to it
+    about    lines for its head, such as those of ``estimate``
     """
     launcher, config = wanted.launcher, ["--config-dir", str(wanted.folder)] if wanted.folder else []
     logs = shlex.quote(f"{wanted.root}/.slurm")
@@ -244,11 +177,10 @@ def script(wanted: Grid, python: str, program: str, where: Path, about: Sequence
 {head}{options}
 task=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 mkdir -p {logs} && exec >>{logs}/"$task.log" 2>&1 </dev/null
-export HYDRA_FULL_ERROR=1
 {setup}
 case $((SLURM_ARRAY_TASK_ID / {wanted.shards})) in
 {names}esac
-srun --unbuffered {shlex.quote(python)} {shlex.quote(program)} "${{arguments[@]}}" \\
+srun --unbuffered {shlex.quote(python)} -m attrib run "${{arguments[@]}}" \\
     {SHARDS}={wanted.shards} {SHARD}=$((SLURM_ARRAY_TASK_ID % {wanted.shards}))
 {teardown}"""
 

@@ -1,9 +1,8 @@
-"""From a resolved configuration to the objects of an experiment: the only module that knows Hydra."""
+"""From a resolved configuration to the objects of an experiment."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from torch import Tensor, nn
 
 from attrib import keys
@@ -25,7 +22,7 @@ from attrib.models import Classifier, load_weights
 from attrib.models.randomise import randomised
 from attrib.models.zoo import input_of
 from attrib.running.options import Options
-from attrib.types import UserError
+from attrib.types import UserError, did_you_mean
 
 Node = Mapping[str, Any]
 
@@ -33,26 +30,8 @@ DTYPES = ("float32", "float64")
 INPUT = ("size", "mean", "std", "resize", "resize_size", "interpolation")  # the fields of model.input
 
 
-def resolved(config: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain values. Raises UserError if a value is missing, or stands for one that is."""
-    try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except InterpolationKeyError as error:
-        if isinstance(config.get("model"), DictConfig) and "model.input" in str(error):
-            name, image = (config[part].get("name", part) for part in ("model", "dataset"))
-            raise UserError(
-                f"dataset {image} holds images, and model {name} does not say how it wants them (model.input): "
-                "is it for texts or sounds?"
-            ) from error
-        raise UserError(str(error)) from error
-    except OmegaConfBaseException as error:
-        raise UserError(str(error)) from error
-
-
 def _known(what: str, given: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{what} has no field {given!r}{hint} (fields: {', '.join(known) or 'none'})"
+    return f"{what} has no field {given!r}{did_you_mean(given, known)} (fields: {', '.join(known) or 'none'})"
 
 
 # ---- types ------------------------------------------------------------------------------------
@@ -131,17 +110,23 @@ def _hints(what: Callable[..., Any]) -> Node:
 # ---- objects ----------------------------------------------------------------------------------
 
 
-def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What a node's ``_target_`` names, and the node with its fields, and those of nodes in it, as their types want."""
-    target = node.get("_target_")
-    if not isinstance(target, str):
+def target(node: Node, where: str) -> Callable[..., Any]:
+    """The class or function that a node's ``_target_`` names. Raises UserError that begins with ``where``."""
+    path = node.get("_target_")
+    if not isinstance(path, str):
         raise UserError(f"{where}: no _target_: it must name the class to build, such as attrib.methods.iba.IBA")
     try:
-        what = hydra.utils.get_object(target)
+        what = hydra.utils.get_object(MOVED.get(path, path))
     except Exception as error:  # importing a user's module can raise anything
-        raise UserError(f"{where}: cannot import _target_ {target}: {error}") from error
+        raise UserError(f"{where}: cannot import _target_ {path}: {error}") from error
     if not callable(what):
-        raise UserError(f"{where}: _target_ {target} is {type(what).__name__}, not a class or function")
+        raise UserError(f"{where}: _target_ {path} is {type(what).__name__}, not a class or function")
+    return what
+
+
+def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What a node's ``_target_`` names, and the node with its fields, and those of nodes in it, as their types want."""
+    what = target(node, where)
     checked = {k: _checked(v, f"{where}: {k}")[1] if _is_node(v) else v for k, v in node.items()}
     try:
         parameters = inspect.signature(what).parameters
@@ -156,8 +141,15 @@ def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]
             if field in hints and not _is_node(value) and not sloppy:
                 checked[field] = _field(f"{where}: {field}", hints[field], value)
         elif len(named) == len(parameters):
-            raise UserError(f"{where}: {_known(target, field, named)}")
+            raise UserError(f"{where}: {_known(str(node['_target_']), field, named)}")
     return what, checked
+
+
+def _where_it_is_now(node: Any) -> Any:
+    """A node, and the nodes in it, with the paths of classes that have moved (``MOVED``) replaced."""
+    if not isinstance(node, Mapping):
+        return node
+    return {k: MOVED.get(v, v) if k == "_target_" else _where_it_is_now(v) for k, v in node.items()}
 
 
 def build(node: Node, where: str) -> Any:
@@ -168,7 +160,7 @@ def build(node: Node, where: str) -> Any:
     """
     _, checked = _checked(node, where)
     try:
-        return hydra.utils.instantiate(checked, _convert_="all")
+        return hydra.utils.instantiate(_where_it_is_now(checked), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
@@ -177,6 +169,13 @@ def build(node: Node, where: str) -> Any:
             raise UserError(f"{where}: {cause}") from error
         raise UserError(f"{where}: {node['_target_']} cannot be built: {type(cause).__name__}: {cause}") from error
 
+
+# Paths that YAML files of earlier versions name, and where the classes are now.
+MOVED = {
+    "attrib.methods.covariance.Covariance": "attrib.methods.parts.covariance.Covariance",
+    "attrib.methods.statistics.FeatureStatistics": "attrib.methods.parts.statistics.FeatureStatistics",
+    "attrib.methods.wgan.WGAN": "attrib.methods.parts.wgan.WGAN",
+}
 
 # What a part of an experiment must have; see the protocols in the packages of the same names.
 MEMBERS = {
@@ -191,6 +190,12 @@ MEMBERS = {
 
 def _build_as(part: str, node: Node, where: str) -> Any:
     made = build(node, where)
+    if part != "dataset" and not dataclasses.is_dataclass(made):
+        raise UserError(
+            f"{where}: {node['_target_']} must be a frozen dataclass, whose fields are what the YAML may set and what "
+            "tells its results from others: write @dataclass(frozen=True) above the class (docs/how-to/add-a-"
+            f"{part}.md)"
+        )
     missing = [name for name in MEMBERS[part] if not hasattr(made, name)]
     if missing:
         raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}")
@@ -214,7 +219,7 @@ def _filled(given: Node, known: Node) -> dict[str, Any]:
     return full
 
 
-def with_input(config: Node) -> Node:
+def with_input(config: Node, where: str = "model") -> Node:
     """The configuration without nulls in ``model.input``.
 
     They stand for what the library that the net comes from says of its weights. The nulls that
@@ -223,7 +228,7 @@ def with_input(config: Node) -> Node:
 
     Raises UserError that names the fields of which the library says nothing.
     """
-    model, where = config["model"], _where(config, "model")
+    model = config["model"]
     given = model.get("input")
     if not isinstance(given, Mapping):
         raise UserError(
@@ -309,34 +314,39 @@ def example(dataset: Dataset) -> Tensor:
     raise UserError("no sample of the dataset can be read")
 
 
-def _where(config: Node, part: str) -> str:
-    return f"configs/{part}/{config[part].get('name', part)}.yaml"
+Files = Mapping[str, str]  # part -> the file it was composed from
 
 
-def completed(config: Node) -> Node:
+def _where(config: Node, part: str, files: Files) -> str:
+    """How messages call a part: by its file, or, where that is not known, by its name."""
+    return files.get(part) or f"{part} {config[part].get('name', '')}".rstrip()
+
+
+def completed(config: Node, files: Files = types.MappingProxyType({})) -> Node:
     """The configuration with what it leaves to the checkpoint and to the net's library. Raises UserError."""
-    return with_input(with_checkpoint(config, _where(config, "model")))
+    where = _where(config, "model", files)
+    return with_input(with_checkpoint(config, where), where)
 
 
-def experiment(config: Node) -> Experiment:
+def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Experiment:
     """All objects of one cell, from a plain, resolved configuration (see configs/run.yaml).
+
+    files   the files that its parts were composed from, for messages
 
     Raises UserError for anything that a person wrote wrong.
     """
     for part in ("dataset", "model", "method", "run"):
         if not isinstance(config.get(part), Mapping):
-            raise UserError(f"no {part} chosen; add {part}=... (see configs/{part}/)")
+            raise UserError(f"no {part} chosen: add {part}=NAME (attrib list {part}s)")
     options = options_of(config["run"])
-    config = completed(config)
+    config = completed(config, files)
     data, method_node = config["dataset"], config["method"]
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
     reserved = ("name", "target", "select", "estimation")
-    where = {part: _where(config, part) for part in names}
-    method = _build_as("method", _without(method_node, "name"), where["method"])
+    where = {part: _where(config, part, files) for part in names}
+    method = _build_as("method", _without(method_node, "name", "modalities"), where["method"])
     metrics = {
-        name: _build_as("metric", node, f"configs/metric/{name}.yaml")
-        for name, node in (config.get("metric") or {}).items()
-        if node
+        name: _build_as("metric", node, f"metric {name}") for name, node in (config.get("metric") or {}).items() if node
     }
     dataset = _build_as("dataset", _without(data, *reserved), where["dataset"])
     model = classifier(config["model"], options, where["model"], dataset)
@@ -362,11 +372,22 @@ def experiment(config: Node) -> Experiment:
         seed=_field("seed", int, config.get("seed", 0)),
         config=_without(config, "run", "paper"),
     )
+    _check_modality(method_node, cell)
     for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
         model.path(role)
     if isinstance(dataset, TextDataset):
         check_encoder(dataset.encoder, model, config["model"].get("checkpoint"), where["model"])
     return cell
+
+
+def _check_modality(node: Node, cell: Experiment) -> None:
+    """Raises UserError for a method whose values are meant for other data (``modalities`` of its preset)."""
+    meant, holds = node.get("modalities"), cell.dataset.modality
+    if meant and holds not in meant:
+        raise UserError(
+            f"method {cell.names['method']} has the values for {' and '.join(meant)} data, but dataset "
+            f"{cell.names['dataset']} holds {holds}; attrib list methods shows what fits"
+        )
 
 
 def _selection(node: Node, where: str) -> Selection:
@@ -376,9 +397,9 @@ def _selection(node: Node, where: str) -> Selection:
 
 
 def options_of(node: Node) -> Options:
-    """The ``run`` node: how to compute, never what."""
+    """The ``run`` node: settings that change speed and storage, never results. Raises UserError."""
     known, hints = list(inspect.signature(Options).parameters), get_type_hints(Options)
     for field in node:
         if field not in known:
-            raise UserError(f"configs/run: {_known('run', field, known)}")
+            raise UserError(_known("run", field, known))
     return Options(**{field: _field(f"run.{field}", hints[field], value) for field, value in node.items()})

@@ -93,20 +93,21 @@ def _line(entry: Entry, ours: Mapping[str, Any], what: Wanted) -> dict[str, Any]
 
 
 def _command(arguments: Sequence[str]) -> str:
-    return shlex.join(["python", "tools/run.py", *arguments])
+    return shlex.join(["attrib", "run", *arguments])
 
 
 # Recognising ---------------------------------------------------------------------------------------------
 
 
 def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
-    config, where = configuration(preset, job), f"configs/paper/{preset.name}.yaml"
+    composition, where = configuration(preset, job), f"configs/paper/{preset.name}.yaml"
+    config: Mapping[str, Any] = composition.values
     why = ""
     try:
-        config = completed(config)
+        config = completed(config, composition.files)
     except UserError as error:  # a checkpoint that is not trained yet
         why = str(error)
-    method = build({k: v for k, v in config["method"].items() if k != "name"}, f"{where}: method")
+    method = build({k: v for k, v in config["method"].items() if k not in ("name", "modalities")}, f"{where}: method")
     metrics = {name: build(node, f"{where}: {name}") for name, node in (config.get("metric") or {}).items() if node}
     own = dict.fromkeys(method.COLUMNS)
     return Wanted(

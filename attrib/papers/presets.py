@@ -15,17 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from attrib.config.objects import resolved
+from attrib.config.compose import Composition, Override, compose, compose_node, parse_overrides
 from attrib.types import UserError
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 FULL, TINY = "full", "tiny"
 FIELDS = ("title", "source", "place", "note", "size", "tolerance", "columns", "rows", "tiny")
 HOW = ("run", "hydra", "paper")  # overrides of these never choose rows or columns
@@ -84,26 +78,20 @@ class Preset:
         """The overrides of every run that the table needs."""
         return list(dict.fromkeys(entry.overrides for entry in self.entries))
 
-    def arguments(self, overrides: Sequence[str]) -> list[str]:
-        """For tools/run.py: what computes one of the ``jobs``."""
+    def overrides(self, job: Sequence[str]) -> list[str]:
+        """For ``attrib run``: what computes one of the ``jobs``."""
+        return [f"paper={self.name}", *job, *self.how]
+
+    def arguments(self, job: Sequence[str]) -> list[str]:
+        """``overrides``, and where the preset lies."""
         more = ["--config-dir", str(self.folder)] if self.folder else []
-        return [*more, f"paper={self.name}", *overrides, *self.how]
+        return [*more, *self.overrides(job)]
 
     @property
     def all_arguments(self) -> list[str]:
         """For tools/run.py: what computes all jobs."""
         size = [] if self.size == FULL else [f"paper.size={self.size}"]
         return ["-m", *self.arguments([*size, *self.changed])]
-
-
-def composed(overrides: Sequence[str], folder: Path | None = None) -> DictConfig:
-    """What tools/run.py would get; ``folder`` is Hydra's --config-dir. Raises UserError for what Hydra refuses."""
-    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("run", [*overrides, *more])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{shlex.join(overrides)}: {error}") from error
 
 
 def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Preset:
@@ -116,8 +104,10 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     Raises UserError that names the file and the field.
     """
     where = f"configs/paper/{name}.yaml"
-    given = _parsed(overrides, "command line")
-    node = composed([f"paper={name}", *(o for o in overrides if o.startswith("paper."))], folder).get("paper")
+    given = parse_overrides(overrides)
+    node = compose_node("run", [f"paper={name}", *(o for o in overrides if o.startswith("paper."))], folder).get(
+        "paper"
+    )
     node = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
     if not node.get("rows") or not node.get("columns") or not node.get("title"):
         raise UserError(f"{where} is not a table: it needs paper.title, paper.rows and paper.columns")
@@ -130,7 +120,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     what = {key: o for key, o in given.items() if key.split(".")[0].lstrip("+~") not in HOW}
     rows = _chosen([_row(where, label, line, node) for label, line in node["rows"].items()], what, where)
     columns = _chosen([_column(where, label, line) for label, line in node["columns"].items()], what, where)
-    forced = {**(_parsed(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
+    forced = {**(parse_overrides(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
     for column in columns:
         forced = _open(forced, column)
     entries = []
@@ -150,20 +140,12 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     return Preset(name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size)
 
 
-def _parsed(overrides: Sequence[str], where: str) -> dict[str, Override]:
-    """``["model=vgg16", "~metric"]`` by key; Raises UserError for what is not an override."""
-    try:
-        return {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides))}
-    except HydraException as error:
-        raise UserError(f"{where}: {error}") from error
-
-
 def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> Line:
     at = f"{where}: rows: {label}"
     line = _fields(at, {"with": line} if isinstance(line, str) else line, ("with", "map", "published"))
     published = _fields(f"{at}: published", line.get("published") or {}, tuple(node["columns"]))
     values = {column: _published(f"{at}: {column}", value, node) for column, value in published.items()}
-    overrides = _parsed(shlex.split(line.get("with") or ""), at)
+    overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(values.values()) and any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a row of several values cannot have one published value; write a row for each")
     return Line(label, overrides, line.get("map") or "", values)
@@ -174,7 +156,7 @@ def _column(where: str, label: str, line: Any) -> Line:
     line = _fields(at, {"score": line} if isinstance(line, str) else line, ("score", "with"))
     if str(line.get("score")).count(".") != 1:
         raise UserError(f"{at}: score must be METRIC.COLUMN, such as ehr.ehr, not {line.get('score')!r}")
-    overrides = _parsed(shlex.split(line.get("with") or ""), at)
+    overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a column has one value; write a column for each")
     return Line(label, overrides, line["score"])
@@ -238,7 +220,7 @@ def _swept(row: Line, forced: Pairs) -> Iterator[tuple[str, dict[str, Override]]
         label, single = row.label, [f"{pairs[k].get_key_element()}={v}" for k, v in zip(named, values)]
         for key, value in zip(named, values):
             label = label.replace("{}", value, 1) if "{}" in label else f"{label} ({key.rpartition('.')[2]}={value})"
-        yield label, {**pairs, **_parsed(single, row.label)}
+        yield label, {**pairs, **parse_overrides(single, row.label)}
 
 
 def _is_sweep(override: Override | None) -> bool:
@@ -250,6 +232,6 @@ def _written(pairs: Pairs) -> tuple[str, ...]:
     return tuple(o.input_line for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))
 
 
-def configuration(preset: Preset, overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain configuration of one of a preset's jobs."""
-    return resolved(composed([f"paper={preset.name}", *overrides], preset.folder))
+def configuration(preset: Preset, job: Sequence[str]) -> Composition:
+    """One of a preset's jobs, composed."""
+    return compose("run", [f"paper={preset.name}", *job], preset.folder)

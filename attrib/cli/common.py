@@ -1,0 +1,91 @@
+"""What several subcommands share: how errors end, how a grid is gone through, how tables are printed."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from attrib.config.compose import CommandLine, Composition, compose
+from attrib.process import exit_status
+from attrib.process.memory import keep_freed_memory
+from attrib.process.signals import LEFT, Interrupted, watching
+from attrib.types import UserError
+
+
+def prepare() -> None:
+    """For a process that computes: log lines on the terminal, and memory that is kept once it was got."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("attrib").setLevel(logging.INFO)
+    keep_freed_memory()
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit status of a subcommand that reads or writes files: 2 with one line for what a person can put right."""
+    try:
+        return work()
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        return exit_status.told(error if isinstance(error, UserError) else UserError(str(error)))
+    except KeyboardInterrupt:
+        return 130
+
+
+def grid(name: str, args: argparse.Namespace, compute: Callable[[Composition], int]) -> int:
+    """``compute`` for every cell of a command line; the worst exit status.
+
+    A cell that fails, or cannot even be composed, does not stop the others; being told to stop does.
+    name   the primary configuration: run, sanity, graph, train
+    """
+    with watching() as stop:
+        try:
+            with stop.at_once():
+                line = CommandLine.of(args.overrides, args.config_dir, getattr(args, "multirun", False))
+                return each(name, line, line.cells(), compute, show=bool(args.cfg))
+        except UserError as error:
+            return exit_status.told(error)
+        except Interrupted as stopped:
+            print(f"{stopped}; the same command goes on", flush=True)
+            return LEFT
+
+
+def each(
+    name: str,
+    line: CommandLine,
+    cells: Sequence[Sequence[str]],
+    compute: Callable[[Composition], int],
+    *,
+    show: bool = False,
+) -> int:
+    """As ``grid``, of these cells. Raises Interrupted."""
+    statuses = []
+    for overrides in cells:
+        try:
+            composition = compose(name, overrides, line.folder)
+            if show:
+                print(OmegaConf.to_yaml(OmegaConf.create(composition.values)), end="")
+                continue
+            statuses.append(compute(composition))
+        except Exception as error:
+            statuses.append(exit_status.told(error))
+        if statuses[-1] == LEFT:
+            return LEFT
+    return exit_status.worst(statuses)
+
+
+def console(*, apart: bool = False) -> Console:
+    """The terminal, or a stand-in for a file or a pipe (``apart``): a table must never be folded for one."""
+    return Console(file=io.StringIO(), width=400) if apart or not sys.stdout.isatty() else Console()
+
+
+def printed(console: Console) -> str:
+    """What was written to a stand-in; "" of a terminal, where it stands already."""
+    if not isinstance(console.file, io.StringIO):
+        return ""
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())

@@ -1,0 +1,254 @@
+"""From a command line to composed configurations: the only module that asks Hydra to compose one.
+
+A command line is options (``-m``, ``--config-dir``) and *overrides*: ``method=iba`` chooses the file
+``method/iba.yaml``, ``method.beta=20`` sets a field. Hydra accepts more than attrib reads, and explains what it does
+not accept at length; here both end in one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from attrib.config.places import checked_folder, configs, presets, shown
+from attrib.types import UserError, did_you_mean
+
+__all__ = [
+    "CommandLine",
+    "Composition",
+    "Override",
+    "RangeSweep",
+    "compose",
+    "compose_node",
+    "parse_overrides",
+    "plain",
+    "resolved",
+]
+
+HIDDEN = ("_target_", "_convert_", "name")  # fields of presets that nobody sets on a command line
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+def parse_overrides(overrides: Sequence[str], where: str = "command line") -> dict[str, Override]:
+    """``["model=vgg16", "~metric"]`` by what they set. Raises UserError for what is not an override."""
+    found: dict[str, Override] = {}
+    for text in overrides:
+        try:
+            [override] = OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            why = str(error).splitlines()[0] if "=" in text else "expected KEY=VALUE"
+            raise UserError(f"{where}: {text!r} is not understood: {why}") from error
+        found[override.key_or_group] = override
+    return found
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What follows a subcommand that composes configurations.
+
+    multirun    ``-m``: overrides may list several values, and the command computes every combination
+    folder      ``--config-dir``: configurations beside attrib's own
+    overrides   by the key or group that they set, in the order in which they were given
+    """
+
+    multirun: bool
+    folder: Path | None
+    overrides: Mapping[str, Override]
+
+    @classmethod
+    def of(cls, overrides: Sequence[str], folder: Path | None = None, multirun: bool = False) -> CommandLine:
+        """Raises UserError for what is not an override, and for several values without ``-m``."""
+        line = cls(multirun, checked_folder(folder), parse_overrides(overrides))
+        for override in line.overrides.values():
+            if override.is_sweep_override() and not multirun:
+                raise UserError(f"{override.input_line} has several values; add -m to run them one after the other")
+        return line
+
+    def with_override(self, text: str) -> CommandLine:
+        return dataclasses.replace(self, overrides={**self.overrides, **parse_overrides([text])})
+
+    @property
+    def sweeps(self) -> bool:
+        return any(o.is_sweep_override() for o in self.overrides.values())
+
+    def cells(self, without: Sequence[str] = ()) -> list[tuple[str, ...]]:
+        """The overrides of every combination of values, without those of some keys; the last one varies fastest."""
+        ways = []
+        for key, override in self.overrides.items():
+            if key not in without:
+                name, many = override.get_key_element(), override.is_sweep_override()
+                values = [f"{name}={value}" for value in override.sweep_string_iterator()] if many else []
+                ways.append(values or [str(override.input_line)])
+        return list(itertools.product(*ways))
+
+    def values(self, key: str) -> list[str] | None:
+        """What is given for ``key``, or None."""
+        override = self.overrides.get(key)
+        if override is None:
+            return None
+        return list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
+
+
+# ---- composing ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed configuration.
+
+    values   plain, with nothing left to resolve
+    files    part -> the file it was chosen from, for messages: ``{"method": "configs/method/iba.yaml"}``
+    """
+
+    values: dict[str, Any]
+    files: Mapping[str, str]
+
+
+def compose(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Composition:
+    """The configuration ``name`` (run, sanity, graph, train) with these overrides.
+
+    folder   more configurations (``--config-dir``)
+
+    Raises UserError that names the override or the missing value.
+
+    >>> compose("run", ["method=random", "run.limit=2"]).values["run"]["limit"]
+    2
+    """
+    return plain(compose_node(name, overrides, folder), folder)
+
+
+def plain(config: DictConfig, folder: Path | None = None) -> Composition:
+    """What ``compose_node`` gave, resolved. Raises UserError."""
+    files = {}
+    for group, choice in config.hydra.runtime.choices.items():
+        if isinstance(choice, str) and (path := presets(group, folder).get(choice)):
+            files[group] = shown(path)
+    return Composition(resolved(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])), files)
+
+
+def compose_node(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> DictConfig:
+    """As ``compose``: unresolved, and with the node ``hydra``."""
+    given, base = parse_overrides(overrides), _base(name)
+    for key, override in given.items():
+        _check(key, override, base, folder)
+    nothing = [k for k, o in given.items() if k in base.groups and not o.is_delete() and o.value() is None]
+    lines = [_for_hydra(o, folder) for key, o in given.items() if key not in nothing]  # Hydra refuses paper=null
+    config = _composed(name, lines, folder)
+    for key in config:
+        if key not in (*base.keys, "hydra"):
+            hint = 'a file that sets what others read begins with the line "# @package _global_"'
+            raise UserError(f"nothing reads {key!r}, which the configuration holds now; {hint}")
+    return config
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain values. Raises UserError if a value is missing, or stands for one that is."""
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except InterpolationKeyError as error:
+        if isinstance(config.get("model"), DictConfig) and "model.input" in str(error):
+            name, image = (config[part].get("name", part) for part in ("model", "dataset"))
+            raise UserError(
+                f"dataset {image} holds images, and model {name} does not say how it wants them (model.input): "
+                "is it for texts or sounds?"
+            ) from error
+        raise UserError(str(error).splitlines()[0]) from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} has no value: add {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+class _Base(NamedTuple):
+    """What a primary configuration holds by itself: its keys, its groups and their defaults, and fields of ``run``."""
+
+    keys: tuple[str, ...]
+    groups: Mapping[str, Any]
+    fields: tuple[str, ...]
+
+
+def _base(name: str) -> _Base:
+    node = OmegaConf.to_container(OmegaConf.load(configs() / f"{name}.yaml"))
+    assert isinstance(node, dict)
+    items = node.pop("defaults")
+    groups = {str(k): v for item in items if isinstance(item, Mapping) for k, v in item.items()}
+    keys = dict.fromkeys([*groups, *map(str, node)])
+    whole = OmegaConf.load(configs() / "run" / "default.yaml") if "run" in groups else node.get(name) or {}
+    fields = [f"{'run' if 'run' in groups else name}.{field}" for field in whole]
+    for other in (_base(item) for item in items if isinstance(item, str) and item != "_self_"):
+        groups, keys, fields = {**other.groups, **groups}, dict.fromkeys([*other.keys, *keys]), [*other.fields, *fields]
+    return _Base(tuple(k for k in keys if k != "hydra" and "/" not in k and " " not in k), groups, tuple(fields))
+
+
+def _check(key: str, override: Override, base: _Base, folder: Path | None) -> None:
+    """Raises UserError for an override that sets what nobody reads, or chooses what there is not."""
+    text, group = override.input_line, key.split("@")[0]
+    known = presets(group, folder)
+    if known and "." not in group:
+        value = None if override.is_delete() else override.value()
+        if isinstance(value, list) and not isinstance(base.groups.get(group), list):
+            each = ",".join(map(str, value))
+            raise UserError(f"{text}: {group} takes one name; -m {group}={each} runs them one after the other")
+        if value is None and not override.is_delete() and base.groups.get(group) is not None:
+            raise UserError(f"{text}: {group} takes a name (there are: {', '.join(known)})")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and one not in known:
+                hint = did_you_mean(one, known)
+                raise UserError(f"there is no {group} {one!r}{hint} (there are: {', '.join(known)})")
+        return
+    top = re.split("[./@]", key)[0]
+    if top in (*base.keys, "hydra"):
+        return
+    near = [field for field in base.fields if field.endswith(f".{key}")]
+    hint = f"; did you mean {near[0]!r}?" if near else did_you_mean(key, [*base.keys, *base.fields])
+    raise UserError(f"{text}: nothing reads {top!r}{hint} (there are: {', '.join(base.keys)})")
+
+
+def _for_hydra(override: Override, folder: Path | None) -> str:
+    """``+key=value`` sets a field whether or not it is there; Hydra would refuse one that is."""
+    line = str(override.input_line)
+    return f"+{line}" if override.is_add() and not presets(override.key_or_group, folder) else line
+
+
+def _composed(name: str, lines: Sequence[str], folder: Path | None) -> DictConfig:
+    more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    try:
+        with initialize_config_dir(str(configs()), version_base="1.3"):
+            return hydra.compose(name, [*lines, *more], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explained(error, name, lines, folder)) from error
+
+
+def _explained(error: Exception, name: str, lines: Sequence[str], folder: Path | None) -> str:
+    """What Hydra refuses, in one sentence."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"You must specify '([^']*)'", text):
+        return f"no {found[1]} chosen: add {found[1]}=NAME (there are: {', '.join(presets(found[1], folder))})"
+    if found := re.search(r"Could not (?:override|delete from config|append to config)[^']*'([\w.]+)\.(\w+)'", text):
+        path, choices = f"{found[1]}.{found[2]}".split("."), [o for o in lines if "." not in o.split("=")[0]]
+        node: Any = _composed(name, choices, folder)
+        for depth, field in enumerate(path):
+            if not isinstance(node, DictConfig) or field not in node:
+                fields = [str(k) for k in node if k not in HIDDEN] if isinstance(node, DictConfig) else []
+                known = f" (fields: {', '.join(fields)})" if fields else ""
+                return f"{'.'.join(path[:depth])} has no field {field!r}{did_you_mean(field, fields)}{known}"
+            node = node.get(field)
+    return f"{shlex.join(lines)}: {text}"

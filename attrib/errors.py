@@ -1,0 +1,31 @@
+"""The two kinds of failure, and the hint that a message about an unknown name ends with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can put right.
+
+    The tools print the message alone, without a traceback, so it must name the file, field or
+    sample and say what to do.
+    """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The hint that a message about an unknown name ends with; "" where no known name is near.
+
+    >>> did_you_mean("gradcam", ["iba", "grad_cam"])
+    "; did you mean 'grad_cam'?"
+    """
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class SampleError(Exception):
+    """One sample cannot be used (unreadable file, no region of interest, NaN map).
+
+    It goes to the failure ledger and the run goes on; see ``attrib.running.run``.
+    """
