@@ -73,18 +73,19 @@ def _cell(config: DictConfig) -> tuple[int, Summary | None, str]:
 )
 def one(config: DictConfig) -> None:
     global status
-    if submission.in_task():
-        submission.begin()
-        exit_status.ready()
     try:
-        code, summary, said = _cell(config)
+        code, _, _ = _cell(config)
     except Exception as error:
-        code, summary, said = exit_status.told(error), None, f"{type(error).__name__}: {error}"
+        code = exit_status.told(error)
     status = exit_status.worst((status, code))
-    if submission.in_task():
-        submission.hand_in(code, summary, said)
     if code == LEFT:
         sys.exit(LEFT)  # ends a grid as a whole
+
+
+def compute_task(overrides: Sequence[str], folder: Path | None) -> tuple[int, Summary | None, str]:
+    """What a task of a Slurm array computes (``attrib.cluster.task.Compute``)."""
+    exit_status.ready()
+    return _cell(presets.composed(overrides, folder))
 
 
 def commands(arguments: Sequence[str]) -> list[list[str]]:
@@ -125,9 +126,10 @@ def _launched(tool: str, arguments: Sequence[str]) -> int | None:
         about = slurm.estimate(grid, slurm.plans(grid))
         print(slurm.script(grid, sys.executable, str(Path(tool).resolve()), Path.cwd(), about), end="")
         return 0
-    submission.check()
+    from attrib.cli.run import compute_task  # by the name under which a task finds it: this module may be __main__
+
     with watching() as stop:
-        return submission.submit(one, grid.root, stop)
+        return submission.submit(grid, compute_task, stop)
 
 
 def main() -> None:

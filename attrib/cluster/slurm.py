@@ -26,12 +26,11 @@ from attrib.papers.presets import CONFIGS, composed
 from attrib.running.plan import Plan, plan
 from attrib.types import UserError
 
-LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 SHARD, SHARDS, DRY = "run.shard", "run.shards", "run.dry"
-# Of the launcher's fields (configs/hydra/launcher/slurm.yaml), what sbatch calls them; others keep their names.
+# What sbatch calls some of the fields of configs/hydra/launcher/slurm.yaml; the others keep their names.
 SBATCH = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}
 NOT_SBATCH = (
-    *("_target_", "submitit_folder", "max_num_timeout", "signal_delay_s", "array_parallelism"),
+    *("submitit_folder", "max_num_timeout", "signal_delay_s", "array_parallelism"),
     *("stderr_to_stdout", "additional_parameters", "setup", "teardown"),
 )
 
@@ -61,7 +60,7 @@ class Line:
                 name = override.get_key_element()
                 ways.append([f"{name}={value}" for value in override.sweep_string_iterator()])
             else:
-                ways.append([override.input_line])
+                ways.append([str(override.input_line)])
         return list(itertools.product(*ways))
 
     def values(self, key: str) -> list[str] | None:
@@ -104,7 +103,7 @@ def with_shards(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     sweep = shard.value()
     if shard.is_range_sweep() and isinstance(sweep, RangeSweep) and (sweep.start, sweep.step) == (0, 1):
-        return [*arguments, f"{SHARDS}={int(sweep.stop)}"]
+        return [*arguments, f"{SHARDS}={int(sweep.stop or 0)}"]
     raise UserError(f"{shard.input_line}: of how many? Add run.shards=N, or say run.shard=range(N) for all of them")
 
 
@@ -125,6 +124,11 @@ class Grid:
         """The array's indices: shard + shards · cell."""
         return [cell * self.shards + shard for cell in range(len(self.cells)) for shard in self.chosen]
 
+    @property
+    def overrides(self) -> list[list[str]]:
+        """Of each of the ``tasks``."""
+        return [[*cell, f"{SHARDS}={self.shards}", f"{SHARD}={i}"] for cell in self.cells for i in self.chosen]
+
 
 def grid(arguments: Sequence[str], environment: Mapping[str, str]) -> Grid | None:
     """What a command line wants from Slurm; None if it does not ask for Slurm (``run=slurm``), or Hydra will complain.
@@ -136,9 +140,11 @@ def grid(arguments: Sequence[str], environment: Mapping[str, str]) -> Grid | Non
         return None
     cells = line.cells()
     config = _composed(cells[0], line.folder)
-    if config is None or config.hydra.launcher.get("_target_") != LAUNCHER:
+    if config is None or "submitit_folder" not in config.hydra.launcher:
         return None
-    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    node = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(node, dict)
+    launcher = {str(name): value for name, value in node.items()}
     if launcher.get("nodes", 1) != 1 or launcher.get("tasks_per_node", 1) != 1:
         raise UserError(
             "hydra.launcher: nodes and tasks_per_node must be 1; a task is one process with one GPU: take more shards"
@@ -204,8 +210,8 @@ def _hours(seconds: float) -> str:
 def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
     """Lines for people: what is missing, and what it will cost."""
     lines = [text for work in found for text in str(work).splitlines()]
-    known = [seconds_due(work) for work in found]
-    if None in known:
+    known = [seconds for work in found if (seconds := seconds_due(work)) is not None]
+    if len(known) < len(found):
         return [*lines, "no time recorded yet for some of this: run it once with run.limit=16, and ask again"]
     launcher, tasks = wanted.launcher, len(wanted.tasks)
     total = sum(known) * len(wanted.chosen) / wanted.shards
