@@ -109,7 +109,7 @@ def with_shards(arguments: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a cluster is to do: every shard of ``chosen`` of every cell, and what a job asks for (``launcher``)."""
+    """What a cluster is to compute: the shards ``chosen`` of every cell; and what a job asks for (``launcher``)."""
 
     cells: tuple[tuple[str, ...], ...]
     shards: int
@@ -126,7 +126,7 @@ class Grid:
 
     @property
     def overrides(self) -> list[list[str]]:
-        """Of each of the ``tasks``."""
+        """The overrides of each of the ``tasks``."""
         return [[*cell, f"{SHARDS}={self.shards}", f"{SHARD}={i}"] for cell in self.cells for i in self.chosen]
 
 
@@ -195,7 +195,7 @@ def plans(wanted: Grid) -> list[Plan]:
 
 
 def seconds_due(work: Plan) -> float | None:
-    """Seconds of one process for what is missing, from what is recorded; None if nothing is recorded for some of it."""
+    """Seconds that one process needs for what is missing, by recorded times; None if some of it has none."""
     parts = [(len(work.uids) - len(work.present), work.seconds)]
     parts += [(len(work.uids) - len(done), work.score_seconds.get(name)) for name, done in work.scored.items()]
     if any(due and each is None for due, each in parts):
@@ -208,7 +208,7 @@ def _hours(seconds: float) -> str:
 
 
 def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
-    """Lines for people: what is missing, and what it will cost."""
+    """What is missing and what it will cost, in lines to print."""
     lines = [text for work in found for text in str(work).splitlines()]
     known = [seconds for work in found if (seconds := seconds_due(work)) is not None]
     if len(known) < len(found):
@@ -219,11 +219,13 @@ def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
     kind = "GPU" if any(launcher.get(name) for name in ("gpus_per_node", "gres", "gpus_per_task")) else "CPU"
     lines.append(
         f"about {total / 3600:.2f} {kind} hours: {tasks} tasks of about {_hours(total / tasks)}, {together} at a time, "
-        f"{_hours(total / together)} in all; what was recorded elsewhere is a guess here, and start-up is not counted"
+        f"{_hours(total / together)} in all; times recorded on another machine are a guess here; start-up is not counted"
     )
     limit = launcher.get("timeout_min")
     if limit and total / tasks > 60 * limit:
-        lines.append(f"a task is longer than its {limit} minutes: it is requeued and goes on; more shards avoid that")
+        lines.append(
+            f"a task takes longer than its {limit} minutes: it is requeued and goes on; more shards avoid that"
+        )
     return lines
 
 

@@ -29,8 +29,6 @@ from attrib.types import UserError
 if TYPE_CHECKING:
     from attrib.cluster.task import Compute
 
-PATIENCE = 10.0  # seconds that a file of another machine may take to be seen here (NFS)
-
 
 # ---- submitting --------------------------------------------------------------------------------
 
@@ -57,7 +55,7 @@ def submit(wanted: Grid, compute: Compute, stop: Stop) -> int:
         with stop.held():  # between sbatch's answer and printing it nothing may be lost
             tasks = submit_array(wanted, compute)
             array = tasks[0].id.split("_")[0]
-            print(f"submitted {len(tasks)} tasks, job {array}; logs: {tasks[0].log.parent}")
+            print(f"submitted {len(tasks)} task{'s' * (len(tasks) > 1)}, job {array}; logs: {tasks[0].log.parent}")
             print(f"to watch them: attrib status {wanted.root}; to stop them: scancel {array}", flush=True)
         with stop.at_once():
             wait(array)
@@ -125,8 +123,11 @@ def wait(array: str, shortest: float = 2.0, longest: float = 30.0) -> None:
 Outcome = Mapping[str, Any]  # what a task's status file holds
 
 
-def read_outcomes(tasks: Sequence[Task], patience: float = PATIENCE) -> list[Outcome | None]:
-    """What each task wrote at its end; None for one that was killed before it could."""
+def read_outcomes(tasks: Sequence[Task], patience: float = 10.0) -> list[Outcome | None]:
+    """What each task wrote at its end; None for one that was killed before it could.
+
+    patience   seconds that a file of another machine may take to be seen here (NFS)
+    """
     until = time.monotonic() + patience
     while not all(task.file.exists() for task in tasks) and time.monotonic() < until:
         time.sleep(0.5)
@@ -150,7 +151,7 @@ def describe(tasks: Sequence[Task], outcomes: Sequence[Outcome | None]) -> str:
     counts = Counter(None if o is None else o["status"] for o in outcomes)
     parts = [f"{n} {words.get(s, f'ended with status {s}')}" for s, n in counts.items() if s is not None]
     if killed := counts[None]:
-        work += f" (without what {killed} killed task{'s' if killed > 1 else ''} did)"
+        work += f" (without what {killed} killed task{'s' * (killed > 1)} did)"
         parts.append(f"{killed} killed, cancelled or unable to start")
     lines = [work, f"tasks: {', '.join(parts)}"]
     errors = [(task, o["said"] if o else "killed") for task, o in zip(tasks, outcomes) if not o or o["status"]]

@@ -1,18 +1,18 @@
-"""What runs in a task of an array that ``submission`` submitted: one shard of one cell, and how it ended.
+"""What runs in a task of an array that ``submission`` submitted: one shard of one cell.
 
-submitit unpickles a :class:`Computation` there and calls it. It would report every task as COMPLETED that raised
-nothing, so a task leaves its exit status in a file beside its log, and ends with that status itself.
+submitit unpickles a :class:`Computation` there and calls it. The task leaves its exit status in a file beside its log
+and ends with that status; submitit knows only whether something was raised.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import submitit  # an extra, so import this module only where something is submitted, or was
+import submitit  # an extra: import this module only where tasks are submitted or run
 
 from attrib.process import exit_status
 from attrib.process.signals import leave
@@ -23,12 +23,9 @@ if TYPE_CHECKING:
     from attrib.running.loop import Summary
 
 
-class Compute(Protocol):
-    """Computes one cell. It is pickled by name, so it must be a function of an installed module."""
-
-    def __call__(self, overrides: Sequence[str], folder: Path | None, /) -> tuple[int, Summary | None, str]:
-        """folder: Hydra's --config-dir. Returns the exit status, what was done (None if nothing could be), and that
-        in words."""
+# Computes one cell, given its overrides and --config-dir; returns the exit status, what was done (None if nothing could
+# be), and that in words. It is pickled by name, so it must be a function of an installed module.
+Compute = Callable[[Sequence[str], Path | None], "tuple[int, Summary | None, str]"]
 
 
 def status_file(folder: Path, job: str) -> Path:
@@ -38,8 +35,8 @@ def status_file(folder: Path, job: str) -> Path:
 
 @dataclass(frozen=True)
 class Computation(submitit.helpers.Checkpointable):
-    """``compute`` as a task. When the time limit comes near, submitit requeues it (Checkpointable) as it was: the work
-    directory knows what is done."""
+    """``compute`` as a task. Near the time limit submitit requeues it as it was, because it is Checkpointable; the work
+    directory records what is done."""
 
     compute: Compute
 
@@ -47,7 +44,7 @@ class Computation(submitit.helpers.Checkpointable):
         """Ends the process."""
         job = submitit.JobEnvironment()
         file = status_file(job.paths.folder, job.job_id)
-        file.unlink(missing_ok=True)  # of a task that starts again, what it left before is no longer true
+        file.unlink(missing_ok=True)  # from before a requeue; this time the task may be killed
         try:
             status, summary, text = self.compute(overrides, folder)
         except Exception as error:
