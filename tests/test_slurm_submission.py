@@ -1,4 +1,4 @@
-"""Submitting, waiting and reading how the tasks ended: with stand-ins for sbatch and squeue."""
+"""Submitting, waiting, how the tasks ended, and what runs in one: with stand-ins for sbatch, squeue and scontrol."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny import command, tool
+from tiny import ROOT, command
 
-from attrib.cluster import submission
+from attrib.cli.run import compute_task
+from attrib.cluster import slurm, submission
 from attrib.cluster.submission import Task
 from attrib.process.signals import LEFT, watching
 from attrib.running.loop import Summary
 from attrib.types import UserError
 
 pytest.importorskip("submitit")
+
+from attrib.cluster import task as in_task
 
 
 @pytest.fixture
@@ -60,19 +64,19 @@ def tasks(folder: Path, *statuses: int | None) -> list[Task]:
 
 def test_what_slurm_still_has(stand_in, tmp_path):
     stand_in("squeue", 'echo "$@" >asked; printf "RUNNING\\nPENDING\\nRUNNING\\n"')
-    assert submission.queued(["7", "9"]) == Counter(RUNNING=2, PENDING=1)
-    assert "--jobs=7,9" in (tmp_path / "asked").read_text()
+    assert submission.count_states("7") == Counter(RUNNING=2, PENDING=1)
+    assert "--jobs=7" in (tmp_path / "asked").read_text()
     stand_in("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert submission.queued(["7"]) == Counter()
+    assert submission.count_states("7") == Counter()
     stand_in("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    assert submission.queued(["7"]) is None
+    assert submission.count_states("7") is None
 
 
 def test_waiting_ends_when_slurm_has_no_task_any_more(stand_in, tmp_path, capfd):
     answers = ["echo PENDING", "echo RUNNING", "exit 1", "echo RUNNING", "true"]
     stand_in("squeue", 'n=$(ls | grep -c turn); touch turn$n; case $n in\n' + "".join(
         f"{i}) {answer};;\n" for i, answer in enumerate(answers)) + "esac")  # fmt: skip
-    submission.wait(["7"], shortest=0.01)
+    submission.wait("7", shortest=0.01)
     lines = [line.split(" ", 1)[1] for line in capfd.readouterr().out.splitlines()]
     assert lines == ["1 pending", "1 running", "Slurm does not answer", "1 running"]
     assert len(list(tmp_path.glob("turn*"))) == 5
@@ -84,21 +88,21 @@ def test_waiting_ends_when_slurm_has_no_task_any_more(stand_in, tmp_path, capfd)
 def test_a_file_that_comes_late_is_waited_for(tmp_path):
     first, second, _ = made = tasks(tmp_path, None, 0, None)
     threading.Timer(0.3, lambda: first.file.write_text('{"status": 3}')).start()
-    found = submission.ended(made, 1.0)
+    found = submission.read_outcomes(made, 1.0)
     assert found[0] == {"status": 3}
     assert found[1]["status"] == 0
     assert found[2] is None
     second.file.unlink()
     first.file.unlink()
     start = time.monotonic()
-    assert submission.ended(made * 20, 0.2) == [None] * 60
+    assert submission.read_outcomes(made * 20, 0.2) == [None] * 60
     assert time.monotonic() - start < 5  # all are waited for together
 
 
 def outcome(folder: Path, *statuses: int | None) -> tuple[str, int]:
     made = tasks(folder, *statuses)
-    found = submission.ended(made, 0.2)
-    return submission.said(made, found), submission.worst(found)
+    found = submission.read_outcomes(made, 0.2)
+    return submission.describe(made, found), submission.worst_status(found)
 
 
 def test_all_done(tmp_path):
@@ -109,8 +113,8 @@ def test_all_done(tmp_path):
 
 def test_a_killed_task_is_named_with_its_log(tmp_path):
     text, status = outcome(tmp_path, 0, None, LEFT)
-    assert "24 maps, 0 scores, 3 left, 0 failed, and a killed task's" in text
-    assert "1 ended without a word" in text
+    assert "24 maps, 0 scores, 3 left, 0 failed (without what 1 killed task did)" in text
+    assert "1 killed, cancelled or unable to start" in text
     assert f"7_1: killed; {tmp_path / '7_1.log'}" in text
     assert "7_2: status 75" in text
     assert text.endswith("the same command computes what is missing")
@@ -136,7 +140,7 @@ def test_many_failures_are_not_all_listed(tmp_path):
 
 def test_without_the_extra_or_slurm(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'attrib\[slurm\]'"):
+    with pytest.raises(UserError, match=r"needs submitit: pip install 'attrib\[slurm\]'"):
         submission.check()
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -166,8 +170,10 @@ def test_the_tool_submits_one_array_and_reads_how_it_ended(stand_in, tmp_path, m
     subprocess.run(["bash", "-n", "script"], cwd=tmp_path, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "script", "work"}
     with (tmp_path / "work" / ".submitit" / "7" / "7_1_submitted.pkl").open("rb") as file:
-        overrides = pickle.load(file).args[0]
-    assert {"run.shard=1", "run.shards=3"} <= set(overrides)
+        work = pickle.load(file)
+    assert work.function == in_task.Computation(compute_task)
+    assert (work.args[0][-2:], work.args[1]) == (["run.shards=3", "run.shard=1"], ROOT / "tests" / "configs")
+    assert work._timeout_countdown == 1000
 
 
 def test_what_slurm_refuses_is_said(stand_in, tmp_path, monkeypatch, capfd):
@@ -180,78 +186,129 @@ def test_what_slurm_refuses_is_said(stand_in, tmp_path, monkeypatch, capfd):
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("given", ["timeout_min=null", "timeout_min=soon", "mem_gb=much", "+no_such=1"])
+def test_what_submitit_cannot_use_is_said(stand_in, tmp_path, monkeypatch, capfd, given):
+    for name in ("srun", "squeue", "sbatch"):
+        stand_in(name, "touch called")
+    override = f"+hydra.launcher.{given[1:]}" if given.startswith("+") else f"hydra.launcher.{given}"
+    result = command(monkeypatch, capfd)(*LINE, f"run.root={tmp_path / 'work'}", override)
+    assert result.status == 2
+    assert "error: " in result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_grid_is_one_array(stand_in, tmp_path):
+    stand_in("srun", "true")
+    stand_in("sbatch", 'grep array= "$1" >>arrays; echo Submitted batch job 7')
+    launcher = {"submitit_folder": str(tmp_path / "logs" / "%A"), "timeout_min": 5, "max_num_timeout": 2,
+                "array_parallelism": None}  # fmt: skip
+    grid = slurm.Grid((("method=iba",), ("method=random",)), 8, (1, 3), False, None, launcher, "work")
+    made = submission.submit_array(grid, compute)
+    assert [task.id for task in made] == ["7_0", "7_1", "7_2", "7_3"]
+    assert (tmp_path / "arrays").read_text() == "#SBATCH --array=0-3%4\n"
+    given = [pickle.loads((tmp_path / "logs" / "7" / f"{task.id}_submitted.pkl").read_bytes()).args for task in made]
+    assert given == [
+        ([method, "run.shards=8", shard], None)
+        for method in ("method=iba", "method=random")
+        for shard in ("run.shard=1", "run.shard=3")
+    ]
+
+
 def test_ctrl_c_leaves_the_tasks_to_slurm(stand_in, monkeypatch, tmp_path, capfd):
-    stand_in("squeue", "echo RUNNING")
-    made = tasks(tmp_path, 0)
+    for name, text in {"squeue": "echo RUNNING", "sbatch": "true", "srun": "true"}.items():
+        stand_in(name, text)
 
-    def launch() -> None:
+    def submit_array(*_: object) -> list[Task]:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        collected.extend(made)
+        return tasks(tmp_path, 0)
 
-    collected: list[Task] = []
-    monkeypatch.setattr(submission, "collected", lambda: watched(collected))
+    monkeypatch.setattr(submission, "submit_array", submit_array)
+    grid = slurm.Grid(((),), 1, (0,), False, None, {}, "work")
     start = time.monotonic()
     with watching() as stop, stop.at_once():
-        assert submission.submit(launch, "work", stop) == LEFT
+        assert submission.submit(grid, compute, stop) == LEFT
     assert time.monotonic() - start < 10
     assert "the tasks go on in Slurm. To stop them: scancel 7" in capfd.readouterr().out
-
-
-class watched:  # noqa: N801
-    """``collected`` with tasks that are known."""
-
-    def __init__(self, made: list[Task]) -> None:
-        self.made = made
-
-    def __enter__(self) -> list[Task]:
-        return self.made
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 # ---- in a task ----
 
 
-@pytest.fixture
-def task(monkeypatch, tmp_path) -> Path:
-    about = {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path / "%A"), "SLURM_JOB_ID": "12",
-             "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}  # fmt: skip
-    for name, value in about.items():
+def compute(overrides: Sequence[str], folder: Path | None) -> tuple[int, Summary | None, str]:
+    """Stands in for a cell: does what the first of the overrides says."""
+    match overrides[0]:
+        case "done":
+            return 0, Summary(maps_computed=4), "fine"
+        case "error":
+            raise UserError("no such file")
+        case "bug":
+            raise RuntimeError("a bug")
+    with watching() as stop:  # works until it is told to stop
+        print("working", flush=True)
+        while not stop():
+            time.sleep(0.01)
+    return LEFT, None, f"stopped by {stop.name}"
+
+
+ABOUT = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "said", "maps"),
+    [("done", 0, "fine", 4), ("error", 2, "error: no such file", None), ("bug", 1, "RuntimeError: a bug", None)],
+)
+def test_a_task_leaves_how_it_ended(monkeypatch, tmp_path, capfd, what, status, said, maps):
+    for name, value in (ABOUT | {"SUBMITIT_FOLDER": str(tmp_path / "%A")}).items():
         monkeypatch.setenv(name, value)
-    return tmp_path / "7" / "7_3_status.json"
-
-
-def test_a_task_says_how_it_ended(task):
-    assert submission.in_task()
-    submission.begin()
-    submission.hand_in(0, Summary(maps_computed=4), "fine")
-    found = json.loads(task.read_text())
-    assert (found["status"], found["said"], found["summary"]["maps_computed"]) == (0, "fine", 4)
+    monkeypatch.setattr(in_task, "leave", sys.exit)  # which ignores signals from then on
+    file = tmp_path / "7" / "7_3_status.json"
+    file.parent.mkdir()
+    file.write_text("of a run before")
     with pytest.raises(SystemExit) as end:
-        submission.hand_in(LEFT, None, "stopped")
-    assert end.value.code == LEFT
-    assert json.loads(task.read_text()) == {"status": LEFT, "summary": {}, "said": "stopped"}
-    submission.begin()  # it starts again, and may be killed this time
-    assert not task.exists()
+        in_task.Computation(compute)([what], None)
+    assert end.value.code == status
+    found = json.loads(file.read_text())
+    assert (found["status"], found["said"], found["summary"].get("maps_computed")) == (status, said, maps)
+    assert ("Traceback" in capfd.readouterr().err) == (what == "bug")
 
 
-def test_an_unexpected_error_is_told_as_well(task, monkeypatch, capfd):
-    run = tool("run")
+@pytest.mark.parametrize(
+    ("number", "requeues", "status", "requeued", "said"),
+    [
+        (signal.SIGTERM, 3, LEFT, False, "stopped by SIGTERM"),  # the script's last lines requeue it
+        (signal.SIGUSR2, 3, 255, True, None),  # submitit does
+        (signal.SIGUSR2, 0, 1, False, "UncompletedJobError: Job not requeued because: timed-out too many times."),
+    ],
+)
+def test_a_task_that_is_told_to_stop(stand_in, tmp_path, number, requeues, status, requeued, said):
+    """A process as Slurm starts it."""
+    from submitit.core.utils import DelayedSubmission
 
-    def fails(config: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(run, "_cell", fails)
-    monkeypatch.setattr(run.exit_status, "ready", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["run.py", "method=random"])
-    with pytest.raises(SystemExit) as end:
-        run.main()
-    assert end.value.code == 1
-    assert json.loads(task.read_text()) == {"status": 1, "summary": {}, "said": "RuntimeError: a bug"}
-    assert "Traceback" in capfd.readouterr().err
-
-
-def test_elsewhere_it_is_no_task(monkeypatch):
-    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
-    assert not submission.in_task()
+    stand_in("scontrol", 'echo "$@" >asked')
+    folder = tmp_path / "7"
+    folder.mkdir()
+    work = DelayedSubmission(in_task.Computation(compute), ["wait"], None)
+    work.set_timeout(5, requeues)  # of so short a limit submitit takes any signal as its end
+    work.dump(folder / "7_3_submitted.pkl")
+    paths = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "submitit.core._submit", str(tmp_path / "%A")],
+        env={**os.environ, **ABOUT, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "working\n":
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, out + err
+    assert (tmp_path / "asked").exists() == requeued
+    if requeued:
+        assert (tmp_path / "asked").read_text() == "requeue 7_3\n"
+        assert DelayedSubmission.load(folder / "7_3_submitted.pkl")._timeout_countdown == requeues - 1
+    file = folder / "7_3_status.json"
+    assert (json.loads(file.read_text())["said"] if file.exists() else None) == said

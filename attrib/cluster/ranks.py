@@ -27,8 +27,8 @@ def of_rank(options: Options, environment: Mapping[str, str]) -> Options:
         return options
     given = {name: environment.get(name, "") for name in NAMES}
     if not all(value.isdecimal() for value in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        said = " ".join(f"{name}={value}" for name, value in given.items())
-        raise UserError(f"{said} make no sense; torchrun sets them, else unset WORLD_SIZE")
+        values = " ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{values} make no sense; torchrun sets them, else unset WORLD_SIZE")
     rank, world, local = (int(given[name]) for name in NAMES)
     device = options.device
     if device == "auto" and torch.cuda.is_available():

@@ -19,12 +19,11 @@ from attrib.config.objects import experiment, options_of
 from attrib.running.plan import Plan, plan
 from attrib.types import UserError
 
-LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 SHARD, SHARDS, DRY = "run.shard", "run.shards", "run.dry"
-# Of the launcher's fields (configs/hydra/launcher/slurm.yaml), what sbatch calls them; others keep their names.
+# What sbatch calls some of the fields of configs/hydra/launcher/slurm.yaml; the others keep their names.
 SBATCH = {"name": "job-name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks-per-node"}
 NOT_SBATCH = (
-    *("_target_", "submitit_folder", "max_num_timeout", "signal_delay_s", "array_parallelism"),
+    *("submitit_folder", "max_num_timeout", "signal_delay_s", "array_parallelism"),
     *("stderr_to_stdout", "additional_parameters", "setup", "teardown"),
 )
 
@@ -54,7 +53,7 @@ def with_shards(line: CommandLine) -> CommandLine:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a cluster is to do: every shard of ``chosen`` of every cell, and what a job asks for (``launcher``)."""
+    """What a cluster is to compute: the shards ``chosen`` of every cell; and what a job asks for (``launcher``)."""
 
     cells: tuple[tuple[str, ...], ...]
     shards: int
@@ -69,6 +68,11 @@ class Grid:
         """The array's indices: shard + shards · cell."""
         return [cell * self.shards + shard for cell in range(len(self.cells)) for shard in self.chosen]
 
+    @property
+    def overrides(self) -> list[list[str]]:
+        """The overrides of each of the ``tasks``."""
+        return [[*cell, f"{SHARDS}={self.shards}", f"{SHARD}={i}"] for cell in self.cells for i in self.chosen]
+
 
 def grid(line: CommandLine, environment: Mapping[str, str]) -> Grid | None:
     """What a command line wants from Slurm; None if it does not ask for Slurm (``run=slurm``).
@@ -79,9 +83,11 @@ def grid(line: CommandLine, environment: Mapping[str, str]) -> Grid | None:
         return None
     cells = line.cells(without=(SHARD, SHARDS, DRY))
     config = compose_node("run", cells[0], line.folder)
-    if config.hydra.launcher.get("_target_") != LAUNCHER:
+    if "submitit_folder" not in config.hydra.launcher:
         return None
-    launcher = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    node = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(node, dict)
+    launcher = {str(name): value for name, value in node.items()}
     if launcher.get("nodes", 1) != 1 or launcher.get("tasks_per_node", 1) != 1:
         raise UserError(
             "hydra.launcher: nodes and tasks_per_node must be 1; a task is one process with one GPU: take more shards"
@@ -122,7 +128,7 @@ def plans(wanted: Grid) -> list[Plan]:
 
 
 def seconds_due(work: Plan) -> float | None:
-    """Seconds of one process for what is missing, from what is recorded; None if nothing is recorded for some of it."""
+    """Seconds that one process needs for what is missing, by recorded times; None if some of it has none."""
     parts = [(len(work.uids) - len(work.present), work.seconds)]
     parts += [(len(work.uids) - len(done), work.score_seconds.get(name)) for name, done in work.scored.items()]
     if any(due and each is None for due, each in parts):
@@ -135,10 +141,10 @@ def _hours(seconds: float) -> str:
 
 
 def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
-    """Lines for people: what is missing, and what it will cost."""
+    """What is missing and what it will cost, in lines to print."""
     lines = [text for work in found for text in str(work).splitlines()]
-    known = [seconds_due(work) for work in found]
-    if None in known:
+    known = [seconds for work in found if (seconds := seconds_due(work)) is not None]
+    if len(known) < len(found):
         return [*lines, "no time recorded yet for some of this: run it once with run.limit=16, and ask again"]
     launcher, tasks = wanted.launcher, len(wanted.tasks)
     total = sum(known) * len(wanted.chosen) / wanted.shards
@@ -146,11 +152,13 @@ def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
     kind = "GPU" if any(launcher.get(name) for name in ("gpus_per_node", "gres", "gpus_per_task")) else "CPU"
     lines.append(
         f"about {total / 3600:.2f} {kind} hours: {tasks} tasks of about {_hours(total / tasks)}, {together} at a time, "
-        f"{_hours(total / together)} in all; what was recorded elsewhere is a guess here, and start-up is not counted"
+        f"{_hours(total / together)} in all; times recorded on another machine are a guess here; start-up is not counted"
     )
     limit = launcher.get("timeout_min")
     if limit and total / tasks > 60 * limit:
-        lines.append(f"a task is longer than its {limit} minutes: it is requeued and goes on; more shards avoid that")
+        lines.append(
+            f"a task takes longer than its {limit} minutes: it is requeued and goes on; more shards avoid that"
+        )
     return lines
 
 

@@ -1,41 +1,36 @@
-"""Submitting a grid through Hydra's submitit launcher, waiting for it, and saying how it ended.
+"""Submitting a grid as one array with submitit, waiting for it, and saying how it ended.
 
-The launcher as it comes waits for each task's pickled result, asks ``sacct`` about tasks that have none (for ever where
-there is no accounting), raises at the first that failed and says nothing of the others. So it only submits here
-(``collected``). Each task leaves its exit status in a file beside its log (``hand_in``), ``squeue`` says when all have
-ended, and then the files are read: one that is missing belongs to a task that was killed.
+submitit only submits. Its own way to wait reads a pickled result of each task, and asks ``sacct`` about tasks that left
+none (for ever where there is no accounting). Here each task leaves its exit status in a file beside its log
+(``attrib.cluster.task``), ``squeue`` says when all have ended, and then the files are read: where one is missing, the
+task was killed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
-
+from attrib.cluster.slurm import Grid
 from attrib.process import exit_status
 from attrib.process.signals import LEFT, Interrupted, Stop
-from attrib.store.files import write_json
 from attrib.types import UserError
 
-PATIENCE = 10.0  # seconds that a file of another machine may take to be seen here (NFS)
+if TYPE_CHECKING:
+    from attrib.cluster.task import Compute
 
 
-# ---- where the grid is submitted ---------------------------------------------------------------
+# ---- submitting --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,72 +42,75 @@ class Task:
     log: Path
 
 
+def submit(wanted: Grid, compute: Compute, stop: Stop) -> int:
+    """Submit a grid, wait until Slurm has none of its tasks any more, and print how it ended.
+
+    compute   what a task calls with the overrides of its cell and shard, and with ``wanted.folder``
+
+    Returns the exit status: the worst of the tasks', 1 if one was killed, and 75 if it is this process that was told
+    to stop; the tasks then go on. Raises UserError if nothing can be submitted from here, or Slurm refuses.
+    """
+    check()
+    try:
+        with stop.held():  # between sbatch's answer and printing it nothing may be lost
+            tasks = submit_array(wanted, compute)
+            array = tasks[0].id.split("_")[0]
+            print(f"submitted {len(tasks)} task{'s' * (len(tasks) > 1)}, job {array}; logs: {tasks[0].log.parent}")
+            print(f"to watch them: attrib status {wanted.root}; to stop them: scancel {array}", flush=True)
+        with stop.at_once():
+            wait(array)
+    except Interrupted:
+        print(f"no longer waiting; the tasks go on in Slurm. To stop them: scancel {array}", flush=True)
+        return LEFT
+    outcomes = read_outcomes(tasks)
+    print(describe(tasks, outcomes), flush=True)
+    return worst_status(outcomes)
+
+
 def check() -> None:
     """Raises UserError if nothing can be submitted from here."""
-    if importlib.util.find_spec("submitit") is None or importlib.util.find_spec("hydra_plugins") is None:
-        raise UserError("run=slurm needs hydra-submitit-launcher: pip install 'attrib[slurm]' (or add run.dry=true)")
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("run=slurm needs submitit: pip install 'attrib[slurm]' (or add run.dry=true)")
     if missing := [name for name in ("sbatch", "srun", "squeue") if shutil.which(name) is None]:
         raise UserError(f"run=slurm: this machine has no {missing[0]}; run.dry=true prints a script for one that has")
 
 
-@contextmanager
-def collected() -> Iterator[list[Task]]:
-    """The tasks that the launcher submits inside; it does not wait for them."""
-    import submitit  # an extra
+def submit_array(wanted: Grid, compute: Compute) -> list[Task]:
+    """Hand a grid to Slurm as one array. Raises UserError if it refuses."""
+    import submitit
 
-    tasks: list[Task] = []
+    from attrib.cluster.task import Computation, status_file
 
-    def results(job: submitit.SlurmJob) -> list[JobReturn]:
-        tasks.append(Task(job.job_id, _file(job.paths.folder, job.job_id), Path(job.paths.stdout)))
-        done = JobReturn()
-        done.status, done.return_value = JobStatus.COMPLETED, None
-        return [done]
-
-    plain = mock.patch.dict(os.environ, {"HYDRA_FULL_ERROR": "1"})  # errors come here; and are whole in the tasks' logs
+    given = {name: value for name, value in wanted.launcher.items() if value is not None}
+    if not isinstance(given.get("timeout_min"), int):  # submitit tells a timeout from a preemption by it
+        raise UserError("hydra.launcher.timeout_min must be a number of minutes (or add run.dry=true)")
+    folder, requeues = given.pop("submitit_folder"), given.pop("max_num_timeout", 0)
+    given.setdefault("array_parallelism", len(wanted.overrides))
     try:
-        with plain, mock.patch.object(submitit.SlurmJob, "results", results):
-            yield tasks
-    except (submitit.core.utils.FailedJobError, HydraException, ValueError) as error:
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=requeues)
+        executor.update_parameters(**{f"slurm_{name}": value for name, value in given.items()})
+        jobs = executor.map_array(Computation(compute), wanted.overrides, itertools.repeat(wanted.folder))
+    except (OSError, RuntimeError, NameError, TypeError, ValueError) as error:
         raise UserError(f"run=slurm: nothing was submitted: {error}") from error
+    return [Task(job.job_id, status_file(job.paths.folder, job.job_id), job.paths.stdout) for job in jobs]
 
 
-def submit(launch: Callable[[], object], root: str, stop: Stop) -> int:
-    """``launch`` a grid, wait until Slurm has none of its tasks any more, and print how it ended.
-
-    Returns the exit status: the worst of the tasks', 1 if one ended without a word, and 75 if it is this process that
-    was told to stop; the tasks then go on. Raises UserError if Slurm refuses.
-    """
-    try:
-        with stop.held():  # between sbatch's answer and telling it nothing may be lost
-            with collected() as tasks:
-                launch()
-            ids = sorted({task.id.split("_")[0] for task in tasks})
-            cancel = f"scancel {' '.join(ids)}"
-            print(f"submitted {len(tasks)} tasks, job {', '.join(ids)}; logs: {tasks[0].log.parent}")
-            print(f"to watch them: tools/status.py {root}; to stop them: {cancel}", flush=True)
-        with stop.at_once():
-            wait(ids)
-    except Interrupted:
-        print(f"no longer waiting; the tasks go on in Slurm. To stop them: {cancel}", flush=True)
-        return LEFT
-    outcomes = ended(tasks)
-    print(said(tasks, outcomes), flush=True)
-    return worst(outcomes)
+# ---- waiting -----------------------------------------------------------------------------------
 
 
-def queued(ids: Sequence[str]) -> Counter[str] | None:
-    """States of the tasks that Slurm still has; None if it does not answer."""
-    command = ["squeue", "--noheader", "--array", "--format=%T", f"--jobs={','.join(ids)}"]
+def count_states(array: str) -> Counter[str] | None:
+    """How many tasks Slurm still has in which state; None if it does not answer."""
+    command = ["squeue", "--noheader", "--array", "--format=%T", f"--jobs={array}"]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:  # long after its end Slurm has forgotten a job
         return Counter() if "Invalid job id" in found.stderr else None
     return Counter(found.stdout.split())
 
 
-def wait(ids: Sequence[str], shortest: float = 2.0, longest: float = 30.0) -> None:
-    """Until Slurm has none of these jobs; a controller that does not answer for a while is waited for as well."""
+def wait(array: str, shortest: float = 2.0, longest: float = 30.0) -> None:
+    """Until Slurm has no task of this array; a controller that does not answer for a while is waited for as well."""
     start, before = time.monotonic(), None
-    while (now := queued(ids)) is None or now:
+    while (now := count_states(array)) is None or now:
         if now != before:
             states = "Slurm does not answer" if now is None else ", ".join(f"{n} {s.lower()}" for s, n in now.items())
             print(f"{time.strftime('%H:%M:%S')} {states}", flush=True)
@@ -120,8 +118,16 @@ def wait(ids: Sequence[str], shortest: float = 2.0, longest: float = 30.0) -> No
         time.sleep(min(longest, max(shortest, (time.monotonic() - start) / 20)))
 
 
-def ended(tasks: Sequence[Task], patience: float = PATIENCE) -> list[Mapping[str, Any] | None]:
-    """What each task wrote at its end; None for one that was killed before it could."""
+# ---- how it ended ------------------------------------------------------------------------------
+
+Outcome = Mapping[str, Any]  # what a task's status file holds
+
+
+def read_outcomes(tasks: Sequence[Task], patience: float = 10.0) -> list[Outcome | None]:
+    """What each task wrote at its end; None for one that was killed before it could.
+
+    patience   seconds that a file of another machine may take to be seen here (NFS)
+    """
     until = time.monotonic() + patience
     while not all(task.file.exists() for task in tasks) and time.monotonic() < until:
         time.sleep(0.5)
@@ -131,24 +137,23 @@ def ended(tasks: Sequence[Task], patience: float = PATIENCE) -> list[Mapping[str
     return [json.loads(task.file.read_text()) if task.file.exists() else None for task in tasks]
 
 
-def said(tasks: Sequence[Task], outcomes: Sequence[Mapping[str, Any] | None]) -> str:
-    """How many tasks ended how, with the samples of those that told; and where to look for the others."""
+def describe(tasks: Sequence[Task], outcomes: Sequence[Outcome | None]) -> str:
+    """What the tasks have done together, how many ended how, and where to look for those that did not end well."""
+    total = {
+        name: sum(int(o["summary"].get(name, 0)) for o in outcomes if o)
+        for name in ("maps_computed", "maps_present", "scores_computed", "scores_present", "left", "failed")
+    }
+    work = (
+        f"{total['maps_computed'] + total['maps_present']} maps, "
+        f"{total['scores_computed'] + total['scores_present']} scores, {total['left']} left, {total['failed']} failed"
+    )
     words = {0: "done", LEFT: "stopped with work left", exit_status.FAILED: "with failed samples"}
     counts = Counter(None if o is None else o["status"] for o in outcomes)
     parts = [f"{n} {words.get(s, f'ended with status {s}')}" for s, n in counts.items() if s is not None]
-    total = {
-        name: sum(int(o["summary"].get(name, 0)) for o in outcomes if o and o["summary"])
-        for name in ("maps_computed", "maps_present", "scores_computed", "scores_present", "left", "failed")
-    }
-    lines = [
-        f"{total['maps_computed'] + total['maps_present']} maps, "
-        f"{total['scores_computed'] + total['scores_present']} scores, {total['left']} left, {total['failed']} failed"
-    ]
-    killed = [task for task, o in zip(tasks, outcomes) if o is None]
-    if killed:
-        parts.append(f"{len(killed)} ended without a word (killed, cancelled, or unable to start)")
-        lines[0] += f", and what {len(killed)} killed tasks had to do" if len(killed) > 1 else ", and a killed task's"
-    lines.append(f"tasks: {', '.join(parts)}")
+    if killed := counts[None]:
+        work += f" (without what {killed} killed task{'s' * (killed > 1)} did)"
+        parts.append(f"{killed} killed, cancelled or unable to start")
+    lines = [work, f"tasks: {', '.join(parts)}"]
     errors = [(task, o["said"] if o else "killed") for task, o in zip(tasks, outcomes) if not o or o["status"]]
     lines += [f"  {task.id}: {why}; {task.log}" for task, why in errors[:10]]
     lines += [f"  and {len(errors) - 10} more"] if len(errors) > 10 else []
@@ -157,39 +162,5 @@ def said(tasks: Sequence[Task], outcomes: Sequence[Mapping[str, Any] | None]) ->
     return "\n".join(lines)
 
 
-def worst(outcomes: Sequence[Mapping[str, Any] | None]) -> int:
+def worst_status(outcomes: Sequence[Outcome | None]) -> int:
     return exit_status.worst(exit_status.UNEXPECTED if o is None else o["status"] for o in outcomes)
-
-
-# ---- in a task ---------------------------------------------------------------------------------
-
-
-def in_task() -> bool:
-    """Whether this process is a task that was submitted here."""
-    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
-
-
-def _file(folder: Path, task: str) -> Path:
-    return folder / f"{task}_status.json"
-
-
-def _mine() -> Path:
-    import submitit
-
-    job = submitit.JobEnvironment()
-    return _file(job.paths.folder, job.job_id)
-
-
-def begin() -> None:
-    """Of a task that starts again, what it said before is no longer true."""
-    _mine().unlink(missing_ok=True)
-
-
-def hand_in(status: int, summary: Any, line: str) -> None:
-    """Say how the task ended, and end it with that status: submitit would have Slurm call every task COMPLETED."""
-    write_json(
-        _mine(),
-        {"status": status, "summary": dataclasses.asdict(summary) if summary is not None else {}, "said": line},
-    )
-    if status:
-        sys.exit(status)

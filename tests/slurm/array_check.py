@@ -170,7 +170,7 @@ def test_an_array_that_is_preempted_timed_out_and_killed(here, whole):
 
     out = finished(submitted, 1)
     assert "3 done" in out
-    assert "1 ended without a word" in out
+    assert "1 killed, cancelled or unable to start" in out
     assert f"{array}_{victim}: killed" in out
     found = jobs(array)
     assert [found[task]["JobState"] for task in (preempted, late, victim)] == ["COMPLETED", "COMPLETED", "FAILED"]

@@ -30,4 +30,4 @@ finish() {
 trap finish EXIT
 tests/slurm/up.sh "$dir" || skipped "Slurm does not start here (see above)"
 export SLURM_CONF="$dir/slurm.conf" OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
-.venv/bin/python -m pytest -q -p no:cacheprovider --durations=0 tests/slurm/array_check.py "$@"
+"${PYTHON:-.venv/bin/python}" -m pytest -q -p no:cacheprovider --durations=0 tests/slurm/array_check.py "$@"
