@@ -306,7 +306,7 @@ def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
     def arguments(command: str) -> list[str]:
         small = [f"hydra.searchpath=[file://{ROOT / 'tests' / 'configs'}]", "dataset=tiny", "model=small_cnn"]
         places = [f"dataset.root={tiny_pictures(as_on_the_page, 2)}", f"run.root={as_on_the_page / 'work'}"]
-        return [*command.removeprefix("attrib run ").split(), *small, *places, "metric=[]", "run.device=cpu"]
+        return [*command.removeprefix("python tools/run.py ").split(), *small, *places, "metric=[]", "run.device=cpu"]
 
     environment = {
         **os.environ,
