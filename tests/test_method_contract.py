@@ -327,5 +327,5 @@ def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
     assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in done.stdout
 
     # The other one explains another layer, so it is another cell; in this process, as starting Python is slow.
-    assert tool("run").main(arguments(without)) == 0
+    assert tool("run").main(["--config-dir", str(as_on_the_page / "my_configs"), *arguments(without)]) == 0
     assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in capfd.readouterr().out

@@ -63,7 +63,7 @@ def test_the_page_is_whole_and_loads_nothing(root, capsys):
     assert page.count("script") == page.count("link") == page.count("iframe") == 0
     assert not re.search(r"https?://|url\(|@import|\son\w+=", text)
     assert len(text) < 15e6
-    for part in ("Failures", "Costs", "Optimisation losses", "Paired tests", "tools/report.py", "torch 2.15.0"):
+    for part in ("Failures", "Costs", "Optimisation losses", "Paired tests", "attrib report", "torch 2.15.0"):
         assert part in page.text
     for part in ("run.py method=iba", "node7", "abab", "class 3 (3)", "n=20", "threshold"):
         assert part in page.text or part in text
