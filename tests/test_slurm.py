@@ -76,7 +76,8 @@ def test_a_grid_has_cells_and_shards():
 def test_without_slurm_there_is_no_grid():
     assert slurm.grid(line("-m", "dataset=tiny", "model=small_cnn", "method=random,iba"), {}) is None
     assert slurm.grid(line("dataset=tiny", "dataset.root=x", "model=small_cnn"), {}) is None
-    assert slurm.grid(line("-m", "dataset=no_such_one", "run=slurm"), {}) is None  # Hydra will complain
+    with pytest.raises(UserError, match="there is no dataset 'no_such_one'"):
+        slurm.grid(line("-m", "dataset=no_such_one", "run=slurm"), {})
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_what_submitit_cannot_use_is_said(stand_in, tmp_path, monkeypatch, capfd
     for name in ("srun", "squeue", "sbatch"):
         stand_in(name, "touch called")
     override = f"+hydra.launcher.{given[1:]}" if given.startswith("+") else f"hydra.launcher.{given}"
-    result = command(monkeypatch, capfd)(*LINE, f"run.root={tmp_path / 'work'}", override)
+    result = command(capfd)(*LINE, f"run.root={tmp_path / 'work'}", override)
     assert result.status == 2
     assert "error: " in result.err
     assert "Traceback" not in result.err

@@ -152,11 +152,13 @@ def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
     kind = "GPU" if any(launcher.get(name) for name in ("gpus_per_node", "gres", "gpus_per_task")) else "CPU"
     lines.append(
         f"about {total / 3600:.2f} {kind} hours: {tasks} tasks of about {_hours(total / tasks)}, {together} at a time, "
-        f"{_hours(total / together)} in all; start-up is not counted, and times recorded on another machine are a guess"
+        f"{_hours(total / together)} in all; recorded times of other machines are a guess; start-up is not counted"
     )
     limit = launcher.get("timeout_min")
     if limit and total / tasks > 60 * limit:
-        lines.append(f"a task takes longer than its {limit} minutes: it is requeued and goes on; more shards avoid it")
+        lines.append(
+            f"a task takes longer than its {limit} minutes: it is requeued and goes on; more shards avoid that"
+        )
     return lines
 
 
