@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from attrib.fit import State
 from torch import Tensor
 
+from attrib.fit import State
 from attrib.methods import Method
 from attrib.models import Classifier
 from attrib.noise import Noise
