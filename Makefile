@@ -5,9 +5,9 @@ DEMO ?= workdirs/demo
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test test-slow test-slurm test-torchtext lint bench clean
+.PHONY: demo test test-slow test-slurm test-wheel test-torchtext lint bench clean
 
-.venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml
+.venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
@@ -17,10 +17,10 @@ TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 	touch $@
 
 demo: .venv/installed  ## real photographs, a real network, four methods, two metrics, a table and a report
-	$(BIN)/python tools/run.py -m run.root=$(DEMO) method=random,integrated_gradients,grad_cam,iba \
+	$(BIN)/attrib run -m run.root=$(DEMO) method=random,integrated_gradients,grad_cam,iba \
 	  metric.insertion_deletion.steps=16 run.png=true
-	$(BIN)/python tools/table.py $(DEMO) --wide
-	$(BIN)/python tools/report.py $(DEMO) --out $(DEMO)/report.html
+	$(BIN)/attrib table $(DEMO) --wide
+	$(BIN)/attrib report $(DEMO) --out $(DEMO)/report.html
 
 test: .venv/installed  ## everything but the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2
@@ -31,6 +31,9 @@ test-slow: .venv/installed  ## end-to-end checks of minutes
 test-slurm: .venv/installed  ## arrays on a real Slurm, killed, preempted and timed out (root on Debian, else skipped; 3 min)
 	tests/slurm/run.sh
 
+test-wheel: .venv/installed  ## the wheel alone, from an empty folder (1 min)
+	tests/wheel/run.sh
+
 test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in an environment of its own (2 min)
 	$(PYTHON) -m venv .venv-torchtext
 	.venv-torchtext/bin/pip install --quiet --disable-pip-version-check -r requirements-torchtext.txt
@@ -39,6 +42,8 @@ test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench/bench.py

@@ -43,6 +43,8 @@ class Options:
     vis_backends: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
+        if not self.root:
+            raise UserError("run.root must name a folder")
         if not 0 <= self.shard < self.shards:
             raise UserError(f"run.shard must be in 0 .. run.shards - 1, not {self.shard} of {self.shards}")
         if self.limit is not None and self.limit < 1:

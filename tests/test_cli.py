@@ -1,0 +1,279 @@
+"""The command ``attrib``: help, mistakes, options in any order, what it lists and completes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, Result, called, command, pictures
+
+from attrib.cli import parsers
+from attrib.cli.main import GROUPS, dispatch
+from attrib.cli.parsers import PARSERS
+from attrib.results import tables
+from attrib.store import damaged, workers
+from attrib.store.cell import cells
+from attrib.upkeep import export
+
+
+@pytest.fixture
+def attrib(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: called(capfd, lambda: dispatch(arguments))
+
+
+@pytest.fixture
+def run(capfd, tmp_path, monkeypatch):
+    """``attrib run ARGS`` on small pictures."""
+    monkeypatch.chdir(tmp_path)
+    common = ("dataset=tiny", f"dataset.root={pictures(tmp_path)}", "model=small_cnn", "run.progress=false")
+    return lambda *arguments: command(capfd)(*common, "metric=[]", *arguments)
+
+
+def sentence(result: Result) -> str:
+    """What a mistake ends with: status 2 and one line."""
+    assert result.status == 2, result
+    assert "Traceback" not in result.err
+    [line] = result.err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# ---- help ----
+
+
+def test_help_names_every_subcommand_on_one_screen(attrib):
+    text = attrib("--help").out
+    assert len(text.splitlines()) <= 40
+    assert {name for group in GROUPS.values() for name in group} == PARSERS.keys()
+    assert all(f"  {name} " in text for name in PARSERS)
+    assert attrib("help").out == text
+    assert attrib().status == 2
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_subcommand_explains_itself(attrib, name):
+    result = attrib(name, "--help")
+    assert result.status == 0
+    assert f"attrib {name}" in result.out
+
+
+def test_help_explains_every_field_of_run(attrib):
+    text = attrib("run", "--help").out
+    lines = (ROOT / "configs" / "run" / "default.yaml").read_text().splitlines()
+    for field in (line.split(":")[0] for line in lines if line and line[0].isalpha()):
+        [line] = [line for line in text.splitlines() if line.startswith(f"  run.{field}=")]
+        assert len(line.split(None, 1)) == 2, f"run.{field} has no comment in configs/run/default.yaml"
+
+
+@pytest.mark.parametrize(("name", "field"), [("train", "train.epochs="), ("sanity", "sanity.layers="), ("graph", "betas=")])
+def test_help_explains_the_fields_of_others(attrib, name, field):
+    assert field in attrib(name, "--help").out
+
+
+def test_help_imports_nothing_slow():
+    """Half a second is promised; torch alone takes two."""
+    code = "import sys; from attrib.cli.main import dispatch; dispatch(['--help']); print(sorted(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"'torch'", "'hydra'", "'numpy'", "'pandas'"} & set(found.replace("[", "").split(", "))
+
+
+def test_what_the_options_offer_is_what_there_is():
+    assert parsers.EXPORT_FORMATS == export.FORMATS
+    assert parsers.TABLE_FIELDS == tables.WHERE
+    assert parsers.SILENT == workers.SILENT
+    assert parsers.DAMAGED == damaged.DAMAGED
+
+
+def test_every_tool_is_a_wrapper_of_a_subcommand():
+    for path in (ROOT / "tools").glob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if line]
+        assert lines == ["from attrib.cli.main import main", f'main("{path.stem.replace("_", "-")}")']
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["method=gradcam"], "there is no method 'gradcam'; did you mean 'grad_cam'?"),
+        (["metric=[ehrr]"], "there is no metric 'ehrr'; did you mean 'ehr'?"),
+        (["limit=3"], "did you mean 'run.limit'?"),
+        (["metod=iba"], "did you mean 'method'?"),
+        (["+metrics=[ehr]"], "nothing reads 'metrics'; did you mean 'metric'?"),
+        (["+nonsense.deep=1"], "nothing reads 'nonsense'"),
+        (["method=[random,gradient]"], "-m method=random,gradient"),
+        (["method=random,gradient"], "add -m"),
+        (["method=iba", "method.bta=3"], "did you mean 'beta'?"),
+        (["method=iba", "+method.bta=3"], "did you mean 'beta'?"),
+        (["run.limt=3"], "did you mean 'limit'?"),
+        (["+run.limt=3"], "did you mean 'limit'?"),
+        (["run.limit=few"], "run.limit must be int or null"),
+        (["run.limit=0"], "run.limit must be at least 1"),
+        (["just words"], "expected KEY=VALUE"),
+        (["method={a"], "not understood"),
+        (["method=null"], "method takes a name"),
+        (["run.root="], "run.root"),
+        (["--no-such-option"], "unrecognized arguments"),
+        (["--config-dir", "nowhere"], "there is no such folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence(attrib, arguments, says):
+    assert says in sentence(attrib("run", *arguments))
+
+
+def test_a_missing_value_is_named(attrib):
+    assert "dataset.path has no value: add dataset.path=..." in sentence(attrib("run", "dataset=text_csv", "model=bilstm"))
+
+
+def test_train_needs_a_recipe(attrib):
+    assert "no train chosen: add train=NAME (there are: " in sentence(attrib("train"))
+
+
+def test_a_misspelt_subcommand(attrib):
+    assert "did you mean 'report'?" in sentence(attrib("reprot"))
+
+
+def test_a_method_whose_values_are_for_other_data(attrib):
+    text = sentence(attrib("run", "method=input_iba_text"))
+    assert "method input_iba_text has the values for text data, but dataset photos holds image" in text
+
+
+def test_a_misspelt_method_does_not_stop_the_others(run, tmp_path):
+    result = run("-m", "method=random,gradcam,gradient", f"run.root={tmp_path / 'work'}")
+    assert result.status == 2
+    assert "did you mean 'grad_cam'?" in result.err
+    assert {cell.folder.name.split(".")[2] for cell in cells(tmp_path / "work")} == {"random", "gradient"}
+
+
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_a_root_that_cannot_be_written(run, tmp_path, flags):
+    (tmp_path / "file").write_text("")
+    text = sentence(run(*flags, "method=random", f"run.root={tmp_path / 'file' / 'work'}"))
+    assert str(tmp_path / "file") in text
+    assert "safe" not in text
+
+
+def test_a_file_that_is_misread_is_named(run, tmp_path):
+    assert "configs/method/iba.yaml: steps must be int" in sentence(run("method=iba", "method.steps=many"))
+
+
+# ---- any order, any place ----
+
+
+def test_options_and_words_in_any_order(attrib, tmp_path):
+    one = attrib("status", "work", "--lines", "1", "iba")
+    other = attrib("status", "--lines", "1", "work", "iba")
+    assert one == other
+    assert one.status == 2
+    config = tmp_path / "conf" / "paper"
+    config.mkdir(parents=True)
+    (config / "mine.yaml").write_text("# @package _global_\npaper: {title: a, rows: {}, columns: {}}\n")
+    orders = [
+        ["paper=mine", "--config-dir", "conf", "run.root=x"],
+        ["--config-dir", "conf", "run.root=x", "paper=mine"],
+        ["run.root=x", "paper=mine", "--config-dir", "conf"],
+    ]
+    assert len({sentence(attrib("table", *order)) for order in orders}) == 1
+
+
+MINE = """
+from dataclasses import dataclass
+from typing import ClassVar
+from attrib.methods import Method
+
+@dataclass(frozen=True)
+class Mine(Method):
+    \"\"\"A map of ones.\"\"\"
+
+    VERSION: ClassVar[int] = 1
+    MAPS: ClassVar[dict[str, str]] = {"map": "ones"}
+
+    def attribute(self, model, batch, state, noise):
+        return {"map": batch.x.new_ones(batch.x.shape[0], *batch.x.shape[2:])}
+"""
+
+
+def test_own_configurations_and_modules_of_the_current_folder(tmp_path):
+    """As a new user: another folder, a class of one's own, the command itself."""
+    (tmp_path / "mine_module.py").write_text(MINE)
+    for part, text in {
+        "method/mine": "name: mine\n_target_: mine_module.Mine\n",
+        "paper/mine": "# @package _global_\npaper: {title: Mine, columns: {EHR: ehr.ehr}, rows: {it: method=mine}}\n",
+    }.items():
+        path = tmp_path / "conf" / f"{part}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def attrib(*arguments: str) -> str:
+        command = [sys.executable, "-P", "-m", "attrib", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    small = ["dataset=digits", "model=lenet", "run.limit=2", "run.device=cpu"]
+    assert "maps_computed=2" in attrib("run", *small, "metric=[]", "--config-dir", "conf", "method=mine")
+    assert "mine" in attrib("table", "--config-dir", "conf", "paper=mine", *small)
+    assert "A map of ones." in attrib("list", "methods", "--config-dir", "conf")
+
+
+# ---- what there is ----
+
+
+@pytest.mark.parametrize("what", ["methods", "models", "datasets", "metrics", "papers", "recipes"])
+def test_list(attrib, what):
+    from attrib.cli.list import GROUP
+    from attrib.config.places import presets
+
+    result = attrib("list", what)
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()[1:]
+    known = presets(GROUP[what])
+    assert [line.split()[0] for line in lines] == list(known)
+    assert all(len(line.split()) >= 3 for line in lines), "a line each: name, data, what it is"
+    assert "?" not in {line.split()[1] for line in lines}
+
+
+def completions(line: str) -> list[str]:
+    environment = {**os.environ, "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    environment |= {"_ARGCOMPLETE_STDOUT_FILENAME": "/dev/stdout", "_ARGCOMPLETE_IFS": "\n"}
+    code = "from attrib.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return [word.strip() for word in done.stdout.split("\n") if word.strip()]
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("attrib sta", "status"),
+        ("attrib table --ra", "--ranks"),
+        ("attrib run met", "method="),
+        ("attrib run method=grad_c", "method=grad_cam"),
+        ("attrib run -m method=random,grad_c", "method=random,grad_cam"),
+        ("attrib list meth", "methods"),
+        ("attrib cache ver", "verify"),
+    ],
+)
+def test_completion(line, offers):
+    assert offers in completions(line)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_prints_a_script(attrib, shell):
+    result = attrib("completion", shell)
+    assert result.status == 0
+    assert "attrib" in result.out
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=result.out, text=True, check=True)
+
+
+def test_the_folder_of_configurations_is_found():
+    from attrib.config.places import configs
+
+    assert configs() == ROOT / "configs"
+    assert Path(configs() / "run.yaml").is_file()

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Proves that attrib works where only its wheel was installed: builds the wheel, installs it into an environment of its
+# own that borrows the packages of .venv but not attrib, and works from an empty folder as a new user would.
+set -euo pipefail
+home=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-$home/.venv/bin/python}
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+
+rm -rf "$home/build"  # a module that was moved since would be packed again
+"$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir "$place" "$home"
+"$python" -m venv --without-pip "$place/env"
+site=$("$place/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# What the wheel requires lies in .venv already; its attrib, an editable one, must not be seen.
+"$python" - "$site" <<'PY'
+import pathlib, sys, sysconfig
+ours, here = pathlib.Path(sysconfig.get_path("purelib")), pathlib.Path(sys.argv[1])
+for path in ours.iterdir():
+    if "attrib" not in path.name.lower() and not path.name.startswith(("__editable__", "_virtualenv", "distutils")):
+        (here / path.name).symlink_to(path)
+PY
+"$python" -m pip --python "$place/env/bin/python" install --quiet --disable-pip-version-check --no-deps "$place"/attrib-*.whl
+
+mkdir "$place/empty" && cd "$place/empty"
+export PATH=$place/env/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES=
+says() { grep -F -- "$1" >/dev/null || { echo "test-wheel: expected: $1" >&2; exit 1; }; }
+
+python - <<'PY'
+import pathlib, attrib
+from attrib.config.places import configs
+assert pathlib.Path(attrib.__file__).parent == configs().parent, configs()
+assert (pathlib.Path(attrib.__file__).parent / "py.typed").is_file()
+PY
+attrib --help | says "attrib SUBCOMMAND --help"
+attrib list methods | says grad_cam
+attrib run method=grad_cam run.limit=2 | says "maps_computed=2"
+attrib run method=grad_cam run.limit=2 | says "maps_computed=0 maps_present=2"
+attrib table | says grad_cam
+attrib report | says "wrote workdirs/report.html"
+{ attrib status || [ $? = 75 ]; } | says grad_cam  # 75: eight photographs are left
+
+mkdir -p conf/method
+cat > conf/method/mine.yaml <<'YAML'
+name: mine
+_target_: my_module.Mine
+YAML
+cat > my_module.py <<'PY'
+from dataclasses import dataclass
+from attrib.methods.baselines import Gradient
+
+@dataclass(frozen=True)
+class Mine(Gradient):
+    """Mine."""
+PY
+attrib run --config-dir conf method=mine 'metric=[]' run.limit=1 | says "mine: maps_computed=1"
+attrib run -m run=slurm method=grad_cam run.dry=true 'run.shard=range(4)' > script.sh
+says "#SBATCH --array=0-3" < script.sh
+bash -n script.sh
+echo "test-wheel: attrib works from an empty folder, by its wheel alone"
