@@ -40,7 +40,7 @@ def _compare(args: argparse.Namespace) -> int:
 def compared(args: argparse.Namespace) -> list[tuple[str, bool, perturbed_trees.Agreement]]:
     """(uid, whether the twin is taken for another class, how much the two trees have in common)"""
     line = CommandLine.of(["metric=[]", *args.overrides], args.config_dir)
-    composition = compose("run", *line.cells(), line.folder)
+    composition = compose("run", line.cells()[0], line.folder)
     cell, options = experiment(composition.values, composition.files), options_of(composition.values["run"])
     if "tree" not in cell.method.DOCUMENTS:
         raise UserError(f"method {cell.names['method']} makes no trees; take method=acd")

@@ -141,10 +141,10 @@ def _wanted(plain: dict[str, Any]) -> Wanted:
         value = getattr(wanted, name)
         if not isinstance(value, kind) and (name, value) != ("out", None):
             raise UserError(f"{name} must be {'a whole number' if kind is int else 'a path'}, not {value!r}")
-    if wrong := [beta for beta in wanted.betas if not isinstance(beta, (int, float))]:
-        raise UserError(f"betas: {wrong[0]!r} is no number")
-    if wrong := [part for part in wanted.do if part not in PARTS]:
-        raise UserError(f"do: {wrong[0]!r} is none of {', '.join(PARTS)}; write do=[graphs,effect]")
+    if strange := [beta for beta in wanted.betas if not isinstance(beta, (int, float))]:
+        raise UserError(f"betas: {strange[0]!r} is no number")
+    if unknown := [part for part in wanted.do if part not in PARTS]:
+        raise UserError(f"do: {unknown[0]!r} is none of {', '.join(PARTS)}; write do=[graphs,effect]")
     if wanted.repeats < 2 or wanted.draws < 1 or not wanted.betas:
         raise UserError("repeats must be at least 2, draws at least 1, and betas not empty")
     return wanted

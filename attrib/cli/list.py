@@ -57,8 +57,8 @@ def described(group: str, name: str, path: Path, folder: Path | None) -> tuple[s
     head = re.match(r"(?:# @package.*\n)?# *(.+)", path.read_text(encoding="utf-8"))
     line = re.sub(r": (python tools/|attrib |apt-get).*$", "", head[1]) if head else ""
     if group in ("paper", "train"):
-        node = compose_node("run" if group == "paper" else "train", [f"{group}={name}"], folder)
-        return "", (node.paper.get("title") or line) if group == "paper" else line
+        whole = compose_node("run" if group == "paper" else "train", [f"{group}={name}"], folder)
+        return "", str(whole.paper.get("title") or line) if group == "paper" else line
     try:
         node = _node(group, name, folder)
         kind = target(node, f"{group} {name}")
@@ -77,7 +77,7 @@ def _node(group: str, name: str, folder: Path | None) -> Mapping[str, Any]:
 def _modalities(group: str, node: Mapping[str, Any], kind: Any) -> Sequence[str]:
     """What data a preset is for: image, text, audio."""
     if group in ("method", "metric"):
-        return node.get("modalities") or getattr(kind, "MODALITIES", ("image",))
+        return tuple(node.get("modalities", getattr(kind, "MODALITIES", ("image",))))
     if group == "dataset":
         return [getattr(kind, "modality", "image")]
     reads = str((node.get("input") or {}).get("_target_", ""))

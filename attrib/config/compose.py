@@ -135,10 +135,9 @@ def compose(name: str, overrides: Sequence[str] = (), folder: Path | None = None
 
 def plain(config: DictConfig, folder: Path | None = None) -> Composition:
     """What ``compose_node`` gave, resolved. Raises UserError."""
-    files = {}
-    for group, choice in config.hydra.runtime.choices.items():
-        if isinstance(choice, str) and (path := presets(group, folder).get(choice)):
-            files[group] = shown(path)
+    chosen = {str(group): str(choice) for group, choice in config.hydra.runtime.choices.items()}
+    known = {group: presets(group, folder) for group in chosen}
+    files = {group: shown(known[group][name]) for group, name in chosen.items() if name in known[group]}
     return Composition(resolved(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])), files)
 
 
@@ -150,7 +149,7 @@ def compose_node(name: str, overrides: Sequence[str] = (), folder: Path | None =
     nothing = [k for k, o in given.items() if k in base.groups and not o.is_delete() and o.value() is None]
     lines = [_for_hydra(o, folder) for key, o in given.items() if key not in nothing]  # Hydra refuses paper=null
     config = _composed(name, lines, folder)
-    for key in config:
+    for key in map(str, config):
         if key not in (*base.keys, "hydra"):
             hint = 'a file that sets what others read begins with the line "# @package _global_"'
             raise UserError(f"nothing reads {key!r}, which the configuration holds now; {hint}")
@@ -191,8 +190,10 @@ def _base(name: str) -> _Base:
     items = node.pop("defaults")
     groups = {str(k): v for item in items if isinstance(item, Mapping) for k, v in item.items()}
     keys = dict.fromkeys([*groups, *map(str, node)])
-    whole = OmegaConf.load(configs() / "run" / "default.yaml") if "run" in groups else node.get(name) or {}
-    fields = [f"{'run' if 'run' in groups else name}.{field}" for field in whole]
+    prefix, whole = name, node.get(name) or {}
+    if "run" in groups:
+        prefix, whole = "run", OmegaConf.to_container(OmegaConf.load(configs() / "run" / "default.yaml"))
+    fields = [f"{prefix}.{field}" for field in whole]
     for other in (_base(item) for item in items if isinstance(item, str) and item != "_self_"):
         groups, keys, fields = {**other.groups, **groups}, dict.fromkeys([*other.keys, *keys]), [*other.fields, *fields]
     return _Base(tuple(k for k in keys if k != "hydra" and "/" not in k and " " not in k), groups, tuple(fields))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import hydra.utils
 import torch
@@ -14,6 +14,7 @@ from hydra.errors import InstantiationException
 from torch import Tensor, nn
 
 from attrib import keys
+from attrib.config.fields import checked_value, hints_of, is_node
 from attrib.config.trained import NOT_OF_THE_NET, check_encoder, with_checkpoint
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
@@ -30,84 +31,8 @@ DTYPES = ("float32", "float64")
 INPUT = ("size", "mean", "std", "resize", "resize_size", "interpolation")  # the fields of model.input
 
 
-def _known(what: str, given: str, known: list[str]) -> str:
+def _known(what: str, given: str, known: Iterable[str]) -> str:
     return f"{what} has no field {given!r}{did_you_mean(given, known)} (fields: {', '.join(known) or 'none'})"
-
-
-# ---- types ------------------------------------------------------------------------------------
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, Mapping) and "_target_" in value
-
-
-def _as(hint: Any, value: Any) -> Any:
-    """``value`` in the one form that its annotation has for it, so that 10 and 10.0 have the same key.
-
-    An annotation that is not understood accepts anything. Raises TypeError.
-    """
-    origin, arms = get_origin(hint), get_args(hint)
-    if _is_node(value):  # an object to come
-        return value
-    if origin in (Union, types.UnionType):
-        for arm in sorted(arms, key=lambda arm: type(value) is not arm):  # 1 stays 1 in float | int
-            try:
-                return _as(arm, value)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is Literal:
-        good = any(type(value) is type(arm) and value == arm for arm in arms)
-    elif hint is float:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if good else value
-    elif hint is int:
-        good = isinstance(value, int) and not isinstance(value, bool)
-    elif hint in (bool, str, type(None)) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
-        good = isinstance(value, hint)
-    elif origin in (tuple, list, Sequence):
-        good = isinstance(value, (tuple, list))
-        if good and origin is tuple:
-            each = arms[:1] * len(value) if arms[-1:] == (...,) else arms
-            good = len(each) == len(value)
-            value = tuple(map(_as, each, value))
-        elif good:
-            value = [_as(arms[0], v) for v in value]
-    else:
-        good = True
-    if not good:
-        raise TypeError
-    return value
-
-
-def _spelled(hint: Any) -> str:
-    """An annotation in words for people who write YAML."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_spelled(arm) for arm in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if hint is type(None):
-        return "null"
-    return str(hint) if get_args(hint) else getattr(hint, "__name__", str(hint))
-
-
-def _field(name: str, hint: Any, value: Any) -> Any:
-    try:
-        return _as(hint, value)
-    except (TypeError, OverflowError) as error:
-        raise UserError(f"{name} must be {_spelled(hint)}, not {value!r}") from error
-
-
-def _hints(what: Callable[..., Any]) -> Node:
-    """The annotations of what a call of ``what`` takes; none where they cannot be read."""
-    plain_class = isinstance(what, type) and not dataclasses.is_dataclass(what)
-    try:
-        return get_type_hints(what.__init__ if plain_class else what)
-    except Exception:  # a name that is imported for type checkers only, a builtin without annotations
-        return {}
-
-
-# ---- objects ----------------------------------------------------------------------------------
 
 
 def target(node: Node, where: str) -> Callable[..., Any]:
@@ -127,19 +52,19 @@ def target(node: Node, where: str) -> Callable[..., Any]:
 def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """What a node's ``_target_`` names, and the node with its fields, and those of nodes in it, as their types want."""
     what = target(node, where)
-    checked = {k: _checked(v, f"{where}: {k}")[1] if _is_node(v) else v for k, v in node.items()}
+    checked = {k: _checked(v, f"{where}: {k}")[1] if is_node(v) else v for k, v in node.items()}
     try:
         parameters = inspect.signature(what).parameters
     except (TypeError, ValueError):  # some builtins have none
         return what, checked
-    hints, named = _hints(what), [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    known, named = hints_of(what), [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
     for field, value in node.items():
         if field.startswith("_"):
             continue
         if field in named:
             sloppy = value is None and parameters[field].default is None  # x: int = None
-            if field in hints and not _is_node(value) and not sloppy:
-                checked[field] = _field(f"{where}: {field}", hints[field], value)
+            if field in known and not is_node(value) and not sloppy:
+                checked[field] = checked_value(f"{where}: {field}", known[field], value)
         elif len(named) == len(parameters):
             raise UserError(f"{where}: {_known(str(node['_target_']), field, named)}")
     return what, checked
@@ -235,7 +160,7 @@ def with_input(config: Node, where: str = "model") -> Node:
             f"{where}: no input; it says how images are prepared ({', '.join(INPUT)}), "
             "or texts (the _target_ of an encoder)"
         )
-    if _is_node(given):
+    if is_node(given):
         return config
     if all(v is not None for k, v in given.items() if k != "resize_size"):
         return config
@@ -270,9 +195,9 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
     With ``randomise`` it is a copy with randomised layers; a sample of ``dataset`` shows their order.
     """
     arguments, shape = _net(node), None
-    if not _is_node(node["input"]):
-        size = _field(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
-        mean = _field(f"{where}: input.mean", tuple[float, ...], node["input"].get("mean"))
+    if not is_node(node["input"]):
+        size = checked_value(f"{where}: input.size", int | tuple[int, int], node["input"].get("size"))
+        mean = checked_value(f"{where}: input.mean", tuple[float, ...], node["input"].get("mean"))
         shape = (len(mean), size, size) if isinstance(size, int) else (len(mean), *size)
     layers = node.get("layers") or {}
     if not isinstance(layers, Mapping):
@@ -369,7 +294,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
         model=model,
         method=method,
         metrics=metrics,
-        seed=_field("seed", int, config.get("seed", 0)),
+        seed=checked_value("seed", int, config.get("seed", 0)),
         config=_without(config, "run", "paper"),
     )
     _check_modality(method_node, cell)
@@ -398,8 +323,8 @@ def _selection(node: Node, where: str) -> Selection:
 
 def options_of(node: Node) -> Options:
     """The ``run`` node: settings that change speed and storage, never results. Raises UserError."""
-    known, hints = list(inspect.signature(Options).parameters), get_type_hints(Options)
+    known = hints_of(Options)
     for field in node:
         if field not in known:
             raise UserError(_known("run", field, known))
-    return Options(**{field: _field(f"run.{field}", hints[field], value) for field, value in node.items()})
+    return Options(**{field: checked_value(f"run.{field}", known[field], value) for field, value in node.items()})
