@@ -69,7 +69,9 @@ def test_help_explains_every_field_of_run(attrib):
         assert len(line.split(None, 1)) == 2, f"run.{field} has no comment in configs/run/default.yaml"
 
 
-@pytest.mark.parametrize(("name", "field"), [("train", "train.epochs="), ("sanity", "sanity.layers="), ("graph", "betas=")])
+@pytest.mark.parametrize(
+    ("name", "field"), [("train", "train.epochs="), ("sanity", "sanity.layers="), ("graph", "betas=")]
+)
 def test_help_explains_the_fields_of_others(attrib, name, field):
     assert field in attrib(name, "--help").out
 
@@ -127,7 +129,9 @@ def test_a_mistake_is_one_sentence(attrib, arguments, says):
 
 
 def test_a_missing_value_is_named(attrib):
-    assert "dataset.path has no value: add dataset.path=..." in sentence(attrib("run", "dataset=text_csv", "model=bilstm"))
+    assert "dataset.path has no value: add dataset.path=..." in sentence(
+        attrib("run", "dataset=text_csv", "model=bilstm")
+    )
 
 
 def test_train_needs_a_recipe(attrib):

@@ -55,7 +55,7 @@ def described(group: str, name: str, path: Path, folder: Path | None) -> tuple[s
     The line is the comment at the head of its file, or the first line of its class's docstring.
     """
     head = re.match(r"(?:# @package.*\n)?# *(.+)", path.read_text(encoding="utf-8"))
-    line = re.sub(r": (python tools/|attrib |apt-get).*$", "", head[1]) if head else ""
+    line = head[1] if head else ""
     if group in ("paper", "train"):
         whole = compose_node("run" if group == "paper" else "train", [f"{group}={name}"], folder)
         return "", str(whole.paper.get("title") or line) if group == "paper" else line
