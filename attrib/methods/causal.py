@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, from_state
 from attrib.causal.interventions import edges, reweighted
-from attrib.causal.structure import INPUT, OUTPUT, Structure, WeightedModule
+from attrib.causal.structure import INPUT, OUTPUT, Structure
 from attrib.causal.subnetwork import logits, random_graph, weights
 from attrib.fit import State
 from attrib.methods import Method
@@ -114,7 +114,7 @@ class _Reading:
             maps.append((node, v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])))
         return maps
 
-    def _slid(self, x: Tensor, w: Tensor, module: WeightedModule) -> Tensor:
+    def _slid(self, x: Tensor, w: Tensor, module: nn.Module) -> Tensor:
         """(C, h, w) and a kernel for each -> (C, h', w'), wherever a kernel touches the channel."""
         if self.as_released:
             w = w.flip(1, 2)
