@@ -9,13 +9,8 @@ from scipy import ndimage
 
 # Scores that differ by less than this fraction of the largest count as equal; otherwise rounding would choose.
 _NEAR = 1e-6
-_LAST = {
-    5: 59.0,
-    4: 49.0,
-    3: 59.0,
-    2: 49.0,
-    1: 0.0,
-}  # percentile by the number of units left in a line: two are chosen or so
+# The percentile for the last units of a line, by how many are left; it chooses about two of them.
+_LAST = {5: 59.0, 4: 49.0, 3: 59.0, 2: 49.0, 1: 0.0}
 _CROSS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
 
 

@@ -12,12 +12,8 @@ from scipy import ndimage
 from attrib.agglomeration.rules import Rules, components, follow, near, smoothed, threshold
 
 Ask = Generator[np.ndarray, np.ndarray, np.ndarray]
-Walk = Generator[
-    np.ndarray, np.ndarray, "Agglomeration"
-]  # yields (m, n) bool sets of units, is sent their scores (m, K)
-Answer = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # the walk of each set (R,), the sets (R, n) bool -> their scores (R, K)
+Walk = Generator[np.ndarray, np.ndarray, "Agglomeration"]  # yields (m, n) bool sets of units, is sent scores (m, K)
+Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]  # each set's walk (R,), (R, n) bool sets -> scores (R, K)
 
 
 @dataclass

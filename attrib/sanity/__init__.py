@@ -90,9 +90,8 @@ def _compare(pair: CellPair, agreement: Agreement, writer: str) -> int:
         for key in (key for key in ours if key in theirs and key not in present):
             targets = [index[key].info.get("target") for index in (ours, theirs)]
             if targets[0] != targets[1]:
-                cell.ledger.add(
-                    *key, folder, f"its map explains class {targets[0]}, that of the original net class {targets[1]}"
-                )
+                why = f"its map explains class {targets[0]}, the original net's map class {targets[1]}"
+                cell.ledger.add(*key, folder, why)
                 continue
             try:
                 a, b = (item.cell.maps.read(key, names) for item in (pair.variant, pair.original))
@@ -101,9 +100,8 @@ def _compare(pair: CellPair, agreement: Agreement, writer: str) -> int:
                 continue
             values = {name: agreement.of(b[name], a[name]) for name in names}
             if not (rows.folder / "metric.json").exists():
-                columns = dict.fromkeys(
-                    values[names[0]], "none"
-                )  # neither more nor less is better: maps that are opposites agree too
+                # Neither more nor less is better: opposite maps, below zero, agree too.
+                columns = dict.fromkeys(values[names[0]], "none")
                 declared = {"columns": columns, "curves": {}}
                 write_json(rows.folder / "metric.json", {"name": NAME, "spec": keys.spec(agreement), **declared})
             rows.add(*key, {(name, column): value for name in names for column, value in values[name].items()})
@@ -123,7 +121,7 @@ def summary(cells: Sequence[Labelled], frame: pd.DataFrame, confidence: float = 
     """One row per randomised net, map and measure; ``frame`` is that of ``tables.rows``.
 
     ``dataset`` and ``model`` are those of the original, ``contender`` is the method (and map), ``place`` and ``layer``
-    say how far the new weights reach, of ``total`` layers; ``column`` is the measure. ``mean`` is over ``n`` samples and
+    say how far the new weights reach, of ``total`` layers; ``column`` is the measure. ``mean``, over ``n`` samples,
     has the bootstrap interval ``lo`` to ``hi``; ``failed`` counts samples without a value (a measure may not be defined
     for a constant map), ``pending`` those that have not been compared. Empty if nothing has been.
     """
