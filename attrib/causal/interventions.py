@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attrib.causal.structure import Structure, WeightedLayer, WeightedModule, groups
+from attrib.causal.structure import Structure, WeightedLayer, WeightedModule, groups, weighted_module
 from attrib.models import Classifier
 from attrib.models.split import Split, hooked, split
 from attrib.types import UserError
@@ -52,7 +52,7 @@ class Sites:
 
         Raises UserError for a layer that is not linear in its weight.
         """
-        layer, module = self.structure.layer(path), self.structure.module_of(path)
+        layer, module = self.structure.layer(path), weighted_module(self.model.module, path)
         if path not in self._cuts:
             self._cuts[path] = split(self.model.module, path, x)
         cut = self._cuts[path]

@@ -135,9 +135,7 @@ class Structure:
 
     def module_of(self, path: str) -> WeightedModule:
         """The module of a weighted layer."""
-        found = self.module.get_submodule(path)
-        assert isinstance(found, (nn.Linear, conv._ConvNd)), f"{path} is no weighted layer"
-        return found
+        return weighted_module(self.module, path)
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -374,6 +372,13 @@ class Structure:
 def _arguments(node: fx.Node) -> list[Any]:
     """The arguments after the first one, whether by position or by name (dim, dims, dim0, dim1)."""
     return [*node.args[1:], *(node.kwargs[k] for k in ("dim", "dims", "dim0", "dim1") if k in node.kwargs)]
+
+
+def weighted_module(net: nn.Module, path: str) -> WeightedModule:
+    """The module of a weighted layer of the net."""
+    found = net.get_submodule(path)
+    assert isinstance(found, (nn.Linear, conv._ConvNd)), f"{path} is no weighted layer"
+    return found
 
 
 def groups(module: WeightedModule) -> int:
