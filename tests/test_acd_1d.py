@@ -6,7 +6,7 @@ import torch
 from agglomerated import of_units, sets_of, slowly, tangled
 from nets import golden
 
-from attrib.agglomeration import Rules, agglomerate, threshold, together
+from attrib.agglomeration import Rules, agglomerate, drive, threshold
 from attrib.agglomeration.trees import grow
 from attrib.decomposition import Decomposer
 from attrib.models import AcdLSTM
@@ -42,7 +42,7 @@ def scorer(tokens, how):
 
 
 def walked(n, answer, rules, weights=DIFFERENCE):
-    (walk,) = together([agglomerate((n,), weights, rules)], answer)
+    (walk,) = drive([agglomerate((n,), weights, rules)], answer)
     return walk
 
 
@@ -148,7 +148,7 @@ def test_walks_side_by_side_are_as_alone_and_ask_once():
             rows.append(answers[i](members[None, : shapes[i][0]])[0])
         return np.stack(rows)
 
-    found = together([agglomerate(shape, weights, rules) for shape in shapes], answer)
+    found = drive([agglomerate(shape, weights, rules) for shape in shapes], answer)
     for i, (shape, one) in enumerate(zip(shapes, found)):
         alone = walked(shape[0], lambda _, sets, i=i: answers[i](sets), rules, weights)
         assert [labels.tolist() for labels, _ in one.levels] == [labels.tolist() for labels, _ in alone.levels]

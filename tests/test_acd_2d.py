@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from agglomerated import of_units, sets_of, slowly, tangled
 from nets import golden
 
-from attrib.agglomeration import Rules, agglomerate, follow, smoothed, threshold, together
+from attrib.agglomeration import Rules, agglomerate, drive, follow, smoothed, threshold
 from attrib.agglomeration.trees import grow, runs
 from attrib.decomposition import Decomposer
 from attrib.models import AcdCNN
@@ -126,7 +126,7 @@ def test_more_components_than_the_original_has_colours():
 
 
 def walked(shape, answer, rules, weights):
-    (walk,) = together([agglomerate(shape, weights, rules)], lambda _, sets: answer(sets))
+    (walk,) = drive([agglomerate(shape, weights, rules)], lambda _, sets: answer(sets))
     return walk
 
 

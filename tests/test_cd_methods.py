@@ -20,7 +20,7 @@ from attrib.methods.acd import ACD
 from attrib.methods.cd import CD
 from attrib.models import AcdCNN, Classifier
 from attrib.noise import Noise
-from attrib.sanity.perturbed_trees import agreement, twin
+from attrib.sanity.perturbed_trees import perturbed, tree_agreement
 from attrib.store.cell import cells
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
@@ -245,22 +245,22 @@ def test_mistakes_are_named(make, said):
         make()
 
 
-# ---- twins ----------------------------------------------------------------------------------------
+# ---- perturbed copies -----------------------------------------------------------------------------------
 
 
-def test_twins():
+def test_perturbed_copies():
     batch, model = images(), Classifier(net(), dtype=torch.float64)
-    noisy = twin(model, batch, "noise", 0.25, Noise(batch.uids, 0, dtype=torch.float64))
+    noisy = perturbed(model, batch, "noise", 0.25, Noise(batch.uids, 0, dtype=torch.float64))
     assert 0.2 < (noisy.x - batch.x).abs().max() <= 0.25
-    attacked = twin(model, batch, "fgsm", 0.01, Noise(batch.uids, 0, dtype=torch.float64))
+    attacked = perturbed(model, batch, "fgsm", 0.01, Noise(batch.uids, 0, dtype=torch.float64))
     gone = (model.logits(batch.x) - model.logits(attacked.x)).gather(1, batch.target[:, None])
     assert (gone > 0).all()  # less of the target's logit
-    with pytest.raises(UserError, match="no perturbed twins"):
-        twin(model, as_batch(some_sentences()), "noise", 0.1, Noise(["x"], 0))
+    with pytest.raises(UserError, match="cannot be perturbed"):
+        perturbed(model, as_batch(some_sentences()), "noise", 0.1, Noise(["x"], 0))
     units = Partition("tiles", side=4)
     one, other = (Tree.from_json(explained(ACD(units=units), b)["tree"][0]) for b in (batch, noisy))
-    assert agreement(one, one) == (1.0, 1.0, 1.0)
-    assert all(-1 <= value <= 1 for value in agreement(one, other))
+    assert tree_agreement(one, one) == (1.0, 1.0, 1.0)
+    assert all(-1 <= value <= 1 for value in tree_agreement(one, other))
 
 
 # ---- from the command line to the report ----------------------------------------------------------

@@ -50,11 +50,11 @@ def test_golden_primitives() -> None:
 def test_golden_gates() -> None:
     """The three contributions to a gate, and the two to the tanh of a cell, as the recurrent rules compute them."""
     from attrib.decomposition.rules_recurrent import _three, _two
-    from attrib.decomposition.values import Rows
+    from attrib.decomposition.values import MaskedRows
 
     g = golden("cd_primitives")
     a, b, c = (torch.tensor(v) for v in g["three_in"])
-    both = Rows(7, None).pair(a, a + b)
+    both = MaskedRows(7, None).pair(a, a + b)
     for name, f in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
         three = _three(both, c, f)
         got = torch.stack((three.relevant, three.whole - three.bias - three.relevant, three.bias))

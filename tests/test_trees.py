@@ -10,7 +10,7 @@ from agglomerated import tangled
 from synthetic import cell, spec
 
 from attrib import report
-from attrib.agglomeration import Rules, agglomerate, together
+from attrib.agglomeration import Rules, agglomerate, drive
 from attrib.agglomeration.trees import Tree, grow, node_id, runs
 from attrib.running.documents import packed
 from attrib.store import cell as store
@@ -22,7 +22,7 @@ WEIGHTS = np.array([1.0, 0.0, -1.0])
 def found(shape, seed, rules=None, weights=WEIGHTS):
     scorer = tangled(shape, seed)
     rules = rules or Rules(90.0)
-    (walk,) = together([agglomerate(shape, weights, rules)], lambda owner, sets: scorer(sets))
+    (walk,) = drive([agglomerate(shape, weights, rules)], lambda owner, sets: scorer(sets))
     return grow(shape, walk.units, walk.levels, walk.whole, weights, [0, 2], 0, 2)
 
 

@@ -1,4 +1,4 @@
-"""The rules by which units are chosen: those of the authors' code, for a line of units and for a grid."""
+"""The rules by which units are chosen, as in the authors' code: for a line of units, and for a grid."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-# Scores that are as near as this, relative to the largest, count as equal: else rounding would choose.
+# Scores that differ by less than this fraction of the largest count as equal; otherwise rounding would choose.
 _NEAR = 1e-6
-_LAST = {5: 59.0, 4: 49.0, 3: 59.0, 2: 49.0, 1: 0.0}  # percentile of a line with so many units left: about two of them
+# The percentile for the last units of a line, by how many are left; it chooses about two of them.
+_LAST = {5: 59.0, 4: 49.0, 3: 59.0, 2: 49.0, 1: 0.0}
 _CROSS = np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]])
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How an agglomeration goes.
+    """How units are chosen.
 
-    percentile  units whose score is at or above it are chosen in a step; of a grid, 15 less once a third is chosen
-    steps       after which components are merged without new units; None: when all units are chosen
-    absolute    choose by the size of the score, whatever its sign
-    smooth      of a grid: also choose a unit of whose four neighbours three are chosen
+    percentile  a step chooses the units whose score is at or above this percentile; in a grid it is lowered by 15 once
+                a third of the units is chosen
+    steps       after so many steps no more units are chosen, and components are merged; None: once all are chosen
+    absolute    choose by the score's magnitude, whatever its sign
+    smooth      in a grid, also choose a unit if three of its four neighbours are chosen
     """
 
     percentile: float = 95.0
@@ -36,7 +38,7 @@ def near(scores: np.ndarray) -> float:
 
 
 def threshold(scores: np.ndarray, rules: Rules) -> np.ndarray:
-    """(*shape) scores, NaN where a unit is chosen already -> (*shape) bool: which are chosen now.
+    """(*shape) scores, NaN where a unit is chosen already -> (*shape) bool: the units that are chosen now.
 
     At least one, if any is left.
     """
@@ -53,18 +55,21 @@ def threshold(scores: np.ndarray, rules: Rules) -> np.ndarray:
 
 
 def smoothed(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """(R, C) bool, chosen before and now -> chosen, with the units that three or four chosen neighbours enclose."""
+    """(R, C) bool, chosen before and now -> all chosen, and the units of whose four neighbours at least three are."""
     chosen = old | new
     return chosen | (ndimage.convolve(chosen.astype(int), _CROSS, mode="constant") >= 3)
 
 
 def components(chosen: np.ndarray) -> np.ndarray:
-    """(*shape) bool -> (*shape) int: the number of each unit's component, 0 for none; corners touch."""
+    """(*shape) bool -> (*shape) int: the number of each unit's connected component, 0 for none; corners connect."""
     return ndimage.label(chosen, np.ones((3,) * chosen.ndim))[0]
 
 
 def follow(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Components numbered as those they grew from: of several, the smallest number; new ones, what is free."""
+    """The components ``new``, numbered as those in ``old`` that they grew from.
+
+    One that grew from several has the smallest of their numbers; one that grew from none has a free number.
+    """
     found = np.zeros_like(new)
     fresh, taken = [], set()
     for number in range(1, int(new.max(initial=0)) + 1):
@@ -76,7 +81,7 @@ def follow(old: np.ndarray, new: np.ndarray) -> np.ndarray:
         else:
             fresh.append(inside)
     free = (i for i in range(1, len(taken) + len(fresh) + 1) if i not in taken)
-    # The authors' code hands out the smallest number to the component that was found last.
+    # The authors' code gives the smallest free number to the component that was found last.
     for inside, number in zip(reversed(fresh), free):
         found[inside] = number
     return found

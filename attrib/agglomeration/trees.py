@@ -1,10 +1,10 @@
-"""Hierarchies of parts: what an agglomeration finds, as an object and as JSON."""
+"""Hierarchies of parts, which agglomerations find, as objects and as JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,9 +24,9 @@ def runs(members: np.ndarray) -> tuple[Run, ...]:
 
 
 def node_id(members: Sequence[Run]) -> str:
-    """Says which units: ``7``, ``3-5``, or first and last with a digest where there are gaps.
+    """An id that names the units: ``7``, ``3-5``, or where there are gaps, first and last with a digest.
 
-    Equal members have equal ids in every tree over the same units.
+    Equal members have equal ids, in every tree.
     """
     first, last = members[0][0], members[-1][1]
     if len(members) > 1:
@@ -38,12 +38,12 @@ def node_id(members: Sequence[Run]) -> str:
 class Node:
     """A part: one unit, or a component that was merged from others.
 
-    step     in which it came to be; of a unit, in which it was chosen
+    step     the step in which it was formed; for a unit, the step in which it was chosen
     level    0 for a unit, else one more than the highest level among its parts
     parent   id of the component that it was merged into; None for the whole
-    score    what the agglomeration looked at, logit units, signed
-    scores   of ``Tree.classes``; () for units
-    members  runs of units
+    score    the score that the agglomeration went by, in logits, signed
+    scores   the scores of ``Tree.classes``; () for units
+    members  the runs of units that it consists of
     """
 
     id: str
@@ -61,6 +61,7 @@ class Node:
 
     @property
     def units(self) -> list[int]:
+        """The numbers of its units, in order."""
         return list(itertools.chain.from_iterable(range(first, last + 1) for first, last in self.members))
 
 
@@ -69,10 +70,10 @@ class Tree:
     """A hierarchy over the units of one sample.
 
     shape    of the units: (n,) words or windows, or (rows, columns) of tiles, numbered row by row
-    target   the class that is explained, or a list of 0/1 for several labels
+    target   the class that is explained, or with several labels per sample a list of 0 and 1
     against  the class whose score is subtracted, or None
-    classes  those of ``Node.scores``
-    nodes    all units in their order, then the components in the order of their steps, the whole last
+    classes  the classes of ``Node.scores``
+    nodes    all units in their order, then the components in the order of their steps; the whole comes last
     """
 
     shape: tuple[int, ...]
@@ -88,6 +89,7 @@ class Tree:
 
     @property
     def root(self) -> Node:
+        """The whole: the node that all units are in."""
         return self.nodes[-1]
 
     @cached_property
@@ -106,23 +108,23 @@ class Tree:
         return self._by_id[name]
 
     def parts(self, node: Node) -> list[Node]:
-        """What it was merged from, in the order of their first units."""
+        """The nodes that it was merged from, in the order of their first units."""
         return self._parts[node.id]
 
     def cut(self, level: int) -> list[Node]:
-        """The largest nodes of at most this level, in the order of their first units: every unit is in one of them."""
+        """The largest nodes of at most this level, in the order of their first units. Every unit is in one of them."""
         return self._largest(lambda node: node.level <= level)
 
     def after(self, step: int) -> list[Node]:
-        """The components that there were after a step; units not chosen by then are in none."""
+        """The components after a step; units that had not been chosen by then are in none."""
         return self._largest(lambda node: node.step <= step)
 
-    def _largest(self, fits: Any) -> list[Node]:
+    def _largest(self, fits: Callable[[Node], bool]) -> list[Node]:
         found = [n for n in self.nodes if fits(n) and (n.parent is None or not fits(self[n.parent]))]
         return sorted(found, key=lambda node: node.members)
 
     def paint(self, nodes: Iterable[Node], values: Iterable[float], empty: float = 0.0) -> np.ndarray:
-        """A value for each node -> an array of the units' shape; ``empty`` where there is no node."""
+        """An array of the units' shape with each node's value at its units, and ``empty`` where there is no node."""
         flat = np.full(self.n, empty)
         for node, value in zip(nodes, values, strict=True):
             flat[node.units] = value
@@ -141,7 +143,7 @@ class Tree:
     # ---- JSON -------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """What ``json.dumps`` can write; numbers with six digits."""
+        """The tree as values for ``json.dumps``; scores have six digits."""
         units, components = self.nodes[: self.n], self.nodes[self.n :]
         return {
             "version": VERSION,
@@ -170,10 +172,10 @@ class Tree:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str = "tree") -> Tree:
-        """Raises UserError, beginning with ``where``, for what is not the JSON of a tree."""
+        """The inverse of ``to_json``. Raises UserError, whose message begins with ``where``, for anything else."""
         try:
             if value["version"] != VERSION:
-                raise UserError(f"{where} is of version {value['version']}, this attrib reads {VERSION}")
+                raise UserError(f"{where} is of version {value['version']}, but this version of attrib reads {VERSION}")
             shape, units = tuple(int(s) for s in value["shape"]), value["units"]
             columns = zip(units["score"], units["step"], units["parent"], strict=True)
             nodes = [
@@ -192,14 +194,14 @@ class Tree:
         return tree
 
     def check(self, where: str = "tree") -> None:
-        """Raises UserError unless the nodes are a hierarchy over the units."""
+        """Raises UserError unless the nodes form a hierarchy over the units."""
 
         def demand(true: bool, what: str) -> None:
             if not true:
                 raise UserError(f"{where}: {what}")
 
         demand(len(self.nodes) >= self.n, f"{len(self.nodes)} nodes for {self.n} units")
-        if not self.nodes:  # of a text without words
+        if not self.nodes:  # a text without words
             return
         demand(len(self._by_id) == len(self.nodes), "two nodes have the same id")
         for node in self.nodes:
@@ -235,12 +237,15 @@ def grow(
     target: int | list[int],
     against: int | None,
 ) -> Tree:
-    """A tree from the components of every step.
+    """Make a tree of the components of every step.
 
     units    (n, K) scores of the units alone
-    levels   of step 1, 2, ...: (*shape) the number of each unit's component, 0 for none, and (K,) scores by number
+    levels   for each step, from 1 on: (*shape) the number of each unit's component, 0 for none, and the (K,) scores of
+             each component by its number
     whole    (K,) scores of all units together
-    weights  (K,) what the score of a node is: scores @ weights
+    weights  (K,) the score of a node is scores @ weights
+    classes  whose scores are kept in the nodes
+    target, against   see ``Tree``
     """
     n, classes = len(units), list(classes)
     last = len(levels) + 1

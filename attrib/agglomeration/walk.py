@@ -1,4 +1,4 @@
-"""The agglomeration itself, as a generator that asks for scores, and a driver that answers many at once."""
+"""The agglomeration itself, as a generator that asks for scores, and a driver that answers many of them at once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from scipy import ndimage
 from attrib.agglomeration.rules import Rules, components, follow, near, smoothed, threshold
 
 Ask = Generator[np.ndarray, np.ndarray, np.ndarray]
-Walk = Generator[np.ndarray, np.ndarray, "Agglomeration"]  # yields (m, n) bool sets of units, wants (m, K) scores
-Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (R,) walk, (R, n) bool -> (R, K)
+Walk = Generator[np.ndarray, np.ndarray, "Agglomeration"]  # yields (m, n) bool sets of units, is sent scores (m, K)
+Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]  # each set's walk (R,), (R, n) bool sets -> scores (R, K)
 
 
 @dataclass
 class Agglomeration:
-    """What was found, step by step. n units of ``shape``, K classes.
+    """The course of an agglomeration of n units, with scores of K classes.
 
-    units, whole   (n, K) scores of the units alone, (K,) of all together
-    scores         of the start and each step: (*shape) what a unit alone, later beside a component, adds; NaN: chosen
-    chosen         of the start and each step: (*shape) bool
-    levels         of each step, then of each final merging: (*shape) the number of a unit's component, 0 for none,
-                   and the (K,) scores of the components by number
-    combined       of each step: (K,) scores of all that was chosen, together
+    units, whole   (n, K) scores of the units alone, and (K,) of all units together
+    scores         at the start and after each step, (*shape): at first a unit's own score, then what it would add to
+                   the component beside it; NaN where a unit is chosen
+    chosen         at the start and after each step, (*shape) bool: the units that are chosen
+    levels         for each step, then for each final merger: (*shape) the number of a unit's component, 0 for none,
+                   and the (K,) scores of each component by its number
+    combined       for each step, (K,) scores of all chosen units together
     """
 
     units: np.ndarray
@@ -37,7 +38,7 @@ class Agglomeration:
 
 
 class _Known:
-    """Asks for the scores of sets, each of them once."""
+    """Asks for the scores of sets of units, for each set only once."""
 
     def __init__(self) -> None:
         self._found: dict[bytes, np.ndarray] = {}
@@ -53,13 +54,13 @@ class _Known:
 
 
 def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules) -> Walk:
-    """Over units in a line, shape (n,), or in a grid, (rows, columns).
+    """Agglomerate units in a line, shape (n,), or in a grid, (rows, columns).
 
-    weights  (K,) what is looked at: scores @ weights, such as one class less another
+    weights  (K,) the agglomeration goes by scores @ weights, for example one class less another
 
-    Each step finds the components of what is chosen, scores every unit beside one by what it would add to
-    it (beside several, to the one with the largest number), and chooses those above the percentile. In a
-    grid the components that are left at the end are merged in pairs, the pair first that gains most over
+    Each step finds the connected components of the chosen units, scores every unit beside a component by what it would
+    add to it (of several components, to the one with the largest number), and chooses the units above the percentile.
+    In a grid, the components that are left at the end are merged in pairs, beginning with the pair that gains most over
     the better of the two.
     """
     n, grid, known = int(np.prod(shape)), len(shape) == 2, _Known()
@@ -85,7 +86,7 @@ def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules) -> Wa
         found.levels.append((labels, dict(zip(numbers.tolist(), parts))))
         found.combined.append(answers[len(numbers)])
         gains = (answers[len(numbers) + 1 :] - parts[which]) @ weights
-        scores[tuple(place)] = gains  # numpy keeps the last of several, which is of the largest number
+        scores[tuple(place)] = gains  # numpy keeps the last of several: that of the component with the largest number
         scores[chosen] = np.nan
         new = threshold(scores, rules)
         done = bool(chosen.all()) or step + 1 == rules.steps
@@ -115,17 +116,17 @@ def _merge(found: Agglomeration, known: _Known, weights: np.ndarray) -> Generato
         found.levels.append((labels, parts))
 
 
-def together(walks: Sequence[Walk], answer: Answer) -> list[Agglomeration]:
-    """Drive the walks side by side: the questions of all of them are answered in one call each time.
+def drive(walks: Sequence[Walk], answer: Answer) -> list[Agglomeration]:
+    """Run the walks side by side to their end; each call of ``answer`` scores the sets that all of them ask about.
 
-    ``answer`` gets the sets padded with False to the most units that any of the walks asks about.
+    The sets are padded with False to the largest number of units among the walks.
     """
     done: dict[int, Agglomeration] = {}
     waiting: dict[int, np.ndarray] = {}
 
     def go_on(i: int, scores: np.ndarray | None) -> None:
         try:
-            waiting[i] = walks[i].send(scores)
+            waiting[i] = next(walks[i]) if scores is None else walks[i].send(scores)
         except StopIteration as end:
             done[i] = end.value
 

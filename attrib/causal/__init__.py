@@ -1,19 +1,19 @@
-"""Causal graphs of trained nets: which neurons hold a class's logit up, found by interventions on edges.
+"""Causal graphs of trained nets: the neurons without which a class's logit falls, found by interventions on edges.
 
-N. Béreux's *Interventional-Explanations* is the code that this is measured against (tests/golden). ``structure``
-reads from the traced graph what feeds what, ``interventions`` computes them, ``graph`` searches a class's graph and
-fits the graphs of several, ``subnetwork`` keeps or removes its paths, ``stability`` compares graphs, ``exchange``
-and ``drawing`` write them down.
+The reference is the code of N. Béreux, *Interventional-Explanations* (tests/golden). ``structure`` reads from the
+traced graph which channels feed which layer, ``interventions`` computes logits under interventions, ``graph`` searches
+the graph of a class and fits those of several, ``subnetwork`` keeps or removes a graph's paths, ``stability`` compares
+graphs, ``exchange`` writes them as JSON and ``drawing`` draws them.
 """
 
-from attrib.causal.graph import CausalGraphs, ClassGraph, Found, Search, find, from_state, to_state
+from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, Search, find, from_state, to_state
 from attrib.causal.interventions import Sites, intervene
 from attrib.causal.structure import Structure
 
 __all__ = [
     "CausalGraphs",
     "ClassGraph",
-    "Found",
+    "GraphLayer",
     "Search",
     "Sites",
     "Structure",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
@@ -17,22 +19,26 @@ MOST_DOTS = 256  # channels of a layer that are drawn beside its nodes
 
 
 def draw(structure: Structure, graph: ClassGraph, name: str = "") -> Figure:
-    """The layers from the input (left) to the logit (right), nodes at the height of their channel's number.
+    """The layers from the input (left) to the logit (right); a node's height is the number of its channel.
 
-    Grey dots are channels that are no nodes; an edge is the darker, the more its cause's loss lowers the logit.
+    Grey dots are channels that are not nodes. The more the logit falls when a cause is cut off, the darker its edges.
     """
     edges = list(connections(structure, graph))
     used = {edge.source for edge in edges} | {edge.layer for edge in edges}
     inner = [path for path in structure.paths if path in used]
     others = sorted(path for path in used if path not in inner and path not in (INPUT, OUTPUT))
     columns = [*others, *([INPUT] if INPUT in used else []), *inner, OUTPUT]
-    sizes = {path: len(structure.module.get_submodule(path).weight) for path in inner}
+    sizes = {path: len(structure.module_of(path).weight) for path in inner}
     sizes |= {s.path: s.channels for path in inner for s in structure.layer(path).sources if s.path not in sizes}
     sizes[OUTPUT] = len(structure.layer(OUTPUT).units)
     place = {path: x for x, path in enumerate(columns)}
 
     def at(path: str, index: int) -> tuple[float, float]:
         return place[path], -(index + 0.5) / sizes[path]
+
+    def dots(path: str, indices: Iterable[int], size: int, colour: str, layer: int) -> None:
+        x, y = np.array([at(path, i) for i in indices]).reshape(-1, 2).T
+        axes.scatter(x, y, s=size, color=colour, zorder=layer)
 
     figure = Figure(figsize=(max(5.0, 1.1 * len(columns) + 1), 6.0), layout="constrained")
     axes = figure.add_subplot()
@@ -48,9 +54,9 @@ def draw(structure: Structure, graph: ClassGraph, name: str = "") -> Figure:
     nodes = {(e.source, e.start) for e in edges} | {(e.layer, e.end) for e in edges}
     for path in columns:
         if sizes[path] <= MOST_DOTS:
-            axes.scatter(*zip(*(at(path, i) for i in range(sizes[path]))), s=4, color="#c8c8c8", zorder=2)
+            dots(path, range(sizes[path]), 4, "#c8c8c8", 2)
         mine = sorted(i for layer, i in nodes if layer == path)
-        axes.scatter(*zip(*(at(path, i) for i in mine)), s=16, color=COLOURS[1], zorder=3)
+        dots(path, mine, 16, COLOURS[1], 3)
         how = HOW[graph.layers[path].how] if path in graph.layers else ""
         axes.text(place[path], 0.03, f"{path}\n{len(mine)} / {sizes[path]}", ha="center", va="bottom", fontsize=8,
                   rotation=60 if len(columns) > 8 else 0)  # fmt: skip
@@ -66,9 +72,10 @@ def draw(structure: Structure, graph: ClassGraph, name: str = "") -> Figure:
 
 
 def draw_stability(frame: pd.DataFrame) -> Figure:
-    """Jaccard index of nodes and of edges over beta, a line per layer, mean over the classes (``stability.soft``).
+    """Jaccard index of nodes and of edges over beta, one line per layer, mean over the classes.
 
-    Solid: between repeats at the same beta. Dashed: with the graph of hard interventions.
+    ``frame`` is that of ``stability.soft``. Solid: between the draws at one beta. Dashed: with the graph of hard
+    interventions.
     """
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("nodes", "edges"), strict=True):

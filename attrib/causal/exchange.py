@@ -1,8 +1,8 @@
 """Causal graphs as JSON that networkx reads: ``networkx.node_link_graph(json.load(file), edges="edges")``.
 
-A node is an output channel of a weighted layer, ``conv2/12``, of the net's input, ``input/0``, or the logit,
-``output/3``. An edge is a weight, or a kernel, of the layer that it leads to; the edges of a layer that leave one
-cause were intervened on together and bear the same effect.
+A node is an output channel of a weighted layer, ``conv2/12``, a channel of the net's input, ``input/0``, or the logit,
+``output/3``. An edge is a weight, or a kernel, of the layer that it leads to. The edges from one cause into one layer
+were intervened on together, so they have the same effect.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ HOW = {
 
 
 class Edge(NamedTuple):
-    """From channel ``start`` of ``source`` to channel ``end`` of ``layer``."""
+    """From channel ``start`` of the layer ``source`` to channel ``end`` of ``layer``."""
 
     source: str
     start: int
     layer: str
     end: int
-    unit: int  # the candidate of the layer that it leaves
+    unit: int  # the candidate of ``layer`` that channel ``start`` is
     effect: float  # mean change of the logit when the candidate's edges are cut; NaN if not tested
-    p: float
+    p: float  # of the one-sided test; NaN if not tested
 
 
 def connections(structure: Structure, graph: ClassGraph) -> Iterator[Edge]:
-    """All edges, from the logit down. A candidate that several layers make has edges from each of them."""
+    """All edges, from the logit down. A candidate that several layers produce together has edges from each of them."""
     logit = structure.layer(OUTPUT)
     for source in logit.sources:
         start = source.units().index(logit.units[graph.target]) if logit.units[graph.target] in source.units() else None
         if start is not None:
             yield Edge(source.path, start, OUTPUT, graph.target, graph.target, math.nan, math.nan)
     for path, found in graph.reached.items():
-        layer, module = structure.layer(path), structure.module.get_submodule(path)
+        layer, module = structure.layer(path), structure.module_of(path)
         effects = found.effects.nonzero()[:, 0].to(module.weight.device)
         numbers = [{unit: j for j, unit in enumerate(source.units())} for source in layer.sources]
         for unit in found.causes.nonzero()[:, 0].tolist():
@@ -57,7 +57,10 @@ def connections(structure: Structure, graph: ClassGraph) -> Iterator[Edge]:
 
 
 def to_json(structure: Structure, graph: ClassGraph, names: dict[int, str] | None = None) -> dict[str, Any]:
-    """Plain values in networkx's node-link format; numbers that are not defined are null."""
+    """The graph in networkx's node-link format, for ``json.dumps``; undefined numbers are None.
+
+    names  of the classes, by number
+    """
     nodes: dict[str, dict[str, Any]] = {}
 
     def node(layer: str, index: int) -> str:

@@ -1,8 +1,8 @@
-"""The causal graph of a class: which neurons, down through the layers, hold its logit up.
+"""The causal graph of a class: the neurons, layer by layer, without which its logit falls.
 
-From the logit downwards, in every weighted layer: the edges from each candidate (an input channel) to the
-outputs that are nodes already are set to u; a candidate is a cause if that lowers the logit. Its channel, in
-the layer or layers that it comes from, is then a node there.
+The search goes from the logit down. In every weighted layer, the edges from each candidate (an input channel) to the
+outputs that are nodes already are set to u; a candidate is a cause if that lowers the logit. Its channel, in the layer
+or layers that it comes from, is then a node there.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from scipy import stats
 from torch import Tensor
 
 from attrib.causal.interventions import Sites, edges, estimate, intervene
-from attrib.causal.structure import Nodes, Structure
+from attrib.causal.structure import OUTPUT, Structure
 from attrib.fit import Fit, FitData, Partial, State
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
 
-WIDTH = 0.01  # of the interval that soft weights are drawn from
+WIDTH = 0.01  # of the interval from which soft weights are drawn
 NOT_REACHED, TESTED, FALLEN_BACK, NONE_FOUND, FIRST = range(5)  # how a layer's causes were chosen
 
 
 @dataclass(frozen=True)
 class Search:
-    """How a graph is searched.
+    """How a graph is searched for.
 
     soft        the weight of an edge becomes u ~ U(beta, beta + 0.01), drawn per class and layer; otherwise 0
     z           one-sided test at every candidate: mean < mean of reference - z * sqrt(s^2 / n + s_ref^2 / n)
-    correction  of the p-values of a layer's candidates, for which the level is then that of z: Holm (family-wise
-                error) or BH (Benjamini and Hochberg, false discovery rate)
-    fallback    if no candidate of a layer passes: those whose mean relative change of the logit is below this;
-                None for none, so that the search ends there
+    correction  of the p-values of a layer's candidates, at the level that belongs to z: Holm (family-wise error
+                rate) or BH (Benjamini and Hochberg, false discovery rate)
+    fallback    if no candidate of a layer passes the test, those whose mean relative change of the logit is below this
+                number are causes; with None there are none, and the search ends there
     layers      how many of the last weighted layers are searched, or the paths of some; None for all
-    candidates  at most so many per layer are tested: those that should lower the logit most to first order
-                (``interventions.estimate``), an approximation; None for all
-    seed        of u
+    candidates  how many candidates per layer are tested at most: by a first-order approximation
+                (``interventions.estimate``), those that should lower the logit most; None for all
+    seed        of the random u
     """
 
     NAME: ClassVar[str] = "attrib.causal.graph.Search"
@@ -59,22 +59,22 @@ class Search:
             raise UserError(f"correction must be none, holm or bh, not {self.correction!r}")
 
     def u(self, target: int, path: str) -> float:
-        """What the weights of one layer become for one class."""
+        """The value that the weights of one layer are set to, for one class."""
         if not self.soft:
             return 0.0
         draw = Noise([f"class {target}/{path}"], self.seed, dtype=torch.float64).uniform(1).item()
         return self.beta + WIDTH * draw
 
 
-class Found(NamedTuple):
-    """One layer of a graph."""
+class GraphLayer(NamedTuple):
+    """One layer of a class's graph."""
 
-    effects: Tensor  # (out,) bool: the layer's nodes
-    causes: Tensor  # (units,) bool: the candidates that are causes of these
-    effect: Tensor  # (units,) float64, mean change of the logit; NaN where nothing was tested
-    p: Tensor  # (units,) float64, one-sided, corrected; NaN where nothing was tested
+    effects: Tensor  # (out,) bool: the layer's output channels that are nodes
+    causes: Tensor  # (units,) bool: the candidates that are causes of these nodes
+    effect: Tensor  # (units,) float64: mean change of the logit; NaN where nothing was tested
+    p: Tensor  # (units,) float64: one-sided, corrected; NaN where nothing was tested
     how: int  # NOT_REACHED ... FIRST
-    u: float
+    u: float  # what the weights of the edges were set to
 
 
 class ClassGraph(NamedTuple):
@@ -82,13 +82,38 @@ class ClassGraph(NamedTuple):
 
     target: int
     samples: int
-    reference: tuple[float, float]  # mean and standard deviation (ddof 1) of the logit, nothing intervened
-    layers: dict[str, Found]
+    reference: tuple[float, float]  # mean and standard deviation (ddof 1) of the logit without interventions
+    layers: dict[str, GraphLayer]
 
     @property
-    def reached(self) -> dict[str, Found]:
-        """The layers in which there are causes."""
+    def reached(self) -> dict[str, GraphLayer]:
+        """The layers that have causes."""
         return {path: found for path, found in self.layers.items() if found.causes.any()}
+
+
+class Nodes:
+    """Which output channels of which layers are nodes of a class's graph so far, from the logit down."""
+
+    def __init__(self, structure: Structure, target: int) -> None:
+        """Raises UserError for a class that the net does not have."""
+        self._structure = structure
+        self._found: dict[str, Tensor] = {}
+        logits = len(structure.layer(OUTPUT).units)
+        if not 0 <= target < logits:
+            raise UserError(f"class {target} does not exist: the net has {logits} classes")
+        self.reach(OUTPUT, torch.arange(logits) == target)
+
+    def of(self, path: str) -> Tensor:
+        """The nodes of a layer, (out,) bool."""
+        weight = self._structure.module_of(path).weight
+        return self._found.get(path, torch.zeros(len(weight), dtype=torch.bool))
+
+    def reach(self, path: str, units: Tensor) -> None:
+        """Make the chosen units (U,) bool of a layer nodes of the layers that they come from."""
+        layer = self._structure.layer(path)
+        for source in layer.sources:
+            found = layer.channels(source, units)
+            self._found[source.path] = self._found[source.path] | found if source.path in self._found else found
 
 
 def adjusted(p: Tensor, correction: str) -> Tensor:
@@ -105,9 +130,9 @@ def adjusted(p: Tensor, correction: str) -> Tensor:
 
 
 def select(y: Tensor, reference: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Causes (m,) bool, mean effects (m,), p-values (m,) and how they were chosen.
+    """Causes (m,) bool, mean effects (m,), p-values (m,), and how the causes were chosen (TESTED ...).
 
-    y (m, n) is the logit under the interventions on m candidates, reference (n,) without any.
+    y (m, n) is the logit under an intervention on each of m candidates, reference (n,) the one without.
     """
     y, reference = y.double(), reference.double()
     n = len(reference)
@@ -125,17 +150,17 @@ def select(y: Tensor, reference: Tensor, search: Search) -> tuple[Tensor, Tensor
 
 
 def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, float] | None = None) -> ClassGraph:
-    """The graph of a class over n of its samples, x (n, *input).
+    """The graph of a class, searched for with n of its samples, x (n, *input).
 
-    ``u`` gives the soft weights of some layers, by path, instead of drawing them. Raises UserError for
-    fewer than two samples.
+    ``u`` gives the weights of some layers, by path, instead of ``search.u``. Raises UserError for fewer than two
+    samples, and for a layer that cannot be searched.
     """
     model, structure = sites.model, sites.structure
     if len(x) < 2:
         raise UserError(f"class {target}: a causal graph needs at least 2 samples, there is {len(x)}")
     nodes = Nodes(structure, target)
     reference = model.logits(x)[:, target].double().cpu()
-    layers: dict[str, Found] = {}
+    layers: dict[str, GraphLayer] = {}
     scope = structure.scope(search.layers)
     for path in reversed(scope):
         layer, effects = structure.layer(path), nodes.of(path)
@@ -144,17 +169,17 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
         nothing = torch.full((m,), torch.nan, dtype=torch.float64)
         value = search.u(target, path) if u is None or path not in u else u[path]
         if not effects.any():
-            layers[path] = Found(effects, chosen, nothing, nothing.clone(), NOT_REACHED, value)
+            layers[path] = GraphLayer(effects, chosen, nothing, nothing.clone(), NOT_REACHED, value)
             continue
         if layer.refused and path != scope[0]:
             raise UserError(layer.refused)
         if layer.first:
-            layers[path] = Found(effects, ~chosen, nothing, nothing.clone(), FIRST, value)
+            layers[path] = GraphLayer(effects, ~chosen, nothing, nothing.clone(), FIRST, value)
             continue
         y, units = _tested(sites, path, x, effects, target, value, search.candidates)
         causes, effect, p, how = select(y.cpu(), reference, search)
         chosen[units] = causes
-        layers[path] = Found(
+        layers[path] = GraphLayer(
             effects, chosen, nothing.index_copy(0, units, effect), nothing.index_copy(0, units, p), how, value
         )
         nodes.reach(path, chosen)
@@ -165,7 +190,10 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
 def _tested(
     sites: Sites, path: str, x: Tensor, effects: Tensor, target: int, u: float, most: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The logits (m, n) under an intervention on each candidate that has an edge to an effect, and which these are."""
+    """The logits (m, n) under an intervention on each of the m candidates that are tested, and the candidates' numbers.
+
+    Those that have an edge to an effect; of these the ``most`` with the lowest estimate.
+    """
     site = sites.at(path, x)
     outputs = effects.nonzero()[:, 0].to(site.z.device)
     connected = [i for i, unit in enumerate(site.layer.units) if len(edges(site.module, unit, outputs).effects)]
@@ -181,7 +209,7 @@ _PARTS = ("effects", "causes", "effect", "p")
 
 
 def to_state(graphs: Mapping[int, ClassGraph]) -> State:
-    """classes, samples (K,), reference (K, 2), and per layer ``<path>.effects`` (K, out) and so on."""
+    """Tensors classes (K,), samples (K,), reference (K, 2), and per layer ``<path>.effects`` (K, out) and so on."""
     state: State = {
         "classes": torch.tensor(list(graphs)),
         "samples": torch.tensor([g.samples for g in graphs.values()]),
@@ -198,7 +226,7 @@ def to_state(graphs: Mapping[int, ClassGraph]) -> State:
 
 
 def from_state(structure: Structure, state: State) -> dict[int, ClassGraph]:
-    """The inverse. Raises UserError for the state of another net."""
+    """The inverse of ``to_state``. Raises UserError for the state of another net."""
     paths = [path for path in reversed(structure.paths) if f"{path}.how" in state]
     if not paths:
         raise UserError(f"the stored graphs are not of this net, whose layers are {', '.join(structure.paths)}")
@@ -206,11 +234,13 @@ def from_state(structure: Structure, state: State) -> dict[int, ClassGraph]:
     graphs = {}
     for k, target in enumerate(state["classes"].tolist()):
         layers = {
-            path: Found(
-                *(state[f"{path}.{part}"][k].bool() for part in _PARTS[:2]),
-                *(state[f"{path}.{part}"][k] for part in _PARTS[2:]),
-                int(state[f"{path}.how"][k]),
-                float(state[f"{path}.u"][k]),
+            path: GraphLayer(
+                effects=state[f"{path}.effects"][k].bool(),
+                causes=state[f"{path}.causes"][k].bool(),
+                effect=state[f"{path}.effect"][k],
+                p=state[f"{path}.p"][k],
+                how=int(state[f"{path}.how"][k]),
+                u=float(state[f"{path}.u"][k]),
             )
             for path in paths
         }
@@ -221,11 +251,11 @@ def from_state(structure: Structure, state: State) -> dict[int, ClassGraph]:
 
 @dataclass(frozen=True)
 class CausalGraphs(Fit):
-    """The causal graphs of classes, over samples of the estimation set.
+    """The causal graphs of several classes, from samples of the estimation set.
 
-    samples   the first so many of each class; 2 at least
-    classes   None for all that the estimation set has two samples of
-    correct   only samples that the net gives their class
+    samples   how many samples of each class are used, at least 2: the first ones of the estimation set
+    classes   whose graphs are searched for; None for all of which the estimation set has two samples
+    correct   use only samples that the net classifies correctly
     search    see ``Search``
     """
 
@@ -246,7 +276,10 @@ class CausalGraphs(Fit):
         return ()
 
     def choose(self, model: Classifier, data: FitData, report: Callable[[str], None]) -> dict[int, list[str]]:
-        """The uids of each class's samples, in the order of the data."""
+        """The uids of the samples that are used, by class, in the order of the data.
+
+        Raises UserError where a class has fewer than two, and SampleError for data with several labels per sample.
+        """
         chosen: dict[int, list[str]] = {}
         seen = 0
         for batch in data:
@@ -265,13 +298,12 @@ class CausalGraphs(Fit):
             chosen = {target: chosen.get(target, []) for target in self.classes}
             for target, uids in chosen.items():
                 if len(uids) < 2:
-                    right = "correctly classified " if self.correct else ""
-                    raise UserError(
-                        f"class {target} has {len(uids)} {right}samples in the estimation set; 2 are needed"
-                    )
+                    which = "correctly classified samples" if self.correct else "samples"
+                    raise UserError(f"class {target} has {len(uids)} {which} in the estimation set; 2 are needed")
         found = {target: chosen[target] for target in sorted(chosen) if len(chosen[target]) > 1}
         if not found:
-            raise UserError("no class has two samples in the estimation set that the net classifies correctly")
+            which = " that the net classifies correctly" if self.correct else ""
+            raise UserError(f"no class has two samples in the estimation set{which}")
         return found
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:

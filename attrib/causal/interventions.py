@@ -1,8 +1,8 @@
-"""Interventions on edges without touching a weight: what a net would say if w were u for one cause.
+"""Interventions on edges that leave the net's weights alone: its logits if the weights w of one cause were u.
 
-A weighted layer is linear in its input, so setting the edges from candidate c to the effects E to u changes
-the layer's output by (u - w)[E, c] applied to channel c alone. One pass of the net up to the layer is kept,
-and all candidates of all samples go through the rest of the net together, in pieces of ``Classifier.rows``.
+A weighted layer is linear in its input, so setting the edges from candidate c to the effects E to u changes the layer's
+output by (u - w)[E, c] applied to channel c alone. The net runs once up to the layer; from there all candidates of all
+samples go through the rest of the net together, ``Classifier.rows`` at a time.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from attrib.causal.structure import Layer, Structure
+from attrib.causal.structure import Structure, WeightedLayer, WeightedModule, groups, weighted_module
 from attrib.models import Classifier
 from attrib.models.split import Split, hooked, split
 from attrib.types import UserError
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class Site(NamedTuple):
-    """A weighted layer as n samples see it."""
+    """A weighted layer with its input and output for n samples."""
 
-    layer: Layer
-    module: nn.Module
+    layer: WeightedLayer
+    module: WeightedModule
     x: Tensor  # (n, *in), the layer's input
     z: Tensor  # (n, *out), its output
     rest: tuple[Tensor, ...]  # see ``Front``
@@ -33,12 +35,12 @@ class Site(NamedTuple):
 
     @property
     def axis(self) -> int:
-        """Of the channels in x and in z."""
+        """The dimension of the channels in x and in z."""
         return self.z.ndim - 1 if isinstance(self.module, nn.Linear) else 1
 
 
 class Sites:
-    """Cuts a net at its weighted layers; each cut is made once."""
+    """A net cut at its weighted layers; each cut is made once."""
 
     def __init__(self, model: Classifier, structure: Structure) -> None:
         self.model, self.structure = model, structure
@@ -46,8 +48,11 @@ class Sites:
 
     @torch.no_grad()
     def at(self, path: str, x: Tensor) -> Site:
-        """x (n, *input). Computes nothing behind the layer, unless the net cannot be cut there."""
-        layer, module = self.structure.layer(path), self.model.module.get_submodule(path)
+        """The layer for inputs x (n, *input); computes nothing behind it, unless the net cannot be cut there.
+
+        Raises UserError for a layer that is not linear in its weight.
+        """
+        layer, module = self.structure.layer(path), weighted_module(self.model.module, path)
         if path not in self._cuts:
             self._cuts[path] = split(self.model.module, path, x)
         cut = self._cuts[path]
@@ -63,8 +68,8 @@ class Sites:
         return Site(layer, module, read, z, tuple(rest), cut)
 
 
-def twin(module: nn.Module, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> nn.Module:
-    """A layer of the same kind, stride and padding with other weights; the given one is left alone."""
+def reweighted(module: M, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> M:
+    """A copy of a layer, with its stride and padding, that has these weights and none of its hooks."""
     made = copy.copy(module)
     parameters = {"weight": nn.Parameter(weight, False), "bias": None if bias is None else nn.Parameter(bias, False)}
     made.__dict__ |= {"_parameters": parameters, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
@@ -73,34 +78,43 @@ def twin(module: nn.Module, weight: Tensor, bias: Tensor | None = None, groups: 
     return made
 
 
-def _check(path: str, module: nn.Module, x: Tensor, z: Tensor) -> None:
+def _check(path: str, module: WeightedModule, x: Tensor, z: Tensor) -> None:
     """Raises UserError for a layer that is not linear in its weight, such as one that standardises it first."""
-    groups = getattr(module, "groups", 1)
-    once, twice = (twin(module, k * module.weight, None, groups)(x) for k in (1, 2))
-    bias = 0.0 if module.bias is None else module.bias
-    if module.bias is not None and not isinstance(module, nn.Linear):
-        bias = bias.reshape(-1, *(1 for _ in z.shape[2:]))
-    if not torch.allclose(once + bias, z, rtol=1e-3, atol=1e-3 * z.abs().max().item()) or not torch.allclose(
+    once, twice = (reweighted(module, k * module.weight, None, groups(module))(x) for k in (1, 2))
+    own = once
+    if module.bias is not None:
+        bias = module.bias if isinstance(module, nn.Linear) else module.bias.reshape(-1, *(1 for _ in z.shape[2:]))
+        own = once + bias
+    if not torch.allclose(own, z, rtol=1e-3, atol=1e-3 * z.abs().max().item()) or not torch.allclose(
         twice, 2 * once, rtol=1e-3, atol=1e-3 * z.abs().max().item()
     ):
-        raise UserError(f"layer {path} ({type(module).__name__}) is not linear in its weight; no edge of it can be set")
+        raise UserError(
+            f"layer {path} ({type(module).__name__}) is not linear in its weight, so no edge of it can be set; "
+            "search only the layers behind it (layers: the last so many)"
+        )
 
 
 class Edges(NamedTuple):
     """From one candidate to some outputs of a layer."""
 
-    effects: Tensor  # (E,) int64, those of the wanted outputs that the candidate is connected with
+    effects: Tensor  # (E,) int64, those of the given outputs that the candidate is connected with
     weight: Tensor  # (E, span, *kernel)
 
 
-def edges(module: nn.Module, unit: tuple[int, int], effects: Tensor) -> Edges:
-    """``effects`` (E,) int64, output channels. In a grouped convolution a channel reaches its own group only."""
-    (start, stop), groups = unit, getattr(module, "groups", 1)
-    if groups > 1:
-        inputs, outputs = module.in_channels // groups, module.out_channels // groups
+def edges(module: WeightedModule, unit: tuple[int, int], effects: Tensor) -> Edges:
+    """The edges from a candidate to the output channels ``effects`` (E,) int64.
+
+    In a grouped convolution a channel reaches its own group only. Raises UserError for a candidate in two groups.
+    """
+    start, stop = unit
+    if not isinstance(module, nn.Linear) and module.groups > 1:
+        inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
         group = start // inputs
         if (stop - 1) // inputs != group:
-            raise UserError(f"the inputs {start} to {stop - 1} are one candidate, but belong to two groups")
+            raise UserError(
+                f"the inputs {start} to {stop - 1} of a grouped convolution are one candidate, but belong to two "
+                "groups; search only the layers behind it (layers: the last so many)"
+            )
         effects = effects[effects // outputs == group]
         start, stop = start - group * inputs, stop - group * inputs
     return Edges(effects, module.weight[effects, start:stop])
@@ -109,15 +123,16 @@ def edges(module: nn.Module, unit: tuple[int, int], effects: Tensor) -> Edges:
 def change(site: Site, unit: tuple[int, int], found: Edges, u: float, rows: slice) -> Tensor:
     """How the layer's output at ``found.effects`` changes for some of the samples, (rows, E, *places)."""
     x = site.x.narrow(site.axis, unit[0], unit[1] - unit[0])[rows]
-    return twin(site.module, u - found.weight)(x)
+    return reweighted(site.module, u - found.weight)(x)
 
 
 @torch.no_grad()
 def intervene(
     model: Classifier, site: Site, units: Sequence[int], effects: Tensor, target: int, u: float = 0.0
 ) -> Tensor:
-    """The target's logit (len(units), n) after an intervention on each of these candidates, for every sample.
+    """The target's logit (len(units), n) for every sample under an intervention on each of these candidates.
 
+    units     candidates, by their number in the layer
     effects   (E,) int64, output channels of the layer; the edges from a candidate to all of them become u
     """
     n, axis = len(site.z), site.axis
@@ -141,10 +156,10 @@ def intervene(
 
 
 def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: float = 0.0) -> Tensor:
-    """(U,) mean change of the target's logit that an intervention on each candidate has to first order.
+    """(U,) mean change of the target's logit under an intervention on each of U candidates, to first order.
 
-    The gradient of the logit with respect to the layer's weights times (u - w): one pass forth and back
-    for all candidates. What ``candidates`` of a graph screens by.
+    The gradient of the logit with respect to the layer's weights, times (u - w): one forward and backward pass for
+    all candidates. ``Search.candidates`` are chosen by it.
     """
     module, n = site.module, len(site.z)
     weight = module.weight
@@ -155,7 +170,7 @@ def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: flo
             logits = site.cut.rear(leaf.clone(), tuple(t[rows] for t in site.rest))
             (at_z,) = torch.autograd.grad(logits[:, target].sum(), leaf)
             free = weight.detach().clone().requires_grad_()
-            layer = twin(module, weight, None, getattr(module, "groups", 1))
+            layer = reweighted(module, weight, None, groups(module))
             layer.__dict__["_parameters"] = {"weight": free, "bias": None}
             (grad,) = torch.autograd.grad((layer(site.x[rows]) * at_z).sum(), free)
         return grad[None]
@@ -165,7 +180,6 @@ def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: flo
     found = []
     for unit in site.layer.units:
         chosen = edges(module, unit, effects)
-        index, groups = chosen.effects, getattr(module, "groups", 1)
-        start = unit[0] % (module.in_channels // groups) if groups > 1 else unit[0]
-        found.append(effect[index, start : start + unit[1] - unit[0]].sum())
+        start = unit[0] % weight.shape[1]  # a grouped convolution's weight has the channels of one group
+        found.append(effect[chosen.effects, start : start + unit[1] - unit[0]].sum())
     return torch.stack(found)

@@ -1,4 +1,4 @@
-"""Functions and tensor methods, by the way that channels go through them (``structure``)."""
+"""Names of functions and tensor methods, grouped by what they do to channels (see ``structure``)."""
 
 from __future__ import annotations
 

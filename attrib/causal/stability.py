@@ -1,4 +1,4 @@
-"""How much a graph depends on the draw of soft weights and on its samples."""
+"""How much a graph depends on the draw of its soft weights, and on its samples."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from attrib.noise import Noise
 
 
 def jaccard(a: frozenset, b: frozenset) -> float:
-    """Shared / all; NaN for two empty sets, which would only look stable."""
+    """The Jaccard index |a and b| / |a or b|; NaN for two empty sets, whose agreement would mean nothing."""
     return len(a & b) / len(a | b) if a | b else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are defined."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
 
 def parts(structure: Structure, graph: ClassGraph) -> dict[str, tuple[frozenset, frozenset]]:
-    """Per layer of the search: the causes, and the edges to its nodes."""
+    """Its causes and its edges, for each layer that was searched: sets of candidates and of (candidate, channel)."""
     found: dict[str, set] = {path: set() for path in graph.layers}
     for edge in connections(structure, graph):
         if edge.layer != OUTPUT:
@@ -42,9 +42,9 @@ def parts(structure: Structure, graph: ClassGraph) -> dict[str, tuple[frozenset,
 
 
 def compare(structure: Structure, graphs: Sequence[ClassGraph], reference: ClassGraph) -> list[dict[str, object]]:
-    """A row per layer: mean Jaccard index of nodes and edges between all pairs, and with the reference.
+    """One row per layer: mean Jaccard index of nodes and edges between all pairs of graphs, and with the reference.
 
-    Pairs that are both empty do not count; ``nodes_count`` and ``edges_count`` say how many there are on average.
+    Pairs of empty sets do not count. ``nodes_count`` and ``edges_count`` are the mean numbers of nodes and edges.
     """
     sets, base = [parts(structure, g) for g in graphs], parts(structure, reference)
     rows = []
@@ -62,10 +62,10 @@ def compare(structure: Structure, graphs: Sequence[ClassGraph], reference: Class
 def soft(
     sites: Sites, x: Tensor, target: int, search: Search, betas: Sequence[float], repeats: int = 5
 ) -> pd.DataFrame:
-    """Graphs by soft interventions u ~ U(beta, beta + 0.01), ``repeats`` draws at each beta.
+    """Compare graphs by soft interventions, u ~ U(beta, beta + 0.01), with ``repeats`` draws at each beta.
 
-    Columns: class, beta, layer, nodes and edges (between the repeats), nodes_reference and edges_reference
-    (with the graph of hard interventions, u = 0), nodes_count and edges_count.
+    Columns: class, beta, layer; the Jaccard indices nodes and edges (between the draws), nodes_reference and
+    edges_reference (with the graph of hard interventions, u = 0); nodes_count and edges_count.
     """
     hard = find(sites, x, target, replace(search, soft=False))
     rows = []
@@ -79,7 +79,10 @@ def soft(
 
 
 def bootstrap(sites: Sites, x: Tensor, target: int, search: Search, repeats: int = 10, seed: int = 0) -> pd.DataFrame:
-    """Graphs over n samples drawn from the n with replacement; the reference is the graph over all of them."""
+    """Compare graphs over n samples that are drawn from x (n, *input) with replacement; columns as for ``soft``.
+
+    The reference is the graph over all of x.
+    """
     whole = find(sites, x, target, search)
     noise = Noise([f"class {target}/bootstrap"], seed)
     drawn = []

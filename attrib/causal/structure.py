@@ -1,18 +1,18 @@
 """Which channels of which layers feed each weighted layer of a net, read from its traced graph.
 
-The *weighted layers* are the convolutions and linear layers, in the order in which they run. What a layer
-reads is found by walking back from its input along operations that keep channels apart, to the weighted
-layers that they come from (or the net's input):
+The *weighted layers* are the convolutions and linear layers, in the order in which they run. What a layer reads is
+found by walking back from its input, along operations that keep channels apart, to the weighted layers that the
+channels come from, or to the net's input:
 
-* activations, dropout, pooling, padding and normalisation keep a channel's number (layer and group
-  normalisation share a mean and a spread among channels, but channel c comes from channel c);
-* sums and products are branches, all of them followed: a residual's identity shortcut passes on what is
-  in front of it, and a squeeze-and-excitation gate has the channels that it scales and those that make it;
+* activations, dropout, pooling, padding and normalisation keep a channel's number (layer and group normalisation
+  share a mean and a standard deviation among channels, but channel c still comes from channel c);
+* all operands of sums and products are followed: through a residual block's identity shortcut to what is in front of
+  the block, and in a squeeze-and-excitation block both to the channels that are scaled and to those of the gate;
 * flattening turns a channel into the features of its places, which are one candidate together;
 * permuting, averaging over places and concatenating move channels.
 
-Anything else, such as attention, ends the search with a UserError that names it, unless the layer behind it is
-the first one that is to be searched.
+Any other operation, such as attention, ends the search with a UserError that names it, unless the layer behind it is
+the earliest one that is to be searched.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from attrib.models.split import CannotSplitError, trace
 from attrib.types import UserError
 
 INPUT, OUTPUT = "input", "output"
+WeightedModule = nn.Linear | conv._ConvNd
 
 _MIXING = {"MultiheadAttention", "Softmax", "Softmin", "LogSoftmax", "Softmax2d", "GLU"}
 _KEPT = (
@@ -46,10 +47,10 @@ _PLACES = (
 
 
 @dataclass(frozen=True)
-class Source:
+class ChannelSource:
     """A layer (or ``INPUT``) whose channel j is read at ``offset + j * span`` up to ``offset + (j + 1) * span``.
 
-    places   how the ``span`` features of a channel that was flattened lay before
+    places   the shape of a flattened channel's ``span`` features before flattening
     """
 
     path: str
@@ -59,38 +60,39 @@ class Source:
     places: tuple[int, ...] = ()
 
     def units(self) -> list[tuple[int, int]]:
+        """The range of inputs of each channel."""
         return [(self.offset + j * self.span, self.offset + (j + 1) * self.span) for j in range(self.channels)]
 
 
 @dataclass(frozen=True)
-class Layer:
+class WeightedLayer:
     """A weighted layer and what it reads.
 
-    units     the candidates: each is a range of input channels or features, usually one
+    units     the candidates: each is a range of input channels or features, usually of one
     sources   where they come from; several where paths meet
-    refused   why they could not be followed; then every input is a unit of a source that is no layer, and
-              nothing in front of this layer can be searched
+    refused   why the inputs could not be followed to other layers, else empty; then every input is a unit of a source
+              that is no layer, and nothing in front of this layer can be searched
     """
 
     path: str
     units: tuple[tuple[int, int], ...]
-    sources: tuple[Source, ...]
+    sources: tuple[ChannelSource, ...]
     refused: str = ""
 
     @property
     def first(self) -> bool:
-        """It reads the net's input alone, so that there are no neurons to intervene on."""
+        """Whether it reads the net's input alone, so that there are no neurons to intervene on."""
         return all(source.path == INPUT for source in self.sources)
 
-    def channels(self, source: Source, units: Tensor) -> Tensor:
-        """(channels of the source,) bool: those that the chosen units (U,) bool are."""
+    def channels(self, source: ChannelSource, units: Tensor) -> Tensor:
+        """(channels of the source,) bool: the channels that are among the chosen units (U,) bool."""
         chosen = {unit for unit, on in zip(self.units, units.tolist(), strict=True) if on}
         return torch.tensor([unit in chosen for unit in source.units()], dtype=torch.bool)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A node of the graph whose channels along ``axis`` are read at offset + j * span."""
+    """A node of the graph whose channel j along ``axis`` is read at offset + j * span."""
 
     node: fx.Node
     axis: int
@@ -111,15 +113,16 @@ class Structure:
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         self.module = module
         try:
-            # Also those of timm, which are subclasses that torch.fx would look into.
+            # Subclasses too, such as those of timm, which torch.fx would otherwise trace into.
             self.graph = trace(module, leaves=(nn.Linear, conv._ConvNd))
         except CannotSplitError as error:
             raise UserError(f"a causal graph needs a net that torch.fx can trace: {error}") from error
         shapes = _Shapes(fx.GraphModule(module, self.graph))
         with torch.no_grad():
             shapes.run(x[:1].clone())
-        self._shapes, self._layers = shapes.found, {}
-        self._fed = set()  # nodes that depend on the input
+        self._shapes = shapes.found
+        self._layers: dict[str, WeightedLayer] = {}
+        self._fed: set[fx.Node] = set()  # nodes that depend on the input
         for node in self.graph.nodes:
             if node.op == "placeholder" or any(i in self._fed for i in node.all_input_nodes):
                 self._fed.add(node)
@@ -127,19 +130,26 @@ class Structure:
     def _weighted(self, node: fx.Node) -> bool:
         if node.op != "call_module" or node not in self._fed:
             return False
-        found = self.module.get_submodule(node.target)
+        found = self.module.get_submodule(str(node.target))
         return isinstance(found, nn.Linear) or (isinstance(found, conv._ConvNd) and not found.transposed)
+
+    def module_of(self, path: str) -> WeightedModule:
+        """The module of a weighted layer."""
+        return weighted_module(self.module, path)
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
         """The weighted layers in the order in which they run. Raises UserError if there are none."""
-        found = [node.target for node in self.graph.nodes if self._weighted(node)]
+        found = [str(node.target) for node in self.graph.nodes if self._weighted(node)]
         if not found:
             raise UserError(f"{type(self.module).__name__} has no convolution or linear layer that is a module")
         return tuple(dict.fromkeys(found))
 
     def scope(self, layers: int | tuple[str, ...] | None) -> tuple[str, ...]:
-        """The layers to be searched: the last so many, those with these paths, or all. In running order."""
+        """The layers to be searched, in the order in which they run: the last so many, those with these paths, or all.
+
+        Raises UserError for a path that is no weighted layer, or that no path from the logits leads to.
+        """
         if layers is None:
             return self.paths
         if isinstance(layers, int):
@@ -162,7 +172,10 @@ class Structure:
         return chosen
 
     def at(self, path: str) -> str:
-        """The weighted layer that makes what comes out of the module at ``path``: itself, or the last one so far."""
+        """The weighted layer that produces the output of the module at ``path``: itself, or the last one that ran.
+
+        Raises UserError if there is none.
+        """
         last, inside = None, False
         for node in self.graph.nodes:
             mine = node.op == "call_module" and (node.target == path or str(node.target).startswith(f"{path}."))
@@ -170,31 +183,37 @@ class Structure:
             if inside and not mine:
                 break
             inside = inside or mine
-            last = node.target if self._weighted(node) else last
+            last = str(node.target) if self._weighted(node) else last
         if not inside or last is None:
-            raise UserError(f"no convolution or linear layer gives the output of {path}; take one of {self.paths}")
+            raise UserError(
+                f"no convolution or linear layer produces the output of {path}; take one of {', '.join(self.paths)}"
+            )
         return last
 
-    def layer(self, path: str) -> Layer:
-        """What the layer reads; ``OUTPUT`` is the logits, of which every one is a unit.
+    def layer(self, path: str) -> WeightedLayer:
+        """What a layer reads; ``OUTPUT`` stands for the logits, each of which is a unit.
 
-        Raises UserError for logits that no weighted layer gives channel by channel.
+        Raises UserError for logits that do not come from a weighted layer channel by channel.
         """
         if path not in self._layers:
             self._layers[path] = self._read(path)
         return self._layers[path]
 
-    def _read(self, path: str) -> Layer:
+    def _read(self, path: str) -> WeightedLayer:
         if path == OUTPUT:
             (node,) = (n for n in self.graph.nodes if n.op == "output")
             given = node.args[0]
             if not isinstance(given, fx.Node):
-                raise UserError(f"{type(self.module).__name__} does not return one tensor")
+                raise UserError(
+                    f"{type(self.module).__name__} does not return one tensor; a causal graph needs its logits alone"
+                )
             axis = 1
         else:
             nodes = [n for n in self.graph.nodes if n.op == "call_module" and n.target == path]
             if len(nodes) != 1:
-                raise UserError(f"layer {path} runs {len(nodes)} times in a forward pass; a causal graph needs once")
+                raise UserError(
+                    f"layer {path} runs {len(nodes)} times in a forward pass; a causal graph needs layers that run once"
+                )
             if not nodes[0].args:
                 raise UserError(f"layer {path} is given its input by name; call it as layer(x), not layer(input=x)")
             given = nodes[0].args[0]
@@ -206,29 +225,30 @@ class Structure:
         except UserError as error:
             if path == OUTPUT:
                 raise
-            alone = Source(f"{path} (input)", size, 0, 1)
-            return Layer(path, tuple(alone.units()), (alone,), str(error))
+            alone = ChannelSource(f"{path} (input)", size, 0, 1)
+            return WeightedLayer(path, tuple(alone.units()), (alone,), str(error))
         units = sorted({unit for source in sources for unit in source.units()})
         ends = [0, *(stop for _, stop in units)]
         if [start for start, _ in units] != ends[:-1] or ends[-1] != size:
             raise UserError(f"layer {path}: the channels that reach its {size} inputs overlap, or leave some out")
-        return Layer(path, tuple(units), sources)
+        return WeightedLayer(path, tuple(units), sources)
 
-    def _sources(self, start: _Place, reader: str) -> tuple[Source, ...]:
-        """All ways back; each place is visited once, so that many shortcuts cost no more than one."""
-        found: dict[Source, None] = {}
+    def _sources(self, start: _Place, reader: str) -> tuple[ChannelSource, ...]:
+        """The sources at the end of all ways back. Each place is visited once, however many shortcuts lead to it."""
+        found: dict[ChannelSource, None] = {}
         waiting, seen = [start], {start}
         while waiting:
             place = waiting.pop()
             node, channels = place.node, self._shapes[place.node][place.axis]
             if node.op == "placeholder":
-                found[Source(INPUT, channels, place.offset, place.span, place.places)] = None
+                found[ChannelSource(INPUT, channels, place.offset, place.span, place.places)] = None
                 continue
             if self._weighted(node):
-                linear = isinstance(self.module.get_submodule(node.target), nn.Linear)
+                path = str(node.target)
+                linear = isinstance(self.module_of(path), nn.Linear)
                 if place.axis != (len(self._shapes[node]) - 1 if linear else 1):
-                    raise UserError(f"{reader} reads {node.target} along another axis than that of its channels")
-                found[Source(node.target, channels, place.offset, place.span, place.places)] = None
+                    raise UserError(f"{reader} reads {path} along another axis than that of its channels")
+                found[ChannelSource(path, channels, place.offset, place.span, place.places)] = None
                 continue
             for before in self._before(place, reader):
                 if before not in seen:
@@ -239,10 +259,11 @@ class Structure:
     # ---- one operation back -------------------------------------------------------------------
 
     def _before(self, place: _Place, reader: str) -> list[_Place]:
+        """The places that this one comes from. Raises UserError for an operation that is not known."""
         node = place.node
         step: Callable[[_Place], list[_Place] | None] | None = None
         if node.op == "call_module":
-            module = self.module.get_submodule(node.target)
+            module = self.module.get_submodule(str(node.target))
             if isinstance(module, _PLACES):
                 step = self._places
             elif isinstance(module, nn.Flatten):
@@ -252,25 +273,27 @@ class Structure:
             name = f"{node.target} ({type(module).__name__})"
         else:
             called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            kinds = (ALIGNED, self._aligned), (PLACES, self._places), (RESHAPED, self._reshaped)
-            kinds += (PERMUTED, self._permuted), (REDUCED, self._reduced), (JOINED, self._joined)
+            kinds = (
+                (ALIGNED, self._aligned), (PLACES, self._places), (RESHAPED, self._reshaped),
+                (PERMUTED, self._permuted), (REDUCED, self._reduced), (JOINED, self._joined),
+            )  # fmt: skip
             if node.op in ("call_function", "call_method"):
                 step = next((s for names, s in kinds if called in names), None)
             name = f"the function {called} ({node.name})"
         found = step(place) if step is not None else None
         if found is None:
             raise UserError(
-                f"{name}, on the way to {reader}: how its output channels come from its input channels is not known, "
+                f"{name}, on the way to {reader}: which of its input channels make each output channel is not known, "
                 "so no causal graph goes through it; search only the layers behind it (layers: the last so many)"
             )
         return found
 
     def _tensors(self, node: fx.Node) -> list[fx.Node]:
-        """What it reads that depends on the input."""
+        """The tensors that it reads and that depend on the net's input."""
         return [n for n in node.all_input_nodes if n in self._fed and n in self._shapes]
 
     def _aligned(self, place: _Place) -> list[_Place] | None:
-        """Channel for channel, of every operand; those with one channel for all are refused."""
+        """Channel c comes from channel c of every operand; None if an operand has one channel for all."""
         shape, found = self._shapes[place.node], []
         for operand in self._tensors(place.node):
             size = self._shapes[operand]
@@ -281,11 +304,11 @@ class Structure:
         return found
 
     def _places(self, place: _Place) -> list[_Place] | None:
-        """Pooling and padding of the places, (N, C, *places)."""
+        """Pooling and padding over the places of (N, C, *places)."""
         return self._aligned(place) if place.axis == 1 else None
 
     def _reshaped(self, place: _Place) -> list[_Place] | None:
-        """The axis comes from one that begins where it begins; axes behind that one, if any, become places in it."""
+        """The axis comes from the old one that begins at the same stride; old axes merged into it become its places."""
         (operand,) = self._tensors(place.node)
         old, new = self._shapes[operand], self._shapes[place.node]
         before, size = math.prod(new[: place.axis]), new[place.axis]
@@ -299,13 +322,14 @@ class Structure:
                         place.back(operand, axis), span=place.span * math.prod(inside), places=inside + place.places
                     )
                 )
-        for choice in found[:-1]:  # axes of length 1 leave a choice: the first that is one of channels
+        for choice in found[:-1]:  # axes of length 1 leave a choice: take the first that holds channels
             with suppress(UserError):
                 self._sources(choice, "")
                 return [choice]
         return found[-1:] or None
 
     def _permuted(self, place: _Place) -> list[_Place] | None:
+        """The axis is another one of the only operand."""
         (operand,) = self._tensors(place.node)
         rank, rest = len(self._shapes[operand]), _arguments(place.node)
         called = str(getattr(place.node.target, "__name__", place.node.target))
@@ -319,7 +343,7 @@ class Structure:
         return [place.back(operand, order[place.axis])]
 
     def _reduced(self, place: _Place) -> list[_Place] | None:
-        """A mean over places."""
+        """A mean, sum or maximum over places; None if it is over the channels."""
         (operand,) = self._tensors(place.node)
         old, new, rest = self._shapes[operand], self._shapes[place.node], _arguments(place.node)
         if not rest or not isinstance(rest[0], (int, tuple, list)):
@@ -330,47 +354,39 @@ class Structure:
         return None if axis in gone else [place.back(operand, axis)]
 
     def _joined(self, place: _Place) -> list[_Place] | None:
-        rest = _arguments(place.node, after=1)
+        """Channels one after the other, or the same channels of every operand; None with a constant operand."""
+        rest, operands = _arguments(place.node), place.node.args[0] if place.node.args else None
+        if not isinstance(operands, (tuple, list)):
+            return None
         axis = (rest[0] if rest else 0) % len(self._shapes[place.node])
         found, offset = [], place.offset
-        for operand in place.node.args[0]:
+        for operand in operands:
+            if not isinstance(operand, fx.Node) or operand not in self._fed:
+                return None
             found.append(place.back(operand, place.axis, offset))
             if axis == place.axis:
                 offset += self._shapes[operand][axis] * place.span
-        return found if all(p.node in self._fed for p in found) else None
+        return found
 
 
-def _arguments(node: fx.Node, after: int = 1) -> list[Any]:
-    """What is given beside the first argument, by position or as dim, dims."""
-    return [*node.args[after:], *(node.kwargs[k] for k in ("dim", "dims", "dim0", "dim1") if k in node.kwargs)]
+def _arguments(node: fx.Node) -> list[Any]:
+    """The arguments after the first one, whether by position or by name (dim, dims, dim0, dim1)."""
+    return [*node.args[1:], *(node.kwargs[k] for k in ("dim", "dims", "dim0", "dim1") if k in node.kwargs)]
 
 
-class Nodes:
-    """Which output channels of which layers are nodes of a class's graph so far, from the logit down."""
+def weighted_module(net: nn.Module, path: str) -> WeightedModule:
+    """The module of a weighted layer of the net."""
+    found = net.get_submodule(path)
+    assert isinstance(found, (nn.Linear, conv._ConvNd)), f"{path} is no weighted layer"
+    return found
 
-    def __init__(self, structure: Structure, target: int) -> None:
-        """Raises UserError for a class that the net does not have."""
-        self._structure, self._found = structure, {}
-        logits = len(structure.layer(OUTPUT).units)
-        if not 0 <= target < logits:
-            raise UserError(f"class {target} does not exist: the net has {logits} classes")
-        self.reach(OUTPUT, torch.arange(logits) == target)
 
-    def of(self, path: str) -> Tensor:
-        """(out,) bool."""
-        weight = self._structure.module.get_submodule(path).weight
-        return self._found.get(path, torch.zeros(len(weight), dtype=torch.bool))
-
-    def reach(self, path: str, units: Tensor) -> None:
-        """The chosen units (U,) bool of a layer make nodes in the layers that they come from."""
-        layer = self._structure.layer(path)
-        for source in layer.sources:
-            found = layer.channels(source, units)
-            self._found[source.path] = self._found[source.path] | found if source.path in self._found else found
+def groups(module: WeightedModule) -> int:
+    return 1 if isinstance(module, nn.Linear) else module.groups
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every tensor."""
+    """Runs a graph and records the shape of every tensor."""
 
     def __init__(self, net: fx.GraphModule) -> None:
         super().__init__(net)

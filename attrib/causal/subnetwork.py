@@ -1,16 +1,16 @@
-"""Does a graph carry its class? The net with nothing but the causal paths, and without them.
+"""Does a graph carry its class? The net with the causal paths alone, and without them.
 
-Nothing is written into the net: the layers' weights are masked copies, handed over for one call.
+The net itself is not changed: masked copies of its weights are used for one call.
 
-    keep edges     every layer of the graph has its edges from causes to effects, and its biases, and nothing else
-    keep nodes     every layer of the graph reads its causes only, but all its outputs live: the other classes'
-                   logits see the same neurons and may win
-    remove edges   the edges from causes to effects are gone, in all layers
+    keep edges     each layer of the graph keeps its edges from causes to effects and its biases, and nothing else
+    keep nodes     each layer of the graph reads its causes only, but keeps all its outputs: the logits of the other
+                   classes see the same neurons and may win
+    remove edges   the edges from causes to effects are removed in all layers of the graph
     remove nodes   no layer of the graph reads its causes
 
-"Keep edges" is how the paper's code does it. It leaves the other classes nothing but their biases, so that any path
-with a positive sum wins: compare its accuracy with that of random sub-networks, and look at how often *other*
-classes' samples are given this class.
+"Keep edges" is what the authors' code does. It leaves the other classes nothing but their biases, so that any path with
+a positive sum wins. Therefore compare its accuracy with that of random sub-networks, and look at how many samples of
+*other* classes are assigned to this class.
 """
 
 from __future__ import annotations
@@ -24,72 +24,72 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from attrib.causal.graph import FIRST, ClassGraph, Found
+from attrib.causal.graph import FIRST, ClassGraph, GraphLayer, Nodes
 from attrib.causal.interventions import edges
-from attrib.causal.structure import Nodes, Structure
+from attrib.causal.structure import Structure
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
 
 Change = Literal["keep edges", "keep nodes", "remove edges", "remove nodes"]
 CHANGES: tuple[Change, ...] = get_args(Change)
-HELD_BYTES = 2**30  # of masked weights that ``effect`` keeps from batch to batch
+_Network = tuple[int | str, str, str, int]  # class or "union", change or "none", whole, causal or random, draw
+HELD_BYTES = 2**30  # of masked weights that ``effect`` keeps between batches
 
 
 def masks(structure: Structure, graph: ClassGraph, edges_only: bool) -> dict[str, Tensor]:
-    """By path, which weights of each layer in the graph are causal: from causes to effects, or to any output.
+    """Which weights of each layer are causal, by path: from causes to effects, or without ``edges_only`` to any output.
 
-    Layers that the search did not reach are left out, and without ``edges_only`` those that read the image.
+    Without the layers that the search did not reach, and without ``edges_only`` without those that read the image.
     """
     found = {}
     for path, part in graph.reached.items():
         if part.how == FIRST and not edges_only:
-            continue  # its candidates are the image's channels
-        module, layer = structure.module.get_submodule(path), structure.layer(path)
-        weight, groups = module.weight, getattr(module, "groups", 1)
+            continue  # its candidates are the channels of the image
+        module, layer = structure.module_of(path), structure.layer(path)
+        weight = module.weight
         chosen = torch.zeros_like(weight, dtype=torch.bool)
         outputs = part.effects if edges_only else torch.ones_like(part.effects)
         effects = outputs.nonzero()[:, 0].to(weight.device)
         for unit in part.causes.nonzero()[:, 0].tolist():
             start, stop = layer.units[unit]
             mine = edges(module, (start, stop), effects).effects
-            if groups > 1:
-                start, stop = start % weight.shape[1], (stop - 1) % weight.shape[1] + 1
-            chosen[mine, start:stop] = True
+            first = start % weight.shape[1]  # a grouped convolution's weight has the channels of one group
+            chosen[mine, first : first + stop - start] = True
         found[path] = chosen
     return found
 
 
 def weights(structure: Structure, graphs: Sequence[ClassGraph], change: Change) -> dict[str, Tensor]:
-    """The masked weights by parameter name; of several graphs their union is kept or removed."""
+    """The masked weights by parameter name; the union of the graphs is kept or removed."""
     union: dict[str, Tensor] = {}
     for graph in graphs:
         for path, mask in masks(structure, graph, change.endswith("edges")).items():
             union[path] = union[path] | mask if path in union else mask
     keep = change.startswith("keep")
     return {
-        f"{path}.weight": structure.module.get_submodule(path).weight.detach() * (mask if keep else ~mask)
+        f"{path}.weight": structure.module_of(path).weight.detach() * (mask if keep else ~mask)
         for path, mask in union.items()
     }
 
 
 @torch.no_grad()
 def logits(model: Classifier, changed: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """(N, *input) -> (N, K) of the net with these weights in the place of its own, for this call."""
+    """(N, *input) -> (N, K), the logits of the net with these weights instead of its own, for this call only."""
     return model.chunked(lambda rows: functional_call(model.module, dict(changed), (x[rows].clone(),)), len(x))
 
 
 def random_graph(structure: Structure, graph: ClassGraph, noise: Noise) -> ClassGraph:
-    """Random candidates in the place of the causes, as many in every layer; the effects follow from them.
+    """A graph with as many causes in every layer, drawn at random; the effects follow from them.
 
-    Drawn among the candidates that have an edge to an effect, from the logit down. ``noise`` is one stream.
+    They are drawn from the logit down, among the candidates that have an edge to an effect. ``noise`` is one stream.
     """
     nodes = Nodes(structure, graph.target)
     layers = {}
     for path, found in graph.layers.items():
         effects, causes = nodes.of(path), found.causes
         if found.how != FIRST and found.causes.any() and effects.any():
-            layer, module = structure.layer(path), structure.module.get_submodule(path)
+            layer, module = structure.layer(path), structure.module_of(path)
             outputs = effects.nonzero()[:, 0].to(module.weight.device)
             able = [i for i, unit in enumerate(layer.units) if len(edges(module, unit, outputs).effects)]
             order = noise.permutation(len(able))[0][: int(found.causes.sum())]
@@ -97,7 +97,7 @@ def random_graph(structure: Structure, graph: ClassGraph, noise: Noise) -> Class
             causes[torch.tensor(able)[order.cpu()]] = True
         if effects.any():
             nodes.reach(path, causes)
-        layers[path] = Found(effects, causes & effects.any(), found.effect, found.p, found.how, found.u)
+        layers[path] = GraphLayer(effects, causes & effects.any(), found.effect, found.p, found.how, found.u)
     return graph._replace(layers=layers)
 
 
@@ -109,60 +109,63 @@ def effect(
     draws: int = 5,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What each class's causal sub-network, and ``draws`` random ones of its size, make of test samples.
+    """How each class's causal sub-network, and ``draws`` random ones of its size, classify test samples.
 
-    One row per class, change and network (causal, or random with its draw; "whole" is the net itself), and with
-    class "union" for the sub-networks of all classes together:
+    One row per class, change and network: causal, random (with its draw), or whole, which is the net itself. The rows
+    of class "union" are about the sub-networks of all classes together.
 
-    samples     of the class; all for the union
-    logit       of their class, mean over them
-    accuracy    share of them that get their class
-    others      share of the other classes' samples that get the class; NaN without any
+    samples     how many samples the class has; for the union, all classes of ``graphs``
+    logit       mean logit of their class
+    accuracy    share of them that are assigned to their class
+    others      share of the other classes' samples that are assigned to the class; NaN if there are none
     """
-    networks: dict[tuple[int | str, str, str, int], tuple[list[ClassGraph], Change | None]] = {}
+    networks: dict[_Network, tuple[list[ClassGraph], Change | None]] = {}
     drawn = {
         target: [random_graph(structure, graph, Noise([f"class {target}/draw {i}"], seed)) for i in range(draws)]
         for target, graph in graphs.items()
     }
-    for target in [*graphs, "union"]:
-        members = list(graphs) if target == "union" else [target]
-        networks[target, "none", "whole", 0] = [], None
+    classes_of: dict[int | str, list[int]] = {target: [target] for target in graphs}
+    classes_of["union"] = list(graphs)
+    for name, classes in classes_of.items():
+        networks[name, "none", "whole", 0] = [], None
         for change in CHANGES:
-            networks[target, change, "causal", 0] = [graphs[k] for k in members], change
+            networks[name, change, "causal", 0] = [graphs[k] for k in classes], change
             for i in range(draws):
-                networks[target, change, "random", i] = [drawn[k][i] for k in members], change
-    held: dict[tuple[int | str, str, str, int], dict[str, Tensor]] = {}  # as many as fit, the others are made again
+                networks[name, change, "random", i] = [drawn[k][i] for k in classes], change
+    held: dict[_Network, dict[str, Tensor]] = {}  # as many as fit; the others are made again for every batch
     room = HELD_BYTES
-    sums = {key: torch.zeros(4, dtype=torch.float64) for key in networks}  # samples, logit, right, wrongly given
+    sums = {key: torch.zeros(4, dtype=torch.float64) for key in networks}  # samples, logit, right, others
     total = 0
     for batch in data:
         total += len(batch)
         whole = model.logits(batch.x)
         known = torch.isin(batch.target, torch.tensor(list(graphs), device=batch.target.device))
-        for key, (members, change) in networks.items():
+        for key, (members, how) in networks.items():
             changed = held.get(key)
             if changed is None:
-                changed = weights(structure, members, change) if change else {}
+                changed = weights(structure, members, how) if how else {}
                 size = sum(weight.nbytes for weight in changed.values())
                 if size <= room:
                     held[key], room = changed, room - size
             found = logits(model, changed, batch.x) if changed else whole
-            mine = known if key[0] == "union" else batch.target == key[0]
+            target = key[0]
+            mine = known if isinstance(target, str) else batch.target.eq(target)
             own = found.gather(1, batch.target[:, None])[:, 0].double()
             right = mine & (found.argmax(1) == batch.target)
-            wrong = ~mine & (found.argmax(1) == key[0]) if key[0] != "union" else torch.zeros_like(mine)
+            wrong = torch.zeros_like(mine) if isinstance(target, str) else ~mine & found.argmax(1).eq(target)
             sums[key] += torch.stack([mine.sum(), own[mine].sum(), right.sum(), wrong.sum()]).double().cpu()
     rows = []
-    for (target, change, network, draw), (n, logit, right, wrong) in sums.items():
-        n, others = int(n), total - int(n)
-        row = {"class": target, "change": change, "network": network, "draw": draw, "samples": n}
-        row |= {"logit": float(logit) / n if n else math.nan, "accuracy": float(right) / n if n else math.nan}
-        rows.append(row | {"others": float(wrong) / others if others and target != "union" else math.nan})
+    for (name, change_name, network, draw), counts in sums.items():
+        n, logit, correct, given = counts.tolist()
+        others = total - n if name != "union" else 0
+        row: dict[str, object] = {"class": name, "change": change_name, "network": network, "draw": draw}
+        row |= {"samples": int(n), "logit": logit / n if n else math.nan, "accuracy": correct / n if n else math.nan}
+        rows.append(row | {"others": given / others if others else math.nan})
     return pd.DataFrame(rows)
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row per class, change and network, the random ones averaged; "mean" is over the classes with samples."""
+    """One row per class, change and network, averaged over draws; "mean" is over the classes with samples."""
     values = ["logit", "accuracy", "others"]
     over = frame.groupby(["class", "change", "network"], sort=False)[values].mean().reset_index()
     classes = over[(over["class"] != "union") & over["accuracy"].notna()]

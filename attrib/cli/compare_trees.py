@@ -37,8 +37,8 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def compared(args: argparse.Namespace) -> list[tuple[str, bool, perturbed_trees.Agreement]]:
-    """(uid, whether the twin is taken for another class, how much the two trees have in common)"""
+def compared(args: argparse.Namespace) -> list[tuple[str, bool, perturbed_trees.TreeAgreement]]:
+    """(uid, whether the perturbed copy is taken for another class, how much the two trees have in common)"""
     line = CommandLine.of(["metric=[]", *args.overrides], args.config_dir)
     composition = compose("run", line.cells()[0], line.folder)
     cell, options = experiment(composition.values, composition.files), options_of(composition.values["run"])
@@ -49,7 +49,7 @@ def compared(args: argparse.Namespace) -> list[tuple[str, bool, perturbed_trees.
     found = []
     for batch in cell.samples(plan(cell, options).selected[: args.count], options.read):
         noise = Noise(batch.uids, cell.seed, cell.model.device, cell.model.dtype)
-        other = perturbed_trees.twin(cell.model, batch, args.perturb, args.size, noise.child("twin"))
+        other = perturbed_trees.perturbed(cell.model, batch, args.perturb, args.size, noise.child("twin"))
         try:
             pair = [cell.method.attribute(cell.model, b, {}, noise.child("method"))["tree"] for b in (batch, other)]
         except SampleError as error:
@@ -58,6 +58,6 @@ def compared(args: argparse.Namespace) -> list[tuple[str, bool, perturbed_trees.
         classes = [perturbed_trees.predicted(cell.model, b) for b in (batch, other)]
         for uid, one, changed, before, after in zip(batch.uids, *pair, *classes, strict=True):
             found.append(
-                (uid, before != after, perturbed_trees.agreement(Tree.from_json(one), Tree.from_json(changed)))
+                (uid, before != after, perturbed_trees.tree_agreement(Tree.from_json(one), Tree.from_json(changed)))
             )
     return found

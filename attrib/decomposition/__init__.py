@@ -1,7 +1,7 @@
-"""Contextual decomposition by graph: what a part of the input gives to the logits, for any net that can be traced."""
+"""Contextual decomposition: what a part of the input contributes to the logits, for any net that torch.fx can trace."""
 
 from attrib.decomposition.chunks import Decomposition, decompose
 from attrib.decomposition.graph import Decomposer
-from attrib.decomposition.values import Parts
+from attrib.decomposition.values import LogitParts
 
-__all__ = ["Decomposer", "Decomposition", "Parts", "decompose"]
+__all__ = ["Decomposer", "Decomposition", "LogitParts", "decompose"]

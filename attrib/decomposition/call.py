@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from attrib.decomposition.values import Pair, Plain, Rows, leaves, proportion
+from attrib.decomposition.values import MaskedRows, PlainValue, TensorPair, leaves, proportion
 from attrib.types import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operation and its arguments, which are constants, ``Plain`` or ``Pair``, also inside lists.
+    """An operation and its arguments: constants, ``PlainValue`` and ``TensorPair``, also inside lists.
 
-    run     the operation on ordinary arguments; never in place
-    name    of the operation, for messages
-    path    of the module that it belongs to
-    rule_of finds the rule of a call that a rule makes
-    module  if the operation is one
-    biased  False for the layer whose bias is in neither part (``Decomposer.output_bias``)
-    content whether a plain argument depends on the numbers of the input, not on its size alone
+    run      the operation on ordinary arguments; never in place
+    name     the operation's name, by which functions find their rule
+    path     of the module that the operation is in, for messages
+    rule_of  finds the rule of a call: this one, or one that a rule makes of it
+    module   the module, if the operation is one
+    biased   False for the layer whose bias belongs to neither part (``Decomposer``, output_bias)
+    content  whether an argument depends on the values of the input, and not on its shape alone
     """
 
     run: Callable[..., Any]
@@ -32,7 +34,7 @@ class Call:
     kwargs: dict[str, Any]
     name: str
     path: str
-    rows: Rows
+    rows: MaskedRows
     rule_of: Callable[[Call], Callable[[Call], Any]]
     module: nn.Module | None = None
     node: fx.Node | None = None
@@ -41,37 +43,39 @@ class Call:
 
     def evaluate(
         self,
-        pair: Callable[[Pair], Any],
-        plain: Callable[[Plain], Any],
+        pair: Callable[[TensorPair], Any],
+        plain: Callable[[PlainValue], Any],
         constant: Callable[[Tensor], Any] = lambda value: value,
     ) -> Any:
-        """The operation, with what ``pair``, ``plain`` and ``constant`` (for tensors) give as its arguments."""
+        """Run the operation on what ``pair``, ``plain`` and ``constant`` (for tensors) make of its arguments."""
 
         def ordinary(value: Any) -> Any:
-            if isinstance(value, Pair):
+            if isinstance(value, TensorPair):
                 return pair(value)
-            if isinstance(value, Plain):
+            if isinstance(value, PlainValue):
                 return plain(value)
             return constant(value) if isinstance(value, Tensor) else value
 
         return self.run(*map_aggregate(self.args, ordinary), **map_aggregate(self.kwargs, ordinary))
 
     def relevant(self) -> Any:
+        """The operation on the relevant parts, which have R rows."""
         return self.evaluate(lambda p: p.relevant, lambda p: p.part)
 
     def whole(self) -> Any:
+        """The operation as the net itself computes it, for the S samples."""
         return self.evaluate(lambda p: p.whole, lambda p: p.whole)
 
     def each(self) -> Any:
-        """The operation on the relevant part, and on the whole."""
+        """Relevant is what the operation gives for the relevant parts; all the rest of the whole is irrelevant."""
         return self.rows.paired(self.rows.pair, self.relevant(), self.whole())
 
     def linear(self) -> Any:
-        """The operation on the relevant part and on the irrelevant part.
+        """The operation on each of the two parts.
 
-        The whole is their sum, which for a linear operation is the operation on the whole. That is
-        shared by all rows of a sample; with ``rows.both`` it is not used, so that an operation
-        which is not linear shows as a sum that differs from the net's own logits.
+        For a linear operation the two results add up to the operation on the whole, which is computed once for all
+        rows of a sample. With ``rows.both`` the two parts are computed instead and added, so that an operation that
+        is not linear shows: the sum at the end differs from the net's logits.
         """
         if not self.rows.both:
             return self.each()
@@ -79,7 +83,7 @@ class Call:
         return self.rows.paired(self.rows.sum, self.relevant(), irrelevant)
 
     def joined(self) -> Any:
-        """An operation that puts constants beside what it moves; the constants are irrelevant."""
+        """An operation that joins its arguments unchanged (``cat``); constants among them are irrelevant."""
         relevant = self.evaluate(lambda p: p.relevant, lambda p: _zero(p.part), _zero)
         if not self.rows.both:
             return self.rows.paired(self.rows.pair, relevant, self.whole())
@@ -87,30 +91,40 @@ class Call:
         return self.rows.paired(self.rows.sum, relevant, irrelevant)
 
     def at(self, value: Tensor) -> Any:
-        """The operation on a tensor in the place of its only pair."""
+        """The operation with a tensor in the place of its only pair."""
         return self.evaluate(lambda _: value, lambda p: p.part)
 
     def value(self) -> Any:
-        """What the operation gives: by its rule if there are parts in its arguments, or made by it; else plainly."""
+        """The result, by the operation's rule if a pair is among its arguments or if it embeds masked tokens.
+
+        Otherwise the operation is simply run.
+        """
         if self.pairs or (self.rows.mask is not None and self.content and self.name in ("Embedding", "embedding")):
             return self.rule()(self)
-        if not leaves((self.args, self.kwargs), Plain):
+        if not leaves((self.args, self.kwargs), PlainValue):
             return self.run(*self.args, **self.kwargs)
         whole = self.whole()
-        # With a row for every sample they are the same numbers.
-        return Plain(whole if self.rows.index is None else self.relevant(), whole)
+        # If every row is a sample of its own, both have the same values.
+        return PlainValue(whole if self.rows.index is None else self.relevant(), whole)
 
     def rule(self) -> Callable[[Call], Any]:
         return self.rule_of(self)
 
+    def module_as(self, kind: type[M]) -> M:
+        """The module, for a rule that the table gives to modules of this class and its subclasses only."""
+        assert isinstance(self.module, kind), f"{self.name} at {self.path} is not a {kind.__name__}"
+        return self.module
+
     @property
-    def pairs(self) -> list[Pair]:
-        return leaves((self.args, self.kwargs), Pair)
+    def pairs(self) -> list[TensorPair]:
+        """All pairs among the arguments."""
+        return leaves((self.args, self.kwargs), TensorPair)
 
-    def with_bias(self, pair: Pair, bias: Tensor, spread: bool = False, tie: float = 0.5) -> Pair:
-        """A bias, shared out in proportion to the parts' sizes; ``tie`` is the relevant share where both are zero.
+    def with_bias(self, pair: TensorPair, bias: Tensor, spread: bool = False, tie: float = 0.5) -> TensorPair:
+        """The pair plus a bias that is shared out by the parts' magnitudes (``proportion``).
 
-        ``spread``: the bias has samples where the pair's whole has them.
+        tie     the relevant part's share where both parts are zero
+        spread  whether the bias has a row per sample, as the pair's whole has
         """
         if not self.biased:
             return pair
@@ -118,18 +132,18 @@ class Call:
         share = proportion(pair.relevant, pair.irrelevant, tie)
         if pair.other is None:
             return self.rows.pair(torch.addcmul(pair.relevant, share, own), pair.whole + bias)
-        # Each product and sum rounded as in the original.
+        # Every product and sum is rounded as in the authors' code.
         irrelevant = pair.other + proportion(pair.other, pair.relevant, 1 - tie) * own
         return self.rows.sum(pair.relevant + share * own, irrelevant)
 
-    def apply(self, module: nn.Module, pair: Pair, name: str) -> Any:
-        """The rule of a module inside of this one, on a pair."""
+    def apply(self, module: nn.Module, pair: TensorPair, name: str) -> Any:
+        """The rule of a module inside this one, applied to a pair."""
         path, kind = f"{self.path}.{name}", type(module).__name__
         call = replace(self, run=module, args=(pair,), kwargs={}, name=kind, path=path, module=module, node=None)
         return call.rule()(call)
 
     def refuse(self, why: str) -> UserError:
-        """The error for a form of an operation that has no rule."""
+        """The error for an operation, or a form of it, that has no rule; ``why`` follows its name."""
         return UserError(f"contextual decomposition has no rule for {self.name} {why} (at {self.path or 'the top'})")
 
 

@@ -1,4 +1,4 @@
-"""The decomposition of many masks of many samples, cut into chunks and checked."""
+"""The decomposition of many samples under many masks each, computed in chunks and checked."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from attrib.decomposition.graph import Decomposer
 from attrib.models import Classifier
 from attrib.types import SampleError
 
-# What rounding may cost; a rule that is not complete costs orders of magnitude more.
+# The error that rounding may cause; a rule that is not complete causes one that is orders of magnitude larger.
 _TOLERANCE = {torch.float64: 1e-9}
 _TOLERANCE_ELSE = 1e-4
 
 
 class Decomposition(NamedTuple):
-    """relevant + irrelevant = logits, for every mask."""
+    """relevant + irrelevant = logits, for every mask. N samples, M masks each, K classes."""
 
-    relevant: Tensor  # (N, M, K); with ``samples`` (R, K)
+    relevant: Tensor  # (N, M, K); (R, K) where ``samples`` was given
     irrelevant: Tensor  # of the same shape
-    logits: Tensor  # (N, K), less the last layer's bias with ``output_bias=False``
+    logits: Tensor  # (N, K); without the last layer's bias for ``output_bias=False``
     error: Tensor  # (N,) the largest |relevant + irrelevant - logits|, as a fraction of the sample's largest |logit|
 
 
@@ -40,26 +40,28 @@ def decompose(
 ) -> Decomposition:
     """The relevant and irrelevant parts of the logits of x (N, *input) under masks (N, M, *places).
 
-    At most ``model.rows`` masks go through the net at once; what is common to all masks of a sample
-    (the ordinary forward pass) is computed once per chunk.
+    At most ``model.rows`` masks go through the net at once; what all masks of a sample have in common (the ordinary
+    forward pass) is computed once per chunk.
 
-    samples     (R,) the row of x that each mask belongs to; then masks are (R, *places), in any
-                order, and their number may differ between samples
+    samples     (R,) the row of x that each mask belongs to; masks are then (R, *places), in any order, and their
+                number may differ between samples
     decomposer  ``Decomposer(model.module)`` if None
-    logits      (N, K) ``model.logits(x)``, if they are known
-    both        propagate the irrelevant part of every mask on its own, rounding as the original code does, at
-                2 to 3 times the cost. Where max-pooling has several equal maxima (a constant
-                background) that rounding decides which of them counts; else the first one does.
-    checks      so many masks per sample, those nearest to half of the input, are propagated both
-                ways for ``error``; without that, parts add up whatever the rules are
-    tolerance   of ``error``; by default 1e-9 in float64 and 1e-4 otherwise
+    logits      (N, K) ``model.logits(x)``, if they are known already
+    both        propagate the irrelevant part of every mask on its own, with the rounding of the authors' code, at
+                2 to 3 times the cost. Where max-pooling has several equal maxima (a constant background), that
+                rounding decides which of them counts; otherwise the first one does.
+    checks      for how many masks per sample the irrelevant part is also propagated on its own, to measure
+                ``error``: those that cover nearest to half of the input. (Without it the parts always add up,
+                whatever the rules are.)
+    tolerance   the largest ``error`` that is accepted; by default 1e-9 in float64 and 1e-4 otherwise
 
-    Raises SampleError, with the number, for an error above the tolerance, and UserError for an
-    operation that has no rule.
+    Raises SampleError, which gives the error, if it is above the tolerance; UserError for an operation without a
+    rule; ValueError for masks that do not fit the samples.
     """
     decomposer = decomposer or Decomposer(model.module)
-    shape = None if samples is not None else masks.shape[:2]
+    shape: torch.Size | None = None
     if samples is None:
+        shape = masks.shape[:2]
         samples = torch.arange(shape[0], device=x.device).repeat_interleave(shape[1])
         masks = masks.flatten(0, 1)
     samples = samples.to(x.device)
@@ -92,7 +94,8 @@ def decompose(
     if not error[worst] <= limit:
         raise SampleError(
             f"contextual decomposition is not complete: relevant + irrelevant differs from the logits by "
-            f"{error[worst].item():.2g} of the largest (more than {limit:g}; sample {worst} of {len(x)})"
+            f"{error[worst].item():.2g} of the largest (more than {limit:g}; sample {worst} of {len(x)}), "
+            "so either a rule of attrib/decomposition is wrong for this net, or the net needs run.dtype=float64"
         )
     if shape is not None:
         relevant, irrelevant = relevant.unflatten(0, shape), irrelevant.unflatten(0, shape)
@@ -100,10 +103,10 @@ def decompose(
 
 
 def _nearest_half(masks: Tensor, samples: Tensor, n: int) -> Tensor:
-    """The numbers of the n masks of each sample that cover nearest to half of it."""
+    """The indices of the n masks of each sample that cover nearest to half of it."""
     distance = (masks.flatten(1).mean(1, dtype=torch.float32).to(samples.device) - 0.5).abs()
     order = distance.argsort(stable=True)
-    order = order[samples[order].argsort(stable=True)]  # by sample, and by distance within
+    order = order[samples[order].argsort(stable=True)]  # by sample, then by distance
     own = samples[order]
     first = torch.searchsorted(own, own)  # where each sample's masks begin
     return order[torch.arange(len(own), device=own.device) - first < n]

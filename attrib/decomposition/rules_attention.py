@@ -1,9 +1,9 @@
 """Rules for attention. Papers: see ``rules_linear``.
 
-No paper on CD for these nets defines attention. Here the weights are those of the whole, as if they were
-constant, so that attention is linear in its values and what is relevant is what is relevant in them: the
-rule that Ali et al., *XAI for Transformers: Better Explanations through Conservative Propagation*, ICML 2022,
-section 3.2, have for LRP. What a mask does to queries and keys is not counted.
+No paper on CD for these nets defines attention. Here the attention weights are those of the whole and count as
+constants, so that attention is linear in its values, and the relevant part of its output comes from that of the values:
+the rule of Ali et al., *XAI for Transformers: Better Explanations through Conservative Propagation*, ICML 2022,
+section 3.2, for LRP. The effect of a mask on queries and keys is not counted.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrib.decomposition.call import Call
-from attrib.decomposition.values import Pair, Plain
+from attrib.decomposition.values import PlainValue, TensorPair
 
 
 def _whole(value: Any) -> Any:
-    return value.whole if isinstance(value, (Pair, Plain)) else value
+    return value.whole if isinstance(value, (TensorPair, PlainValue)) else value
 
 
-def multihead_attention(call: Call) -> tuple[Pair, Plain | None]:
+def multihead_attention(call: Call) -> tuple[TensorPair, PlainValue | None]:
     """``nn.MultiheadAttention``: values and outputs are projected as by a linear layer."""
-    module = call.module
+    module = call.module_as(nn.MultiheadAttention)
     names = (
         "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal",
     )  # fmt: skip
     given = dict(zip(names, call.args)) | call.kwargs
     value = given["value"]
-    if not isinstance(value, Pair) or value.whole.ndim != 3:
-        raise call.refuse("whose values do not depend on the input, or without a batch")
+    if not isinstance(value, TensorPair) or value.whole.ndim != 3:
+        raise call.refuse("whose values do not depend on the input, or that has no batch dimension")
     if module.bias_k is not None or module.add_zero_attn:
         raise call.refuse("with add_bias_kv or add_zero_attn")
     wanted = given.get("need_weights", True)
@@ -52,18 +52,18 @@ def multihead_attention(call: Call) -> tuple[Pair, Plain | None]:
     if not wanted:
         return out, None
     shown = weights.mean(1) if given.get("average_attn_weights", True) else weights
-    return out, Plain(value.repeated(shown), shown)
+    return out, PlainValue(value.repeated(shown), shown)
 
 
-def scaled_dot_product_attention(call: Call) -> Pair:
+def scaled_dot_product_attention(call: Call) -> TensorPair:
     """``F.scaled_dot_product_attention``."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(names, call.args)) | call.kwargs
     value = given.pop("value")
-    if not isinstance(value, Pair) or given.get("enable_gqa", False):
+    if not isinstance(value, TensorPair) or given.get("enable_gqa", False):
         raise call.refuse("whose values do not depend on the input, or with grouped queries")
     places: Tensor = torch.eye(value.whole.shape[-2], dtype=value.whole.dtype, device=value.whole.device)
     places = places.expand(*value.whole.shape[:-2], -1, -1)
-    # Attention to unit vectors is the weights themselves, with scale, mask and all.
+    # With unit vectors as values, the output is the attention weights themselves, scale and mask included.
     weights = F.scaled_dot_product_attention(**{name: _whole(v) for name, v in given.items()}, value=places)
     return value.linear(lambda part, spread: spread(weights) @ part)

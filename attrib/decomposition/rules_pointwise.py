@@ -2,57 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from attrib.decomposition.call import Call
-from attrib.decomposition.values import Pair, Plain
+from attrib.decomposition.values import PlainValue, TensorPair
 
-# What may stand between attention weights and the product with the values.
+# Operations that may stand between attention weights and their product with the values.
 _ON_THE_WAY = frozenset({"dropout", "contiguous", "to", "type_as", "float", "reshape", "view", "transpose", "permute"})
 _PRODUCTS = frozenset({"matmul", "bmm", "einsum"})
 
 
-def activation(call: Call) -> Pair:
+def activation(call: Call) -> TensorPair:
     """relevant -> f(relevant), irrelevant -> f(whole) - f(relevant), for f with f(0) = 0.
 
-    ReLU: Singh 2019, section 3.1. No paper defines it for the functions that are shaped like ReLU (leaky
-    ReLU, ELU, GELU, SiLU, hardswish, mish ...); the same formula is complete for them.
+    ReLU: Singh 2019, section 3.1. No paper defines a rule for functions of a similar shape (leaky ReLU, ELU, GELU,
+    SiLU, hardswish, mish ...); the same formula is complete for them.
     """
     return call.each()
 
 
-def shapley(call: Call) -> Pair:
-    """f(relevant + irrelevant) - f(0) by the Shapley values of two parts, f(0) as a bias in proportion.
+def shapley(call: Call) -> TensorPair:
+    """f(relevant + irrelevant) - f(0) by the Shapley values of the two parts; f(0) as a bias in proportion.
 
-    relevant -> (f(relevant) - f(0) + f(whole) - f(irrelevant)) / 2. For tanh this is Murdoch 2018, section
-    3.2.2. No paper defines functions with f(0) != 0 outside of an LSTM's gates (sigmoid, hardsigmoid,
-    softplus), nor softmax as a function of all its inputs.
+    relevant -> (f(relevant) - f(0) + f(whole) - f(irrelevant)) / 2. For tanh this is Murdoch 2018, section 3.2.2. No
+    paper defines a rule for functions with f(0) != 0 outside an LSTM's gates (sigmoid, hardsigmoid, softplus), nor
+    for softmax as a function of all its inputs.
     """
     (pair,) = call.pairs
     zero, whole, at_relevant = call.at(torch.zeros_like(pair.whole)), call.whole(), call.relevant()
-    spread = Pair(at_relevant, whole, call.rows).spread
+    spread = TensorPair(at_relevant, whole, call.rows).spread
     relevant = (at_relevant - spread(zero) + spread(whole) - call.at(pair.irrelevant)) / 2
     return call.with_bias(call.rows.pair(relevant, whole - zero), zero, spread=True)
 
 
-def softmax(call: Call) -> Pair | Plain:
-    """As attention weights: those of the whole, so that attention is linear in its values. Else ``shapley``.
+def softmax(call: Call) -> TensorPair | PlainValue:
+    """Attention weights are those of the whole, so that attention is linear in its values; else ``shapley``.
 
-    No paper on CD defines it. Weights that count as constants are the rule of Ali et al., *XAI for
+    No paper on CD defines a rule. That attention weights count as constants is the rule of Ali et al., *XAI for
     Transformers: Better Explanations through Conservative Propagation*, ICML 2022, section 3.2.
     """
     if call.node is not None and _weighs(call.node):
         (pair,) = call.pairs
         whole = call.whole()
-        return Plain(pair.repeated(whole), whole)
+        return PlainValue(pair.repeated(whole), whole)
     return shapley(call)
 
 
 def _weighs(node: fx.Node) -> bool:
-    """Whether all that reads a node is the left side of a matrix product."""
+    """Whether a node is read by matrix products alone, as their left factor."""
 
     def reads(user: fx.Node) -> bool:
         name = _name(user)
@@ -65,6 +63,7 @@ def _weighs(node: fx.Node) -> bool:
 
 def _name(node: fx.Node) -> str:
     if node.op == "call_module":
-        module: Any = node.graph.owning_module.get_submodule(node.target)
-        return type(module).__name__.lower()
+        net = node.graph.owning_module
+        assert net is not None  # the graph is that of a Decomposer's net
+        return type(net.get_submodule(str(node.target))).__name__.lower()
     return node.target if isinstance(node.target, str) else node.target.__name__

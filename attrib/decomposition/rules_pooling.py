@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.decomposition.call import Call
-from attrib.decomposition.values import Pair
+from attrib.decomposition.values import TensorPair
 
 _BY_NAME: dict[str, Callable[..., Any]] = {
     "maxpool1d": F.max_pool1d, "maxpool2d": F.max_pool2d, "maxpool3d": F.max_pool3d,
@@ -19,11 +19,11 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
 _OPTIONS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "output_size")
 
 
-def max_pool(call: Call) -> Pair:
-    """Each part's value where the whole has its maximum (Singh 2019, section 3.1); the first of equal ones.
+def max_pool(call: Call) -> TensorPair:
+    """Each part's value where the whole has its maximum (Singh 2019, section 3.1); the first of several equal ones.
 
-    The places are found once per sample and gathered, for all channels and masks at once. Fixed
-    windows and adaptive ones, modules and functions.
+    The places are found once per sample; the values are gathered for all channels and masks at once. For fixed and
+    adaptive windows, modules and functions.
     """
     (pair,) = call.pairs
     function = _BY_NAME[call.name.lower().replace("_", "").removesuffix("withindices")]
@@ -50,11 +50,11 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def maximum(call: Call) -> Any:
-    """``amax``, ``max`` along dimensions: as ``max_pool`` (no paper defines it)."""
+    """``amax`` and ``max`` along dimensions, as ``max_pool`` (no paper defines it)."""
     (pair,) = call.pairs
     named = dict(zip(("dim", "keepdim"), call.args[1:])) | call.kwargs
     dim = named.get("dim")
-    if dim is None or dim == () or isinstance(dim, Pair):
+    if dim is None or dim == () or isinstance(dim, TensorPair):
         raise call.refuse("over the whole tensor, or of two tensors")
     dims = [d % pair.whole.ndim for d in ((dim,) if isinstance(dim, int) else dim)]
 

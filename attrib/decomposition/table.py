@@ -1,4 +1,4 @@
-"""Which rule an operation has. An operation that is not here raises and names itself."""
+"""Which rule each operation has. For one that is not listed here ``rule_of`` raises UserError, which names it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from attrib.models.text import Recurrent
 
 Rule = Callable[[Call], Any]
 
-# A subclass has its parent's rule if it has its parent's ``forward``.
+# A subclass has its parent's rule unless it has a ``forward`` of its own.
 MODULES: Mapping[type[nn.Module], Rule] = {
     nn.Conv1d: affine_module, nn.Conv2d: affine_module, nn.Conv3d: affine_module, nn.Linear: affine_module,
     nn.ConvTranspose1d: affine_module, nn.ConvTranspose2d: affine_module, nn.ConvTranspose3d: affine_module,
@@ -69,15 +69,15 @@ MODULES: Mapping[type[nn.Module], Rule] = {
     nn.MultiheadAttention: multihead_attention,
 }  # fmt: skip
 
-# Of libraries that need not be there, by the name of the class.
+# Modules of libraries that need not be installed, by the name of the class.
 MODULES_BY_NAME: Mapping[str, Rule] = {
     "timm.layers.norm_act.BatchNormAct2d": norm_and_activation,
     "timm.layers.conv2d_same.Conv2dSame": affine_module,
     "timm.layers.std_conv.StdConv2d": affine_module,
 }
 
-# Functions and methods by name: ``torch.relu``, ``F.relu``, ``x.relu()``, ``x.relu_()`` and ``operator.add`` are
-# what they say. A name that ends in "_" is looked up without it; in-place operations give a new tensor here.
+# Functions and methods by name: ``torch.relu``, ``F.relu``, ``x.relu()`` and ``x.relu_()`` are all "relu". A name that
+# ends in "_" is looked up without it, because in-place operations return a new tensor here.
 FUNCTIONS: Mapping[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), affine_function),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), affine_function),
@@ -119,15 +119,15 @@ FUNCTIONS: Mapping[str, Rule] = {
     "scaled_dot_product_attention": scaled_dot_product_attention,
 }
 
-# Functions of that name elsewhere may do anything.
+# Packages whose functions have the meaning above; one of the same name elsewhere may do anything.
 _HOMES = ("torch", "torchvision", "timm", "_operator", "builtins")
 
-# They read a tensor's size or kind, and none of its numbers.
+# Operations that read a tensor's shape or type, and none of its values.
 SIZES = frozenset(name for name, rule in FUNCTIONS.items() if rule is facts)
 
 
 def function_name(target: Callable[..., Any] | str) -> str:
-    """What a function or method is called, without the mark of in-place operations."""
+    """The name of a function or method, without the "_" of in-place operations."""
     if isinstance(target, str):
         name = target
     else:
@@ -142,7 +142,7 @@ def rule_of(call: Call) -> Rule:
         found = FUNCTIONS.get(call.name)
     else:
         kind = type(call.module)
-        parents = (parent for parent in kind.__mro__ if parent in MODULES and parent.forward is kind.forward)
+        parents = (p for p in kind.__mro__ if issubclass(p, nn.Module) and p in MODULES and p.forward is kind.forward)
         named = MODULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
         found = named or MODULES.get(next(parents, kind))
     if found is None:

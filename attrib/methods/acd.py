@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 
-from attrib.agglomeration import Rules, agglomerate, together
+from attrib.agglomeration import Rules, agglomerate, drive
 from attrib.agglomeration.trees import Tree, grow
 from attrib.fit import State
 from attrib.methods import Method
@@ -105,7 +105,7 @@ class ACD(Method):
                 raise SampleError(f"{batch.uids[some[walk[bad.argmax()]]]}: the net's scores are NaN or infinite")
             return found
 
-        walks = together([agglomerate(shapes[i], asked[i][0], rules) for i in some], answer)
+        walks = drive([agglomerate(shapes[i], asked[i][0], rules) for i in some], answer)
         trees = {i: self._tree(shapes[i], *asked[i], logits[i], walk) for i, walk in zip(some, walks, strict=True)}
         values = torch.zeros(len(batch), units.most, dtype=model.dtype, device=device)
         for i, tree in trees.items():

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib.causal.graph import CausalGraphs, ClassGraph, Found, from_state
-from attrib.causal.interventions import edges, twin
+from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, from_state
+from attrib.causal.interventions import edges, reweighted
 from attrib.causal.structure import INPUT, OUTPUT, Structure
 from attrib.causal.subnetwork import logits, random_graph, weights
 from attrib.fit import State
@@ -73,7 +73,7 @@ class _Reading:
 
     def features(self, x: Tensor) -> Tensor:
         """What it reads (B, *in) as (B, units, h, w). Raises UserError for a layer without places."""
-        module, layer = self.structure.module.get_submodule(self.path), self.structure.layer(self.path)
+        module, layer = self.structure.module_of(self.path), self.structure.layer(self.path)
         if isinstance(module, nn.Conv2d):
             return x
         if isinstance(module, nn.Linear) and x.ndim == 4:
@@ -85,13 +85,13 @@ class _Reading:
             f"layer {self.path} reads no image features: a map needs a convolution, or the first linear layer"
         )
 
-    def responses(self, features: Tensor, found: Found) -> list[tuple[int, Tensor]]:
+    def responses(self, features: Tensor, found: GraphLayer) -> list[tuple[int, Tensor]]:
         """Each node of the layer with its map (h', w') >= 0 of sum 1, for one sample's features (units, h, w).
 
         Every cause's kernel is slid over its channel (a full cross-correlation, as the layer itself weighs them);
         softmax over the places, then the mean over the causes. A linear layer weighs each place by its weight.
         """
-        module, layer = self.structure.module.get_submodule(self.path), self.structure.layer(self.path)
+        module, layer = self.structure.module_of(self.path), self.structure.layer(self.path)
         nodes, causes = (part.nonzero()[:, 0].to(features.device) for part in (found.effects, found.causes))
         reached = [edges(module, layer.units[c], nodes) for c in causes.tolist()]
         if not reached:
@@ -228,7 +228,7 @@ class CausalPaths(Method):
 
 def _strength(structure: Structure, graph: ClassGraph, path: str) -> Tensor:
     """(out,) the lowest mean change of the logit when a layer above loses this node; NaN for the logit itself."""
-    lowest = torch.full((len(structure.module.get_submodule(path).weight),), torch.nan, dtype=torch.float64)
+    lowest = torch.full((len(structure.module_of(path).weight),), torch.nan, dtype=torch.float64)
     for above, found in graph.reached.items():
         layer = structure.layer(above)
         numbers = {unit: i for i, unit in enumerate(layer.units)}
@@ -277,7 +277,7 @@ def _gradient(model: Classifier, structure: Structure, graph: ClassGraph, x: Ten
 
     def along(weight: Tensor) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            kept = twin(module, weight, None, getattr(module, "groups", 1))(inputs[0])
+            kept = reweighted(module, weight, None, getattr(module, "groups", 1))(inputs[0])
             return kept + (output - kept).detach()
 
         return hook

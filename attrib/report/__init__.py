@@ -43,7 +43,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
     root = Path(root)
     cells = labels.labelled(root)
     frame = tables.rows(root)
-    every, frame = frame, sanity.without(cells, frame)  # randomised nets have a section of their own
+    every, frame = frame, sanity.without_randomised(cells, frame)  # randomised nets have a section of their own
     summary = tables.summary(frame, confidence)
     tests = tables.all_paired(frame, confidence=confidence)
     summary["tie"] = tables.ties(summary, tests, confidence)

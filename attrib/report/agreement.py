@@ -15,7 +15,7 @@ from attrib.drawing import pictures
 from attrib.report.curves import Style, style
 from attrib.results import formats, labels
 from attrib.results import tables as views
-from attrib.sanity import MEASURES, Pair, Verdict
+from attrib.sanity import MEASURES, CellPair, SanityVerdict
 from attrib.types import UserError
 
 SAMPLES = 3  # whose maps are drawn ...
@@ -48,7 +48,7 @@ class Check:
     title: str
     about: str
     plots: Sequence[Plot]
-    verdicts: Sequence[tuple[Style, Verdict]]
+    verdicts: Sequence[tuple[Style, SanityVerdict]]
     tables: Sequence[formats.Table]
     columns: Sequence[str]  # of the strips
     strips: Sequence[tuple[str, Sequence[Strip]]]  # by sample
@@ -161,12 +161,12 @@ def _plot(part: pd.DataFrame, column: str, styles: Mapping[str, Style]) -> Plot:
     return Plot(column, about, image, lines)
 
 
-def _strips(pairs: Sequence[Pair], styles: Mapping[str, Style]) -> dict[str, Sequence]:
+def _strips(pairs: Sequence[CellPair], styles: Mapping[str, Style]) -> dict[str, Sequence]:
     """Maps of the first samples, of images only."""
     shown = list(dict.fromkeys((pair.about["place"], pair.layer) for pair in pairs))
     if len(shown) > MOST_VARIANTS:
         shown = [shown[i] for i in np.linspace(0, len(shown) - 1, MOST_VARIANTS).round().astype(int)]
-    by_method: dict[str, dict[tuple[int, str], Pair]] = {}
+    by_method: dict[str, dict[tuple[int, str], CellPair]] = {}
     for pair in pairs:
         by_method.setdefault(pair.original.method, {})[pair.about["place"], pair.layer] = pair
     keys = sorted(set.intersection(*(set(pair.original.maps()) for pair in pairs)))[:SAMPLES] if pairs else []

@@ -1,8 +1,8 @@
-"""The sanity check of attribution methods: maps of randomised nets, and how much they agree with the original's.
+"""The sanity check of attribution methods: how much maps of randomised nets agree with those of the original net.
 
 Adebayo et al., *Sanity Checks for Saliency Maps*, NeurIPS 2018. The maps of a net with randomised layers
-(``attrib.models.randomise``) are cells like any other; here they are compared, and what is found is stored beside
-them as the scores of a metric ``agreement``: rows that tables draw, computed once.
+(``attrib.models.randomise``) are cells like any other. Here they are compared with the original's, and the results are
+stored beside them, as scores of a metric ``agreement`` that tables show like any other.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ from attrib.sanity.measures import MEASURES, Agreement
 from attrib.store.cell import Cell
 from attrib.store.files import write_json, writer_name
 
-__all__ = ["MEASURES", "Agreement", "Pair", "Verdict", "compare", "pairs", "summary", "verdicts", "without"]
+__all__ = [
+    "MEASURES",
+    "Agreement",
+    "CellPair",
+    "SanityVerdict",
+    "compare",
+    "pairs",
+    "summary",
+    "verdicts",
+    "without_randomised",
+]
 
 NAME = "agreement"  # of the metric
-RANKS = ("spearman", "spearman_abs")  # what a verdict is about: they need no common scale
-HALF = 0.5  # a rank correlation above is called high
+RANKS = ("spearman", "spearman_abs")  # the measures that a verdict is based on: they need no common scale
+HALF = 0.5  # a rank correlation above this is called high
 
 
 @dataclass(frozen=True)
-class Pair:
+class CellPair:
     """A cell of a randomised net and the same cell of the original."""
 
     original: Labelled
@@ -38,7 +48,7 @@ class Pair:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """layers (from the output), place (how far from the output they reach), total, mode, seed."""
+        """How the net was randomised: layers (from the output), place (how far they reach), total, mode, seed."""
         return self.variant.spec["randomised"]
 
     @property
@@ -47,11 +57,11 @@ class Pair:
         return self.about["layers"][-1] or ROOT
 
 
-def pairs(cells: Sequence[Labelled]) -> list[Pair]:
-    """Every cell of a randomised net whose original is there too, the layers next to the output first."""
+def pairs(cells: Sequence[Labelled]) -> list[CellPair]:
+    """Each cell of a randomised net whose original is there too; layers next to the output come first."""
     by_key = {item.spec.get("key"): item for item in cells}
     found = [
-        Pair(by_key[item.spec["randomised"]["original"]], item)
+        CellPair(by_key[item.spec["randomised"]["original"]], item)
         for item in cells
         if item.spec.get("randomised", {}).get("original") in by_key
     ]
@@ -59,16 +69,17 @@ def pairs(cells: Sequence[Labelled]) -> list[Pair]:
 
 
 def compare(root: Path | str, agreement: Agreement) -> int:
-    """Compute the agreements that are missing of all pairs in a work directory; returns how many samples that were.
+    """Compute the agreements that are missing in a work directory; returns for how many samples it did.
 
-    Maps are compared under one uid, content and class; a sample that cannot be compared is in the variant's ledger.
+    Two maps are compared if uid, content and class are the same. A sample that cannot be compared is recorded in the
+    ledger of the randomised net's cell.
     """
-    # A name of its own: two processes may write to one folder.
+    # Not the name of another process, which may write to the same folder.
     writer = writer_name()
     return sum(_compare(pair, agreement, writer) for pair in pairs(labelled(root)))
 
 
-def _compare(pair: Pair, agreement: Agreement, writer: str) -> int:
+def _compare(pair: CellPair, agreement: Agreement, writer: str) -> int:
     folder = f"{NAME}.{keys.digest(agreement)[:8]}"
     ours, theirs, names = pair.variant.maps(), pair.original.maps(), tuple(pair.variant.spec["maps"])
     cell = Cell(pair.variant.cell.folder, writer)
@@ -79,7 +90,8 @@ def _compare(pair: Pair, agreement: Agreement, writer: str) -> int:
         for key in (key for key in ours if key in theirs and key not in present):
             targets = [index[key].info.get("target") for index in (ours, theirs)]
             if targets[0] != targets[1]:
-                cell.ledger.add(*key, folder, f"its map explains class {targets[0]}, the original net's {targets[1]}")
+                why = f"its map explains class {targets[0]}, the original net's map class {targets[1]}"
+                cell.ledger.add(*key, folder, why)
                 continue
             try:
                 a, b = (item.cell.maps.read(key, names) for item in (pair.variant, pair.original))
@@ -88,7 +100,8 @@ def _compare(pair: Pair, agreement: Agreement, writer: str) -> int:
                 continue
             values = {name: agreement.of(b[name], a[name]) for name in names}
             if not (rows.folder / "metric.json").exists():
-                columns = dict.fromkeys(values[names[0]], "none")  # less is not better: below zero is agreement too
+                # Neither more nor less is better: opposite maps, below zero, agree too.
+                columns = dict.fromkeys(values[names[0]], "none")
                 declared = {"columns": columns, "curves": {}}
                 write_json(rows.folder / "metric.json", {"name": NAME, "spec": keys.spec(agreement), **declared})
             rows.add(*key, {(name, column): value for name in names for column, value in values[name].items()})
@@ -105,12 +118,12 @@ PLACE = ["dataset", "model", "mode", "seed"]
 
 
 def summary(cells: Sequence[Labelled], frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """One row per variant, map and measure, from ``tables.rows``.
+    """One row per randomised net, map and measure; ``frame`` is that of ``tables.rows``.
 
-    ``dataset`` and ``model`` are those of the original, ``contender`` is the method (and map), ``place`` and
-    ``layer`` say how far the new weights reach, of ``total`` layers; ``column`` is the measure. Mean with its
-    bootstrap interval over ``n`` samples, how many failed (a measure is not defined: a constant map) or are
-    pending. Empty where nothing has been compared.
+    ``dataset`` and ``model`` are those of the original, ``contender`` is the method (and map), ``place`` and ``layer``
+    say how far the new weights reach, of ``total`` layers; ``column`` is the measure. ``mean``, over ``n`` samples,
+    has the bootstrap interval ``lo`` to ``hi``; ``failed`` counts samples without a value (a measure may not be defined
+    for a constant map), ``pending`` those that have not been compared. Empty if nothing has been.
     """
     found = []
     scored = frame[frame["metric"].astype(str).str.split(" (", regex=False).str[0] == NAME]
@@ -142,26 +155,29 @@ def summary(cells: Sequence[Labelled], frame: pd.DataFrame, confidence: float = 
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the rank correlations say of a contender. ``passed``: it depends on the weights; None: that is not clear."""
+class SanityVerdict:
+    """What the rank correlations say of a contender.
+
+    passed  whether its maps depend on the weights; None if that is not clear
+    """
 
     contender: str
     passed: bool | None
     text: str
 
 
-def verdicts(part: pd.DataFrame) -> list[Verdict]:
-    """One for each contender of a ``summary`` of one net and mode: how much its maps have to do with the weights.
+def verdicts(part: pd.DataFrame) -> list[SanityVerdict]:
+    """For each contender of a ``summary`` of one net and mode: do its maps depend on the weights?
 
-    By the rank correlations of values and of magnitudes with all layers randomised: high where the whole
-    interval is above a half, low where it is below.
+    Decided by the rank correlations of values and of magnitudes with all layers randomised. One is high if its whole
+    interval is above a half, and low if all of it is below.
     """
     found = []
     for contender, group in part[part["mode"] == "cascade"].groupby("contender", sort=False):
         whole = group[(group["place"] == group["total"]) & (group["n"] > 0)].set_index("column")
         ranks = {name: whole.loc[name] for name in RANKS if name in whole.index}
         if not ranks:
-            found.append(Verdict(contender, None, "not tested with all layers randomised"))
+            found.append(SanityVerdict(contender, None, "not tested with all layers randomised"))
             continue
         sure = {name: (row["mean"],) * 2 if row["n"] < 2 else (row["lo"], row["hi"]) for name, row in ranks.items()}
         high = [name for name in ranks if sure[name][0] > HALF]
@@ -178,7 +194,7 @@ def verdicts(part: pd.DataFrame) -> list[Verdict]:
             numbers = next(iter(texts.values()))
         else:
             numbers = ", ".join(f"{text} of the {MEASURES[name].split()[-1]}" for name, text in texts.items())
-        found.append(Verdict(contender, passed, f"{what}: with all of them random, rank correlation {numbers}"))
+        found.append(SanityVerdict(contender, passed, f"{what}: with all of them random, rank correlation {numbers}"))
     return found
 
 
@@ -186,11 +202,8 @@ def _two(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
 
 
-def without(cells: Sequence[Labelled], frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``tables.rows`` less those of randomised nets that have nothing but agreements.
-
-    All of them where nothing else is left.
-    """
+def without_randomised(cells: Sequence[Labelled], frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``tables.rows`` without those of randomised nets that have no scores but agreements."""
     scored = frame[(frame["metric"] != "") & ~frame["metric"].astype(str).str.startswith(NAME)]
     bare = {pair.variant.cell.folder.name for pair in pairs(cells)} - set(scored["cell"].astype(str))
     if not bare:

@@ -19,9 +19,9 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 def scaled(map: np.ndarray) -> np.ndarray:
-    """``map`` / the 99th percentile of its magnitude, cut to -1 .. 1: what its picture shows.
+    """``map`` / the 99th percentile of its magnitude, clipped to -1 .. 1, as pictures show it.
 
-    Maps of different nets have different units, and one hot pixel would press everything else to zero.
+    Maps of different nets have different scales, and a single large value would press all others to zero.
     """
     magnitude = np.abs(map)
     limit = np.percentile(magnitude, PERCENTILE) or magnitude.max()  # where almost everything is 0
@@ -31,8 +31,8 @@ def scaled(map: np.ndarray) -> np.ndarray:
 def ssim(a: np.ndarray, b: np.ndarray, window: int = 5) -> float:
     """Structural similarity (Wang et al., 2004) of two maps (H, W), each ``scaled``; data range 1.
 
-    If one of them is signed, both go from -1 .. 1 to 0 .. 1, as their colours do: where means have opposite
-    signs SSIM would take the opposite of a map for the map itself.
+    If one of them is signed, both are shifted from -1 .. 1 to 0 .. 1, as their colours are: where the local means
+    have opposite signs, SSIM would take the opposite of a map for the map itself.
     """
     a, b, signed = scaled(a), scaled(b), is_signed(a) or is_signed(b)
     a, b = ((m + 1) / 2 if signed else m for m in (a, b))
@@ -40,9 +40,10 @@ def ssim(a: np.ndarray, b: np.ndarray, window: int = 5) -> float:
 
 
 def ssim_released(a: np.ndarray, b: np.ndarray, window: int = 5) -> float:
-    """As the code of InputIBA computes it: the maps as they are, in 256 steps, 8-bit pictures or floats in 0 .. 1.
+    """Structural similarity as the code of InputIBA computes it, on unscaled maps in 256 steps.
 
-    NaN for other floats, which it refuses, or which would wrap (-0.01 becomes 254).
+    The maps are 8-bit pictures or floats in 0 .. 1; NaN for other floats, which that code refuses or which would wrap
+    around (-0.01 becomes 254).
     """
     if any(m.dtype != np.uint8 and (m.min() < 0 or m.max() > 1) for m in (a, b)):
         return math.nan
@@ -61,8 +62,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def hog(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation of the histograms of oriented gradients of two maps (H, W), each ``scaled``.
 
-    Cells of 16 x 16 pixels as in Adebayo et al., in smaller maps of a quarter of the shorter side. NaN where one
-    is flat.
+    Cells of 16 x 16 pixels as in Adebayo et al.; in small maps, of a quarter of the shorter side. NaN if a histogram
+    is constant.
     """
     side = max(1, min(16, *(length // 4 for length in a.shape)))
     x, y = (
@@ -88,9 +89,9 @@ OF_IMAGES = ("ssim", "ssim_abs", "hog")
 class Agreement:
     """Which measures of agreement are computed for two maps.
 
-    measures      of ``MEASURES``; those of images are left out for texts and sounds
-    window        side of the window of ssim, in pixels
-    as_released   ssim as InputIBA's code computes it, for maps in 0 .. 1
+    measures      names from ``MEASURES``; those for images are left out for texts and sounds
+    window        side of SSIM's window, in pixels
+    as_released   compute SSIM as InputIBA's code does, for maps in 0 .. 1
     """
 
     NAME: ClassVar[str] = "attrib.sanity.measures.Agreement"
@@ -127,6 +128,6 @@ class Agreement:
             "ssim_abs": lambda a, b: structural(np.abs(a), np.abs(b), self.window),
             "hog": hog,
         }
-        if not self.as_released:  # which truncates, and so depends on the precision
+        if not self.as_released:  # that truncates numbers, so its result depends on the precision
             a, b = a.astype(np.float64), b.astype(np.float64)
         return {name: every[name](a, b) for name in self.measures if image or name not in OF_IMAGES}

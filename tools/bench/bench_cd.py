@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib.agglomeration import Rules, agglomerate, together
+from attrib.agglomeration import Rules, agglomerate, drive
 from attrib.agglomeration.trees import Tree, grow
 from attrib.decomposition import Decomposer, decompose
 from attrib.methods.acd import ACD
@@ -119,7 +119,7 @@ def acd(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         start = time.perf_counter()
         walk = agglomerate((28, 28), weights, Rules(arguments.percentile, arguments.steps))
-        (found,) = together([walk], one_at_a_time)
+        (found,) = drive([walk], one_at_a_time)
         slow_s = time.perf_counter() - start
     theirs = grow((28, 28), found.units, found.levels, found.whole, weights, range(10), int(batch.target), None)
     names = [{node.id for node in tree.nodes[tree.n :]} for tree in (ours, theirs)]
