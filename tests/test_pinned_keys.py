@@ -1,8 +1,8 @@
 """Names and keys of everything that is shipped, as they were before the modules moved.
 
 If a test here fails, the results of everybody's work directories are not found any more. ``pinned_keys.json`` was
-written by the code of commit 2a40110, the last one before the move. A class whose numbers change raises its ``VERSION``,
-and its line here changes with it; a new preset adds a line.
+written by the code of commit 2a40110, the last one before the move. A class whose numbers change raises its
+``VERSION``, and its line there changes with it; a new preset adds a line.
 """
 
 from __future__ import annotations
