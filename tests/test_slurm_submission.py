@@ -226,7 +226,7 @@ def test_ctrl_c_leaves_the_tasks_to_slurm(stand_in, monkeypatch, tmp_path, capfd
     monkeypatch.setattr(submission, "submit_array", submit_array)
     grid = slurm.Grid(((),), 1, (0,), False, None, {}, "work")
     start = time.monotonic()
-    with watching() as stop, stop.at_once():
+    with watching() as stop, stop.immediately():
         assert submission.submit(grid, compute, stop) == LEFT
     assert time.monotonic() - start < 10
     assert "the tasks go on in Slurm. To stop them: scancel 7" in capfd.readouterr().out

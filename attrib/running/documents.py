@@ -31,17 +31,17 @@ def unpacked(array: np.ndarray) -> Any:
     return json.loads(array.tobytes())
 
 
-def own_scores(work: Plan, read: Callable[[str, Iterable[str]], Mapping[str, np.ndarray]]) -> None:
+def own_scores(plan: Plan, read: Callable[[str, Iterable[str]], Mapping[str, np.ndarray]]) -> None:
     """Write the columns that the method itself has (``Method.COLUMNS``) as scores of all samples whose maps are stored.
 
     From what lies beside the maps, so that a killed run leaves nothing out. ``read`` gives arrays of a sample by name.
     """
-    cell, method = work.cell, work.experiment.method
+    cell, method = plan.cell, plan.experiment.method
     for column, direction in method.COLUMNS.items():
         folder = f"{column}.{keys.digest(column)[:8]}"
         rows, index = cell.scores(folder), cell.maps.index()
         present = rows.present()
-        missing = [u for u in work.uids if work.key(u) in index and work.key(u) not in present]
+        missing = [u for u in plan.uids if plan.key(u) in index and plan.key(u) not in present]
         if missing and not (rows.folder / "metric.json").exists():
             about = {"columns": {column: direction}, "curves": {}}
             write_json(rows.folder / "metric.json", {"name": column, "spec": {"class": column}, **about})
@@ -49,8 +49,8 @@ def own_scores(work: Plan, read: Callable[[str, Iterable[str]], Mapping[str, np.
             try:
                 value = float(read(uid, [column])[column])
             except (KeyError, SampleError) as error:
-                cell.ledger.add(uid, work.fingerprints[uid], folder, str(error))
+                cell.ledger.add(uid, plan.fingerprints[uid], folder, str(error))
                 continue
-            rows.add(uid, work.fingerprints[uid], {(name, column): value for name in method.MAPS})
+            rows.add(uid, plan.fingerprints[uid], {(name, column): value for name in method.MAPS})
         cell.maps.flush()  # those that had been damaged
         rows.flush()

@@ -23,12 +23,12 @@ from attrib.process.signals import Interrupted, Stop
 from attrib.running.batch_size import Budget
 from attrib.running.costs import Meter
 from attrib.running.documents import own_scores, packed
-from attrib.running.kept_inputs import keep_originals, plain
+from attrib.running.kept_inputs import keep_inputs, plain
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.running.summary import Step, Summary
-from attrib.store.cell import DamagedError, Rows
-from attrib.store.damaged import salvage
+from attrib.store.cell import DamagedError, ScoreRows
+from attrib.store.damaged import recover
 from attrib.store.files import Buffered, Key, write_json
 from attrib.types import Batch, SampleError, UserError
 
@@ -174,7 +174,7 @@ class Loop(BaseLoop):
         samples = self.samples if maps else experiment.stored_samples(todo, self.options.read)
         explains = maps or isinstance(experiment.metrics[self.stage], Explaining)
         self._budget = Budget(self.options.batch, experiment.model, experiment.method if explains else None)
-        for portion in self._budget.portions(self._together(todo)):
+        for portion in self._budget.portions(self._by_length(todo)):
             for batch, unread in samples.load(self._budget.chunks(portion)):
                 if self.stop():
                     return
@@ -186,7 +186,7 @@ class Loop(BaseLoop):
                 uids: tuple[str, ...] = ()
                 arrays: Mapping[str, np.ndarray] = {}
                 if batch is not None:
-                    self.plan.look_again(batch.uids)
+                    self.plan.refresh_fingerprints(batch.uids)
                     others = present(batch.uids)
                     self._left[stage] -= len(others)
                     batch = batch[[i for i, uid in enumerate(batch.uids) if uid not in others]] if others else batch
@@ -200,12 +200,12 @@ class Loop(BaseLoop):
                 step = Step(self.stage, uids, arrays, time.perf_counter() - start, done, self.total)
                 self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
                 self._iteration += 1
-                with self.stop.held():
+                with self.stop.deferred():
                     flush()
                 if self.stop():
                     return  # before the next batch is waited for
 
-    def _together(self, uids: Sequence[str]) -> Sequence[str]:
+    def _by_length(self, uids: Sequence[str]) -> Sequence[str]:
         """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.
 
         The longest first: what fits them fits the others too.
@@ -227,8 +227,8 @@ class Loop(BaseLoop):
     def _maps(self, todo: Sequence[str]) -> None:
         maps = self.plan.cell.maps
         if todo:
-            keep_originals(self.plan, self.samples, Path(self.options.root))
-        with self.stop.held():
+            keep_inputs(self.plan, self.samples, Path(self.options.root))
+        with self.stop.deferred():
             try:
                 with self.stop.finishing():
                     self._walk("maps", todo, self._mapped, self._present, maps.flush_if_due)
@@ -290,8 +290,8 @@ class Loop(BaseLoop):
             try:
                 return maps.read(key, names)
             except (DamagedError, FileNotFoundError):
-                with self.stop.held():  # what was salvaged must be written
-                    lost = salvage(maps, maps.index()[key].path, Path(self.options.root))
+                with self.stop.deferred():  # what was salvaged must be written
+                    lost = recover(maps, maps.index()[key].path, Path(self.options.root))
                     self._lost |= lost
                     mine = {u for u in self.plan.uids if self.plan.key(u) in lost}
                     self._left["maps"] += len(mine)
@@ -357,7 +357,7 @@ class Loop(BaseLoop):
             if curves.flush_if_due():  # curves first: a sample whose rows are there has its curves too
                 rows.flush()
 
-        with self.stop.held():
+        with self.stop.deferred():
             try:
                 with self.stop.finishing():
                     self._walk(folder, todo, judge, self._scored(rows), flush)
@@ -370,7 +370,7 @@ class Loop(BaseLoop):
         """What a metric that asks for other maps gets: the method's map of this name."""
         return lambda batch: self.plan.experiment.explain(batch, self.state())[kind]
 
-    def _scored(self, rows: Rows) -> Present:
+    def _scored(self, rows: ScoreRows) -> Present:
         """Asks the disk every half minute only: reading all rows costs more than a few samples done twice."""
         asked = time.monotonic()
         found: set[Key] = set()

@@ -45,7 +45,7 @@ class Plan:
     def key(self, uid: str) -> Key:
         return uid, self.fingerprints[uid]
 
-    def look_again(self, uids: Iterable[str]) -> None:
+    def refresh_fingerprints(self, uids: Iterable[str]) -> None:
         """Take the fingerprints of files that could not be read when the run was planned, and now could."""
         for uid in uids:
             if self.fingerprints[uid] == UNREADABLE:
@@ -78,7 +78,7 @@ def metric_folder(experiment: Experiment, name: str) -> str:
     return f"{name}.{experiment.metric_key(name)[:8]}"
 
 
-def plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
+def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
     """Selects the samples, finds the cell and what it already holds. Computes no maps."""
     root = Path(options.root)
     prints = Fingerprints(root, writer)
@@ -108,11 +108,11 @@ def plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop 
     return found
 
 
-def check_metrics(work: Plan) -> None:
+def check_metrics(plan: Plan) -> None:
     """Before anything is computed or written. Raises UserError for a metric of regions on a dataset that has none."""
-    experiment = work.experiment
+    experiment = plan.experiment
     names = [name for name, metric in experiment.metrics.items() if metric.NEEDS_ROI]
-    for uid in work.uids if names else ():
+    for uid in plan.uids if names else ():
         try:
             roi = experiment.dataset.batch([uid]).roi
         except Exception:  # the ledger will say so when its map is due
@@ -141,15 +141,15 @@ def _mean_seconds(stored: Iterable[Arrays]) -> float | None:
     return None
 
 
-def spec_of(work: Plan) -> dict[str, Any]:
+def spec_of(plan: Plan) -> dict[str, Any]:
     """What stands in a cell's spec.json: enough to know what its numbers are."""
-    experiment = work.experiment
+    experiment = plan.experiment
     return {
         "names": dict(experiment.names),
-        "key": experiment.cell_key(work.state_key),
+        "key": experiment.cell_key(plan.state_key),
         "dataset_key": experiment.dataset_key,
         "modality": experiment.dataset.modality,
-        "state_key": work.state_key,
+        "state_key": plan.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
         "layers": experiment.layers,
@@ -167,15 +167,15 @@ def spec_of(work: Plan) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "git": git_commit(),
-        **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, work)}),
+        **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, plan)}),
     }
 
 
-def _randomised(variant: Variant, work: Plan) -> dict[str, Any]:
+def _randomised(variant: Variant, plan: Plan) -> dict[str, Any]:
     """What a sanity check needs to know: ``attrib.sanity`` reads it."""
     return {
-        "original": work.original,
-        "model": work.experiment.model.original.key,
+        "original": plan.original,
+        "model": plan.experiment.model.original.key,
         "layers": list(variant.layers),
         "place": variant.place,
         "total": variant.total,
