@@ -261,7 +261,7 @@ ABOUT = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID
 def test_a_task_leaves_how_it_ended(monkeypatch, tmp_path, capfd, what, status, said, maps):
     for name, value in (ABOUT | {"SUBMITIT_FOLDER": str(tmp_path / "%A")}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(in_task, "leave", sys.exit)  # which ignores signals from then on
+    monkeypatch.setattr(in_task, "exit_process", sys.exit)  # which ignores signals from then on
     file = tmp_path / "7" / "7_3_status.json"
     file.parent.mkdir()
     file.write_text("of a run before")
