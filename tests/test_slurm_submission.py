@@ -22,7 +22,7 @@ from attrib.cli.run import compute_task
 from attrib.cluster import slurm, submission
 from attrib.cluster.submission import Task
 from attrib.process.signals import LEFT, watching
-from attrib.running.loop import Summary
+from attrib.running.summary import Summary
 from attrib.types import UserError
 
 pytest.importorskip("submitit")

@@ -66,8 +66,7 @@ def cell(composition: Composition) -> Outcome:
     if summary.stopped:
         print(summary.ending, flush=True)
         return Outcome(LEFT, summary, summary.ending)
-    nothing = not (summary.maps_computed or summary.maps_present)
-    failed = summary.failed and (settings.strict or nothing)
+    failed = summary.all_failed or (settings.strict and summary.failed)
     return Outcome(exit_status.FAILED if failed else 0, summary, text)
 
 

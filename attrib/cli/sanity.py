@@ -97,7 +97,7 @@ def _explain(cell: Experiment, options: Options) -> int:
     if summary.stopped:
         print(summary.ending, flush=True)
         return LEFT
-    failed = summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present))
+    failed = summary.all_failed or (options.strict and summary.failed)
     return exit_status.FAILED if failed else 0
 
 

@@ -20,7 +20,7 @@ from attrib.store.files import write_json
 from attrib.types import UserError
 
 if TYPE_CHECKING:
-    from attrib.running.loop import Summary
+    from attrib.running.summary import Summary
 
 
 # Computes one cell, given its overrides and --config-dir; returns the exit status, what was done (None if nothing could

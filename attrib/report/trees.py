@@ -14,8 +14,8 @@ from attrib.agglomeration.trees import Node, Tree
 from attrib.drawing import pictures
 from attrib.report.gallery import _NO_INPUT, _array, _current, _input
 from attrib.results.labels import Labelled
-from attrib.running.documents import unpacked
 from attrib.store.cell import Arrays
+from attrib.store.documents import unpacked
 from attrib.types import UserError
 
 NAME = "tree"  # of the document

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 import attrib
 from attrib import keys
 from attrib.experiment.cell import Experiment
-from attrib.metrics import Explaining
 from attrib.models.variant import Variant
+from attrib.process.git import git_commit
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
 from attrib.running.options import Options
@@ -54,7 +53,7 @@ class Plan:
     @property
     def explains(self) -> bool:
         """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
-        asking = [name for name, metric in self.experiment.metrics.items() if isinstance(metric, Explaining)]
+        asking = [name for name, metric in self.experiment.metrics.items() if metric.NEEDS_EXPLAIN]
         return any(len(done) < len(self.uids) for done in (self.present, *(self.scored[name] for name in asking)))
 
     def __str__(self) -> str:
@@ -99,10 +98,10 @@ def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: 
     index = cell.maps.index()
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:
-        folder = metric_folder(experiment, name)
-        scored = cell.scores(folder).present()
+        scores = metric_folder(experiment, name)
+        scored = cell.scores(scores).present()
         found.scored[name] = {u for u in uids if found.key(u) in scored}
-        seconds = _mean_seconds(c.curves(folder) for c in alike)
+        seconds = _mean_seconds(c.curves(scores) for c in alike)
         if seconds is not None:
             found.score_seconds[name] = seconds
     return found
@@ -182,16 +181,3 @@ def _randomised(variant: Variant, plan: Plan) -> dict[str, Any]:
         "mode": variant.how.mode,
         "seed": variant.how.seed,
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` if it was changed since; None outside a checkout of attrib."""
-    home = Path(__file__).resolve().parents[2]
-    if not (home / ".git").exists():
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -19,11 +19,12 @@ from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.process.signals import Interrupted, Stop, watching
 from attrib.running.hooks import Heartbeat, standard_hooks
-from attrib.running.loop import Loop, Summary
+from attrib.running.loop import Loop
 from attrib.running.options import Options
 from attrib.running.plan import Plan, check_metrics, make_plan, spec_of
 from attrib.running.runner import AttributionRunner
 from attrib.running.states import load_state
+from attrib.running.summary import Summary
 from attrib.store.files import write_json, writer_name
 from attrib.types import UserError
 
@@ -106,7 +107,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             package.removeHandler(runner.file_handler)
             runner.visualizer.close()
             runner.file_handler.close()
-            record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.at_once}
+            record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
             try:
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
             except OSError as error:
@@ -117,9 +118,12 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
 
 
 def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
+    """Says that what was stored is safe only where something was."""
+    what = f"{plan.cell.folder} cannot be written or read: {error}"
     lost = f" {unwritten} maps and scores that were computed could not be written." if unwritten else ""
-    again = "What was stored is safe; run the same command again"
-    return UserError(f"{plan.cell.folder} cannot be written or read: {error}.{lost} {again}")
+    if any(plan.cell.folder.glob("maps/[!.]*.safetensors")):
+        return UserError(f"{what}.{lost} What was stored is safe; run the same command again")
+    return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
 
 
 def _open(plan: Plan) -> None:
