@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,9 @@ from mmengine.hooks import Hook
 from test_faults import Job, during, job, numbers, undisturbed
 from tiny import only_cell, write_image
 
+from attrib.metrics import EHR
 from attrib.results import tables
 from attrib.store.cell import Cell
-from attrib.store.documents import own_scores
 
 __all__ = ["during", "job", "undisturbed"]  # fixtures
 
@@ -143,20 +143,37 @@ def test_a_damaged_map_that_the_method_refuses_is_not_left(job, during):
     job.finishes(1)
 
 
-def test_a_map_that_was_made_again_for_the_methods_own_score_is_kept(tmp_path):
+def test_a_map_that_was_made_again_for_the_methods_own_score_is_kept(job):
     """No metric comes afterwards that would write it."""
-    cell = Cell(tmp_path / "photos.net.acd.01234567", "w")
-    cell.maps.add("p0", "f", {"map": np.zeros(2), "size": np.zeros(())})
-    cell.maps.flush()
+    assert job("method=sized", "metric=[]").status == 0
+    shutil.rmtree(next(job.root.glob("*/scores")))
+    flip(chunks(job)[0], -2)  # the number of p001, which is stored last
+    assert job("method=sized", "metric=[]").status == 0
+    assert (job.root / ".damaged").exists()
+    assert len(Cell(next(job.root.glob("*.sized.*"))).maps.index()) == 6
 
-    def read(uid: str, names: list[str]) -> dict[str, np.ndarray]:
-        cell.maps.add(uid, "f", {"map": np.ones(2), "size": np.ones(())})
-        return {"size": np.ones(())}
 
-    method = SimpleNamespace(COLUMNS={"size": "none"}, MAPS={"map": ""})
-    own = {"cell": cell, "uids": ("p0",), "fingerprints": {"p0": "f"}, "key": lambda uid: (uid, "f")}
-    own_scores(SimpleNamespace(**own, experiment=SimpleNamespace(method=method)), read)
-    assert Cell(cell.folder).maps.read(("p0", "f"))["size"] == 1
+def test_a_failure_of_the_methods_own_score_counts(job, during):
+    """It goes through the same door as all others: the summary knows of it, so does run.strict."""
+    assert job("method=sized", "metric=[]").status == 0
+    shutil.rmtree(next(job.root.glob("*/scores")))
+    flip(chunks(job)[0], -2)  # the number of p001, which is stored last
+    during("p001", lambda: 1 / 0)
+    result = job("method=sized", "metric=[]", "run.strict=true")
+    assert result.status == 3
+    assert result.out.strip().splitlines()[-1].endswith("failed=2")  # its map, and the score
+
+
+def test_a_metric_of_which_every_score_failed_is_no_success(job, monkeypatch):
+    """As if no map could be computed; with one score that is there the run is a success."""
+    monkeypatch.setattr(EHR, "score", lambda *_: 1 / 0)
+    result = job()
+    assert result.status == 3
+    assert result.out.strip().splitlines()[-1].endswith("failed=6")
+    monkeypatch.undo()
+    assert job("run.limit=1").status == 0
+    monkeypatch.setattr(EHR, "score", lambda *_: 1 / 0)
+    assert job().status == 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attrib.fit import State
 from attrib.methods import Method
-from attrib.metrics import Explain, Explaining
+from attrib.metrics import Explain, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -58,11 +58,22 @@ class Eventful(Method):
 
 
 @dataclass(frozen=True)
-class TargetOf:
+class Sized(Eventful):
+    """With a score of its own."""
+
+    EXTRAS: ClassVar[Mapping[str, str]] = {"size": "sum of the map"}
+    COLUMNS: ClassVar[Mapping[str, str]] = {"size": "none"}
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        found = super().attribute(model, batch, state, noise)
+        return {**found, "size": found["map"].flatten(1).sum(1)}
+
+
+@dataclass(frozen=True)
+class TargetOf(Metric):
     """The class that a score is about."""
 
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"target": "none"}
@@ -73,11 +84,11 @@ class TargetOf:
 
 
 @dataclass(frozen=True)
-class MapAgain(Explaining):
+class MapAgain(Metric):
     """How far the map of the unchanged input is from the one that is stored."""
 
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
+    NEEDS_EXPLAIN: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"same": "lower", "other": "none"}
