@@ -13,7 +13,7 @@ import torch
 from attrib.datasets.audio import WaveTransform
 from attrib.datasets.files import existing_folder
 from attrib.datasets.tokens import Encoded, Encoder
-from attrib.keys import digest
+from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 SENTIMENT = {0: "negative", 1: "positive"}
@@ -74,7 +74,7 @@ class TextDataset(ABC):
 
     @property
     def key(self) -> str:
-        return digest(type(self).__qualname__, self._about, self.encoder.key if self.encoder else None)
+        return digest(short_name(type(self)), self._about, self.encoder.key if self.encoder else None)
 
     def with_encoder(self, encoder: Encoder) -> Self:
         """The same samples for another network."""
