@@ -156,7 +156,7 @@ def test_fingerprint_changes_with_content_label_and_box(tmp_path):
         ("boxes", "file,x1,y1,x2,y2\na.png,0,0,nan,1\n", "line 2: box 0, 0, nan, 1 is inverted"),
         ("boxes", "file,x1,y1,x2,y2\na.png,0,0,wide,1\n", "line 2: box 0, 0, wide, 1 is not four numbers"),
         ("classes", "label,name\n", r"dataset\.classes: .*has no column wnid"),
-        ("classes", "label,wnid,name\n0,n1,a\n0,n2,b\n", "line 3: class 0 stands there twice"),
+        ("classes", "label,wnid,name\n0,n1,a\n0,n2,b\n", "line 3: class 0 is listed twice"),
         ("classes", "label,wnid,name\n0,n1,a\n1,n1,b\n", "has n1 for two classes"),
         ("classes", "label,wnid,name\nzero,n1,a\n", "line 2: 'zero'"),
     ],
@@ -274,7 +274,7 @@ def test_bad_annotation_costs_one_sample(tmp_path, text, reason):
 
 
 def test_wrong_imagenet_folder_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"prepare_imagenet\.py"):
+    with pytest.raises(UserError, match=r"attrib prepare-imagenet"):
         ImageNet(tmp_path, SMALL)
     root = imagenet(tmp_path, annotations=False)
     assert ImageNet(root, SMALL).batch(["n00000001/v10"]).roi is None
@@ -351,7 +351,7 @@ def test_photos_are_found_in_packages(fake_packages):
         Photos(SMALL, ["alibi"])
     with pytest.raises(UserError, match="torch has no photographs"):
         Photos(SMALL, ["torch"])
-    with pytest.raises(UserError, match=r"dataset\.packages: is empty"):
+    with pytest.raises(UserError, match=r"dataset\.packages is empty"):
         Photos(SMALL, [])
 
 

@@ -84,7 +84,7 @@ class AudioDataset(ABC):
 
     transform   what the network wants; model YAMLs of sounds build it (``model.input``)
     marked      whether samples may have intervals at all (``Batch.roi`` is None otherwise)
-    about       what else decides how a sample comes to be, for the key
+    about       what else determines the samples; it is part of the key
     """
 
     modality = "audio"
@@ -99,8 +99,8 @@ class AudioDataset(ABC):
     ) -> None:
         if not isinstance(transform, WaveTransform):
             raise UserError(
-                "dataset.transform: the chosen model does not say how it wants its sounds (its input is no "
-                "attrib.datasets.WaveTransform); this dataset needs a model of sounds, such as model=tone_cnn"
+                "dataset.transform: the chosen model does not say how it wants its sounds (its input is not "
+                "an attrib.datasets.WaveTransform); this dataset needs a model of sounds, such as model=tone_cnn"
             )
         self.uids = tuple(sorted(uids))
         self.transform = transform
@@ -244,6 +244,6 @@ def read_intervals(path: str, files: Sequence[str]) -> dict[str, tuple[Interval,
         except ValueError:
             raise UserError(f"{where}: {' to '.join(texts)} is not two numbers of seconds") from None
         if not (0 <= interval.start < interval.end < math.inf):
-            raise UserError(f"{where}: {' to '.join(texts)} is no interval; it needs 0 <= start < end")
+            raise UserError(f"{where}: {' to '.join(texts)} is not an interval; it needs 0 <= start < end")
         found[file] = (*found.get(file, ()), interval)
     return found

@@ -50,8 +50,8 @@ def existing_folder(path: str | Path, field: str) -> Path:
 def image_files(root: Path) -> list[str]:
     """Paths of all images below ``root``, relative to it, with "/", sorted; hidden files and folders are skipped.
 
-    Symbolic links are followed, but not into a folder that we are inside already. Raises UserError
-    for a folder that may not be listed.
+    Symbolic links are followed, but not back into a folder that contains them. Raises UserError
+    for a folder that cannot be listed.
     """
 
     # Strings, because a hundred thousand Path objects take seconds.
@@ -123,21 +123,23 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
 
 
 class InFiles(ABC):
-    """Datasets that can tell what a fingerprint depends on without reading it, see ``attrib.running.fingerprints``.
+    """Datasets that can say what a fingerprint depends on without reading files, see ``attrib.running.fingerprints``.
 
-    fingerprints   those that this object knows, by uid
-    A subclass that reads other files gives ``sources`` anew; where it does not, every file is read at every start.
+    fingerprints   those known so far, by uid
+
+    Every class must define ``sources`` itself: one that inherits it may read other files than its base class, so all
+    its files are read at every start.
     """
 
     fingerprints: dict[str, str]
 
     @abstractmethod
     def sources(self, uid: str) -> tuple[str, ...]:
-        """Absolute paths of every file whose content matters, also of one that need not be there."""
+        """Absolute paths of all files whose content matters, including those that may be missing."""
 
     @abstractmethod
     def described(self, uid: str) -> tuple[Any, ...]:
-        """What matters besides and does not come from these files, such as the label; ``repr`` must say all of it."""
+        """What else the fingerprint depends on, such as the label; the ``repr`` must show all of it."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]
         if not (label.isdecimal() and isinstance(value, (list, tuple)) and len(value) == 2):
             raise UserError(f"{where}: {label!r}: {value!r} is not a class index with a WordNet id and a name")
         if int(label) in table:
-            raise UserError(f"{where}: class {label} stands there twice")
+            raise UserError(f"{where}: class {label} is listed twice")
         table[int(label)] = (str(value[0]), str(value[1]))
     twice = [wnid for wnid, n in Counter(wnid for wnid, _ in table.values()).items() if n > 1]
     if twice:

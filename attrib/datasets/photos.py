@@ -69,8 +69,8 @@ def _holds(archive: Path, member: str) -> bool:
 def _photos(packages: Sequence[str]) -> dict[str, _Photo]:
     unknown = sorted(set(packages) - set(PACKAGES))
     if unknown or not packages:
-        wrong = f"{', '.join(unknown)} has no photographs" if unknown else "is empty"
-        raise UserError(f"dataset.packages: {wrong}; choose from {', '.join(PACKAGES)}")
+        wrong = f": {', '.join(unknown)} has no photographs" if unknown else " is empty"
+        raise UserError(f"dataset.packages{wrong}; choose from {', '.join(PACKAGES)}")
     with files("attrib.datasets").joinpath("photos.csv").open(encoding="utf-8") as file:
         return {
             row["uid"]: _Photo(
@@ -123,7 +123,7 @@ class Photos(ImageDataset):
 
 
 class View(NamedTuple):
-    """A part of an image: ``scale`` of its width and height, placed at ``x``, ``y`` of the free room (0 to 1)."""
+    """A part of an image: ``scale`` of its width and height, placed at ``x``, ``y`` of the free space (0 to 1)."""
 
     scale: float
     x: float

@@ -32,8 +32,12 @@ def _load(path: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
     except Exception as error:  # OSError without a network, and anything for damaged files
         reason = str(error).strip().partition("\n")[0]
-        what = "is no tokenizer's folder" if Path(place).is_dir() else "is neither a folder here nor to be had by name"
-        raise UserError(f"{where}: {path} {what} ({type(error).__name__}: {reason})") from error
+        what = (
+            "not the folder of a tokenizer"
+            if Path(place).is_dir()
+            else "neither a folder nor a model that can be loaded"
+        )
+        raise UserError(f"{where}: {path} is {what} ({type(error).__name__}: {reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{where}: {path} has a tokenizer ({type(tokenizer).__name__}) that cannot say which word a piece belongs "
@@ -85,7 +89,7 @@ class HuggingFaceEncoder:
         self.pad, self.unknown = specials["padding"], specials["unknown"]
         self.mask = self.unknown if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         self.size = len(tokenizer)
-        # The backend itself: calls through transformers set its state each time, which two threads must not.
+        # The backend itself: transformers sets its state at every call, which two threads must not do at once.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.enable_truncation(min(limits))

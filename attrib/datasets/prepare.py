@@ -282,7 +282,7 @@ class Target:
 
 
 def _earlier(root: Path, force: bool) -> dict[str, Any] | None:
-    """The plan of an earlier run, None if there was none. Raises UserError for a folder of other origin."""
+    """The plan of an earlier run, None if there was none. Raises UserError for a folder that this tool did not make."""
     file = root / _PLAN
     if not file.exists():
         if (root / "images").exists() and not force:

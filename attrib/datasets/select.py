@@ -19,7 +19,8 @@ class Selection:
     """Rules, applied in the order list, max_box_area, min_confidence, count; None leaves a rule out.
 
     list            text file: a uid or relative file name per line; blank lines are skipped
-    max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box go
+    max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box are
+                    left out
     min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6)
     count           the ``count`` samples with the smallest hash of (seed, uid), which mixes the classes
 

@@ -38,7 +38,7 @@ def find_archive(archive: str | None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"dataset.archive: no file {' or '.join(map(str, places))}; {COMMAND}")
+    raise UserError(f"dataset.archive: there is no {' or '.join(map(str, places))}; get it: {COMMAND}")
 
 
 def _member(stream: BinaryIO, name: str) -> bytes:

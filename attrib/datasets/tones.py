@@ -158,5 +158,5 @@ def _shaped(make: _Event, size: int, pitch: float) -> np.ndarray:
 
 
 def _sixteen_bits(wave: np.ndarray) -> np.ndarray:
-    """As a WAV file would hold it, which no rounding of a sine, other on another machine, changes."""
+    """Rounded as in a WAV file, so that sines that differ in their last bits between machines make the same clip."""
     return np.rint(np.clip(wave, -1, 1) * 32767) / 32768

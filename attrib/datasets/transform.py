@@ -42,7 +42,7 @@ def _pixels(low: float, high: float, count: int) -> slice:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resize, crop at the centre, scale to 0..1 and normalise; boxes take the same way.
+    """Resize, crop at the centre, scale to 0..1 and normalise; boxes are moved along.
 
     size           of the network's input: one number, or (height, width); afterwards always the pair
     mean, std      per channel; one channel makes the image grayscale
