@@ -48,7 +48,7 @@ class IROF:
     """
 
     NAME: ClassVar[str] = "attrib.metrics.irof.IROF"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 1 cut grey images into a chessboard that ignored them
     NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     roles: ClassVar[tuple[str, ...]] = ()
