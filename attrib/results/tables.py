@@ -207,7 +207,7 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
 
     n samples, failed and pending ones; mean with its bootstrap interval (:func:`attrib.results.stats.interval`);
     direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and
-    column, if there are at least two and the column has a direction; mean seconds and rows through the
+    column (several, if they are equal up to rounding), if there are at least two and the column has a direction; mean seconds and rows through the
     net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not known.
     """
     found = []
@@ -235,7 +235,8 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     score = table["mean"].where(higher, -table["mean"])
     per_column = score.groupby([table[name] for name in ("dataset", "model", "metric", "column")])
     table["best"] = (table["direction"] != "none") & (per_column.transform("count") > 1)
-    table["best"] &= score == per_column.transform("max")
+    top = per_column.transform("max")
+    table["best"] &= top - score <= stats.rounding_error(top.to_numpy())
     table["direction"] = table["direction"].map(ARROWS)
     for name in _GROUP:
         if name != "direction":
