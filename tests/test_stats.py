@@ -57,7 +57,7 @@ def test_interval_of_degenerate_inputs():
     assert (one.n, one.mean) == (1, 3.0)
     assert math.isnan(one.lo)
     assert math.isnan(one.hi)
-    assert stats.interval([2.0] * 5) == stats.Interval(5, 2.0, 2.0, 2.0)
+    assert stats.interval([2.0] * 5) == stats.MeanInterval(5, 2.0, 2.0, 2.0)
     noise = stats.interval([0.3, 0.1 + 0.2])
     assert noise.lo == noise.hi == noise.mean
     two = stats.interval([0.0, 1.0])

@@ -19,7 +19,7 @@ import pandas as pd
 
 from attrib import keys
 from attrib.config.objects import build, completed
-from attrib.papers.presets import FULL, Entry, Preset, configuration
+from attrib.papers.presets import FULL, TableEntry, Preset, configuration
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
 from attrib.types import UserError
@@ -31,7 +31,7 @@ _NONE = dict.fromkeys(_SUMMARY[:3], 0) | dict.fromkeys(_SUMMARY[3:], math.nan) |
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedCell:
     """What a job computes, as far as a stored cell can be recognised by it."""
 
     config: Mapping[str, Any]
@@ -65,7 +65,7 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
     return pd.DataFrame(lines)
 
 
-def _line(entry: Entry, ours: Mapping[str, Any], what: Wanted) -> dict[str, Any]:
+def _line(entry: TableEntry, ours: Mapping[str, Any], what: WantedCell) -> dict[str, Any]:
     published, mean = entry.published, ours["mean"]
     difference = mean - published.value if published else math.nan
     missing = ours["pending"] > 0 or math.isnan(mean)
@@ -99,7 +99,7 @@ def _command(arguments: Sequence[str]) -> str:
 # Recognising ---------------------------------------------------------------------------------------------
 
 
-def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
+def _wanted(preset: Preset, job: Sequence[str]) -> WantedCell:
     composition, where = configuration(preset, job), f"configs/paper/{preset.name}.yaml"
     config: Mapping[str, Any] = composition.values
     why = ""
@@ -110,7 +110,7 @@ def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
     method = build({k: v for k, v in config["method"].items() if k not in ("name", "modalities")}, f"{where}: method")
     metrics = {name: build(node, f"{where}: {name}") for name, node in (config.get("metric") or {}).items() if node}
     own = dict.fromkeys(method.COLUMNS)
-    return Wanted(
+    return WantedCell(
         config=config,
         method=keys.spec(method),
         maps=tuple(method.MAPS),
@@ -120,7 +120,7 @@ def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
     )
 
 
-def _map(preset: Preset, entry: Entry, what: Wanted) -> str:
+def _map(preset: Preset, entry: TableEntry, what: WantedCell) -> str:
     """The map that an entry is about. Raises UserError if that is not clear, or its score is not computed."""
     where = f"configs/paper/{preset.name}.yaml: {entry.row}, {entry.column}"
     if entry.score not in what.columns.get(entry.metric, ()):
@@ -154,13 +154,13 @@ class _Held:
         return None
 
 
-def _newest(held: Sequence[_Held], what: Wanted) -> _Held | None:
+def _newest(held: Sequence[_Held], what: WantedCell) -> _Held | None:
     """The cell of a job; of several (the weights or the data were others) the newest."""
     alike = [item for item in held if _same(item, what)]
     return max(alike, key=lambda item: (item.cell.folder / "spec.json").stat().st_mtime, default=None)
 
 
-def _same(item: _Held, what: Wanted) -> bool:
+def _same(item: _Held, what: WantedCell) -> bool:
     if item.spec["method"] != _plain(what.method) or item.spec["seed"] != what.config.get("seed", 0):
         return False
     wanted = _identity(what.config, item.spec)
@@ -207,7 +207,7 @@ def _numbers(root: Path, found: Sequence[Cell], confidence: float) -> tuple[dict
 # Laying out ----------------------------------------------------------------------------------------------
 
 
-def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> formats.Table:
+def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> formats.TextTable:
     """The table for people: ours ± half the interval, published, difference, verdict, costs; below, what is missing."""
     device, several = formats.devices(found["device"])
     header = ["method", "score", "n", "ours", "published", "difference", "tolerance", "verdict", *formats.COSTS]
@@ -254,4 +254,4 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         notes.append(f"The first command computes all that is missing, the others ({shown}) one run each:")
         code = [_command(preset.all_arguments), *code[:MOST]]
     title = formats.title(preset.title, device)
-    return formats.Table(title, header, body, frozenset(bold), 2, notes, code)
+    return formats.TextTable(title, header, body, frozenset(bold), 2, notes, code)

@@ -37,7 +37,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Line:
+class GridLine:
     """A row or a column. ``reads`` is the map of a row ("": the method's only one), the METRIC.COLUMN of a column."""
 
     label: str
@@ -47,7 +47,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One number of the table, and the overrides of the run that computes it."""
 
     row: str
@@ -67,7 +67,7 @@ class Preset:
     title: str
     source: str
     note: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TableEntry, ...]
     changed: tuple[str, ...] = ()
     how: tuple[str, ...] = ()  # overrides of run.*
     folder: Path | None = None  # Hydra's --config-dir
@@ -131,7 +131,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
                 full = {**pairs, **column.overrides, **{key: pairs[key] for key in mine}}
                 metric, _, score = column.reads.partition(".")
                 value = None if tiny else row.published.get(column.label)
-                entries.append(Entry(label, column.label, row.reads, metric, score, _written(full), value))
+                entries.append(TableEntry(label, column.label, row.reads, metric, score, _written(full), value))
     source = ", ".join(str(node[name]) for name in ("source", "place") if node.get(name))
     changed = tuple(o.input_line for o in what.values())
     how = tuple(o.input_line for key, o in given.items() if key not in what and not key.startswith("paper"))
@@ -140,7 +140,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     return Preset(name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size)
 
 
-def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> Line:
+def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> GridLine:
     at = f"{where}: rows: {label}"
     line = _fields(at, {"with": line} if isinstance(line, str) else line, ("with", "map", "published"))
     published = _fields(f"{at}: published", line.get("published") or {}, tuple(node["columns"]))
@@ -148,10 +148,10 @@ def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> Line:
     overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(values.values()) and any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a row of several values cannot have one published value; write a row for each")
-    return Line(label, overrides, line.get("map") or "", values)
+    return GridLine(label, overrides, line.get("map") or "", values)
 
 
-def _column(where: str, label: str, line: Any) -> Line:
+def _column(where: str, label: str, line: Any) -> GridLine:
     at = f"{where}: columns: {label}"
     line = _fields(at, {"score": line} if isinstance(line, str) else line, ("score", "with"))
     if str(line.get("score")).count(".") != 1:
@@ -159,7 +159,7 @@ def _column(where: str, label: str, line: Any) -> Line:
     overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a column has one value; write a column for each")
-    return Line(label, overrides, line["score"])
+    return GridLine(label, overrides, line["score"])
 
 
 def _fields(at: str, given: Any, known: Sequence[str]) -> Mapping[str, Any]:
@@ -193,7 +193,7 @@ def _values(override: Override) -> list[str]:
     return [override.get_value_element_as_str()]
 
 
-def _chosen(lines: Sequence[Line], given: Pairs, where: str) -> list[Line]:
+def _chosen(lines: Sequence[GridLine], given: Pairs, where: str) -> list[GridLine]:
     """Without those that set something else than the command line says. Raises UserError if none is left."""
     kept = list(lines)
     for key, override in given.items():
@@ -206,13 +206,13 @@ def _chosen(lines: Sequence[Line], given: Pairs, where: str) -> list[Line]:
     return kept
 
 
-def _open(forced: Pairs, line: Line) -> Pairs:
+def _open(forced: Pairs, line: GridLine) -> Pairs:
     """Without the sweeps that only chose this row or column: it says itself which of the values it has."""
     own = {key for key, o in line.overrides.items() if not o.is_sweep_override()}
     return {key: o for key, o in forced.items() if not (key in own and o.is_sweep_override())}
 
 
-def _swept(row: Line, forced: Pairs) -> Iterator[tuple[str, dict[str, Override]]]:
+def _swept(row: GridLine, forced: Pairs) -> Iterator[tuple[str, dict[str, Override]]]:
     """(label, overrides) for each value that the row or the command line sweeps over; {} in the label is the value."""
     pairs = {**row.overrides, **forced}
     named = [key for key, o in pairs.items() if o.is_sweep_override() or _is_sweep(row.overrides.get(key))]

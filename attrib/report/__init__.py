@@ -22,7 +22,7 @@ from attrib.drawing import pictures
 from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
-from attrib.report.headline import Entry, Verdict
+from attrib.report.headline import HeadlineScore, Leader
 from attrib.report.ranks import Diagram
 from attrib.report.trees import Hierarchy
 from attrib.results import formats, labels, tables
@@ -110,7 +110,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
     )
 
 
-def _rank_table(table: pd.DataFrame, confidence: float) -> formats.Table | None:
+def _rank_table(table: pd.DataFrame, confidence: float) -> formats.TextTable | None:
     """Of three methods or more; of two, the paired test says all."""
     return formats.rank_tables(table, confidence)[0] if table["contender"].nunique() > 2 else None
 
@@ -124,11 +124,11 @@ class Block:
     device: str
     columns: Sequence[tuple[str, str]]
     costs: Sequence[str]
-    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[Entry | None]]]
+    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[HeadlineScore | None]]]
     unscored: Mapping[str, str]
-    verdicts: Sequence[Verdict]
-    pairs: formats.Table | None
-    ranks: formats.Table | None
+    verdicts: Sequence[Leader]
+    pairs: formats.TextTable | None
+    ranks: formats.TextTable | None
     diagrams: Sequence[Diagram]
     curves: Sequence[Curve]
     gallery: Gallery | None

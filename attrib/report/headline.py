@@ -14,7 +14,7 @@ from attrib.results import formats
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeadlineScore:
     """One number of the headline table, with its interval as places (0 to 100) on its column's axis."""
 
     mean: str
@@ -29,7 +29,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Leader:
     """Who has the best mean of a column, whom it beats clearly and whom not."""
 
     column: str
@@ -42,7 +42,7 @@ class Verdict:
 
 def lines(
     wide: formats.Wide, styles: Mapping[str, Style]
-) -> list[tuple[str, Style, Sequence[str], list[Entry | None]]]:
+) -> list[tuple[str, Style, Sequence[str], list[HeadlineScore | None]]]:
     axes = []
     for i in range(len(wide.columns)):
         ends = [e[i][k] for _, _, e in wide.lines if e[i] for k in ("mean", "lo", "hi") if np.isfinite(e[i][k])]
@@ -58,7 +58,7 @@ def lines(
     ]
 
 
-def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]) -> Entry | None:
+def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]) -> HeadlineScore | None:
     if row is None:
         return None
     mean, lo, hi = row["mean"], row["lo"], row["hi"]
@@ -68,7 +68,7 @@ def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]
         place["dot"] = round(100 * (mean - low) / span, 2)
         if np.isfinite(lo):
             place |= {"left": round(100 * (lo - low) / span, 2), "width": round(100 * (hi - lo) / span, 2)}
-    return Entry(
+    return HeadlineScore(
         mean=formats.rounded(mean, lo, hi),
         half=formats.rounded((hi - lo) / 2, lo, hi) if hi > lo else "",
         exact=f"{mean!r} [{lo!r}, {hi!r}]",
@@ -79,7 +79,7 @@ def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]
     )
 
 
-def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, confidence: float) -> list[Verdict]:
+def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, confidence: float) -> list[Leader]:
     block = summary[(summary["dataset"] == wide.dataset) & (summary["model"] == wide.model) & summary["best"]]
     found = []
     for (metric, column), best in block.groupby(["metric", "column"], sort=False):
@@ -97,7 +97,7 @@ def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, con
                 kind.append((other, _p_is(test["p_holm"])))
         title = f"{column} {row['direction']}" if metric == column else f"{column} {row['direction']} · {metric}"
         value = formats.with_half(row["mean"], row["lo"], row["hi"])
-        found.append(Verdict(title, list(best["contender"]), value, ahead, level, apart))
+        found.append(Leader(title, list(best["contender"]), value, ahead, level, apart))
     return found
 
 

@@ -26,7 +26,7 @@ SIDE = 168  # pixels of a picture's longer side
 
 
 @dataclass(frozen=True)
-class Cell:
+class Phrase:
     """A phrase in a row of a sentence's hierarchy, or a gap (no text)."""
 
     span: int
@@ -57,7 +57,7 @@ class Hierarchy:
     uid: str
     name: str
     limit: str = ""
-    rows: Sequence[Sequence[Cell]] = ()
+    rows: Sequence[Sequence[Phrase]] = ()
     steps: Sequence[tuple[str, str]] = ()  # caption, picture
     branch: Branch | None = None
     problem: str = ""
@@ -164,7 +164,7 @@ def _phrase(node: Node, words: Sequence[str]) -> str:
     return " ".join(words[i] for i in node.units)
 
 
-def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Cell]]:
+def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Phrase]]:
     """From the whole to the words, as figure 2 of the paper from top to bottom; each phrase at its own level.
 
     Of more than ``MOST_LEVELS`` levels so many are shown, evenly.
@@ -176,10 +176,10 @@ def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Cell
         for node in sorted((n for n in tree.nodes if n.level == level), key=lambda n: n.members):
             (first, last), *_ = node.members
             if first > place:
-                row.append(Cell(first - place))
-            row.append(Cell(node.size, _phrase(node, words), *palette.css(node.score), _about(tree, node)))
+                row.append(Phrase(first - place))
+            row.append(Phrase(node.size, _phrase(node, words), *palette.css(node.score), _about(tree, node)))
             place = last + 1
-        rows.append([*row, *([Cell(tree.n - place)] if place < tree.n else [])])
+        rows.append([*row, *([Phrase(tree.n - place)] if place < tree.n else [])])
     return rows
 
 

@@ -22,7 +22,7 @@ import rich.text
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Texts ready to be written in any format. ``bold`` holds (row, column) positions; ``code`` is for copying."""
 
     title: str
@@ -107,7 +107,7 @@ def count_text(n: int, failed: int, pending: int) -> str:
     return ", ".join(filter(None, parts))
 
 
-def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
+def long_table(table: pd.DataFrame, confidence: float = 0.95) -> TextTable:
     """A summary with one line per cell, map and column; the best in bold."""
     names = [*_shared_last(table, ["dataset", "model"]), "contender"]
     names += ["metric"] if table["metric"].ne(table["column"]).any() else []
@@ -132,7 +132,7 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
         )
     header[names.index("contender")] = "method"
     bold = frozenset((i, header.index("mean")) for i in np.flatnonzero(table["best"]))
-    return Table(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
+    return TextTable(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def wide(table: pd.DataFrame) -> list[Wide]:
     return blocks
 
 
-def wide_table(block: Wide) -> Table:
+def wide_table(block: Wide) -> TextTable:
     """Methods × columns, ``mean ± half width``; the best of a column in bold."""
     header = ["method", *(f"{c} ({n})" if n else c for c, n in zip(block.columns, block.counts)), *block.costs]
     body, bold, empty = [], set(), []
@@ -204,10 +204,10 @@ def wide_table(block: Wide) -> Table:
         if not any(entries):
             empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
     notes = (f"No scores: {', '.join(empty)}.",) if empty else ()
-    return Table(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
+    return TextTable(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
 
 
-def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | None = None) -> Table:
+def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | None = None) -> TextTable:
     """Paired tests, one pair a line; the better method in bold where the difference is clear.
 
     ``most``: of longer lists only the pairs with the smallest p are shown, and a note says how many are not.
@@ -242,10 +242,10 @@ def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | N
         )
         if row["better"]:
             bold.add((i, len(names) + (1 if row["better"] == row["a"] else 2)))
-    return Table("Paired tests", header, body, frozenset(bold), len(names) + 3, notes)
+    return TextTable("Paired tests", header, body, frozenset(bold), len(names) + 3, notes)
 
 
-def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[Table]:
+def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[TextTable]:
     """Mean ranks from ``tables.ranks`` as methods × columns, one table per dataset and model.
 
     Methods are in the order of their mean rank over the columns; the best of a column in bold.
@@ -273,7 +273,7 @@ def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[Table]:
             below[0].append(f"{n}" if n == most else f"{n} of {most}")
             below[1].append(p_text(rows[0]["p"]))
             below[2].append(rounded(rows[0]["critical_difference"]))
-        drawn.append(Table(f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note,)))
+        drawn.append(TextTable(f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note,)))
     return drawn
 
 
@@ -300,7 +300,7 @@ def to_csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False)
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: TextTable) -> str:
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(texts) + " |"
 
@@ -336,7 +336,7 @@ _TEX = {
 }
 
 
-def to_latex(table: Table) -> str:
+def to_latex(table: TextTable) -> str:
     r"""A tabular for booktabs; ``\usepackage{booktabs}`` is all it needs."""
 
     def line(texts: Iterable[str]) -> str:
@@ -356,7 +356,7 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in " ".join(str(text).split()))
 
 
-def to_terminal(table: Table) -> rich.table.Table:
+def to_terminal(table: TextTable) -> rich.table.Table:
     """For rich.console.Console.print. Texts are never read as markup."""
     drawn = rich.table.Table(
         title=rich.text.Text(table.title, style="bold") if table.title else None,

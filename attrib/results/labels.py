@@ -133,7 +133,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreFolder:
     """A folder of scores: which metric wrote it, under which label, and what its columns and curves are.
 
     ``lost``: there is no such folder, only the ledger knows the metric.
@@ -146,7 +146,7 @@ class Scores:
     lost: bool = False
 
 
-def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
+def metrics(cell_list: Iterable[Cell]) -> dict[str, list[ScoreFolder]]:
     """Cell name -> its folders of scores, labelled alike in all cells."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     for cell in cell_list:
@@ -159,16 +159,16 @@ def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
     things = [(d["name"], keys.digest(d.get("spec", folder)), d.get("spec") or {}) for _, folder, d in found]
     labels = _labels(things)
     seen = set()
-    result: dict[str, list[Scores]] = {}
+    result: dict[str, list[ScoreFolder]] = {}
     for (cell, folder, d), label in zip(found, labels):
         if (cell, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
         seen.add((cell, label))
-        result.setdefault(cell, []).append(Scores(folder, label, d.get("columns", {}), d.get("curves", {})))
+        result.setdefault(cell, []).append(ScoreFolder(folder, label, d.get("columns", {}), d.get("curves", {})))
     return result
 
 
-def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]) -> list[Scores]:
+def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[ScoreFolder]]) -> list[ScoreFolder]:
     """The metrics among a ledger's stages that left a cell nothing but failures, labelled as in other cells.
 
     ``known`` is what :func:`metrics` found.
@@ -184,5 +184,5 @@ def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]
         if label in taken:
             label = f"{label} [{key8}]"
         taken.add(label)
-        found.append(Scores(stage, label, {}, {}, lost=True))
+        found.append(ScoreFolder(stage, label, {}, {}, lost=True))
     return found

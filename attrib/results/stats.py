@@ -31,7 +31,7 @@ ROUNDING, ROUNDING_SINGLE = 1e-12, 1e-6
 
 
 @dataclass(frozen=True)
-class Interval:
+class MeanInterval:
     """A mean and its confidence interval. ``n`` is how many finite values it rests on."""
 
     n: int
@@ -99,7 +99,7 @@ def equalised(values: np.ndarray, error: np.ndarray) -> np.ndarray:
     return levels[first][place]
 
 
-def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> Interval:
+def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> MeanInterval:
     """Bootstrap confidence interval of the mean of ``values`` (n,).
 
     BCa (bias-corrected and accelerated; Efron 1987) with 9,999 resamples. Above 300 values its
@@ -114,12 +114,12 @@ def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> I
     x = np.asarray(values, dtype=np.float64).ravel()
     x = x[np.isfinite(x)]
     if x.size < 2:
-        return Interval(x.size, float(x.mean()) if x.size else math.nan, math.nan, math.nan)
+        return MeanInterval(x.size, float(x.mean()) if x.size else math.nan, math.nan, math.nan)
     mean = float(x.mean())
     if _constant(x):
-        return Interval(x.size, mean, mean, mean)
+        return MeanInterval(x.size, mean, mean, mean)
     lo, hi = _abc(x, confidence) if x.size > LARGE_BOOTSTRAP else _bootstrap(x, confidence, seed)
-    return Interval(x.size, mean, lo, hi)
+    return MeanInterval(x.size, mean, lo, hi)
 
 
 def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> Paired:

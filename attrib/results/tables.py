@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from attrib.results import stats
-from attrib.results.labels import AXES, Labelled, Scores, labelled, lost, metrics
+from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
 from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError
 
@@ -61,7 +61,7 @@ def rows(root: Path | str) -> pd.DataFrame:
         due = _due(item, maps)
         entries = _entries(item)
         name = item.cell.folder.name
-        own = by_cell.get(name) or [Scores("", "", {}, {})]
+        own = by_cell.get(name) or [ScoreFolder("", "", {}, {})]
         for scores in (*own, *lost(entries["stage"], name, by_cell)):
             mine = entries[entries["stage"].isin({"load", "maps", scores.folder})]
             part = _metric_rows(item, scores, maps, due, mine)
@@ -89,7 +89,7 @@ def rows(root: Path | str) -> pd.DataFrame:
 
 
 def _metric_rows(
-    item: Labelled, scores: Scores, maps: pd.DataFrame, due: pd.DataFrame, entries: pd.DataFrame
+    item: Labelled, scores: ScoreFolder, maps: pd.DataFrame, due: pd.DataFrame, entries: pd.DataFrame
 ) -> pd.DataFrame:
     empty = pd.DataFrame(columns=[*_ITEM, "fingerprint"])
     table = item.cell.scores(scores.folder).table().to_pandas() if scores.folder else empty

@@ -56,7 +56,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Item:
+class StoredItem:
     """Something in a work directory. ``uses`` names the cells that need it; ``kind``:
 
     cell, state (fitted), partial (unfinished), pictures (for the report), confidence, fingerprints, temporary,
@@ -109,17 +109,17 @@ def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None
     return Measure(size, files, max(0.0, now - newest) if newest else 0.0, tuple(strange))
 
 
-def temporaries(root: Path, older: float, now: float) -> list[Item]:
+def temporaries(root: Path, older: float, now: float) -> list[StoredItem]:
     """Files under a temporary name that no writer has touched for ``older`` seconds: it died in between."""
     found = []
     for path, about in walk(root):
         if stat.S_ISREG(about.st_mode) and _TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
             age = max(0.0, now - about.st_mtime)
-            found.append(Item("temporary", (path,), Measure(about.st_size, 1, age), "a writer died here"))
+            found.append(StoredItem("temporary", (path,), Measure(about.st_size, 1, age), "a writer died here"))
     return found
 
 
-def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Item]:
+def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[StoredItem]:
     """Everything in a work directory, cells first; ``uses``: its :func:`references`. Raises UserError if it is none."""
     root = Path(root)
     now = clock(root) if root.is_dir() else 0.0
@@ -135,15 +135,15 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Ite
         if path.is_dir() and not path.is_symlink() and _CELL.fullmatch(path.name):
             strangers = foreign(path)
             about = f"holds {strangers[0].relative_to(root)}, which is not ours" if strangers else "has no spec.json"
-            found.append(Item("folder" if not strangers else "other", (path,), size, about))
+            found.append(StoredItem("folder" if not strangers else "other", (path,), size, about))
         elif path.name == DAMAGED:
-            found.append(Item("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it"))
+            found.append(StoredItem("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it"))
         else:
-            found.append(Item("other", (path,), size, "a link" if path.is_symlink() else ""))
+            found.append(StoredItem("other", (path,), size, "a link" if path.is_symlink() else ""))
     return found + temporaries(root, 0.0, now)
 
 
-def _cell(cell: Cell, now: float) -> Item:
+def _cell(cell: Cell, now: float) -> StoredItem:
     try:
         index = cell.maps.index()
         chunks = len({record.path for record in index.values()})
@@ -159,7 +159,7 @@ def _cell(cell: Cell, now: float) -> Item:
         words.append("samples.json is damaged")
     if cell.folder.is_symlink():
         words.append("a link")
-    return Item("cell", (cell.folder,), measured([cell.folder], now), ", ".join(words))
+    return StoredItem("cell", (cell.folder,), measured([cell.folder], now), ", ".join(words))
 
 
 def references(root: Path) -> dict[str, tuple[str, ...]]:
@@ -192,10 +192,10 @@ def _selects_by_confidence(node: Any) -> bool:
     return isinstance(node, list) and any(map(_selects_by_confidence, node))
 
 
-def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list[Item]:
+def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list[StoredItem]:
     folder = root / "state"
     if folder.is_symlink():
-        return [Item("other", (folder,), Measure(), "a link; what it leads to is not looked at")]
+        return [StoredItem("other", (folder,), Measure(), "a link; what it leads to is not looked at")]
     groups: dict[tuple[str, str], list[Path]] = {}
     others = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -207,14 +207,14 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
         elif shared := SHARED.fullmatch(path.name):
             groups.setdefault((shared["kind"], shared["key"]), []).append(path)
         elif path.name == "fingerprints" and not path.is_symlink():
-            others.append(Item("fingerprints", (path,), measured([path], now), "of files, so that they are read once"))
+            others.append(StoredItem("fingerprints", (path,), measured([path], now), "of files, so that they are read once"))
         else:
-            others.append(Item("other", (path,), measured([path], now), "not ours"))
+            others.append(StoredItem("other", (path,), measured([path], now), "not ours"))
     found = []
     for (kind, key), paths in groups.items():
         name = {"pictures": f"pictures.{key}", "confidence": "confidence"}.get(kind, key)
         paths.sort(key=lambda path: path.suffix != ".safetensors")  # the state before what is said about it
-        found.append(Item(kind, tuple(paths), measured(paths, now, _CHUNKS), uses=uses.get(name, ())))
+        found.append(StoredItem(kind, tuple(paths), measured(paths, now, _CHUNKS), uses=uses.get(name, ())))
     return sorted(found, key=lambda item: (item.kind, item.path)) + others
 
 
@@ -251,11 +251,11 @@ def refuse_while_running(root: Path | str, silent: float = SILENT) -> None:
                 raise UserError(f"{worker.cell} is being worked on ({where}); stop it first, or wait")
 
 
-def unused(root: Path | str) -> tuple[list[Item], list[tuple[Item, str]]]:
+def unused(root: Path | str) -> tuple[list[StoredItem], list[tuple[StoredItem, str]]]:
     """(what prune deletes, what it keeps though no cell refers to it, with the reason)."""
     root = Path(root)
-    doomed: list[Item] = []
-    kept: list[tuple[Item, str]] = []
+    doomed: list[StoredItem] = []
+    kept: list[tuple[StoredItem, str]] = []
     for item in inventory(root, references(root)):
         if item.uses or item.kind in ("cell", "fingerprints", "temporary"):
             continue
@@ -273,7 +273,7 @@ def unused(root: Path | str) -> tuple[list[Item], list[tuple[Item, str]]]:
     return doomed, kept
 
 
-def superseded(root: Path | str) -> list[Item]:
+def superseded(root: Path | str) -> list[StoredItem]:
     """Score folders of an older VERSION of a metric that the cell also has in a newer one, all else being equal."""
     root, found = Path(root), []
     now = clock(root)
@@ -293,7 +293,7 @@ def superseded(root: Path | str) -> list[Item]:
     return found
 
 
-def scores(root: Path | str, pattern: str) -> list[Item]:
+def scores(root: Path | str, pattern: str) -> list[StoredItem]:
     """The score folders called so: ``ehr.*``, or ``ehr.9561f895``."""
     root = Path(root)
     now = clock(root)
@@ -301,11 +301,11 @@ def scores(root: Path | str, pattern: str) -> list[Item]:
     return [_scores(cell, name, "as asked for", now) for cell, name in found if fnmatch.fnmatchcase(name, pattern)]
 
 
-def _scores(cell: Cell, name: str, about: str, now: float) -> Item:
+def _scores(cell: Cell, name: str, about: str, now: float) -> StoredItem:
     path = cell.folder / "scores" / name
     measure = measured([path], now, _CHUNKS)
     links = tuple(part for part in (cell.folder, path.parent) if part.is_symlink())  # ``remove`` would refuse
-    return Item("scores", (path,), dataclasses.replace(measure, strange=links + measure.strange), about)
+    return StoredItem("scores", (path,), dataclasses.replace(measure, strange=links + measure.strange), about)
 
 
 def remove(root: Path | str, path: Path) -> None:

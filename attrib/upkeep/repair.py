@@ -37,16 +37,16 @@ class Damage:
     samples: tuple[Key, ...] | None = None
 
 
-Check = Callable[[Path], Damage | None]
+FileCheck = Callable[[Path], Damage | None]
 
 
 # ---- checking ---------------------------------------------------------------------------------------
 
 
-def checks(root: Path | str) -> list[tuple[Path, Check]]:
+def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
     """Every file that is checked, and how. Raises UserError if ``root`` holds nothing to check."""
     root = Path(root)
-    found: list[tuple[Path, Check]] = []
+    found: list[tuple[Path, FileCheck]] = []
     for cell in cells(root):
         folder = cell.folder
         found += [(folder / "spec.json", _object), *[(p, _samples) for p in [folder / "samples.json"] if p.exists()]]

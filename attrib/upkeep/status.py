@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageStatus:
     """Maps, or one metric's scores, of a cell, counted in samples.
 
     name      "maps" or the score folder, ``<name>.<key8>``
@@ -71,7 +71,7 @@ class CellStatus:
 
     name: str
     samples: int | None
-    stages: tuple[Stage, ...]
+    stages: tuple[StageStatus, ...]
     workers: tuple[Worker, ...]
     runs: int
     failures: tuple[Failure, ...]
@@ -98,7 +98,7 @@ class CellStatus:
 
 
 @dataclass(frozen=True)
-class Fit:
+class UnfinishedFit:
     """A state that is being fitted, or was when its worker ended: ``state/<key8>.partial.safetensors``."""
 
     name: str
@@ -112,7 +112,7 @@ class Status:
     root: Path
     time: float
     cells: tuple[CellStatus, ...]
-    fits: tuple[Fit, ...] = ()
+    fits: tuple[UnfinishedFit, ...] = ()
 
     @property
     def exit(self) -> int:
@@ -202,7 +202,7 @@ class Observer:
         recorded = _recorded(record.info for record in itertools.islice(reversed(index.values()), RECENT))
         rate, measured = _speed(running, "maps")
         todo = len(due) - len(mapped) - len(lost)
-        stages = [Stage("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
+        stages = [StageStatus("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
         named = list(lost.values())
         wanted = asked(runs)
         for name in dict.fromkeys((*_tried(cell.metrics, [], broken, cell.folder), *sorted(wanted or ()), *failures)):
@@ -216,7 +216,7 @@ class Observer:
             wants = wanted is None or name in wanted
             rate, measured = _speed(running, name.rpartition(".")[0])
             cost = measured or (_score_seconds(cell, name) if todo and wants else None)
-            stages.append(Stage(name, len(scored), todo, len(bad), 0, wants, rate, cost))
+            stages.append(StageStatus(name, len(scored), todo, len(bad), 0, wants, rate, cost))
             named += bad.values()
         found = CellStatus(
             name=cell.folder.name,
@@ -258,7 +258,7 @@ def no_cells(root: Path) -> str:
     return f"{root} holds no cells: no <dataset>.<model>.<method>.<key>/spec.json there"
 
 
-def fits(root: Path, now: float) -> list[Fit]:
+def fits(root: Path, now: float) -> list[UnfinishedFit]:
     """Unfinished states below ``state/``, and the cells that wait for each."""
     found = []
     try:
@@ -275,7 +275,7 @@ def fits(root: Path, now: float) -> list[Fit]:
         except OSError:  # published this moment
             continue
         needing = tuple(sorted(name for name, key in specs.items() if isinstance(key, str) and key[:8] == key8))
-        found.append(Fit(key8, needing, stat.st_size, max(0.0, now - stat.st_mtime)))
+        found.append(UnfinishedFit(key8, needing, stat.st_size, max(0.0, now - stat.st_mtime)))
     return found
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attrib.store.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, counted, printable
-from attrib.upkeep.status import CellStatus, Stage, Status
+from attrib.upkeep.status import CellStatus, StageStatus, Status
 
 STYLES = {RUNNING: "green", FINISHED: "dim", STOPPED: "yellow", FAILED: "red", DEAD: "red"}
 BROKEN = 5  # files that cannot be read, named of each cell
@@ -94,7 +94,7 @@ def _time_left(cell: CellStatus) -> str:
     return f"over {duration(known / workers)}" if known else "not known yet"
 
 
-def _stage(stage: Stage) -> list[Text]:
+def _stage(stage: StageStatus) -> list[Text]:
     dim = "" if stage.asked else "dim"
     todo = str(stage.todo) if stage.asked else f"({stage.todo})"
     todo += f" ({stage.unseen} unseen)" if stage.unseen else ""
