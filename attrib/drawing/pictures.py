@@ -221,8 +221,8 @@ def plot(
         steps = np.linspace(0, 1, len(line.y)) if unit_x else np.arange(len(line.y))
         if line.lo is not None and line.hi is not None:
             axes.fill_between(steps, line.lo, line.hi, color=line.colour, alpha=0.18, linewidth=0)
-        style = {"linewidth": line.width, "linestyle": "--" if line.dashed else "-"}
-        axes.plot(steps, line.y, color=line.colour, solid_capstyle="round", **style)
+        dashes = "--" if line.dashed else "-"
+        axes.plot(steps, line.y, color=line.colour, linewidth=line.width, linestyle=dashes, solid_capstyle="round")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=8)

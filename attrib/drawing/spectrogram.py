@@ -32,8 +32,10 @@ def draw(
     Raises ValueError for other shapes.
     """
     wave = np.asarray(wave, dtype=np.float64)
+    if wave.ndim != 1:
+        raise ValueError(f"a sound is (L,), not of shape {wave.shape}")
     for name, array in (("map", map), ("roi", roi)):
-        if wave.ndim != 1 or (array is not None and np.shape(array) != wave.shape):
+        if array is not None and np.shape(array) != wave.shape:
             raise ValueError(f"a {name} of shape {np.shape(array)} does not fit a sound of shape {wave.shape}")
     height, width = size
     above = np.repeat(_bytes(spectrogram(wave, rate, (height - STRIP - GAP, width)))[..., None], 3, axis=2)

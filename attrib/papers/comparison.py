@@ -19,7 +19,7 @@ import pandas as pd
 
 from attrib import keys
 from attrib.config.objects import build, completed
-from attrib.papers.presets import FULL, TableEntry, Preset, configuration
+from attrib.papers.presets import FULL, Preset, TableEntry, configuration
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
 from attrib.types import UserError

@@ -105,10 +105,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     """
     where = f"configs/paper/{name}.yaml"
     given = parse_overrides(overrides)
-    node = compose_node("run", [f"paper={name}", *(o for o in overrides if o.startswith("paper."))], folder).get(
-        "paper"
-    )
-    node = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+    node = _node(name, overrides, folder)
     if not node.get("rows") or not node.get("columns") or not node.get("title"):
         raise UserError(f"{where} is not a table: it needs paper.title, paper.rows and paper.columns")
     if unknown := sorted(node.keys() - set(FIELDS)):
@@ -120,7 +117,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     what = {key: o for key, o in given.items() if key.split(".")[0].lstrip("+~") not in HOW}
     rows = _chosen([_row(where, label, line, node) for label, line in node["rows"].items()], what, where)
     columns = _chosen([_column(where, label, line) for label, line in node["columns"].items()], what, where)
-    forced = {**(parse_overrides(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
+    forced: Pairs = {**(parse_overrides(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
     for column in columns:
         forced = _open(forced, column)
     entries = []
@@ -133,11 +130,19 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
                 value = None if tiny else row.published.get(column.label)
                 entries.append(TableEntry(label, column.label, row.reads, metric, score, _written(full), value))
     source = ", ".join(str(node[name]) for name in ("source", "place") if node.get(name))
-    changed = tuple(o.input_line for o in what.values())
-    how = tuple(o.input_line for key, o in given.items() if key not in what and not key.startswith("paper"))
+    changed = tuple(_line(o) for o in what.values())
+    how = tuple(_line(o) for key, o in given.items() if key not in what and not key.startswith("paper"))
     note = " ".join(str(node.get("note") or "").split())
     size = TINY if tiny else FULL
     return Preset(name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size)
+
+
+def _node(name: str, overrides: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    """``paper`` of the composed configuration as plain values; empty if there is none."""
+    chosen = [f"paper={name}", *(o for o in overrides if o.startswith("paper."))]
+    node = compose_node("run", chosen, folder).get("paper")
+    plain = OmegaConf.to_container(node) if isinstance(node, DictConfig) else None
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
 def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> GridLine:
@@ -227,9 +232,15 @@ def _is_sweep(override: Override | None) -> bool:
     return override is not None and override.is_sweep_override()
 
 
+def _line(override: Override) -> str:
+    """The override as it stands on the command line; Hydra notes that of everything it parses."""
+    assert override.input_line is not None
+    return override.input_line
+
+
 def _written(pairs: Pairs) -> tuple[str, ...]:
     """In the order in which people write them: parts (model=vgg16) before their fields."""
-    return tuple(o.input_line for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))
+    return tuple(_line(o) for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))
 
 
 def configuration(preset: Preset, job: Sequence[str]) -> Composition:

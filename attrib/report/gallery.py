@@ -66,15 +66,16 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
 
     columns = []  # (cell, its keys, map, contender, about, signed)
     for item, known in zip(cells, keys_of):
-        shown = [u for u in uids[:samples] if u in known]
+        having = [u for u in uids[:samples] if u in known]
         for name, about in item.spec["maps"].items():
-            maps = [m for u in shown if (m := _array(item.cell.maps, known[u], name)) is not None]
+            maps = [m for u in having if (m := _array(item.cell.maps, known[u], name)) is not None]
             if maps:
                 several = len(item.spec["maps"]) > 1
                 label = f"{item.method} · {name}" if several else item.method
                 columns.append((item, known, name, label, about, any(map(pictures.is_signed, maps))))
 
-    shown, used = [], 0
+    shown: list[Sample] = []
+    used = 0
     for uid in uids[:samples]:
         sample = _sample(uid, inputs, columns, frame[frame["uid"] == uid])
         used += len(sample.image) + sum(len(tile.image) for tile in sample.tiles)
@@ -171,9 +172,10 @@ def _tile(
 ) -> Tile:
     sign, tokens = "±" if signed else "", [str(t) for t in info.get("tokens", ())]
     if sound and map.ndim == 1:
-        known = image is not None and image.shape == map.shape
-        wave, rate = (image, info["rate"]) if known else (np.zeros(map.shape), len(map))  # silence: the map alone
-        drawn = spectrogram.draw(wave, rate, map, roi if known else None, signed)
+        if image is not None and image.shape == map.shape:
+            drawn = spectrogram.draw(image, info["rate"], map, roi, signed)
+        else:  # the map alone, below silence
+            drawn = spectrogram.draw(np.zeros(map.shape), len(map), map, None, signed)
         uri = pictures.data_uri(drawn, photo=True, longest=LONGEST)
         return Tile(uri, (), f"{sign}{spectrogram.limit(map):.3g}", scores, problem)
     limit = f"{sign}{pictures.scale(map, signed).limit:.3g}"

@@ -40,7 +40,9 @@ def graphs(root: Path, budget: int) -> list[GraphSection]:
 def _graphs(folder: Path, budget: int) -> GraphSection:
     problems: list[str] = []
     stability = _picture(folder / "stability.png", problems)
-    used, left, images, rows = len(stability), 0, [], []
+    used, left = len(stability), 0
+    images: list[tuple[str, str]] = []
+    rows: list[dict[str, str]] = []
     for path in sorted(folder.glob("class_*.json"), key=lambda p: (len(p.name), p.name)):
         try:
             about = json.loads(path.read_text())["graph"]

@@ -45,7 +45,8 @@ def lines(
 ) -> list[tuple[str, Style, Sequence[str], list[HeadlineScore | None]]]:
     axes = []
     for i in range(len(wide.columns)):
-        ends = [e[i][k] for _, _, e in wide.lines if e[i] for k in ("mean", "lo", "hi") if np.isfinite(e[i][k])]
+        scored = [row for _, _, entries in wide.lines if (row := entries[i])]
+        ends = [row[k] for row in scored for k in ("mean", "lo", "hi") if np.isfinite(row[k])]
         axes.append((min(ends), max(ends)) if ends else (0.0, 0.0))
     return [
         (
@@ -63,11 +64,11 @@ def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]
         return None
     mean, lo, hi = row["mean"], row["lo"], row["hi"]
     low, span = axis[0], axis[1] - axis[0]
-    place = {"dot": None, "left": 0.0, "width": 0.0}
+    dot, left, width = None, 0.0, 0.0
     if np.isfinite(mean) and span > 0:
-        place["dot"] = round(100 * (mean - low) / span, 2)
+        dot = round(100 * (mean - low) / span, 2)
         if np.isfinite(lo):
-            place |= {"left": round(100 * (lo - low) / span, 2), "width": round(100 * (hi - lo) / span, 2)}
+            left, width = round(100 * (lo - low) / span, 2), round(100 * (hi - lo) / span, 2)
     return HeadlineScore(
         mean=formats.rounded(mean, lo, hi),
         half=formats.rounded((hi - lo) / 2, lo, hi) if hi > lo else "",
@@ -75,7 +76,9 @@ def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]
         count="" if shared else formats.count_text(row["n"], row["failed"], row["pending"]),
         best=bool(row["best"]),
         tie=bool(row["tie"]),
-        **place,
+        dot=dot,
+        left=left,
+        width=width,
     )
 
 
@@ -85,7 +88,9 @@ def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, con
     for (metric, column), best in block.groupby(["metric", "column"], sort=False):
         row = best.iloc[0]
         places = tests[(tests["metric"] == metric) & (tests["column"] == column)]
-        ahead, level, apart = [], [], []
+        ahead: list[tuple[str, str]] = []
+        level: list[tuple[str, str]] = []
+        apart: list[str] = []
         for test in places.to_dict("records"):
             if row["contender"] not in (test["a"], test["b"]):
                 continue

@@ -68,7 +68,8 @@ def hierarchies(
     root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int
 ) -> list[Hierarchy]:
     """Of every method that wrote trees, the first ``samples``; fewer where pictures would exceed ``budget`` bytes."""
-    found, used = [], 0
+    found: list[Hierarchy] = []
+    used = 0
     for item in cells:
         if NAME not in item.spec.get("documents", {}):
             continue

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import rich.box
 import rich.table
@@ -131,7 +130,7 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> TextTable:
             ]
         )
     header[names.index("contender")] = "method"
-    bold = frozenset((i, header.index("mean")) for i in np.flatnonzero(table["best"]))
+    bold = frozenset((i, header.index("mean")) for i, best in enumerate(table["best"]) if best)
     return TextTable(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
 
 
@@ -178,7 +177,8 @@ def wide(table: pd.DataFrame) -> list[Wide]:
         lines = [(c, texts[c], [records.get((c, *place)) for place in places]) for c in names]
         counts = []
         for i in range(len(places)):
-            found = {count_text(e[i]["n"], e[i]["failed"], e[i]["pending"]) for _, _, e in lines if e[i]}
+            scored = [row for _, _, entries in lines if (row := entries[i])]
+            found = {count_text(row["n"], row["failed"], row["pending"]) for row in scored}
             counts.append(found.pop() if len(found) == 1 else "")
         bare = [r for r in block.to_dict("records") if not r["column"]]
         unscored = {r["contender"]: count_text(r["n"], r["failed"], r["pending"]) for r in bare}

@@ -74,7 +74,10 @@ def labelled(root: Path | str) -> list[Labelled]:
     key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
     for i, label in enumerate(_labels(list(zip(places, key8, others)))):
         columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
-    return [Labelled(cell, spec, *labels, cell.about()) for (cell, spec), *labels in zip(found, *columns)]
+    return [
+        Labelled(cell, spec, dataset, model, method, cell.about())
+        for (cell, spec), dataset, model, method in zip(found, *columns, strict=True)
+    ]
 
 
 def _spec(cell: Cell) -> dict[str, Any]:
@@ -160,11 +163,11 @@ def metrics(cell_list: Iterable[Cell]) -> dict[str, list[ScoreFolder]]:
     labels = _labels(things)
     seen = set()
     result: dict[str, list[ScoreFolder]] = {}
-    for (cell, folder, d), label in zip(found, labels):
-        if (cell, label) in seen:  # one metric twice in a cell, under two keys
+    for (name, folder, d), label in zip(found, labels):
+        if (name, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
-        seen.add((cell, label))
-        result.setdefault(cell, []).append(ScoreFolder(folder, label, d.get("columns", {}), d.get("curves", {})))
+        seen.add((name, label))
+        result.setdefault(name, []).append(ScoreFolder(folder, label, d.get("columns", {}), d.get("curves", {})))
     return result
 
 

@@ -206,9 +206,10 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """One row per cell, map and column, from :func:`rows`.
 
     n samples, failed and pending ones; mean with its bootstrap interval (:func:`attrib.results.stats.interval`);
-    direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and
-    column (several, if they are equal up to rounding), if there are at least two and the column has a direction; mean seconds and rows through the
-    net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not known.
+    direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and column, if there
+    are at least two and the column has a direction (several are best if they are equal up to rounding); mean seconds
+    and rows through the net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not
+    known.
     """
     found = []
     for names, group in frame.groupby(_GROUP, observed=True, sort=False):

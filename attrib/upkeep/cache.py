@@ -137,7 +137,9 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Sto
             about = f"holds {strangers[0].relative_to(root)}, which is not ours" if strangers else "has no spec.json"
             found.append(StoredItem("folder" if not strangers else "other", (path,), size, about))
         elif path.name == DAMAGED:
-            found.append(StoredItem("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it"))
+            found.append(
+                StoredItem("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it")
+            )
         else:
             found.append(StoredItem("other", (path,), size, "a link" if path.is_symlink() else ""))
     return found + temporaries(root, 0.0, now)
@@ -207,7 +209,9 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
         elif shared := SHARED.fullmatch(path.name):
             groups.setdefault((shared["kind"], shared["key"]), []).append(path)
         elif path.name == "fingerprints" and not path.is_symlink():
-            others.append(StoredItem("fingerprints", (path,), measured([path], now), "of files, so that they are read once"))
+            others.append(
+                StoredItem("fingerprints", (path,), measured([path], now), "of files, so that they are read once")
+            )
         else:
             others.append(StoredItem("other", (path,), measured([path], now), "not ours"))
     found = []
@@ -222,12 +226,11 @@ def foreign(folder: Path) -> list[Path]:
     """What in a cell's folder attrib did not write, and links."""
     found = []
     for path in sorted(folder.iterdir()):
-        suffixes = (".json", ".tmp")  # a folder of documents
         if path.is_symlink() or path.is_file():
             if path.is_symlink() or not (path.name in _FILES or _TEMPORARY.fullmatch(path.name)):
                 found.append(path)
             continue
-        suffixes = _PARTS.get(path.name, suffixes)
+        suffixes = _PARTS.get(path.name, (".json", ".tmp"))  # else a folder of documents
         for one, about in walk(path):
             if stat.S_ISDIR(about.st_mode):
                 continue

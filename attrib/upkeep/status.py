@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrib.store.cell import Cell, Rows, cells, counts
+from attrib.store.cell import Cell, Record, Rows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
 from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
@@ -190,7 +189,8 @@ class Observer:
         def counted(keys: Iterable[Key]) -> set[str]:
             return {uid for uid, fingerprint in keys if counts(said, uid, fingerprint)}
 
-        index = _tried(cell.maps.index, {}, broken, cell.maps.folder)
+        nothing: Mapping[Key, Record] = {}
+        index = _tried(cell.maps.index, nothing, broken, cell.maps.folder)
         broken += cell.maps.broken
         mapped = counted(index)
         due = mapped if said is None else set(said)
@@ -199,13 +199,15 @@ class Observer:
         running = [worker for worker in runs if worker.state == RUNNING]
         lost = {uid: failure for uid, failure in _merged(failures).items() if uid in due and uid not in mapped}
         unseen = 0 if said is None else sum(1 for u, f in said.items() if f is None and u not in mapped)
-        recorded = _recorded(record.info for record in itertools.islice(reversed(index.values()), RECENT))
+        recorded = _recorded(record.info for record in list(index.values())[-RECENT:])
         rate, measured = _speed(running, "maps")
         todo = len(due) - len(mapped) - len(lost)
         stages = [StageStatus("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
         named = list(lost.values())
         wanted = asked(runs)
-        for name in dict.fromkeys((*_tried(cell.metrics, [], broken, cell.folder), *sorted(wanted or ()), *failures)):
+        unread: list[str] = []
+        stored = _tried(cell.metrics, unread, broken, cell.folder)
+        for name in dict.fromkeys((*stored, *sorted(wanted or ()), *failures)):
             if name in ("load", "maps"):
                 continue
             rows = self._rows.setdefault(cell.folder / name, cell.scores(name))
@@ -236,7 +238,8 @@ class Observer:
 def _score_seconds(cell: Cell, name: str) -> float | None:
     """Mean seconds per sample that the metric recorded beside its curves."""
     curves = cell.curves(name)
-    return _recorded(record.info for record in _tried(curves.sampled, [], [], curves.folder))
+    unread: list[Record] = []
+    return _recorded(record.info for record in _tried(curves.sampled, unread, [], curves.folder))
 
 
 def matches(name: str, filters: Sequence[str]) -> bool:
@@ -295,7 +298,8 @@ def _failures(
 ) -> dict[str, dict[str, Failure]]:
     """stage -> uid -> the newest entry that is about the sample as it is now."""
     found: dict[str, dict[str, Failure]] = {}
-    for entry in _tried(ledger.entries, [], broken, ledger.folder / "failures"):
+    unread: list[dict[str, Any]] = []
+    for entry in _tried(ledger.entries, unread, broken, ledger.folder / "failures"):
         if not isinstance(entry, dict):
             continue
         uid, fingerprint, stage = entry.get("uid"), entry.get("fingerprint"), entry.get("stage")
