@@ -138,7 +138,9 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Sto
             found.append(StoredItem("folder" if not strangers else "other", (path,), size, about))
         elif path.name == DAMAGED:
             found.append(
-                StoredItem("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it")
+                StoredItem(
+                    "other", (path,), size, "damaged files, moved here by repair; rm -r it once nobody needs them"
+                )
             )
         else:
             found.append(StoredItem("other", (path,), size, "a link" if path.is_symlink() else ""))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from attrib.store.files import Key
 from attrib.store.ledger import Ledger
 from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
 from attrib.types import UNREADABLE, UserError
+from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
 
 DONE, WORKED_ON, LEFT = 0, 10, 75  # exit status of tools/status.py; 75 as tools/run.py says that work is left
 RECENT = 1000  # samples whose recorded seconds are averaged
@@ -112,6 +113,7 @@ class Status:
     time: float
     cells: tuple[CellStatus, ...]
     fits: tuple[UnfinishedFit, ...] = ()
+    moved: tuple[MovedClass, ...] = ()
 
     @property
     def exit(self) -> int:
@@ -144,7 +146,8 @@ class Status:
             for cell in self.cells
         ]
         about = {"root": str(self.root), "time": self.time, "exit": self.exit}
-        return {**about, "cells": listed, "fits": [dataclasses.asdict(one) for one in self.fits]}
+        fits = [dataclasses.asdict(one) for one in self.fits]
+        return {**about, "cells": listed, "fits": fits, "moved": [one.record() for one in self.moved]}
 
 
 class Observer:
@@ -159,6 +162,7 @@ class Observer:
         self.root, self._filters, self._silent = Path(root), tuple(filters), silent
         self._cells: dict[str, Cell] = {}
         self._rows: dict[Path, Rows] = {}
+        self._specs: dict[str, dict[str, Any]] = {}
 
     def look(self) -> Status:
         """Raises UserError if there is no cell, or none that the filters let through."""
@@ -169,8 +173,33 @@ class Observer:
         if not chosen:
             raise UserError(f"none of the {len(found)} cells in {self.root} is called {' and '.join(self._filters)}")
         now = clock(self.root)
-        known = [self._known(cell) for cell in chosen]
-        return Status(self.root, now, tuple(self._cell(cell, now) for cell in known), tuple(fits(self.root, now)))
+        statuses = tuple(self._cell(self._known(cell), now) for cell in chosen)
+        moved = tuple(self._moved({cell.folder.name: cell for cell in found}, statuses))
+        return Status(self.root, now, statuses, tuple(fits(self.root, now)), moved)
+
+    def _moved(self, every: Mapping[str, Cell], statuses: Sequence[CellStatus]) -> Iterator[MovedClass]:
+        """For each stage that lacks results, the folder that has more of them under an older path of the class."""
+        for status in statuses:
+            maps, *scores = status.stages
+            if maps.todo or not maps.done:
+                for folder in every.keys() - self._specs.keys():
+                    self._specs[folder] = read_object(every[folder].folder / "spec.json")
+                known = {folder: self._specs[folder] for folder in every}
+                olders = older_cells(self.root, status.name, known)
+                yield from _most(status.name, maps, ((self._mapped(every[one.folder]), one) for one in olders))
+            done = {stage.name: stage.done for stage in scores}
+            if any(stage.todo and stage.asked for stage in scores):
+                pairs = list(older_scores(every[status.name].folder, list(done)))
+                for stage in scores:
+                    found = ((done[one.folder], one) for name, one in pairs if name == stage.name)
+                    yield from _most(status.name, stage, found if stage.todo and stage.asked else ())
+
+    def _mapped(self, cell: Cell) -> int:
+        """How many samples that the cell is about have maps."""
+        said = _tried(cell.about, None, [], cell.folder)
+        nothing: Mapping[Key, Record] = {}
+        index = _tried(self._known(cell).maps.index, nothing, [], cell.folder)
+        return len({uid for uid, fingerprint in index if counts(said, uid, fingerprint)})
 
     def _known(self, cell: Cell) -> Cell:
         """What has read this cell before; a new object where files were broken, which may be repaired by now."""
@@ -233,6 +262,13 @@ class Observer:
         if not running or found.seconds is None:
             return found
         return dataclasses.replace(found, eta=found.seconds / len(running))
+
+
+def _most(cell: str, stage: StageStatus, olders: Iterable[tuple[int, Older]]) -> Iterator[MovedClass]:
+    """The one of ``olders`` (samples done, folder) that has most, if that is more than the stage has."""
+    done, older = max(olders, key=lambda pair: pair[0], default=(0, None))
+    if older is not None and done > stage.done:
+        yield MovedClass(cell, stage.name, older, done)
 
 
 def _score_seconds(cell: Cell, name: str) -> float | None:

@@ -47,6 +47,10 @@ def drawn(status: Status, lines: int = 5) -> RenderableType:
         parts.append(
             Text(f"\nstate {fit.name} is being fitted (for {needing}); last saved {duration(fit.age)} ago", "cyan")
         )
+    for moved in status.moved:
+        head, *rest = moved.advice
+        parts.append(Text(f"\n{printable(head)}", style="yellow"))
+        parts += [Padding(Text(printable(line)), (0, 0, 0, 2)) for line in rest]
     for worker in workers:
         if lines and worker.state in (RUNNING, DEAD, FAILED):
             parts += _log(worker, lines)
