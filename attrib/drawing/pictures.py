@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -156,6 +157,15 @@ def words(
         Word(str(t), "#" + bytes(g).hex() if r else "", ("#ffffff" if d else "#111111") if r else "", not r)
         for t, g, d, r in zip(tokens, grounds, dark, real)
     ]
+
+
+def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
+    """A text with coloured words as a page of its own."""
+    spans = (
+        f'<span style="background:{word.ground};color:{word.ink};padding:1px 3px">{escape(word.text)}</span>'
+        for word in words(tokens, map)
+    )
+    return f"<!doctype html><meta charset=utf-8><title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
 
 
 def coloured(unit: np.ndarray, signed: bool) -> np.ndarray:

@@ -56,7 +56,7 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     """Samples × maps. Rows stop where the pictures would exceed ``budget`` bytes."""
     stores = list(dict.fromkeys(c.spec["pictures"] for c in cells))
     inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
-    keys_of = [_current(c, frame) for c in cells]
+    keys_of = [current_keys(c, frame) for c in cells]
     current = {key for known in keys_of for key in known.values()}
     pictured = list(dict.fromkeys(key[0] for store in inputs for key in store.index() if key in current))
     stored = list(dict.fromkeys(uid for known in keys_of for uid in known))
@@ -68,7 +68,7 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     for item, known in zip(cells, keys_of):
         having = [u for u in uids[:samples] if u in known]
         for name, about in item.spec["maps"].items():
-            maps = [m for u in having if (m := _array(item.cell.maps, known[u], name)) is not None]
+            maps = [m for u in having if (m := stored_array(item.cell.maps, known[u], name)) is not None]
             if maps:
                 several = len(item.spec["maps"]) > 1
                 label = f"{item.method} · {name}" if several else item.method
@@ -93,7 +93,7 @@ def _is_sound(item: Labelled) -> bool:
     return item.spec.get("modality") == "audio"
 
 
-def _current(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
+def current_keys(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
     """uid -> where its map lies: under the fingerprint that the tables use, else the last one stored."""
     index = item.maps()
     known = {uid: (uid, fingerprint) for uid, fingerprint in index}
@@ -101,7 +101,7 @@ def _current(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
     return known | {u: (u, f) for u, f in rows.itertuples(index=False, name=None) if (u, f) in index}
 
 
-def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
+def stored_array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
     try:
         return arrays.read(key, [name])[name]
     except (KeyError, OSError, SafetensorError):
@@ -110,16 +110,16 @@ def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
 
 # Image, wave or words; region; what is known of it.
 _Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]
-_NO_INPUT: _Input = (None, None, {})
+NO_INPUT: _Input = (None, None, {})
 
 
-def _input(stores: Sequence[Arrays], key: Key) -> _Input:
+def kept_input(stores: Sequence[Arrays], key: Key) -> _Input:
     """The kept picture of exactly this content."""
     store = next((store for store in stores if key in store.index()), None)
     return (
-        _NO_INPUT
+        NO_INPUT
         if store is None
-        else (_array(store, key, _content(store, key)), _array(store, key, "roi"), store.index()[key].info)
+        else (stored_array(store, key, _content(store, key)), stored_array(store, key, "roi"), store.index()[key].info)
     )
 
 
@@ -130,8 +130,8 @@ def _content(store: Arrays, key: Key) -> str:
 
 def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
     keys = dict.fromkeys(known[uid] for _, known, *_ in columns if uid in known)
-    inputs_of = {key: _input(inputs, key) for key in keys}  # more than one where cells are about other data
-    image, roi, info = next((found for found in inputs_of.values() if found is not _NO_INPUT), _NO_INPUT)
+    inputs_of = {key: kept_input(inputs, key) for key in keys}  # more than one where cells are about other data
+    image, roi, info = next((found for found in inputs_of.values() if found is not NO_INPUT), NO_INPUT)
     tiles = []
     for item, known, name, _, _, signed in columns:
         mine = frame[(frame["cell"] == item.cell.folder.name) & frame["map"].isin([name, ""])]
@@ -139,7 +139,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
         numbers = [(c, f"{v:.3g}") for c, v in zip(scores["column"], scores["value"])]
         failed = mine[mine["state"] == "failed"]
         problem = "; ".join(dict.fromkeys(f"{s}: {r}" for s, r in zip(failed["stage"], failed["reason"])))
-        map = _array(item.cell.maps, known[uid], name) if uid in known else None
+        map = stored_array(item.cell.maps, known[uid], name) if uid in known else None
         if map is None:
             absent = "no map stored" if item.about(uid) else "no longer one of its samples"
             tiles.append(Tile(scores=numbers, problem=problem or absent))

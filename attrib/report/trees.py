@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,8 @@ import pandas as pd
 
 from attrib.agglomeration.trees import Node, Tree
 from attrib.drawing import pictures
-from attrib.report.gallery import _NO_INPUT, _array, _current, _input
+from attrib.report.gallery import NO_INPUT, current_keys, kept_input, stored_array
 from attrib.results.labels import Labelled
-from attrib.running.documents import unpacked
 from attrib.store.cell import Arrays
 from attrib.types import UserError
 
@@ -74,7 +74,7 @@ def hierarchies(
         if NAME not in item.spec.get("documents", {}):
             continue
         inputs = [Arrays(root / "state" / f"pictures.{item.spec['pictures']}")]
-        known = _current(item, frame)
+        known = current_keys(item, frame)
         pictured = [uid for uid, key in known.items() if key in inputs[0].index()]
         for uid in (pictured or sorted(known))[:samples]:
             one = _hierarchy(item, uid, known[uid], inputs)
@@ -86,14 +86,14 @@ def hierarchies(
 
 
 def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[Arrays]) -> Hierarchy:
-    stored = _array(item.cell.maps, key, NAME)
-    content, _, info = _input(inputs, key) if any(key in store.index() for store in inputs) else _NO_INPUT
+    stored = stored_array(item.cell.maps, key, NAME)
+    content, _, info = kept_input(inputs, key) if any(key in store.index() for store in inputs) else NO_INPUT
     name, target = str(info.get("name") or ""), info.get("target")
     name = f"{name} ({target})" if name else "" if target is None else f"class {target}"
     try:
         if stored is None:
             raise UserError("no tree stored")
-        tree = Tree.from_json(unpacked(stored))
+        tree = Tree.from_json(json.loads(stored.tobytes()))
         if not tree.nodes:
             raise UserError("a text without words has no tree")
     except (UserError, ValueError) as error:

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from attrib.drawing.pictures import heat, overlay, png
+from attrib.drawing.pictures import heat, overlay, png, words_page
 from attrib.drawing.spectrogram import draw
-from attrib.running.hooks import picture_path, words_page
 from attrib.store.cell import Arrays, Cell, cells, counts
-from attrib.store.files import Key, write_atomic
+from attrib.store.files import Key, picture_path, write_atomic
 from attrib.store.workers import read_object
 from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
