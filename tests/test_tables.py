@@ -255,7 +255,7 @@ def test_unreadable_metric_json_keeps_the_numbers(root):
 
 
 def test_empty_and_foreign_directories(tmp_path):
-    with pytest.raises(UserError, match=r"holds no results.*tools/run\.py"):
+    with pytest.raises(UserError, match=r"holds no results.*attrib run"):
         tables.rows(tmp_path)
     with pytest.raises(UserError, match="holds no results"):
         tables.rows(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""Pictures of maps: colours, overlays on the input, small line plots. For the report and the PNG hook.
+"""Pictures of maps: colours, overlays on the input, small line plots. For the report, exports and ``run.png``.
 
 Matplotlib is used through its objects alone: no pyplot, no backend, no process-wide settings. It is imported where
 something is drawn, because most runs draw nothing.

@@ -1,4 +1,4 @@
-"""Pictures of sounds: a spectrogram, and below it what a map says of each moment."""
+"""Pictures of sounds: a spectrogram, and below it the map's values over time."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def draw(
 
     Above, grey, the spectrogram, low pitches at the bottom. Below, a bar for each column of pixels: up in the
     colours of positive values the mean of ``map`` (L,) over its moments, counting positive values only, and down
-    that of the negative ones. A sample's gradient changes its sign with every swing of the wave, so that their
-    mean would be nothing. Without a map the strip shows the wave itself. ``roi`` (L,) bool is outlined.
+    that of the negative ones. The gradient of a sound changes its sign with every swing of the wave, so that a
+    mean over both signs would be close to 0. Without a map the strip shows the wave itself. ``roi`` (L,) bool is
+    outlined.
 
     Raises ValueError for other shapes.
     """

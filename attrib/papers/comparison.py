@@ -46,8 +46,8 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
     """One row per entry: ours (as in ``tables.summary``), published, difference, verdict and the command.
 
     ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
-    UNREAD where nobody has read the published value yet; else PASS if the difference is within the tolerance,
-    or FAIL. ``why`` says more of MISSING. Raises UserError for a preset that reads what its runs do not have.
+    UNREAD where the published value has not been read in the paper yet; else PASS if the difference is within the
+    tolerance, or FAIL. ``why`` explains MISSING. Raises UserError for a preset that reads what its runs do not have.
     """
     held = [_Held.of(cell) for cell in cells(Path(root))]
     wanted = {job: _wanted(preset, job) for job in preset.jobs}
@@ -237,6 +237,7 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         f"{preset.source}. {', '.join(words)}. ours: mean ± half width of its {formats.percent(confidence)} interval."
     ]
     notes += [preset.note] if preset.note else []
+    notes += formats.spelt_out(found["column"])
     if preset.size == FULL and found["published"].isna().any():
         notes.append(f"A published value of – has not been read in the paper yet: configs/paper/{preset.name}.yaml.")
     if preset.size != FULL:

@@ -2,7 +2,7 @@
 
 ``configs/paper/NAME.yaml`` says rows × columns. A row adds Hydra overrides (a method) and names the map that is
 judged; a column adds overrides (a model) and names the score that is read. So every entry is one command line of
-``tools/run.py``. Knows Hydra, like ``config``; ``paper_table`` finds the entries in a work directory.
+``attrib run``. :mod:`attrib.papers.comparison` finds the entries in a work directory.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Preset:
 
     @property
     def all_arguments(self) -> list[str]:
-        """For tools/run.py: what computes all jobs."""
+        """For ``attrib run``: what computes all jobs."""
         size = [] if self.size == FULL else [f"paper.size={self.size}"]
         return ["-m", *self.arguments([*size, *self.changed])]
 

@@ -1,4 +1,4 @@
-"""Causal graphs on the page: what ``tools/graph.py`` wrote below ``<root>/graphs``, a section per net."""
+"""Causal graphs on the page: what ``attrib graph`` wrote below ``<root>/graphs``, a section per net."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LONGEST = 1100  # pixels of a picture's longer side
 
 @dataclass(frozen=True)
 class GraphSection:
-    """The graphs of one fit: their pictures, their sizes, what they are worth, how stable they are."""
+    """The graphs of one fit: their pictures, sizes, effect on the class's logit, and stability."""
 
     title: str
     images: Sequence[tuple[str, str]]  # caption, picture
-    left: int  # classes without a picture, for there is no room
+    left: int  # classes whose picture is left out, because the page would be too large
     tables: Sequence[formats.TextTable]
     stability: str  # picture, or nothing
     problems: Sequence[str]  # files that cannot be read
 
 
 def graphs(root: Path, budget: int) -> list[GraphSection]:
-    """One per folder. ``budget``: bytes of all pictures, beyond which graphs are left out."""
+    """One per folder. ``budget``: bytes of all pictures together; those beyond it are left out."""
     folders = sorted(path for path in (root / "graphs").glob("*") if path.is_dir())
     found = [_graphs(folder, budget // len(folders)) for folder in folders]
     return [one for one in found if one.images or one.tables or one.stability or one.problems]
@@ -86,12 +86,14 @@ def _layers(layers: Sequence[dict]) -> dict[str, str]:
 def _sizes(rows: Sequence[dict[str, str]]) -> formats.TextTable:
     header = list(dict.fromkeys(name for row in rows for name in row))
     body = [[row.get(name, "–") for name in header] for row in rows]
-    notes = ["* no candidate passed the test: those whose loss lowers the logit beyond the fallback."]
+    notes = [
+        "* No candidate passed the test: causes are those whose removal lowers the logit by more than Search.fallback."
+    ]
     return formats.TextTable("Causes / candidates per layer", header, body, left=1, notes=notes)
 
 
 def _effect(frame: pd.DataFrame) -> formats.TextTable:
-    """Of the mean over the classes, and of the union of all graphs."""
+    """The effect of the mean over the classes, and of the union of all graphs."""
     table = summary(frame.astype({"class": str}))
     table = table[table["class"].isin(["mean", "union"])]
     body = [

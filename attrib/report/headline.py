@@ -1,4 +1,4 @@
-"""The numbers on top of each section: methods x columns, and who is ahead of whom."""
+"""The top of each section: mean scores as methods × columns, and which methods are clearly better than which."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ class HeadlineScore:
 
 @dataclass(frozen=True)
 class Leader:
-    """Who has the best mean of a column, whom it beats clearly and whom not."""
+    """The best mean of a column.
+
+    best    the methods that have it
+    ahead   those it is clearly better than
+    level   those from which it is not distinguishable
+    apart   those with which it has no common samples
+    """
 
     column: str
     best: Sequence[str]
     value: str
-    ahead: Sequence[tuple[str, str]]  # (contender, Holm's p)
+    ahead: Sequence[tuple[str, str]]  # contender, p after Holm's correction
     level: Sequence[tuple[str, str]]
-    apart: Sequence[str]  # no common samples
+    apart: Sequence[str]
 
 
 def lines(
@@ -112,7 +118,7 @@ def _p_is(p: float) -> str:
 
 
 def facts(frame: pd.DataFrame) -> list[tuple[int, str]]:
-    """The line below the title: how much of what."""
+    """The line below the page's title: how many methods, datasets, samples, scores and failures there are."""
     failed = frame.loc[frame["state"] == "failed", ["cell", "uid"]].drop_duplicates()
     pending = frame.loc[frame["state"] == "pending", ["cell", "uid"]].drop_duplicates()
     counts = [

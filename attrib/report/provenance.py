@@ -1,4 +1,4 @@
-"""The end of the page: what failed, what it cost, and where the numbers come from."""
+"""The end of the page: failures, costs, and where the numbers come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Critical difference diagrams (Demšar, JMLR 2006, figure 1): mean ranks on a line, a bar over those that are alike."""
+"""Critical difference diagrams (Demšar, JMLR 2006, figure 1): mean ranks, and bars over those too close to tell."""
 
 from __future__ import annotations
 

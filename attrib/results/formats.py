@@ -73,6 +73,10 @@ def memory_text(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+# Abbreviations in names of metrics and columns, for whoever reads them first in a table.
+SPELT_OUT = {
+    "ehr": "ehr: effective heat ratio (InputIBA), how much of a map's heat lies within the region of interest.",
+}
 COSTS = ("s/sample", "rows/sample", "peak memory")  # what ``cost_texts`` gives
 
 
@@ -85,6 +89,12 @@ def devices(found: Iterable[str]) -> tuple[str, bool]:
     """(the device to name in the title, whether each line has to name its own)."""
     names = [name for name in dict.fromkeys(found) if name]
     return (names[0], False) if len(names) == 1 else ("", len(names) > 1)
+
+
+def spelt_out(titles: Iterable[str]) -> tuple[str, ...]:
+    """A note for each abbreviation among the words of these titles."""
+    words = set(re.findall(r"\w+", " ".join(titles).lower()))
+    return tuple(note for word, note in SPELT_OUT.items() if word in words)
 
 
 def title(*parts: str) -> str:
@@ -203,7 +213,7 @@ def wide_table(block: Wide) -> TextTable:
         body.append([*line, *costs])
         if not any(entries):
             empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
-    notes = (f"No scores: {', '.join(empty)}.",) if empty else ()
+    notes = (*([f"No scores: {', '.join(empty)}."] if empty else []), *spelt_out(block.columns))
     return TextTable(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
 
 
@@ -273,7 +283,11 @@ def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[TextTable
             below[0].append(f"{n}" if n == most else f"{n} of {most}")
             below[1].append(p_text(rows[0]["p"]))
             below[2].append(rounded(rows[0]["critical_difference"]))
-        drawn.append(TextTable(f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note,)))
+        drawn.append(
+            TextTable(
+                f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note, *spelt_out(header))
+            )
+        )
     return drawn
 
 
@@ -289,7 +303,8 @@ def _title(table: pd.DataFrame) -> str:
 def _notes(table: pd.DataFrame) -> tuple[str, ...]:
     unequal = table.loc[table["n"] > 0].groupby(["dataset", "model", "metric", "column"])["n"].nunique().gt(1)
     places = list(dict.fromkeys(name for *_, name in unequal[unequal].index))
-    return (f"n differs between methods in: {', '.join(places)}; paired tests use common samples.",) if places else ()
+    note = f"n differs between methods in: {', '.join(places)}; paired tests use common samples."
+    return (*([note] if places else []), *spelt_out([*table["metric"], *table["column"]]))
 
 
 # Writing ------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Labelled:
     """A cell, its spec and the names under which tables show its dataset, model and method.
 
     ``samples``: the uids the cell is about now, with the fingerprint that counts or None, if any does;
-    None if the cell does not say (it was not filled by a run), and all that it holds counts.
+    None if the cell has no samples.json (no run filled it); all that it holds counts then.
     """
 
     cell: Cell
@@ -62,7 +62,7 @@ def labelled(root: Path | str) -> list[Labelled]:
     if not found:
         raise UserError(
             f"{root} holds no results: no <dataset>.<model>.<method>.<key>/spec.json there. "
-            "Give the work directory that tools/run.py wrote (or run it first)."
+            "Give the work directory that `attrib run` wrote to (or run it first)."
         )
     columns = []
     for axis in AXES:

@@ -105,7 +105,7 @@ def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> M
     BCa (bias-corrected and accelerated; Efron 1987) with 9,999 resamples. Above 300 values its
     closed form for a mean, the ABC interval (DiCiccio & Efron 1992), which costs one pass.
 
-    Not finite values are left out; ``n`` counts the others. n = 0: everything is NaN. n = 1: the
+    Values that are not finite are left out; ``n`` counts the others. n = 0: everything is NaN. n = 1: the
     mean alone, lo and hi are NaN. All values equal: an interval of width zero, which is what the
     bootstrap gives and says nothing about values not seen. Where BCa is undefined otherwise, the
     percentile interval.

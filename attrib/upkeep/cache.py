@@ -25,7 +25,7 @@ from attrib.types import UserError
 from attrib.upkeep.status import no_cells
 
 DAY = 86400.0
-NOT_OURS = "is a link, on another file system, or not ours"
+NOT_OURS = "is a link, lies on another file system, or was not written by attrib"
 _CELL = re.compile(r"[^./]+\.[^./]+\.[^./]+\.[0-9a-f]{8}")
 FITTED = re.compile(r"(?P<key>[0-9a-f]{8})\.(?:(?P<partial>partial\.)?safetensors|json)")
 SHARED = re.compile(r"(?P<kind>pictures|confidence)\.(?P<key>[0-9a-f]{8})(?:\.json)?")
@@ -57,7 +57,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class StoredItem:
-    """Something in a work directory. ``uses`` names the cells that need it; ``kind``:
+    """A part of a work directory, such as a cell or a fitted state. ``uses`` names the cells that need it; ``kind``:
 
     cell, state (fitted), partial (unfinished), pictures (for the report), confidence, fingerprints, temporary,
     folder (of a cell, without spec.json), other (not of attrib, or not prune's business)
@@ -115,7 +115,7 @@ def temporaries(root: Path, older: float, now: float) -> list[StoredItem]:
     for path, about in walk(root):
         if stat.S_ISREG(about.st_mode) and _TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
             age = max(0.0, now - about.st_mtime)
-            found.append(StoredItem("temporary", (path,), Measure(about.st_size, 1, age), "a writer died here"))
+            found.append(StoredItem("temporary", (path,), Measure(about.st_size, 1, age), "unfinished file"))
     return found
 
 
@@ -134,7 +134,9 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Sto
         size = measured([path], now)
         if path.is_dir() and not path.is_symlink() and _CELL.fullmatch(path.name):
             strangers = foreign(path)
-            about = f"holds {strangers[0].relative_to(root)}, which is not ours" if strangers else "has no spec.json"
+            about = "has no spec.json"
+            if strangers:
+                about = f"holds {strangers[0].relative_to(root)}, which attrib did not write"
             found.append(StoredItem("folder" if not strangers else "other", (path,), size, about))
         elif path.name == DAMAGED:
             found.append(
@@ -169,15 +171,15 @@ def _cell(cell: Cell, now: float) -> StoredItem:
 def references(root: Path) -> dict[str, tuple[str, ...]]:
     """``<key8>``, ``pictures.<key8>`` or ``confidence`` -> the cells (and graphs) that refer to it.
 
-    Raises UserError for a cell whose spec cannot be read: nobody knows what it needs.
+    Raises UserError for a cell whose spec cannot be read, because what it needs is then unknown.
     """
     found: dict[str, list[str]] = {}
     for cell in cells(root):
         spec = read_object(cell.folder / "spec.json")
         if not {"key", "pictures", "state_key"} <= spec.keys():
             raise UserError(
-                f"{cell.folder / 'spec.json'} cannot be read, so nobody knows which states it needs; "
-                "tools/cache.py repair moves it away, and the next run of the cell writes it anew"
+                f"{cell.folder / 'spec.json'} cannot be read, so it is not known which states it needs; "
+                "`attrib cache repair` moves it away, and the next run of the cell writes it anew"
             )
         if spec["state_key"]:
             found.setdefault(str(spec["state_key"])[:8], []).append(cell.folder.name)
@@ -190,7 +192,7 @@ def references(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _selects_by_confidence(node: Any) -> bool:
-    """A confidence file bears no name that a spec knows: all of them are needed where a cell selects by confidence."""
+    """Whether a cell selects by confidence: it then needs all confidence files, for a spec does not say which."""
     if isinstance(node, Mapping):
         return node.get("min_confidence") is not None or any(map(_selects_by_confidence, node.values()))
     return isinstance(node, list) and any(map(_selects_by_confidence, node))
@@ -199,7 +201,7 @@ def _selects_by_confidence(node: Any) -> bool:
 def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list[StoredItem]:
     folder = root / "state"
     if folder.is_symlink():
-        return [StoredItem("other", (folder,), Measure(), "a link; what it leads to is not looked at")]
+        return [StoredItem("other", (folder,), Measure(), "a link, which is not followed")]
     groups: dict[tuple[str, str], list[Path]] = {}
     others = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -212,10 +214,10 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
             groups.setdefault((shared["kind"], shared["key"]), []).append(path)
         elif path.name == "fingerprints" and not path.is_symlink():
             others.append(
-                StoredItem("fingerprints", (path,), measured([path], now), "of files, so that they are read once")
+                StoredItem("fingerprints", (path,), measured([path], now), "remembered fingerprints of the data files")
             )
         else:
-            others.append(StoredItem("other", (path,), measured([path], now), "not ours"))
+            others.append(StoredItem("other", (path,), measured([path], now), "not written by attrib"))
     found = []
     for (kind, key), paths in groups.items():
         name = {"pictures": f"pictures.{key}", "confidence": "confidence"}.get(kind, key)
@@ -225,7 +227,7 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
 
 
 def foreign(folder: Path) -> list[Path]:
-    """What in a cell's folder attrib did not write, and links."""
+    """The files in a cell's folder that attrib did not write, and links."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.is_file():
@@ -272,7 +274,7 @@ def unused(root: Path | str) -> tuple[list[StoredItem], list[tuple[StoredItem, s
         elif item.kind == "folder" and any(root.glob(f"{DAMAGED}/*/{escape(item.path.name)}/spec.json")):
             kept.append((item, "its spec.json was damaged and moved away; the next run of the cell writes it anew"))
         elif item.kind == "partial" and item.measure.age < DAY:
-            kept.append((item, "an unfinished fit that was saved today"))
+            kept.append((item, "an unfinished fit, saved within the last day"))
         else:
             doomed.append(item)
     return doomed, kept
@@ -299,11 +301,12 @@ def superseded(root: Path | str) -> list[StoredItem]:
 
 
 def scores(root: Path | str, pattern: str) -> list[StoredItem]:
-    """The score folders called so: ``ehr.*``, or ``ehr.9561f895``."""
+    """The score folders whose names match: ``ehr.*``, or ``ehr.9561f895``."""
     root = Path(root)
     now = clock(root)
     found = [(cell, name) for cell in cells(root) for name in cell.metrics()]
-    return [_scores(cell, name, "as asked for", now) for cell, name in found if fnmatch.fnmatchcase(name, pattern)]
+    chosen = [(cell, name) for cell, name in found if fnmatch.fnmatchcase(name, pattern)]
+    return [_scores(cell, name, "named on the command line", now) for cell, name in chosen]
 
 
 def _scores(cell: Cell, name: str, about: str, now: float) -> StoredItem:
@@ -341,7 +344,7 @@ def check_inside(root: Path | str, path: Path) -> None:
 def stale_maps(cell: Cell) -> Mapping[Path, tuple[int, int]]:
     """Chunk -> (samples that the cell is no longer about: other uids, other content; samples).
 
-    Empty where the cell does not say what it is about.
+    Empty where the cell has no samples.json.
     """
     said = cell.about()
     found: dict[Path, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Files of a work directory read whole and compared with their checksums; what is damaged moved out of the way.
+"""Verification reads the files of a work directory and compares them with their checksums; repair moves damaged ones.
 
 A damaged chunk is no loss: its samples count as missing, and the next run computes exactly those.
 """
@@ -197,7 +197,7 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
 
 
 def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
-    """Drop the rows of samples whose curves were lost: of all without curves, if nobody knows which those are."""
+    """Drop the rows of samples whose curves were lost: of all without curves, if it is not known which those are."""
     stored = Arrays(folder).index()
     lost = {key for keys in known if keys is not None for key in keys if key not in stored}
     if any(keys is None for keys in known):
@@ -236,7 +236,7 @@ def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
     for path in paths:
         check_inside(root, path)
         if damage := chunk(path):
-            raise UserError(f"{path} is damaged ({damage.problem}); tools/cache.py repair first")
+            raise UserError(f"{path} is damaged ({damage.problem}); run `attrib cache repair` first")
         fresh = Arrays(path.parent, writer_name())
         with safe_open(path, framework="numpy") as file:
             for i, sample in enumerate(described(file)):

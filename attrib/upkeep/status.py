@@ -1,7 +1,7 @@
-"""Where the cells of a work directory stand: done, to do, failed, by whom, how fast, until when.
+"""The status of a work directory: samples done, to do and failed, the workers that run, their speed, the time left.
 
-Everything is read from files that runs leave; nothing is asked of the machines, and nothing is computed. A cell that
-is half written, or damaged, is shown as far as it can be read, with the names of what cannot.
+Everything is read from the files that runs write; no machine is asked, and nothing is computed. A cell that is half
+written or damaged is shown as far as it can be read, with the names of the files that cannot.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from attrib.process.signals import LEFT
 from attrib.store.cell import Cell, Record, Rows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
@@ -21,7 +22,7 @@ from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current,
 from attrib.types import UNREADABLE, UserError
 from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
 
-DONE, WORKED_ON, LEFT = 0, 10, 75  # exit status of tools/status.py; 75 as tools/run.py says that work is left
+DONE, WORKED_ON = 0, 10  # exit status of ``attrib status``, beside LEFT
 RECENT = 1000  # samples whose recorded seconds are averaged
 
 T = TypeVar("T")
@@ -32,9 +33,10 @@ class StageStatus:
     """Maps, or one metric's scores, of a cell, counted in samples.
 
     name      "maps" or the score folder, ``<name>.<key8>``
-    todo      samples that miss it and did not fail; ``unseen`` of them no run has looked at yet (limit, shards to come)
-    asked     whether the newest run wants it; scores of an earlier configuration are not waited for
-    rate      samples per second of all running workers that are at it; None if none is
+    todo      samples that lack it and did not fail; no run has looked at ``unseen`` of them yet (run.limit, or a shard
+              that has not begun)
+    asked     whether the newest run computes it; scores of an earlier configuration are not waited for
+    rate      samples per second of all workers that are running this stage; None if there are none
     seconds   of one worker per sample: as measured now, else as recorded; None if neither is known
     """
 
@@ -65,8 +67,8 @@ class CellStatus:
     """``samples`` are those that the cell is about (None: it does not say, all that is stored counts).
 
     ``broken`` names files that could not be read, each with the error; what they held counts as to do. ``readable``:
-    whether the cell says what it is (spec.json) and, if it has the file, what it is about (samples.json).
-    ``workers`` are those that matter (:func:`attrib.store.workers.current`), ``runs`` counts all there ever were.
+    whether spec.json and, if there is one, samples.json could be read. ``workers`` are the running ones and the last of
+    each shard (:func:`attrib.store.workers.current`); ``runs`` counts all runs there ever were.
     """
 
     name: str
@@ -81,7 +83,7 @@ class CellStatus:
 
     @property
     def left(self) -> bool:
-        """Whether a run would find work. Samples that failed are no work, though a run tries them again."""
+        """Whether work is left. Failed samples do not count as work, although the next run tries them again."""
         return not self.readable or any(stage.todo for stage in self.stages if stage.asked)
 
     @property
@@ -90,7 +92,7 @@ class CellStatus:
 
     @property
     def seconds(self) -> float | None:
-        """What one worker would take for the rest; None if that is not known of every stage."""
+        """How long a single worker would take for the rest; None if that is not known for every stage."""
         due = [stage for stage in self.stages if stage.asked and stage.todo]
         if any(stage.seconds is None for stage in due):
             return None
@@ -117,7 +119,7 @@ class Status:
 
     @property
     def exit(self) -> int:
-        """DONE; WORKED_ON: some cell misses something, and all that do have a worker; LEFT: one has none."""
+        """DONE; WORKED_ON: work is left, and every cell with work left has a running worker; LEFT: one has none."""
         due = [cell for cell in self.cells if cell.left]
         if any(not cell.running for cell in due):
             return LEFT
@@ -151,7 +153,7 @@ class Status:
 
 
 class Observer:
-    """Looks at a work directory again and again; of what it has read it reads only what is new.
+    """Reads the status of a work directory repeatedly; files that it has read before are not read again.
 
     filters   words that a cell's name must hold, all of them; a word with ``*`` or ``?`` must match a part between
               dots, or the whole name
@@ -171,7 +173,7 @@ class Observer:
             raise UserError(no_cells(self.root))
         chosen = [cell for cell in found if matches(cell.folder.name, self._filters)]
         if not chosen:
-            raise UserError(f"none of the {len(found)} cells in {self.root} is called {' and '.join(self._filters)}")
+            raise UserError(f"none of the {len(found)} cells in {self.root} matches {' and '.join(self._filters)}")
         now = clock(self.root)
         statuses = tuple(self._cell(self._known(cell), now) for cell in chosen)
         moved = tuple(self._moved({cell.folder.name: cell for cell in found}, statuses))
@@ -202,7 +204,7 @@ class Observer:
         return len({uid for uid, fingerprint in index if counts(said, uid, fingerprint)})
 
     def _known(self, cell: Cell) -> Cell:
-        """What has read this cell before; a new object where files were broken, which may be repaired by now."""
+        """The object that read this cell before; a new one where files were broken, which may be repaired by now."""
         before = self._cells.get(cell.folder.name)
         if before is None or before.maps.broken:
             self._cells[cell.folder.name] = cell
@@ -288,9 +290,9 @@ def matches(name: str, filters: Sequence[str]) -> bool:
 
 
 def no_cells(root: Path) -> str:
-    """What to say of a folder without cells."""
+    """The message for a folder without cells."""
     if not root.is_dir():
-        return f"{root} is no folder; give the work directory (run.root) that tools/run.py writes to"
+        return f"{root} is no folder; give the work directory (run.root) that `attrib run` writes to"
     below = sorted({path.parent.parent.name for path in root.glob("*/*/spec.json")})
     if below:
         return f"{root} holds no cells, but work directories: {', '.join(below)}; give one of them"
@@ -363,6 +365,6 @@ def _recorded(infos: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _speed(running: Sequence[Worker], stage: str) -> tuple[float | None, float | None]:
-    """Samples per second of all workers at a stage, and seconds per sample of one of them."""
+    """Samples per second of all workers that run a stage, and seconds per sample of one of them."""
     rates = [worker.rate for worker in running if worker.stage == stage and worker.rate]
     return (sum(rates), len(rates) / sum(rates)) if rates else (None, None)

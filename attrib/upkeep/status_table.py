@@ -37,7 +37,7 @@ def speed(rate: float | None) -> str:
 
 
 def drawn(status: Status, lines: int = 5) -> RenderableType:
-    """Cells and their stages; workers; the newest ``lines`` of what running and dead ones logged; what failed."""
+    """Cells with their stages; workers; the newest ``lines`` of the logs of running, dead and failed ones; failures."""
     parts: list[RenderableType] = [_head(status), _cells(status)]
     workers = [worker for cell in status.cells if cell.left or cell.running for worker in cell.workers]
     if workers:
@@ -60,7 +60,7 @@ def drawn(status: Status, lines: int = 5) -> RenderableType:
 
 
 def _head(status: Status) -> Text:
-    """How far everything is, in one line."""
+    """The totals, in one line."""
     maps = [cell.stages[0] for cell in status.cells]
     running = sum(len(cell.running) for cell in status.cells)
     words = [
@@ -79,7 +79,7 @@ def _cells(status: Status) -> Table:
     for name in ("done", "to do", "failed", "rate", "left"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in status.cells:
-        about = "" if cell.samples is not None else "  (does not say which samples)"
+        about = "" if cell.samples is not None else "  (no samples.json)"
         table.add_row(Text(printable(cell.name) + about, style="bold"), "", "", "", "", Text(_time_left(cell)))
         for stage in cell.stages:
             table.add_row(*_stage(stage))
@@ -91,7 +91,7 @@ def _time_left(cell: CellStatus) -> str:
         return "" if cell.running else "done"
     workers = len(cell.running)
     if not workers:
-        return f"{duration(cell.seconds)} of work" if cell.seconds is not None else "nobody works"
+        return f"{duration(cell.seconds)} of work" if cell.seconds is not None else "no worker"
     if cell.eta is not None:
         return duration(cell.eta)
     known = sum(stage.todo * stage.seconds for stage in cell.stages if stage.asked and stage.seconds is not None)
@@ -144,7 +144,7 @@ def _log(worker: Worker, lines: int) -> list[RenderableType]:
 def _problems(cell: CellStatus, lines: int) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if cell.broken:
-        word = f"\n{counted(len(cell.broken), 'damaged file')} in {printable(cell.name)}; tools/cache.py repair"
+        word = f"\n{counted(len(cell.broken), 'damaged file')} in {printable(cell.name)}: run `attrib cache repair`"
         parts.append(Text(word, style="red"))
         parts += [Padding(Text(line), (0, 0, 0, 2)) for line in cell.broken[:BROKEN]]
         if len(cell.broken) > BROKEN:
