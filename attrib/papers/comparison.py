@@ -32,14 +32,14 @@ _NONE = dict.fromkeys(_SUMMARY[:3], 0) | dict.fromkeys(_SUMMARY[3:], math.nan) |
 
 @dataclass(frozen=True)
 class WantedCell:
-    """What a job computes, as far as a stored cell can be recognised by it."""
+    """What one of a preset's jobs computes: all by which its stored cell can be recognised."""
 
     config: Mapping[str, Any]
     method: Any  # as keys.spec gives it
     maps: tuple[str, ...]
     metrics: Mapping[str, Any]  # name -> as keys.spec gives it; None for what the method itself scores
     columns: Mapping[str, tuple[str, ...]]
-    why: str = ""  # it cannot be computed now
+    why: str = ""  # why it cannot be computed now
 
 
 def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.DataFrame:
@@ -121,7 +121,7 @@ def _wanted(preset: Preset, job: Sequence[str]) -> WantedCell:
 
 
 def _map(preset: Preset, entry: TableEntry, what: WantedCell) -> str:
-    """The map that an entry is about. Raises UserError if that is not clear, or its score is not computed."""
+    """The map whose score an entry shows. Raises UserError if that is not clear, or the score is not computed."""
     where = f"configs/paper/{preset.name}.yaml: {entry.row}, {entry.column}"
     if entry.score not in what.columns.get(entry.metric, ()):
         known = [f"{metric}.{column}" for metric, columns in what.columns.items() for column in columns]
@@ -133,7 +133,7 @@ def _map(preset: Preset, entry: TableEntry, what: WantedCell) -> str:
 
 @dataclass(frozen=True)
 class _Held:
-    """A stored cell and what its runs say it is."""
+    """A stored cell, its spec and the configurations of its runs."""
 
     cell: Cell
     spec: Mapping[str, Any]
@@ -146,7 +146,7 @@ class _Held:
         return cls(cell, spec, [spec["config"], *runs])
 
     def scores(self, name: str, metric: Any) -> str | None:
-        """The folder of a metric's scores."""
+        """The folder of a metric's scores; None if there is none."""
         for folder in self.cell.metrics():
             about = _json(self.cell.folder / "scores" / folder / "metric.json")
             if folder.rpartition(".")[0] == name and (metric is None or about.get("spec") == _plain(metric)):
@@ -155,7 +155,7 @@ class _Held:
 
 
 def _newest(held: Sequence[_Held], what: WantedCell) -> _Held | None:
-    """The cell of a job; of several (the weights or the data were others) the newest."""
+    """The cell of a job; the newest if there are several, of earlier weights or data."""
     alike = [item for item in held if _same(item, what)]
     return max(alike, key=lambda item: (item.cell.folder / "spec.json").stat().st_mtime, default=None)
 
@@ -168,7 +168,7 @@ def _same(item: _Held, what: WantedCell) -> bool:
 
 
 def _identity(config: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
-    """What is computed beside the method: data, net, and the layers that the method reads. Names are labels."""
+    """What identifies a cell beside its method: data, net, and the layers that the method reads; names do not."""
     unread = {"name"} if spec["state_key"] else {"name", "estimation"}
     dataset = {k: v for k, v in (config.get("dataset") or {}).items() if k not in unread}
     model = {k: v for k, v in (config.get("model") or {}).items() if k not in ("name", "layers")}

@@ -29,7 +29,7 @@ Pairs = Mapping[str, Override]  # parsed overrides by what they set
 
 @dataclass(frozen=True)
 class Published:
-    """A number that somebody read in the paper. ``source``: table and page, or the address of a page that has it."""
+    """A number read in the paper. ``source``: table and page, or the address of a page that shows it."""
 
     value: float
     tolerance: float
@@ -38,7 +38,7 @@ class Published:
 
 @dataclass(frozen=True)
 class GridLine:
-    """A row or a column. ``reads`` is the map of a row ("": the method's only one), the METRIC.COLUMN of a column."""
+    """A row or a column. ``reads``: of a row its map ("": the method's only one), of a column METRIC.COLUMN."""
 
     label: str
     overrides: Pairs
@@ -176,7 +176,7 @@ def _fields(at: str, given: Any, known: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _published(at: str, value: Any, node: Mapping[str, Any]) -> Published | None:
-    """null, a number, or {value, tolerance, source}; tolerance and source are else those of the table."""
+    """From null, a number, or {value, tolerance, source}; tolerance and source default to those of the table."""
     given = _fields(at, value if isinstance(value, Mapping) else {"value": value}, ("value", "tolerance", "source"))
     if given.get("value") is None:
         return None
@@ -199,7 +199,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _chosen(lines: Sequence[GridLine], given: Pairs, where: str) -> list[GridLine]:
-    """Without those that set something else than the command line says. Raises UserError if none is left."""
+    """The lines that agree with what the command line sets. Raises UserError if none does."""
     kept = list(lines)
     for key, override in given.items():
         setting = {line.label: line.overrides[key] for line in kept if key in line.overrides}
@@ -212,7 +212,7 @@ def _chosen(lines: Sequence[GridLine], given: Pairs, where: str) -> list[GridLin
 
 
 def _open(forced: Pairs, line: GridLine) -> Pairs:
-    """Without the sweeps that only chose this row or column: it says itself which of the values it has."""
+    """``forced`` without sweeps over what this row or column sets: they only chose it, and it has one of the values."""
     own = {key for key, o in line.overrides.items() if not o.is_sweep_override()}
     return {key: o for key, o in forced.items() if not (key in own and o.is_sweep_override())}
 

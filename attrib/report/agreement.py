@@ -57,7 +57,7 @@ class SanityCheck:
 def checks(
     cells: Sequence[labels.Labelled], frame: pd.DataFrame, styles: Mapping[str, Style], confidence: float = 0.95
 ) -> list[SanityCheck]:
-    """One per dataset, net, mode and seed of the new weights. ``frame`` is that of ``tables.rows``."""
+    """One per dataset, net, mode and seed of the new weights. ``frame``: from ``tables.rows``."""
     table = sanity.summary(cells, frame, confidence)
     styles = dict(styles)
     for contender in table["contender"].unique():
@@ -80,7 +80,7 @@ def checks(
 
 
 def tables(root: Path | str, confidence: float = 0.95) -> list[formats.TextTable]:
-    """The same as tables for a terminal. Raises UserError if no maps have been compared."""
+    """The same numbers as tables, for a terminal. Raises UserError if no maps have been compared."""
     table = sanity.summary(labels.labelled(root), views.rows(root), confidence)
     if table.empty:
         raise UserError(f"{root} holds no maps of randomised nets to compare; see docs/how-to/check-sanity.md")

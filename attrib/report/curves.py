@@ -17,7 +17,7 @@ from attrib.results.labels import Labelled, ScoreFolder
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
 
-MOST_CURVES = 2_000  # samples whose curves are read, per method: a band does not get better by more
+MOST_CURVES = 2_000  # samples whose curves are read, per method: more would not change the band visibly
 MOST_LOSSES = 24
 
 
@@ -43,7 +43,7 @@ class Curve:
 
 
 def _read(arrays: Arrays, wanted: Iterable[Key], name: str) -> tuple[list[np.ndarray], int]:
-    """The array ``name`` of every stored sample that has it, opening each chunk once; and how many are damaged."""
+    """(the array ``name`` of every wanted sample that has it, how many are damaged). Each chunk is opened once."""
     index = arrays.index()
     by_file: dict[Path, list[Any]] = {}
     for key in wanted:
@@ -131,7 +131,7 @@ def _axes(about: str) -> tuple[str, str]:
 
 
 def losses(cells: Sequence[Labelled], frame: pd.DataFrame, styles: Mapping[str, Style]) -> list[Curve]:
-    """The extras ``loss*`` and ``error_*`` (S,) of some samples: one thin line a sample, their mean on top."""
+    """The extras ``loss*`` and ``error_*`` (S,) of some samples: a thin line per sample, a thick one for the mean."""
     found = []
     for item in cells:
         index = item.maps()

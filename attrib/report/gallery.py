@@ -21,7 +21,7 @@ LONGEST = 224  # pixels of a thumbnail's longer side
 
 @dataclass(frozen=True)
 class Tile:
-    """One map of one sample: a picture, of a sound below its spectrogram, coloured words, or why there is none."""
+    """One map of one sample: a picture (of a sound: below its spectrogram), coloured words, or why there is none."""
 
     image: str = ""
     words: Sequence[pictures.Word] = ()
@@ -94,7 +94,7 @@ def _is_sound(item: Labelled) -> bool:
 
 
 def current_keys(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
-    """uid -> where its map lies: under the fingerprint that the tables use, else the last one stored."""
+    """uid -> key of its map: under the fingerprint that the tables use, else the one that was stored last."""
     index = item.maps()
     known = {uid: (uid, fingerprint) for uid, fingerprint in index}
     rows = frame.loc[frame["cell"] == item.cell.folder.name, ["uid", "fingerprint"]].drop_duplicates()
@@ -108,13 +108,13 @@ def stored_array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
         return None
 
 
-# Image, wave or words; region; what is known of it.
+# What is kept of an input: image, wave or word numbers; region of interest; names, tokens and the like.
 _Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]
 NO_INPUT: _Input = (None, None, {})
 
 
 def kept_input(stores: Sequence[Arrays], key: Key) -> _Input:
-    """The kept picture of exactly this content."""
+    """What is kept of the input with this uid and fingerprint."""
     store = next((store for store in stores if key in store.index()), None)
     return (
         NO_INPUT

@@ -86,9 +86,7 @@ def _layers(layers: Sequence[dict]) -> dict[str, str]:
 def _sizes(rows: Sequence[dict[str, str]]) -> formats.TextTable:
     header = list(dict.fromkeys(name for row in rows for name in row))
     body = [[row.get(name, "–") for name in header] for row in rows]
-    notes = [
-        "* No candidate passed the test: causes are those whose removal lowers the logit by more than Search.fallback."
-    ]
+    notes = ["* No candidate passed the test: causes are those whose removal lowers the logit beyond Search.fallback."]
     return formats.TextTable("Causes / candidates per layer", header, body, left=1, notes=notes)
 
 

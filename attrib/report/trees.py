@@ -38,7 +38,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Branch:
-    """A node with what it was merged from, for the tree that opens and closes."""
+    """A node and the nodes it was merged from, for the tree that can be opened and closed."""
 
     text: str
     score: str
@@ -67,7 +67,7 @@ class Hierarchy:
 def hierarchies(
     root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int
 ) -> list[Hierarchy]:
-    """Of every method that wrote trees, the first ``samples``; fewer where pictures would exceed ``budget`` bytes."""
+    """The first ``samples`` of every method that wrote trees; fewer where pictures would exceed ``budget`` bytes."""
     found: list[Hierarchy] = []
     used = 0
     for item in cells:
@@ -139,7 +139,7 @@ def _about(tree: Tree, node: Node) -> str:
 
 
 def _branch(tree: Tree, node: Node, palette: _Palette, describe: Any, depth: int = 0) -> Branch:
-    """Units are left out of a grid's components, which have many."""
+    """Single units are left out where they are tiles of a grid: there are too many."""
     below_it = tree.parts(node) if depth < MOST_LEVELS else ()
     parts = [part for part in below_it if part.level > 0 or len(tree.shape) == 1]
     text, image = describe(node)
@@ -202,7 +202,7 @@ class _Drawing:
         self._at = [np.arange(new) * old // new for new, old in zip(self._image.shape[:2], tree.shape)]
 
     def _large(self, units: np.ndarray) -> np.ndarray:
-        """Of the units' shape -> (H, W)."""
+        """An array over the units -> (H, W) of the drawn image."""
         return units[self._at[0]][:, self._at[1]]
 
     def _uri(self, drawn: np.ndarray, longest: int = SIDE) -> str:
@@ -241,6 +241,6 @@ class _Drawing:
         ]
 
     def alone(self, node: Node) -> str:
-        """A small picture of what belongs to a component; the rest is dark."""
+        """A small picture of one component; the rest of the image is dark."""
         inside = self._large(self._tree.paint([node], [1.0])) > 0
         return self._uri(np.where(inside[..., None], self._image, self._image // 5), 72)

@@ -22,13 +22,13 @@ import rich.text
 
 @dataclass(frozen=True)
 class TextTable:
-    """Texts ready to be written in any format. ``bold`` holds (row, column) positions; ``code`` is for copying."""
+    """A table of texts, to be written in any format. ``bold``: (row, column) positions; ``code``: lines to copy."""
 
     title: str
     header: Sequence[str]
     body: Sequence[Sequence[str]]
     bold: frozenset[tuple[int, int]] = frozenset()
-    left: int = 1  # so many columns are names, aligned left
+    left: int = 1  # how many columns are aligned left: the names
     notes: Sequence[str] = field(default_factory=tuple)
     code: Sequence[str] = ()
 
@@ -48,7 +48,7 @@ def rounded(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
     digits = decimals(half)
     if digits <= 7:
         return f"{value:.{digits}f}"
-    # 2.24e-07 rather than seven zeros.
+    # 2.24e-07 instead of seven zeros after the point.
     size = math.floor(math.log10(abs(value))) if value else -digits
     return f"{value:.{max(0, digits + size)}e}"
 
@@ -73,7 +73,7 @@ def memory_text(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-# Abbreviations in names of metrics and columns, for whoever reads them first in a table.
+# Abbreviations in the names of metrics and columns: a note below each table that has them.
 SPELT_OUT = {
     "ehr": "ehr: effective heat ratio (InputIBA), how much of a map's heat lies within the region of interest.",
 }
@@ -81,12 +81,12 @@ COSTS = ("s/sample", "rows/sample", "peak memory")  # what ``cost_texts`` gives
 
 
 def cost_texts(row: Mapping[str, Any]) -> list[str]:
-    """Of a summary's row: seconds per sample, rows through the net per sample, peak memory."""
+    """The costs in a row of ``tables.summary``: seconds and rows through the net per sample, peak memory."""
     return [seconds_text(row["seconds"]), rows_text(row["rows"]), memory_text(row["memory"])]
 
 
 def devices(found: Iterable[str]) -> tuple[str, bool]:
-    """(the device to name in the title, whether each line has to name its own)."""
+    """(the device to name in the title, "" if there are several; whether each line has to name its own)."""
     names = [name for name in dict.fromkeys(found) if name]
     return (names[0], False) if len(names) == 1 else ("", len(names) > 1)
 
@@ -149,10 +149,10 @@ class Wide:
     """A summary laid out as methods × columns for one dataset and model.
 
     columns  titles, such as ``ehr ↑``
-    counts   below each title, what all its entries share: ``n=20, 1 failed``, or nothing
+    counts   below each title, the counts that all its entries share (``n=20, 1 failed``), or ""
     lines    (contender, its costs as ``cost_texts`` and, where they differ, its device; one summary row or None
              per column)
-    unscored what is known of a contender without any score: ``n=0, 3 failed``
+    unscored the counts of contenders without any score: ``n=0, 3 failed``
     device   the one that all lines have in common
     costs    titles of the costs
     """
@@ -292,7 +292,7 @@ def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[TextTable
 
 
 def _shared_last(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that vary, and so need a column of their own."""
+    """Those of ``names`` that vary in the table, and so need a column."""
     return [name for name in names if table[name].nunique() > 1]
 
 

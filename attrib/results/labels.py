@@ -68,7 +68,7 @@ def labelled(root: Path | str) -> list[Labelled]:
     for axis in AXES:
         described = [_describe(spec, axis) for _, spec in found]
         columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
-    # What else makes a cell of its own depends on the model or the data: layers, the fitted state.
+    # Cells may also differ in what depends on the model or the data: the layers that are read, the fitted state.
     places = ["\0".join(names) for names in zip(*columns)]
     others = [{**spec["layers"], "state": str(spec["state_key"])[:8]} for _, spec in found]
     key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
@@ -137,7 +137,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 @dataclass(frozen=True)
 class ScoreFolder:
-    """A folder of scores: which metric wrote it, under which label, and what its columns and curves are.
+    """A folder of scores: its metric's label, its columns (name -> direction) and curves (name -> axes).
 
     ``lost``: there is no such folder, only the ledger knows the metric.
     """
@@ -172,7 +172,7 @@ def metrics(cell_list: Iterable[Cell]) -> dict[str, list[ScoreFolder]]:
 
 
 def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[ScoreFolder]]) -> list[ScoreFolder]:
-    """The metrics among a ledger's stages that left a cell nothing but failures, labelled as in other cells.
+    """The metrics of which a cell has failures in its ledger, but no scores; labelled as in other cells.
 
     ``known`` is what :func:`metrics` found.
     """

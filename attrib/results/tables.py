@@ -1,8 +1,8 @@
-"""Tables: views of the rows in a work directory. Nothing here is stored; a table drawn twice is the same.
+"""Tables: views of the rows in a work directory. Nothing here is stored; drawing a table twice gives the same table.
 
 ``rows`` reads, ``summary`` and ``paired`` compute; ``formats`` lays out and writes. A sample is either counted
 in n or named as failed or pending, and pairs are compared on their common samples only; none is dropped in
-silence. What a cell is no longer about (``samples.json``: samples, and their content) is counted nowhere.
+silence. Results of samples, or of contents of samples, that ``samples.json`` no longer lists are counted nowhere.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, m
         ok[[*_ITEM, "fingerprint", "time"]], how="left", on=_ITEM, suffixes=("", "_ok")
     )
     answered = (failed["fingerprint"] == failed["fingerprint_ok"]) | (failed["time_ok"] >= failed["time"])
-    # Nothing says that the stored score is not the unreadable file's own.
+    # An unreadable file has no fingerprint: the stored score may well be of the same content.
     answered |= (failed["fingerprint"] == UNREADABLE) & failed["fingerprint_ok"].notna()
-    # Where the map came after all, only its score is missing.
+    # Where the map was computed later, only its score is missing.
     mapped = failed[["uid", "fingerprint"]].merge(maps, how="left", indicator="found")["found"] == "both"
     mapped |= (failed["fingerprint"] == UNREADABLE) & failed["uid"].isin(maps["uid"])
     answered |= mapped.to_numpy() & failed["stage"].isin(["load", "maps"])
@@ -136,7 +136,7 @@ def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, m
 
 
 def _counting(item: Labelled, frame: pd.DataFrame) -> np.ndarray:
-    """Which rows are about a sample of the cell as it is now."""
+    """Which rows count: those of the cell's present samples, under their present fingerprints."""
     if item.samples is None:
         return np.ones(len(frame), dtype=bool)
     keys = zip(frame["uid"].tolist(), frame["fingerprint"].tolist(), strict=True)
@@ -152,7 +152,7 @@ def _due(item: Labelled, maps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _maps(item: Labelled) -> pd.DataFrame:
-    """uid, fingerprint and costs of every stored map that counts."""
+    """uid, fingerprint and costs of every stored map that counts (see :func:`_counting`)."""
     index = item.maps()
     infos = [record.info for record in index.values()]
     return pd.DataFrame(

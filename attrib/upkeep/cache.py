@@ -1,4 +1,4 @@
-"""What a work directory holds, what of it no cell refers to any more, and how that is deleted.
+"""The contents of a work directory: listing them, and deleting what no cell refers to any more.
 
 Only what attrib itself writes is ever deleted, by name and place; everything else is listed as kept, with the reason.
 Symbolic links are never followed and never removed, so nothing outside the work directory can be reached.
@@ -94,7 +94,7 @@ def walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None = None) -> Measure:
-    """``suffixes`` of the files that attrib writes there; others are strange."""
+    """Size and age of all files below ``paths``. ``suffixes``: of what attrib writes there; others are strange."""
     size, files, newest, strange = 0, 0, 0.0, []
     device = None
     for path in paths:
@@ -110,7 +110,7 @@ def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None
 
 
 def temporaries(root: Path, older: float, now: float) -> list[StoredItem]:
-    """Files under a temporary name that no writer has touched for ``older`` seconds: it died in between."""
+    """Files under a temporary name that have not changed for ``older`` seconds: their writer was killed."""
     found = []
     for path, about in walk(root):
         if stat.S_ISREG(about.st_mode) and _TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
@@ -259,7 +259,7 @@ def refuse_while_running(root: Path | str, silent: float = SILENT) -> None:
 
 
 def unused(root: Path | str) -> tuple[list[StoredItem], list[tuple[StoredItem, str]]]:
-    """(what prune deletes, what it keeps though no cell refers to it, with the reason)."""
+    """(what prune deletes; what it keeps although no cell refers to it, with the reason)."""
     root = Path(root)
     doomed: list[StoredItem] = []
     kept: list[tuple[StoredItem, str]] = []
@@ -342,7 +342,7 @@ def check_inside(root: Path | str, path: Path) -> None:
 
 
 def stale_maps(cell: Cell) -> Mapping[Path, tuple[int, int]]:
-    """Chunk -> (samples that the cell is no longer about: other uids, other content; samples).
+    """Chunk -> (samples that no longer belong to the cell, or had another content; all its samples).
 
     Empty where the cell has no samples.json.
     """

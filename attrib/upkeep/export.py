@@ -1,4 +1,4 @@
-"""Maps out of a work directory, for other programs: pictures, .npy, .npz."""
+"""Export of maps from a work directory to other programs: pictures, .npy, .npz."""
 
 from __future__ import annotations
 
