@@ -26,11 +26,6 @@ def packed(documents: Sequence[Any]) -> np.ndarray:
     return found
 
 
-def unpacked(array: np.ndarray) -> Any:
-    """The document that the store holds as (bytes,) uint8."""
-    return json.loads(array.tobytes())
-
-
 def own_scores(work: Plan, read: Callable[[str, Iterable[str]], Mapping[str, np.ndarray]]) -> None:
     """Write the columns that the method itself has (``Method.COLUMNS``) as scores of all samples whose maps are stored.
 
