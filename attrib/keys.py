@@ -26,6 +26,19 @@ def stable_name(kind: type) -> str:
     return str(vars(kind).get("NAME") or f"{kind.__module__}.{kind.__qualname__}")
 
 
+def short_name(kind: type) -> str:
+    """The name by which the class of a dataset enters keys: its own ``NAME``, by default its name without the module.
+
+    A class that is renamed keeps its results if it says ``NAME = "OldName"``. A subclass does not inherit the name.
+
+    >>> class Renamed:
+    ...     NAME = "Scans"
+    >>> short_name(Renamed)
+    'Scans'
+    """
+    return str(vars(kind).get("NAME") or kind.__qualname__)
+
+
 def spec(thing: Any) -> Any:
     """A plain, JSON-ready description of ``thing``.
 

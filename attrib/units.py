@@ -45,7 +45,9 @@ class Units(NamedTuple):
     def superpixels(cls, batch: Batch, segments: int, compactness: float) -> Units:
         """About ``segments`` regions of like colour (Achanta et al., *SLIC*, 2012), each in one piece.
 
-        By scikit-image, of the normalised image stretched to 0 .. 1: in Lab where it has three channels.
+        By scikit-image, of the normalised image stretched to 0 .. 1. ``compactness`` is weighed against distances of
+        colours in Lab, where black and white are 100 apart. One channel is cut as the gray image that it is; in other
+        numbers of channels the distance between all 0 and all 1 counts as 100.
         """
         from skimage.segmentation import slic  # takes a second to import
 
@@ -55,8 +57,10 @@ class Units(NamedTuple):
             if not np.isfinite(high - low):
                 raise SampleError(f"{uid}: the image has NaN or infinite values")
             unit = (image - low) / (high - low or 1.0)
+            unit = unit.repeat(3, axis=-1) if unit.shape[-1] == 1 else unit
             colour = unit.shape[-1] == 3
-            labels = slic(unit, n_segments=segments, compactness=compactness, convert2lab=colour, channel_axis=-1)
+            weight = compactness if colour else compactness * unit.shape[-1] ** 0.5 / 100
+            labels = slic(unit, n_segments=segments, compactness=weight, convert2lab=colour, channel_axis=-1)
             found.append(np.unique(labels, return_inverse=True)[1].reshape(labels.shape))
         return cls.given(torch.from_numpy(np.stack(found)).to(batch.x.device))
 

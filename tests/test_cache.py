@@ -94,7 +94,7 @@ def test_list(root, capsys):
     assert ".x.safetensors.12-0123abcd.tmp" in text
     (root / NAME / "spec.json").write_text("{")
     assert main("list", root) == 0  # also where it says nothing of the states
-    assert "nobody knows which states" in capsys.readouterr().out
+    assert "it is not known which states" in capsys.readouterr().out
 
 
 def test_no_work_directory(tmp_path, capsys):
@@ -362,7 +362,7 @@ def test_a_spec_that_cannot_be_read_protects_all_states(root, capsys):
     path = state(root, "99999999")
     (root / NAME / "spec.json").write_text("{}")
     assert main("prune", root, "--yes") == 2
-    assert "nobody knows which states it needs" in capsys.readouterr().err
+    assert "it is not known which states it needs" in capsys.readouterr().err
     assert path.exists()
 
 
@@ -390,7 +390,7 @@ def test_links_are_not_followed(root, tmp_path, capsys):
     assert tree(root) == before
     assert (outside / "precious.safetensors").read_text() == "1"
     text = capsys.readouterr().out
-    assert "holds maps/x.safetensors, which is not ours" in text.replace("photos.net.gone.76543210/", "")
+    assert "holds maps/x.safetensors, which attrib did not write" in text.replace("photos.net.gone.76543210/", "")
     assert text.count("kept:") == 4
 
 
@@ -547,7 +547,7 @@ def test_two_names_for_one_file(tmp_path, capsys):
         made.maps.add(uid, "f", {"map": np.ones((2, 2))})
     made.maps.flush()
     assert main("export", tmp_path / "work", tmp_path / "out", "--format", "npy") == 1
-    assert "is the file of" in capsys.readouterr().out
+    assert "is already the file of" in capsys.readouterr().out
     assert len(list((tmp_path / "out").rglob("*.npy"))) == 1
 
 

@@ -1,4 +1,4 @@
-"""Maps and gradients along causal paths, what the sub-networks are worth, and tools/graph.py."""
+"""Maps and gradients along causal paths, what the sub-networks are worth, and attrib graph."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_options(field, value, words):
 
 @pytest.fixture
 def config(tmp_path) -> dict:
-    """A whole configuration, as tools/run.py resolves it."""
+    """A whole configuration, as attrib run resolves it."""
     images = pictures(tmp_path, 2)
     model = yaml.safe_load((ROOT / "tests" / "configs" / "model" / "small_cnn.yaml").read_text())
     folder = {

@@ -156,7 +156,7 @@ def test_fingerprint_changes_with_content_label_and_box(tmp_path):
         ("boxes", "file,x1,y1,x2,y2\na.png,0,0,nan,1\n", "line 2: box 0, 0, nan, 1 is inverted"),
         ("boxes", "file,x1,y1,x2,y2\na.png,0,0,wide,1\n", "line 2: box 0, 0, wide, 1 is not four numbers"),
         ("classes", "label,name\n", r"dataset\.classes: .*has no column wnid"),
-        ("classes", "label,wnid,name\n0,n1,a\n0,n2,b\n", "line 3: class 0 stands there twice"),
+        ("classes", "label,wnid,name\n0,n1,a\n0,n2,b\n", "line 3: class 0 is listed twice"),
         ("classes", "label,wnid,name\n0,n1,a\n1,n1,b\n", "has n1 for two classes"),
         ("classes", "label,wnid,name\nzero,n1,a\n", "line 2: 'zero'"),
     ],
@@ -274,7 +274,7 @@ def test_bad_annotation_costs_one_sample(tmp_path, text, reason):
 
 
 def test_wrong_imagenet_folder_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"prepare_imagenet\.py"):
+    with pytest.raises(UserError, match=r"attrib prepare-imagenet"):
         ImageNet(tmp_path, SMALL)
     root = imagenet(tmp_path, annotations=False)
     assert ImageNet(root, SMALL).batch(["n00000001/v10"]).roi is None
@@ -351,7 +351,7 @@ def test_photos_are_found_in_packages(fake_packages):
         Photos(SMALL, ["alibi"])
     with pytest.raises(UserError, match="torch has no photographs"):
         Photos(SMALL, ["torch"])
-    with pytest.raises(UserError, match=r"dataset\.packages: is empty"):
+    with pytest.raises(UserError, match=r"dataset\.packages is empty"):
         Photos(SMALL, [])
 
 
@@ -404,3 +404,41 @@ def test_every_preset_of_image_files_builds(path, tmp_path, fake_packages):
     assert selection.apply(dataset, lambda uids: {}) == dataset.uids
     for built in (dataset, hydra.utils.instantiate(estimation)):
         assert built.batch(built.uids[:2]).x.shape == (2, 3, 16, 16)
+
+
+# Classes whose names are numbers ----------------------------------------------------------------
+
+
+def digits_by_name(tmp_path: Path, labels: str) -> ImageFolder:
+    """SVHN's order: class 9 is the digit 0."""
+    save(tmp_path / "flat" / "a.png")
+    names = {str(i): str((i + 1) % 10) for i in range(10)}
+    return ImageFolder(
+        str(tmp_path / "flat"),
+        SMALL,
+        labels=write(tmp_path / "labels.csv", f"file,label\na.png,{labels}\n"),
+        classes=write(tmp_path / "classes.json", json.dumps(names)),
+    )
+
+
+@pytest.mark.parametrize("label", ["0", "3", "9"])
+def test_a_label_that_is_one_class_by_name_and_another_by_index_is_refused(tmp_path, label):
+    with pytest.raises(UserError, match=rf"line 2: label '{label}' is the index of one class and the name of another"):
+        digits_by_name(tmp_path, label)
+
+
+def test_a_label_that_is_the_same_class_by_name_and_by_index_is_taken(tmp_path):
+    save(tmp_path / "flat" / "a.png")
+    names = write(tmp_path / "classes.json", json.dumps({str(i): str(i) for i in range(10)}))
+    labels = write(tmp_path / "labels.csv", "file,label\na.png,7\n")
+    assert ImageFolder(str(tmp_path / "flat"), SMALL, labels=labels, classes=names).label("a") == 7
+
+
+def test_a_warning_where_the_order_of_numbered_folders_is_not_that_of_their_numbers(tmp_path, caplog):
+    for name in ("1", "2", "9"):
+        save(tmp_path / "root" / name / "a.png")
+    assert ImageFolder(str(tmp_path / "root"), SMALL).label("9/a") == 2
+    assert not caplog.records
+    save(tmp_path / "root" / "10" / "a.png")
+    assert ImageFolder(str(tmp_path / "root"), SMALL).label("10/a") == 1, "as torchvision has it"
+    assert "alphabetical order (1, 10, 2, ...), not by number" in caplog.text

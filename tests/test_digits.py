@@ -259,7 +259,7 @@ def test_a_source_that_cannot_be_read_costs_one_sample(tmp_path: Path):
         CANVAS, clutter=0, source=lambda split, transform: ImageFolder(str(tmp_path), transform), digit=20
     )
     assert dataset.batch(["0/a/view-00"]).roi.any()
-    for uid, reason in (("0/b/view-00", r"b\.png: empty, damaged"), ("0/c/view-00", r"c\.png: shows nothing")):
+    for uid, reason in (("0/b/view-00", r"b\.png: empty, damaged"), ("0/c/view-00", r"c\.png: no pixel of it")):
         with pytest.raises(SampleError, match=reason):
             dataset.batch([uid])
         assert dataset.fingerprint(uid) == UNREADABLE

@@ -143,7 +143,7 @@ def test_killed_between_writing_and_renaming(job, during, monkeypatch):
     assert left.stat().st_size == 100
     assert job.stored == 2
     job.finishes(4)
-    assert left.exists()  # it may be another process's that lives: tools/cache.py deletes old ones
+    assert left.exists()  # it may be another process's that lives: attrib cache deletes old ones
 
 
 def test_node_down(job, during):

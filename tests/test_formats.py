@@ -134,3 +134,11 @@ def test_tiny_numbers_have_exponents():
     assert formats.with_half(2.2412e-7, 1.92e-7, 2.56e-7) == "2.24e-07 ± 3.2e-08"
     assert formats.rounded(0.0, -1e-9, 1e-9) == "0e+00"
     assert formats.rounded(0.0224, 0.0192, 0.0256) == "0.0224"
+
+
+@pytest.mark.parametrize("words", [(), ("--wide",), ("--ranks",)])
+def test_ehr_is_spelt_out_where_it_is_first_met(root, capsys, words):
+    assert run(root, "--format", "md", *words) == 0
+    assert capsys.readouterr().out.count("effective heat ratio") == 1
+    assert formats.spelt_out(["ehr ↑", "ehr · old"]) == formats.spelt_out(["EHR"]) != ()
+    assert formats.spelt_out(["insertion ↑", "heather"]) == ()

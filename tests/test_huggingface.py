@@ -251,7 +251,7 @@ def test_a_model_without_a_head(folder, caplog):
 
 
 def test_a_trained_checkpoint(folder, tmp_path):
-    """What tools/train.py does: take a model without a head, train, write; later fill the same net with the file."""
+    """What attrib train does: take a model without a head, train, write; later fill the same net with the file."""
     headless(folder)
     trained = hf_classifier(str(folder), num_labels=2)
     with torch.no_grad():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from tiny import pixels, save
 from torchvision import transforms as tv
 
 from attrib.datasets import Box, ImageFolder, ImageTransform
+from attrib.datasets.depth import mark
 from attrib.datasets.images import decode
 from attrib.types import UNREADABLE, SampleError, UserError
 
@@ -190,3 +193,80 @@ def test_resize_none_needs_the_right_size(tmp_path):
         dataset.batch(["wrong"])
     with pytest.raises(SampleError, match=r"float\.tif.*floating"):
         dataset.batch(["float"])
+
+
+# More than 8 bits -------------------------------------------------------------------------------
+
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # each of the 256 levels once
+LEVELS = (RAMP >> 8).astype(np.uint8)
+
+
+def tiff(pixels: np.ndarray, **how) -> io.BytesIO:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, pixels, **{"photometric": "minisblack", **how})
+    stream.seek(0)
+    return stream
+
+
+def twelve_bits() -> io.BytesIO:
+    """A TIFF of two pixels in three bytes, which tifffile does not write without more packages."""
+    high, low = (RAMP >> 4).ravel()[::2].astype(int), (RAMP >> 4).ravel()[1::2].astype(int)
+    data = bytes(b for a, c in zip(high, low) for b in (a >> 4, (a & 15) << 4 | c >> 8, c & 255))
+    tags = {256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return io.BytesIO(
+        struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    )
+
+
+DEEP = {
+    "16": lambda: tiff(RAMP),
+    "16 big-endian": lambda: tiff(RAMP, byteorder=">"),
+    "16 compressed": lambda: tiff(RAMP, byteorder=">", compression="zlib"),
+    "16 white is 0": lambda: tiff(65535 - RAMP, photometric="miniswhite"),
+    "16 signed": lambda: tiff((RAMP >> 1).astype(np.int16)),
+    "16 signed, big-endian": lambda: tiff((RAMP >> 1).astype(np.int16), byteorder=">"),
+    "32": lambda: tiff(RAMP.astype(np.uint32) << 16),
+    "32 signed": lambda: tiff(RAMP.astype(np.int32) << 15),
+    "32 signed, big-endian": lambda: tiff(RAMP.astype(np.int32) << 15, byteorder=">"),
+    "16 in 32": lambda: tiff(RAMP.astype(np.uint32)),
+    "12": twelve_bits,
+    "16 RGB": lambda: tiff(np.stack([RAMP] * 3, -1), photometric="rgb"),
+    "PNG": lambda: png(RAMP),
+    "PGM": lambda: io.BytesIO(b"P5\n16 16\n65535\n" + RAMP.astype(">u2").tobytes()),
+    "PGM of 12 bits": lambda: io.BytesIO(b"P5\n16 16\n4095\n" + (RAMP >> 4).astype(">u2").tobytes()),
+}
+
+
+@pytest.mark.parametrize("form", DEEP)
+def test_of_more_than_eight_bits_the_highest_count(form):
+    assert (np.array(decode(DEEP[form]())) == LEVELS[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "how", "message"),
+    [
+        ((RAMP.astype(int) - 9).astype(np.int16), {}, "pixels down to -"),
+        (RAMP.astype(np.uint32) * 16, {}, "pixels up to 1048560 in 32 bits: neither 16 bits nor the full range"),
+        (RAMP.astype(np.float32), {}, "floating-point"),
+        ((RAMP >> 1).astype(np.int16), {"byteorder": ">", "compression": "zlib"}, "misreads compressed signed"),
+        (
+            np.stack([RAMP] * 3),
+            {"photometric": "rgb", "planarconfig": "separate"},
+            "misreads 16-bit colours",
+        ),
+    ],
+)
+def test_numbers_without_a_range_are_refused(tmp_path, pixels, how, message):
+    (tmp_path / "a.tif").write_bytes(tiff(pixels, **how).getvalue())
+    dataset = ImageFolder(str(tmp_path), SMALL)
+    with pytest.raises(SampleError, match=rf"a\.tif: .*{message}"):
+        dataset.batch(["a"])
+    assert dataset.fingerprint("a") != UNREADABLE
+
+
+def test_only_images_that_were_decoded_wrongly_have_another_fingerprint():
+    unchanged = {"16", "16 big-endian", "16 compressed", "16 RGB", "PNG", "PGM", "PGM of 12 bits"}
+    assert {form for form, make in DEEP.items() if not mark(make().getvalue())} == unchanged
+    assert not mark(tiff(LEVELS).getvalue())
+    assert not mark(b"II*\0 damaged")

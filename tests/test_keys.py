@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib.keys import digest, shard_of, spec, stable_hash, tensor_digest
+from attrib.datasets import Digits, ImageTransform, Photos, Tones, WaveTransform
+from attrib.keys import digest, shard_of, short_name, spec, stable_hash, tensor_digest
 
 
 @dataclass(frozen=True)
@@ -178,3 +179,32 @@ def test_shards_partition_evenly(shards):
     assert sorted(counts) == list(range(shards))
     expected = 20_000 / shards
     assert all(abs(n - expected) < 4.5 * expected**0.5 for n in counts.values())
+
+
+# Datasets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "start"),
+    [
+        (lambda: Photos(ImageTransform()), "e71c38334555a54a52c44965"),
+        (lambda: Digits(ImageTransform(size=8, mean=(0.5,), std=(0.5,))), "8e95b4a6768577d49bd4caee"),
+        (lambda: Tones(WaveTransform(8000, 4096)), "9fab0c726c4e92d345d1e414"),
+    ],
+    ids=["photos", "digits", "tones"],
+)
+def test_keys_of_datasets_are_pinned(dataset, start):
+    assert dataset().key.startswith(start)
+
+
+def test_a_renamed_dataset_keeps_its_key_by_its_old_name():
+    class Renamed(Digits):
+        NAME: ClassVar[str] = "Digits"
+
+    class Inherited(Renamed):
+        pass
+
+    transform = ImageTransform(size=8, mean=(0.5,), std=(0.5,))
+    assert Renamed(transform).key == Digits(transform).key
+    assert short_name(Inherited).endswith("<locals>.Inherited")
+    assert Inherited(transform).key != Digits(transform).key

@@ -310,7 +310,7 @@ def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
         small = ["dataset=tiny", "model=small_cnn"]
         places = [f"dataset.root={tiny_pictures(as_on_the_page, 2)}", f"run.root={as_on_the_page / 'work'}"]
         return [
-            *command.removeprefix("attrib run ").removeprefix("python tools/run.py ").split(),
+            *command.removeprefix("attrib run ").split(),
             *small,
             *places,
             "metric=[]",

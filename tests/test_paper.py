@@ -313,7 +313,7 @@ def cheap(node, at):
 
 
 def nets(folder: Path) -> dict[str, Path]:
-    """Seeded nets where trained ones would be, as tools/train.py writes them."""
+    """Seeded nets where trained ones would be, as attrib train writes them."""
     words = ["<unk>", "<pad>", *"abcdefgh"]
     made = {}
     for name, kind, arguments in (

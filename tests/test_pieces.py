@@ -8,10 +8,12 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from attrib.datasets import HuggingFaceEncoder
+from attrib.keys import digest
 from attrib.types import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -126,15 +128,15 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path, monkeypatch):
     refused(tmp_path / "none", "model.input.path: no such folder: .*none")
     refused("package:no_such_package/model", "pip install no-such-package")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty is no tokenizer's folder")
+    refused(tmp_path / "empty", "empty is not the folder of a tokenizer")
     refused(wordpiece(tmp_path / "pad", pad_token=None), "pad: it has no padding token")
     refused(wordpiece(tmp_path / "unk", unk_token=None), "unk: it has no unknown token")
     refused(wordpiece(tmp_path / "endless", model_max_length=None), "max_length: .*endless does not say how long")
     damaged = Path(wordpiece(tmp_path / "damaged"))
     (damaged / "tokenizer.json").write_text('{"version": "1.0"')
-    refused(damaged, "damaged is no tokenizer's folder")
+    refused(damaged, "damaged is not the folder of a tokenizer")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("nobody/no-such-model-here", "nobody/no-such-model-here is neither a folder here nor to be had by name")
+    refused("nobody/no-such-model-here", "nobody/no-such-model-here is neither a folder nor a model")
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused(tmp_path / "pad", "pip install transformers")
 
@@ -164,3 +166,74 @@ def test_a_shipped_tokenizer_equals_transformers_own_call():
         assert encoded.words == [-1 if w is None else w for w in expected.word_ids()]
     assert (encoder.pad, encoder.size) == (0, 30522)
     assert len(HuggingFaceEncoder(MINILM).encode("good " * 1000).ids) == 512
+
+
+# Tokenizers whose words do not end at white space -----------------------------------------------
+
+
+def pieces(folder: Path, cut: Any = None) -> str:
+    """A sentencepiece-style tokenizer with few merges; ``cut`` is its pre-tokenizer."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    letters = sorted(set("▁abdfilmosw12,\n"))
+    made = ["▁a", "▁b", "ad", "▁bad", "lo", "▁f"]
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<pad>", *letters, *made])}
+    merges = [("▁", "a"), ("▁", "b"), ("a", "d"), ("▁b", "ad"), ("l", "o"), ("▁", "f")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if cut is not None:
+        backend.pre_tokenizer = cut
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", model_max_length=64
+    )
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def words_of(encoder: HuggingFaceEncoder, text: str) -> list[str]:
+    """The pieces of each word, put together."""
+    encoded = encoder.encode(text)
+    assert sorted(set(encoded.words)) == list(range(max(encoded.words) + 1))
+    found = [""] * (max(encoded.words) + 1)
+    for word, token in zip(encoded.words, encoded.tokens, strict=True):
+        found[word] += token.replace("▁", "")
+    return found
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda p: None,
+        lambda p: p.Metaspace(split=False),
+        lambda p: p.Split(" ", "merged_with_previous"),
+        lambda p: p.Sequence([p.Punctuation(), p.Metaspace(split=False)]),
+    ],
+    ids=["none", "metaspace", "split", "punctuation"],
+)
+@pytest.mark.parametrize("text", ["a bad slow film", "  a  bad\nslow   film  ", "a\tbad\u00a0slow film\n"])
+def test_words_end_at_white_space(tmp_path, cut, text):
+    from tokenizers import pre_tokenizers
+
+    encoder = HuggingFaceEncoder(pieces(tmp_path / "x", cut(pre_tokenizers)))
+    encoded = encoder.encode(text)
+    starts = [encoded.words.index(word) for word in range(max(encoded.words) + 1)]
+    assert len(starts) == 4
+    assert starts == sorted(starts)
+    if text == "a bad slow film":
+        assert words_of(encoder, text) == text.split()
+
+
+def test_words_of_the_tokenizer_end_where_they_ended(tmp_path):
+    """White space is added to its own ends of words, and tokenizers that have these keep words and key."""
+    from tokenizers import pre_tokenizers
+
+    digits = HuggingFaceEncoder(pieces(tmp_path / "a", pre_tokenizers.Digits(individual_digits=True)))
+    assert words_of(digits, "a12 bad,1") == ["a", "1", "2", "bad,", "1"]
+    plain = HuggingFaceEncoder(pieces(tmp_path / "b"))
+    assert plain.encode("   ").words == [0] * len(plain.encode("   ").ids)
+    small = wordpiece(tmp_path / "c")
+    backend = transformers.AutoTokenizer.from_pretrained(small)
+    backend.backend_tokenizer.no_padding()
+    backend.backend_tokenizer.enable_truncation(16)
+    as_before = digest("pieces", backend.backend_tokenizer.to_str(), backend.special_tokens_map, 16)
+    assert HuggingFaceEncoder(small).key == as_before

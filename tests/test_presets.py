@@ -74,7 +74,7 @@ def test_every_dataset_is_of_images_texts_or_sounds():
 def test_model(name):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
     node = with_input(composed(f"model={name}", *MODEL.get(name, [])))["model"]
-    if str(node.get("checkpoint")).startswith("workdirs/train/"):  # made by tools/train.py
+    if str(node.get("checkpoint")).startswith("workdirs/train/"):  # made by attrib train
         node |= {"checkpoint": None}
     if not node.get("checkpoint"):
         node |= {field: value for field, value in (("weights", None), ("pretrained", False)) if field in node}

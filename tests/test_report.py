@@ -368,7 +368,7 @@ def test_the_scale_is_a_percentile():
     assert pictures.scale(map).limit == pytest.approx(0.5)
     lonely = np.zeros((100, 100))
     lonely[3, 4] = -3.0
-    assert pictures.scale(lonely) == pictures.Scale(True, 3.0)
+    assert pictures.scale(lonely) == pictures.ColourScale(True, 3.0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, np.nan, np.inf, -np.inf])
@@ -429,7 +429,7 @@ def test_data_uris():
 
 
 def test_plots_survive_any_text():
-    uri = pictures.plot([pictures.Line(np.arange(3.0), "#123456")], x="$\\frac{ \n", y="日本語 <b>")
+    uri = pictures.plot([pictures.PlotLine(np.arange(3.0), "#123456")], x="$\\frac{ \n", y="日本語 <b>")
     svg = base64.b64decode(uri.split(",")[1]).decode()
     assert svg.lstrip().startswith("<?xml")
     assert "<b>" not in svg
@@ -441,6 +441,6 @@ def test_no_state_of_matplotlib_is_touched():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    pictures.plot([pictures.Line(np.arange(3.0), "#123456", np.zeros(3), np.ones(3), dashed=True)])
+    pictures.plot([pictures.PlotLine(np.arange(3.0), "#123456", np.zeros(3), np.ones(3), dashed=True)])
     assert dict(matplotlib.rcParams) == before
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()

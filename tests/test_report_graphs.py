@@ -1,4 +1,4 @@
-"""What tools/graph.py wrote is on the page: pictures within the budget, tables, damaged files by name."""
+"""What attrib graph wrote is on the page: pictures within the budget, tables, damaged files by name."""
 
 import json
 

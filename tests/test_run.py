@@ -12,8 +12,8 @@ from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
 from attrib.results import tables
-from attrib.running.hooks import picture_path
 from attrib.store.cell import Arrays, cells
+from attrib.store.files import picture_path
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
 

@@ -77,7 +77,7 @@ def test_list_takes_uids_and_file_names(tmp_path):
 def test_unknown_entry_names_file_line_and_near_matches(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("ape/0\nbeee/1\n")
-    with pytest.raises(UserError, match=r"list\.txt, line 2: no sample beee/1; there are bee/1"):
+    with pytest.raises(UserError, match=r"list\.txt, line 2: no sample 'beee/1' in the dataset; did you mean 'bee/1'"):
         Selection(list=str(path)).apply(Fake(), unused)
     with pytest.raises(UserError, match="cannot be read"):
         Selection(list=str(tmp_path / "none.txt")).apply(Fake(), unused)

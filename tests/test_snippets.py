@@ -60,9 +60,10 @@ def test_where_the_archive_is_looked_for(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
     command = "pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d data"
-    with pytest.raises(UserError, match=f"dataset.archive: no file data/vader.* or .*env/share/attrib/.*; {command}"):
+    places = "data/vader.* or .*env/share/attrib/.*"
+    with pytest.raises(UserError, match=f"dataset.archive: there is no {places}; get it: {command}"):
         MovieSnippets()
-    with pytest.raises(UserError, match=f"dataset.archive: no file x.tar.gz; {command}"):
+    with pytest.raises(UserError, match=f"dataset.archive: there is no x.tar.gz; get it: {command}"):
         MovieSnippets(archive="x.tar.gz")
     shared = tmp_path / "env" / "share" / "attrib" / snippets.ARCHIVE
     shared.parent.mkdir(parents=True)

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from attrib.results import stats
@@ -55,7 +57,7 @@ def test_interval_of_degenerate_inputs():
     assert (one.n, one.mean) == (1, 3.0)
     assert math.isnan(one.lo)
     assert math.isnan(one.hi)
-    assert stats.interval([2.0] * 5) == stats.Interval(5, 2.0, 2.0, 2.0)
+    assert stats.interval([2.0] * 5) == stats.MeanInterval(5, 2.0, 2.0, 2.0)
     noise = stats.interval([0.3, 0.1 + 0.2])
     assert noise.lo == noise.hi == noise.mean
     two = stats.interval([0.0, 1.0])
@@ -234,3 +236,90 @@ def test_ranks_of_degenerate_inputs():
     assert math.isnan(none.p)
     with pytest.raises(ValueError, match="two methods"):
         stats.ranks([[1.0], [2.0]])
+
+
+# Rounding ----------------------------------------------------------------------------------------
+
+
+def exact_rank_biserial(i: np.ndarray) -> float:
+    """Of whole numbers, which have no rounding."""
+    ranked = scipy_stats.rankdata(np.abs(i))
+    return float((ranked * np.sign(i)).sum() / ranked.sum())
+
+
+def test_equal_differences_share_their_rank():
+    """scipy#17667: of 1/40, 1/20, 1/20, 1/20 the ranks are 1, 3, 3, 3, which float64 subtraction does not see."""
+    found = stats.paired_test([0.5, 0.825, 0.375, 0.5], [0.525, 0.775, 0.325, 0.55])
+    assert found.rank_biserial == pytest.approx((-1 + 3 + 3 - 3) / 10, abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("n", [2, 9, 14, 15, 60, 400])
+@pytest.mark.parametrize("parts", [3, 9, 10, 49])
+def test_shares_of_a_whole_are_compared_as_the_counts_they_are(n, parts, dtype):
+    """Means of zeros and ones, as ROAD gives: k / parts. All that does not depend on the unit is that of the counts."""
+    rng = np.random.default_rng(n * parts)
+    i, j = rng.integers(0, parts + 1, (2, n))
+    shares = [(k.astype(dtype) / dtype(parts)).astype(dtype) for k in (i, j)]
+    found, right = stats.paired_test(*shares), stats.paired_test(i, j)
+    assert (found.p, found.rank_biserial) == (right.p, pytest.approx(exact_rank_biserial(i - j), abs=1e-12))
+    assert found.effect == pytest.approx(right.effect, rel=1e-5)
+    assert found.difference * parts == pytest.approx(right.difference, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_shares_computed_in_two_ways_are_ranked_as_the_counts_they_are(dtype):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 10, (50, 4))
+    ninths = np.stack([[np.full(k, 1 / 9, dtype).sum(dtype=dtype) for k in row] for row in counts])
+    ninths[:, 0] = counts[:, 0] / dtype(9)
+    found, right = stats.ranks(ninths), stats.ranks(counts)
+    assert (ninths != counts / dtype(9)).any()  # there is something to be equalised
+    assert np.array_equal(found.ranks, right.ranks)
+    assert (found.p, found.groups) == (right.p, right.groups)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_paired_test_and_ranks_agree_on_scores_that_are_equal_up_to_rounding(higher):
+    x = np.linspace(0.1, 0.9, 40)
+    y = np.nextafter(x * (1 + 2e-16), 2)
+    assert (stats.paired_test(y, x).p, stats.paired_test(y, x).rank_biserial) == (1.0, 0.0)
+    found = stats.ranks(np.stack([y, x], 1), higher=higher)
+    assert (found.p, found.groups, list(found.ranks)) == (1.0, ("a", "a"), [1.5, 1.5])
+
+
+def test_differences_that_are_all_the_same_have_no_spread():
+    a = np.linspace(0.1, 0.9, 30)
+    found = stats.paired_test(a + 1e-5, a)
+    assert len(set((a + 1e-5) - a)) > 1  # rounding makes them differ
+    assert (found.effect, found.rank_biserial) == (np.inf, 1.0)
+    assert found.lo == found.hi == pytest.approx(1e-5, rel=1e-6)
+
+
+def test_what_is_larger_than_rounding_stays():
+    x = np.random.default_rng(0).normal(size=2000)
+    error = stats.rounding_error(x)
+    assert np.array_equal(stats.equalised(x, error), x)
+    assert error == pytest.approx(1e-12 * np.abs(x))
+    assert stats.rounding_error(x.astype(np.float32).astype(float)) == pytest.approx(1e-6 * np.abs(x), rel=1e-3)
+    # 0 and 1e-300, large and small scores of one column: sizes decide, not the largest of the column.
+    assert stats.paired_test([1e9, 3e-9, 2e-300], [2e9, 1e-9, 1e-300]).rank_biserial == pytest.approx((-3 + 2 + 1) / 6)
+
+
+def test_a_group_of_equal_values_is_no_wider_than_their_error():
+    """However many values lie close together: a chain of neighbours must not make the ends equal."""
+    values = np.arange(10_000) * 0.7
+    equal = stats.equalised(values, np.ones_like(values))
+    assert (values - equal).max() <= 1
+    assert len(np.unique(equal)) == 5000
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=30), st.randoms())
+def test_equalised_does_not_depend_on_the_order(pairs, random):
+    values, error = (np.array(column, float) for column in zip(*pairs))
+    equal = stats.equalised(values, error)
+    order = list(range(len(pairs)))
+    random.shuffle(order)
+    assert np.array_equal(stats.equalised(values[order], error[order]), equal[order])
+    assert ((values >= equal) & (values - equal <= 3)).all()
+    assert set(equal) <= set(values)

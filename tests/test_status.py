@@ -133,7 +133,7 @@ def test_nothing_to_look_at(tmp_path):
     cell(tmp_path / "below")
     with pytest.raises(UserError, match="work directories: below"):
         look(tmp_path)
-    with pytest.raises(UserError, match="is called grad_cam"):
+    with pytest.raises(UserError, match="matches grad_cam"):
         look(tmp_path / "below", "grad_cam")
 
 

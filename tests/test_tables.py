@@ -255,7 +255,7 @@ def test_unreadable_metric_json_keeps_the_numbers(root):
 
 
 def test_empty_and_foreign_directories(tmp_path):
-    with pytest.raises(UserError, match=r"holds no results.*tools/run\.py"):
+    with pytest.raises(UserError, match=r"holds no results.*attrib run"):
         tables.rows(tmp_path)
     with pytest.raises(UserError, match="holds no results"):
         tables.rows(tmp_path / "absent")
@@ -396,3 +396,15 @@ def test_a_hundred_thousand_samples_in_seconds(tmp_path):
     assert len(tests) == 10
     buffer = io.StringIO(formats.to_csv(table))
     assert len(pd.read_csv(buffer)) == 5
+
+
+def test_means_that_are_equal_up_to_rounding_are_both_best(root):
+    frame = tables.rows(root)
+    scored = frame["column"] == "ehr"
+    values = frame.loc[scored & (frame["method"] == METHODS[0]), "value"].to_numpy() + 1
+    for method, numbers in zip(METHODS[:2], (values, np.nextafter(values, 3))):
+        frame.loc[scored & (frame["method"] == method), "value"] = numbers
+    table = tables.summary(frame)
+    best = table.loc[(table["column"] == "ehr") & table["best"], "method"]
+    assert set(best) == set(METHODS[:2])
+    assert table.loc[table["column"] == "ehr", "mean"].nunique() == 3

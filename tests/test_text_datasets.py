@@ -309,3 +309,21 @@ def test_files_of_the_same_name_in_a_folder_for_each_split(tmp_path):
     made = [TextTable("{split}/reviews.csv", ENCODER, root=str(tmp_path), split=split) for split in ("train", "test")]
     assert [d.uids for d in made] == [("train/reviews/000002",), ("test/reviews/000002",)]
     assert TextTable("train/reviews.csv", ENCODER, root=str(tmp_path)).uids == ("reviews/000002",)
+
+
+# Classes whose names are numbers ----------------------------------------------------------------
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+def test_a_number_that_is_a_name_is_read_as_a_name(tmp_path):
+    dataset = table(tmp_path, "text\tlabel\na\t1\nb\t5\nc\t\nd\t2.0\n", classes=STARS)
+    assert [dataset.label(u) for u in dataset.uids] == [0, 4, -1, 1]
+
+
+def test_names_that_are_numbers_and_indices_in_one_column_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"line 4: label '0' .* '1' \(.*line 2\) is the name of class 0"):
+        table(tmp_path, "text\tlabel\na\t1\nb\t4\nc\t0\n", classes=STARS)
+    digits = [str(i) for i in range(3)]
+    same = table(tmp_path, "text\tlabel\na\t1\nb\tlast\nc\t3\n", "s.tsv", classes=[*digits, "last"])
+    assert [same.label(u) for u in same.uids] == [1, 3, 3]

@@ -107,7 +107,7 @@ def test_mistakes_with_models_and_data(run, folder):
     result = run("method=random", "model.checkpoint=workdirs/train/lstm_none/model.safetensors")
     assert result.status == 2
     assert "no such file" in result.err
-    assert "python tools/train.py train=lstm_none" in result.err
+    assert "attrib train train=lstm_none" in result.err
     result = run("method=random", "model=bilstm", f"model.checkpoint={folder / 'net.safetensors'}")
     assert result.status == 2
     assert "holds a DeepLSTM, not a BiLSTM" in result.err

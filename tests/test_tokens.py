@@ -160,8 +160,8 @@ def test_what_is_wrong_with_a_vocabulary_is_said(tmp_path):
         with pytest.raises(UserError, match=match):
             WordEncoder(vocabulary, **fields)
 
-    refused(None, r"not trained yet.*python tools/train.py train=.*model.checkpoint=")
-    refused(str(tmp_path / "m.safetensors"), r"no such file: .*m.safetensors; train .*python tools/train.py train=")
+    refused(None, r"not trained yet.*attrib train train=.*model.checkpoint=")
+    refused(str(tmp_path / "m.safetensors"), r"no such file: .*m.safetensors; train .*attrib train train=")
     refused(checkpoint(tmp_path / "a.safetensors"), r"a.safetensors carries no vocabulary")
     refused(checkpoint(tmp_path / "b.safetensors", vocabulary=[1]), r"b.safetensors carries no vocabulary")
     (tmp_path / "weights.pt").write_bytes(b"x")

@@ -73,7 +73,7 @@ def configured(*arguments: str) -> dict:
 
 @pytest.fixture
 def train(capfd, tmp_path):
-    """What ``tools/train.py ARGS`` does, in this process; everything below tmp_path/work."""
+    """What ``attrib train ARGS`` does, in this process; everything below tmp_path/work."""
 
     def run(*arguments: str, root: str = "work") -> Result:
         capfd.readouterr()

@@ -149,3 +149,25 @@ def test_a_users_own_units(tmp_path):
         again.batch(["a/1"])
     assert again.fingerprint("a/1") == ""
     assert len(again.batch(["b/1"])) == 1
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_superpixels_of_any_number_of_channels_follow_the_image(channels):
+    """Weighed against Lab's 0 .. 100, a compactness of 10 would hide an image of 0 .. 1 in a chessboard."""
+    y, x = np.mgrid[:56, :56]
+    disc = torch.tensor((y - 27.0) ** 2 + (x - 30.0) ** 2 < 17.0**2).double()
+
+    def across(channels: int) -> int:
+        batch = Batch(("a",), disc.expand(1, channels, 56, 56), torch.zeros(1).long())
+        units = Units.superpixels(batch, 50, 10.0)
+        share = units.sum(disc[None]) / units.sum(torch.ones_like(disc)[None])
+        return int(((share > 0.05) & (share < 0.95)).sum())
+
+    assert across(3) == 0
+    assert across(channels) == 0
+
+
+def test_a_gray_image_has_the_superpixels_of_its_copy_in_three_channels():
+    gray = torch.rand(2, 1, 30, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, three = (Batch(("a", "b"), x, torch.zeros(2).long()) for x in (gray, gray.expand(2, 3, 30, 40)))
+    assert torch.equal(Units.superpixels(one, 20, 5.0).of, Units.superpixels(three, 20, 5.0).of)

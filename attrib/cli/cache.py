@@ -67,7 +67,7 @@ def ask(question: str, args: argparse.Namespace) -> bool:
         return False
 
 
-def line(item: cache.Item, root: Path, about: str) -> list[str]:
+def line(item: cache.StoredItem, root: Path, about: str) -> list[str]:
     names = item.path.relative_to(root)
     more = f" (+{len(item.paths) - 1})" if len(item.paths) > 1 else ""
     m = item.measure
@@ -197,7 +197,7 @@ def do_prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def selected(args: argparse.Namespace) -> tuple[list[cache.Item], list[tuple[cache.Item, str]]]:
+def selected(args: argparse.Namespace) -> tuple[list[cache.StoredItem], list[tuple[cache.StoredItem, str]]]:
     doomed, kept = cache.unused(args.root)
     more = cache.superseded(args.root) if args.old_versions else []
     more += [item for pattern in args.scores for item in cache.scores(args.root, pattern)]

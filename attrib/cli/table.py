@@ -108,7 +108,7 @@ def draw_paper(args: argparse.Namespace, kind: str) -> str:
     return write([comparison.drawn(preset, found, args.confidence)], kind, args)
 
 
-def write(drawn: Sequence[formats.Table], kind: str, args: argparse.Namespace) -> str:
+def write(drawn: Sequence[formats.TextTable], kind: str, args: argparse.Namespace) -> str:
     """The tables as one text; "" if they went straight to the terminal."""
     if kind != "terminal":
         return "\n".join(map(formats.to_markdown if kind == "md" else formats.to_latex, drawn))

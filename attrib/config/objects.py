@@ -111,6 +111,8 @@ MEMBERS = {
     ),
     "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "MODALITIES", "roles"),
 }
+# ... and a dataset, to be shown to people: see the protocols Images, Texts and Sounds.
+OF_MODALITY = {"image": ("picture",), "text": ("tokens",), "audio": ("wave", "rate")}
 
 
 def _build_as(part: str, node: Node, where: str) -> Any:
@@ -121,7 +123,8 @@ def _build_as(part: str, node: Node, where: str) -> Any:
             "tells its results from others: write @dataclass(frozen=True) above the class (docs/how-to/add-a-"
             f"{part}.md)"
         )
-    missing = [name for name in MEMBERS[part] if not hasattr(made, name)]
+    wanted = (*MEMBERS[part], *(OF_MODALITY.get(getattr(made, "modality", ""), ()) if part == "dataset" else ()))
+    missing = [name for name in wanted if not hasattr(made, name)]
     if missing:
         raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}")
     if part != "dataset":

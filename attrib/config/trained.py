@@ -34,8 +34,8 @@ def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return config
     if not resolve(str(path)).is_file():
         folder = Path(str(path)).parent
-        ours = folder.parent.name == "train"  # where tools/train.py puts them
-        how = f"; make it with python tools/train.py train={folder.name}" if ours else ""
+        ours = folder.parent.name == "train"  # where attrib train puts them
+        how = f"; make it with attrib train train={folder.name}" if ours else ""
         raise UserError(f"{where}: checkpoint: no such file: {path}{how}")
     about = read_metadata(str(path))
     trained = about.get("arguments", {})

@@ -18,15 +18,15 @@ SPLITS = ("train", "val", "test")
 
 
 def check_split(split: str, known: Sequence[str] = SPLITS) -> None:
-    """Raises UserError for a split that there is not."""
+    """Raises UserError for a split that is not ``known``."""
     if split not in known:
         raise UserError(f"dataset.split must be {', '.join(known[:-1])} or {known[-1]}, not {split!r}")
 
 
 def rows_of(split: str, count: int) -> dict[str, int]:
-    """uid -> row in the training or test file of a set that has these two, of ``count`` rows each.
+    """uid -> row in the set's training or test file, whichever ``split`` is from; it has ``count`` rows.
 
-    Its authors named no validation images. A fixed tenth of the training file is "val", the rest "train".
+    For sets whose authors named no validation images: a fixed tenth of the training file is "val", the rest "train".
     """
     file = "test" if split == "test" else "train"
     rows = {f"{file}/{i:05d}": i for i in range(count)}
@@ -43,7 +43,7 @@ def netpbm(pixels: np.ndarray) -> bytes:
 
 
 class PixelDataset(ImageDataset):
-    """Images of which a subclass gives the pixels. A fingerprint covers size and pixels, beside label and boxes."""
+    """Images whose pixels a subclass provides. The fingerprint covers size and pixels, the label and the boxes."""
 
     @abstractmethod
     def pixels(self, uid: str) -> np.ndarray:
@@ -54,7 +54,7 @@ class PixelDataset(ImageDataset):
 
 
 class ArrayDataset(PixelDataset):
-    """Images and labels that lie in memory.
+    """Images and labels in memory.
 
     rows    uid -> row of ``pixels`` and ``labels``
     pixels  (N, H, W) or (N, H, W, 3) uint8

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from attrib.datasets.files import InFiles, existing_folder, read_rows, uids_of
+from attrib.datasets.files import InFiles, class_folders, existing_folder, read_rows, uids_of
 from attrib.datasets.wav import FASTEST, SLOWEST, Sound, read_wav
-from attrib.keys import digest
+from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 
@@ -84,7 +84,7 @@ class AudioDataset(ABC):
 
     transform   what the network wants; model YAMLs of sounds build it (``model.input``)
     marked      whether samples may have intervals at all (``Batch.roi`` is None otherwise)
-    about       what else decides how a sample comes to be, for the key
+    about       what else determines the samples; it is part of the key
     """
 
     modality = "audio"
@@ -99,13 +99,13 @@ class AudioDataset(ABC):
     ) -> None:
         if not isinstance(transform, WaveTransform):
             raise UserError(
-                "dataset.transform: the chosen model does not say how it wants its sounds (its input is no "
-                "attrib.datasets.WaveTransform); this dataset needs a model of sounds, such as model=tone_cnn"
+                "dataset.transform: the chosen model does not say how it wants its sounds (its input is not "
+                "an attrib.datasets.WaveTransform); this dataset needs a model of sounds, such as model=tone_cnn"
             )
         self.uids = tuple(sorted(uids))
         self.transform = transform
         self.names = dict(names or {})
-        self.key = digest(type(self).__qualname__, transform, about)
+        self.key = digest(short_name(type(self)), transform, about)
         self._marked = marked
         self.fingerprints: dict[str, str] = {}
 
@@ -181,14 +181,15 @@ class WavFolder(InFiles, AudioDataset):
         files = wav_files(self._root)
         if not files:
             raise UserError(f"dataset.root: {self._root} holds no *.wav")
-        folders = sorted(p.name for p in self._root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = class_folders(self._root)
+        classes = {name: i for i, name in folders.items()}
         self._files = uids_of(files)
         self._labels = {
-            uid: folders.index(file.partition("/")[0]) if "/" in file else -1 for uid, file in self._files.items()
+            uid: classes[file.partition("/")[0]] if "/" in file else -1 for uid, file in self._files.items()
         }
         marked = read_intervals(intervals, files) if intervals else {}
         self._intervals = {uid: marked.get(file, ()) for uid, file in self._files.items()}
-        super().__init__(self._files, transform, dict(enumerate(folders)), marked=intervals is not None)
+        super().__init__(self._files, transform, folders, marked=intervals is not None)
 
     def sound(self, uid: str) -> Sound:
         with self._blame(uid):
@@ -232,7 +233,8 @@ def wav_files(root: Path) -> list[str]:
 
 def read_intervals(path: str, files: Sequence[str]) -> dict[str, tuple[Interval, ...]]:
     """file -> intervals, from CSV file,start,end in seconds. Raises UserError for a row that cannot be used."""
-    known, found = set(files), {}
+    known = set(files)
+    found: dict[str, tuple[Interval, ...]] = {}
     for where, row in read_rows(path, ("file", *Interval._fields), "dataset.intervals"):
         file, texts = row["file"], [row[c] for c in Interval._fields]
         if file not in known:
@@ -242,6 +244,6 @@ def read_intervals(path: str, files: Sequence[str]) -> dict[str, tuple[Interval,
         except ValueError:
             raise UserError(f"{where}: {' to '.join(texts)} is not two numbers of seconds") from None
         if not (0 <= interval.start < interval.end < math.inf):
-            raise UserError(f"{where}: {' to '.join(texts)} is no interval; it needs 0 <= start < end")
+            raise UserError(f"{where}: {' to '.join(texts)} is not an interval; it needs 0 <= start < end")
         found[file] = (*found.get(file, ()), interval)
     return found

@@ -32,7 +32,7 @@ def _variable(path: Path, name: str) -> np.ndarray:
 
 
 def _whole(value: Any, where: str) -> int:
-    """A number without fraction; MATLAB keeps such in any type. Raises UserError."""
+    """An integer, which MATLAB may store as any type of number. Raises UserError."""
     if isinstance(value, (int, float, np.integer, np.floating)) and float(value).is_integer():
         return int(value)
     raise UserError(f"{where} is {type(value).__name__}, not a whole number")
@@ -83,7 +83,7 @@ class StanfordCars(InFiles, ImageDataset):
             uid = f"{split}/{PurePosixPath(file).stem}"
             if uid in self._files:
                 raise UserError(f"{where}: a second row for {file}")
-            # Counted from 1, and the last pixel belongs to the box.
+            # The files count pixels from 1, and a box includes its last pixel.
             self._boxes[uid] = parse_box([str(x1 - 1), str(y1 - 1), str(x2), str(y2)], where)
             self._files[uid], self._labels[uid] = file, label - 1
         super().__init__(self._files, transform, dict(enumerate(names)), boxed=True)

@@ -26,7 +26,7 @@ def _read(path: Path, classes: int) -> np.ndarray:
     if content.size != _RECORDS * _BYTES:
         raise UserError(
             f"dataset.root: {path} has {content.size:,} bytes, not {_RECORDS * _BYTES:,}: "
-            "it is cut short, or no file of CIFAR-10's binary version"
+            "it is cut short, or not a file of CIFAR-10's binary version"
         )
     records = content.reshape(_RECORDS, _BYTES)
     labels = records[:, 0]

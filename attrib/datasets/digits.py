@@ -60,7 +60,7 @@ class _Placed(NamedTuple):
 
 
 _GAP = 2  # pixels that stay black around a digit: a fragment that touches it could make a 7 of a 1
-_FAINT = 16  # pixels darker than this no eye sees; without them a digit's box is tight
+_FAINT = 16  # pixels darker than this cannot be seen; without them a digit's box is tight
 
 
 class DigitsCanvas(PixelDataset):
@@ -140,7 +140,7 @@ class DigitsCanvas(PixelDataset):
         return Noise([uid], self._seed).child("canvas")
 
     def _ink(self, uid: str) -> np.ndarray:
-        """(h, w) uint8: an image of the source, resized and cut to what can be seen of it."""
+        """(h, w) uint8: an image of the source, resized and cut to its ink."""
         if uid in self._inks:
             return self._inks[uid]
         image = self._source.image(uid).convert("L").resize((self._digit, self._digit), Image.Resampling.BICUBIC)
@@ -148,7 +148,7 @@ class DigitsCanvas(PixelDataset):
         pixels[pixels < _FAINT] = 0
         rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
         if not len(rows):
-            raise SampleError(f"{self._source.file(uid)}: shows nothing")
+            raise SampleError(f"{self._source.file(uid)}: no pixel of it is bright enough to be seen")
         return self._inks.setdefault(uid, pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
 
     def _placed(self, uid: str, noise: Noise) -> list[_Placed]:

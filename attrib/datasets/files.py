@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import logging
 import math
 import os
 import posixpath
@@ -18,13 +19,16 @@ from typing import Any
 from attrib.datasets.transform import Box
 from attrib.types import UserError
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def imagenet_classes() -> dict[int, tuple[str, str]]:
     """Class index -> WordNet id and name, from the tables that timm ships. Raises UserError."""
     spec = importlib.util.find_spec("timm")
-    tables = Path((spec.submodule_search_locations if spec else [""])[0]) / "data" / "_info"
+    places = (spec.submodule_search_locations if spec else None) or [""]
+    tables = Path(places[0]) / "data" / "_info"
     try:
         wnids = (tables / "imagenet_synsets.txt").read_text(encoding="utf-8").split()
         lines = (tables / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
@@ -46,8 +50,8 @@ def existing_folder(path: str | Path, field: str) -> Path:
 def image_files(root: Path) -> list[str]:
     """Paths of all images below ``root``, relative to it, with "/", sorted; hidden files and folders are skipped.
 
-    Symbolic links are followed, but not into a folder that we are inside already. Raises UserError
-    for a folder that may not be listed.
+    Symbolic links are followed, but not back into a folder that contains them. Raises UserError
+    for a folder that cannot be listed.
     """
 
     # Strings, because a hundred thousand Path objects take seconds.
@@ -77,6 +81,24 @@ def uids_of(files: Sequence[str]) -> dict[str, str]:
     return {f if count[stem] > 1 or stem in known else stem: f for f, stem in zip(files, stems, strict=True)}
 
 
+def class_folders(root: Path) -> dict[int, str]:
+    """Class index -> name of a folder in ``root``: its position in alphabetical order.
+
+    Every visible folder counts, also an empty one, so that a part of the data has the same indices. Numbers are in
+    alphabetical order too, as torchvision has them, so that the folder 10 may be class 2: there is a warning.
+    """
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    numbered = [name for name in folders if name.isdecimal()]
+    if numbered != sorted(numbered, key=int):
+        log.warning(
+            "%s: the folders are classes in alphabetical order (%s, ...), not by number; check that "
+            "this is the network's order",
+            root,
+            ", ".join(folders[:3]),
+        )
+    return dict(enumerate(folders))
+
+
 def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tuple[str, dict[str, str]]]:
     """(where, row) for each row of a CSV with a header; ``where`` names field, file and line.
 
@@ -101,21 +123,23 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
 
 
 class InFiles(ABC):
-    """Datasets that can tell what a fingerprint depends on without reading it, see ``attrib.running.fingerprints``.
+    """Datasets that can say what a fingerprint depends on without reading files, see ``attrib.running.fingerprints``.
 
-    fingerprints   those that this object knows, by uid
-    A subclass that reads other files gives ``sources`` anew; where it does not, every file is read at every start.
+    fingerprints   those known so far, by uid
+
+    Every class must define ``sources`` itself: one that inherits it may read other files than its base class, so all
+    its files are read at every start.
     """
 
     fingerprints: dict[str, str]
 
     @abstractmethod
     def sources(self, uid: str) -> tuple[str, ...]:
-        """Absolute paths of every file whose content matters, also of one that need not be there."""
+        """Absolute paths of all files whose content matters, including those that may be missing."""
 
     @abstractmethod
     def described(self, uid: str) -> tuple[Any, ...]:
-        """What matters besides and does not come from these files, such as the label; ``repr`` must say all of it."""
+        """What else the fingerprint depends on, such as the label; the ``repr`` must show all of it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +173,7 @@ def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]
         if not (label.isdecimal() and isinstance(value, (list, tuple)) and len(value) == 2):
             raise UserError(f"{where}: {label!r}: {value!r} is not a class index with a WordNet id and a name")
         if int(label) in table:
-            raise UserError(f"{where}: class {label} stands there twice")
+            raise UserError(f"{where}: class {label} is listed twice")
         table[int(label)] = (str(value[0]), str(value[1]))
     twice = [wnid for wnid, n in Counter(wnid for wnid, _ in table.values()).items() if n > 1]
     if twice:
@@ -169,7 +193,8 @@ def read_classes(path: str | Path, field: str = "dataset.classes") -> Classes:
 def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None) -> dict[str, int]:
     """file -> class index for all ``files``, from CSV file,label. A label is a number, or a name in ``classes``.
 
-    Raises UserError for a row without its file, a file without its row, and a label outside ``classes``.
+    Raises UserError for a row without its file, a file without its row, a label outside ``classes``, and a number that
+    is the index of one class and the name of another.
     """
     field = "dataset.labels"
     known, labels = set(files), {}
@@ -179,9 +204,15 @@ def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None)
             raise UserError(f"{where}: there is no image {file}")
         if file in labels:
             raise UserError(f"{where}: a second label for {file}")
-        label = int(text) if text.isdecimal() else classes.labels.get(text) if classes else None
+        named = classes.labels.get(text) if classes else None
+        label = int(text) if text.isdecimal() else named
         if label is None:
             raise UserError(f"{where}: label {text!r} is neither a class index nor in dataset.classes")
+        if named not in (None, label):
+            raise UserError(
+                f"{where}: label {text!r} is the index of one class and the name of another, class {named}; give the "
+                "classes names in dataset.classes that are not numbers, and use either these or the indices here"
+            )
         if classes and label not in classes.names:
             raise UserError(f"{where}: label {label} is not one of the {len(classes.names)} in dataset.classes")
         labels[file] = label

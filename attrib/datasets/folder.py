@@ -12,6 +12,7 @@ from PIL import Image
 from attrib.datasets.files import (
     Classes,
     InFiles,
+    class_folders,
     existing_folder,
     image_files,
     read_boxes,
@@ -59,7 +60,9 @@ class ImageFolder(InFiles, ImageDataset):
         if labels:
             by_file = read_labels(labels, files, index)
         else:
-            index = index or _sorted_folders(self._root)
+            if index is None:
+                folders = class_folders(self._root)
+                index = Classes(folders, {name: i for i, name in folders.items()})
             by_file = {file: _class_of_folder(file, index, self._root) for file in files}
         self._files = uids_of(files)
         self._labels = {uid: by_file[file] for uid, file in self._files.items()}
@@ -72,7 +75,7 @@ class ImageFolder(InFiles, ImageDataset):
 
     def sources(self, uid: str) -> tuple[str, ...]:
         image = os.path.join(self._top, self._files[uid])
-        return (image,) if self._unit_root is None else (image, os.path.abspath(self._unit_file(uid)))
+        return (image,) if self._unit_root is None else (image, os.path.abspath(self._unit_file(uid, self._unit_root)))
 
     def described(self, uid: str) -> tuple[Any, ...]:
         return self.label(uid), self.boxes(uid)
@@ -86,7 +89,7 @@ class ImageFolder(InFiles, ImageDataset):
     def units(self, uid: str) -> np.ndarray | None:
         if self._unit_root is None:
             return None
-        file = self._unit_file(uid)
+        file = self._unit_file(uid, self._unit_root)
         try:
             with Image.open(file) as image:
                 found, size = np.asarray(image), image.size
@@ -96,17 +99,11 @@ class ImageFolder(InFiles, ImageDataset):
             raise SampleError(f"{file}: must be gray and of its image's size {self.size(uid)}, not {found.shape[::-1]}")
         return found
 
-    def _unit_file(self, uid: str) -> Path:
-        return (self._unit_root / self._files[uid]).with_suffix(".png")
+    def _unit_file(self, uid: str, root: Path) -> Path:
+        return (root / self._files[uid]).with_suffix(".png")
 
     def file(self, uid: str) -> str:
         return str(self._root / self._files[uid])
-
-
-def _sorted_folders(root: Path) -> Classes:
-    """Every visible folder counts, also one without images, so that a part of the data has the same indices."""
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return Classes(dict(enumerate(folders)), {name: i for i, name in enumerate(folders)})
 
 
 def _class_of_folder(file: str, classes: Classes, root: Path) -> int:

@@ -1,4 +1,4 @@
-"""MNIST and the sets that came after it in the same files."""
+"""MNIST and the sets that have the same file format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An IDX file of unsigned bytes, gzipped if its name ends so (format: <http://yann.lecun.com/exdb/mnist>).
 
     Raises UserError naming the file if it is damaged, cut short or longer than its header says, or if
-    it holds other than bytes in ``dimensions`` dimensions.
+    it holds anything but bytes in ``dimensions`` dimensions.
     """
     begin = 4 + 4 * dimensions
     try:
@@ -63,7 +63,7 @@ class IDX(ArrayDataset):
     """``{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]`` in ``root``, bright on black.
 
     split  "test": the files t10k; "val": a fixed tenth of the files train; "train": the other nine
-    names  class index -> class name: which labels may occur
+    NAMES  class index -> class name, of all labels that may occur
 
     Raises UserError naming the file that is missing, damaged or does not fit the other.
     """

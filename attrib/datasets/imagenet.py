@@ -1,4 +1,4 @@
-"""ImageNet in the folder layout of the InputIBA code (Zhang et al., 2021); ``tools/prepare_imagenet.py`` makes it."""
+"""ImageNet in the folder layout of the InputIBA code (Zhang et al., 2021); ``attrib prepare-imagenet`` makes it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ImageNet(InFiles, ImageDataset):
         top = existing_folder(root, "dataset.root")
         self._images, self._annotations = top / "images" / split, top / "annotations" / split
         if not self._images.is_dir():
-            raise UserError(f"dataset.root: there is no {self._images}; tools/prepare_imagenet.py makes it")
+            raise UserError(f"dataset.root: there is no {self._images}; attrib prepare-imagenet makes it")
         files = image_files(self._images)
         if not files:
             raise UserError(f"dataset.root: {self._images} holds no images")

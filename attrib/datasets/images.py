@@ -13,8 +13,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from attrib.datasets.depth import depth_of, eight_bits, mark
 from attrib.datasets.transform import Box, ImageTransform
-from attrib.keys import digest
+from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError
 
 
@@ -22,18 +23,18 @@ def decode(stream: BinaryIO) -> Image.Image:
     """An RGB image as stored: EXIF orientation and transparency are ignored.
 
     That is ImageNet's convention and torchvision's: boxes refer to the pixels as they are stored,
-    and the colours beneath transparent pixels show. 16-bit images keep their high byte.
+    and the colours beneath transparent pixels show. Of more than 8 bits the highest 8 count, see ``depth``.
 
-    Raises whatever Pillow raises, and ValueError for images of floating-point numbers.
+    Raises whatever Pillow raises, and ValueError for images whose numbers have no fixed range, such as floating-point
+    ones, and for those that Pillow misreads.
     """
-    image = Image.open(stream)
+    image: Image.Image = Image.open(stream)
+    depth = depth_of(image)
     image.load()
     if image.mode == "F":
         raise ValueError("images of floating-point numbers have no fixed range; convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion to RGB would clip at 255.
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if depth is not None:
+        return eight_bits(image, depth).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns if a transparent palette goes to RGB at once
     return image.convert("RGB")
@@ -67,7 +68,7 @@ class ImageDataset(ABC):
         self.uids = tuple(sorted(uids))
         self.transform = transform
         self.names = dict(names or {})
-        self.key = digest(type(self).__qualname__, transform)
+        self.key = digest(short_name(type(self)), transform)
         self._boxed = boxed
         self.fingerprints: dict[str, str] = {}
 
@@ -115,10 +116,11 @@ class ImageDataset(ABC):
         if uid not in self.fingerprints:
             try:
                 with self.open(uid) as stream:
-                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+                    content = stream.read()
                 units = self.units(uid)
                 more = () if units is None else (hashlib.sha256(units.tobytes()).hexdigest(), units.shape)
-                value = digest(content, self.label(uid), self.boxes(uid), *more)[:16]
+                whole = hashlib.sha256(content).hexdigest()
+                value = digest(whole, self.label(uid), self.boxes(uid), *more, *mark(content))[:16]
             except (OSError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
             self.fingerprints[uid] = value
@@ -126,13 +128,13 @@ class ImageDataset(ABC):
 
     def batch(self, uids: Sequence[str]) -> Batch:
         rows = [self._row(uid) for uid in uids]
-        units = [self._units(uid) for uid in uids]
+        units = [found for uid in uids if (found := self._units(uid)) is not None]
         return Batch(
             uids=tuple(uids),
             x=torch.stack([x for x, _ in rows]),
             target=torch.tensor([self.label(uid) for uid in uids], dtype=torch.long),
             roi=torch.stack([mask for _, mask in rows]) if self._boxed else None,
-            units=torch.stack(units) if all(u is not None for u in units) else None,
+            units=torch.stack(units) if len(units) == len(uids) else None,
         )
 
     def _units(self, uid: str) -> Tensor | None:

@@ -69,9 +69,9 @@ def _holds(archive: Path, member: str) -> bool:
 def _photos(packages: Sequence[str]) -> dict[str, _Photo]:
     unknown = sorted(set(packages) - set(PACKAGES))
     if unknown or not packages:
-        wrong = f"{', '.join(unknown)} has no photographs" if unknown else "is empty"
-        raise UserError(f"dataset.packages: {wrong}; choose from {', '.join(PACKAGES)}")
-    with files("attrib.datasets").joinpath("photos.csv").open(newline="", encoding="utf-8") as file:
+        wrong = f": {', '.join(unknown)} has no photographs" if unknown else " is empty"
+        raise UserError(f"dataset.packages{wrong}; choose from {', '.join(PACKAGES)}")
+    with files("attrib.datasets").joinpath("photos.csv").open(encoding="utf-8") as file:
         return {
             row["uid"]: _Photo(
                 int(row["label"]),
@@ -106,7 +106,10 @@ class Photos(ImageDataset):
         if not photo.member:
             return open(photo.path, "rb")
         with tarfile.open(photo.path) as tar:
-            return io.BytesIO(tar.extractfile(photo.member).read())
+            member = tar.extractfile(photo.member)
+            if member is None:
+                raise OSError(f"{photo.member} is no file")
+            return io.BytesIO(member.read())
 
     def label(self, uid: str) -> int:
         return self._photos[uid].label
@@ -120,7 +123,7 @@ class Photos(ImageDataset):
 
 
 class View(NamedTuple):
-    """A part of an image: ``scale`` of its width and height, placed at ``x``, ``y`` of the free room (0 to 1)."""
+    """A part of an image: ``scale`` of its width and height, placed at ``x``, ``y`` of the free space (0 to 1)."""
 
     scale: float
     x: float

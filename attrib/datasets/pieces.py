@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from attrib.metadata import resolve
 from attrib.types import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 _HUGE = 10**9  # transformers writes 1e30 for "no limit known"
@@ -20,7 +22,7 @@ _HUGE = 10**9  # transformers writes 1e30 for "no limit known"
 def _load(path: str) -> PreTrainedTokenizerFast:
     where = "model.input.path"
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError as error:
         raise UserError(f"{where}: Hugging Face tokenizers need transformers: pip install transformers") from error
     place = str(resolve(path))
@@ -30,9 +32,13 @@ def _load(path: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
     except Exception as error:  # OSError without a network, and anything for damaged files
         reason = str(error).strip().partition("\n")[0]
-        what = "is no tokenizer's folder" if Path(place).is_dir() else "is neither a folder here nor to be had by name"
-        raise UserError(f"{where}: {path} {what} ({type(error).__name__}: {reason})") from error
-    if not tokenizer.is_fast:
+        what = (
+            "not the folder of a tokenizer"
+            if Path(place).is_dir()
+            else "neither a folder nor a model that can be loaded"
+        )
+        raise UserError(f"{where}: {path} is {what} ({type(error).__name__}: {reason})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
             f"{where}: {path} has a tokenizer ({type(tokenizer).__name__}) that cannot say which word a piece belongs "
             "to; convert it to a fast one (tokenizer.json)"
@@ -40,11 +46,24 @@ def _load(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _runs_on(backend: Tokenizer) -> bool:
+    """Whether a word of the tokenizer can go on behind white space."""
+    for space in " \n\t":
+        text = f"a{space}b" if backend.normalizer is None else backend.normalizer.normalize_str(f"a{space}b")
+        if backend.pre_tokenizer is None or len(backend.pre_tokenizer.pre_tokenize_str(text)) < 2:
+            return True
+    return False
+
+
 class HuggingFaceEncoder:
     """The fast tokenizer in a folder, in ``package:NAME/inner/path``, or of a model on the Hugging Face hub.
 
     max_length  longest row, special tokens included; None takes what the tokenizer says of its model. A longer text
                 loses its end, so that its last word may lose pieces; the closing special token stays
+
+    Words are the tokenizer's. If it has none that end at white space, as with SentencePiece models such as Llama's and
+    Gemma's, for which a whole text is one word, they end there too. A piece that spans several words belongs to the
+    first of them.
 
     A text without any word becomes one unknown token between the special ones. Special tokens spelt in a text are
     read as text. No code of the model's authors is run.
@@ -70,27 +89,34 @@ class HuggingFaceEncoder:
         self.pad, self.unknown = specials["padding"], specials["unknown"]
         self.mask = self.unknown if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         self.size = len(tokenizer)
-        # The backend itself: calls through transformers set its state each time, which two threads must not.
+        # The backend itself: transformers sets its state at every call, which two threads must not do at once.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_padding()
         self._backend.enable_truncation(min(limits))
-        self.key = digest("pieces", self._backend.to_str(), tokenizer.special_tokens_map, min(limits))
+        self._cut = _runs_on(self._backend)
+        more = ["words end at white space"] if self._cut else []
+        self.key = digest("pieces", self._backend.to_str(), tokenizer.special_tokens_map, min(limits), *more)
         self._backend.encode_special_tokens = False
         self._empty = self._encoded(self._backend.encode(tokenizer.unk_token), "")
         self._backend.encode_special_tokens = True  # "[PAD]" in a text is text
 
-    @staticmethod
-    def _encoded(encoding: Encoding, text: str) -> Encoded:
+    def _encoded(self, encoding: Encoding, text: str) -> Encoded:
         found = Encoded(list(encoding.ids), [], [])
-        numbers: dict[int, int] = {}  # the backend's numbers may have gaps
+        numbers: dict[tuple[int, int], int] = {}  # the backend's numbers may have gaps
+        ends = [run.end() for run in re.finditer(r"\S+", text)] if self._cut else []
         before = None
         for word, token, span, special in zip(
             encoding.word_ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask
         ):
-            inside = not special and word is not None
-            found.words.append(numbers.setdefault(word, len(numbers)) if inside else -1)
+            if special or word is None:
+                found.words.append(-1)
+            else:
+                # White space belongs to what follows it, at the end of a text to what stands before it.
+                run = min(bisect_right(ends, span[0]), max(len(ends) - 1, 0))
+                found.words.append(numbers.setdefault((word, run), len(numbers)))
             # Several byte pieces of one character have the same span: it is shown once.
-            found.tokens.append(text[slice(*span)].strip() or token if inside and span != before else token)
+            shown = text[slice(*span)].strip() if found.words[-1] >= 0 and span != before else ""
+            found.tokens.append(shown or token)
             before = span
         return found
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from attrib.datasets.files import existing_folder, image_files, imagenet_classes, parse_box, read_class_table, read_rows
@@ -149,8 +150,9 @@ def find_sources(
     if annotations is not None:
         xmls = {p.stem: p for p in sorted(existing_folder(annotations, "--annotations").rglob("*.xml"))}
     boxes: dict[str, tuple[Box, ...]] = {}
+    by_stem: Callable[[str], str] | None = None
     if labels is None:
-        by_stem = None
+        pass
     elif labels.suffix.lower() == ".csv":
         solution = read_solution(labels)
         boxes = {stem: b for stem, (_, b) in solution.items()}
@@ -279,8 +281,8 @@ class Target:
             temporary.unlink(missing_ok=True)
 
 
-def _earlier(root: Path, force: bool) -> dict | None:
-    """The plan of an earlier run, None if there was none. Raises UserError for a folder of other origin."""
+def _earlier(root: Path, force: bool) -> dict[str, Any] | None:
+    """The plan of an earlier run, None if there was none. Raises UserError for a folder that this tool did not make."""
     file = root / _PLAN
     if not file.exists():
         if (root / "images").exists() and not force:
@@ -318,7 +320,7 @@ def prepare(
     if unknown:
         raise UserError(f"--classes: {', '.join(sorted(unknown)[:5])} not in the class index")
 
-    plan = {"seed": seed, **{split: [s.place for s in chosen] for split, chosen in sets.items()}}
+    plan: dict[str, Any] = {"seed": seed, **{split: [s.place for s in chosen] for split, chosen in sets.items()}}
     old = _earlier(root, force)
     if old is not None and old != plan and not force:
         raise UserError(
@@ -326,8 +328,8 @@ def prepare(
             f"{len(old['estimation'])} estimation); choose another folder, or --force to replace them"
         )
     target = Target(root, link)
-    for split in SPLITS if old is not None else ():
-        for place in sorted(set(old[split]) - set(plan[split])):
+    for split in SPLITS:
+        for place in sorted(set(old[split]) - set(plan[split])) if old is not None else ():
             target.remove(f"images/{split}/{place}")
             target.remove(f"annotations/{split}/{Path(place).with_suffix('.xml')}")
     if old != plan:

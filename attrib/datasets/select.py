@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from attrib.datasets.protocols import Dataset
 from attrib.keys import stable_hash
-from attrib.types import SampleError, UserError
-
-if TYPE_CHECKING:
-    from attrib.datasets import Dataset
+from attrib.types import SampleError, UserError, did_you_mean
 
 Confidence = Callable[[Sequence[str]], Mapping[str, float]]
 
@@ -22,7 +19,8 @@ class Selection:
     """Rules, applied in the order list, max_box_area, min_confidence, count; None leaves a rule out.
 
     list            text file: a uid or relative file name per line; blank lines are skipped
-    max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box go
+    max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box are
+                    left out
     min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6)
     count           the ``count`` samples with the smallest hash of (seed, uid), which mixes the classes
 
@@ -52,16 +50,19 @@ class Selection:
 
         Raises UserError if the list names an unknown sample, or if nothing is left, saying which rule removed what.
         """
-        left, removed = dataset.uids, []
+        left: Sequence[str] = dataset.uids
+        removed: list[str] = []
 
-        def keep(rule: str, uids: Sequence[str]) -> tuple[str, ...]:
+        def keep(rule: str, uids: Collection[str]) -> tuple[str, ...]:
             removed.append(f"{rule} removed {len(left) - len(uids)}")
             return tuple(sorted(uids))
 
         if self.list is not None:
-            left = keep(f"select.list={self.list}", self._listed(dataset.uids))
+            left = keep(f"select.list={self.list}", _listed(self.list, dataset.uids))
         if self.max_box_area is not None:
-            left = keep(f"select.max_box_area={self.max_box_area}", [u for u in left if self._small(dataset, u)])
+            left = keep(
+                f"select.max_box_area={self.max_box_area}", [u for u in left if _small(dataset, u, self.max_box_area)]
+            )
         if self.min_confidence is not None and left:
             known = confidence(left)
             sure = [u for u in left if u not in known or known[u] >= self.min_confidence]
@@ -73,27 +74,31 @@ class Selection:
         ranked = sorted(left, key=lambda uid: (stable_hash(f"{self.seed}/{uid}"), uid))
         return tuple(sorted(ranked[: self.count]))
 
-    def _small(self, dataset: Dataset, uid: str) -> bool:
-        try:
-            area = dataset.box_area(uid)
-        except SampleError:
-            return True
-        return area is not None and area < self.max_box_area
 
-    def _listed(self, uids: Sequence[str]) -> set[str]:
-        path, known = Path(self.list).expanduser(), set(uids)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"select.list: {path} cannot be read: {error}") from error
-        found = set()
-        for number, line in enumerate(lines, 1):
-            entry = line.strip()
-            if not entry:
-                continue
-            uid = entry if entry in known else str(PurePosixPath(entry).with_suffix(""))
-            if uid not in known:
-                near = difflib.get_close_matches(uid, uids, n=3) or uids[:3]
-                raise UserError(f"select.list: {path}, line {number}: no sample {entry}; there are {', '.join(near)}")
-            found.add(uid)
-        return found
+def _small(dataset: Dataset, uid: str, limit: float) -> bool:
+    """Whether the sample's boxes cover less than the fraction ``limit`` of it, or cannot be read."""
+    try:
+        area = dataset.box_area(uid)
+    except SampleError:
+        return True
+    return area is not None and area < limit
+
+
+def _listed(file: str, uids: Sequence[str]) -> set[str]:
+    """The uids that a list file names. Raises UserError naming the line of an unknown sample."""
+    path, known = Path(file).expanduser(), set(uids)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"select.list: {path} cannot be read: {error}") from error
+    found = set()
+    for number, line in enumerate(lines, 1):
+        entry = line.strip()
+        if not entry:
+            continue
+        uid = entry if entry in known else str(PurePosixPath(entry).with_suffix(""))
+        if uid not in known:
+            hint = did_you_mean(uid, uids) or "".join(f"; a uid looks like {uid!r}" for uid in uids[:1])
+            raise UserError(f"select.list: {path}, line {number}: no sample {entry!r} in the dataset{hint}")
+        found.add(uid)
+    return found

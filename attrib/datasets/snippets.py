@@ -38,7 +38,7 @@ def find_archive(archive: str | None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"dataset.archive: no file {' or '.join(map(str, places))}; {COMMAND}")
+    raise UserError(f"dataset.archive: there is no {' or '.join(map(str, places))}; get it: {COMMAND}")
 
 
 def _member(stream: BinaryIO, name: str) -> bytes:
@@ -49,8 +49,9 @@ def _member(stream: BinaryIO, name: str) -> bytes:
             total += member.size
             if total > LIMIT:
                 raise ValueError(f"it unpacks to more than {LIMIT >> 20} MiB")
-            if member.name == name and member.isreg():
-                return tar.extractfile(member).read()
+            found = tar.extractfile(member) if member.name == name and member.isreg() else None
+            if found is not None:
+                return found.read()
     raise ValueError(f"there is no {name} in it")
 
 

@@ -6,7 +6,7 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,9 @@ def _read(path: Path, field: str) -> bytes:
 def _records(content: str, separator: str, quoting: bool, where: str) -> Iterator[tuple[int, list[str]]]:
     """(line in which it begins, fields) of each record that is not blank."""
     if not quoting:  # a record is a line, whatever characters are in it
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                yield number, line.removesuffix("\r").split(separator)
+        for number, text in enumerate(content.split("\n"), 1):
+            if text.strip():
+                yield number, text.removesuffix("\r").split(separator)
         return
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
     line = 1
@@ -58,7 +58,8 @@ class TextTable(TextDataset):
 
     path       .csv or .tsv, also .gz; below ``root`` if that is given; ``{split}`` in it stands for ``split``
     text       name of the column with the text
-    label      column with a class index, or a name in ``classes``; empty and -1 are unknown. None: there are no labels
+    label      column with names in ``classes``, or with class indices: what is a name is never read as an index.
+               Empty and -1 are unknown. None: there are no labels
     id         column that names the samples; None takes the line in which the record begins, so that a line put in
                between renames all that follow
     separator  None: comma for .csv, tab for .tsv
@@ -124,11 +125,14 @@ class TextTable(TextDataset):
                 what = "no column" if column not in header else "more than one column"
                 raise UserError(f"dataset.{field}: {self._file} has {what} {column!r}; it has {', '.join(header)}")
         self._rows: dict[str, _Row] = {}
+        labels: dict[str, str] = {}  # as written -> where first
         for line, fields in records:
             at, name = f"{where}, line {line}", f"{line:06d}"
             if len(fields) == len(header):
                 record = dict(zip(header, fields))
-                row = _Row(record[text], -1 if label is None else _class(record[label].strip(), names, at))
+                written = "" if label is None else record[label].strip()
+                row = _Row(record[text], _class(written, names, at))
+                labels.setdefault(written, at)
                 name = name if id is None else _name(record[id].strip(), at)
             else:
                 row = _Row("", -1, f"{at}: {len(fields)} fields instead of {len(header)}")
@@ -138,6 +142,7 @@ class TextTable(TextDataset):
             self._rows[uid] = row
         if not self._rows:
             raise UserError(f"{where} has no rows")
+        _check_mixture(labels, names)
         super().__init__(self._rows, encoder, dict(enumerate(names)))
 
     def text(self, uid: str) -> str:
@@ -150,18 +155,39 @@ class TextTable(TextDataset):
         return self._rows[uid].label
 
 
+def _plain(text: str, names: Sequence[str]) -> str:
+    """Without the .0 that pandas writes behind whole numbers in a column with gaps."""
+    return text if text in names else text.removesuffix(".0")
+
+
 def _class(text: str, names: Sequence[str], where: str) -> int:
+    text = _plain(text, names)
     if text in names:
         return names.index(text)
     if text in ("", "-1"):
         return -1
-    text = text.removesuffix(".0")  # how pandas writes whole numbers in a column with gaps
     if not text.isdecimal():
         known = f"; dataset.classes has {', '.join(names)}" if names else "; give the names as dataset.classes"
         raise UserError(f"{where}: label {text!r} is neither a class index nor a known name{known}")
     if names and int(text) >= len(names):
         raise UserError(f"{where}: label {text} is not one of the {len(names)} in dataset.classes")
     return int(text)
+
+
+def _check_mixture(labels: Mapping[str, str], names: Sequence[str]) -> None:
+    """Where numbers are names, a column must not hold indices too: nobody could tell which of them "1" is.
+
+    ``labels`` as they are written, and where. Raises UserError.
+    """
+    numbers = {plain: where for text, where in labels.items() if (plain := _plain(text, names)).isdecimal()}
+    shifted = [text for text in numbers if text in names and names.index(text) != int(text)]
+    for text, where in numbers.items():
+        if shifted and text not in names:
+            raise UserError(
+                f"{where}: label {text!r} is a class index and no name in dataset.classes, but {shifted[0]!r} "
+                f"({numbers[shifted[0]]}) is the name of class {names.index(shifted[0])}; give the classes names that "
+                "are not numbers, or write names only"
+            )
 
 
 def _name(text: str, where: str) -> str:

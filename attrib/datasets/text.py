@@ -13,14 +13,14 @@ import torch
 from attrib.datasets.audio import WaveTransform
 from attrib.datasets.files import existing_folder
 from attrib.datasets.tokens import Encoded, Encoder
-from attrib.keys import digest
+from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 SENTIMENT = {0: "negative", 1: "positive"}
 
 
 def check_encoding(encoding: str) -> None:
-    """Raises UserError for a name that is no text encoding of Python's."""
+    """Raises UserError for a name that is not one of Python's text encodings."""
     try:
         "a".encode(encoding)
     except (LookupError, ValueError) as error:
@@ -43,7 +43,7 @@ class TextDataset(ABC):
     """Texts by name. A subclass says what a sample's text and label are.
 
     names  class index -> class name, where known
-    about  what else decides how a sample comes to be (a split), for the key
+    about  what else determines the samples, such as the split; it is part of the key
 
     Without an encoder the texts and labels can be read, as training does to build a vocabulary, but no batches.
     """
@@ -55,7 +55,7 @@ class TextDataset(ABC):
     ) -> None:
         if isinstance(encoder, Mapping | WaveTransform):
             raise UserError(
-                "dataset.encoder: the chosen model does not say how texts become ids (its input is no encoder); "
+                "dataset.encoder: the chosen model does not say how texts become ids (its input is not an encoder); "
                 "this dataset needs a text model"
             )
         self.uids = tuple(sorted(uids))
@@ -74,7 +74,7 @@ class TextDataset(ABC):
 
     @property
     def key(self) -> str:
-        return digest(type(self).__qualname__, self._about, self.encoder.key if self.encoder else None)
+        return digest(short_name(type(self)), self._about, self.encoder.key if self.encoder else None)
 
     def with_encoder(self, encoder: Encoder) -> Self:
         """The same samples for another network."""
@@ -87,7 +87,7 @@ class TextDataset(ABC):
 
     def _need(self) -> Encoder:
         if self.encoder is None:
-            raise UserError("dataset.encoder: without one, texts have no ids; a text model brings it (model.input)")
+            raise UserError("dataset.encoder: without one, texts have no ids; text models have one (model.input)")
         return self.encoder
 
     def tokens(self, uid: str) -> tuple[str, ...]:

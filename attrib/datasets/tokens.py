@@ -93,7 +93,7 @@ def read_vocabulary(path: str) -> list[str]:
     """
     where, file = "model.input.vocabulary", resolve(path)
     if not file.is_file():
-        raise UserError(f"{where}: no such file: {file}; train the network first: python tools/train.py train=...")
+        raise UserError(f"{where}: no such file: {file}; train the network first: attrib train train=...")
     if file.suffix == ".txt":
         try:
             lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would also split at rarer characters
@@ -103,7 +103,7 @@ def read_vocabulary(path: str) -> list[str]:
     tokens = read_metadata(path).get("vocabulary")
     if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
         raise UserError(
-            f"{where}: {file} carries no vocabulary; tools/train.py writes checkpoints with one, "
+            f"{where}: {file} carries no vocabulary; attrib train writes checkpoints with one, "
             "else give a .txt file with a token in each line"
         )
     return tokens
@@ -131,7 +131,7 @@ class WordEncoder:
         if vocabulary is None:
             raise UserError(
                 f"{where}: this network is not trained yet, so it has no vocabulary; run "
-                "python tools/train.py train=... and give its file: model.checkpoint=..."
+                "attrib train train=... and give its file: model.checkpoint=..."
             )
         if max_length is not None and max_length < 1:
             raise UserError(f"model.input.max_length must be at least 1, not {max_length}")

@@ -52,6 +52,15 @@ def _clicks(t: np.ndarray, pitch: float) -> np.ndarray:
     return _sine(pitch * t) * np.exp(-(t % 0.0125) / 0.001)  # 80 a second
 
 
+def _steady(t: np.ndarray, pitch: float) -> np.ndarray:
+    return _sine(pitch * t)
+
+
+def _played(noise: np.ndarray) -> _Event:
+    """A burst of noise, which has no pitch."""
+    return lambda t, pitch: noise[: len(t)]
+
+
 EVENTS: Mapping[str, _Event] = {
     "rising": _rising,
     "falling": _falling,
@@ -122,9 +131,7 @@ class Tones(AudioDataset):
         event[start:end] = _shaped(list(EVENTS.values())[self.label(uid)], end - start, drawn[0][2])
         for i, (slot, (long, where, pitch, kind)) in enumerate(zip(slots[1:], drawn[1:], strict=True)):
             left, right = self._place(slot, long, where)
-            steady = kind < 0.5
-            made = (lambda t, f: _sine(f * t)) if steady else (lambda t, _, i=i: burst[i, : len(t)])
-            distractors[left:right] = _shaped(made, right - left, pitch)
+            distractors[left:right] = _shaped(_steady if kind < 0.5 else _played(burst[i]), right - left, pitch)
         return Parts(event, distractors, hiss, start, end)
 
     def _place(self, slot: int, long: float, where: float) -> tuple[int, int]:
@@ -151,5 +158,5 @@ def _shaped(make: _Event, size: int, pitch: float) -> np.ndarray:
 
 
 def _sixteen_bits(wave: np.ndarray) -> np.ndarray:
-    """As a WAV file would hold it, which no rounding of a sine, other on another machine, changes."""
+    """Rounded as in a WAV file, so that sines that differ in their last bits between machines make the same clip."""
     return np.rint(np.clip(wave, -1, 1) * 32767) / 32768

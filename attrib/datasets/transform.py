@@ -42,9 +42,9 @@ def _pixels(low: float, high: float, count: int) -> slice:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resize, crop at the centre, scale to 0..1 and normalise; boxes take the same way.
+    """Resize, crop at the centre, scale to 0..1 and normalise; boxes are moved along.
 
-    size           of the network's input: one number, or (height, width)
+    size           of the network's input: one number, or (height, width); afterwards always the pair
     mean, std      per channel; one channel makes the image grayscale
     resize         "squash": to ``size``, whatever the aspect ratio; "crop": the shorter side to ``resize_size``,
                    then the centre; "none": images must have ``size`` already
@@ -85,19 +85,25 @@ class ImageTransform:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
+    @property
+    def _size(self) -> tuple[int, int]:
+        assert isinstance(self.size, tuple)  # __post_init__ makes it one
+        return self.size
+
     def _geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Width and height after resizing, then left and top of the crop; rounded as torchvision does."""
-        out_h, out_w = self.size
+        out_h, out_w = self._size
         if self.resize == "squash":
             return out_w, out_h, 0, 0
         if self.resize == "none":
-            if (height, width) != self.size:
+            if (height, width) != (out_h, out_w):
                 raise ValueError(
                     f'is {height}x{width} pixels (height x width), not {out_h}x{out_w}, with resize="none"'
                 )
             return width, height, 0, 0
-        longer = int(self.resize_size * max(width, height) / min(width, height))
-        new_w, new_h = (self.resize_size, longer) if width <= height else (longer, self.resize_size)
+        assert self.resize_size is not None  # __post_init__ fills it in for resize="crop"
+        shorter, longer = self.resize_size, int(self.resize_size * max(width, height) / min(width, height))
+        new_w, new_h = (shorter, longer) if width <= height else (longer, shorter)
         return new_w, new_h, round((new_w - out_w) / 2.0), round((new_h - out_h) / 2.0)
 
     def picture(self, image: Image.Image) -> Image.Image:
@@ -109,13 +115,13 @@ class ImageTransform:
         image = image.convert("L") if len(self.mean) == 1 else image
         if image.size != (width, height):
             image = image.resize((width, height), _INTERPOLATION[self.interpolation])
-        out_h, out_w = self.size
+        out_h, out_w = self._size
         return image.crop((left, top, left + out_w, top + out_h))
 
     def tensor(self, image: Image.Image) -> Tensor:
         """(C, H, W) float32, normalised. Raises like ``picture``."""
         pixels = torch.from_numpy(np.array(self.picture(image)))
-        x = pixels.reshape(*self.size, len(self.mean)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+        x = pixels.reshape(*self._size, len(self.mean)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
         mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
@@ -126,7 +132,7 @@ class ImageTransform:
         """
         width, height, left, top = self._geometry(*labels.shape[::-1])
         image = Image.fromarray(labels.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST)
-        out_h, out_w = self.size
+        out_h, out_w = self._size
         cut = np.asarray(image)[top : top + out_h, left : left + out_w]
         known = np.unique(cut[cut > 0])
         return torch.from_numpy(np.where(cut > 0, np.searchsorted(known, cut), -1)).long()
@@ -139,7 +145,7 @@ class ImageTransform:
         """
         width, height, left, top = self._geometry(*size)
         sx, sy = width / size[0], height / size[1]
-        out_h, out_w = self.size
+        out_h, out_w = self._size
         mask = torch.zeros(out_h, out_w, dtype=torch.bool)
         for box in boxes:
             moved = Box(box.x1 * sx - left, box.y1 * sy - top, box.x2 * sx - left, box.y2 * sy - top)

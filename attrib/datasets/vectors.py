@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +104,7 @@ def _text_rows(file: Path, position: dict[str, int]) -> dict[int, np.ndarray]:
     return rows
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, list[bytes]]]:
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, list[bytes]]]:
     """Fields of each line; only spaces and tabs divide them, since a word may hold any other character."""
     for number, line in enumerate(stream, 1):
         fields = line.rstrip(b" \t\r\n").replace(b"\t", b" ").split(b" ")

@@ -1,7 +1,7 @@
 """WAV files: uncompressed sound of 8, 16, 24 or 32 bits, or of floating-point numbers.
 
 A reader of our own, because Python's ``wave`` refuses the extensible headers that most 24-bit files have
-before 3.12, and scipy's tells of chunks that it does not know by a process-wide warning.
+before 3.12, and scipy's raises a process-wide warning about chunks that it does not know.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of maps: colours, overlays on the input, small line plots. For the report and the PNG hook.
+"""Pictures of maps: colours, overlays on the input, small line plots. For the report, exports and ``run.png``.
 
 Matplotlib is used through its objects alone: no pyplot, no backend, no process-wide settings. It is imported where
 something is drawn, because most runs draw nothing.
@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#e
 
 
 @dataclass(frozen=True)
-class Scale:
+class ColourScale:
     """How numbers become colours: -limit .. limit for signed maps, 0 .. limit otherwise."""
 
     signed: bool
@@ -43,21 +44,21 @@ def is_signed(map: np.ndarray) -> bool:
     return bool(finite.size and finite.min() < -1e-6 * max(np.abs(finite).max(), 1e-30))
 
 
-def scale(map: np.ndarray, signed: bool | None = None) -> Scale:
+def scale(map: np.ndarray, signed: bool | None = None) -> ColourScale:
     """Symmetric limits for signed maps, by the 99th percentile of \\|map\\|. ``signed=None`` looks at the map."""
     magnitude = np.abs(np.asarray(map, dtype=np.float64)[np.isfinite(map)])
     limit = float(np.percentile(magnitude, PERCENTILE)) if magnitude.size else 0.0
     limit = limit or (float(magnitude.max()) if magnitude.size else 0.0)  # almost everything is 0
-    return Scale(is_signed(map) if signed is None else signed, limit)
+    return ColourScale(is_signed(map) if signed is None else signed, limit)
 
 
-def _unit(map: np.ndarray, scale: Scale) -> np.ndarray:
+def _unit(map: np.ndarray, scale: ColourScale) -> np.ndarray:
     """``map`` / limit, cut to -1 .. 1 or 0 .. 1; NaN and a map of zeros become 0."""
     values = np.nan_to_num(np.asarray(map, dtype=np.float64), nan=0.0, posinf=scale.limit, neginf=-scale.limit)
     return np.clip(values / (scale.limit or 1.0), -1.0 if scale.signed else 0.0, 1.0)
 
 
-def _colour(unit: np.ndarray, scale: Scale) -> np.ndarray:
+def _colour(unit: np.ndarray, scale: ColourScale) -> np.ndarray:
     """Values in -1 .. 1 or 0 .. 1, any shape -> (..., 3) in 0 .. 1."""
     from matplotlib import colormaps
 
@@ -149,7 +150,7 @@ def words(
     real = np.ones(len(map), dtype=bool) if numbers is None else np.asarray(numbers) >= 0
     found = scale(np.asarray(map)[real], signed)
     # Not the dark end that positive maps of images start from: most of a text is near 0.
-    white_to_red = Scale(True, found.limit)
+    white_to_red = ColourScale(True, found.limit)
     grounds = _bytes(_colour(np.where(real, 0.85 * _unit(map, white_to_red), 0.0), white_to_red))
     dark = grounds @ np.array([0.299, 0.587, 0.114]) < 110
     return [
@@ -158,9 +159,18 @@ def words(
     ]
 
 
+def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
+    """A text with coloured words as a page of its own."""
+    spans = (
+        f'<span style="background:{word.ground};color:{word.ink};padding:1px 3px">{escape(word.text)}</span>'
+        for word in words(tokens, map)
+    )
+    return f"<!doctype html><meta charset=utf-8><title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
+
+
 def coloured(unit: np.ndarray, signed: bool) -> np.ndarray:
     """Values in -1 .. 1 (signed) or 0 .. 1, of any shape -> (..., 3) uint8."""
-    return _bytes(_colour(unit, Scale(signed, 1.0)))
+    return _bytes(_colour(unit, ColourScale(signed, 1.0)))
 
 
 def legend(signed: bool) -> np.ndarray:
@@ -188,7 +198,7 @@ def data_uri(picture: np.ndarray, *, photo: bool = False, longest: int = 256) ->
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One line of a plot: ``y`` (S,) over equal steps of x, optionally a band ``lo``, ``hi`` (S,)."""
 
     y: np.ndarray
@@ -200,7 +210,7 @@ class Line:
 
 
 def plot(
-    lines: Sequence[Line],
+    lines: Sequence[PlotLine],
     *,
     size: tuple[float, float] = (4.4, 2.8),
     x: str = "",
@@ -221,8 +231,8 @@ def plot(
         steps = np.linspace(0, 1, len(line.y)) if unit_x else np.arange(len(line.y))
         if line.lo is not None and line.hi is not None:
             axes.fill_between(steps, line.lo, line.hi, color=line.colour, alpha=0.18, linewidth=0)
-        style = {"linewidth": line.width, "linestyle": "--" if line.dashed else "-"}
-        axes.plot(steps, line.y, color=line.colour, solid_capstyle="round", **style)
+        dashes = "--" if line.dashed else "-"
+        axes.plot(steps, line.y, color=line.colour, linewidth=line.width, linestyle=dashes, solid_capstyle="round")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=8)

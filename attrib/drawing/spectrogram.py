@@ -1,4 +1,4 @@
-"""Pictures of sounds: a spectrogram, and below it what a map says of each moment."""
+"""Pictures of sounds: a spectrogram, and below it the map's values over time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ def draw(
 
     Above, grey, the spectrogram, low pitches at the bottom. Below, a bar for each column of pixels: up in the
     colours of positive values the mean of ``map`` (L,) over its moments, counting positive values only, and down
-    that of the negative ones. A sample's gradient changes its sign with every swing of the wave, so that their
-    mean would be nothing. Without a map the strip shows the wave itself. ``roi`` (L,) bool is outlined.
+    that of the negative ones. The gradient of a sound changes its sign with every swing of the wave, so that a
+    mean over both signs would be close to 0. Without a map the strip shows the wave itself. ``roi`` (L,) bool is
+    outlined.
 
     Raises ValueError for other shapes.
     """
     wave = np.asarray(wave, dtype=np.float64)
+    if wave.ndim != 1:
+        raise ValueError(f"a sound is (L,), not of shape {wave.shape}")
     for name, array in (("map", map), ("roi", roi)):
-        if wave.ndim != 1 or (array is not None and np.shape(array) != wave.shape):
+        if array is not None and np.shape(array) != wave.shape:
             raise ValueError(f"a {name} of shape {np.shape(array)} does not fit a sound of shape {wave.shape}")
     height, width = size
     above = np.repeat(_bytes(spectrogram(wave, rate, (height - STRIP - GAP, width)))[..., None], 3, axis=2)

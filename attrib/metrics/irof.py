@@ -49,7 +49,7 @@ class IROF(Metric):
     """
 
     NAME: ClassVar[str] = "attrib.metrics.irof.IROF"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 1 cut grey images into a chessboard that ignored them
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"irof": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {

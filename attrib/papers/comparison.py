@@ -19,7 +19,7 @@ import pandas as pd
 
 from attrib import keys
 from attrib.config.objects import build, completed
-from attrib.papers.presets import FULL, Entry, Preset, configuration
+from attrib.papers.presets import FULL, Preset, TableEntry, configuration
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
 from attrib.types import UserError
@@ -31,23 +31,23 @@ _NONE = dict.fromkeys(_SUMMARY[:3], 0) | dict.fromkeys(_SUMMARY[3:], math.nan) |
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a job computes, as far as a stored cell can be recognised by it."""
+class WantedCell:
+    """What one of a preset's jobs computes: all by which its stored cell can be recognised."""
 
     config: Mapping[str, Any]
     method: Any  # as keys.spec gives it
     maps: tuple[str, ...]
     metrics: Mapping[str, Any]  # name -> as keys.spec gives it; None for what the method itself scores
     columns: Mapping[str, tuple[str, ...]]
-    why: str = ""  # it cannot be computed now
+    why: str = ""  # why it cannot be computed now
 
 
 def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.DataFrame:
     """One row per entry: ours (as in ``tables.summary``), published, difference, verdict and the command.
 
     ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
-    UNREAD where nobody has read the published value yet; else PASS if the difference is within the tolerance,
-    or FAIL. ``why`` says more of MISSING. Raises UserError for a preset that reads what its runs do not have.
+    UNREAD where the published value has not been read in the paper yet; else PASS if the difference is within the
+    tolerance, or FAIL. ``why`` explains MISSING. Raises UserError for a preset that reads what its runs do not have.
     """
     held = [_Held.of(cell) for cell in cells(Path(root))]
     wanted = {job: _wanted(preset, job) for job in preset.jobs}
@@ -65,7 +65,7 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
     return pd.DataFrame(lines)
 
 
-def _line(entry: Entry, ours: Mapping[str, Any], what: Wanted) -> dict[str, Any]:
+def _line(entry: TableEntry, ours: Mapping[str, Any], what: WantedCell) -> dict[str, Any]:
     published, mean = entry.published, ours["mean"]
     difference = mean - published.value if published else math.nan
     missing = ours["pending"] > 0 or math.isnan(mean)
@@ -99,7 +99,7 @@ def _command(arguments: Sequence[str]) -> str:
 # Recognising ---------------------------------------------------------------------------------------------
 
 
-def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
+def _wanted(preset: Preset, job: Sequence[str]) -> WantedCell:
     composition, where = configuration(preset, job), f"configs/paper/{preset.name}.yaml"
     config: Mapping[str, Any] = composition.values
     why = ""
@@ -110,7 +110,7 @@ def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
     method = build({k: v for k, v in config["method"].items() if k not in ("name", "modalities")}, f"{where}: method")
     metrics = {name: build(node, f"{where}: {name}") for name, node in (config.get("metric") or {}).items() if node}
     own = dict.fromkeys(method.COLUMNS)
-    return Wanted(
+    return WantedCell(
         config=config,
         method=keys.spec(method),
         maps=tuple(method.MAPS),
@@ -120,8 +120,8 @@ def _wanted(preset: Preset, job: Sequence[str]) -> Wanted:
     )
 
 
-def _map(preset: Preset, entry: Entry, what: Wanted) -> str:
-    """The map that an entry is about. Raises UserError if that is not clear, or its score is not computed."""
+def _map(preset: Preset, entry: TableEntry, what: WantedCell) -> str:
+    """The map whose score an entry shows. Raises UserError if that is not clear, or the score is not computed."""
     where = f"configs/paper/{preset.name}.yaml: {entry.row}, {entry.column}"
     if entry.score not in what.columns.get(entry.metric, ()):
         known = [f"{metric}.{column}" for metric, columns in what.columns.items() for column in columns]
@@ -133,7 +133,7 @@ def _map(preset: Preset, entry: Entry, what: Wanted) -> str:
 
 @dataclass(frozen=True)
 class _Held:
-    """A stored cell and what its runs say it is."""
+    """A stored cell, its spec and the configurations of its runs."""
 
     cell: Cell
     spec: Mapping[str, Any]
@@ -146,7 +146,7 @@ class _Held:
         return cls(cell, spec, [spec["config"], *runs])
 
     def scores(self, name: str, metric: Any) -> str | None:
-        """The folder of a metric's scores."""
+        """The folder of a metric's scores; None if there is none."""
         for folder in self.cell.metrics():
             about = _json(self.cell.folder / "scores" / folder / "metric.json")
             if folder.rpartition(".")[0] == name and (metric is None or about.get("spec") == _plain(metric)):
@@ -154,13 +154,13 @@ class _Held:
         return None
 
 
-def _newest(held: Sequence[_Held], what: Wanted) -> _Held | None:
-    """The cell of a job; of several (the weights or the data were others) the newest."""
+def _newest(held: Sequence[_Held], what: WantedCell) -> _Held | None:
+    """The cell of a job; the newest if there are several, of earlier weights or data."""
     alike = [item for item in held if _same(item, what)]
     return max(alike, key=lambda item: (item.cell.folder / "spec.json").stat().st_mtime, default=None)
 
 
-def _same(item: _Held, what: Wanted) -> bool:
+def _same(item: _Held, what: WantedCell) -> bool:
     if item.spec["method"] != _plain(what.method) or item.spec["seed"] != what.config.get("seed", 0):
         return False
     wanted = _identity(what.config, item.spec)
@@ -168,7 +168,7 @@ def _same(item: _Held, what: Wanted) -> bool:
 
 
 def _identity(config: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
-    """What is computed beside the method: data, net, and the layers that the method reads. Names are labels."""
+    """What identifies a cell beside its method: data, net, and the layers that the method reads; names do not."""
     unread = {"name"} if spec["state_key"] else {"name", "estimation"}
     dataset = {k: v for k, v in (config.get("dataset") or {}).items() if k not in unread}
     model = {k: v for k, v in (config.get("model") or {}).items() if k not in ("name", "layers")}
@@ -207,7 +207,7 @@ def _numbers(root: Path, found: Sequence[Cell], confidence: float) -> tuple[dict
 # Laying out ----------------------------------------------------------------------------------------------
 
 
-def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> formats.Table:
+def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> formats.TextTable:
     """The table for people: ours ± half the interval, published, difference, verdict, costs; below, what is missing."""
     device, several = formats.devices(found["device"])
     header = ["method", "score", "n", "ours", "published", "difference", "tolerance", "verdict", *formats.COSTS]
@@ -237,6 +237,7 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         f"{preset.source}. {', '.join(words)}. ours: mean ± half width of its {formats.percent(confidence)} interval."
     ]
     notes += [preset.note] if preset.note else []
+    notes += formats.spelt_out(found["column"])
     if preset.size == FULL and found["published"].isna().any():
         notes.append(f"A published value of – has not been read in the paper yet: configs/paper/{preset.name}.yaml.")
     if preset.size != FULL:
@@ -254,4 +255,4 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         notes.append(f"The first command computes all that is missing, the others ({shown}) one run each:")
         code = [_command(preset.all_arguments), *code[:MOST]]
     title = formats.title(preset.title, device)
-    return formats.Table(title, header, body, frozenset(bold), 2, notes, code)
+    return formats.TextTable(title, header, body, frozenset(bold), 2, notes, code)

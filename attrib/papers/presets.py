@@ -2,7 +2,7 @@
 
 ``configs/paper/NAME.yaml`` says rows × columns. A row adds Hydra overrides (a method) and names the map that is
 judged; a column adds overrides (a model) and names the score that is read. So every entry is one command line of
-``tools/run.py``. Knows Hydra, like ``config``; ``paper_table`` finds the entries in a work directory.
+``attrib run``. :mod:`attrib.papers.comparison` finds the entries in a work directory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Pairs = Mapping[str, Override]  # parsed overrides by what they set
 
 @dataclass(frozen=True)
 class Published:
-    """A number that somebody read in the paper. ``source``: table and page, or the address of a page that has it."""
+    """A number read in the paper. ``source``: table and page, or the address of a page that shows it."""
 
     value: float
     tolerance: float
@@ -37,8 +37,8 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row or a column. ``reads`` is the map of a row ("": the method's only one), the METRIC.COLUMN of a column."""
+class GridLine:
+    """A row or a column. ``reads``: of a row its map ("": the method's only one), of a column METRIC.COLUMN."""
 
     label: str
     overrides: Pairs
@@ -47,7 +47,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One number of the table, and the overrides of the run that computes it."""
 
     row: str
@@ -67,7 +67,7 @@ class Preset:
     title: str
     source: str
     note: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TableEntry, ...]
     changed: tuple[str, ...] = ()
     how: tuple[str, ...] = ()  # overrides of run.*
     folder: Path | None = None  # Hydra's --config-dir
@@ -89,7 +89,7 @@ class Preset:
 
     @property
     def all_arguments(self) -> list[str]:
-        """For tools/run.py: what computes all jobs."""
+        """For ``attrib run``: what computes all jobs."""
         size = [] if self.size == FULL else [f"paper.size={self.size}"]
         return ["-m", *self.arguments([*size, *self.changed])]
 
@@ -105,10 +105,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     """
     where = f"configs/paper/{name}.yaml"
     given = parse_overrides(overrides)
-    node = compose_node("run", [f"paper={name}", *(o for o in overrides if o.startswith("paper."))], folder).get(
-        "paper"
-    )
-    node = OmegaConf.to_container(node) if isinstance(node, DictConfig) else {}
+    node = _node(name, overrides, folder)
     if not node.get("rows") or not node.get("columns") or not node.get("title"):
         raise UserError(f"{where} is not a table: it needs paper.title, paper.rows and paper.columns")
     if unknown := sorted(node.keys() - set(FIELDS)):
@@ -120,7 +117,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     what = {key: o for key, o in given.items() if key.split(".")[0].lstrip("+~") not in HOW}
     rows = _chosen([_row(where, label, line, node) for label, line in node["rows"].items()], what, where)
     columns = _chosen([_column(where, label, line) for label, line in node["columns"].items()], what, where)
-    forced = {**(parse_overrides(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
+    forced: Pairs = {**(parse_overrides(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
     for column in columns:
         forced = _open(forced, column)
     entries = []
@@ -131,16 +128,24 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
                 full = {**pairs, **column.overrides, **{key: pairs[key] for key in mine}}
                 metric, _, score = column.reads.partition(".")
                 value = None if tiny else row.published.get(column.label)
-                entries.append(Entry(label, column.label, row.reads, metric, score, _written(full), value))
+                entries.append(TableEntry(label, column.label, row.reads, metric, score, _written(full), value))
     source = ", ".join(str(node[name]) for name in ("source", "place") if node.get(name))
-    changed = tuple(o.input_line for o in what.values())
-    how = tuple(o.input_line for key, o in given.items() if key not in what and not key.startswith("paper"))
+    changed = tuple(_line(o) for o in what.values())
+    how = tuple(_line(o) for key, o in given.items() if key not in what and not key.startswith("paper"))
     note = " ".join(str(node.get("note") or "").split())
     size = TINY if tiny else FULL
     return Preset(name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size)
 
 
-def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> Line:
+def _node(name: str, overrides: Sequence[str], folder: Path | None) -> dict[str, Any]:
+    """``paper`` of the composed configuration as plain values; empty if there is none."""
+    chosen = [f"paper={name}", *(o for o in overrides if o.startswith("paper."))]
+    node = compose_node("run", chosen, folder).get("paper")
+    plain = OmegaConf.to_container(node) if isinstance(node, DictConfig) else None
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> GridLine:
     at = f"{where}: rows: {label}"
     line = _fields(at, {"with": line} if isinstance(line, str) else line, ("with", "map", "published"))
     published = _fields(f"{at}: published", line.get("published") or {}, tuple(node["columns"]))
@@ -148,10 +153,10 @@ def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> Line:
     overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(values.values()) and any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a row of several values cannot have one published value; write a row for each")
-    return Line(label, overrides, line.get("map") or "", values)
+    return GridLine(label, overrides, line.get("map") or "", values)
 
 
-def _column(where: str, label: str, line: Any) -> Line:
+def _column(where: str, label: str, line: Any) -> GridLine:
     at = f"{where}: columns: {label}"
     line = _fields(at, {"score": line} if isinstance(line, str) else line, ("score", "with"))
     if str(line.get("score")).count(".") != 1:
@@ -159,7 +164,7 @@ def _column(where: str, label: str, line: Any) -> Line:
     overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a column has one value; write a column for each")
-    return Line(label, overrides, line["score"])
+    return GridLine(label, overrides, line["score"])
 
 
 def _fields(at: str, given: Any, known: Sequence[str]) -> Mapping[str, Any]:
@@ -171,7 +176,7 @@ def _fields(at: str, given: Any, known: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _published(at: str, value: Any, node: Mapping[str, Any]) -> Published | None:
-    """null, a number, or {value, tolerance, source}; tolerance and source are else those of the table."""
+    """From null, a number, or {value, tolerance, source}; tolerance and source default to those of the table."""
     given = _fields(at, value if isinstance(value, Mapping) else {"value": value}, ("value", "tolerance", "source"))
     if given.get("value") is None:
         return None
@@ -193,8 +198,8 @@ def _values(override: Override) -> list[str]:
     return [override.get_value_element_as_str()]
 
 
-def _chosen(lines: Sequence[Line], given: Pairs, where: str) -> list[Line]:
-    """Without those that set something else than the command line says. Raises UserError if none is left."""
+def _chosen(lines: Sequence[GridLine], given: Pairs, where: str) -> list[GridLine]:
+    """The lines that agree with what the command line sets. Raises UserError if none does."""
     kept = list(lines)
     for key, override in given.items():
         setting = {line.label: line.overrides[key] for line in kept if key in line.overrides}
@@ -206,13 +211,13 @@ def _chosen(lines: Sequence[Line], given: Pairs, where: str) -> list[Line]:
     return kept
 
 
-def _open(forced: Pairs, line: Line) -> Pairs:
-    """Without the sweeps that only chose this row or column: it says itself which of the values it has."""
+def _open(forced: Pairs, line: GridLine) -> Pairs:
+    """``forced`` without sweeps over what this row or column sets: they only chose it, and it has one of the values."""
     own = {key for key, o in line.overrides.items() if not o.is_sweep_override()}
     return {key: o for key, o in forced.items() if not (key in own and o.is_sweep_override())}
 
 
-def _swept(row: Line, forced: Pairs) -> Iterator[tuple[str, dict[str, Override]]]:
+def _swept(row: GridLine, forced: Pairs) -> Iterator[tuple[str, dict[str, Override]]]:
     """(label, overrides) for each value that the row or the command line sweeps over; {} in the label is the value."""
     pairs = {**row.overrides, **forced}
     named = [key for key, o in pairs.items() if o.is_sweep_override() or _is_sweep(row.overrides.get(key))]
@@ -227,9 +232,15 @@ def _is_sweep(override: Override | None) -> bool:
     return override is not None and override.is_sweep_override()
 
 
+def _line(override: Override) -> str:
+    """The override as it stands on the command line; Hydra notes that of everything it parses."""
+    assert override.input_line is not None
+    return override.input_line
+
+
 def _written(pairs: Pairs) -> tuple[str, ...]:
     """In the order in which people write them: parts (model=vgg16) before their fields."""
-    return tuple(o.input_line for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))
+    return tuple(_line(o) for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))
 
 
 def configuration(preset: Preset, job: Sequence[str]) -> Composition:

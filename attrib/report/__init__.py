@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a work directory: what won, by how much, what the maps look like.
+"""One self-contained HTML page from a work directory: which method is best, by how much, and what the maps look like.
 
 Every text that comes from data or files (uids, class names, reasons, labels) is escaped by the template;
 pictures are data: URIs, plots are SVG images, so nothing on the page can run or load anything.
@@ -22,13 +22,13 @@ from attrib.drawing import pictures
 from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
-from attrib.report.headline import Entry, Verdict
+from attrib.report.headline import HeadlineScore, Leader
 from attrib.report.ranks import Diagram
 from attrib.report.trees import Hierarchy
 from attrib.results import formats, labels, tables
 from attrib.store.files import write_atomic
 
-IMAGE_BYTES = 11_000_000  # of all galleries together; a page beyond 15 MB is no pleasure to open
+IMAGE_BYTES = 11_000_000  # of all galleries together, so that the page stays below 15 MB
 
 
 def write(root: Path | str, out: Path | str, *, samples: int = 12, confidence: float = 0.95, command: str = "") -> Path:
@@ -65,6 +65,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
                 device=wide.device,
                 columns=list(zip(wide.columns, wide.counts)),
                 costs=wide.costs,
+                notes=formats.spelt_out(wide.columns),
                 lines=headline.lines(wide, styles),
                 unscored=wide.unscored,
                 verdicts=headline.verdicts(summary, wide, mine, confidence),
@@ -110,7 +111,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
     )
 
 
-def _rank_table(table: pd.DataFrame, confidence: float) -> formats.Table | None:
+def _rank_table(table: pd.DataFrame, confidence: float) -> formats.TextTable | None:
     """Of three methods or more; of two, the paired test says all."""
     return formats.rank_tables(table, confidence)[0] if table["contender"].nunique() > 2 else None
 
@@ -124,11 +125,12 @@ class Block:
     device: str
     columns: Sequence[tuple[str, str]]
     costs: Sequence[str]
-    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[Entry | None]]]
+    notes: Sequence[str]
+    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[HeadlineScore | None]]]
     unscored: Mapping[str, str]
-    verdicts: Sequence[Verdict]
-    pairs: formats.Table | None
-    ranks: formats.Table | None
+    verdicts: Sequence[Leader]
+    pairs: formats.TextTable | None
+    ranks: formats.TextTable | None
     diagrams: Sequence[Diagram]
     curves: Sequence[Curve]
     gallery: Gallery | None

@@ -42,22 +42,22 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Check:
+class SanityCheck:
     """Everything about the randomised copies of one net, in one order."""
 
     title: str
     about: str
     plots: Sequence[Plot]
     verdicts: Sequence[tuple[Style, SanityVerdict]]
-    tables: Sequence[formats.Table]
+    tables: Sequence[formats.TextTable]
     columns: Sequence[str]  # of the strips
     strips: Sequence[tuple[str, Sequence[Strip]]]  # by sample
 
 
 def checks(
     cells: Sequence[labels.Labelled], frame: pd.DataFrame, styles: Mapping[str, Style], confidence: float = 0.95
-) -> list[Check]:
-    """One per dataset, net, mode and seed of the new weights. ``frame`` is that of ``tables.rows``."""
+) -> list[SanityCheck]:
+    """One per dataset, net, mode and seed of the new weights. ``frame``: from ``tables.rows``."""
     table = sanity.summary(cells, frame, confidence)
     styles = dict(styles)
     for contender in table["contender"].unique():
@@ -67,7 +67,7 @@ def checks(
         own = set(part["cell"])
         pairs = [pair for pair in sanity.pairs(cells) if pair.variant.cell.folder.name in own]
         found.append(
-            Check(
+            SanityCheck(
                 title=_title(place),
                 about=_about(part),
                 plots=[_plot(group, str(column), styles) for column, group in part.groupby("column", sort=False)],
@@ -79,8 +79,8 @@ def checks(
     return found
 
 
-def tables(root: Path | str, confidence: float = 0.95) -> list[formats.Table]:
-    """The same as tables for a terminal. Raises UserError if no maps have been compared."""
+def tables(root: Path | str, confidence: float = 0.95) -> list[formats.TextTable]:
+    """The same numbers as tables, for a terminal. Raises UserError if no maps have been compared."""
     table = sanity.summary(labels.labelled(root), views.rows(root), confidence)
     if table.empty:
         raise UserError(f"{root} holds no maps of randomised nets to compare; see docs/how-to/check-sanity.md")
@@ -102,7 +102,7 @@ def _variants(part: pd.DataFrame) -> list[tuple[int, str]]:
     return list(dict.fromkeys(part[["place", "layer"]].sort_values("place").itertuples(index=False, name=None)))
 
 
-def _tables(part: pd.DataFrame) -> list[formats.Table]:
+def _tables(part: pd.DataFrame) -> list[formats.TextTable]:
     """Layers x contenders, one table per measure; the verdicts below the first."""
     place = tuple(part[name].iloc[0] for name in sanity.PLACE)
     contenders, found = list(dict.fromkeys(part["contender"])), []
@@ -118,7 +118,7 @@ def _tables(part: pd.DataFrame) -> list[formats.Table]:
         most = group[["failed", "pending"]].max()
         more = [f"{most[name]} {name}" for name in ("failed", "pending") if most[name]]
         body_notes = [*notes, *([f"Samples that are in no mean, at most: {', '.join(more)}."] if more else [])]
-        found.append(formats.Table(title, ["layers", "down to", *contenders], body, left=2, notes=body_notes))
+        found.append(formats.TextTable(title, ["layers", "down to", *contenders], body, left=2, notes=body_notes))
         notes = []
     return found
 
@@ -147,7 +147,7 @@ def _plot(part: pd.DataFrame, column: str, styles: Mapping[str, Style]) -> Plot:
             np.array([1.0] * cascade + [rows[v][name] if v in rows else np.nan for v in variants])
             for name in ("mean", "lo", "hi")
         )
-        drawn.append(pictures.Line(mean, look.colour, lo, hi, dashed=look.dashed))
+        drawn.append(pictures.PlotLine(mean, look.colour, lo, hi, dashed=look.dashed))
         lines.append((str(contender), look, _counts(group)))
     about = MEASURES[column.split(" ")[0]]
     image = pictures.plot(

@@ -13,11 +13,11 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 
 from attrib.drawing import pictures
-from attrib.results.labels import Labelled, Scores
+from attrib.results.labels import Labelled, ScoreFolder
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
 
-MOST_CURVES = 2_000  # samples whose curves are read, per method: a band does not get better by more
+MOST_CURVES = 2_000  # samples whose curves are read, per method: more would not change the band visibly
 MOST_LOSSES = 24
 
 
@@ -43,7 +43,7 @@ class Curve:
 
 
 def _read(arrays: Arrays, wanted: Iterable[Key], name: str) -> tuple[list[np.ndarray], int]:
-    """The array ``name`` of every stored sample that has it, opening each chunk once; and how many are damaged."""
+    """(the array ``name`` of every wanted sample that has it, how many are damaged). Each chunk is opened once."""
     index = arrays.index()
     by_file: dict[Path, list[Any]] = {}
     for key in wanted:
@@ -75,7 +75,7 @@ def _aligned(values: Sequence[np.ndarray]) -> np.ndarray:
 def means(
     cells: Sequence[Labelled],
     frame: pd.DataFrame,
-    scores: Mapping[str, Sequence[Scores]],
+    scores: Mapping[str, Sequence[ScoreFolder]],
     styles: Mapping[str, Style],
 ) -> list[Curve]:
     """Mean curve of every method with a band of 1.96 standard errors, one plot per metric and curve."""
@@ -119,7 +119,7 @@ def _mean_plot(lines: Sequence[tuple[str, np.ndarray]], about: str, styles: Mapp
         if len(values) > 1:
             band = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
         lo, hi = (None, None) if band is None else (mean - band, mean + band)
-        drawn.append(pictures.Line(mean, style.colour, lo, hi, dashed=style.dashed))
+        drawn.append(pictures.PlotLine(mean, style.colour, lo, hi, dashed=style.dashed))
     x, y = _axes(about)
     return pictures.plot(drawn, x=x, y=y)
 
@@ -131,7 +131,7 @@ def _axes(about: str) -> tuple[str, str]:
 
 
 def losses(cells: Sequence[Labelled], frame: pd.DataFrame, styles: Mapping[str, Style]) -> list[Curve]:
-    """The extras ``loss*`` and ``error_*`` (S,) of some samples: one thin line a sample, their mean on top."""
+    """The extras ``loss*`` and ``error_*`` (S,) of some samples: a thin line per sample, a thick one for the mean."""
     found = []
     for item in cells:
         index = item.maps()
@@ -143,9 +143,9 @@ def losses(cells: Sequence[Labelled], frame: pd.DataFrame, styles: Mapping[str, 
             values = [v for v in values if v.ndim == 1 and len(v) > 1]
             if not values:
                 continue
-            lines = [pictures.Line(v, style.colour, width=0.5) for v in values]
+            lines = [pictures.PlotLine(v, style.colour, width=0.5) for v in values]
             if len({len(v) for v in values}) == 1:
-                lines.append(pictures.Line(np.mean(values, axis=0), style.colour, width=2.2))
+                lines.append(pictures.PlotLine(np.mean(values, axis=0), style.colour, width=2.2))
             x, y = (
                 ("equal steps, from 10 draws to all", "relative standard error")
                 if name.startswith("error_")

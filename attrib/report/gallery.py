@@ -21,7 +21,7 @@ LONGEST = 224  # pixels of a thumbnail's longer side
 
 @dataclass(frozen=True)
 class Tile:
-    """One map of one sample: a picture, of a sound below its spectrogram, coloured words, or why there is none."""
+    """One map of one sample: a picture (of a sound: below its spectrogram), coloured words, or why there is none."""
 
     image: str = ""
     words: Sequence[pictures.Word] = ()
@@ -56,7 +56,7 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     """Samples × maps. Rows stop where the pictures would exceed ``budget`` bytes."""
     stores = list(dict.fromkeys(c.spec["pictures"] for c in cells))
     inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
-    keys_of = [_current(c, frame) for c in cells]
+    keys_of = [current_keys(c, frame) for c in cells]
     current = {key for known in keys_of for key in known.values()}
     pictured = list(dict.fromkeys(key[0] for store in inputs for key in store.index() if key in current))
     stored = list(dict.fromkeys(uid for known in keys_of for uid in known))
@@ -66,15 +66,16 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
 
     columns = []  # (cell, its keys, map, contender, about, signed)
     for item, known in zip(cells, keys_of):
-        shown = [u for u in uids[:samples] if u in known]
+        having = [u for u in uids[:samples] if u in known]
         for name, about in item.spec["maps"].items():
-            maps = [m for u in shown if (m := _array(item.cell.maps, known[u], name)) is not None]
+            maps = [m for u in having if (m := stored_array(item.cell.maps, known[u], name)) is not None]
             if maps:
                 several = len(item.spec["maps"]) > 1
                 label = f"{item.method} · {name}" if several else item.method
                 columns.append((item, known, name, label, about, any(map(pictures.is_signed, maps))))
 
-    shown, used = [], 0
+    shown: list[Sample] = []
+    used = 0
     for uid in uids[:samples]:
         sample = _sample(uid, inputs, columns, frame[frame["uid"] == uid])
         used += len(sample.image) + sum(len(tile.image) for tile in sample.tiles)
@@ -92,33 +93,33 @@ def _is_sound(item: Labelled) -> bool:
     return item.spec.get("modality") == "audio"
 
 
-def _current(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
-    """uid -> where its map lies: under the fingerprint that the tables use, else the last one stored."""
+def current_keys(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
+    """uid -> key of its map: under the fingerprint that the tables use, else the one that was stored last."""
     index = item.maps()
     known = {uid: (uid, fingerprint) for uid, fingerprint in index}
     rows = frame.loc[frame["cell"] == item.cell.folder.name, ["uid", "fingerprint"]].drop_duplicates()
     return known | {u: (u, f) for u, f in rows.itertuples(index=False, name=None) if (u, f) in index}
 
 
-def _array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
+def stored_array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
     try:
         return arrays.read(key, [name])[name]
     except (KeyError, OSError, SafetensorError):
         return None
 
 
-# Image, wave or words; region; what is known of it.
+# What is kept of an input: image, wave or word numbers; region of interest; names, tokens and the like.
 _Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]
-_NO_INPUT: _Input = (None, None, {})
+NO_INPUT: _Input = (None, None, {})
 
 
-def _input(stores: Sequence[Arrays], key: Key) -> _Input:
-    """The kept picture of exactly this content."""
+def kept_input(stores: Sequence[Arrays], key: Key) -> _Input:
+    """What is kept of the input with this uid and fingerprint."""
     store = next((store for store in stores if key in store.index()), None)
     return (
-        _NO_INPUT
+        NO_INPUT
         if store is None
-        else (_array(store, key, _content(store, key)), _array(store, key, "roi"), store.index()[key].info)
+        else (stored_array(store, key, _content(store, key)), stored_array(store, key, "roi"), store.index()[key].info)
     )
 
 
@@ -129,8 +130,8 @@ def _content(store: Arrays, key: Key) -> str:
 
 def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
     keys = dict.fromkeys(known[uid] for _, known, *_ in columns if uid in known)
-    inputs_of = {key: _input(inputs, key) for key in keys}  # more than one where cells are about other data
-    image, roi, info = next((found for found in inputs_of.values() if found is not _NO_INPUT), _NO_INPUT)
+    inputs_of = {key: kept_input(inputs, key) for key in keys}  # more than one where cells are about other data
+    image, roi, info = next((found for found in inputs_of.values() if found is not NO_INPUT), NO_INPUT)
     tiles = []
     for item, known, name, _, _, signed in columns:
         mine = frame[(frame["cell"] == item.cell.folder.name) & frame["map"].isin([name, ""])]
@@ -138,7 +139,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
         numbers = [(c, f"{v:.3g}") for c, v in zip(scores["column"], scores["value"])]
         failed = mine[mine["state"] == "failed"]
         problem = "; ".join(dict.fromkeys(f"{s}: {r}" for s, r in zip(failed["stage"], failed["reason"])))
-        map = _array(item.cell.maps, known[uid], name) if uid in known else None
+        map = stored_array(item.cell.maps, known[uid], name) if uid in known else None
         if map is None:
             absent = "no map stored" if item.about(uid) else "no longer one of its samples"
             tiles.append(Tile(scores=numbers, problem=problem or absent))
@@ -171,9 +172,10 @@ def _tile(
 ) -> Tile:
     sign, tokens = "±" if signed else "", [str(t) for t in info.get("tokens", ())]
     if sound and map.ndim == 1:
-        known = image is not None and image.shape == map.shape
-        wave, rate = (image, info["rate"]) if known else (np.zeros(map.shape), len(map))  # silence: the map alone
-        drawn = spectrogram.draw(wave, rate, map, roi if known else None, signed)
+        if image is not None and image.shape == map.shape:
+            drawn = spectrogram.draw(image, info["rate"], map, roi, signed)
+        else:  # the map alone, below silence
+            drawn = spectrogram.draw(np.zeros(map.shape), len(map), map, None, signed)
         uri = pictures.data_uri(drawn, photo=True, longest=LONGEST)
         return Tile(uri, (), f"{sign}{spectrogram.limit(map):.3g}", scores, problem)
     limit = f"{sign}{pictures.scale(map, signed).limit:.3g}"

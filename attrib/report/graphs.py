@@ -1,4 +1,4 @@
-"""Causal graphs on the page: what ``tools/graph.py`` wrote below ``<root>/graphs``, a section per net."""
+"""Causal graphs on the page: what ``attrib graph`` wrote below ``<root>/graphs``, a section per net."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ LONGEST = 1100  # pixels of a picture's longer side
 
 
 @dataclass(frozen=True)
-class Graphs:
-    """The graphs of one fit: their pictures, their sizes, what they are worth, how stable they are."""
+class GraphSection:
+    """The graphs of one fit: their pictures, sizes, effect on the class's logit, and stability."""
 
     title: str
     images: Sequence[tuple[str, str]]  # caption, picture
-    left: int  # classes without a picture, for there is no room
-    tables: Sequence[formats.Table]
+    left: int  # classes whose picture is left out, because the page would be too large
+    tables: Sequence[formats.TextTable]
     stability: str  # picture, or nothing
     problems: Sequence[str]  # files that cannot be read
 
 
-def graphs(root: Path, budget: int) -> list[Graphs]:
-    """One per folder. ``budget``: bytes of all pictures, beyond which graphs are left out."""
+def graphs(root: Path, budget: int) -> list[GraphSection]:
+    """One per folder. ``budget``: bytes of all pictures together; those beyond it are left out."""
     folders = sorted(path for path in (root / "graphs").glob("*") if path.is_dir())
     found = [_graphs(folder, budget // len(folders)) for folder in folders]
     return [one for one in found if one.images or one.tables or one.stability or one.problems]
 
 
-def _graphs(folder: Path, budget: int) -> Graphs:
+def _graphs(folder: Path, budget: int) -> GraphSection:
     problems: list[str] = []
     stability = _picture(folder / "stability.png", problems)
-    used, left, images, rows = len(stability), 0, [], []
+    used, left = len(stability), 0
+    images: list[tuple[str, str]] = []
+    rows: list[dict[str, str]] = []
     for path in sorted(folder.glob("class_*.json"), key=lambda p: (len(p.name), p.name)):
         try:
             about = json.loads(path.read_text())["graph"]
@@ -62,7 +64,7 @@ def _graphs(folder: Path, budget: int) -> Graphs:
                 tables.append(draw(pd.read_csv(folder / name)))
             except (OSError, ValueError, KeyError) as error:
                 problems.append(f"{name}: {type(error).__name__}: {error}")
-    return Graphs(folder.name, images, left, tables, stability, problems)
+    return GraphSection(folder.name, images, left, tables, stability, problems)
 
 
 def _picture(path: Path, problems: list[str]) -> str:
@@ -81,15 +83,15 @@ def _layers(layers: Sequence[dict]) -> dict[str, str]:
     return {layer["path"]: f"{layer['causes']}/{layer['candidates']}{mark.get(layer['how'], '')}" for layer in layers}
 
 
-def _sizes(rows: Sequence[dict[str, str]]) -> formats.Table:
+def _sizes(rows: Sequence[dict[str, str]]) -> formats.TextTable:
     header = list(dict.fromkeys(name for row in rows for name in row))
     body = [[row.get(name, "–") for name in header] for row in rows]
-    notes = ["* no candidate passed the test: those whose loss lowers the logit beyond the fallback."]
-    return formats.Table("Causes / candidates per layer", header, body, left=1, notes=notes)
+    notes = ["* No candidate passed the test: causes are those whose removal lowers the logit beyond Search.fallback."]
+    return formats.TextTable("Causes / candidates per layer", header, body, left=1, notes=notes)
 
 
-def _effect(frame: pd.DataFrame) -> formats.Table:
-    """Of the mean over the classes, and of the union of all graphs."""
+def _effect(frame: pd.DataFrame) -> formats.TextTable:
+    """The effect of the mean over the classes, and of the union of all graphs."""
     table = summary(frame.astype({"class": str}))
     table = table[table["class"].isin(["mean", "union"])]
     body = [
@@ -101,15 +103,15 @@ def _effect(frame: pd.DataFrame) -> formats.Table:
         "Random: sub-networks with as many causes in every layer."
     ]
     header = ["class", "change", "network", "logit", "accuracy", "others"]
-    return formats.Table(
+    return formats.TextTable(
         "The net with nothing but the causal paths, and without them", header, body, left=3, notes=notes
     )
 
 
-def _bootstrap(frame: pd.DataFrame) -> formats.Table:
+def _bootstrap(frame: pd.DataFrame) -> formats.TextTable:
     mean = frame.groupby("layer", sort=False)[["nodes", "edges", "nodes_reference", "edges_reference"]].mean()
     body = [[layer, *(f"{v:.3f}" if np.isfinite(v) else "–" for v in row)] for layer, *row in mean.itertuples()]
     header = ["layer", "nodes", "edges", "nodes, all samples", "edges, all samples"]
     title = "Jaccard index of graphs over samples drawn with replacement, mean over the classes"
     notes = ["Between the draws, and with the graph over all samples."]
-    return formats.Table(title, header, body, left=1, notes=notes)
+    return formats.TextTable(title, header, body, left=1, notes=notes)

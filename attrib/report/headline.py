@@ -1,4 +1,4 @@
-"""The numbers on top of each section: methods x columns, and who is ahead of whom."""
+"""The top of each section: mean scores as methods × columns, and which methods are clearly better than which."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attrib.results import formats
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeadlineScore:
     """One number of the headline table, with its interval as places (0 to 100) on its column's axis."""
 
     mean: str
@@ -29,23 +29,30 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who has the best mean of a column, whom it beats clearly and whom not."""
+class Leader:
+    """The best mean of a column.
+
+    best    the methods that have it
+    ahead   those it is clearly better than
+    level   those from which it is not distinguishable
+    apart   those with which it has no common samples
+    """
 
     column: str
     best: Sequence[str]
     value: str
-    ahead: Sequence[tuple[str, str]]  # (contender, Holm's p)
+    ahead: Sequence[tuple[str, str]]  # contender, p after Holm's correction
     level: Sequence[tuple[str, str]]
-    apart: Sequence[str]  # no common samples
+    apart: Sequence[str]
 
 
 def lines(
     wide: formats.Wide, styles: Mapping[str, Style]
-) -> list[tuple[str, Style, Sequence[str], list[Entry | None]]]:
+) -> list[tuple[str, Style, Sequence[str], list[HeadlineScore | None]]]:
     axes = []
     for i in range(len(wide.columns)):
-        ends = [e[i][k] for _, _, e in wide.lines if e[i] for k in ("mean", "lo", "hi") if np.isfinite(e[i][k])]
+        scored = [row for _, _, entries in wide.lines if (row := entries[i])]
+        ends = [row[k] for row in scored for k in ("mean", "lo", "hi") if np.isfinite(row[k])]
         axes.append((min(ends), max(ends)) if ends else (0.0, 0.0))
     return [
         (
@@ -58,34 +65,38 @@ def lines(
     ]
 
 
-def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]) -> Entry | None:
+def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]) -> HeadlineScore | None:
     if row is None:
         return None
     mean, lo, hi = row["mean"], row["lo"], row["hi"]
     low, span = axis[0], axis[1] - axis[0]
-    place = {"dot": None, "left": 0.0, "width": 0.0}
+    dot, left, width = None, 0.0, 0.0
     if np.isfinite(mean) and span > 0:
-        place["dot"] = round(100 * (mean - low) / span, 2)
+        dot = round(100 * (mean - low) / span, 2)
         if np.isfinite(lo):
-            place |= {"left": round(100 * (lo - low) / span, 2), "width": round(100 * (hi - lo) / span, 2)}
-    return Entry(
+            left, width = round(100 * (lo - low) / span, 2), round(100 * (hi - lo) / span, 2)
+    return HeadlineScore(
         mean=formats.rounded(mean, lo, hi),
         half=formats.rounded((hi - lo) / 2, lo, hi) if hi > lo else "",
         exact=f"{mean!r} [{lo!r}, {hi!r}]",
         count="" if shared else formats.count_text(row["n"], row["failed"], row["pending"]),
         best=bool(row["best"]),
         tie=bool(row["tie"]),
-        **place,
+        dot=dot,
+        left=left,
+        width=width,
     )
 
 
-def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, confidence: float) -> list[Verdict]:
+def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, confidence: float) -> list[Leader]:
     block = summary[(summary["dataset"] == wide.dataset) & (summary["model"] == wide.model) & summary["best"]]
     found = []
     for (metric, column), best in block.groupby(["metric", "column"], sort=False):
         row = best.iloc[0]
         places = tests[(tests["metric"] == metric) & (tests["column"] == column)]
-        ahead, level, apart = [], [], []
+        ahead: list[tuple[str, str]] = []
+        level: list[tuple[str, str]] = []
+        apart: list[str] = []
         for test in places.to_dict("records"):
             if row["contender"] not in (test["a"], test["b"]):
                 continue
@@ -97,7 +108,7 @@ def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, con
                 kind.append((other, _p_is(test["p_holm"])))
         title = f"{column} {row['direction']}" if metric == column else f"{column} {row['direction']} · {metric}"
         value = formats.with_half(row["mean"], row["lo"], row["hi"])
-        found.append(Verdict(title, list(best["contender"]), value, ahead, level, apart))
+        found.append(Leader(title, list(best["contender"]), value, ahead, level, apart))
     return found
 
 
@@ -107,7 +118,7 @@ def _p_is(p: float) -> str:
 
 
 def facts(frame: pd.DataFrame) -> list[tuple[int, str]]:
-    """The line below the title: how much of what."""
+    """The line below the page's title: how many methods, datasets, samples, scores and failures there are."""
     failed = frame.loc[frame["state"] == "failed", ["cell", "uid"]].drop_duplicates()
     pending = frame.loc[frame["state"] == "pending", ["cell", "uid"]].drop_duplicates()
     counts = [

@@ -1,4 +1,4 @@
-"""The end of the page: what failed, what it cost, and where the numbers come from."""
+"""The end of the page: failures, costs, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_UIDS = 50  # uids listed per kind of failure
 
 
 def failures(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Equal reasons together: where, why, how many, the first uids."""
+    """Failures grouped by stage and reason: how many there are, and the first uids."""
     names = ["dataset", "model", "method", "stage", "reason"]
     failed = frame.loc[frame["state"] == "failed", [*names, "uid"]].astype(str).drop_duplicates()
     found = []
@@ -63,7 +63,7 @@ def _duration(seconds: float) -> str:
 
 
 def provenance(cells: Sequence[Labelled]) -> list[tuple[str, list[str]]]:
-    """(what, its different values). More than one commit or version is worth seeing."""
+    """(name, its different values): more than one commit or version is worth a warning, so all are shown."""
     versions: dict[str, list[str]] = {}
     for item in cells:
         for name, version in item.spec["versions"].items():
@@ -78,7 +78,7 @@ def provenance(cells: Sequence[Labelled]) -> list[tuple[str, list[str]]]:
 
 
 def runs(cell: Cell) -> list[dict[str, Any]]:
-    """Every run that wrote to a cell: its counts and its environment, as far as it left them."""
+    """Every run of a cell: its counts and its environment, as far as it wrote them."""
     found = []
     for folder in sorted((cell.folder / "runs").glob("*")):
         about = _json(folder / "environment.json")

@@ -1,4 +1,4 @@
-"""Critical difference diagrams (Demšar, JMLR 2006, figure 1): mean ranks on a line, a bar over those that are alike."""
+"""Critical difference diagrams (Demšar, JMLR 2006, figure 1): mean ranks, and bars over those too close to tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -63,18 +62,18 @@ def _drawn(rows: pd.DataFrame, styles: Mapping[str, Style]) -> str:
     axes.set(xlim=(1 - 0.62 * span, k + 0.62 * span), ylim=(-(top + half * step), 1.4))
     axes.axis("off")
     axes.plot([1, k], [0, 0], color=pictures.GREY, linewidth=1.2)
-    for tick in np.arange(1, k + 1, max(1, round(span / 10))):
+    for tick in range(1, k + 1, max(1, round(span / 10))):
         axes.plot([tick, tick], [0, 0.25], color=pictures.GREY, linewidth=1)
         axes.text(tick, 0.4, str(tick), ha="center", color=pictures.GREY, fontsize=8)
     for i, (name, rank) in enumerate(zip(names, ranks)):
         left, style = i < half, styles[name]
         y = -(top + (i if left else k - 1 - i) * step)
         x = 1 - 0.06 * span if left else k + 0.06 * span
-        line = {"color": style.colour, "linewidth": 1.2, "linestyle": "--" if style.dashed else "-"}
-        axes.plot([rank, rank, x], [0, y, y], **line)
+        dashes = "--" if style.dashed else "-"
+        axes.plot([rank, rank, x], [0, y, y], color=style.colour, linewidth=1.2, linestyle=dashes)
         text = f"{pictures.plain(name)}  {rank:.2f}" if left else f"{rank:.2f}  {pictures.plain(name)}"
-        place = {"ha": "right" if left else "left", "va": "center", "parse_math": False}
-        axes.text(x + (-0.01 if left else 0.01) * span, y, text, color=pictures.GREY, fontsize=8.5, **place)
+        at, side = x + (-0.01 if left else 0.01) * span, "right" if left else "left"
+        axes.text(at, y, text, color=pictures.GREY, fontsize=8.5, ha=side, va="center", parse_math=False)
     for depth, positions in enumerate(bars):
         y = -0.35 - 0.3 * depth
         ends = ranks[positions].min() - 0.01 * span, ranks[positions].max() + 0.01 * span

@@ -44,7 +44,7 @@ def sentences(root: Path | str, samples: int = 8) -> list[tuple[str, Table]]:
         if block is not None and block.text:
             found.append((f"{dataset} · {model}", _table(block)))
     if not found:
-        raise UserError(f"{root} holds no maps of texts; those of images are in its report (tools/report.py)")
+        raise UserError(f"{root} holds no maps of texts; those of images are in its report (`attrib report`)")
     return found
 
 

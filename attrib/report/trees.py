@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,9 @@ import pandas as pd
 
 from attrib.agglomeration.trees import Node, Tree
 from attrib.drawing import pictures
-from attrib.report.gallery import _NO_INPUT, _array, _current, _input
+from attrib.report.gallery import NO_INPUT, current_keys, kept_input, stored_array
 from attrib.results.labels import Labelled
 from attrib.store.cell import Arrays
-from attrib.store.documents import unpacked
 from attrib.types import UserError
 
 NAME = "tree"  # of the document
@@ -26,7 +26,7 @@ SIDE = 168  # pixels of a picture's longer side
 
 
 @dataclass(frozen=True)
-class Cell:
+class Phrase:
     """A phrase in a row of a sentence's hierarchy, or a gap (no text)."""
 
     span: int
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Branch:
-    """A node with what it was merged from, for the tree that opens and closes."""
+    """A node and the nodes it was merged from, for the tree that can be opened and closed."""
 
     text: str
     score: str
@@ -57,7 +57,7 @@ class Hierarchy:
     uid: str
     name: str
     limit: str = ""
-    rows: Sequence[Sequence[Cell]] = ()
+    rows: Sequence[Sequence[Phrase]] = ()
     steps: Sequence[tuple[str, str]] = ()  # caption, picture
     branch: Branch | None = None
     problem: str = ""
@@ -67,13 +67,14 @@ class Hierarchy:
 def hierarchies(
     root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int
 ) -> list[Hierarchy]:
-    """Of every method that wrote trees, the first ``samples``; fewer where pictures would exceed ``budget`` bytes."""
-    found, used = [], 0
+    """The first ``samples`` of every method that wrote trees; fewer where pictures would exceed ``budget`` bytes."""
+    found: list[Hierarchy] = []
+    used = 0
     for item in cells:
         if NAME not in item.spec.get("documents", {}):
             continue
         inputs = [Arrays(root / "state" / f"pictures.{item.spec['pictures']}")]
-        known = _current(item, frame)
+        known = current_keys(item, frame)
         pictured = [uid for uid, key in known.items() if key in inputs[0].index()]
         for uid in (pictured or sorted(known))[:samples]:
             one = _hierarchy(item, uid, known[uid], inputs)
@@ -85,14 +86,14 @@ def hierarchies(
 
 
 def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[Arrays]) -> Hierarchy:
-    stored = _array(item.cell.maps, key, NAME)
-    content, _, info = _input(inputs, key) if any(key in store.index() for store in inputs) else _NO_INPUT
+    stored = stored_array(item.cell.maps, key, NAME)
+    content, _, info = kept_input(inputs, key) if any(key in store.index() for store in inputs) else NO_INPUT
     name, target = str(info.get("name") or ""), info.get("target")
     name = f"{name} ({target})" if name else "" if target is None else f"class {target}"
     try:
         if stored is None:
             raise UserError("no tree stored")
-        tree = Tree.from_json(unpacked(stored))
+        tree = Tree.from_json(json.loads(stored.tobytes()))
         if not tree.nodes:
             raise UserError("a text without words has no tree")
     except (UserError, ValueError) as error:
@@ -138,7 +139,7 @@ def _about(tree: Tree, node: Node) -> str:
 
 
 def _branch(tree: Tree, node: Node, palette: _Palette, describe: Any, depth: int = 0) -> Branch:
-    """Units are left out of a grid's components, which have many."""
+    """Single units are left out where they are tiles of a grid: there are too many."""
     below_it = tree.parts(node) if depth < MOST_LEVELS else ()
     parts = [part for part in below_it if part.level > 0 or len(tree.shape) == 1]
     text, image = describe(node)
@@ -164,7 +165,7 @@ def _phrase(node: Node, words: Sequence[str]) -> str:
     return " ".join(words[i] for i in node.units)
 
 
-def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Cell]]:
+def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Phrase]]:
     """From the whole to the words, as figure 2 of the paper from top to bottom; each phrase at its own level.
 
     Of more than ``MOST_LEVELS`` levels so many are shown, evenly.
@@ -176,10 +177,10 @@ def _rows(tree: Tree, words: Sequence[str], palette: _Palette) -> list[list[Cell
         for node in sorted((n for n in tree.nodes if n.level == level), key=lambda n: n.members):
             (first, last), *_ = node.members
             if first > place:
-                row.append(Cell(first - place))
-            row.append(Cell(node.size, _phrase(node, words), *palette.css(node.score), _about(tree, node)))
+                row.append(Phrase(first - place))
+            row.append(Phrase(node.size, _phrase(node, words), *palette.css(node.score), _about(tree, node)))
             place = last + 1
-        rows.append([*row, *([Cell(tree.n - place)] if place < tree.n else [])])
+        rows.append([*row, *([Phrase(tree.n - place)] if place < tree.n else [])])
     return rows
 
 
@@ -201,7 +202,7 @@ class _Drawing:
         self._at = [np.arange(new) * old // new for new, old in zip(self._image.shape[:2], tree.shape)]
 
     def _large(self, units: np.ndarray) -> np.ndarray:
-        """Of the units' shape -> (H, W)."""
+        """An array over the units -> (H, W) of the drawn image."""
         return units[self._at[0]][:, self._at[1]]
 
     def _uri(self, drawn: np.ndarray, longest: int = SIDE) -> str:
@@ -240,6 +241,6 @@ class _Drawing:
         ]
 
     def alone(self, node: Node) -> str:
-        """A small picture of what belongs to a component; the rest is dark."""
+        """A small picture of one component; the rest of the image is dark."""
         inside = self._large(self._tree.paint([node], [1.0])) > 0
         return self._uri(np.where(inside[..., None], self._image, self._image // 5), 72)

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import rich.box
 import rich.table
@@ -22,14 +21,14 @@ import rich.text
 
 
 @dataclass(frozen=True)
-class Table:
-    """Texts ready to be written in any format. ``bold`` holds (row, column) positions; ``code`` is for copying."""
+class TextTable:
+    """A table of texts, to be written in any format. ``bold``: (row, column) positions; ``code``: lines to copy."""
 
     title: str
     header: Sequence[str]
     body: Sequence[Sequence[str]]
     bold: frozenset[tuple[int, int]] = frozenset()
-    left: int = 1  # so many columns are names, aligned left
+    left: int = 1  # how many columns are aligned left: the names
     notes: Sequence[str] = field(default_factory=tuple)
     code: Sequence[str] = ()
 
@@ -49,7 +48,7 @@ def rounded(value: float, lo: float = math.nan, hi: float = math.nan) -> str:
     digits = decimals(half)
     if digits <= 7:
         return f"{value:.{digits}f}"
-    # 2.24e-07 rather than seven zeros.
+    # 2.24e-07 instead of seven zeros after the point.
     size = math.floor(math.log10(abs(value))) if value else -digits
     return f"{value:.{max(0, digits + size)}e}"
 
@@ -74,18 +73,28 @@ def memory_text(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+# Abbreviations in the names of metrics and columns: a note below each table that has them.
+SPELT_OUT = {
+    "ehr": "ehr: effective heat ratio (InputIBA), how much of a map's heat lies within the region of interest.",
+}
 COSTS = ("s/sample", "rows/sample", "peak memory")  # what ``cost_texts`` gives
 
 
 def cost_texts(row: Mapping[str, Any]) -> list[str]:
-    """Of a summary's row: seconds per sample, rows through the net per sample, peak memory."""
+    """The costs in a row of ``tables.summary``: seconds and rows through the net per sample, peak memory."""
     return [seconds_text(row["seconds"]), rows_text(row["rows"]), memory_text(row["memory"])]
 
 
 def devices(found: Iterable[str]) -> tuple[str, bool]:
-    """(the device to name in the title, whether each line has to name its own)."""
+    """(the device to name in the title, "" if there are several; whether each line has to name its own)."""
     names = [name for name in dict.fromkeys(found) if name]
     return (names[0], False) if len(names) == 1 else ("", len(names) > 1)
+
+
+def spelt_out(titles: Iterable[str]) -> tuple[str, ...]:
+    """A note for each abbreviation among the words of these titles."""
+    words = set(re.findall(r"\w+", " ".join(titles).lower()))
+    return tuple(note for word, note in SPELT_OUT.items() if word in words)
 
 
 def title(*parts: str) -> str:
@@ -107,7 +116,7 @@ def count_text(n: int, failed: int, pending: int) -> str:
     return ", ".join(filter(None, parts))
 
 
-def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
+def long_table(table: pd.DataFrame, confidence: float = 0.95) -> TextTable:
     """A summary with one line per cell, map and column; the best in bold."""
     names = [*_shared_last(table, ["dataset", "model"]), "contender"]
     names += ["metric"] if table["metric"].ne(table["column"]).any() else []
@@ -131,8 +140,8 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> Table:
             ]
         )
     header[names.index("contender")] = "method"
-    bold = frozenset((i, header.index("mean")) for i in np.flatnonzero(table["best"]))
-    return Table(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
+    bold = frozenset((i, header.index("mean")) for i, best in enumerate(table["best"]) if best)
+    return TextTable(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,10 @@ class Wide:
     """A summary laid out as methods × columns for one dataset and model.
 
     columns  titles, such as ``ehr ↑``
-    counts   below each title, what all its entries share: ``n=20, 1 failed``, or nothing
+    counts   below each title, the counts that all its entries share (``n=20, 1 failed``), or ""
     lines    (contender, its costs as ``cost_texts`` and, where they differ, its device; one summary row or None
              per column)
-    unscored what is known of a contender without any score: ``n=0, 3 failed``
+    unscored the counts of contenders without any score: ``n=0, 3 failed``
     device   the one that all lines have in common
     costs    titles of the costs
     """
@@ -178,7 +187,8 @@ def wide(table: pd.DataFrame) -> list[Wide]:
         lines = [(c, texts[c], [records.get((c, *place)) for place in places]) for c in names]
         counts = []
         for i in range(len(places)):
-            found = {count_text(e[i]["n"], e[i]["failed"], e[i]["pending"]) for _, _, e in lines if e[i]}
+            scored = [row for _, _, entries in lines if (row := entries[i])]
+            found = {count_text(row["n"], row["failed"], row["pending"]) for row in scored}
             counts.append(found.pop() if len(found) == 1 else "")
         bare = [r for r in block.to_dict("records") if not r["column"]]
         unscored = {r["contender"]: count_text(r["n"], r["failed"], r["pending"]) for r in bare}
@@ -187,7 +197,7 @@ def wide(table: pd.DataFrame) -> list[Wide]:
     return blocks
 
 
-def wide_table(block: Wide) -> Table:
+def wide_table(block: Wide) -> TextTable:
     """Methods × columns, ``mean ± half width``; the best of a column in bold."""
     header = ["method", *(f"{c} ({n})" if n else c for c, n in zip(block.columns, block.counts)), *block.costs]
     body, bold, empty = [], set(), []
@@ -203,11 +213,11 @@ def wide_table(block: Wide) -> Table:
         body.append([*line, *costs])
         if not any(entries):
             empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
-    notes = (f"No scores: {', '.join(empty)}.",) if empty else ()
-    return Table(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
+    notes = (*([f"No scores: {', '.join(empty)}."] if empty else []), *spelt_out(block.columns))
+    return TextTable(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
 
 
-def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | None = None) -> Table:
+def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | None = None) -> TextTable:
     """Paired tests, one pair a line; the better method in bold where the difference is clear.
 
     ``most``: of longer lists only the pairs with the smallest p are shown, and a note says how many are not.
@@ -242,10 +252,10 @@ def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | N
         )
         if row["better"]:
             bold.add((i, len(names) + (1 if row["better"] == row["a"] else 2)))
-    return Table("Paired tests", header, body, frozenset(bold), len(names) + 3, notes)
+    return TextTable("Paired tests", header, body, frozenset(bold), len(names) + 3, notes)
 
 
-def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[Table]:
+def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[TextTable]:
     """Mean ranks from ``tables.ranks`` as methods × columns, one table per dataset and model.
 
     Methods are in the order of their mean rank over the columns; the best of a column in bold.
@@ -273,12 +283,16 @@ def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[Table]:
             below[0].append(f"{n}" if n == most else f"{n} of {most}")
             below[1].append(p_text(rows[0]["p"]))
             below[2].append(rounded(rows[0]["critical_difference"]))
-        drawn.append(Table(f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note,)))
+        drawn.append(
+            TextTable(
+                f"Ranks: {dataset}, {model}", header, [*body, *below], frozenset(bold), 1, (note, *spelt_out(header))
+            )
+        )
     return drawn
 
 
 def _shared_last(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that vary, and so need a column of their own."""
+    """Those of ``names`` that vary in the table, and so need a column."""
     return [name for name in names if table[name].nunique() > 1]
 
 
@@ -289,7 +303,8 @@ def _title(table: pd.DataFrame) -> str:
 def _notes(table: pd.DataFrame) -> tuple[str, ...]:
     unequal = table.loc[table["n"] > 0].groupby(["dataset", "model", "metric", "column"])["n"].nunique().gt(1)
     places = list(dict.fromkeys(name for *_, name in unequal[unequal].index))
-    return (f"n differs between methods in: {', '.join(places)}; paired tests use common samples.",) if places else ()
+    note = f"n differs between methods in: {', '.join(places)}; paired tests use common samples."
+    return (*([note] if places else []), *spelt_out([*table["metric"], *table["column"]]))
 
 
 # Writing ------------------------------------------------------------------------------------------------
@@ -300,7 +315,7 @@ def to_csv(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False)
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: TextTable) -> str:
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(texts) + " |"
 
@@ -336,7 +351,7 @@ _TEX = {
 }
 
 
-def to_latex(table: Table) -> str:
+def to_latex(table: TextTable) -> str:
     r"""A tabular for booktabs; ``\usepackage{booktabs}`` is all it needs."""
 
     def line(texts: Iterable[str]) -> str:
@@ -356,7 +371,7 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(c, c) for c in " ".join(str(text).split()))
 
 
-def to_terminal(table: Table) -> rich.table.Table:
+def to_terminal(table: TextTable) -> rich.table.Table:
     """For rich.console.Console.print. Texts are never read as markup."""
     drawn = rich.table.Table(
         title=rich.text.Text(table.title, style="bold") if table.title else None,

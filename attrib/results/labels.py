@@ -29,7 +29,7 @@ class Labelled:
     """A cell, its spec and the names under which tables show its dataset, model and method.
 
     ``samples``: the uids the cell is about now, with the fingerprint that counts or None, if any does;
-    None if the cell does not say (it was not filled by a run), and all that it holds counts.
+    None if the cell has no samples.json (no run filled it); all that it holds counts then.
     """
 
     cell: Cell
@@ -62,19 +62,22 @@ def labelled(root: Path | str) -> list[Labelled]:
     if not found:
         raise UserError(
             f"{root} holds no results: no <dataset>.<model>.<method>.<key>/spec.json there. "
-            "Give the work directory that tools/run.py wrote (or run it first)."
+            "Give the work directory that `attrib run` wrote to (or run it first)."
         )
     columns = []
     for axis in AXES:
         described = [_describe(spec, axis) for _, spec in found]
         columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
-    # What else makes a cell of its own depends on the model or the data: layers, the fitted state.
+    # Cells may also differ in what depends on the model or the data: the layers that are read, the fitted state.
     places = ["\0".join(names) for names in zip(*columns)]
     others = [{**spec["layers"], "state": str(spec["state_key"])[:8]} for _, spec in found]
     key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
     for i, label in enumerate(_labels(list(zip(places, key8, others)))):
         columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
-    return [Labelled(cell, spec, *labels, cell.about()) for (cell, spec), *labels in zip(found, *columns)]
+    return [
+        Labelled(cell, spec, dataset, model, method, cell.about())
+        for (cell, spec), dataset, model, method in zip(found, *columns, strict=True)
+    ]
 
 
 def _spec(cell: Cell) -> dict[str, Any]:
@@ -133,8 +136,8 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 
 
 @dataclass(frozen=True)
-class Scores:
-    """A folder of scores: which metric wrote it, under which label, and what its columns and curves are.
+class ScoreFolder:
+    """A folder of scores: its metric's label, its columns (name -> direction) and curves (name -> axes).
 
     ``lost``: there is no such folder, only the ledger knows the metric.
     """
@@ -146,7 +149,7 @@ class Scores:
     lost: bool = False
 
 
-def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
+def metrics(cell_list: Iterable[Cell]) -> dict[str, list[ScoreFolder]]:
     """Cell name -> its folders of scores, labelled alike in all cells."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     for cell in cell_list:
@@ -159,17 +162,17 @@ def metrics(cell_list: Iterable[Cell]) -> dict[str, list[Scores]]:
     things = [(d["name"], keys.digest(d.get("spec", folder)), d.get("spec") or {}) for _, folder, d in found]
     labels = _labels(things)
     seen = set()
-    result: dict[str, list[Scores]] = {}
-    for (cell, folder, d), label in zip(found, labels):
-        if (cell, label) in seen:  # one metric twice in a cell, under two keys
+    result: dict[str, list[ScoreFolder]] = {}
+    for (name, folder, d), label in zip(found, labels):
+        if (name, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
-        seen.add((cell, label))
-        result.setdefault(cell, []).append(Scores(folder, label, d.get("columns", {}), d.get("curves", {})))
+        seen.add((name, label))
+        result.setdefault(name, []).append(ScoreFolder(folder, label, d.get("columns", {}), d.get("curves", {})))
     return result
 
 
-def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]) -> list[Scores]:
-    """The metrics among a ledger's stages that left a cell nothing but failures, labelled as in other cells.
+def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[ScoreFolder]]) -> list[ScoreFolder]:
+    """The metrics of which a cell has failures in its ledger, but no scores; labelled as in other cells.
 
     ``known`` is what :func:`metrics` found.
     """
@@ -184,5 +187,5 @@ def lost(stages: Iterable[str], cell: str, known: Mapping[str, Sequence[Scores]]
         if label in taken:
             label = f"{label} [{key8}]"
         taken.add(label)
-        found.append(Scores(stage, label, {}, {}, lost=True))
+        found.append(ScoreFolder(stage, label, {}, {}, lost=True))
     return found

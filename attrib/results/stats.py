@@ -2,6 +2,11 @@
 
 Numpy and scipy only. Everything is a function of its arguments: random draws come from a local generator with a fixed
 seed, so that a table drawn twice is the same table.
+
+Scores are the results of arithmetic, and rounding must not decide which of two equal ones is larger: 4/9 - 3/9 and
+3/9 - 2/9 are the same number, but not the same float. One rule serves all tests and ranks. A score is known up to
+:func:`rounding_error`, a difference up to the larger error of its two scores; values that differ by no more than their
+error are equal (:func:`equalised`), and so share their rank.
 """
 
 from __future__ import annotations
@@ -20,10 +25,13 @@ EXACT = 14  # up to so many pairs all 2**n sign flips are walked through
 LARGE_BOOTSTRAP = 300  # above, the closed form differs from BCa by less than BCa's own Monte-Carlo noise
 LARGE_PERMUTATION = 1_000  # above, the same holds for the normal limit of the sign-flip distribution
 _BATCH = 1_000_000  # elements drawn at a time: bounds memory, fits the cache
+# Relative error of a score by rounding: some thousand units in the last place of float64, eight of float32, because a
+# score is the end of many operations.
+ROUNDING, ROUNDING_SINGLE = 1e-12, 1e-6
 
 
 @dataclass(frozen=True)
-class Interval:
+class MeanInterval:
     """A mean and its confidence interval. ``n`` is how many finite values it rests on."""
 
     n: int
@@ -63,13 +71,41 @@ class Ranks:
     groups: tuple[str, ...]
 
 
-def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> Interval:
+def rounding_error(scores: np.ndarray) -> np.ndarray:
+    """How far each of the finite ``scores`` (any shape) may be off by rounding.
+
+    Relative to its size: ``ROUNDING``, or ``ROUNDING_SINGLE`` where every score is a float32 number, as the scores of
+    a metric are that computes in float32.
+    """
+    with np.errstate(over="ignore"):
+        single = np.array_equal(scores.astype(np.float32), scores)
+    return (ROUNDING_SINGLE if single else ROUNDING) * np.abs(scores)
+
+
+def equalised(values: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """``values`` (n,) with those that are equal up to their ``error`` (n,) made exactly equal.
+
+    From the least value upwards, each value that is no further above the first of its group than the error of either
+    takes that first one's place. A group is therefore never wider than an error, however many values there are.
+    """
+    levels, place = np.unique(values, return_inverse=True)
+    slack = np.zeros_like(levels)
+    np.maximum.at(slack, place, error)
+    first = np.arange(levels.size)  # of each level's group
+    for i in np.flatnonzero(np.diff(levels) <= np.maximum(slack[1:], slack[:-1])) + 1:
+        start = first[i - 1]
+        if levels[i] - levels[start] <= max(slack[i], slack[start]):
+            first[i] = start
+    return levels[first][place]
+
+
+def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> MeanInterval:
     """Bootstrap confidence interval of the mean of ``values`` (n,).
 
     BCa (bias-corrected and accelerated; Efron 1987) with 9,999 resamples. Above 300 values its
     closed form for a mean, the ABC interval (DiCiccio & Efron 1992), which costs one pass.
 
-    Not finite values are left out; ``n`` counts the others. n = 0: everything is NaN. n = 1: the
+    Values that are not finite are left out; ``n`` counts the others. n = 0: everything is NaN. n = 1: the
     mean alone, lo and hi are NaN. All values equal: an interval of width zero, which is what the
     bootstrap gives and says nothing about values not seen. Where BCa is undefined otherwise, the
     percentile interval.
@@ -78,12 +114,12 @@ def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> I
     x = np.asarray(values, dtype=np.float64).ravel()
     x = x[np.isfinite(x)]
     if x.size < 2:
-        return Interval(x.size, float(x.mean()) if x.size else math.nan, math.nan, math.nan)
+        return MeanInterval(x.size, float(x.mean()) if x.size else math.nan, math.nan, math.nan)
     mean = float(x.mean())
     if _constant(x):
-        return Interval(x.size, mean, mean, mean)
+        return MeanInterval(x.size, mean, mean, mean)
     lo, hi = _abc(x, confidence) if x.size > LARGE_BOOTSTRAP else _bootstrap(x, confidence, seed)
-    return Interval(x.size, mean, lo, hi)
+    return MeanInterval(x.size, mean, lo, hi)
 
 
 def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> Paired:
@@ -102,6 +138,9 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: i
     share at which b is; 1 if a is always ahead, -1 if b is. Differences of 0 take their ranks, and
     count for neither. NaN for n = 0.
 
+    Differences that are equal up to the rounding of the scores (see above) are equal in all of this; what is 0 up
+    to rounding is 0.
+
     Pairs with a value that is not finite are left out; ``n`` counts the others. The interval is that
     of :func:`interval`. Raises ValueError if the lengths differ.
     """
@@ -111,10 +150,13 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: i
         raise ValueError(f"paired_test needs two equally long sequences, got {a.size} and {b.size} values")
     use = np.isfinite(a) & np.isfinite(b)
     a, b = a[use], b[use]
-    d = a - b
-    d[np.abs(d) <= 1e-12 * np.maximum(np.abs(a), np.abs(b))] = 0  # rounding is not a difference
+    error = rounding_error(np.stack((a, b))).max(0)
+    d = np.where(np.abs(a - b) <= error, 0.0, a - b)
+    error[d == 0] = 0
+    d = np.copysign(equalised(np.abs(d), error), d)
     mean = interval(d, confidence, seed=seed)
-    return Paired(mean.n, mean.mean, mean.lo, mean.hi, _sign_flip(d, seed), _effect(d), _rank_biserial(d))
+    p = _sign_flip(d, seed, float(np.linalg.norm(error)))
+    return Paired(mean.n, mean.mean, mean.lo, mean.hi, p, _effect(d), _rank_biserial(d))
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -135,7 +177,8 @@ def ranks(scores: ArrayLike, *, higher: bool = True, confidence: float = 0.95) -
 
     Friedman's chi-squared is corrected for ties, as in scipy.stats.friedmanchisquare. The critical
     difference is q sqrt(k (k + 1) / 6n), q the Studentized range over sqrt(2). Where Friedman's test
-    does not reject at 1 - confidence, all methods are one group.
+    does not reject at 1 - confidence, all methods are one group. Scores of a sample that are equal up to
+    rounding (see above) share their rank.
 
     Samples with a score that is not finite are left out; ``n`` counts the others. n = 0: everything is
     NaN. Raises ValueError for fewer than two methods.
@@ -148,6 +191,11 @@ def ranks(scores: ArrayLike, *, higher: bool = True, confidence: float = 0.95) -
     n, k = x.shape
     if not n:
         return Ranks(0, np.full(k, math.nan), math.nan, math.nan, math.nan, ("",) * k)
+    error = rounding_error(x)
+    gaps = np.diff(np.sort(x, axis=1), axis=1)
+    # Only where two scores are almost, but not exactly, equal is there anything to do.
+    for i in np.flatnonzero(((gaps > 0) & (gaps <= error.max(1, keepdims=True))).any(1)):
+        x[i] = equalised(x[i], error[i])
     each = stats.rankdata(-x if higher else x, axis=1)
     mean = each.mean(0)
     # Equal scores take 1 / 12 (t^3 - t) off the sum of squared ranks; nothing is left where all are equal.
@@ -187,7 +235,7 @@ def _check(confidence: float) -> None:
 
 
 def _constant(x: np.ndarray) -> bool:
-    return np.ptp(x) <= 1e-12 * np.abs(x).max()
+    return bool(np.ptp(x) <= rounding_error(x).max())
 
 
 def _bootstrap(x: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
@@ -220,8 +268,8 @@ def _abc(x: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(lo), float(hi)
 
 
-def _sign_flip(d: np.ndarray, seed: int) -> float:
-    """Two-sided p of the mean of ``d`` (n,) under random signs; NaN for n = 0."""
+def _sign_flip(d: np.ndarray, seed: int, error: float = 0.0) -> float:
+    """Two-sided p of the mean of ``d`` (n,), whose sum is known up to ``error``, under random signs; NaN for n = 0."""
     if d.size == 0:
         return math.nan
     if not d.any():
@@ -229,7 +277,7 @@ def _sign_flip(d: np.ndarray, seed: int) -> float:
     if d.size > LARGE_PERMUTATION:
         return float(2 * stats.norm.sf(abs(d.sum()) / math.sqrt((d**2).sum())))
     # Rounding in the sums must not break ties with the observed value.
-    least = abs(d.sum()) - 1e-12 * np.abs(d).sum()
+    least = abs(d.sum()) - max(error, ROUNDING * np.abs(d).sum())
     if d.size <= EXACT:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=d.size)))
         return float((np.abs(signs @ d) >= least).mean())

@@ -1,8 +1,8 @@
-"""Tables: views of the rows in a work directory. Nothing here is stored; a table drawn twice is the same.
+"""Tables: views of the rows in a work directory. Nothing here is stored; drawing a table twice gives the same table.
 
 ``rows`` reads, ``summary`` and ``paired`` compute; ``formats`` lays out and writes. A sample is either counted
 in n or named as failed or pending, and pairs are compared on their common samples only; none is dropped in
-silence. What a cell is no longer about (``samples.json``: samples, and their content) is counted nowhere.
+silence. Results of samples, or of contents of samples, that ``samples.json`` no longer lists are counted nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from attrib.results import stats
-from attrib.results.labels import AXES, Labelled, Scores, labelled, lost, metrics
+from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
 from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError
 
@@ -61,7 +61,7 @@ def rows(root: Path | str) -> pd.DataFrame:
         due = _due(item, maps)
         entries = _entries(item)
         name = item.cell.folder.name
-        own = by_cell.get(name) or [Scores("", "", {}, {})]
+        own = by_cell.get(name) or [ScoreFolder("", "", {}, {})]
         for scores in (*own, *lost(entries["stage"], name, by_cell)):
             mine = entries[entries["stage"].isin({"load", "maps", scores.folder})]
             part = _metric_rows(item, scores, maps, due, mine)
@@ -89,7 +89,7 @@ def rows(root: Path | str) -> pd.DataFrame:
 
 
 def _metric_rows(
-    item: Labelled, scores: Scores, maps: pd.DataFrame, due: pd.DataFrame, entries: pd.DataFrame
+    item: Labelled, scores: ScoreFolder, maps: pd.DataFrame, due: pd.DataFrame, entries: pd.DataFrame
 ) -> pd.DataFrame:
     empty = pd.DataFrame(columns=[*_ITEM, "fingerprint"])
     table = item.cell.scores(scores.folder).table().to_pandas() if scores.folder else empty
@@ -125,9 +125,9 @@ def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, m
         ok[[*_ITEM, "fingerprint", "time"]], how="left", on=_ITEM, suffixes=("", "_ok")
     )
     answered = (failed["fingerprint"] == failed["fingerprint_ok"]) | (failed["time_ok"] >= failed["time"])
-    # Nothing says that the stored score is not the unreadable file's own.
+    # An unreadable file has no fingerprint: the stored score may well be of the same content.
     answered |= (failed["fingerprint"] == UNREADABLE) & failed["fingerprint_ok"].notna()
-    # Where the map came after all, only its score is missing.
+    # Where the map was computed later, only its score is missing.
     mapped = failed[["uid", "fingerprint"]].merge(maps, how="left", indicator="found")["found"] == "both"
     mapped |= (failed["fingerprint"] == UNREADABLE) & failed["uid"].isin(maps["uid"])
     answered |= mapped.to_numpy() & failed["stage"].isin(["load", "maps"])
@@ -136,7 +136,7 @@ def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, m
 
 
 def _counting(item: Labelled, frame: pd.DataFrame) -> np.ndarray:
-    """Which rows are about a sample of the cell as it is now."""
+    """Which rows count: those of the cell's present samples, under their present fingerprints."""
     if item.samples is None:
         return np.ones(len(frame), dtype=bool)
     keys = zip(frame["uid"].tolist(), frame["fingerprint"].tolist(), strict=True)
@@ -152,7 +152,7 @@ def _due(item: Labelled, maps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _maps(item: Labelled) -> pd.DataFrame:
-    """uid, fingerprint and costs of every stored map that counts."""
+    """uid, fingerprint and costs of every stored map that counts (see :func:`_counting`)."""
     index = item.maps()
     infos = [record.info for record in index.values()]
     return pd.DataFrame(
@@ -206,9 +206,10 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """One row per cell, map and column, from :func:`rows`.
 
     n samples, failed and pending ones; mean with its bootstrap interval (:func:`attrib.results.stats.interval`);
-    direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and
-    column, if there are at least two and the column has a direction; mean seconds and rows through the
-    net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not known.
+    direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and column, if there
+    are at least two and the column has a direction (several are best if they are equal up to rounding); mean seconds
+    and rows through the net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not
+    known.
     """
     found = []
     for names, group in frame.groupby(_GROUP, observed=True, sort=False):
@@ -235,7 +236,8 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     score = table["mean"].where(higher, -table["mean"])
     per_column = score.groupby([table[name] for name in ("dataset", "model", "metric", "column")])
     table["best"] = (table["direction"] != "none") & (per_column.transform("count") > 1)
-    table["best"] &= score == per_column.transform("max")
+    top = per_column.transform("max")
+    table["best"] &= top - score <= stats.rounding_error(top.to_numpy())
     table["direction"] = table["direction"].map(ARROWS)
     for name in _GROUP:
         if name != "direction":

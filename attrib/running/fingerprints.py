@@ -31,6 +31,7 @@ from attrib.types import UNREADABLE
 log = logging.getLogger(__name__)
 
 SUFFIX = ".cache"
+VERSION = 2  # of how fingerprints are made: raise it, and every file is read again
 READERS = 8  # files at once: a file server answers many as fast as one
 MOST = 64  # files of memories, before they are put together
 
@@ -125,7 +126,7 @@ def _stamps(dataset: InFiles, uid: str) -> list[tuple[str, Stamp | None]]:
 
 def _key(dataset: InFiles, uid: str, stamps: list[tuple[str, Stamp | None]]) -> bytes:
     kind = type(dataset)
-    parts = attrib.__version__, kind.__module__, kind.__qualname__, dataset.described(uid), stamps
+    parts = VERSION, attrib.__version__, kind.__module__, kind.__qualname__, dataset.described(uid), stamps
     return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
 
 

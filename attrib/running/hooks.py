@@ -9,21 +9,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-import numpy as np
 from mmengine.hooks import Hook
 from tqdm import tqdm
 
-from attrib.drawing.pictures import overlay, png, words
+from attrib.drawing.pictures import overlay, png, words_page
 from attrib.drawing.spectrogram import draw
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
-from attrib.store.files import write_atomic, write_json
+from attrib.store.files import picture_path, write_atomic, write_json
 from attrib.store.workers import BEAT, PROGRESS, identity
 from attrib.types import Batch, SampleError
 
@@ -179,22 +175,6 @@ class ScalarHook(Hook):
         if outputs.stage != "maps":
             scalars |= {f"{outputs.stage}/{k}": float(v.mean()) for k, v in outputs.arrays.items() if v.ndim == 1}
         runner.visualizer.add_scalars(scalars, step=batch_idx)
-
-
-def picture_path(folder: Path, uid: str, suffix: str = ".png") -> Path:
-    """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it."""
-    parts = [quote(part, safe=" ,+=@()") for part in uid.split("/")]
-    parts = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in parts]
-    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}{suffix}")
-
-
-def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
-    """A text with coloured words as a page of its own."""
-    spans = (
-        f'<span style="background:{word.ground};color:{word.ink};padding:1px 3px">{escape(word.text)}</span>'
-        for word in words(tokens, map)
-    )
-    return f"<!doctype html><meta charset=utf-8><title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
 
 
 class PictureHook(Hook):

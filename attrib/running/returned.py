@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from attrib.methods import Method
-from attrib.store.documents import packed
 from attrib.types import Batch, UserError
 
 
@@ -46,3 +46,15 @@ def _fits(method: Method, batch: Batch, key: str, shape: tuple[int, ...]) -> boo
     if key in method.TOKENS and batch.lengths is not None:
         return shape[1:2] == (batch.x.shape[1],)
     return key not in method.COLUMNS or len(shape) == 1
+
+
+def packed(documents: Sequence[Any]) -> np.ndarray:
+    """B values that JSON can hold -> (B,) objects, each a (bytes,) uint8 array as the store keeps it.
+
+    Raises ValueError for a document with NaN or infinite numbers, TypeError for what is not JSON.
+    """
+    found = np.empty(len(documents), dtype=object)
+    for i, document in enumerate(documents):
+        text = json.dumps(document, allow_nan=False, separators=(",", ":"))
+        found[i] = np.frombuffer(text.encode(), dtype=np.uint8)
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 Key = tuple[str, str]  # (uid, fingerprint)
 
@@ -37,6 +38,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def picture_path(folder: Path, uid: str, suffix: str = ".png") -> Path:
+    """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it."""
+    parts = [quote(part, safe=" ,+=@()") for part in uid.split("/")]
+    parts = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in parts]
+    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}{suffix}")
 
 
 class Buffered:

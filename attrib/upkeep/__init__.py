@@ -1,1 +1,1 @@
-"""Looking after a work directory: what is done and who is at it; damaged and unwanted files; copies for others."""
+"""Looking after a work directory: its status, its damaged and superfluous files, exports for other programs."""

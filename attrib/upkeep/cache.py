@@ -1,4 +1,4 @@
-"""What a work directory holds, what of it no cell refers to any more, and how that is deleted.
+"""The contents of a work directory: listing them, and deleting what no cell refers to any more.
 
 Only what attrib itself writes is ever deleted, by name and place; everything else is listed as kept, with the reason.
 Symbolic links are never followed and never removed, so nothing outside the work directory can be reached.
@@ -25,7 +25,7 @@ from attrib.types import UserError
 from attrib.upkeep.status import no_cells
 
 DAY = 86400.0
-NOT_OURS = "is a link, on another file system, or not ours"
+NOT_OURS = "is a link, lies on another file system, or was not written by attrib"
 _CELL = re.compile(r"[^./]+\.[^./]+\.[^./]+\.[0-9a-f]{8}")
 FITTED = re.compile(r"(?P<key>[0-9a-f]{8})\.(?:(?P<partial>partial\.)?safetensors|json)")
 SHARED = re.compile(r"(?P<kind>pictures|confidence)\.(?P<key>[0-9a-f]{8})(?:\.json)?")
@@ -56,8 +56,8 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Item:
-    """Something in a work directory. ``uses`` names the cells that need it; ``kind``:
+class StoredItem:
+    """A part of a work directory, such as a cell or a fitted state. ``uses`` names the cells that need it; ``kind``:
 
     cell, state (fitted), partial (unfinished), pictures (for the report), confidence, fingerprints, temporary,
     folder (of a cell, without spec.json), other (not of attrib, or not prune's business)
@@ -94,7 +94,7 @@ def walk(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None = None) -> Measure:
-    """``suffixes`` of the files that attrib writes there; others are strange."""
+    """Size and age of all files below ``paths``. ``suffixes``: of what attrib writes there; others are strange."""
     size, files, newest, strange = 0, 0, 0.0, []
     device = None
     for path in paths:
@@ -109,17 +109,17 @@ def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None
     return Measure(size, files, max(0.0, now - newest) if newest else 0.0, tuple(strange))
 
 
-def temporaries(root: Path, older: float, now: float) -> list[Item]:
-    """Files under a temporary name that no writer has touched for ``older`` seconds: it died in between."""
+def temporaries(root: Path, older: float, now: float) -> list[StoredItem]:
+    """Files under a temporary name that have not changed for ``older`` seconds: their writer was killed."""
     found = []
     for path, about in walk(root):
         if stat.S_ISREG(about.st_mode) and _TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
             age = max(0.0, now - about.st_mtime)
-            found.append(Item("temporary", (path,), Measure(about.st_size, 1, age), "a writer died here"))
+            found.append(StoredItem("temporary", (path,), Measure(about.st_size, 1, age), "unfinished file"))
     return found
 
 
-def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Item]:
+def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[StoredItem]:
     """Everything in a work directory, cells first; ``uses``: its :func:`references`. Raises UserError if it is none."""
     root = Path(root)
     now = clock(root) if root.is_dir() else 0.0
@@ -134,16 +134,22 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Ite
         size = measured([path], now)
         if path.is_dir() and not path.is_symlink() and _CELL.fullmatch(path.name):
             strangers = foreign(path)
-            about = f"holds {strangers[0].relative_to(root)}, which is not ours" if strangers else "has no spec.json"
-            found.append(Item("folder" if not strangers else "other", (path,), size, about))
+            about = "has no spec.json"
+            if strangers:
+                about = f"holds {strangers[0].relative_to(root)}, which attrib did not write"
+            found.append(StoredItem("folder" if not strangers else "other", (path,), size, about))
         elif path.name == DAMAGED:
-            found.append(Item("other", (path,), size, "moved there by repair; rm -r it when nobody wants to see it"))
+            found.append(
+                StoredItem(
+                    "other", (path,), size, "damaged files, moved here by repair; rm -r it once nobody needs them"
+                )
+            )
         else:
-            found.append(Item("other", (path,), size, "a link" if path.is_symlink() else ""))
+            found.append(StoredItem("other", (path,), size, "a link" if path.is_symlink() else ""))
     return found + temporaries(root, 0.0, now)
 
 
-def _cell(cell: Cell, now: float) -> Item:
+def _cell(cell: Cell, now: float) -> StoredItem:
     try:
         index = cell.maps.index()
         chunks = len({record.path for record in index.values()})
@@ -159,21 +165,21 @@ def _cell(cell: Cell, now: float) -> Item:
         words.append("samples.json is damaged")
     if cell.folder.is_symlink():
         words.append("a link")
-    return Item("cell", (cell.folder,), measured([cell.folder], now), ", ".join(words))
+    return StoredItem("cell", (cell.folder,), measured([cell.folder], now), ", ".join(words))
 
 
 def references(root: Path) -> dict[str, tuple[str, ...]]:
     """``<key8>``, ``pictures.<key8>`` or ``confidence`` -> the cells (and graphs) that refer to it.
 
-    Raises UserError for a cell whose spec cannot be read: nobody knows what it needs.
+    Raises UserError for a cell whose spec cannot be read, because what it needs is then unknown.
     """
     found: dict[str, list[str]] = {}
     for cell in cells(root):
         spec = read_object(cell.folder / "spec.json")
         if not {"key", "pictures", "state_key"} <= spec.keys():
             raise UserError(
-                f"{cell.folder / 'spec.json'} cannot be read, so nobody knows which states it needs; "
-                "tools/cache.py repair moves it away, and the next run of the cell writes it anew"
+                f"{cell.folder / 'spec.json'} cannot be read, so it is not known which states it needs; "
+                "`attrib cache repair` moves it away, and the next run of the cell writes it anew"
             )
         if spec["state_key"]:
             found.setdefault(str(spec["state_key"])[:8], []).append(cell.folder.name)
@@ -186,16 +192,16 @@ def references(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _selects_by_confidence(node: Any) -> bool:
-    """A confidence file bears no name that a spec knows: all of them are needed where a cell selects by confidence."""
+    """Whether a cell selects by confidence: it then needs all confidence files, for a spec does not say which."""
     if isinstance(node, Mapping):
         return node.get("min_confidence") is not None or any(map(_selects_by_confidence, node.values()))
     return isinstance(node, list) and any(map(_selects_by_confidence, node))
 
 
-def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list[Item]:
+def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list[StoredItem]:
     folder = root / "state"
     if folder.is_symlink():
-        return [Item("other", (folder,), Measure(), "a link; what it leads to is not looked at")]
+        return [StoredItem("other", (folder,), Measure(), "a link, which is not followed")]
     groups: dict[tuple[str, str], list[Path]] = {}
     others = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -207,27 +213,28 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
         elif shared := SHARED.fullmatch(path.name):
             groups.setdefault((shared["kind"], shared["key"]), []).append(path)
         elif path.name == "fingerprints" and not path.is_symlink():
-            others.append(Item("fingerprints", (path,), measured([path], now), "of files, so that they are read once"))
+            others.append(
+                StoredItem("fingerprints", (path,), measured([path], now), "remembered fingerprints of the data files")
+            )
         else:
-            others.append(Item("other", (path,), measured([path], now), "not ours"))
+            others.append(StoredItem("other", (path,), measured([path], now), "not written by attrib"))
     found = []
     for (kind, key), paths in groups.items():
         name = {"pictures": f"pictures.{key}", "confidence": "confidence"}.get(kind, key)
         paths.sort(key=lambda path: path.suffix != ".safetensors")  # the state before what is said about it
-        found.append(Item(kind, tuple(paths), measured(paths, now, _CHUNKS), uses=uses.get(name, ())))
+        found.append(StoredItem(kind, tuple(paths), measured(paths, now, _CHUNKS), uses=uses.get(name, ())))
     return sorted(found, key=lambda item: (item.kind, item.path)) + others
 
 
 def foreign(folder: Path) -> list[Path]:
-    """What in a cell's folder attrib did not write, and links."""
+    """The files in a cell's folder that attrib did not write, and links."""
     found = []
     for path in sorted(folder.iterdir()):
-        suffixes = (".json", ".tmp")  # a folder of documents
         if path.is_symlink() or path.is_file():
             if path.is_symlink() or not (path.name in _FILES or _TEMPORARY.fullmatch(path.name)):
                 found.append(path)
             continue
-        suffixes = _PARTS.get(path.name, suffixes)
+        suffixes = _PARTS.get(path.name, (".json", ".tmp"))  # else a folder of documents
         for one, about in walk(path):
             if stat.S_ISDIR(about.st_mode):
                 continue
@@ -251,11 +258,11 @@ def refuse_while_running(root: Path | str, silent: float = SILENT) -> None:
                 raise UserError(f"{worker.cell} is being worked on ({where}); stop it first, or wait")
 
 
-def unused(root: Path | str) -> tuple[list[Item], list[tuple[Item, str]]]:
-    """(what prune deletes, what it keeps though no cell refers to it, with the reason)."""
+def unused(root: Path | str) -> tuple[list[StoredItem], list[tuple[StoredItem, str]]]:
+    """(what prune deletes; what it keeps although no cell refers to it, with the reason)."""
     root = Path(root)
-    doomed: list[Item] = []
-    kept: list[tuple[Item, str]] = []
+    doomed: list[StoredItem] = []
+    kept: list[tuple[StoredItem, str]] = []
     for item in inventory(root, references(root)):
         if item.uses or item.kind in ("cell", "fingerprints", "temporary"):
             continue
@@ -267,13 +274,13 @@ def unused(root: Path | str) -> tuple[list[Item], list[tuple[Item, str]]]:
         elif item.kind == "folder" and any(root.glob(f"{DAMAGED}/*/{escape(item.path.name)}/spec.json")):
             kept.append((item, "its spec.json was damaged and moved away; the next run of the cell writes it anew"))
         elif item.kind == "partial" and item.measure.age < DAY:
-            kept.append((item, "an unfinished fit that was saved today"))
+            kept.append((item, "an unfinished fit, saved within the last day"))
         else:
             doomed.append(item)
     return doomed, kept
 
 
-def superseded(root: Path | str) -> list[Item]:
+def superseded(root: Path | str) -> list[StoredItem]:
     """Score folders of an older VERSION of a metric that the cell also has in a newer one, all else being equal."""
     root, found = Path(root), []
     now = clock(root)
@@ -293,19 +300,20 @@ def superseded(root: Path | str) -> list[Item]:
     return found
 
 
-def scores(root: Path | str, pattern: str) -> list[Item]:
-    """The score folders called so: ``ehr.*``, or ``ehr.9561f895``."""
+def scores(root: Path | str, pattern: str) -> list[StoredItem]:
+    """The score folders whose names match: ``ehr.*``, or ``ehr.9561f895``."""
     root = Path(root)
     now = clock(root)
     found = [(cell, name) for cell in cells(root) for name in cell.metrics()]
-    return [_scores(cell, name, "as asked for", now) for cell, name in found if fnmatch.fnmatchcase(name, pattern)]
+    chosen = [(cell, name) for cell, name in found if fnmatch.fnmatchcase(name, pattern)]
+    return [_scores(cell, name, "named on the command line", now) for cell, name in chosen]
 
 
-def _scores(cell: Cell, name: str, about: str, now: float) -> Item:
+def _scores(cell: Cell, name: str, about: str, now: float) -> StoredItem:
     path = cell.folder / "scores" / name
     measure = measured([path], now, _CHUNKS)
     links = tuple(part for part in (cell.folder, path.parent) if part.is_symlink())  # ``remove`` would refuse
-    return Item("scores", (path,), dataclasses.replace(measure, strange=links + measure.strange), about)
+    return StoredItem("scores", (path,), dataclasses.replace(measure, strange=links + measure.strange), about)
 
 
 def remove(root: Path | str, path: Path) -> None:
@@ -334,9 +342,9 @@ def check_inside(root: Path | str, path: Path) -> None:
 
 
 def stale_maps(cell: Cell) -> Mapping[Path, tuple[int, int]]:
-    """Chunk -> (samples that the cell is no longer about: other uids, other content; samples).
+    """Chunk -> (samples that no longer belong to the cell, or had another content; all its samples).
 
-    Empty where the cell does not say what it is about.
+    Empty where the cell has no samples.json.
     """
     said = cell.about()
     found: dict[Path, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Maps out of a work directory, for other programs: pictures, .npy, .npz."""
+"""Export of maps from a work directory to other programs: pictures, .npy, .npz."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from attrib.drawing.pictures import heat, overlay, png
+from attrib.drawing.pictures import heat, overlay, png, words_page
 from attrib.drawing.spectrogram import draw
-from attrib.running.hooks import picture_path, words_page
 from attrib.store.cell import Arrays, Cell, cells, counts
-from attrib.store.files import Key, write_atomic
+from attrib.store.files import Key, picture_path, write_atomic
 from attrib.store.workers import read_object
 from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
@@ -26,7 +25,7 @@ FORMATS = ("png", "npy", "npz")
 
 @dataclass
 class Exported:
-    """``files`` written. ``bare``: pictures of the map alone, since the report's pictures do not hold its input.
+    """``files`` written. ``bare``: pictures of the map alone, because its input is not among those kept for the report.
 
     ``skipped``: sample, and why nothing was written for it.
     """
@@ -67,16 +66,16 @@ def export(
     """
     root, out = Path(root), Path(out)
     if kind not in FORMATS:
-        raise UserError(f"no format {kind}; take {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {kind}: choose one of {', '.join(FORMATS)}")
     jobs = list(_jobs(root, out, kind, filters, maps, uids))
     if not jobs:
-        raise UserError(f"nothing in {root} is selected; tools/cache.py list shows its cells")
+        raise UserError(f"nothing in {root} is selected; `attrib cache list` shows its cells")
     taken: dict[Path, _Job] = {}
     result = Exported()
     for job in jobs:
         other = taken.setdefault(job.path, job)
         if other is not job:
-            result.skipped.append(f"{job.key[0]}: {job.path} is the file of {other.key[0]} too")
+            result.skipped.append(f"{job.key[0]}: {job.path} is already the file of {other.key[0]}")
     there = [path for path in taken if path.exists()]
     if there and not force:
         raise UserError(f"{there[0]} exists ({len(there)} files of {len(taken)}); --force writes over them")
@@ -98,7 +97,7 @@ def export(
             data, bare = _packed(arrays, job.name), False
         if data is None:
             result.skipped.append(
-                f"{job.key[0]}: its input is not kept, and a map of it alone cannot be drawn; take npy"
+                f"{job.key[0]}: its input is not kept, and its map cannot be drawn alone; export it as npy"
             )
             continue
         write_atomic(job.path, data)
@@ -111,7 +110,7 @@ def _jobs(
 ) -> Iterable[_Job]:
     found = [cell for cell in cells(root) if matches(cell.folder.name, filters)]
     if not found:
-        raise UserError(no_cells(root) if not filters else f"no cell in {root} is called {' and '.join(filters)}")
+        raise UserError(no_cells(root) if not filters else f"no cell in {root} matches {' and '.join(filters)}")
     for cell in found:
         said = cell.about()
         spec = read_object(cell.folder / "spec.json")

@@ -1,4 +1,4 @@
-"""Files of a work directory read whole and compared with their checksums; what is damaged moved out of the way.
+"""Verification reads the files of a work directory and compares them with their checksums; repair moves damaged ones.
 
 A damaged chunk is no loss: its samples count as missing, and the next run computes exactly those.
 """
@@ -37,16 +37,16 @@ class Damage:
     samples: tuple[Key, ...] | None = None
 
 
-Check = Callable[[Path], Damage | None]
+FileCheck = Callable[[Path], Damage | None]
 
 
 # ---- checking ---------------------------------------------------------------------------------------
 
 
-def checks(root: Path | str) -> list[tuple[Path, Check]]:
+def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
     """Every file that is checked, and how. Raises UserError if ``root`` holds nothing to check."""
     root = Path(root)
-    found: list[tuple[Path, Check]] = []
+    found: list[tuple[Path, FileCheck]] = []
     for cell in cells(root):
         folder = cell.folder
         found += [(folder / "spec.json", _object), *[(p, _samples) for p in [folder / "samples.json"] if p.exists()]]
@@ -89,7 +89,7 @@ def chunk(path: Path) -> Damage | None:
 
 
 def _header(path: Path) -> tuple[Key, ...] | None:
-    """The samples of a chunk whose beginning alone can be read."""
+    """The samples of a chunk of which only the beginning can be read."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -124,7 +124,7 @@ def _object(path: Path) -> Damage | None:
 
 
 def _confidence(path: Path) -> Damage | None:
-    """Empty where no sample could be read."""
+    """A JSON object, which is empty where no sample could be read."""
     try:
         whole = isinstance(json.loads(path.read_text()), dict)
     except (OSError, ValueError, RecursionError):
@@ -143,7 +143,7 @@ def _samples(path: Path) -> Damage | None:
 
 
 def _ledger(path: Path) -> Damage | None:
-    """Lines that a kill tore are no damage; a line that is JSON, but no entry, stops every reader."""
+    """Lines cut off by a kill are no damage; a line that is JSON, but not an entry, would stop every reader."""
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
@@ -197,7 +197,7 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
 
 
 def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
-    """Drop the rows of samples whose curves were lost: of all without curves, if nobody knows which those are."""
+    """Drop the rows of samples whose curves were lost: of all without curves, if it is not known which those are."""
     stored = Arrays(folder).index()
     lost = {key for keys in known if keys is not None for key in keys if key not in stored}
     if any(keys is None for keys in known):
@@ -217,7 +217,7 @@ def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
 
 
 def reindex(root: Path | str) -> int:
-    """Rebuild the caches of what lies in which chunk; returns the number of samples in all of them."""
+    """Rebuild the indices that say which sample lies in which chunk; returns the number of samples in all of them."""
     root = Path(root)
     folders = [cell.folder / "maps" for cell in cells(root)]
     folders += [cell.folder / "scores" / name for cell in cells(root) for name in cell.metrics()]
@@ -228,7 +228,7 @@ def reindex(root: Path | str) -> int:
 
 
 def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
-    """Write these chunks of maps again without the samples that the cell is no longer about; returns how many went.
+    """Write these chunks of maps anew without samples that no longer belong to the cell; returns how many were dropped.
 
     The new chunk is whole before the old one goes. Raises UserError if a chunk is damaged, or reached by a link.
     """
@@ -236,7 +236,7 @@ def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
     for path in paths:
         check_inside(root, path)
         if damage := chunk(path):
-            raise UserError(f"{path} is damaged ({damage.problem}); tools/cache.py repair first")
+            raise UserError(f"{path} is damaged ({damage.problem}); run `attrib cache repair` first")
         fresh = Arrays(path.parent, writer_name())
         with safe_open(path, framework="numpy") as file:
             for i, sample in enumerate(described(file)):

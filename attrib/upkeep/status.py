@@ -1,40 +1,42 @@
-"""Where the cells of a work directory stand: done, to do, failed, by whom, how fast, until when.
+"""The status of a work directory: samples done, to do and failed, the workers that run, their speed, the time left.
 
-Everything is read from files that runs leave; nothing is asked of the machines, and nothing is computed. A cell that
-is half written, or damaged, is shown as far as it can be read, with the names of what cannot.
+Everything is read from the files that runs write; no machine is asked, and nothing is computed. A cell that is half
+written or damaged is shown as far as it can be read, with the names of the files that cannot.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrib.store.cell import Cell, ScoreRows, cells, counts
+from attrib.process.signals import LEFT
+from attrib.store.cell import Cell, Record, ScoreRows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
 from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
 from attrib.types import UNREADABLE, UserError
+from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
 
-DONE, WORKED_ON, LEFT = 0, 10, 75  # exit status of tools/status.py; 75 as tools/run.py says that work is left
+DONE, WORKED_ON = 0, 10  # exit status of ``attrib status``, beside LEFT
 RECENT = 1000  # samples whose recorded seconds are averaged
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageStatus:
     """Maps, or one metric's scores, of a cell, counted in samples.
 
     name      "maps" or the score folder, ``<name>.<key8>``
-    todo      samples that miss it and did not fail; ``unseen`` of them no run has looked at yet (limit, shards to come)
-    asked     whether the newest run wants it; scores of an earlier configuration are not waited for
-    rate      samples per second of all running workers that are at it; None if none is
+    todo      samples that lack it and did not fail; no run has looked at ``unseen`` of them yet (run.limit, or a shard
+              that has not begun)
+    asked     whether the newest run computes it; scores of an earlier configuration are not waited for
+    rate      samples per second of all workers that are running this stage; None if there are none
     seconds   of one worker per sample: as measured now, else as recorded; None if neither is known
     """
 
@@ -65,13 +67,13 @@ class CellStatus:
     """``samples`` are those that the cell is about (None: it does not say, all that is stored counts).
 
     ``broken`` names files that could not be read, each with the error; what they held counts as to do. ``readable``:
-    whether the cell says what it is (spec.json) and, if it has the file, what it is about (samples.json).
-    ``workers`` are those that matter (:func:`attrib.store.workers.current`), ``runs`` counts all there ever were.
+    whether spec.json and, if there is one, samples.json could be read. ``workers`` are the running ones and the last of
+    each shard (:func:`attrib.store.workers.current`); ``runs`` counts all runs there ever were.
     """
 
     name: str
     samples: int | None
-    stages: tuple[Stage, ...]
+    stages: tuple[StageStatus, ...]
     workers: tuple[Worker, ...]
     runs: int
     failures: tuple[Failure, ...]
@@ -81,7 +83,7 @@ class CellStatus:
 
     @property
     def left(self) -> bool:
-        """Whether a run would find work. Samples that failed are no work, though a run tries them again."""
+        """Whether work is left. Failed samples do not count as work, although the next run tries them again."""
         return not self.readable or any(stage.todo for stage in self.stages if stage.asked)
 
     @property
@@ -90,7 +92,7 @@ class CellStatus:
 
     @property
     def seconds(self) -> float | None:
-        """What one worker would take for the rest; None if that is not known of every stage."""
+        """How long a single worker would take for the rest; None if that is not known for every stage."""
         due = [stage for stage in self.stages if stage.asked and stage.todo]
         if any(stage.seconds is None for stage in due):
             return None
@@ -98,7 +100,7 @@ class CellStatus:
 
 
 @dataclass(frozen=True)
-class Fit:
+class UnfinishedFit:
     """A state that is being fitted, or was when its worker ended: ``state/<key8>.partial.safetensors``."""
 
     name: str
@@ -112,11 +114,12 @@ class Status:
     root: Path
     time: float
     cells: tuple[CellStatus, ...]
-    fits: tuple[Fit, ...] = ()
+    fits: tuple[UnfinishedFit, ...] = ()
+    moved: tuple[MovedClass, ...] = ()
 
     @property
     def exit(self) -> int:
-        """DONE; WORKED_ON: some cell misses something, and all that do have a worker; LEFT: one has none."""
+        """DONE; WORKED_ON: work is left, and every cell with work left has a running worker; LEFT: one has none."""
         due = [cell for cell in self.cells if cell.left]
         if any(not cell.running for cell in due):
             return LEFT
@@ -145,11 +148,12 @@ class Status:
             for cell in self.cells
         ]
         about = {"root": str(self.root), "time": self.time, "exit": self.exit}
-        return {**about, "cells": listed, "fits": [dataclasses.asdict(one) for one in self.fits]}
+        fits = [dataclasses.asdict(one) for one in self.fits]
+        return {**about, "cells": listed, "fits": fits, "moved": [one.record() for one in self.moved]}
 
 
 class Observer:
-    """Looks at a work directory again and again; of what it has read it reads only what is new.
+    """Reads the status of a work directory repeatedly; files that it has read before are not read again.
 
     filters   words that a cell's name must hold, all of them; a word with ``*`` or ``?`` must match a part between
               dots, or the whole name
@@ -160,6 +164,7 @@ class Observer:
         self.root, self._filters, self._silent = Path(root), tuple(filters), silent
         self._cells: dict[str, Cell] = {}
         self._rows: dict[Path, ScoreRows] = {}
+        self._specs: dict[str, dict[str, Any]] = {}
 
     def look(self) -> Status:
         """Raises UserError if there is no cell, or none that the filters let through."""
@@ -168,13 +173,38 @@ class Observer:
             raise UserError(no_cells(self.root))
         chosen = [cell for cell in found if matches(cell.folder.name, self._filters)]
         if not chosen:
-            raise UserError(f"none of the {len(found)} cells in {self.root} is called {' and '.join(self._filters)}")
+            raise UserError(f"none of the {len(found)} cells in {self.root} matches {' and '.join(self._filters)}")
         now = clock(self.root)
-        known = [self._known(cell) for cell in chosen]
-        return Status(self.root, now, tuple(self._cell(cell, now) for cell in known), tuple(fits(self.root, now)))
+        statuses = tuple(self._cell(self._known(cell), now) for cell in chosen)
+        moved = tuple(self._moved({cell.folder.name: cell for cell in found}, statuses))
+        return Status(self.root, now, statuses, tuple(fits(self.root, now)), moved)
+
+    def _moved(self, every: Mapping[str, Cell], statuses: Sequence[CellStatus]) -> Iterator[MovedClass]:
+        """For each stage that lacks results, the folder that has more of them under an older path of the class."""
+        for status in statuses:
+            maps, *scores = status.stages
+            if maps.todo or not maps.done:
+                for folder in every.keys() - self._specs.keys():
+                    self._specs[folder] = read_object(every[folder].folder / "spec.json")
+                known = {folder: self._specs[folder] for folder in every}
+                olders = older_cells(self.root, status.name, known)
+                yield from _most(status.name, maps, ((self._mapped(every[one.folder]), one) for one in olders))
+            done = {stage.name: stage.done for stage in scores}
+            if any(stage.todo and stage.asked for stage in scores):
+                pairs = list(older_scores(every[status.name].folder, list(done)))
+                for stage in scores:
+                    found = ((done[one.folder], one) for name, one in pairs if name == stage.name)
+                    yield from _most(status.name, stage, found if stage.todo and stage.asked else ())
+
+    def _mapped(self, cell: Cell) -> int:
+        """How many samples that the cell is about have maps."""
+        said = _tried(cell.about, None, [], cell.folder)
+        nothing: Mapping[Key, Record] = {}
+        index = _tried(self._known(cell).maps.index, nothing, [], cell.folder)
+        return len({uid for uid, fingerprint in index if counts(said, uid, fingerprint)})
 
     def _known(self, cell: Cell) -> Cell:
-        """What has read this cell before; a new object where files were broken, which may be repaired by now."""
+        """The object that read this cell before; a new one where files were broken, which may be repaired by now."""
         before = self._cells.get(cell.folder.name)
         if before is None or before.maps.broken:
             self._cells[cell.folder.name] = cell
@@ -190,7 +220,8 @@ class Observer:
         def counted(keys: Iterable[Key]) -> set[str]:
             return {uid for uid, fingerprint in keys if counts(said, uid, fingerprint)}
 
-        index = _tried(cell.maps.index, {}, broken, cell.maps.folder)
+        nothing: Mapping[Key, Record] = {}
+        index = _tried(cell.maps.index, nothing, broken, cell.maps.folder)
         broken += cell.maps.broken
         mapped = counted(index)
         due = mapped if said is None else set(said)
@@ -199,13 +230,15 @@ class Observer:
         running = [worker for worker in runs if worker.state == RUNNING]
         lost = {uid: failure for uid, failure in _merged(failures).items() if uid in due and uid not in mapped}
         unseen = 0 if said is None else sum(1 for u, f in said.items() if f is None and u not in mapped)
-        recorded = _recorded(record.info for record in itertools.islice(reversed(index.values()), RECENT))
+        recorded = _recorded(record.info for record in list(index.values())[-RECENT:])
         rate, measured = _speed(running, "maps")
         todo = len(due) - len(mapped) - len(lost)
-        stages = [Stage("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
+        stages = [StageStatus("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
         named = list(lost.values())
         wanted = asked(runs)
-        for name in dict.fromkeys((*_tried(cell.metrics, [], broken, cell.folder), *sorted(wanted or ()), *failures)):
+        unread: list[str] = []
+        stored = _tried(cell.metrics, unread, broken, cell.folder)
+        for name in dict.fromkeys((*stored, *sorted(wanted or ()), *failures)):
             if name in ("load", "maps"):
                 continue
             rows = self._rows.setdefault(cell.folder / name, cell.scores(name))
@@ -216,7 +249,7 @@ class Observer:
             wants = wanted is None or name in wanted
             rate, measured = _speed(running, name.rpartition(".")[0])
             cost = measured or (_score_seconds(cell, name) if todo and wants else None)
-            stages.append(Stage(name, len(scored), todo, len(bad), 0, wants, rate, cost))
+            stages.append(StageStatus(name, len(scored), todo, len(bad), 0, wants, rate, cost))
             named += bad.values()
         found = CellStatus(
             name=cell.folder.name,
@@ -233,10 +266,18 @@ class Observer:
         return dataclasses.replace(found, eta=found.seconds / len(running))
 
 
+def _most(cell: str, stage: StageStatus, olders: Iterable[tuple[int, Older]]) -> Iterator[MovedClass]:
+    """The one of ``olders`` (samples done, folder) that has most, if that is more than the stage has."""
+    done, older = max(olders, key=lambda pair: pair[0], default=(0, None))
+    if older is not None and done > stage.done:
+        yield MovedClass(cell, stage.name, older, done)
+
+
 def _score_seconds(cell: Cell, name: str) -> float | None:
     """Mean seconds per sample that the metric recorded beside its curves."""
     curves = cell.curves(name)
-    return _recorded(record.info for record in _tried(curves.sampled, [], [], curves.folder))
+    unread: list[Record] = []
+    return _recorded(record.info for record in _tried(curves.sampled, unread, [], curves.folder))
 
 
 def matches(name: str, filters: Sequence[str]) -> bool:
@@ -249,16 +290,16 @@ def matches(name: str, filters: Sequence[str]) -> bool:
 
 
 def no_cells(root: Path) -> str:
-    """What to say of a folder without cells."""
+    """The message for a folder without cells."""
     if not root.is_dir():
-        return f"{root} is no folder; give the work directory (run.root) that tools/run.py writes to"
+        return f"{root} is no folder; give the work directory (run.root) that `attrib run` writes to"
     below = sorted({path.parent.parent.name for path in root.glob("*/*/spec.json")})
     if below:
         return f"{root} holds no cells, but work directories: {', '.join(below)}; give one of them"
     return f"{root} holds no cells: no <dataset>.<model>.<method>.<key>/spec.json there"
 
 
-def fits(root: Path, now: float) -> list[Fit]:
+def fits(root: Path, now: float) -> list[UnfinishedFit]:
     """Unfinished states below ``state/``, and the cells that wait for each."""
     found = []
     try:
@@ -275,7 +316,7 @@ def fits(root: Path, now: float) -> list[Fit]:
         except OSError:  # published this moment
             continue
         needing = tuple(sorted(name for name, key in specs.items() if isinstance(key, str) and key[:8] == key8))
-        found.append(Fit(key8, needing, stat.st_size, max(0.0, now - stat.st_mtime)))
+        found.append(UnfinishedFit(key8, needing, stat.st_size, max(0.0, now - stat.st_mtime)))
     return found
 
 
@@ -295,7 +336,8 @@ def _failures(
 ) -> dict[str, dict[str, Failure]]:
     """stage -> uid -> the newest entry that is about the sample as it is now."""
     found: dict[str, dict[str, Failure]] = {}
-    for entry in _tried(ledger.entries, [], broken, ledger.folder / "failures"):
+    unread: list[dict[str, Any]] = []
+    for entry in _tried(ledger.entries, unread, broken, ledger.folder / "failures"):
         if not isinstance(entry, dict):
             continue
         uid, fingerprint, stage = entry.get("uid"), entry.get("fingerprint"), entry.get("stage")
@@ -323,6 +365,6 @@ def _recorded(infos: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _speed(running: Sequence[Worker], stage: str) -> tuple[float | None, float | None]:
-    """Samples per second of all workers at a stage, and seconds per sample of one of them."""
+    """Samples per second of all workers that run a stage, and seconds per sample of one of them."""
     rates = [worker.rate for worker in running if worker.stage == stage and worker.rate]
     return (sum(rates), len(rates) / sum(rates)) if rates else (None, None)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attrib.store.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, counted, printable
-from attrib.upkeep.status import CellStatus, Stage, Status
+from attrib.upkeep.status import CellStatus, StageStatus, Status
 
 STYLES = {RUNNING: "green", FINISHED: "dim", STOPPED: "yellow", FAILED: "red", DEAD: "red"}
 BROKEN = 5  # files that cannot be read, named of each cell
@@ -37,7 +37,7 @@ def speed(rate: float | None) -> str:
 
 
 def drawn(status: Status, lines: int = 5) -> RenderableType:
-    """Cells and their stages; workers; the newest ``lines`` of what running and dead ones logged; what failed."""
+    """Cells with their stages; workers; the newest ``lines`` of the logs of running, dead and failed ones; failures."""
     parts: list[RenderableType] = [_head(status), _cells(status)]
     workers = [worker for cell in status.cells if cell.left or cell.running for worker in cell.workers]
     if workers:
@@ -47,6 +47,10 @@ def drawn(status: Status, lines: int = 5) -> RenderableType:
         parts.append(
             Text(f"\nstate {fit.name} is being fitted (for {needing}); last saved {duration(fit.age)} ago", "cyan")
         )
+    for moved in status.moved:
+        head, *rest = moved.advice
+        parts.append(Text(f"\n{printable(head)}", style="yellow"))
+        parts += [Padding(Text(printable(line)), (0, 0, 0, 2)) for line in rest]
     for worker in workers:
         if lines and worker.state in (RUNNING, DEAD, FAILED):
             parts += _log(worker, lines)
@@ -56,7 +60,7 @@ def drawn(status: Status, lines: int = 5) -> RenderableType:
 
 
 def _head(status: Status) -> Text:
-    """How far everything is, in one line."""
+    """The totals, in one line."""
     maps = [cell.stages[0] for cell in status.cells]
     running = sum(len(cell.running) for cell in status.cells)
     words = [
@@ -75,7 +79,7 @@ def _cells(status: Status) -> Table:
     for name in ("done", "to do", "failed", "rate", "left"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in status.cells:
-        about = "" if cell.samples is not None else "  (does not say which samples)"
+        about = "" if cell.samples is not None else "  (no samples.json)"
         table.add_row(Text(printable(cell.name) + about, style="bold"), "", "", "", "", Text(_time_left(cell)))
         for stage in cell.stages:
             table.add_row(*_stage(stage))
@@ -87,14 +91,14 @@ def _time_left(cell: CellStatus) -> str:
         return "" if cell.running else "done"
     workers = len(cell.running)
     if not workers:
-        return f"{duration(cell.seconds)} of work" if cell.seconds is not None else "nobody works"
+        return f"{duration(cell.seconds)} of work" if cell.seconds is not None else "no worker"
     if cell.eta is not None:
         return duration(cell.eta)
     known = sum(stage.todo * stage.seconds for stage in cell.stages if stage.asked and stage.seconds is not None)
     return f"over {duration(known / workers)}" if known else "not known yet"
 
 
-def _stage(stage: Stage) -> list[Text]:
+def _stage(stage: StageStatus) -> list[Text]:
     dim = "" if stage.asked else "dim"
     todo = str(stage.todo) if stage.asked else f"({stage.todo})"
     todo += f" ({stage.unseen} unseen)" if stage.unseen else ""
@@ -140,7 +144,7 @@ def _log(worker: Worker, lines: int) -> list[RenderableType]:
 def _problems(cell: CellStatus, lines: int) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if cell.broken:
-        word = f"\n{counted(len(cell.broken), 'damaged file')} in {printable(cell.name)}; tools/cache.py repair"
+        word = f"\n{counted(len(cell.broken), 'damaged file')} in {printable(cell.name)}: run `attrib cache repair`"
         parts.append(Text(word, style="red"))
         parts += [Padding(Text(line), (0, 0, 0, 2)) for line in cell.broken[:BROKEN]]
         if len(cell.broken) > BROKEN:
