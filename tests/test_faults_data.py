@@ -176,6 +176,16 @@ def test_a_metric_of_which_every_score_failed_is_no_success(job, monkeypatch):
     assert job().status == 0
 
 
+def test_a_root_that_cannot_be_written_promises_nothing(job):
+    """Nothing was stored, so nothing is said to be safe."""
+    job.root.write_text("a file")
+    result = job()
+    assert result.status == 2
+    assert "take another run.root" in result.err
+    assert "safe" not in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_score_file(job, damage):
     """Its samples are scored again, from the maps."""

@@ -429,7 +429,7 @@ def test_a_container_of_cgroup_version_1(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
 def test_the_peak_of_this_process():
-    batch_size._settle(CPU)
+    batch_size._free(CPU)
     peak = Peak(CPU)
     kept = torch.ones(32, 2**20)  # 128 MiB
     del kept

@@ -48,7 +48,8 @@ class Experiment:
         holds = self.dataset.modality
         fitting = ",".join(name for name, metric in self.metrics.items() if holds in metric.MODALITIES)
         advice = dict.fromkeys(self.metrics, f"take metric=[{fitting}]")
-        for name, part in {self.names["method"]: self.method, **self.metrics}.items():
+        parts: dict[str, Method | Metric] = {self.names["method"]: self.method, **self.metrics}
+        for name, part in parts.items():
             if holds not in part.MODALITIES:
                 raise UserError(
                     f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "

@@ -1,4 +1,4 @@
-"""What memory this process may still take, and what it takes at its peak: of a GPU by torch, of the machine by /proc."""
+"""How much memory this process may still take, and what it takes at its peak, on a GPU or on the machine."""
 
 from __future__ import annotations
 

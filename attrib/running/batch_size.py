@@ -68,8 +68,7 @@ class Budget:
         With ``auto`` a portion is a single sample, which is measured, until one succeeds.
         """
         while self.open and uids:
-            _settle(self.model.device)
-            free, peak = free_memory(self.model.device), Peak(self.model.device)
+            free, peak = _free(self.model.device), Peak(self.model.device)
             yield uids[:1]
             uids = uids[1:]
             if self.succeeded:
@@ -123,8 +122,7 @@ class Budget:
             log.warning("%s.bytes_per_sample: %s: %s", type(self.method).__name__, type(error).__name__, error)
         if self.open or self._declared is None:
             return
-        _settle(self.model.device)
-        free = free_memory(self.model.device)
+        free = _free(self.model.device)
         if free is not None and self.most * self._declared > free:
             before, self.most = self.most, max(1, free // self._declared)
             if self.most < before:
@@ -141,8 +139,9 @@ def _size(bytes: int) -> str:
     return f"{bytes / 2**30:.2f} GiB" if bytes >= 2**30 else f"{bytes / 2**20:.0f} MiB"
 
 
-def _settle(device: torch.device) -> None:
-    """Let what was freed, but is kept for the next allocation, count as free and not as used."""
+def _free(device: torch.device) -> int | None:
+    """Free memory, with all that was freed and is only kept for the next allocation."""
     release_memory(device)
     if device.type == "cpu":
         give_back()
+    return free_memory(device)

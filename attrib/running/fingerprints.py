@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeGuard
 
 import pyarrow as pa
 
 import attrib
 from attrib.datasets import Dataset
 from attrib.datasets.files import InFiles
+from attrib.datasets.protocols import Files
 from attrib.store.files import write_atomic
 from attrib.store.listing import Stamp, pack, settled, stamp_of, unpack
 from attrib.types import UNREADABLE
@@ -52,15 +54,14 @@ class Fingerprints:
 
     def of(self, dataset: Dataset, uids: Sequence[str]) -> dict[str, str]:
         """What ``dataset.fingerprint`` says of each; the dataset itself knows it then, too."""
-        if not _tells(dataset):
+        if not _names_its_files(dataset):
             return {uid: dataset.fingerprint(uid) for uid in uids}
-        if self._known is None:
-            self._known = self._read()
+        known = self._known = self._read() if self._known is None else self._known
         missing = []
         for uid in uids:
             if uid in dataset.fingerprints:
                 continue  # this process has read it; what became of the file since then is the next one's business
-            value = self._known.get(_key(dataset, uid, _stamps(dataset, uid)))
+            value = known.get(_key(dataset, uid, _stamps(dataset, uid)))
             if value is None:
                 missing.append(uid)
             else:
@@ -69,7 +70,7 @@ class Fingerprints:
         try:
             for key, value in pool.map(lambda uid: _found(dataset, uid), missing):
                 if key is not None:
-                    self._known[key] = self._new[key] = value
+                    known[key] = self._new[key] = value
         except BaseException:  # told to stop
             self.save()
             raise
@@ -82,7 +83,7 @@ class Fingerprints:
         if not self._new or not self.writer:
             return
         together = len(self._files) >= MOST
-        entries = self._known if together else self._new
+        entries = self._known or {} if together else self._new
         columns = [pa.array(list(entries), pa.binary(16)), pa.array(list(entries.values()), pa.string())]
         path = self.folder / f"{self.writer}-{secrets.token_hex(2)}{SUFFIX}"
         try:
@@ -108,12 +109,12 @@ class Fingerprints:
         return known
 
 
-def _tells(dataset: Dataset) -> bool:
+def _names_its_files(dataset: Dataset) -> TypeGuard[Files]:
     """A subclass may read other files, so it must say itself which."""
     return isinstance(dataset, InFiles) and "sources" in vars(type(dataset))
 
 
-def _stamps(dataset: InFiles, uid: str) -> list[tuple[str, Stamp | None]]:
+def _stamps(dataset: Files, uid: str) -> list[tuple[str, Stamp | None]]:
     """Absolute path and stamp of each file, None where there is none."""
     found: list[tuple[str, Stamp | None]] = []
     for path in dataset.sources(uid):
@@ -124,13 +125,13 @@ def _stamps(dataset: InFiles, uid: str) -> list[tuple[str, Stamp | None]]:
     return found
 
 
-def _key(dataset: InFiles, uid: str, stamps: list[tuple[str, Stamp | None]]) -> bytes:
+def _key(dataset: Files, uid: str, stamps: list[tuple[str, Stamp | None]]) -> bytes:
     kind = type(dataset)
     parts = VERSION, attrib.__version__, kind.__module__, kind.__qualname__, dataset.described(uid), stamps
     return hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _found(dataset: InFiles, uid: str) -> tuple[bytes | None, str]:
+def _found(dataset: Files, uid: str) -> tuple[bytes | None, str]:
     """The fingerprint, read, and what to remember it under; None if it must not be."""
     now, before = time.time_ns(), _stamps(dataset, uid)
     value = dataset.fingerprint(uid)

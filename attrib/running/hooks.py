@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -9,18 +10,18 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmengine.hooks import Hook
 from tqdm import tqdm
 
+from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.drawing.pictures import overlay, png, words_page
 from attrib.drawing.spectrogram import draw
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.store.files import picture_path, write_atomic, write_json
-from attrib.store.workers import BEAT, PROGRESS, identity
+from attrib.store.workers import BEAT, PROGRESS, identity, slurm_job
 from attrib.types import Batch, SampleError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Heartbeat(Hook):
             "shards": options.shards,
             "limit": options.limit,
             "metrics": [metric_folder(plan.experiment, name) for name in plan.experiment.metrics],
-            **_slurm(os.environ),
+            **slurm_job(os.environ),
         }
         fits = plan.state_key is not None and plan.explains
         self._stage, self._done, self._total, self._failed = "fit" if fits else "start", 0, 0, 0
@@ -152,17 +153,6 @@ class Heartbeat(Hook):
                 log.warning("%s cannot be written, tools/status.py may take this run for dead: %s", self.path, error)
 
 
-def _slurm(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The Slurm job as squeue names it, 123_4 for task 4 of an array, and how often it was requeued."""
-    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
-    if job is None:
-        return {}
-    about: dict[str, Any] = {"job": job, "slurm_job_id": environment.get("SLURM_JOB_ID")}
-    restarts = environment.get("SLURM_RESTART_COUNT", "")
-    return about | ({"restarts": int(restarts)} if restarts.isdigit() else {})
-
-
 class ScalarHook(Hook):
     """Seconds per sample and mean scores of each batch, for the visualisation backends."""
 
@@ -197,29 +187,28 @@ class PictureHook(Hook):
     def _draw(self, runner: AttributionRunner, uid: str, step: int, *, replace: bool) -> None:
         plan = runner.attribution.plan
         names = plan.experiment.method.MAPS
-        dataset, text = plan.experiment.dataset, plan.experiment.dataset.modality == "text"
-        suffix = ".html" if text else ".png"
+        dataset = plan.experiment.dataset
+        suffix = ".html" if holds_texts(dataset) else ".png"
         paths = {name: picture_path(plan.cell.folder / "masks" / name, uid, suffix) for name in names}
         if not replace and all(path.exists() for path in paths.values()):
             return
         try:
             arrays = plan.cell.maps.read(plan.key(uid), names)
-            if text:
+            if holds_texts(dataset):
                 tokens = dataset.tokens(uid)
                 for name, path in paths.items():
                     write_atomic(path, words_page(uid, tokens, arrays[name]).encode())
                 return
-            sound = dataset.modality == "audio"
-            content = dataset.wave(uid) if sound else dataset.picture(uid)
+            if holds_sounds(dataset):
+                paint = functools.partial(draw, dataset.wave(uid), dataset.rate)
+            else:
+                assert holds_images(dataset)
+                paint = functools.partial(overlay, dataset.picture(uid))
             roi = dataset.batch([uid]).roi
         except (KeyError, OSError, SampleError):
             return  # no map, or not readable: the ledger says why
         for name, path in paths.items():
-            region = roi[0].numpy() if roi is not None else None
-            if sound:
-                image = draw(content, dataset.rate, arrays[name], region)
-            else:
-                image = overlay(content, arrays[name], region)
+            image = paint(arrays[name], roi[0].numpy() if roi is not None else None)
             write_atomic(path, png(image))
             runner.visualizer.add_image(f"{name}/{path.stem}", image, step=step)
 
@@ -248,9 +237,4 @@ class DocumentHook(Hook):
 
 
 def standard_hooks(*, progress: bool, png: bool) -> list[Hook]:
-    hooks: list[Hook] = [ScalarHook(), DocumentHook()]
-    if progress:
-        hooks.append(ProgressHook())
-    if png:
-        hooks.append(PictureHook())
-    return hooks
+    return [ScalarHook(), DocumentHook(), *([ProgressHook()] if progress else ()), *([PictureHook()] if png else ())]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.experiment.samples import Samples
 from attrib.running.plan import Plan
 from attrib.store.cell import Arrays
@@ -44,10 +45,13 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
 def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What a person needs to see of a sample: arrays, and what is not an array."""
     dataset = samples.dataset
-    if dataset.modality == "text":
-        return {"words": samples.batch([uid]).words[0].cpu().numpy()}, {"tokens": list(dataset.tokens(uid))}
-    if dataset.modality == "audio":
+    if holds_texts(dataset):
+        words = samples.batch([uid]).words
+        assert words is not None
+        return {"words": words[0].cpu().numpy()}, {"tokens": list(dataset.tokens(uid))}
+    if holds_sounds(dataset):
         return {"wave": dataset.wave(uid)}, {"rate": dataset.rate}
+    assert holds_images(dataset)
     return {"image": dataset.picture(uid)}, {}
 
 

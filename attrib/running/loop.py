@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from mmengine.runner import BaseLoop, Runner
 
-from attrib.datasets import Dataset
+from attrib.datasets import Texts, holds_texts
 from attrib.fit import State
 from attrib.process.signals import Interrupted, Stop
 from attrib.running.options import Options
@@ -32,12 +32,8 @@ class Loop(BaseLoop):
         self.stage, self.total = "", 0
         self.batch_size: int | None = None
         self._maps = Maps(shared, state)
-        self._scores = [Scores(self._maps, name) for name in plan.experiment.metrics]
+        self._stages: list[Stage] = [self._maps, *(Scores(self._maps, name) for name in plan.experiment.metrics)]
         self._iteration = 0
-
-    @property
-    def _stages(self) -> tuple[Stage, ...]:
-        return self._maps, *self._scores
 
     @property
     def left(self) -> int:
@@ -56,7 +52,7 @@ class Loop(BaseLoop):
             self._do(self._maps)
             if not (self.stop() and self.left):
                 own_scores(self._maps)
-            for stage in self._scores:
+            for stage in self._stages[1:]:
                 self._do(stage)
             self._do(self._maps)  # that were damaged, and of which no score was asked for
             self.summary.all_failed = tuple(stage.name for stage in self._stages if stage.all_failed)
@@ -128,12 +124,12 @@ class Loop(BaseLoop):
         The longest first: what fits them fits the others too.
         """
         dataset = self.plan.experiment.dataset
-        if dataset.modality != "text" or self.options.batch == 1:
+        if not holds_texts(dataset) or self.options.batch == 1:
             return uids
         return sorted(uids, key=lambda uid: (-_length(dataset, uid), uid))
 
 
-def _length(dataset: Dataset, uid: str) -> int:
+def _length(dataset: Texts, uid: str) -> int:
     try:
         return len(dataset.tokens(uid))
     except Exception:  # a user's dataset may raise anything

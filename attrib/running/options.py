@@ -21,7 +21,7 @@ class Options:
     rows      rows that go through the net at once; halved when memory runs out
     flush     seconds after which finished samples are made durable
     grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
-    strict    exit with status 3 at the end if any sample failed (always, if all of them did)
+    strict    exit with status 3 at the end if any sample failed (always, if no map, or no score of a metric, came out)
     hooks, vis_backends   extra mmengine hooks and visualisation backends: objects or mmengine dicts
     """
 

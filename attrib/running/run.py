@@ -13,7 +13,6 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
@@ -63,7 +62,8 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
     folder = cell.folder / "runs" / cell.writer
     with stop.immediately():
         _open(plan)
-        write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
+        plain = json.loads(json.dumps(dataclasses.asdict(options), default=repr))
+        write_json(folder / "config.json", {**experiment.config, "run": plain})
         hooks = standard_hooks(progress=options.progress, png=options.png)
         try:
             net, name = experiment.model.module, cell.folder.name
@@ -73,10 +73,11 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
 
     @functools.cache
     def state() -> State:
-        if plan.state_key is None:
+        fit = experiment.method.fit
+        if fit is None or plan.state_key is None:
             return {}
         samples = experiment.estimation_samples(options.read)
-        return load_state(Path(options.root), plan.state_key, experiment.method.fit, experiment.model, samples, stop)
+        return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop)
 
     with stop.deferred():
         package = logging.getLogger("attrib")
@@ -133,7 +134,3 @@ def _open(plan: Plan) -> None:
     if plan.cell.spec["key"] != spec["key"]:
         raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
     plan.cell.write_samples(plan.selected, plan.fingerprints)
-
-
-def _options_record(options: Options) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(options), default=repr))

@@ -171,7 +171,7 @@ class Stage(ABC):
 
 
 class Maps(Stage):
-    """The maps, extras and documents of each sample. ``state()``: what the method was fitted to, fitted when asked for."""
+    """The maps, extras and documents of each sample. ``state`` fits the method when it is first called."""
 
     def __init__(self, shared: Shared, state: Callable[[], State]) -> None:
         plan, self.state = shared.plan, state
@@ -215,12 +215,12 @@ class Maps(Stage):
 
     # ---- stored maps --------------------------------------------------------------------------
 
-    def targets(self) -> dict[str, Any]:
-        """What the map of each sample explains, of all samples that have a map or had one that can be made again."""
-        stored = self._store.index()
-        keys = {u: self.plan.key(u) for u in self.plan.uids}
-        noted = {u: stored[key].info if key in stored else self._lost.get(key) for u, key in keys.items()}
-        return {u: info["target"] for u, info in noted.items() if info is not None}
+    def targets(self, uids: Iterable[str]) -> dict[str, Any]:
+        """What the maps of these samples explain; without those that have no map, nor one that can be made again."""
+        lost = {key: info for key, info in self._lost.items() if key[0] not in self.failed}
+        stored, keys = self._store.index(), {uid: self.plan.key(uid) for uid in uids}
+        noted = {uid: stored[key].info if key in stored else lost.get(key) for uid, key in keys.items()}
+        return {uid: info["target"] for uid, info in noted.items() if info is not None}
 
     def read(self, uid: str, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Stored arrays of a sample; what turns out to be damaged, or gone, is computed again.
@@ -266,8 +266,8 @@ class Scores(Stage):
         self.shared.summary.scores_present += len(self.done)
 
     def todo(self) -> list[str]:
-        self._targets = self._maps.targets()
-        return [uid for uid in super().todo() if uid in self._targets]
+        self._targets = self._maps.targets(super().todo())
+        return list(self._targets)
 
     def begin(self, todo: Sequence[str]) -> Samples:
         metric = self._metric
@@ -325,7 +325,7 @@ def own_scores(maps: Maps) -> None:
         folder = f"{column}.{keys.digest(column)[:8]}"
         rows = plan.cell.scores(folder)
         present = rows.present()
-        missing = [u for u in maps.targets() if plan.key(u) not in present]
+        missing = maps.targets(u for u in plan.uids if plan.key(u) not in present)
         if missing:
             _describe(rows, column, {"class": column}, {column: direction}, {})
         for uid in missing:

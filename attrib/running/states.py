@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -24,9 +24,9 @@ from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
 
-
 PORTION = 256  # samples whose confidence is asked for together
 SAVE_SECONDS = 30.0
+SAY_SECONDS = 10.0  # between two lines of progress of a fit
 
 
 class _Partial:
@@ -69,10 +69,13 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
     if state is not None:
         return state
     partial = _Partial(path.with_suffix(".partial.safetensors"), stop)
-    inform = _now_and_then(log.info)
+    said = time.monotonic()
 
     def report(line: str) -> None:
-        inform(line)
+        nonlocal said
+        if time.monotonic() - said >= SAY_SECONDS:
+            said = time.monotonic()
+            log.info(line)
         stop.check()  # a fit reports after it has saved
 
     log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
@@ -89,19 +92,6 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
     state = _read(path)
     assert state is not None
     return state
-
-
-def _now_and_then(report: Callable[[str], None], seconds: float = 10.0) -> Callable[[str], None]:
-    """Progress for people: a line every ``seconds``."""
-    last = time.monotonic()
-
-    def throttled(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            report(line)
-
-    return throttled
 
 
 def _publish(path: Path, data: bytes) -> None:

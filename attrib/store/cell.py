@@ -302,6 +302,7 @@ class ScoreRows(Buffered):
 
     def _forget(self, names: Sequence[str]) -> None:
         if names:
+            assert self._stamps is not None
             self._rows = self._rows.filter(pc.invert(pc.is_in(self._rows["file"], pa.array(names))))
             for name in names:
                 del self._stamps[name]
@@ -314,6 +315,7 @@ class ScoreRows(Buffered):
         return table.add_column(0, self.NAMED.field("file"), [[name] * len(table)])
 
     def _remember(self) -> None:
+        assert self._stamps is not None
         counted = pc.value_counts(self._rows["file"])
         counts = dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
         stamps = {name: self._stamps[name] for name in counts}

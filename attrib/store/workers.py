@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,30 +119,33 @@ def _worker(cell: str, folder: Path, now: float, silent: float) -> Worker | None
     progress, summary = read_object(folder / PROGRESS), read_object(folder / SUMMARY)
     if named is None and not progress and not summary:
         return None
-    about = {
-        "shard": _whole(progress.get("shard"), int(named["shard"]) if named else -1),
-        "shards": _whole(progress.get("shards")),
-        "limit": _whole(progress.get("limit")) or None,
-        "stage": _text(progress.get("stage")),
-        "done": _whole(progress.get("done")),
-        "total": _whole(progress.get("total")),
-        "failed": _whole(summary.get("failed"), _whole(progress.get("failed"))),
-        "rate": _number(progress.get("rate")) or None,
-        "metrics": _texts(progress.get("metrics")),
-        "host": _text(progress.get("host")),
-        "pid": _whole(progress.get("pid"), int(named["pid"]) if named else 0),
-        "job": _text(progress.get("job")),
-    }
+    born, seen = _times(folder)
+    worker = Worker(
+        cell,
+        folder.name,
+        folder,
+        RUNNING,
+        shard=_whole(progress.get("shard"), int(named["shard"]) if named else -1),
+        shards=_whole(progress.get("shards")),
+        limit=_whole(progress.get("limit")) or None,
+        stage=_text(progress.get("stage")),
+        done=_whole(progress.get("done")),
+        total=_whole(progress.get("total")),
+        failed=_whole(summary.get("failed"), _whole(progress.get("failed"))),
+        rate=_number(progress.get("rate")) or None,
+        age=max(0.0, now - seen),
+        seconds=_number(summary.get("seconds")) or max(0.0, seen - born),
+        metrics=_texts(progress.get("metrics")),
+        host=_text(progress.get("host")),
+        pid=_whole(progress.get("pid"), int(named["pid"]) if named else 0),
+        job=_text(progress.get("job")),
+    )
     if "shards" not in progress:  # of a version without signs of life, or killed before the first
         options = read_object(folder / "config.json").get("run")
         options = options if isinstance(options, Mapping) else {}
-        about["shards"], about["limit"] = _whole(options.get("shards")), _whole(options.get("limit")) or None
+        shards, limit = _whole(options.get("shards")), _whole(options.get("limit")) or None
         machine = _text(read_object(folder / "environment.json").get("machine"))
-        about["host"] = about["host"] or machine.split(",")[0]
-    born, seen = _times(folder)
-    age = max(0.0, now - seen)
-    seconds = _number(summary.get("seconds")) or max(0.0, seen - born)
-    whole = {**about, "age": age, "seconds": seconds}
+        worker = replace(worker, shards=shards, limit=limit, host=worker.host or machine.split(",")[0])
     if summary:
         left = None if summary.get("left") is None else _whole(summary.get("left"))
         signal = _text(summary.get("stopped"))
@@ -152,14 +155,14 @@ def _worker(cell: str, folder: Path, now: float, silent: float) -> Worker | None
             state, why = STOPPED, signal
         else:
             state, why = FAILED, "ended by an error"
-        return Worker(cell, folder.name, folder, state, why, left=left, **whole)
-    here = _lives(progress, about["host"], about["pid"])
+        return replace(worker, state=state, why=why, left=left)
+    here = _lives(progress, worker.host, worker.pid)
     if here is False:
-        return Worker(cell, folder.name, folder, DEAD, "its process is gone", **whole)
-    if age > silent and here is None:
-        return Worker(cell, folder.name, folder, DEAD, "no sign of life", **whole)
-    why = "its process is there, but it is silent" if age > silent else ""
-    return Worker(cell, folder.name, folder, RUNNING, why, **{**whole, "seconds": max(0.0, now - born)})
+        return replace(worker, state=DEAD, why="its process is gone")
+    if worker.age > silent and here is None:
+        return replace(worker, state=DEAD, why="no sign of life")
+    why = "its process is there, but it is silent" if worker.age > silent else ""
+    return replace(worker, why=why, seconds=max(0.0, now - born))
 
 
 def _times(folder: Path) -> tuple[float, float]:
@@ -194,6 +197,17 @@ def identity(pid: int | str = "self") -> str | None:
     if fields[0] in "ZX":
         return None  # dead, and nobody has asked for its exit status
     return f"{boot} {space} {number} {fields[19]}"
+
+
+def slurm_job(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The Slurm job as squeue names it, 123_4 for task 4 of an array, and how often it was requeued."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else environment.get("SLURM_JOB_ID")
+    if job is None:
+        return {}
+    about: dict[str, Any] = {"job": job, "slurm_job_id": environment.get("SLURM_JOB_ID")}
+    restarts = environment.get("SLURM_RESTART_COUNT", "")
+    return about | ({"restarts": int(restarts)} if restarts.isdigit() else {})
 
 
 def _lives(progress: Mapping[str, Any], host: str, pid: int) -> bool | None:
