@@ -46,7 +46,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
             try:
                 plan = make_plan(experiment, options, writer, stop)
             except OSError as error:
-                raise UserError(f"run.root={options.root} cannot be read: {error}") from error
+                raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
             check_metrics(plan)
         stop.defer()  # once there is a summary, the caller gets it
         try:
