@@ -53,7 +53,7 @@ def metric_folder(made, folder, columns=None, curves=None, parameters=None):
 
 def add_rows(made, folder, rows, writer="w0"):
     """rows: (uid, fingerprint, map, column, value, time), written as one chunk of another writer."""
-    table = pa.Table.from_pylist([dict(zip(store.Rows.SCHEMA.names, r)) for r in rows], store.Rows.SCHEMA)
+    table = pa.Table.from_pylist([dict(zip(store.ScoreRows.SCHEMA.names, r)) for r in rows], store.ScoreRows.SCHEMA)
     path = made.folder / "scores" / folder / f"{writer}-{time.monotonic_ns()}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)

@@ -20,8 +20,8 @@ from test_faults import Job, during, job, numbers, undisturbed
 from tiny import only_cell, write_image
 
 from attrib.results import tables
-from attrib.running.documents import own_scores
 from attrib.store.cell import Cell
+from attrib.store.documents import own_scores
 
 __all__ = ["during", "job", "undisturbed"]  # fixtures
 

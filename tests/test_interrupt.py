@@ -93,7 +93,7 @@ def test_what_is_held_waits():
     done = []
 
     def body(stop: Stop) -> None:
-        with stop.held():
+        with stop.deferred():
             tell()
             time.sleep(0.1)  # also the alarm waits
             done.append("written")
@@ -112,7 +112,7 @@ def test_at_once(before):
         if before:
             tell()
             done.append("between")
-        with stop.at_once():
+        with stop.immediately():
             tell()
             done.append("never")
 
@@ -129,7 +129,7 @@ def test_what_is_computed_is_written_whenever_the_signal_comes():
         with watching(grace=0.004) as stop:
             timer.start()
             try:
-                with stop.held():
+                with stop.deferred():
                     try:
                         with stop.finishing():
                             while True:
@@ -255,19 +255,10 @@ def test_a_forked_child_dies_as_it_would():
         assert not stop()
 
 
-@pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (75, 75), ("what", 1)])
-def test_the_status_that_was_asked_for(code, status):
-    def main() -> None:
-        sys.exit(code)
-
-    assert signals.ended(main) == status
-    assert signals.ended(lambda: None) == 0
-
-
 def test_a_signal_while_leaving_changes_nothing():
     code = (
-        "import atexit, os, signal, time; from attrib.process.signals import leave;"
-        "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)]); leave(75)"
+        "import atexit, os, signal, time; from attrib.process.signals import exit_process;"
+        "atexit.register(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)]); exit_process(75)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 75
 
@@ -275,7 +266,7 @@ def test_a_signal_while_leaving_changes_nothing():
 def test_leaving_does_not_wait_for_a_thread_that_hangs():
     code = (
         "import threading, sys; sys.stdout.write('bye'); threading.Thread(target=threading.Event().wait).start();"
-        "from attrib.process.signals import leave; leave(75, 0.1)"
+        "from attrib.process.signals import exit_process; exit_process(75, 0.1)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout) == (75, "bye")

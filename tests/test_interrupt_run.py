@@ -220,7 +220,7 @@ def test_a_grid_stops_as_a_whole(run, during, method):
 @pytest.mark.parametrize("told", [True, False])
 def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch, told):
     """Hydra alone would say it at the grid's end, so never if that is told to stop before."""
-    plan, calls = attrib.running.run.plan, []
+    planning, calls = attrib.running.run.make_plan, []
 
     def planned(*arguments):
         calls.append(arguments)
@@ -228,9 +228,9 @@ def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch,
             raise RuntimeError("a bug")
         if told:
             tell()
-        return plan(*arguments)
+        return planning(*arguments)
 
-    monkeypatch.setattr(attrib.running.run, "plan", planned)
+    monkeypatch.setattr(attrib.running.run, "make_plan", planned)
     result = run("-m", "method=eventful,random")
     assert result.status == (75 if told else 1)
     assert result.err.count("RuntimeError: a bug") == 1

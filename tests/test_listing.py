@@ -14,7 +14,7 @@ import synthetic
 
 from attrib.results import tables
 from attrib.store import listing
-from attrib.store.cell import Arrays, Rows
+from attrib.store.cell import Arrays, ScoreRows
 from attrib.store.listing import Folder, pack, settled, unpack
 
 SCHEMA = pa.schema([("a", pa.string()), ("b", pa.int64())])
@@ -26,7 +26,7 @@ def few(monkeypatch):
 
 
 def chunks(folder: Path, count: int, writer: str = "w", start: int = 0, each: int = 2) -> None:
-    arrays, rows = Arrays(folder, writer), Rows(folder, writer)
+    arrays, rows = Arrays(folder, writer), ScoreRows(folder, writer)
     for i in range(start, start + count):
         for k in range(each):
             arrays.add(f"{i}/{k}", "f", {"m": np.array([i, k], np.float32)}, seconds=i + k / 10, target=k)
@@ -37,7 +37,7 @@ def chunks(folder: Path, count: int, writer: str = "w", start: int = 0, each: in
 
 def seen(folder: Path) -> tuple[list, list, list]:
     """Everything that a new process finds, in its order."""
-    arrays, rows = Arrays(folder), Rows(folder)
+    arrays, rows = Arrays(folder), ScoreRows(folder)
     index = [(key, r.path, r.position, r.names, dict(r.crc), dict(r.info)) for key, r in arrays.index().items()]
     return index, rows.table().to_pylist(), sorted(map(str, arrays.broken + rows.broken))
 
@@ -52,7 +52,7 @@ def plainly(folder: Path) -> tuple[list, list, list]:
 def unread(monkeypatch) -> list[str]:
     """Names of the chunks that are opened from now on."""
     opened: list[str] = []
-    chunk, file = Arrays._read_chunk, Rows._read_file
+    chunk, file = Arrays._read_chunk, ScoreRows._read_file
 
     def read_chunk(self, name, *args, **kwargs):
         opened.append(name)
@@ -63,7 +63,7 @@ def unread(monkeypatch) -> list[str]:
         return file(self, name)
 
     monkeypatch.setattr(Arrays, "_read_chunk", read_chunk)
-    monkeypatch.setattr(Rows, "_read_file", read_file)
+    monkeypatch.setattr(ScoreRows, "_read_file", read_file)
     return opened
 
 

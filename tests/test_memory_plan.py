@@ -28,11 +28,13 @@ from attrib.methods.parts.wgan import WGAN, critic_parameters
 from attrib.metrics.ehr import EHR
 from attrib.models import Classifier
 from attrib.models.classifier import is_out_of_memory
+from attrib.process import free_memory as process_memory
+from attrib.process.free_memory import Peak, free_memory
 from attrib.running import batch_size
-from attrib.running.batch_size import FIXED, Budget, Peak, fitting, free_memory
-from attrib.running.loop import Summary
+from attrib.running.batch_size import FIXED, Budget, fitting
 from attrib.running.options import Options
 from attrib.running.run import run as run_experiment
+from attrib.running.summary import Summary
 from attrib.types import Batch, SampleError, UserError
 
 CPU = torch.device("cpu")
@@ -403,23 +405,23 @@ def test_the_machines_free_memory(tmp_path):
 
 def test_a_job_of_cgroup_version_2(tmp_path):
     folder(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup="0::/slurm/job_7/step_0\n")
-    group(tmp_path, "slurm/job_7/step_0", "max", 3 * GB, 0, batch_size._GROUPS_V2)
+    group(tmp_path, "slurm/job_7/step_0", "max", 3 * GB, 0, process_memory._GROUPS_V2)
     assert free_memory(CPU, tmp_path) == 20 * GB
-    group(tmp_path, "slurm/job_7", str(8 * GB), 3 * GB, GB, batch_size._GROUPS_V2)  # the limit is the job's
+    group(tmp_path, "slurm/job_7", str(8 * GB), 3 * GB, GB, process_memory._GROUPS_V2)  # the limit is the job's
     assert free_memory(CPU, tmp_path) == 6 * GB
-    group(tmp_path, "slurm/job_7", str(80 * GB), 3 * GB, GB, batch_size._GROUPS_V2)  # more than the machine has
+    group(tmp_path, "slurm/job_7", str(80 * GB), 3 * GB, GB, process_memory._GROUPS_V2)  # more than the machine has
     assert free_memory(CPU, tmp_path) == 20 * GB
-    group(tmp_path, "slurm/job_7", str(8 * GB), 9 * GB, 0, batch_size._GROUPS_V2)
+    group(tmp_path, "slurm/job_7", str(8 * GB), 9 * GB, 0, process_memory._GROUPS_V2)
     assert free_memory(CPU, tmp_path) == 0
 
 
 def test_a_container_of_cgroup_version_1(tmp_path):
     groups = "9:name=systemd:/docker/abc\n4:cpu,memory:/docker/abc\n0::/\n"
     folder(tmp_path, proc__meminfo=MEMINFO, proc__self__cgroup=groups)
-    group(tmp_path, "memory", "9223372036854771712", 3 * GB, 0, batch_size._GROUPS_V1)  # no limit
+    group(tmp_path, "memory", "9223372036854771712", 3 * GB, 0, process_memory._GROUPS_V1)  # no limit
     assert free_memory(CPU, tmp_path) == 20 * GB
     # Inside, the container's own group stands at the top; its path is the machine's.
-    group(tmp_path, "memory", str(4 * GB), 2 * GB, GB // 2, batch_size._GROUPS_V1)
+    group(tmp_path, "memory", str(4 * GB), 2 * GB, GB // 2, process_memory._GROUPS_V1)
     assert free_memory(CPU, tmp_path) == 2.5 * GB
     (tmp_path / "proc/meminfo").unlink()
     assert free_memory(CPU, tmp_path) == 2.5 * GB

@@ -22,7 +22,7 @@ from attrib.cli.run import compute_task
 from attrib.cluster import slurm, submission
 from attrib.cluster.submission import Task
 from attrib.process.signals import LEFT, watching
-from attrib.running.loop import Summary
+from attrib.running.summary import Summary
 from attrib.types import UserError
 
 pytest.importorskip("submitit")
@@ -226,7 +226,7 @@ def test_ctrl_c_leaves_the_tasks_to_slurm(stand_in, monkeypatch, tmp_path, capfd
     monkeypatch.setattr(submission, "submit_array", submit_array)
     grid = slurm.Grid(((),), 1, (0,), False, None, {}, "work")
     start = time.monotonic()
-    with watching() as stop, stop.at_once():
+    with watching() as stop, stop.immediately():
         assert submission.submit(grid, compute, stop) == LEFT
     assert time.monotonic() - start < 10
     assert "the tasks go on in Slurm. To stop them: scancel 7" in capfd.readouterr().out
@@ -261,7 +261,7 @@ ABOUT = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID
 def test_a_task_leaves_how_it_ended(monkeypatch, tmp_path, capfd, what, status, said, maps):
     for name, value in (ABOUT | {"SUBMITIT_FOLDER": str(tmp_path / "%A")}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(in_task, "leave", sys.exit)  # which ignores signals from then on
+    monkeypatch.setattr(in_task, "exit_process", sys.exit)  # which ignores signals from then on
     file = tmp_path / "7" / "7_3_status.json"
     file.parent.mkdir()
     file.write_text("of a run before")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attrib.store.cell import Arrays, Cell, Rows, cells, to_safetensors
+from attrib.store.cell import Arrays, Cell, ScoreRows, cells, to_safetensors
 from attrib.store.files import Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError
@@ -189,13 +189,13 @@ def test_a_sample_twice_and_a_changed_fingerprint(tmp_path):
 
 def test_a_second_object_of_one_writer_overwrites_nothing(tmp_path):
     for i in range(3):
-        writer, rows = Arrays(tmp_path, "w"), Rows(tmp_path, "w")
+        writer, rows = Arrays(tmp_path, "w"), ScoreRows(tmp_path, "w")
         writer.add(f"s{i}", "f", {"m": np.array(i)})
         rows.add(f"s{i}", "f", {("m", "c"): i})
         writer.flush()
         rows.flush()
     assert len(read_all(tmp_path)) == 3
-    assert len(Rows(tmp_path).present()) == 3
+    assert len(ScoreRows(tmp_path).present()) == 3
 
 
 def test_the_array_can_be_changed_after_the_flush_only(tmp_path):
@@ -270,7 +270,7 @@ def test_foreign_files_do_no_harm(tmp_path):
         reader.read(("s0", "f"))
 
 
-@pytest.mark.parametrize("make", [Arrays, Rows])
+@pytest.mark.parametrize("make", [Arrays, ScoreRows])
 def test_flush_by_count_and_by_time(tmp_path, monkeypatch, make):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -373,8 +373,8 @@ def test_large_arrays_do_not_pile_up(tmp_path, monkeypatch):
 
 WRITE = """
 import sys, numpy as np
-from attrib.store.cell import Arrays, Rows
-arrays, rows = Arrays(sys.argv[1], "w"), Rows(sys.argv[1], "w")
+from attrib.store.cell import Arrays, ScoreRows
+arrays, rows = Arrays(sys.argv[1], "w"), ScoreRows(sys.argv[1], "w")
 print("ready", flush=True)
 for i in range(10**6):
     for k in range(3):
@@ -398,7 +398,7 @@ def test_sigkill_leaves_whole_chunks(tmp_path):
             process.send_signal(signal.SIGKILL)
             process.wait()
             process.stdout.close()
-        found, rows = read_all(folder), Rows(folder)
+        found, rows = read_all(folder), ScoreRows(folder)
         chunks = len(list(folder.glob("[!.]*.safetensors")))
         assert len(found) == 3 * chunks
         for (uid, _), arrays in found.items():
@@ -410,7 +410,7 @@ def test_sigkill_leaves_whole_chunks(tmp_path):
 
 
 def test_what_killed_writers_left_is_not_read(tmp_path):
-    arrays, rows = Arrays(tmp_path, "w"), Rows(tmp_path, "w")
+    arrays, rows = Arrays(tmp_path, "w"), ScoreRows(tmp_path, "w")
     arrays.add("a", "f", {"m": np.ones(2)})
     rows.add("a", "f", {("m", "c"): 1.0})
     arrays.flush()
@@ -419,15 +419,15 @@ def test_what_killed_writers_left_is_not_read(tmp_path):
         data = (tmp_path / name).read_bytes()
         (tmp_path / f".{name}.7-0a0b0c0d.tmp").write_bytes(data[: len(data) // 2])
         (tmp_path / f".{name}").write_bytes(data[: len(data) // 2])
-    assert set(Arrays(tmp_path).index()) == Rows(tmp_path).present() == {("a", "f")}
-    assert Rows(tmp_path).broken == []
+    assert set(Arrays(tmp_path).index()) == ScoreRows(tmp_path).present() == {("a", "f")}
+    assert ScoreRows(tmp_path).broken == []
 
 
-# Rows -------------------------------------------------------------------------------------------
+# ScoreRows -------------------------------------------------------------------------------------------
 
 
 def test_rows(tmp_path):
-    one, two = Rows(tmp_path, "one"), Rows(tmp_path, "two")
+    one, two = ScoreRows(tmp_path, "one"), ScoreRows(tmp_path, "two")
     assert one.table().num_rows == 0
     assert one.present() == set()
     before = time.time()
@@ -439,7 +439,7 @@ def test_rows(tmp_path):
     two.flush()
     assert one.present() == two.present() == {("a", "f"), ("b", "f"), ("a", "g")}
     table = one.table()
-    assert table.schema.equals(Rows.SCHEMA)
+    assert table.schema.equals(ScoreRows.SCHEMA)
     assert table["value"].to_pylist()[:2] == [0.1, 2.0]
     assert np.isnan(table["value"].to_pylist()[2])
     assert all(before <= t <= time.time() for t in table["time"].to_pylist())
@@ -448,7 +448,7 @@ def test_rows(tmp_path):
 def test_rows_with_odd_names_in_odd_folders(tmp_path):
     """A folder called "seed=1", as a sweep makes them, is no column."""
     folder = tmp_path / "seed=1,beta=0.1" / "column=7"
-    rows = Rows(folder, "w")
+    rows = ScoreRows(folder, "w")
     for uid in ODD:
         rows.add(uid, uid, {(uid, uid): 1.0})
     rows.flush()
@@ -457,21 +457,21 @@ def test_rows_with_odd_names_in_odd_folders(tmp_path):
 
 
 def test_damaged_rows_are_scored_again(tmp_path):
-    writer = Rows(tmp_path, "w")
+    writer = ScoreRows(tmp_path, "w")
     for i in range(40):
         writer.add(f"s{i}", "f", {("m", "c"): i / 7, ("m", "d"): 2.0})
     writer.flush()
     (path,) = tmp_path.iterdir()
     whole, expected = path.read_bytes(), writer.table()
     values = expected.to_pylist()
-    last = pq.read_metadata(path).row_group(0).column(len(Rows.SCHEMA) - 1)
+    last = pq.read_metadata(path).row_group(0).column(len(ScoreRows.SCHEMA) - 1)
     data_end = last.data_page_offset + last.total_compressed_size  # behind it: the footer, which has no checksum
     wrong = 0
     for at in range(0, len(whole), 3):
         data = bytearray(whole)
         data[at] ^= 1 << at % 8
         path.write_bytes(data)
-        reader = Rows(tmp_path)
+        reader = ScoreRows(tmp_path)
         table = reader.table()
         assert len(reader.broken) == (table.num_rows == 0)
         wrong += table.num_rows > 0 and table.to_pylist() != values and at < data_end
@@ -484,9 +484,9 @@ def test_damaged_rows_are_scored_again(tmp_path):
 
 
 def test_a_parquet_file_of_something_else_is_not_read(tmp_path):
-    table = Rows.SCHEMA.empty_table().drop_columns(["value"])
+    table = ScoreRows.SCHEMA.empty_table().drop_columns(["value"])
     pq.write_table(table, tmp_path / "x.parquet")
-    reader = Rows(tmp_path)
+    reader = ScoreRows(tmp_path)
     assert reader.present() == set()
     assert len(reader.broken) == 1
 

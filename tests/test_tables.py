@@ -385,7 +385,7 @@ def test_a_hundred_thousand_samples_in_seconds(tmp_path):
         metric_folder(made, EHR)
         columns = {"uid": uids, "fingerprint": ["f"] * n, "map": ["map"] * n, "column": ["ehr"] * n}
         columns |= {"value": np.random.default_rng(k).normal(k / 100, 1, n), "time": np.ones(n)}
-        table = pa.table(columns, schema=store.Rows.SCHEMA)
+        table = pa.table(columns, schema=store.ScoreRows.SCHEMA)
         pq.write_table(table, made.folder / "scores" / EHR / "w0-00001.parquet")
     start = time.monotonic()
     frame = tables.rows(tmp_path)

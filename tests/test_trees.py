@@ -12,8 +12,8 @@ from synthetic import cell, spec
 from attrib import report
 from attrib.agglomeration import Rules, agglomerate, drive
 from attrib.agglomeration.trees import Tree, grow, node_id, runs
-from attrib.running.documents import packed
 from attrib.store import cell as store
+from attrib.store.documents import packed
 from attrib.types import UserError
 
 WEIGHTS = np.array([1.0, 0.0, -1.0])

@@ -32,7 +32,7 @@ def guarded(work: Callable[[], int]) -> int:
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        return exit_status.told(error if isinstance(error, UserError) else UserError(str(error)))
+        return exit_status.report_error(error if isinstance(error, UserError) else UserError(str(error)))
     except KeyboardInterrupt:
         return 130
 
@@ -45,11 +45,11 @@ def grid(name: str, args: argparse.Namespace, compute: Callable[[Composition], i
     """
     with watching() as stop:
         try:
-            with stop.at_once():
+            with stop.immediately():
                 line = CommandLine.of(args.overrides, args.config_dir, getattr(args, "multirun", False))
                 return each(name, line, line.cells(), compute, show=bool(args.cfg))
         except UserError as error:
-            return exit_status.told(error)
+            return exit_status.report_error(error)
         except Interrupted as stopped:
             print(f"{stopped}; the same command goes on", flush=True)
             return LEFT
@@ -73,7 +73,7 @@ def each(
                 continue
             statuses.append(compute(composition))
         except Exception as error:
-            statuses.append(exit_status.told(error))
+            statuses.append(exit_status.report_error(error))
         if statuses[-1] == LEFT:
             return LEFT
     return exit_status.worst(statuses)

@@ -14,7 +14,7 @@ from attrib.cli.parsers import PARSERS
 from attrib.config.compose import CommandLine, compose
 from attrib.config.objects import experiment, options_of
 from attrib.noise import Noise
-from attrib.running.plan import plan
+from attrib.running.plan import make_plan
 from attrib.sanity import perturbed_trees
 from attrib.types import SampleError, UserError
 
@@ -47,7 +47,7 @@ def compared(args: argparse.Namespace) -> list[tuple[str, bool, perturbed_trees.
     if cell.method.fit is not None:
         raise UserError(f"method {cell.names['method']} must be fitted first, which this tool does not do")
     found = []
-    for batch in cell.samples(plan(cell, options).selected[: args.count], options.read):
+    for batch in cell.samples(make_plan(cell, options).selected[: args.count], options.read):
         noise = Noise(batch.uids, cell.seed, cell.model.device, cell.model.dtype)
         other = perturbed_trees.perturbed(cell.model, batch, args.perturb, args.size, noise.child("twin"))
         try:

@@ -28,7 +28,7 @@ from attrib.config.objects import experiment, options_of
 from attrib.experiment.cell import Experiment
 from attrib.process.signals import Stop, watching
 from attrib.running.options import Options
-from attrib.running.plan import plan
+from attrib.running.plan import make_plan
 from attrib.running.states import load_state
 from attrib.store.files import write_atomic, write_json
 from attrib.types import UserError
@@ -111,7 +111,7 @@ def write(cell: Experiment, options: Options, wanted: Wanted, stop: Stop) -> Pat
         if len(structure.paths) <= 12:
             _shown("causes / candidates per layer, * by the fallback", _layers(graphs, names))
     if "effect" in wanted.do:
-        samples = cell.samples(plan(cell, options).uids, options.read)
+        samples = cell.samples(make_plan(cell, options).uids, options.read)
         frame = _written(folder / "effect.csv", effect(model, structure, graphs, samples, wanted.draws, cell.seed))
         table = summary(frame)
         _shown(

@@ -80,9 +80,9 @@ def main(*before: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     if "attrib.process.signals" in sys.modules:
-        from attrib.process.signals import leave
+        from attrib.process.signals import exit_process
 
-        leave(status)
+        exit_process(status)
     sys.exit(status)
 
 

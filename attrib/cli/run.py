@@ -18,7 +18,7 @@ from attrib.papers import presets
 from attrib.process import exit_status
 from attrib.process.signals import LEFT, Interrupted, Stop, watching
 from attrib.running.options import Options
-from attrib.running.plan import plan
+from attrib.running.plan import make_plan
 from attrib.types import UserError
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ def cell(composition: Composition) -> Outcome:
     """Compute one cell, or say what would be computed (``run.dry=true``). Prints as it goes."""
     with watching() as stop:  # here too, because a launcher may call this in a process of its own, without ``main``
         try:
-            with stop.at_once():
+            with stop.immediately():
                 settings = options(composition.values["run"])
                 made = experiment(composition.values, composition.files)
                 if settings.dry:
-                    print(plan(made, settings))
+                    print(make_plan(made, settings))
                     return Outcome(0, None, "dry")
             from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
 
             summary = run(made, settings)
         except UserError as error:
-            return Outcome(exit_status.told(error), None, f"error: {error}")
+            return Outcome(exit_status.report_error(error), None, f"error: {error}")
         except Interrupted as stopped:
             text = f"{stopped}; the same command goes on"
             print(text, flush=True)
@@ -66,8 +66,7 @@ def cell(composition: Composition) -> Outcome:
     if summary.stopped:
         print(summary.ending, flush=True)
         return Outcome(LEFT, summary, summary.ending)
-    nothing = not (summary.maps_computed or summary.maps_present)
-    failed = summary.failed and (settings.strict or nothing)
+    failed = summary.all_failed or (settings.strict and summary.failed)
     return Outcome(exit_status.FAILED if failed else 0, summary, text)
 
 
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     common.prepare()
     with watching() as stop:
         try:
-            with stop.at_once():
+            with stop.immediately():
                 line = slurm.with_shards(CommandLine.of(args.overrides, args.config_dir, args.multirun))
                 name = (line.values("paper") or ["None"])[-1]
                 if name != "None" and line.multirun:
@@ -87,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
                     return _on_slurm(wanted, stop)
                 return common.each("run", line, line.cells(), _status, show=bool(args.cfg))
         except UserError as error:
-            return exit_status.told(error)
+            return exit_status.report_error(error)
         except Interrupted as stopped:  # between two cells
             print(f"{stopped}; the same command goes on", flush=True)
             return LEFT

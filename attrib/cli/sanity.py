@@ -23,7 +23,7 @@ from attrib.process.signals import LEFT
 from attrib.report.agreement import tables
 from attrib.results.formats import to_terminal
 from attrib.running.options import Options
-from attrib.running.plan import plan
+from attrib.running.plan import make_plan
 from attrib.running.run import run
 from attrib.types import UserError
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         draw(list(roots))
     except UserError as error:
-        return exit_status.worst((status, exit_status.told(error)))
+        return exit_status.worst((status, exit_status.report_error(error)))
     return status
 
 
@@ -90,14 +90,14 @@ def check(composition: Composition, roots: dict[str, None]) -> int:
 
 def _explain(cell: Experiment, options: Options) -> int:
     if options.dry:
-        print(plan(cell, options))
+        print(make_plan(cell, options))
         return 0
     summary = run(cell, options)
     print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
     if summary.stopped:
         print(summary.ending, flush=True)
         return LEFT
-    failed = summary.failed and (options.strict or not (summary.maps_computed or summary.maps_present))
+    failed = summary.all_failed or (options.strict and summary.failed)
     return exit_status.FAILED if failed else 0
 
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(composition: Composition) -> int:
     try:
-        with watching() as stop, stop.at_once():  # the state of the last whole epoch is there
+        with watching() as stop, stop.immediately():  # the state of the last whole epoch is there
             print(train(composition.values), flush=True)
     except (KeyboardInterrupt, Interrupted):
         again = composition.values["train"].get("restart")

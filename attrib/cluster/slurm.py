@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from attrib.config.compose import CommandLine, RangeSweep, compose, compose_node
 from attrib.config.objects import experiment, options_of
-from attrib.running.plan import Plan, plan
+from attrib.running.plan import Plan, make_plan
 from attrib.types import UserError
 
 SHARD, SHARDS, DRY = "run.shard", "run.shards", "run.dry"
@@ -123,14 +123,14 @@ def plans(wanted: Grid) -> list[Plan]:
     for overrides in wanted.cells:
         composition = compose("run", overrides, wanted.folder)
         options = options_of({**composition.values["run"], "hooks": [], "vis_backends": []})
-        found.append(plan(experiment(composition.values, composition.files), options))
+        found.append(make_plan(experiment(composition.values, composition.files), options))
     return found
 
 
-def seconds_due(work: Plan) -> float | None:
+def seconds_due(plan: Plan) -> float | None:
     """Seconds that one process needs for what is missing, by recorded times; None if some of it has none."""
-    parts = [(len(work.uids) - len(work.present), work.seconds)]
-    parts += [(len(work.uids) - len(done), work.score_seconds.get(name)) for name, done in work.scored.items()]
+    parts = [(len(plan.uids) - len(plan.present), plan.seconds)]
+    parts += [(len(plan.uids) - len(done), plan.score_seconds.get(name)) for name, done in plan.scored.items()]
     if any(due and each is None for due, each in parts):
         return None
     return sum(due * (each or 0.0) for due, each in parts)
@@ -142,8 +142,8 @@ def _hours(seconds: float) -> str:
 
 def estimate(wanted: Grid, found: Sequence[Plan]) -> list[str]:
     """What is missing and what it will cost, in lines to print."""
-    lines = [text for work in found for text in str(work).splitlines()]
-    known = [seconds for work in found if (seconds := seconds_due(work)) is not None]
+    lines = [text for plan in found for text in str(plan).splitlines()]
+    known = [seconds for plan in found if (seconds := seconds_due(plan)) is not None]
     if len(known) < len(found):
         return [*lines, "no time recorded yet for some of this: run it once with run.limit=16, and ask again"]
     launcher, tasks = wanted.launcher, len(wanted.tasks)

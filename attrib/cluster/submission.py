@@ -52,12 +52,12 @@ def submit(wanted: Grid, compute: Compute, stop: Stop) -> int:
     """
     check()
     try:
-        with stop.held():  # between sbatch's answer and printing it nothing may be lost
+        with stop.deferred():  # between sbatch's answer and printing it nothing may be lost
             tasks = submit_array(wanted, compute)
             array = tasks[0].id.split("_")[0]
             print(f"submitted {len(tasks)} task{'s' * (len(tasks) > 1)}, job {array}; logs: {tasks[0].log.parent}")
             print(f"to watch them: attrib status {wanted.root}; to stop them: scancel {array}", flush=True)
-        with stop.at_once():
+        with stop.immediately():
             wait(array)
     except Interrupted:
         print(f"no longer waiting; the tasks go on in Slurm. To stop them: scancel {array}", flush=True)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import submitit  # an extra: import this module only where tasks are submitted or run
 
 from attrib.process import exit_status
-from attrib.process.signals import leave
+from attrib.process.signals import exit_process
 from attrib.store.files import write_json
 from attrib.types import UserError
 
 if TYPE_CHECKING:
-    from attrib.running.loop import Summary
+    from attrib.running.summary import Summary
 
 
 # Computes one cell, given its overrides and --config-dir; returns the exit status, what was done (None if nothing could
@@ -49,7 +49,7 @@ class Computation(submitit.helpers.Checkpointable):
             status, summary, text = self.compute(overrides, folder)
         except Exception as error:
             kind = "error" if isinstance(error, UserError) else type(error).__name__
-            status, summary, text = exit_status.told(error), None, f"{kind}: {error}"
+            status, summary, text = exit_status.report_error(error), None, f"{kind}: {error}"
         done = {} if summary is None else dataclasses.asdict(summary)
         write_json(file, {"status": status, "summary": done, "said": text})
-        leave(status)
+        exit_process(status)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -19,7 +20,7 @@ Normalize = Literal["none", "ends"]
 
 
 @dataclass(frozen=True)
-class Degradation:
+class Degradation(Metric):
     """Image degradation (Ancona et al., ICLR 2018; Schulz et al., *Restricting the Flow: Information
     Bottlenecks for Attribution*, ICLR 2020, section 4.4).
 
@@ -46,10 +47,8 @@ class Degradation:
 
     NAME: ClassVar[str] = "attrib.metrics.degradation.Degradation"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
         "morf_curve": "x: share of tiles removed, most relevant first; y: score of the target",
         "lerf_curve": "x: share of tiles removed, least relevant first; y: score of the target",

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
 
 @dataclass(frozen=True)
-class EHR:
+class EHR(Metric):
     """Effective Heat Ratio (Zhang et al., *Fine-Grained Neural Network Explanation by Identifying
     Input Features with Predictive Information*, NeurIPS 2021), as its released code computes it.
 
@@ -53,8 +54,7 @@ class EHR:
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {"ehr": "higher"}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"ehr": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
         "ehr_curve": "x: quantile of the effective heats, 0 to 1 in equal steps; y: heat in the region per pixel"
     }

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import OUTPUTS, Output
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
@@ -17,7 +18,7 @@ from attrib.types import Batch, UserError
 
 
 @dataclass(frozen=True)
-class Eraser:
+class Eraser(Metric):
     """Comprehensiveness and sufficiency (DeYoung et al., *ERASER*, ACL 2020, section 4.2).
 
     With p the target's score, and r_q the best words of the map, a share q of all words:
@@ -45,10 +46,8 @@ class Eraser:
 
     NAME: ClassVar[str] = "attrib.metrics.eraser.Eraser"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("text",)
-    COLUMNS: ClassVar[Mapping[str, str]] = {"comprehensiveness": "higher", "sufficiency": "lower"}
-    CURVES: ClassVar[Mapping[str, str]] = {}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"comprehensiveness": "higher", "sufficiency": "lower"}
 
     bins: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5)
     words: Removal = "delete"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid, score_rows
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier
@@ -31,7 +32,7 @@ class Squares(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Infidelity:
+class Infidelity(Metric):
     """Infidelity (Yeh et al., *On the (In)fidelity and Sensitivity of Explanations*, NeurIPS 2019, equation 1):
     with the map m, the target's score f and a random perturbation I of the input x,
 
@@ -67,10 +68,8 @@ class Infidelity:
 
     NAME: ClassVar[str] = "attrib.metrics.infidelity.Infidelity"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
-    COLUMNS: ClassVar[Mapping[str, str]] = {"infidelity": "lower", "infidelity_unscaled": "lower"}
-    CURVES: ClassVar[Mapping[str, str]] = {}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"infidelity": "lower", "infidelity_unscaled": "lower"}
 
     perturbation: Perturbation = "square"
     samples: int = 500

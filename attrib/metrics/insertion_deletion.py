@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_path, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
@@ -20,7 +21,7 @@ EQUAL_STEPS = 100  # on which the curve of a text is stored where ``steps`` is n
 
 
 @dataclass(frozen=True)
-class InsertionDeletion:
+class InsertionDeletion(Metric):
     """Insertion and deletion games (Petsiuk, Das & Saenko, *RISE*, BMVC 2018, section 4.2, algorithm 1).
 
     Deletion replaces the pixels of the image by a baseline, the highest values of the map first;
@@ -66,9 +67,8 @@ class InsertionDeletion:
 
     NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
-    COLUMNS: ClassVar[Mapping[str, str]] = {
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {
         "insertion": "higher",
         "deletion": "lower",
         "insertion_deletion": "higher",

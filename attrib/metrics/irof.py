@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, Baseline, baseline, ranks, score_rows
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -19,7 +20,7 @@ STEPS = 100  # equal steps of the segments' share, on which the curve is stored
 
 
 @dataclass(frozen=True)
-class IROF:
+class IROF(Metric):
     """Iterative removal of features (Rieger & Hansen, *IROF: a low resource evaluation metric for
     explanation methods*, 2020, section 3).
 
@@ -49,10 +50,8 @@ class IROF:
 
     NAME: ClassVar[str] = "attrib.metrics.irof.IROF"
     VERSION: ClassVar[int] = 2  # 1 cut grey images into a chessboard that ignored them
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {"irof": "higher"}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"irof": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
         "irof_curve": "x: share of superpixels removed, highest first; y: share of the probability that is left"
     }

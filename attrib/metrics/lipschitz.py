@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.metrics.explaining import Explain, Explaining
+from attrib.metrics.metric import Direction, Explain, Explaining
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -44,11 +44,8 @@ class Lipschitz(Explaining):
 
     NAME: ClassVar[str] = "attrib.metrics.lipschitz.Lipschitz"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {"lipschitz": "lower", "max_sensitivity": "lower"}
-    CURVES: ClassVar[Mapping[str, str]] = {}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"lipschitz": "lower", "max_sensitivity": "lower"}
 
     samples: int = 10
     radius: float = 0.05

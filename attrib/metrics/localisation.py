@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -19,7 +20,7 @@ Normalize = Literal["positive", "absolute", "none"]
 
 
 @dataclass(frozen=True)
-class Localisation:
+class Localisation(Metric):
     """With heat h in [0, 1], and the region of interest R, of n pixels:
 
         bbox_ratio   share of the n hottest pixels that lie in R (Schulz et al., ICLR 2020, section 4.5)
@@ -43,8 +44,7 @@ class Localisation:
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = dict.fromkeys(
+    COLUMNS: ClassVar[Mapping[str, Direction]] = dict.fromkeys(
         ("bbox_ratio", "pointing", "energy", "iou", "iou_best"), "higher"
     )
     CURVES: ClassVar[Mapping[str, str]] = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrib.metrics.explaining import Explain, Explaining
+from attrib.metrics.metric import Direction, Explain, Explaining, Metric
 from attrib.models import Classifier
 from attrib.models.classifier import is_out_of_memory
 from attrib.noise import Noise
@@ -54,7 +54,7 @@ OURS = ("return_aggregate", "aggregate_func", "disable_warnings", "display_progr
 
 
 @dataclass(frozen=True)
-class Quantus:
+class Quantus(Metric):
     """A metric of quantus (Hedström et al., *Quantus: An Explainable AI Toolkit*, JMLR 24, 2023), version 0.6.
 
     metric       its class's name, such as PixelFlipping
@@ -84,7 +84,6 @@ class Quantus:
 
     NAME: ClassVar[str] = "attrib.metrics.quantus.Quantus"
     VERSION: ClassVar[int] = 1
-    roles: ClassVar[tuple[str, ...]] = ()
 
     metric: str = "Sparseness"
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -102,7 +101,7 @@ class Quantus:
             raise UserError(f"quantus' {self.metric} cannot be used here: it {REFUSED[self.metric]}")
         if not isinstance(self.parameters, Mapping):
             raise UserError(f"Quantus.parameters is {self.parameters!r}, must be names and values")
-        if self.metric in EXPLAINS and not isinstance(self, Explaining):
+        if self.metric in EXPLAINS and not self.NEEDS_EXPLAIN:
             raise UserError(f"{self.metric} asks for other maps: build it by attrib.metrics.quantus_metric")
         known = [name for name in _parameters(self._class().__init__) if name not in OURS]
         for name in self.parameters:
@@ -136,7 +135,7 @@ class Quantus:
         return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", self.metric).lower()
 
     @property
-    def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
+    def COLUMNS(self) -> Mapping[str, Direction]:  # noqa: N802
         return {self.column: self._direction()}
 
     @property
@@ -152,10 +151,10 @@ class Quantus:
         kinds = {kind.value for kind in self._class().data_applicability}
         return tuple(name for name, kind in (("image", "image"), ("audio", "time-series")) if kind in kinds)
 
-    def _direction(self) -> str:
+    def _direction(self) -> Direction:
         if self.metric == "RegionPerturbation":
             order = str(self.parameters.get("order", "morf")).lower()
-            return {"morf": "higher", "lerf": "lower"}.get(order, "none")
+            return "higher" if order == "morf" else "lower" if order == "lerf" else "none"
         similar, falls = self.parameters.get("similarity_func"), self._class().evaluation_category.value == "Robustness"
         if similar is not None and (similar in ALIKE) == falls:
             return "none"

@@ -13,6 +13,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks, target_score
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -29,7 +30,7 @@ _LEAF = 16  # pixels that are not dissected further
 
 
 @dataclass(frozen=True)
-class ROAD:
+class ROAD(Metric):
     """Remove and debias (Rong, Leemann, Borisov, Kasneci & Kasneci, *A Consistent and Efficient Evaluation Strategy
     for Attribution Methods*, ICML 2022), with its noisy linear imputation, weights as in the released program.
 
@@ -58,10 +59,8 @@ class ROAD:
 
     NAME: ClassVar[str] = "attrib.metrics.road.ROAD"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {
         "road": "higher", "morf_accuracy": "lower", "lerf_accuracy": "higher",
         "road_probability": "higher", "morf_probability": "lower", "lerf_probability": "higher",
     }  # fmt: skip

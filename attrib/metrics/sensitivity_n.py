@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_mixed
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier
@@ -20,7 +21,7 @@ _LAST = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
-class SensitivityN:
+class SensitivityN(Metric):
     """Sensitivity-n (Ancona et al., *Towards better understanding of gradient-based attribution
     methods*, ICLR 2018, section 4): of random subsets S of n pixels or words, the correlation (Pearson)
 
@@ -45,9 +46,8 @@ class SensitivityN:
 
     NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
-    COLUMNS: ClassVar[Mapping[str, str]] = {"sensitivity_n": "higher"}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {
         "sensitivity_n_curve": "x: size of the subsets, log-spaced from 1 to the largest; y: correlation"
     }

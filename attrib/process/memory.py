@@ -28,6 +28,13 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) for option, value in settings)
 
 
+def give_back() -> None:
+    """Give the kernel what was freed but kept for the next allocation."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing was kept
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def resident() -> int:
     """Bytes of memory that this process occupies now; 0 where the system does not say."""
     try:
@@ -50,6 +57,5 @@ class Heap:
     def tidy(self) -> None:
         if resident() < 2 * self._after + 2**30:
             return
-        with contextlib.suppress(OSError, AttributeError):  # no glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back()
         self._after = resident()

@@ -5,10 +5,10 @@ regions around the code:
 
 * ``stop.finishing()`` (the default): the first signal only makes ``stop()`` true, so that work ends where its author
   looks; after ``grace`` seconds, or at a second signal, :class:`Interrupted` is raised wherever the code is;
-* ``stop.at_once()``: nothing here is worth waiting for, the first signal raises;
-* ``stop.held()``: nothing is raised before the region is left. Here results are written.
+* ``stop.immediately()``: nothing here is worth waiting for, the first signal raises;
+* ``stop.deferred()``: nothing is raised before the region is left. Here results are written.
 
-So the pattern of everything that computes is ``held`` around a ``try`` whose body is ``finishing`` and whose
+So the pattern of everything that computes is ``deferred`` around a ``try`` whose body is ``finishing`` and whose
 ``finally`` flushes. Python runs handlers in the main thread and between bytecodes only: one long call into C (a
 convolution of a minute) delays both the flag and the exception by as much. A process that must be gone earlier is
 killed, and loses what it had not flushed (``run.flush``).
@@ -56,7 +56,7 @@ class Stop:
         self.grace = grace
         self.name: str | None = None
         self.work_left = True
-        self._mode: Literal["finish", "drop", "hold"] = "finish"
+        self._mode: Literal["finish", "drop", "defer"] = "finish"
         self._overdue = False
         self._first = 0.0
         self._process = os.getpid()
@@ -77,18 +77,18 @@ class Stop:
     def finishing(self) -> contextlib.AbstractContextManager[None]:
         return self._region("finish")
 
-    def at_once(self) -> contextlib.AbstractContextManager[None]:
+    def immediately(self) -> contextlib.AbstractContextManager[None]:
         return self._region("drop")
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        return self._region("hold")
+    def deferred(self) -> contextlib.AbstractContextManager[None]:
+        return self._region("defer")
 
-    def hold(self) -> None:
-        """``held`` from here on, until ``watching`` is left: all is done, and it is only to be said."""
-        self._mode = "hold"
+    def defer(self) -> None:
+        """``deferred`` from here on, until ``watching`` is left: all is done, and it is only to be said."""
+        self._mode = "defer"
 
     @contextmanager
-    def _region(self, mode: Literal["finish", "drop", "hold"]) -> Iterator[None]:
+    def _region(self, mode: Literal["finish", "drop", "defer"]) -> Iterator[None]:
         before, self._mode = self._mode, mode
         try:
             self._drop()
@@ -103,7 +103,7 @@ class Stop:
 
     # ---- handlers -----------------------------------------------------------------------------
 
-    def told(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         """The handler of all four signals."""
         if os.getpid() != self._process:  # a child that was forked meanwhile: none of its work is ours
             signal.signal(number, signal.SIG_DFL)
@@ -138,10 +138,10 @@ class Stop:
             handler = signal.getsignal(number)
             if handler != signal.SIG_IGN:  # what a shell or nohup has told a process to ignore stays so
                 self._previous[number] = handler
-                signal.signal(number, self.told)
+                signal.signal(number, self._on_signal)
 
     def _restore(self) -> None:
-        self._mode = "hold"
+        self._mode = "defer"
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._alarm_before is not None:
@@ -213,16 +213,7 @@ def _owner(handler: Handler) -> Stop | None:
     return handler.__self__ if inspect.ismethod(handler) and isinstance(handler.__self__, Stop) else None
 
 
-def ended(main: Callable[[], Any]) -> int:
-    """The exit status that ``main`` asked for (SystemExit), else 0."""
-    try:
-        main()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
-
-
-def leave(status: int, patience: float = 2.0) -> NoReturn:
+def exit_process(status: int, patience: float = 2.0) -> NoReturn:
     """End the process, also if a thread hangs in a read that will not come back (Python would wait for it for ever).
 
     A signal that comes now changes nothing: the process is ending, and its status says how.

@@ -22,13 +22,8 @@ None of this changes a number, or enters a key.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import re
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,105 +31,14 @@ import torch
 from attrib.methods import Method
 from attrib.models import Classifier
 from attrib.models.classifier import release_memory
+from attrib.process.free_memory import Peak, free_memory
+from attrib.process.memory import give_back
 from attrib.types import Batch, UserError
 
 log = logging.getLogger(__name__)
 
 FIXED = 8  # samples at once where nothing is measured
 SHARE = 0.5  # of the free memory
-
-_GROUPS_V2 = ("memory.max", "memory.current", "inactive_file")
-_GROUPS_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-# ---- free memory ------------------------------------------------------------------------------
-
-
-def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take on a device; None where there is no way to tell.
-
-    ``root`` is the folder of ``proc`` and ``sys``.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    machine = _named(_text(root / "proc/meminfo"), "MemAvailable:")
-    left = [*_left_by_groups(root), *([] if machine is None else [machine * 1024])]
-    return max(0, min(left)) if left else None
-
-
-def _left_by_groups(root: Path) -> Iterator[int]:
-    """What each control group above this process leaves of its limit, if it has one. A job's limit is seldom the last.
-
-    Inside a container the paths may be those of the machine: levels that do not exist are passed over.
-    """
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            home, (limit, used, cache) = root / "sys/fs/cgroup/memory", _GROUPS_V1
-        elif not controllers:
-            home, (limit, used, cache) = root / "sys/fs/cgroup", _GROUPS_V2
-        else:
-            continue
-        below = Path(path.strip("/"))
-        for level in (home / p for p in (below, *below.parents)):
-            most, now = _text(level / limit).strip(), _text(level / used).strip()
-            if most.isdecimal() and now.isdecimal():  # not "max"
-                yield int(most) - int(now) + (_named(_text(level / "memory.stat"), cache) or 0)
-
-
-def _text(path: Path | str) -> str:
-    try:
-        with open(path) as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _named(text: str, name: str) -> int | None:
-    """The number behind a name, of lines such as ``MemAvailable:   123 kB``."""
-    found = re.search(rf"^{re.escape(name)}\s+(\d+)", text, re.MULTILINE)
-    return None if found is None else int(found[1])
-
-
-# ---- what a piece of work takes -----------------------------------------------------------------
-
-
-class Peak:
-    """What this process takes at its peak beyond what it has now, from here on."""
-
-    def __init__(self, device: torch.device, root: Path = Path("/")) -> None:
-        self.device, self.status = device, f"{root}/proc/self/status"  # a string: this is done for every batch
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before: int | None = torch.cuda.memory_allocated(device)
-            return
-        # Let it begin anew (proc(5)), else it is the peak of the process's whole life, which is larger.
-        with suppress(OSError), open(f"{root}/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        self.before = self._kilobytes("VmRSS:")
-
-    def _kilobytes(self, name: str) -> int | None:
-        found = _named(_text(self.status), name) if self.device.type == "cpu" else None
-        return None if found is None else found * 1024
-
-    def bytes(self) -> int | None:
-        """None where there is no way to tell."""
-        cuda = self.device.type == "cuda"
-        most = torch.cuda.max_memory_allocated(self.device) if cuda else self._kilobytes("VmHWM:")
-        return None if most is None or self.before is None else max(1, most - self.before)
-
-
-def _settle(device: torch.device) -> None:
-    """Give back what was freed but kept for the next allocation (``attrib.process.memory``): free, not yet used."""
-    release_memory(device)
-    if device.type == "cpu" and sys.platform.startswith("linux"):
-        with suppress(OSError, AttributeError):  # no glibc: nothing was kept
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-# ---- samples at once ------------------------------------------------------------------------------
 
 
 def fitting(free: int, need: int, most: int) -> int:
@@ -235,3 +139,10 @@ class Budget:
 
 def _size(bytes: int) -> str:
     return f"{bytes / 2**30:.2f} GiB" if bytes >= 2**30 else f"{bytes / 2**20:.0f} MiB"
+
+
+def _settle(device: torch.device) -> None:
+    """Let what was freed, but is kept for the next allocation, count as free and not as used."""
+    release_memory(device)
+    if device.type == "cpu":
+        give_back()

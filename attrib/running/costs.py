@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from attrib.models import Classifier
-from attrib.running.batch_size import Peak
+from attrib.process.free_memory import Peak
 
 
 def device_name(device: torch.device) -> str:

@@ -79,8 +79,8 @@ class Heartbeat(Hook):
 
     WINDOW = 300.0  # seconds over which the rate is taken, longer where a batch takes longer
 
-    def __init__(self, work: Plan, options: Options, *, seconds: float = BEAT) -> None:
-        self.path = work.cell.folder / "runs" / work.cell.writer / PROGRESS
+    def __init__(self, plan: Plan, options: Options, *, seconds: float = BEAT) -> None:
+        self.path = plan.cell.folder / "runs" / plan.cell.writer / PROGRESS
         self._seconds = seconds
         self._about = {
             "host": platform.node(),
@@ -90,10 +90,10 @@ class Heartbeat(Hook):
             "shard": options.shard,
             "shards": options.shards,
             "limit": options.limit,
-            "metrics": [metric_folder(work.experiment, name) for name in work.experiment.metrics],
+            "metrics": [metric_folder(plan.experiment, name) for name in plan.experiment.metrics],
             **_slurm(os.environ),
         }
-        fits = work.state_key is not None and work.explains
+        fits = plan.state_key is not None and plan.explains
         self._stage, self._done, self._total, self._failed = "fit" if fits else "start", 0, 0, 0
         self._marks: deque[tuple[float, int]] = deque()  # monotonic time and samples done, of the stage
         self._lock = threading.Lock()

@@ -16,18 +16,18 @@ from attrib.types import UserError
 MOST = 24
 
 
-def keep_originals(work: Plan, samples: Samples, root: Path) -> None:
-    """Those of ``work`` that are not there yet; one that cannot be read is left out."""
-    experiment = work.experiment
-    kept = Arrays(root / "state" / f"pictures.{experiment.pictures_key}", work.cell.writer)
+def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
+    """Those of ``plan`` that are not there yet; one that cannot be read is left out."""
+    experiment = plan.experiment
+    kept = Arrays(root / "state" / f"pictures.{experiment.pictures_key}", plan.cell.writer)
     present = kept.index()
-    mine = set(work.uids)
-    for uid in work.selected[:MOST]:
-        if uid not in mine or work.key(uid) in present:
+    mine = set(plan.uids)
+    for uid in plan.selected[:MOST]:
+        if uid not in mine or plan.key(uid) in present:
             continue
         try:
             batch = samples.batch([uid])
-            work.look_again([uid])
+            plan.refresh_fingerprints([uid])
             arrays, info = _shown(samples, uid)
         except UserError:
             raise
@@ -37,7 +37,7 @@ def keep_originals(work: Plan, samples: Samples, root: Path) -> None:
             arrays["roi"] = batch.roi[0].cpu().numpy()
         target = plain(batch.target[0])
         name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
-        kept.add(*work.key(uid), arrays, name=name, target=target, **info)
+        kept.add(*plan.key(uid), arrays, name=name, target=target, **info)
     kept.flush()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 import attrib
 from attrib import keys
 from attrib.experiment.cell import Experiment
-from attrib.metrics import Explaining
 from attrib.models.variant import Variant
+from attrib.process.git import git_commit
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
 from attrib.running.options import Options
@@ -45,7 +44,7 @@ class Plan:
     def key(self, uid: str) -> Key:
         return uid, self.fingerprints[uid]
 
-    def look_again(self, uids: Iterable[str]) -> None:
+    def refresh_fingerprints(self, uids: Iterable[str]) -> None:
         """Take the fingerprints of files that could not be read when the run was planned, and now could."""
         for uid in uids:
             if self.fingerprints[uid] == UNREADABLE:
@@ -54,7 +53,7 @@ class Plan:
     @property
     def explains(self) -> bool:
         """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
-        asking = [name for name, metric in self.experiment.metrics.items() if isinstance(metric, Explaining)]
+        asking = [name for name, metric in self.experiment.metrics.items() if metric.NEEDS_EXPLAIN]
         return any(len(done) < len(self.uids) for done in (self.present, *(self.scored[name] for name in asking)))
 
     def __str__(self) -> str:
@@ -78,7 +77,7 @@ def metric_folder(experiment: Experiment, name: str) -> str:
     return f"{name}.{experiment.metric_key(name)[:8]}"
 
 
-def plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
+def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
     """Selects the samples, finds the cell and what it already holds. Computes no maps."""
     root = Path(options.root)
     prints = Fingerprints(root, writer)
@@ -99,20 +98,20 @@ def plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop 
     index = cell.maps.index()
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:
-        folder = metric_folder(experiment, name)
-        scored = cell.scores(folder).present()
+        scores = metric_folder(experiment, name)
+        scored = cell.scores(scores).present()
         found.scored[name] = {u for u in uids if found.key(u) in scored}
-        seconds = _mean_seconds(c.curves(folder) for c in alike)
+        seconds = _mean_seconds(c.curves(scores) for c in alike)
         if seconds is not None:
             found.score_seconds[name] = seconds
     return found
 
 
-def check_metrics(work: Plan) -> None:
+def check_metrics(plan: Plan) -> None:
     """Before anything is computed or written. Raises UserError for a metric of regions on a dataset that has none."""
-    experiment = work.experiment
+    experiment = plan.experiment
     names = [name for name, metric in experiment.metrics.items() if metric.NEEDS_ROI]
-    for uid in work.uids if names else ():
+    for uid in plan.uids if names else ():
         try:
             roi = experiment.dataset.batch([uid]).roi
         except Exception:  # the ledger will say so when its map is due
@@ -141,15 +140,15 @@ def _mean_seconds(stored: Iterable[Arrays]) -> float | None:
     return None
 
 
-def spec_of(work: Plan) -> dict[str, Any]:
+def spec_of(plan: Plan) -> dict[str, Any]:
     """What stands in a cell's spec.json: enough to know what its numbers are."""
-    experiment = work.experiment
+    experiment = plan.experiment
     return {
         "names": dict(experiment.names),
-        "key": experiment.cell_key(work.state_key),
+        "key": experiment.cell_key(plan.state_key),
         "dataset_key": experiment.dataset_key,
         "modality": experiment.dataset.modality,
-        "state_key": work.state_key,
+        "state_key": plan.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
         "layers": experiment.layers,
@@ -167,31 +166,18 @@ def spec_of(work: Plan) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "git": git_commit(),
-        **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, work)}),
+        **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, plan)}),
     }
 
 
-def _randomised(variant: Variant, work: Plan) -> dict[str, Any]:
+def _randomised(variant: Variant, plan: Plan) -> dict[str, Any]:
     """What a sanity check needs to know: ``attrib.sanity`` reads it."""
     return {
-        "original": work.original,
-        "model": work.experiment.model.original.key,
+        "original": plan.original,
+        "model": plan.experiment.model.original.key,
         "layers": list(variant.layers),
         "place": variant.place,
         "total": variant.total,
         "mode": variant.how.mode,
         "seed": variant.how.seed,
     }
-
-
-def git_commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` if it was changed since; None outside a checkout of attrib."""
-    home = Path(__file__).resolve().parents[2]
-    if not (home / ".git").exists():
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

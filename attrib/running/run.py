@@ -19,11 +19,12 @@ from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.process.signals import Interrupted, Stop, watching
 from attrib.running.hooks import Heartbeat, standard_hooks
-from attrib.running.loop import Loop, Summary
+from attrib.running.loop import Loop
 from attrib.running.options import Options
-from attrib.running.plan import Plan, check_metrics, plan, spec_of
+from attrib.running.plan import Plan, check_metrics, make_plan, spec_of
 from attrib.running.runner import AttributionRunner
 from attrib.running.states import load_state
+from attrib.running.summary import Summary
 from attrib.store.files import write_json, writer_name
 from attrib.types import UserError
 
@@ -42,26 +43,26 @@ def run(experiment: Experiment, options: Options) -> Summary:
     start = time.monotonic()  # the clock may be set while we run
     writer = writer_name(options.shard)
     with watching(options.grace) as stop:
-        with stop.at_once():
+        with stop.immediately():
             try:
-                work = plan(experiment, options, writer, stop)
+                plan = make_plan(experiment, options, writer, stop)
             except OSError as error:
                 raise UserError(f"run.root={options.root} cannot be read: {error}") from error
-            check_metrics(work)
-        stop.hold()  # once there is a summary, the caller gets it
+            check_metrics(plan)
+        stop.defer()  # once there is a summary, the caller gets it
         try:
-            summary = _run(work, options, start, stop)
+            summary = _run(plan, options, start, stop)
         except OSError as error:  # a sample's own errors never come this far
-            raise _refused(work, error) from error
+            raise _refused(plan, error) from error
         stop.work_left = summary.stopped is not None
     return summary
 
 
-def _run(work: Plan, options: Options, start: float, stop: Stop) -> Summary:
-    experiment, cell = work.experiment, work.cell
+def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
+    experiment, cell = plan.experiment, plan.cell
     folder = cell.folder / "runs" / cell.writer
-    with stop.at_once():
-        _open(work)
+    with stop.immediately():
+        _open(plan)
         write_json(folder / "config.json", {**experiment.config, "run": _options_record(options)})
         hooks = standard_hooks(progress=options.progress, png=options.png)
         try:
@@ -72,25 +73,25 @@ def _run(work: Plan, options: Options, start: float, stop: Stop) -> Summary:
 
     @functools.cache
     def state() -> State:
-        if work.state_key is None:
+        if plan.state_key is None:
             return {}
         samples = experiment.estimation_samples(options.read)
-        return load_state(Path(options.root), work.state_key, experiment.method.fit, experiment.model, samples, stop)
+        return load_state(Path(options.root), plan.state_key, experiment.method.fit, experiment.model, samples, stop)
 
-    with stop.held():
+    with stop.deferred():
         package = logging.getLogger("attrib")
         package.addHandler(runner.file_handler)
         for name in cell.maps.broken:
             log.warning("damaged, its samples are computed again: %s", name)
-        loop, finished = Loop(runner, work, state, options, stop), False
+        loop, finished = Loop(runner, plan, state, options, stop), False
         runner.attribution, summary = loop, loop.summary
-        heartbeat = Heartbeat(work, options)
+        heartbeat = Heartbeat(plan, options)
         runner.register_hook(heartbeat)
         heartbeat.start()
         failure: OSError | None = None
         try:
             with stop.finishing():
-                if work.explains:
+                if plan.explains:
                     state()
                 runner.test()
             finished = summary.stopped is None
@@ -106,29 +107,32 @@ def _run(work: Plan, options: Options, start: float, stop: Stop) -> Summary:
             package.removeHandler(runner.file_handler)
             runner.visualizer.close()
             runner.file_handler.close()
-            record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.at_once}
+            record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
             try:
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
             except OSError as error:
                 failure = failure or error
         if failure is not None:
-            raise _refused(work, failure, loop.unwritten) from failure
+            raise _refused(plan, failure, loop.unwritten) from failure
     return summary
 
 
-def _refused(work: Plan, error: OSError, unwritten: int = 0) -> UserError:
+def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
+    """Says that what was stored is safe only where something was."""
+    what = f"{plan.cell.folder} cannot be written or read: {error}"
     lost = f" {unwritten} maps and scores that were computed could not be written." if unwritten else ""
-    again = "What was stored is safe; run the same command again"
-    return UserError(f"{work.cell.folder} cannot be written or read: {error}.{lost} {again}")
+    if any(plan.cell.folder.glob("maps/[!.]*.safetensors")):
+        return UserError(f"{what}.{lost} What was stored is safe; run the same command again")
+    return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
 
 
-def _open(work: Plan) -> None:
+def _open(plan: Plan) -> None:
     """Say what the cell is. Raises UserError in the one case in four thousand million that its name is taken."""
-    spec = spec_of(work)
-    work.cell.write_spec(spec)
-    if work.cell.spec["key"] != spec["key"]:
-        raise UserError(f"{work.cell.folder} holds another experiment whose key begins alike; take another run.root")
-    work.cell.write_samples(work.selected, work.fingerprints)
+    spec = spec_of(plan)
+    plan.cell.write_spec(spec)
+    if plan.cell.spec["key"] != spec["key"]:
+        raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
+    plan.cell.write_samples(plan.selected, plan.fingerprints)
 
 
 def _options_record(options: Options) -> dict[str, Any]:

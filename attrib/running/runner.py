@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -17,20 +17,24 @@ from mmengine.runner import BaseLoop, Runner
 from mmengine.utils.dl_utils import collect_env
 from torch import nn
 
+from attrib.process.git import git_commit
 from attrib.running.options import Options
-from attrib.running.plan import git_commit
 from attrib.store.files import write_json
 from attrib.types import UserError
 
+if TYPE_CHECKING:
+    from attrib.running.loop import Loop
+
 
 class AttributionRunner(Runner):
-    """mmengine's runner with what it gets wrong for frozen models on one CPU put right."""
+    """Its test loop is ``attribution``, which is set before ``test()`` is called."""
+
+    attribution: Loop
 
     def __init__(
         self, net: nn.Module, folder: Path, name: str, options: Options, seed: int, hooks: Sequence[Hook]
     ) -> None:
         self._run_name = folder.name
-        self.attribution: BaseLoop | None = None
         unused = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
         super().__init__(
             model=net,

@@ -76,7 +76,7 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
         stop.check()  # a fit reports after it has saved
 
     log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
-    with stop.held():
+    with stop.deferred():
         try:
             with stop.finishing():
                 fitted = fit.run(model, samples, partial, report)
@@ -133,7 +133,7 @@ def load_confidence(
     fingerprints = (prints or Fingerprints(root)).of(samples.dataset, uids)
     missing = [u for u in uids if known.get(u, [None])[0] != fingerprints[u]]
     saved = time.monotonic()
-    with stop.held():
+    with stop.deferred():
         try:
             with stop.finishing():
                 for start in range(0, len(missing), PORTION):

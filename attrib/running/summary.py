@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,8 +30,9 @@ class Step:
 class Summary:
     """Samples (scores: samples x metrics) computed by this run, found already present, and failed.
 
-    left      maps and scores that a run that ended early has not come to
-    stopped   the signal that ended it early, such as "SIGTERM"; None if it came to its end
+    left         maps and scores that a run that ended early has not come to
+    stopped      the signal that ended it early, such as "SIGTERM"; None if it came to its end
+    all_failed   "maps" and the metrics of which every sample failed, and none was there before
     """
 
     maps_computed: int = 0
@@ -42,10 +42,11 @@ class Summary:
     failed: int = 0
     left: int = 0
     stopped: str | None = None
+    all_failed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        numbers = [f for f in dataclasses.fields(self) if f.name != "stopped" and (f.name != "left" or self.left)]
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in numbers)
+        numbers = {n: v for n, v in vars(self).items() if isinstance(v, int) and (n != "left" or v)}
+        return " ".join(f"{name}={value}" for name, value in numbers.items())
 
     @property
     def ending(self) -> str:

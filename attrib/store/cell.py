@@ -42,7 +42,7 @@ __all__ = [
     "Key",
     "Ledger",
     "Record",
-    "Rows",
+    "ScoreRows",
     "cells",
     "counts",
     "described",
@@ -233,7 +233,7 @@ def _note(crc: Mapping[str, int], info: Mapping[str, Any]) -> str:
     return json.dumps([dict(crc), info], separators=(",", ":"))
 
 
-class Rows(Buffered):
+class ScoreRows(Buffered):
     """Score rows: (uid, fingerprint, map, column, value, time), one Parquet file per flush."""
 
     SCHEMA = pa.schema(
@@ -378,9 +378,9 @@ class Cell:
     def _samples_path(self) -> Path:
         return self.folder / "samples.json"
 
-    def scores(self, metric: str) -> Rows:
+    def scores(self, metric: str) -> ScoreRows:
         """``metric`` is the folder's name, ``<name>.<key8>``."""
-        return Rows(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+        return ScoreRows(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
 
     def curves(self, metric: str) -> Arrays:
         return Arrays(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)

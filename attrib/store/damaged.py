@@ -28,7 +28,7 @@ def put_aside(path: Path, root: Path) -> None:
         os.rename(path, place)
 
 
-def salvage(maps: Arrays, path: Path, root: Path) -> dict[Key, Mapping[str, Any]]:
+def recover(maps: Arrays, path: Path, root: Path) -> dict[Key, Mapping[str, Any]]:
     """Write the good samples of the chunk ``path`` anew and move it to ``<root>/.damaged/``.
 
     Returns those that are lost, with what was noted beside them (target, seconds).

@@ -30,7 +30,7 @@ from attrib.datasets.vectors import word_vectors
 from attrib.experiment.samples import parse_device
 from attrib.keys import digest
 from attrib.models.checkpoint import load_weights, save_checkpoint
-from attrib.running.plan import git_commit
+from attrib.process.git import git_commit
 from attrib.store.files import write_atomic, write_json
 from attrib.training.batches import Rows, share
 from attrib.training.loop import Schedule, evaluate, fit, seeded

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from attrib.store.cell import Arrays, Cell, Rows, cells, counts, described
-from attrib.store.damaged import DAMAGED, salvage
+from attrib.store.cell import Arrays, Cell, ScoreRows, cells, counts, described
+from attrib.store.damaged import DAMAGED, recover
 from attrib.store.damaged import put_aside as move_aside
 from attrib.store.files import Key, write_atomic, writer_name
 from attrib.store.ledger import Ledger
@@ -105,7 +105,7 @@ def rows(path: Path) -> Damage | None:
     """A file of score rows: every page against its checksum."""
     try:
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-        if table.schema.equals(Rows.SCHEMA):
+        if table.schema.equals(ScoreRows.SCHEMA):
             return None
         problem = "not the columns of a score file"
     except _READ as error:
@@ -186,7 +186,7 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
         if damage.path.suffix == ".safetensors" and damage.path.parent != root / "state":
             arrays = Arrays(damage.path.parent, writer_name())
             held = sum(record.path == damage.path for record in arrays.index().values())
-            saved += held - len(salvage(arrays, damage.path, root))
+            saved += held - len(recover(arrays, damage.path, root))
         else:
             move_aside(damage.path, root)
     for folder in dict.fromkeys(d.path.parent for d in damages if d.path.parent.parent.name == "scores"):
@@ -201,7 +201,7 @@ def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
     stored = Arrays(folder).index()
     lost = {key for keys in known if keys is not None for key in keys if key not in stored}
     if any(keys is None for keys in known):
-        lost |= {key for key in Rows(folder).present() if key not in stored}
+        lost |= {key for key in ScoreRows(folder).present() if key not in stored}
     for path in sorted(folder.glob("[!.]*.parquet")):
         if path.is_symlink() or rows(path) is not None:
             continue
@@ -223,7 +223,7 @@ def reindex(root: Path | str) -> int:
     folders += [cell.folder / "scores" / name for cell in cells(root) for name in cell.metrics()]
     folders += sorted(path for path in root.glob("state/pictures.*") if path.is_dir())
     for folder in folders:
-        Rows(folder).files.memory.unlink(missing_ok=True)
+        ScoreRows(folder).files.memory.unlink(missing_ok=True)
     return sum(Arrays(folder).reindex() for folder in folders if _chunks(folder))
 
 

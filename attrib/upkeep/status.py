@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from attrib.process.signals import LEFT
-from attrib.store.cell import Cell, Record, Rows, cells, counts
+from attrib.store.cell import Cell, Record, ScoreRows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
 from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
@@ -163,7 +163,7 @@ class Observer:
     def __init__(self, root: Path | str, filters: Sequence[str] = (), silent: float = SILENT) -> None:
         self.root, self._filters, self._silent = Path(root), tuple(filters), silent
         self._cells: dict[str, Cell] = {}
-        self._rows: dict[Path, Rows] = {}
+        self._rows: dict[Path, ScoreRows] = {}
         self._specs: dict[str, dict[str, Any]] = {}
 
     def look(self) -> Status:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attrib.store.cell import Arrays, DamagedError
-from attrib.store.damaged import salvage
+from attrib.store.damaged import recover
 from attrib.types import UserError
 
 UIDS = ("a", "b", "c")
@@ -36,7 +36,7 @@ def test_the_good_ones_stay(tmp_path):
     stored(tmp_path)
     path = damaged(tmp_path)
     maps = Arrays(path.parent, "x")
-    lost = salvage(maps, path, tmp_path)
+    lost = recover(maps, path, tmp_path)
     assert lost == {("c", "f"): {"target": 2, "seconds": 0.5}}
     for reader in (maps, Arrays(path.parent)):
         index = reader.index()
@@ -54,10 +54,10 @@ def test_another_process_was_faster(tmp_path):
     path = damaged(tmp_path)
     slower = Arrays(path.parent, "y")
     slower.index()
-    salvage(Arrays(path.parent, "x"), path, tmp_path)
+    recover(Arrays(path.parent, "x"), path, tmp_path)
     with pytest.raises(FileNotFoundError):
         slower.read(("a", "f"))
-    assert list(salvage(slower, path, tmp_path)) == [("c", "f")]
+    assert list(recover(slower, path, tmp_path)) == [("c", "f")]
     assert slower.read(("a", "f"))["map"].max() == 0
     assert len(list(path.parent.glob("*.safetensors"))) == 1
 
@@ -74,7 +74,7 @@ def test_a_disk_that_takes_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(UserError, match=r"cannot be written anew.*No space left"):
-            salvage(maps, path, tmp_path)
+            recover(maps, path, tmp_path)
     assert path.exists()
     reader = Arrays(path.parent)
     assert reader.read(("a", "f"))["map"].max() == 0

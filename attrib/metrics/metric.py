@@ -1,0 +1,73 @@
+"""What a metric is: the protocol that all of them derive from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from attrib.models import Classifier
+from attrib.noise import Noise
+from attrib.types import Batch
+
+Direction = Literal["higher", "lower", "none"]
+Explain = Callable[[Batch], Tensor]  # (B, *input) -> maps (B, H, W), of sounds (B, L); see ``Metric.score``
+
+
+class Metric(Protocol):
+    """Numbers for the map of every sample of a batch."""
+
+    VERSION: ClassVar[int]  # raised whenever numbers change
+    NEEDS_EXPLAIN: ClassVar[bool] = False  # whether it asks for maps of other inputs; its score then takes explain
+
+    # The others may depend on the fields. Where they do not, a metric has a class variable in the property's place.
+
+    @property
+    @abstractmethod
+    def COLUMNS(self) -> Mapping[str, Direction]:  # noqa: N802
+        """The name of every number, and which direction is better."""
+
+    @property
+    def CURVES(self) -> Mapping[str, str]:  # noqa: N802
+        """The name of every curve, and one line that says what its axes are."""
+        return {}
+
+    @property
+    @abstractmethod
+    def MODALITIES(self) -> tuple[str, ...]:  # noqa: N802
+        """The data whose maps it scores: "image", "text", "audio"."""
+
+    @property
+    def NEEDS_ROI(self) -> bool:  # noqa: N802
+        """Whether it is defined only with a region of interest."""
+        return False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The layers that it may read; of those that the model has, the paths enter the key of its scores."""
+        return ()
+
+    @abstractmethod
+    def score(
+        self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, *args: Any, **kwargs: Any
+    ) -> Mapping[str, Tensor]:
+        """``map`` (B, H, W), of sounds (B, L), of texts (B, T), not changed -> every column (B,), every curve (B, S).
+
+        For a sample that the metric is not defined on (no region of interest, NaN in its map) every
+        column is NaN; the runner records it in the failure ledger.
+
+        With NEEDS_EXPLAIN there is one more argument, ``explain``; without, none. (``*args, **kwargs`` tell a type
+        checker that both may be.) ``explain(batch)`` takes the same samples (``uids``), with other inputs or targets,
+        and returns their maps, of the shape of ``map``: made by the same method with the same state and seed, and from
+        the same random numbers, so that an unchanged input gives ``map`` again, and every difference comes from
+        the input. They may hold NaN. One call costs as much as the maps of a batch; never ask for more samples at
+        once than ``batch`` has.
+        """
+
+
+class Explaining(Metric):
+    """The former mark of a metric that asks for maps, until the runner asks for ``NEEDS_EXPLAIN``."""
+
+    NEEDS_EXPLAIN: ClassVar[bool] = True
