@@ -18,7 +18,9 @@ Baseline = Literal["zero", "mask"]
 Output = Literal["logit", "probability"]
 Part = Literal["cd", "occlusion", "build_up"]
 
-COMPLETENESS = {"completeness_error": "largest |relevant + irrelevant - logit| of any unit, as a share of the largest |logit|"}
+COMPLETENESS = {
+    "completeness_error": "largest |relevant + irrelevant - logit| of any unit, as a share of the largest |logit|"
+}
 
 _MASK_BYTES = 2**26  # of the masks that are made at a time
 
