@@ -41,6 +41,7 @@ def require(
         allowed = f"one of {', '.join(one_of)}"
     else:
         allowed = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
+        allowed = allowed or "a finite number"
     for field in fields:
         value = getattr(owner, field)
         if value is None and or_none:
@@ -58,4 +59,6 @@ def require(
             )
         if not good:
             null = ", or null" if or_none else ""
-            raise UserError(f"{type(owner).__name__}.{field} is {value!r}, must be {allowed or 'a finite number'}{null}")
+            raise UserError(
+                f"{type(owner).__name__}.{field} is {value!r}, must be {allowed or 'a finite number'}{null}"
+            )

@@ -47,7 +47,9 @@ class ACD(Method):
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units (or of a probability), signed; the sum over a component is its score"}
+    MAPS: ClassVar[Mapping[str, str]] = {
+        "map": "logit units (or of a probability), signed; the sum over a component is its score"
+    }
     DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.agglomeration.trees"}
     score: Part = "cd"
     units: Partition = field(default_factory=lambda: Partition(side=14))
@@ -66,7 +68,7 @@ class ACD(Method):
         require(self, "score", one_of=get_args(Part))
         if self.units.kind in ("superpixels", "given"):
             raise UserError(
-                f"ACD.units.kind is {self.units.kind!r}, which do not lie on a grid or a line: take tiles, words or windows"
+                f"ACD.units.kind is {self.units.kind!r}, which have no grid or line: take tiles, words or windows"
             )
         require(self, "percentile", at_least=0, at_most=100)
         require(self, "steps", at_least=1, or_none=True)  # None: as many as it takes

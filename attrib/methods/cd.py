@@ -43,7 +43,9 @@ class CD(Method):
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units (or of a probability), signed; the sum over a unit is its score"}
+    MAPS: ClassVar[Mapping[str, str]] = {
+        "map": "logit units (or of a probability), signed; the sum over a unit is its score"
+    }
     score: Score = "cd"
     units: Partition = field(default_factory=Partition)
     output: Output = "logit"

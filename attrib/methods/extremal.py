@@ -285,7 +285,7 @@ class ExtremalPerturbation(Method):
         return Found(m, small, *(torch.stack(curve, dim=2) for curve in zip(*curves, strict=True)))
 
     def _play(self, model: Classifier, pyramid: Tensor, m: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The term of the loss that depends on the target's score, (B, A), and its gradient at the masks, (B, A, H, W)."""
+        """The loss term of the target's score, (B, A), and its gradient at the masks, (B, A, H, W)."""
         values, grads = torch.zeros_like(m[..., 0, 0]), torch.zeros_like(m)
         for inside in {"preserve": (True,), "delete": (False,), "dual": (True, False)}[self.game]:
             x, slope = perturb(pyramid, m if inside else 1 - m)

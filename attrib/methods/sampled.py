@@ -126,7 +126,9 @@ class Rise(Method):
             kept = (drawn[..., :-2] < self.keep).to(x).view(-1, cells, cells)
             shift = drawn[..., -2:].view(-1, 2)
 
-            def piece(rows: slice, portion: int = portion, kept: Tensor = kept, shift: Tensor = shift) -> tuple[Tensor, Tensor]:
+            def piece(
+                rows: slice, portion: int = portion, kept: Tensor = kept, shift: Tensor = shift
+            ) -> tuple[Tensor, Tensor]:
                 sample = torch.arange(rows.start, rows.stop, device=x.device) // portion
                 height, width = (self._enlarge(side, shift[rows, i]) for i, side in enumerate(x.shape[-2:]))
                 mask = height @ kept[rows] @ width.mT

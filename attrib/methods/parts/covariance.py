@@ -221,7 +221,7 @@ class Covariance(Fit):
         value, vector = torch.linalg.eigh(half.T @ half)
         half = half @ vector[:, value > value[-1] * 1e-10][:, -self.rank :]
         rest = variance - half.square().sum(1)
-        rest = rest.where(rest > 1e-10 * mean, 0)  # smaller ones are rounding errors, which a small jitter would magnify
+        rest = rest.where(rest > 1e-10 * mean, 0)  # less is a rounding error, which the jitter would magnify
         rest = (1 - self.shrinkage) * rest + (self.shrinkage + self.jitter) * mean
         half = half * (1 - self.shrinkage) ** 0.5
         if not half.any():

@@ -103,7 +103,7 @@ class Inputs:
 
     @torch.no_grad()
     def scores(self, model: Classifier, x: Tensor) -> Tensor:
-        """(N, *input) -> (N,) the target's score. N is a multiple of B: rows i, i + B, i + 2B, ... belong to sample i."""
+        """(N, *input) -> (N,) the target's score; rows i, i + B, i + 2B, ... belong to sample i."""
 
         def piece(rows: slice) -> Tensor:
             at = torch.arange(rows.start, rows.stop, device=x.device) % len(self.x)
