@@ -291,7 +291,7 @@ class _Measure:
         return squares[:, 1:] if n == 0 else squares
 
     def _reduced(self, value: Tensor, chosen: Tensor) -> Tensor:
-        """(B, L, *x) -> (B, L, *places): \\|value\\| summed over channels, or where \\|chosen\\| is largest among them."""
+        """(B, L, *x) -> (B, L, *places): \\|value\\| summed over channels, or where \\|chosen\\| is largest."""
         if not self.whole or (not self.terms.text and value.ndim < 4):
             return value.abs() if self.whole else value
         channels = -1 if self.terms.text else 2
