@@ -73,7 +73,9 @@ ZERO = {
 }
 ALLOWED_ZERO = {("CausalPaths", "draws")}  # none is an answer
 TOO_MUCH = {
-    **{"percentile": 200.0, "momentum": 1.0, "active_neurons_threshold": 1.0},
+    "percentile": 200.0,
+    "momentum": 1.0,
+    "active_neurons_threshold": 1.0,
     **dict.fromkeys(("shrinkage", "initial", "keep"), 1.5),
 }
 
