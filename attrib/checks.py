@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from attrib.types import UserError
+from attrib.errors import UserError
 
 
 def require(
@@ -34,7 +34,7 @@ def require(
     >>> Blur(sigma=-1.0)
     Traceback (most recent call last):
         ...
-    attrib.types.UserError: Blur.sigma is -1.0, must be at least 0
+    attrib.errors.UserError: Blur.sigma is -1.0, must be at least 0
     """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     if one_of is not None:

@@ -62,8 +62,8 @@ def test_what_is_allowed():
 # ---- every method's fields ------------------------------------------------------------------------------
 
 # Fields that may be negative, and those of whole numbers that may be anything.
-SIGNED = {"baseline", "initial_alpha", "mean"}
-ANY = {"train_seed"}
+SIGNED = {"baseline", "initial_alpha", "mean", "beta of Search", "z", "fallback"}
+ANY = {"train_seed", "seed", "layers"}
 # Further values that make no sense: zero where there must be something, and too much of what is bounded.
 ZERO = {
     *("steps", "samples", "batch", "draws", "train_batch", "window", "stride", "cells", "tiles", "side", "segments"),
@@ -71,7 +71,6 @@ ZERO = {
     *("std_lr", "weight_clip", "std", "kernel_width", "keep", "temperature", "max_blur", "compactness", "tolerance"),
     *("var_spread", "area_growth"),
 }
-ALLOWED_ZERO = {("CausalPaths", "draws")}  # none is an answer
 TOO_MUCH = {
     "percentile": 200.0,
     "momentum": 1.0,
@@ -82,14 +81,13 @@ TOO_MUCH = {
 
 def preset(path) -> Any:
     node = yaml.safe_load(path.read_text())
-    node.pop("name")
+    node.pop("name"), node.pop("modalities", None)
     return build(node, path.stem)
 
 
 def parts(thing: Any) -> Iterator[Any]:
-    """The dataclasses of ``attrib.methods`` and ``attrib.units`` in a method, itself included."""
-    if type(thing).__module__.startswith(("attrib.methods", "attrib.units")):
-        yield thing
+    """A method and the dataclasses in it."""
+    yield thing
     for field in dataclasses.fields(thing):
         if dataclasses.is_dataclass(value := getattr(thing, field.name)):
             yield from parts(value)
@@ -103,9 +101,10 @@ def nonsense(part: Any) -> Iterator[tuple[str, Any]]:
             continue
         if float in kinds:
             yield from ((name, value) for value in (math.nan, math.inf))
-        if (float in kinds or int in kinds) and name not in SIGNED | ANY:
+        free = {name, f"{name} of {type(part).__name__}"} & (SIGNED | ANY)
+        if (float in kinds or int in kinds) and not free:
             yield name, (-1.0 if float in kinds else -1)
-        if name in ZERO and (type(part).__name__, name) not in ALLOWED_ZERO:
+        if name in ZERO and f"{name} of {type(part).__name__}" != "draws of CausalPaths":  # none are an ablation
             yield name, 0
         if name in TOO_MUCH:
             yield name, TOO_MUCH[name]

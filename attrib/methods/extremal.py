@@ -140,7 +140,7 @@ def perturb(pyramid: Tensor, m: Tensor) -> Perturbed:
 # ---- the method -----------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class OptimisedMasks(NamedTuple):
     """The masks of B samples and A areas after the optimisation."""
 
     masks: Tensor  # (B, A, H, W)
@@ -246,7 +246,7 @@ class ExtremalPerturbation(Method):
             )
         return size
 
-    def optimise(self, model: Classifier, x: Tensor, target: Tensor) -> Found:
+    def optimise(self, model: Classifier, x: Tensor, target: Tensor) -> OptimisedMasks:
         """The optimised masks. The loss is a sum over samples and areas, so that all are optimised together.
 
         Between two levels the perturbed image is linear in the mask, so its gradient is known without a graph.
@@ -282,7 +282,7 @@ class ExtremalPerturbation(Method):
             curves.append((value, area.detach()))
         with torch.no_grad():
             small, m = masks()
-        return Found(m, small, *(torch.stack(curve, dim=2) for curve in zip(*curves, strict=True)))
+        return OptimisedMasks(m, small, *(torch.stack(curve, dim=2) for curve in zip(*curves, strict=True)))
 
     def _play(self, model: Classifier, pyramid: Tensor, m: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss term of the target's score, (B, A), and its gradient at the masks, (B, A, H, W)."""

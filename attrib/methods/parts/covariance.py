@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.fit import Fit, FitData, Partial, State
-from attrib.methods.parts.covariance_moments import ONE_LABEL, CoMoments, Rows, Sketch, check_rows, check_spread
+from attrib.methods.parts.covariance_moments import ONE_LABEL, CoMoments, Observations, Sketch, check_rows, check_spread
 from attrib.methods.parts.covariance_operators import Dense, Groups, LowRank, Operator, Scale
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier
@@ -111,7 +111,7 @@ class Covariance(Fit):
         first = next(iter(data), None)
         text = first is not None and first.mask is not None
         kind = self._kind(text)
-        rows = Rows(model, data, self.per_class, whole=kind in ("full", "low_rank"), report=report)
+        rows = Observations(model, data, self.per_class, whole=kind in ("full", "low_rank"), report=report)
         if kind == "low_rank":
             return self._low_rank(rows)
         squares = SQUARES.get(kind)
@@ -176,7 +176,7 @@ class Covariance(Fit):
                 f"{numbers * 8 / 2**30:.1f} GiB, more than {LARGEST * 8 / 2**30:.0f}; take kind=low_rank"
             )
 
-    def _low_rank(self, rows: Rows) -> State:
+    def _low_rank(self, rows: Observations) -> State:
         q: dict[int, Tensor] = {}
         sketches: dict[int, Sketch] = {}
         for step in range(self.passes):

@@ -79,7 +79,7 @@ class Sketch:
         return product / (self.n - 1), ((self._squares - self.n * mean**2) / (self.n - 1)).clamp(min=0)
 
 
-class Rows:
+class Observations:
     """The observations of a data set; each iteration reads it anew and gives pairs (class or -1, rows (n, C, F)).
 
     Of texts a row is a real token, (n, 1, E).
