@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attrib.fit import State
 from attrib.methods import Method
-from attrib.metrics import Explain, Explaining
+from attrib.metrics import Explain, Explaining, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -58,11 +58,10 @@ class Eventful(Method):
 
 
 @dataclass(frozen=True)
-class TargetOf:
+class TargetOf(Metric):
     """The class that a score is about."""
 
     VERSION: ClassVar[int] = 1
-    NEEDS_ROI: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"target": "none"}

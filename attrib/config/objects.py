@@ -109,7 +109,7 @@ MEMBERS = {
         *("attribute", "VERSION", "MAPS", "EXTRAS", "COLUMNS", "DOCUMENTS", "TOKENS", "MODALITIES", "TEXT_ROLES"),
         *("roles", "fit"),
     ),
-    "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "MODALITIES", "roles"),
+    "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "NEEDS_EXPLAIN", "MODALITIES", "roles"),
 }
 # ... and a dataset, to be shown to people: see the protocols Images, Texts and Sounds.
 OF_MODALITY = {"image": ("picture",), "text": ("tokens",), "audio": ("wave", "rate")}
@@ -126,7 +126,9 @@ def _build_as(part: str, node: Node, where: str) -> Any:
     wanted = (*MEMBERS[part], *(OF_MODALITY.get(getattr(made, "modality", ""), ()) if part == "dataset" else ()))
     missing = [name for name in wanted if not hasattr(made, name)]
     if missing:
-        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}")
+        base = {"method": "attrib.methods.Method", "metric": "attrib.metrics.Metric"}.get(part)
+        advice = f"; derive the class from {base}, which has the defaults" if base else ""
+        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}{advice}")
     if part != "dataset":
         try:
             keys.spec(made)
