@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -152,6 +153,7 @@ def spec_of(work: Plan) -> dict[str, Any]:
         "state_key": work.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
+        "exam": None if experiment.model.exam is None else keys.spec(dataclasses.asdict(experiment.model.exam)),
         "layers": experiment.layers,
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),
