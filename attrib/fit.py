@@ -1,4 +1,4 @@
-"""What a method needs to know of the data before it can explain anything, and how it gets to know it."""
+"""Fits: what some methods must learn from data before they can explain anything, such as a layer's statistics."""
 
 from __future__ import annotations
 
@@ -14,42 +14,56 @@ State = dict[str, Tensor]
 
 
 class FitData(Protocol):
-    """The samples that a state is fitted on."""
+    """The samples that a state is fitted on (the estimation set)."""
 
     uids: tuple[str, ...]
 
-    def batch(self, uids: Sequence[str]) -> Batch: ...
+    def batch(self, uids: Sequence[str]) -> Batch:
+        """These samples, in this order. Raises SampleError if one of them cannot be read."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """All samples, in batches of a size that must not matter."""
+        """All samples that can be read, in batches; the state must not depend on their size."""
         ...
 
 
 class Partial(Protocol):
-    """Where a fit keeps its intermediate state, so that a killed job goes on where it was."""
+    """Where a fit keeps its intermediate state, so that a job that was killed continues where it stopped."""
 
-    def load(self) -> State | None: ...
+    def load(self) -> State | None:
+        """What was saved last; None if nothing was."""
+        ...
 
     def save(self, state: State) -> None: ...
 
     def wanted(self) -> bool:
-        """Whether the job was told to stop: a fit whose steps are long saves now, and then reports."""
+        """Whether the job was told to stop. A fit with long steps asks after each, saves if so, and then reports."""
         ...
 
 
 class Fit(Protocol):
-    """What a method needs to know of the data before it can explain anything.
+    """How a method's state is made from data.
 
-    A frozen dataclass with a key of its own: methods with an equal fit share its state.
+    A frozen dataclass like the method itself, with a key of its own: methods whose fits are equal share one state.
+    A fit derives from this class and gets the defaults below.
     """
 
-    VERSION: ClassVar[int]
-    TARGETS: ClassVar[bool] = True  # whether it looks at the samples' targets
-    TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of a text's net only; may be left out
+    VERSION: ClassVar[int]  # raised whenever the numbers of the state change
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of text nets only, beside ``roles``
 
     @property
-    def roles(self) -> tuple[str, ...]: ...
+    def TARGETS(self) -> bool:  # noqa: N802  like the constants of ``Method``
+        """Whether the state depends on the samples' targets, which otherwise need not be known."""
+        return True
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The layers that it reads; their paths enter the state's key."""
+        ...
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        """The fitted state; ``report`` takes a line of progress for people."""
+        """The fitted state. ``report`` takes a line of progress for people, after every batch or step.
+
+        Where a job is told to stop, ``report`` is also where it ends.
+        """
         ...

@@ -30,17 +30,17 @@ def _shift_right(x: Tensor, k: int) -> Tensor:
 
 
 class Noise:
-    """Streams of B samples that advance together.
+    """The random streams of B samples, which advance together.
 
-    Every method returns a tensor (B, *shape) on ``device`` in ``dtype``; row i depends only on
-    ``seed``, ``uids[i]`` and on the shapes drawn before.
+    Every draw is a tensor (B, *shape) on ``device``; floating-point numbers have ``dtype``. Row i depends
+    only on ``seed``, on ``uids[i]`` and on the shapes drawn before.
 
-    Texts of a batch are padded to the longest, which must not change their numbers: with
-    ``ragged=d`` the size of dimension d of ``shape`` may vary, and neither the numbers at a place
-    nor later draws depend on it.
+    Texts are padded to the longest of their batch, which must not change their numbers: with
+    ``ragged=d`` neither the numbers at a place nor later draws depend on the size of dimension d of
+    ``shape``.
 
-    The numbers are made in float32 and then converted, so that a float64 run sees the same
-    noise as a float32 run.
+    Floating-point numbers are computed in float32 and then converted, so that a float64 run sees the
+    same noise as a float32 run.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Noise:
             return torch.tensor(values, dtype=torch.int64, device=self.device).reshape(-1, 1)
 
         self._start, self._step = column(slice(0, 8), 0), column(slice(8, 16), 1)
-        self._count = 0  # words drawn
-        self._blocks = 0  # ragged draws
+        self._count = 0  # 64-bit words drawn so far
+        self._blocks = 0  # ragged draws so far
 
     def child(self, name: str) -> Noise:
-        """Independent streams for a named purpose (``noise.child("fit")``)."""
-        # NUL, because "<uid>/fit" may be a sample of its own.
+        """Independent streams of the same samples for a named purpose, such as ``noise.child("fit")``."""
+        # NUL, because "<uid>/fit" might be the uid of another sample.
         return Noise([f"{uid}\0{name}" for uid in self.uids], self.seed, self.device, self.dtype)
 
     def bits(self, n: int) -> Tensor:
@@ -72,7 +72,7 @@ class Noise:
         return self._hash(torch.arange(self._count - n, self._count, device=self.device))
 
     def ragged_bits(self, shape: Sequence[int], dim: int) -> Tensor:
-        """(B, *shape) int64, where the size of dimension ``dim`` of ``shape`` may vary."""
+        """(B, *shape) int64, all 64 bits random; a ragged draw, see ``Noise``, along dimension ``dim`` of ``shape``."""
         # Every draw has a block of 2**40 counters, in the negative half that ``bits`` never reaches;
         # inside it the ragged dimension is the outermost one.
         self._blocks += 1
@@ -91,14 +91,14 @@ class Noise:
         return x
 
     def uniform(self, *shape: int, ragged: int | None = None) -> Tensor:
-        """Uniform on [0, 1), 24 bits."""
+        """(B, *shape) uniform on [0, 1), in steps of 2^-24."""
         bits = self.bits(math.prod(shape)) if ragged is None else self.ragged_bits(shape, ragged)
         values = _shift_right(bits, 40).to(torch.float32).mul_(2.0**-24)
         return values.reshape(len(self.uids), *shape).to(self.dtype)
 
     def normal(self, *shape: int, ragged: int | None = None) -> Tensor:
-        """Standard normal, by Box and Muller (1958): one 64-bit word gives two numbers."""
-        if ragged is not None:  # here one: which two belong together must not depend on the size
+        """(B, *shape) standard normal, by Box and Muller (1958), who get two numbers from one 64-bit word."""
+        if ragged is not None:  # only the first of the two is used: which are a pair must not depend on the size
             return self._box_muller(self.ragged_bits(shape, ragged))[0].to(self.dtype)
         n = math.prod(shape)
         pairs = torch.cat(self._box_muller(self.bits((n + 1) // 2)), dim=1)
@@ -115,7 +115,7 @@ class Noise:
     def permutation(self, n: int, ragged: bool = False) -> Tensor:
         """(B, n) int64: a random order of 0 .. n-1 for every sample.
 
-        ``ragged``: n may vary; the order among the first few numbers does not depend on it.
+        With ``ragged`` the relative order of any of the numbers does not depend on n.
         """
         return (self.ragged_bits((n,), 0) if ragged else self.bits(n)).argsort(dim=1)
 

@@ -60,6 +60,11 @@ class Batch:
             return None
         return torch.arange(self.x.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    def cut(self, length: int) -> Batch:
+        """Texts that are no longer than ``length`` tokens, without the padding behind it."""
+        words, units = (None if field is None else field[:, :length] for field in (self.words, self.units))
+        return dataclasses.replace(self, x=self.x[:, :length], words=words, units=units)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device; floating-point inputs also in ``dtype``."""
         moved = {name: value.to(device) for name, value in self._tensors()}

@@ -1,4 +1,4 @@
-"""Units: what is kept, removed or scored as a whole, such as words, tiles and superpixels."""
+"""Units: parts of a sample that are kept, removed or scored as a whole, such as words, tiles and superpixels."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.types import Batch, SampleError, UserError
 
 Kind = Literal["auto", "words", "tiles", "superpixels", "windows", "given"]
 
 
 class Units(NamedTuple):
-    """Which unit every place of B samples belongs to."""
+    """Which unit each place (token, pixel or moment) of B samples belongs to."""
 
-    of: Tensor  # (B, *places) int64: the unit that a token or pixel belongs to, -1: it belongs to none
-    n: Tensor  # (B,) how many units a sample has
+    of: Tensor  # (B, *places) int64: the number of the place's unit, 0 .. n-1, or -1 if it belongs to none
+    n: Tensor  # (B,) how many units each sample has
 
     @classmethod
     def words(cls, batch: Batch) -> Units:
@@ -29,7 +30,7 @@ class Units(NamedTuple):
 
     @classmethod
     def tiles(cls, batch: Batch, side: int) -> Units:
-        """A grid of ``side`` x ``side`` tiles, row by row, fewer along an axis that has fewer pixels."""
+        """A grid of ``side`` x ``side`` tiles, numbered row by row; fewer along an axis that has fewer pixels."""
         (rows, h), (columns, w) = ((min(side, size), size) for size in batch.x.shape[-2:])
         row, column = torch.arange(h) * rows // h, torch.arange(w) * columns // w
         return cls._same(batch, row[:, None] * columns + column, rows * columns)
@@ -43,11 +44,12 @@ class Units(NamedTuple):
 
     @classmethod
     def superpixels(cls, batch: Batch, segments: int, compactness: float) -> Units:
-        """About ``segments`` regions of like colour (Achanta et al., *SLIC*, 2012), each in one piece.
+        """About ``segments`` connected regions of similar colour (Achanta et al., *SLIC*, 2012).
 
-        By scikit-image, of the normalised image stretched to 0 .. 1. ``compactness`` is weighed against distances of
-        colours in Lab, where black and white are 100 apart. One channel is cut as the gray image that it is; in other
-        numbers of channels the distance between all 0 and all 1 counts as 100.
+        Computed by scikit-image on the normalised image, rescaled to 0 .. 1. ``compactness`` is weighed against
+        distances of colours in Lab, where black and white are 100 apart. An image of one channel is taken as grey;
+        with another number of channels the distance between all 0 and all 1 counts as 100. Raises SampleError for
+        an image with NaN or infinite values.
         """
         from skimage.segmentation import slic  # takes a second to import
 
@@ -66,7 +68,7 @@ class Units(NamedTuple):
 
     @classmethod
     def given(cls, of: Tensor) -> Units:
-        """From the units' numbers (B, *places), 0 .. n-1 for every sample, -1 for none."""
+        """From unit numbers (B, *places), 0 .. n-1 in each sample, -1 where there is no unit."""
         return cls(of.long(), of.flatten(1).amax(1).long().clamp(min=-1) + 1)
 
     @classmethod
@@ -77,17 +79,17 @@ class Units(NamedTuple):
 
     @property
     def most(self) -> int:
-        """The largest number of units, at least 1."""
+        """The largest number of units of any sample, at least 1."""
         return max(1, int(self.n.max()))
 
     @property
     def exist(self) -> Tensor:
-        """(B, 1, n) bool."""
+        """(B, 1, n) bool: which of the ``most`` units each sample has."""
         return (torch.arange(self.most, device=self.n.device) < self.n[:, None]).unsqueeze(1)
 
     @property
     def masks(self) -> Tensor:
-        """(B, n, *places) bool: the places of each unit; none of a unit that the sample does not have."""
+        """(B, n, *places) bool: the places of each unit; all False for units that the sample does not have."""
         number = torch.arange(self.most, device=self.of.device).view(1, -1, *[1] * (self.of.ndim - 1))
         return self.of.unsqueeze(1) == number
 
@@ -98,25 +100,25 @@ class Units(NamedTuple):
         return values.new_zeros(len(flat), self.most).scatter_add_(1, flat.clamp(min=0), inside)
 
     def paint(self, values: Tensor) -> Tensor:
-        """(B, n) values of the units -> (B, *places), each place its unit's value, 0 outside all units."""
+        """(B, n) values of the units -> (B, *places): each place gets its unit's value, or 0 if it has no unit."""
         flat = self.of.flatten(1)
         return (values.gather(1, flat.clamp(min=0)) * (flat >= 0)).view(self.of.shape)
 
     def spread(self, values: Tensor) -> Tensor:
-        """(B, n) values of the units -> (B, *places), each shared equally among the unit's places."""
+        """(B, n) values of the units -> (B, *places): each value divided equally among its unit's places."""
         places = self.sum(torch.ones_like(self.of, dtype=values.dtype))
         return self.paint(values / places.clamp(min=1))
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How samples are cut into units.
+    """How samples are divided into units.
 
-    kind          auto: words of texts, windows of sounds, tiles of images.
-                  given: what the dataset says, see ``Batch.units``
-    side          tiles along each side of an image
-    segments      about how many superpixels; how many windows
-    compactness   of superpixels: more makes them squarer (scikit-image's)
+    kind          auto: words of texts, windows of sounds, tiles of images; given: the units that the dataset
+                  comes with, see ``Batch.units``
+    side          number of tiles along each side of an image
+    segments      number of windows, or about the number of superpixels
+    compactness   of superpixels, as in scikit-image: the higher, the squarer
     """
 
     NAME: ClassVar[str] = "attrib.units.Partition"
@@ -126,16 +128,12 @@ class Partition:
     compactness: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UserError(f"Partition.kind is {self.kind!r}, must be one of {', '.join(get_args(Kind))}")
-        for field in ("side", "segments"):
-            if getattr(self, field) < 1:
-                raise UserError(f"Partition.{field} is {getattr(self, field)}, must be at least 1")
-        if self.compactness <= 0:
-            raise UserError(f"Partition.compactness is {self.compactness}, must be above 0")
+        require(self, "kind", one_of=get_args(Kind))
+        require(self, "side", "segments", at_least=1)
+        require(self, "compactness", above=0)
 
     def of(self, batch: Batch) -> Units:
-        """Raises UserError for a kind that such samples do not have."""
+        """The units of these samples. Raises UserError for a kind of units that such samples do not have."""
         image = batch.lengths is None and batch.x.ndim == 4
         kind = self.kind
         if kind == "auto":

@@ -308,7 +308,7 @@ def test_each_search_has_its_own_key():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Search(correction="fdr"), "none, holm or bh"),
+        (lambda: Search(correction="fdr"), "must be one of none, holm, bh"),
         (lambda: Search(candidates=0), "candidates is 0"),
         (lambda: CausalGraphs(samples=1), "must be at least 2"),
     ],

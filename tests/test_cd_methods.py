@@ -231,7 +231,7 @@ def test_a_net_of_many_classes_keeps_those_that_matter():
         (lambda: CD(steps=1), "CD.steps is 1"),
         (lambda: CD(output="odds"), "CD.output is 'odds'"),
         (lambda: CD(baseline="blur"), "CD.baseline is 'blur'"),
-        (lambda: CD(output="probability"), "contextual decomposition is of logits"),
+        (lambda: CD(output="probability"), "contextual decomposition explains logits only"),
         (lambda: ACD("input_x_gradient"), "ACD.score is 'input_x_gradient'"),
         (lambda: ACD(units=Partition("superpixels")), "ACD.units.kind is 'superpixels'"),
         (lambda: ACD(percentile=101.0), "ACD.percentile is 101.0"),

@@ -338,9 +338,9 @@ def test_an_open_bottleneck_stays_finite(dtype):
 @pytest.mark.parametrize(
     ("stage", "change"),
     [
-        ("feature bottleneck", {"feature": IBA(beta=float("nan"), steps=3, batch=2, sigma=None)}),
-        ("GAN", {"gan": dataclasses.replace(METHOD.gan, mean_lr=float("inf"))}),
-        ("input bottleneck", {"input": InputBottleneck(beta=float("nan"), steps=3, batch=2)}),
+        ("feature bottleneck", {"feature": IBA(lr=1e308, steps=3, batch=2, sigma=None)}),
+        ("GAN", {"gan": dataclasses.replace(METHOD.gan, mean_lr=1e308)}),
+        ("input bottleneck", {"input": InputBottleneck(lr=1e308, steps=3, batch=2)}),
     ],
 )
 def test_a_stage_that_diverges_is_named(stage, change):

@@ -201,12 +201,12 @@ def test_copies_of_several_samples_share_a_pass(method, rows):
 def test_fields_that_make_no_sense_are_errors():
     for wrong, message in (
         (lambda: GradientShap(samples=0), "GradientShap.samples is 0, must be at least 1"),
-        (lambda: GradientShap(sigma=-1.0), "GradientShap.sigma is -1.0, must not be negative"),
+        (lambda: GradientShap(sigma=-1.0), "GradientShap.sigma is -1.0, must be at least 0"),
         (lambda: GradientShap(spread=-1.0), "GradientShap.spread"),
         (lambda: GradientShap(reduce="abs"), "GradientShap.reduce is 'abs', must be one of sum"),
         (lambda: Rise(samples=0), "Rise.samples"),
         (lambda: Rise(cells=0), "Rise.cells"),
-        (lambda: Rise(keep=0.0), r"Rise.keep is 0.0, must lie in \(0, 1\]"),
+        (lambda: Rise(keep=0.0), r"Rise.keep is 0.0, must be above 0 and at most 1"),
         (lambda: Rise(output="loss"), "Rise.output is 'loss', must be one of probability, logit"),
     ):
         with pytest.raises(UserError, match=message):

@@ -215,5 +215,5 @@ def test_input_iba_across_two_nets():
     assert same(early, plain) == {"feature": True, "loss_critic": False, "input": False}
     assert same(random, plain) == {"feature": False, "loss_critic": False, "input": False}
     assert all(same(maps(InputIBAStages(**stages), original), plain).values())  # of the original it is InputIBA
-    with pytest.raises(UserError, match="randomised_from must be gan or input"):
+    with pytest.raises(UserError, match=r"randomised_from is .*must be one of gan, input"):
         InputIBAStages(randomised_from="feature")

@@ -366,5 +366,5 @@ def test_fields_that_make_no_sense_are_errors():
             picture_map(method(samples=4, baseline="mask"), pictures())
     with pytest.raises(UserError, match="kernel_width is 0, must be above 0"):
         Lime(kernel_width=0)
-    with pytest.raises(UserError, match=r"alpha is -0.1, must not be negative"):
+    with pytest.raises(UserError, match=r"alpha is -0.1, must be at least 0"):
         Lime(alpha=-0.1)

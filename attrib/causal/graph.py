@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attrib.causal.interventions import Sites, edges, estimate, intervene
 from attrib.causal.structure import OUTPUT, Structure
+from attrib.checks import require
 from attrib.fit import Fit, FitData, Partial, State
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -53,10 +54,10 @@ class Search:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.candidates is not None and self.candidates < 1:
-            raise UserError(f"candidates is {self.candidates}, must be at least 1, or null for all")
-        if self.correction not in ("none", "holm", "bh"):
-            raise UserError(f"correction must be none, holm or bh, not {self.correction!r}")
+        require(self, "beta", "z")
+        require(self, "fallback", or_none=True)
+        require(self, "candidates", at_least=1, or_none=True)
+        require(self, "correction", one_of=("none", "holm", "bh"))
 
     def u(self, target: int, path: str) -> float:
         """The value that the weights of one layer are set to, for one class."""
@@ -268,8 +269,7 @@ class CausalGraphs(Fit):
     search: Search = Search()
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise UserError(f"CausalGraphs.samples is {self.samples}, must be at least 2")
+        require(self, "samples", at_least=2)
 
     @property
     def roles(self) -> tuple[str, ...]:

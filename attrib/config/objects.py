@@ -109,7 +109,7 @@ MEMBERS = {
         *("attribute", "VERSION", "MAPS", "EXTRAS", "COLUMNS", "DOCUMENTS", "TOKENS", "MODALITIES", "TEXT_ROLES"),
         *("roles", "fit"),
     ),
-    "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "MODALITIES", "roles"),
+    "metric": ("score", "VERSION", "COLUMNS", "CURVES", "NEEDS_ROI", "NEEDS_EXPLAIN", "MODALITIES", "roles"),
 }
 # ... and a dataset, to be shown to people: see the protocols Images, Texts and Sounds.
 OF_MODALITY = {"image": ("picture",), "text": ("tokens",), "audio": ("wave", "rate")}
@@ -126,7 +126,9 @@ def _build_as(part: str, node: Node, where: str) -> Any:
     wanted = (*MEMBERS[part], *(OF_MODALITY.get(getattr(made, "modality", ""), ()) if part == "dataset" else ()))
     missing = [name for name in wanted if not hasattr(made, name)]
     if missing:
-        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}")
+        base = {"method": "attrib.methods.Method", "metric": "attrib.metrics.Metric"}.get(part)
+        advice = f"; derive the class from {base}, which has the defaults" if base else ""
+        raise UserError(f"{where}: {node['_target_']} is not a {part}: it has no {', '.join(missing)}{advice}")
     if part != "dataset":
         try:
             keys.spec(made)
@@ -193,7 +195,8 @@ def _net(model: Node) -> dict[str, Any]:
 
 
 def classifier(node: Node, options: Options, where: str = "model", dataset: Dataset | None = None) -> Classifier:
-    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``.
+    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``,
+    ``output``.
 
     With ``randomise`` it is a copy with randomised layers; a sample of ``dataset`` shows their order.
     """
@@ -224,12 +227,22 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         # Where weights come from does not matter: they are in the key themselves.
         spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
         input_shape=shape,
+        output=output_of(node.get("output"), f"{where}: output"),
     )
     if not how.layers:
         return model
     if dataset is None:
         raise UserError(f"{where}: randomise needs a dataset, whose samples show the order of the layers")
     return randomised(model, net, how, example(dataset))
+
+
+def output_of(given: Any, where: str) -> Any:
+    """What ``model.output`` says, with functions in the place of nodes that name them."""
+    if is_node(given):
+        return build(given, where)
+    if isinstance(given, Mapping) and is_node(given.get("take")):
+        return {**given, "take": build(given["take"], f"{where}.take")}
+    return given
 
 
 def example(dataset: Dataset) -> Tensor:

@@ -1,18 +1,19 @@
-"""Agglomerative contextual decomposition: a hierarchy of what a network reads together."""
+"""Agglomerative contextual decomposition: a hierarchy of the units that a network uses together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 
-from attrib.agglomeration import Rules, agglomerate, drive
+from attrib.agglomeration import Agglomeration, Rules, agglomerate, drive
 from attrib.agglomeration.trees import Tree, grow
+from attrib.checks import require
 from attrib.fit import State
-from attrib.methods import Method
+from attrib.methods import Explanation, Method
 from attrib.methods.parts.inputs import EMBEDDING
 from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
 from attrib.models import Classifier
@@ -20,32 +21,35 @@ from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
 
-MOST_CLASSES = 20  # of a net with more, a tree keeps the scores of those that matter to its sample
-TOP = 5
+MOST_CLASSES = 20  # for a net with more, a tree keeps the scores of the sample's top classes and those explained
+TOP = 5  # how many top classes
 
 
 @dataclass(frozen=True)
 class ACD(Method):
-    """Units that are merged into a tree, those first that gain most (Singh, Murdoch & Yu, ICLR 2019, algorithm 1).
+    """Merges units into a tree, at each step those that gain most (Singh, Murdoch & Yu, ICLR 2019, algorithm 1).
 
-    The document ``tree`` is the hierarchy (``attrib.agglomeration.trees``); the map is one level of it, so that
-    metrics can judge it: every component's score, shared equally among its units and places.
+    The document ``tree`` is the hierarchy (``attrib.agglomeration.trees``). The map is one of its levels, so that
+    metrics can judge it: the score of every component, divided equally among its units and their places.
 
     score        of a set of units: "cd", "occlusion" or "build_up", see ``CD``
-    units        words, windows, or tiles; those of texts and sounds are a line, tiles are a grid
+    units        words, windows or tiles. Words and windows have two neighbours in a line, tiles four on a grid
     percentile, steps, absolute, smooth   see ``attrib.agglomeration.Rules``
-    against      also subtract the score of this class; "other": of the one that the net takes for second best
-    level        of the map: 0 for units, k for what has been merged by level k
+    against      the class whose score is subtracted: its number; "other", the most probable class beside the
+                 target; or None
+    level        the level that the map shows: 0 is the single units, k what has been merged up to level k
     output, baseline, output_bias   see ``CD``
-    as_released  of "cd": round as the authors' code, 2 to 3 times slower. On a flat background pooling windows have
-                 several equal maxima, of which its rounding picks one; else the first one counts.
+    as_released  for "cd": round as the authors' code does, 2 to 3 times slower. On a flat background a pooling
+                 window has several equal maxima, of which that rounding picks one; otherwise the first is taken
     """
 
     NAME: ClassVar[str] = "attrib.methods.acd.ACD"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units (or of a probability), signed; a unit's score is its sum"}
+    MAPS: ClassVar[Mapping[str, str]] = {
+        "map": "logit units (or of a probability), signed; the sum over a component is its score"
+    }
     DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.agglomeration.trees"}
     score: Part = "cd"
     units: Partition = field(default_factory=lambda: Partition(side=14))
@@ -61,21 +65,17 @@ class ACD(Method):
     as_released: bool = False
 
     def __post_init__(self) -> None:
-        if self.score not in get_args(Part):
-            raise UserError(f"ACD.score is {self.score!r}, must be one of {', '.join(get_args(Part))}")
+        require(self, "score", one_of=get_args(Part))
         if self.units.kind in ("superpixels", "given"):
             raise UserError(
-                f"ACD.units.kind is {self.units.kind!r}, which are not a grid: take tiles, words or windows"
+                f"ACD.units.kind is {self.units.kind!r}, which have no grid or line: take tiles, words or windows"
             )
-        if not 0 <= self.percentile <= 100:
-            raise UserError(f"ACD.percentile is {self.percentile}, must be from 0 to 100")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"ACD.steps is {self.steps}, must be at least 1, or null for as many as it takes")
+        require(self, "percentile", at_least=0, at_most=100)
+        require(self, "steps", at_least=1, or_none=True)  # None: as many as it takes
+        require(self, "level", at_least=0)
         known = isinstance(self.against, int) and not isinstance(self.against, bool) and self.against >= 0
         if not known and self.against not in (None, "other"):
             raise UserError(f"ACD.against is {self.against!r}, must be the number of a class, other or null")
-        if self.level < 0:
-            raise UserError(f"ACD.level is {self.level}, must not be negative")
         check_scores(self)
 
     @property
@@ -86,10 +86,19 @@ class ACD(Method):
     def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
         return dict.fromkeys(self.EXTRAS, "none")
 
-    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Any]:
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Explanation:
         units = self.units.of(batch)
-        names = {"baseline": self.baseline, "output": self.output, "output_bias": self.output_bias, "name": "ACD"}
-        scores = UnitScores(model, batch, units, self.score, as_released=self.as_released, **names)
+        scores = UnitScores(
+            model,
+            batch,
+            units,
+            self.score,
+            baseline=self.baseline,
+            output=self.output,
+            output_bias=self.output_bias,
+            as_released=self.as_released,
+            name="ACD",
+        )
         logits = scores.logits.double().cpu().numpy()
         asked = [self._asked(batch, i, own) for i, own in enumerate(logits)]
         shapes = [self._shape(batch, n) for n in units.n.tolist()]
@@ -101,7 +110,7 @@ class ACD(Method):
             owner = torch.tensor(some, device=device)[torch.from_numpy(walk).to(device)]
             found = scores(owner, torch.from_numpy(sets).to(device)).double().cpu().numpy()
             bad = ~np.isfinite(found).all(1)
-            if bad.any():  # nothing could be chosen by such scores
+            if bad.any():  # there is nothing to choose by
                 raise SampleError(f"{batch.uids[some[walk[bad.argmax()]]]}: the net's scores are NaN or infinite")
             return found
 
@@ -119,13 +128,13 @@ class ACD(Method):
         return {"map": units.spread(values), "tree": documents, **error}
 
     def _shape(self, batch: Batch, n: int) -> tuple[int, ...]:
-        """(n,) words or windows, or (rows, columns) of tiles."""
+        """The units as a line, (n,), or as a grid, (rows, columns)."""
         if batch.mask is not None or batch.x.ndim == 3:
             return (n,)
         return tuple(min(self.units.side, size) for size in batch.x.shape[-2:])
 
     def _asked(self, batch: Batch, i: int, logits: np.ndarray) -> tuple[np.ndarray, int | list[int], int | None]:
-        """(K,) what the score of a set is: scores @ weights; the target and the class that it is against."""
+        """What the sample is asked for: weights (K,) of the classes in a set's score, the target, the class against."""
         weights, target = np.zeros(len(logits)), batch.target[i].tolist()
         if isinstance(target, list):
             weights += np.array(target)
@@ -149,7 +158,7 @@ class ACD(Method):
         target: int | list[int],
         against: int | None,
         logits: np.ndarray,
-        found: Any,
+        found: Agglomeration,
     ) -> Tree:
         classes = np.arange(len(logits))
         if len(classes) > MOST_CLASSES:

@@ -1,34 +1,35 @@
-"""The usual attribution methods, by captum, under attrib's contract.
+"""The usual attribution methods, computed by captum, with the promises that every method of attrib makes.
 
-captum computes; this module adds what it leaves to the caller: noise from each sample's own
-stream, no more rows at a time than the model allows, maps (B, H, W) with their sign, and nets
-whose activations are shared, functional or of a class captum does not know.
+This module adds what captum leaves to its caller: noise from each sample's own stream, no more
+rows at a time than the model allows, signed maps (B, H, W), and nets whose activations are shared
+between layers, are functions instead of modules, or are of a class that captum does not know.
 
-All explain the logit of the target (several labels: the sum of their logits). ``reduce`` says how
-channels become one map: "sum" keeps the sign and the method's completeness; "abs_max" is what
-Simonyan et al. draw; "abs_sum" is the L1 norm.
+All methods explain the target's logit (several labels: the sum of their logits). ``reduce`` says how
+channels become one map: "sum" keeps the sign and the method's completeness; "abs_max", the largest
+absolute value, is what Simonyan et al. show; "abs_sum" is the L1 norm.
 
-The input of a text is its embedded tokens (see ``inputs``): the channels are the numbers of a
-token's vector, and the map is (B, T). The plain sum of a token's gradient says little, and exactly
-nothing where a LayerNorm follows the embedding, as in BERT: there it is always zero. So take
-reduce=abs_sum or abs_max for the gradient and SmoothGrad of texts.
+The input of a text is its embedded tokens (see ``parts.inputs``): the channels are the numbers of a
+token's vector, and the map is (B, T). The plain sum of a token's gradient says little, and where a
+LayerNorm follows the embedding, as in BERT, it is always zero. So take reduce=abs_sum or abs_max
+for Gradient and SmoothGrad on texts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, Protocol, get_args
 
 import torch
 from captum import attr
 from torch import Tensor, nn
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.parts.layout import resize
+from attrib.methods.parts.layout import image_size, resize
 from attrib.methods.parts.propagation import hookable, without_overlap
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE, RELU_LIKE
@@ -36,22 +37,9 @@ from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
 
-def _check_fields(method: Any) -> None:
-    """The ``__post_init__`` of the methods here. Raises UserError for a field that cannot be computed with."""
-    name, fields = type(method).__name__, vars(method)
-    reduce = fields.get("reduce", "sum")
-    if reduce not in get_args(Reduce):
-        raise UserError(f"{name}.reduce is {reduce!r}, must be one of {', '.join(get_args(Reduce))}")
-    for field in ("steps", "samples", "stride"):
-        if fields.get(field, 1) < 1:
-            raise UserError(f"{name}.{field} is {fields[field]}, must be at least 1")
-    if fields.get("stride", 0) > fields.get("window", 0):
-        raise UserError(f"{name}.stride is {fields['stride']}, must not be larger than window, {fields['window']}")
-
-
 @dataclass(frozen=True)
 class Random(Method):
-    """Uniform noise on [0, 1): what any method must beat."""
+    """Uniform noise on [0, 1), which every method must beat."""
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Random"
     VERSION: ClassVar[int] = 1
@@ -74,7 +62,9 @@ class Gradient(Method):
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
@@ -88,7 +78,7 @@ class Gradient(Method):
 
 @dataclass(frozen=True)
 class InputXGradient(Method):
-    """Input times gradient (Shrikumar et al., 2016); the input is the normalised image, or the embedded text."""
+    """Input times gradient (Shrikumar et al., 2016). The input is the normalised image, or the embedded text."""
 
     NAME: ClassVar[str] = "attrib.methods.baselines.InputXGradient"
     VERSION: ClassVar[int] = 1
@@ -96,7 +86,9 @@ class InputXGradient(Method):
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
@@ -112,10 +104,11 @@ class InputXGradient(Method):
 class IntegratedGradients(Method):
     """Gradients along the line from a constant baseline to the input (Sundararajan et al., 2017, eq. 1).
 
-    baseline   value of every (normalised) input of the baseline; 0 is the data's mean colour, or the zero
-               vector for every token of a text
     steps      points of the Gauss-Legendre rule
-    ``delta`` is the error of completeness: sum of the map minus the change of the logit.
+    baseline   the value of all numbers of the baseline, in normalised units: 0 is the data's mean colour, or
+               the zero vector for every token of a text
+
+    ``delta`` is the error of completeness: the sum of the map minus the change of the logit.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.IntegratedGradients"
@@ -127,7 +120,11 @@ class IntegratedGradients(Method):
     steps: int = 50
     baseline: float = 0.0
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "steps", at_least=1)
+        require(self, "baseline")
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
@@ -151,8 +148,9 @@ class IntegratedGradients(Method):
 class SmoothGrad(Method):
     """Mean gradient over noisy copies of the input (Smilkov et al., 2017).
 
-    sigma   standard deviation of the noise as a share of each image's range (the paper's noise level); of a
-            text, the range of its embedded tokens
+    samples   noisy copies
+    sigma     standard deviation of the noise as a share of each image's range (the paper's noise level), or of
+              the range of a text's embedded tokens
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.SmoothGrad"
@@ -163,7 +161,11 @@ class SmoothGrad(Method):
     samples: int = 25
     sigma: float = 0.15
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "samples", at_least=1)
+        require(self, "sigma", at_least=0)
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
@@ -180,8 +182,16 @@ class SmoothGrad(Method):
         return {"map": inputs.reduce(total / self.samples, self.reduce)}
 
 
-def _through_relus(method: Any, rule: type, what: str, model: Classifier, batch: Batch) -> Tensor:
-    """(B, H, W): the gradient by one of captum's rules for ReLUs. Raises UserError on a net without any."""
+class _ReluRule(Protocol):
+    """One of captum's methods that change the gradient of ReLUs."""
+
+    def attribute(self, inputs: Tensor, *, additional_forward_args: tuple[Tensor, ...]) -> Tensor: ...
+
+
+def _through_relus(
+    rule: Callable[[nn.Module], _ReluRule], what: str, reduce: Reduce, model: Classifier, batch: Batch
+) -> Tensor:
+    """(B, H, W): the gradient with another rule for ReLUs. Raises UserError, with ``what``, on a net without any."""
     net = hookable(model, RELU_LIKE)
     if not any(isinstance(m, nn.ReLU) for m in net.modules()):
         raise UserError(f"{what} is defined for ReLUs; {type(model.module).__name__} has none")
@@ -191,12 +201,12 @@ def _through_relus(method: Any, rule: type, what: str, model: Classifier, batch:
     def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
         return by.attribute(x, additional_forward_args=args)
 
-    return inputs.reduce(inputs.chunked(model, explain), method.reduce)
+    return inputs.reduce(inputs.chunked(model, explain), reduce)
 
 
 @dataclass(frozen=True)
 class GuidedBackprop(Method):
-    """Gradient with negative parts cut off at every ReLU (Springenberg et al., 2015).
+    """Gradient whose negative parts are set to zero at every ReLU (Springenberg et al., 2015).
 
     ReLU6 counts as a ReLU. Raises UserError on a net without ReLUs, where the method is not defined.
     Images only: the nets of texts have gates and GELUs, not ReLUs.
@@ -206,43 +216,48 @@ class GuidedBackprop(Method):
     VERSION: ClassVar[int] = 2
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        return {"map": _through_relus(self, attr.GuidedBackprop, "guided backpropagation", model, batch)}
+        return {"map": _through_relus(attr.GuidedBackprop, "guided backpropagation", self.reduce, model, batch)}
 
 
 @dataclass(frozen=True)
 class Deconvolution(Method):
-    """The way back through the net with a ReLU of the signal in the place of a ReLU's own gradient
-    (Zeiler & Fergus, 2014, section 2.1; as a gradient: Simonyan et al., 2014, section 4).
+    """Backward pass in which every ReLU applies a ReLU to the signal instead of its own gradient
+    (Zeiler & Fergus, 2014, section 2.1; described as a gradient by Simonyan et al., 2014, section 4).
 
-    Max-poolings send the signal to where their maximum was, as the paper's switches do. ReLUs do not
-    look at what they let through on the way in; that is the difference to guided backpropagation, and
-    why the map depends little on the target (Nie et al., 2018). ReLU6 counts as a ReLU. Raises
-    UserError on a net without ReLUs. Images only.
+    Max-poolings send the signal to where their maximum was, as the paper's switches do. Other than in
+    guided backpropagation, it does not matter which ReLUs were active in the forward pass, so the map
+    depends little on the target (Nie et al., 2018). ReLU6 counts as a ReLU. Raises UserError on a net
+    without ReLUs. Images only.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Deconvolution"
     VERSION: ClassVar[int] = 1
     MAPS: ClassVar[Mapping[str, str]] = {"map": "signal at the input, signed"}
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        return {"map": _through_relus(self, attr.Deconvolution, "deconvolution", model, batch)}
+        return {"map": _through_relus(attr.Deconvolution, "deconvolution", self.reduce, model, batch)}
 
 
 @dataclass(frozen=True)
 class DeepLiftShap(Method):
     """DeepLIFT (rescale rule) averaged over baselines (Lundberg & Lee, 2017, section 4.2).
 
-    The baselines are ``samples`` noise images N(0, sigma^2) in normalised units, of each sample's
+    The baselines are ``samples`` noise images N(0, sigma^2) in normalised units, from each sample's
     own stream; with samples=1 and sigma=0 this is DeepLIFT with the mean colour as baseline.
-    ``delta`` is the error of completeness; it is large on nets with operations that the rescale
-    rule does not cover (attention, gates that multiply). Where captum alone is not complete
-    (max-pooling behind a ReLU, windows that overlap, residuals around an activation), this is.
-    Images only: the rule does not cover the gates of an LSTM, nor attention.
+
+    ``delta`` is the error of completeness. It is large on nets with operations that the rescale rule
+    does not cover (attention, gates that multiply). Where captum by itself is not complete (max-pooling
+    after a ReLU, pooling windows that overlap, residuals around an activation), this is. Images only,
+    because the rule covers neither attention nor the gates of an LSTM.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.DeepLiftShap"
@@ -252,7 +267,11 @@ class DeepLiftShap(Method):
     samples: int = 5
     sigma: float = 0.5
     reduce: Reduce = "sum"
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "samples", at_least=1)
+        require(self, "sigma", at_least=0)
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         net = without_overlap(hookable(model, ELEMENTWISE))
@@ -263,8 +282,14 @@ class DeepLiftShap(Method):
             baseline = self.sigma * inputs.normal(noise)
             method = attr.DeepLift(inputs.score())
 
-            def explain(x: Tensor, args: tuple[Tensor, ...], at: slice, base=baseline, by=method) -> Tensor:
-                return by.attribute(x, baselines=base[at], additional_forward_args=args)
+            def explain(
+                x: Tensor,
+                args: tuple[Tensor, ...],
+                samples: slice,
+                base: Tensor = baseline,
+                by: attr.DeepLift = method,
+            ) -> Tensor:
+                return by.attribute(x, baselines=base[samples], additional_forward_args=args)
 
             found = inputs.chunked(model, explain, cost=2)
             ends = whole.scores(model, batch.x) - whole.scores(model, baseline)
@@ -275,10 +300,12 @@ class DeepLiftShap(Method):
 
 @dataclass(frozen=True)
 class GradCAM(Method):
-    """Activations of the layer with role ``layer``, weighted by their mean gradients (Selvaraju et al., 2017).
+    """Activations of a layer, each channel weighted by its mean gradient (Selvaraju et al., 2017).
 
-    ``relu=False`` keeps what speaks against the class (negative values); the paper cuts it off.
-    Images only: it needs a conv map.
+    layer   role of the layer, whose output must be a conv map
+    relu    set negative values, which speak against the class, to zero, as the paper does
+
+    Images only.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GradCAM"
@@ -293,7 +320,7 @@ class GradCAM(Method):
         return (self.layer,)
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        inputs = Inputs(batch.x, batch.target, model.module)
+        inputs = Inputs.of(model, batch)
         method = attr.LayerGradCam(inputs.score(), model.layer(self.layer))
 
         def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
@@ -305,19 +332,18 @@ class GradCAM(Method):
             return cam[:, 0]
 
         cam = inputs.chunked(model, explain)
-        return {"map": resize(cam, tuple(batch.x.shape[-2:])), "cam": cam}
+        return {"map": resize(cam, image_size(batch.x)), "cam": cam}
 
 
 @dataclass(frozen=True)
 class Occlusion(Method):
-    """Fall of the logit when a square is covered (Zeiler & Fergus, 2014), mean over squares on a pixel.
+    """Fall of the logit when a square is covered (Zeiler & Fergus, 2014); at each pixel the mean over its squares.
 
-    Of a sound a stretch of time is covered. Of a text, the fall when one token alone is replaced; it has no
-    window and stride.
+    In sounds a stretch of time is covered, in texts one token at a time, for which window and stride do not matter.
 
-    window, stride   side of the square and its step, in pixels; of sounds, in samples
-    baseline         value of the covering, in normalised units; 0 is the data's mean colour, or the zero
-                     vector in the place of an embedded token
+    window, stride   side of the square and its step, in pixels; for sounds, in samples
+    baseline         the value that covers, in normalised units: 0 is the data's mean colour, or the zero vector
+                     for a token of a text
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Occlusion"
@@ -328,7 +354,12 @@ class Occlusion(Method):
     window: int = 32
     stride: int = 16
     baseline: float = 0.0
-    __post_init__ = _check_fields
+
+    def __post_init__(self) -> None:
+        require(self, "window", "stride", at_least=1)
+        require(self, "baseline")
+        if self.stride > self.window:
+            raise UserError(f"Occlusion.stride is {self.stride}, must not be larger than window, {self.window}")
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
@@ -347,12 +378,12 @@ class Occlusion(Method):
                 perturbations_per_eval=max(1, model.rows // len(x)),
             )
 
-        # Covering all channels at once, every channel gets the same value.
+        # All channels are covered at once, so they all get the same value.
         found = inputs.chunked(model, explain, cost=places + 1)
         return {"map": found[:, 0] if inputs.mask is None else inputs.real(found[..., 0])}
 
     def _window(self, inputs: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What is covered at a time, and by how much it moves, along every dimension of x."""
+        """Size and step of what is covered, along every dimension of x without B."""
         if inputs.mask is not None:
             return (1, inputs.x.shape[2]), (1, inputs.x.shape[2])
         channels, *size = inputs.x.shape[1:]

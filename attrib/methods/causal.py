@@ -1,4 +1,4 @@
-"""Maps of a class's causal paths: what the neurons of its graph respond to in an image."""
+"""Maps along a class's causal paths: what the neurons of its causal graph respond to in an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, from_state
 from attrib.causal.interventions import edges, reweighted
 from attrib.causal.structure import INPUT, OUTPUT, Structure
-from attrib.causal.subnetwork import logits, random_graph, weights
+from attrib.causal.subnetwork import Change, logits, random_graph, weights
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.models import Classifier
@@ -43,7 +44,7 @@ def graphs_of(batch: Batch, structure: Structure, state: State) -> list[ClassGra
 
 @torch.no_grad()
 def _recorded(model: Classifier, paths: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """(N, *input) -> what the first of these layers reads, and what the others give."""
+    """(N, *input) -> the input of the first of these layers, and the output of the second if there is one."""
 
     def piece(rows: slice) -> tuple[Tensor, ...]:
         found: dict[str, Tensor] = {}
@@ -65,33 +66,47 @@ def _recorded(model: Classifier, paths: tuple[str, ...], x: Tensor) -> tuple[Ten
 
 @dataclass(frozen=True)
 class _Reading:
-    """A weighted layer, the image features that it reads, and how it weighs them."""
+    """A convolution or linear layer, the image features that it reads, and how it weighs them."""
 
     structure: Structure
     path: str
     as_released: bool
 
-    def features(self, x: Tensor) -> Tensor:
-        """What it reads (B, *in) as (B, units, h, w). Raises UserError for a layer without places."""
-        module, layer = self.structure.module_of(self.path), self.structure.layer(self.path)
-        if isinstance(module, nn.Conv2d):
-            return x
-        if isinstance(module, nn.Linear) and x.ndim == 4:
-            return x.movedim(-1, 1)
-        places = {source.places for source in layer.sources}
-        if isinstance(module, nn.Linear) and x.ndim == 2 and len(places) == 1 and len(*places) == 2:
-            return x.unflatten(1, (len(layer.units), *next(iter(places))))
-        raise UserError(
+    @property
+    def module(self) -> nn.Conv2d | nn.Linear:
+        """Raises UserError for any other layer."""
+        module = self.structure.module_of(self.path)
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            raise self._without_places()
+        return module
+
+    def _without_places(self) -> UserError:
+        return UserError(
             f"layer {self.path} reads no image features: a map needs a convolution, or the first linear layer"
         )
 
-    def responses(self, features: Tensor, found: GraphLayer) -> list[tuple[int, Tensor]]:
-        """Each node of the layer with its map (h', w') >= 0 of sum 1, for one sample's features (units, h, w).
+    def features(self, x: Tensor) -> Tensor:
+        """The layer's input (B, *in) as (B, units, h, w). Raises UserError if it has no places in an image."""
+        layer = self.structure.layer(self.path)
+        if isinstance(self.module, nn.Conv2d):
+            return x
+        if x.ndim == 4:
+            return x.movedim(-1, 1)
+        places = {source.places for source in layer.sources}
+        if x.ndim == 2 and len(places) == 1 and len(*places) == 2:
+            return x.unflatten(1, (len(layer.units), *next(iter(places))))
+        raise self._without_places()
 
-        Every cause's kernel is slid over its channel (a full cross-correlation, as the layer itself weighs them);
-        softmax over the places, then the mean over the causes. A linear layer weighs each place by its weight.
+    def responses(self, features: Tensor, found: GraphLayer) -> list[tuple[int, Tensor]]:
+        """Each node of the layer with its map (h', w'), which is >= 0 and sums to 1.
+
+        features   (units, h, w) of one sample
+
+        The channel of each cause is cross-correlated with its kernel, at all places that the kernel touches, or
+        multiplied place by place with the weights of a linear layer. Then softmax over the places, and the mean
+        over the causes.
         """
-        module, layer = self.structure.module_of(self.path), self.structure.layer(self.path)
+        module, layer = self.module, self.structure.layer(self.path)
         nodes, causes = (part.nonzero()[:, 0].to(features.device) for part in (found.effects, found.causes))
         reached = [edges(module, layer.units[c], nodes) for c in causes.tolist()]
         if not reached:
@@ -105,7 +120,7 @@ class _Reading:
         for j, node in enumerate(nodes.tolist()):
             of = linked[:, j]
             if not of.any():
-                continue  # of a grouped convolution: no cause in its group
+                continue  # in a grouped convolution: its group has no cause
             x, w = features[causes[of]], weight[of, j]
             if isinstance(module, nn.Linear):
                 v = x * w.reshape(len(w), *(x.shape[1:] if w.shape[1] > 1 else (1, 1)))
@@ -114,8 +129,8 @@ class _Reading:
             maps.append((node, v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])))
         return maps
 
-    def _slid(self, x: Tensor, w: Tensor, module: nn.Module) -> Tensor:
-        """(C, h, w) and a kernel for each -> (C, h', w'), wherever a kernel touches the channel."""
+    def _slid(self, x: Tensor, w: Tensor, module: nn.Conv2d) -> Tensor:
+        """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch."""
         if self.as_released:
             w = w.flip(1, 2)
         reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -124,19 +139,20 @@ class _Reading:
 
 @dataclass(frozen=True)
 class CausalPaths(Method):
-    """What the nodes of a class's causal graph see at one layer, over its causes (Interventional-Explanations).
+    """What the nodes of a class's causal graph respond to at one layer (Interventional-Explanations).
 
-    layer         role of the layer: a convolution, the first linear layer, or a module whose output the last
-                  weighted layer in it makes
-    nodes         so many maps of single nodes beside their mean, the one whose loss lowers the logit most first
-    as_released   as in the authors' code, which takes the raw output of the convolution before instead of what the
-                  layer reads, and turns the kernels over. (In tests/golden it counts but one of two causes; which
-                  ones it leaves out is not known, and all count here.)
-    draws         if not 0, what the class's sub-network does to each sample, beside the mean of so many random ones
-                  of its size (``attrib.causal.subnetwork``, "nodes"): numbers in the tables
-    graph         the graphs that are fitted first
+    layer         role of the layer: a convolution, the first linear layer, or a module that contains such layers,
+                  of which the last is taken
+    nodes         how many maps of single nodes to give beside the mean of all, beginning with the node whose
+                  removal lowers the logit most
+    as_released   as in the authors' code: takes the raw output of the convolution before instead of what the layer
+                  reads, and flips the kernels. (The authors' results in tests/golden count only one of two causes;
+                  it is not known which ones they leave out, so all count here.)
+    draws         if not 0, also reports how the class's sub-network classifies each sample, compared with the mean
+                  of so many random sub-networks of its size (``attrib.causal.subnetwork``), as numbers for tables
+    graph         the causal graphs, which are fitted first
 
-    A sample whose class has no graph, or one that ends above the layer, is a failure of that sample.
+    Raises SampleError for a sample whose class has no graph, or a graph that does not reach down to the layer.
     """
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
@@ -148,9 +164,7 @@ class CausalPaths(Method):
     graph: CausalGraphs = field(default_factory=CausalGraphs)
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "draws"):
-            if getattr(self, name) < 0:
-                raise UserError(f"CausalPaths.{name} is {getattr(self, name)}, must be at least 0")
+        require(self, "nodes", "draws", at_least=0)
 
     @property
     def MAPS(self) -> Mapping[str, str]:  # noqa: N802
@@ -163,7 +177,7 @@ class CausalPaths(Method):
 
     @property
     def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
-        about = {"logit": "the class's logit", "right": "1 if the class wins, else 0"}
+        about = {"logit": "the class's logit", "right": "1 if the class has the largest logit, else 0"}
         nets = {"kept": "with the causal nodes only", "removed": "without the causal nodes"}
         nets |= {f"random_{name}": f"{text}, of random graphs" for name, text in nets.items()}
         effects = {f"{net}_{k}": f"{what}, {text}" for net, text in nets.items() for k, what in about.items()}
@@ -186,7 +200,8 @@ class CausalPaths(Method):
         structure = Structure(model.module, batch.x)
         graphs = graphs_of(batch, structure, state)
         path = structure.at(model.path(self.layer))
-        reading, paths = _Reading(structure, path, self.as_released), (path,)
+        reading = _Reading(structure, path, self.as_released)
+        paths: tuple[str, ...] = (path,)
         if self.as_released:
             before = [source.path for source in structure.layer(path).sources]
             if len(before) != 1 or before[0] == INPUT or structure.layer(path).sources[0].span > 1:
@@ -206,18 +221,20 @@ class CausalPaths(Method):
             rows.append(torch.stack([ordered.mean(0), *single]))
         small = torch.stack(rows)
         large = F.interpolate(small, batch.x.shape[-2:], mode="bilinear", align_corners=False)
-        maps = {name: large[:, i] for i, name in enumerate(self.MAPS)}
-        return {"places": small[:, 0], **maps, **self._effects(model, structure, graphs, batch)}
+        named = {name: large[:, i] for i, name in enumerate(self.MAPS)}
+        return {"places": small[:, 0], **named, **self._effects(model, structure, graphs, batch)}
 
     def _effects(
         self, model: Classifier, structure: Structure, graphs: Sequence[ClassGraph], batch: Batch
     ) -> dict[str, Tensor]:
+        """Every name in COLUMNS -> (B,)."""
         found = {name: torch.zeros_like(batch.x[:, 0, 0, 0]) for name in self.COLUMNS}
+        changes: tuple[tuple[str, Change], ...] = (("kept", "keep nodes"), ("removed", "remove nodes"))
         for graph in {graph.target: graph for graph in graphs}.values() if self.draws else ():
             mine = (batch.target == graph.target).nonzero()[:, 0]
             streams = (Noise([f"class {graph.target}/draw {i}"]) for i in range(self.draws))
             drawn = [random_graph(structure, graph, stream) for stream in streams]
-            for name, change in (("kept", "keep nodes"), ("removed", "remove nodes")):
+            for name, change in changes:
                 for net, each in ((name, [graph]), (f"random_{name}", drawn)):
                     for one in each:
                         y = logits(model, weights(structure, [one], change), batch.x[mine])
@@ -227,7 +244,8 @@ class CausalPaths(Method):
 
 
 def _strength(structure: Structure, graph: ClassGraph, path: str) -> Tensor:
-    """(out,) the lowest mean change of the logit when a layer above loses this node; NaN for the logit itself."""
+    """(out,) for each node of the layer its largest effect: the lowest mean change of the logit when a layer above
+    loses the node; NaN for the logits themselves, which have no layer above."""
     lowest = torch.full((len(structure.module_of(path).weight),), torch.nan, dtype=torch.float64)
     for above, found in graph.reached.items():
         layer = structure.layer(above)
@@ -243,11 +261,12 @@ def _strength(structure: Structure, graph: ClassGraph, path: str) -> Tensor:
 class CausalGradient(Method):
     """The part of the gradient of the class's logit that flows along its causal paths, times the input.
 
-    The net computes what it always does; on the way back each layer of the graph lets gradients pass along the
-    graph's edges only. With a graph of all edges this is the gradient. Layers that the search did not reach, or
-    was not to search, let everything pass.
+    The forward pass is unchanged; in the backward pass each layer of the graph passes gradients on along the graph's
+    edges only. Layers that the search did not reach, or that were excluded from it, pass on everything. With a graph
+    that has all edges this is the gradient.
 
-    multiply   times the input; otherwise the gradient alone
+    multiply   whether to multiply by the input; otherwise the gradient alone
+    graph      the causal graphs, which are fitted first
     """
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalGradient"
@@ -273,7 +292,7 @@ class CausalGradient(Method):
 
 
 def _gradient(model: Classifier, structure: Structure, graph: ClassGraph, x: Tensor) -> Tensor:
-    """(N, *input) of the graph's logit along its edges."""
+    """(N, *input) the gradient of the logit of the graph's class along the graph's edges."""
 
     def along(weight: Tensor) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Contextual decomposition of units, and what it was compared with on the same units."""
+"""Contextual decomposition of units, and the methods that its authors compare it with, on the same units."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 from attrib.units import Partition, Units
 
 Score = Literal["cd", "occlusion", "build_up", "input_x_gradient", "integrated_gradients"]
@@ -26,23 +27,25 @@ Score = Literal["cd", "occlusion", "build_up", "input_x_gradient", "integrated_g
 class CD(Method):
     """Each unit's part of the target's logit (Murdoch, Liu & Yu, ICLR 2018; Singh, Murdoch & Yu, ICLR 2019).
 
-    The map shares a unit's score equally among its places, so that a unit's score is its sum.
+    The map divides a unit's score equally among its places, so that the sum over a unit is its score.
 
-    score        "cd": the relevant part when the unit is what is relevant. On the same units, for comparison:
-                 "occlusion", the fall of the score without the unit; "build_up", the score of the unit alone;
-                 "input_x_gradient" and "integrated_gradients", summed over the unit
-    units        how samples are cut into units
-    output       "logit", or "probability" (softmax), which is what the authors' code compares with
-    baseline     of occlusion and build-up, in the place of what is not there: "zero", or a text's "mask" token
-    steps        points of integrated gradients on the line from zero to the input, both ends among them
-    output_bias  false: without the bias of the last layer, as the authors' code for texts
+    score        "cd": the relevant part of the logit when the unit is the relevant input. For comparison, on the
+                 same units: "occlusion", the fall of the logit without the unit; "build_up", the logit of the
+                 unit alone; "input_x_gradient" and "integrated_gradients", summed over the unit
+    units        how samples are divided into units
+    output       what is explained: "logit", or (not by "cd") "probability", the softmax, as in the authors' code
+    baseline     for occlusion and build-up, what replaces a removed unit: "zero", or a text's "mask" token
+    steps        for integrated gradients, points on the line from zero to the input, including both ends
+    output_bias  for "cd", whether to add the bias of the last layer; the authors' code for texts does not
     """
 
     NAME: ClassVar[str] = "attrib.methods.cd.CD"
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units (or of a probability), signed; a unit's score is its sum"}
+    MAPS: ClassVar[Mapping[str, str]] = {
+        "map": "logit units (or of a probability), signed; the sum over a unit is its score"
+    }
     score: Score = "cd"
     units: Partition = field(default_factory=Partition)
     output: Output = "logit"
@@ -51,10 +54,8 @@ class CD(Method):
     output_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.score not in get_args(Score):
-            raise UserError(f"CD.score is {self.score!r}, must be one of {', '.join(get_args(Score))}")
-        if self.steps < 2:
-            raise UserError(f"CD.steps is {self.steps}, must be at least 2")
+        require(self, "score", one_of=get_args(Score))
+        require(self, "steps", at_least=2)
         check_scores(self)
 
     @property
@@ -67,18 +68,26 @@ class CD(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         units = self.units.of(batch)
-        if self.score in get_args(Part):
-            values, error = self._of_sets(model, batch, units)
-        else:
+        if self.score == "input_x_gradient" or self.score == "integrated_gradients":
             inputs = Inputs.of(model, batch)
-            values, error = units.sum(inputs.reduce(self._gradient(model, inputs) * inputs.x, "sum")), None
+            values = units.sum(inputs.reduce(self._gradient(model, inputs) * inputs.x, "sum"))
+            return {"map": units.spread(values)}
+        values, error = self._of_sets(model, batch, units, self.score)
         return {"map": units.spread(values), **({"completeness_error": error} if self.EXTRAS else {})}
 
-    def _of_sets(self, model: Classifier, batch: Batch, units: Units) -> tuple[Tensor, Tensor]:
-        """(B, n) the score of each unit as a set of its own, (B,) error of completeness."""
+    def _of_sets(self, model: Classifier, batch: Batch, units: Units, how: Part) -> tuple[Tensor, Tensor]:
+        """(B, n) the score of each unit, taken as a set of its own; (B,) the error of completeness."""
         owner, unit = units.exist[:, 0].nonzero(as_tuple=True)
-        names = {"baseline": self.baseline, "output": self.output, "output_bias": self.output_bias, "name": "CD"}
-        scores = UnitScores(model, batch, units, self.score, **names)
+        scores = UnitScores(
+            model,
+            batch,
+            units,
+            how,
+            baseline=self.baseline,
+            output=self.output,
+            output_bias=self.output_bias,
+            name="CD",
+        )
         values = torch.zeros(len(batch), units.most, dtype=model.dtype, device=batch.x.device)
         if len(owner):  # a batch of texts may have no word at all
             sets = unit[:, None] == torch.arange(units.most, device=unit.device)
@@ -96,7 +105,7 @@ class CD(Method):
 
             def score(logits: Tensor, rows: slice, m: int = len(some)) -> Tensor:
                 at = torch.arange(rows.start, rows.stop, device=logits.device) // m
-                logits = logits.softmax(1) if self.output == "probability" else logits
+                logits = probabilities(logits) if self.output == "probability" else logits
                 return target_score(logits, inputs.target[at])
 
             _, grad = model.gradient(x.flatten(0, 1), score, role, inputs.rest)

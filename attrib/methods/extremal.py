@@ -1,10 +1,10 @@
-"""Extremal perturbations: the region of a given area that says most about the class.
+"""Extremal perturbations: the region of a given area with the largest effect on the class's score.
 
 Fong, Patrick & Vedaldi, *Understanding Deep Networks via Extremal Perturbations and Smooth Masks*,
 ICCV 2019. Written from the paper.
 
-A mask m, 0 .. 1 at every pixel, keeps what is under it and perturbs the rest. It is made of a small
-parameter mask by a max-convolution with a smooth kernel, so that it cannot be but smooth; its area
+A mask m, 0 .. 1 at every pixel, keeps the image where it is 1 and perturbs it where it is 0. It is computed
+from a small mask of parameters by a max-convolution with a smooth kernel, so that it is always smooth; its area
 is a constraint, not a penalty to be weighed; and there is one mask for each of several areas.
 """
 
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
-from attrib.methods.parts.layout import resize
+from attrib.methods.parts.layout import image_size, resize
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -31,19 +32,19 @@ Game = Literal["preserve", "delete", "dual"]
 Perturbation = Literal["blur", "zero", "mean"]
 Optimizer = Literal["sgd", "adam"]
 
-TIE = 1e-5  # values of a mask that lie closer together are equal; far above rounding in float32
-FAR = 1e-3  # places where the kernel is below this are too far away to be looked at
+TIE = 1e-5  # values of a mask that differ by less count as equal; far above rounding errors in float32
+FAR = 1e-3  # where the kernel is below this, it is taken to be zero
 
 
 # ---- smooth masks, section 3.3 --------------------------------------------------------------------
 
 
 def kernel(cell: tuple[float, float], sigma: float, size: tuple[int, int]) -> Tensor:
-    """(2 p + 1, 2 q + 1) float64: k(u) = exp(-max(0, |u| / sigma - 1)^2 / 4) around a place of the lattice.
+    """k(u) = exp(-max(0, |u| / sigma - 1)^2 / 4) at the places of the lattice around one, (2 p + 1, 2 q + 1) float64.
 
-    One up to ``sigma`` pixels away, a half at 2.7 sigma; zero where it would be below ``FAR``, 6.3 sigma
-    away. ``cell`` is the lattice's spacing in pixels, ``size`` its number of places in each direction,
-    beyond which the window need not reach.
+    It is one up to ``sigma`` pixels away, a half at 2.7 sigma, and set to zero where it is below ``FAR``, 6.3 sigma
+    away. ``cell`` is the lattice's spacing in pixels along each axis; ``size`` its number of places, which also
+    limits how far the kernel reaches.
     """
     reach = sigma * (1 + 2 * math.sqrt(-math.log(FAR)))
     down, right = (
@@ -58,10 +59,10 @@ def kernel(cell: tuple[float, float], sigma: float, size: tuple[int, int]) -> Te
 def smooth_max(parameters: Tensor, kernel: Tensor, temperature: float) -> Tensor:
     """(N, h, w) -> (N, h, w): m(u) = smax over v of k(u - v) parameters(v), where the kernel is not zero.
 
-    smax f = sum f exp(f / T) / sum exp(f / T): the mean for T to infinity, the maximum for T to 0.
-    What lies outside the lattice does not exist.
+    smax f = sum f exp(f / T) / sum exp(f / T): the mean as T goes to infinity, the maximum as T goes to 0.
+    Only places on the lattice count.
     """
-    side, like = tuple(kernel.shape), parameters[:1, None]
+    side, like = image_size(kernel), parameters[:1, None]
     pad = (side[0] // 2, side[1] // 2)
     k = kernel.to(parameters).flatten()[:, None]
     there = (F.unfold(torch.ones_like(like), side, padding=pad) > 0) & (k > 0)
@@ -76,17 +77,17 @@ def smooth_max(parameters: Tensor, kernel: Tensor, temperature: float) -> Tensor
 def area_loss(masks: Tensor, areas: Sequence[float]) -> Tensor:
     """(N, A, H, W) -> (N, A): mean over pixels of (vecsort(m) - r_a)^2.
 
-    r_a is 1 at the ``a H W`` largest values of the mask, 0 at the others (and the remainder at the one
-    between them). Sorting itself is not needed, as r_a has two values: only who is among the largest.
-    Values that are equal, see ``TIE``, share alike what r_a has for them, so that no place of the image
-    is preferred and rounding does not decide.
+    r_a is 1 for the ``a H W`` largest values of the mask and 0 for the others (the value between them gets the
+    remainder). As r_a is constant on both parts, nothing is sorted: it is enough to know which values are
+    among the largest. Equal values (see ``TIE``) share equally what r_a has for them, so that no place of
+    the image is preferred and rounding does not decide.
     """
     values, wanted = masks.detach().flatten(2), []
     pixels = values.shape[2]
     for a, area in enumerate(areas):
         ones = area * pixels
         value = values[:, a]
-        # Of the smallest value that r_a is not zero at; less a bit, as 0.2 * 10 may be just above 2.
+        # Rank of the smallest value where r_a is not zero. Less 1e-6, because 0.2 * 10 may be just above 2.
         rank = min(max(math.ceil(ones - 1e-6), 1), pixels)
         border = value.kthvalue(pixels - rank + 1, dim=1, keepdim=True).values
         above, equal = value > border + TIE, (value - border).abs() <= TIE
@@ -100,7 +101,8 @@ def area_loss(masks: Tensor, areas: Sequence[float]) -> Tensor:
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
-    """(..., H, W), Gaussian of ``sigma`` pixels whose weights at a border are those inside, normalised."""
+    """(..., H, W) -> the same, blurred by a Gaussian of ``sigma`` pixels; at borders its weights inside the image are
+    renormalised."""
     if sigma == 0:
         return x
 
@@ -112,16 +114,16 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 
 class Perturbed(NamedTuple):
-    """Inputs under masks, and how they change with them."""
+    """Inputs under masks, and how they change with the masks."""
 
     x: Tensor  # (B, G, C, H, W)
-    slope: Tensor  # the same shape: d x / d m
+    slope: Tensor  # (B, G, C, H, W) d x / d m
 
 
 def perturb(pyramid: Tensor, m: Tensor) -> Perturbed:
-    """pyramid (B, L, C, H, W), m (B, G, H, W): level (1 - m) (L - 1), linear between levels.
+    """Each pixel of the input under masks m (B, G, H, W): level (1 - m) (L - 1) of ``pyramid``, linear between levels.
 
-    Level 0 is the input and level L - 1 what is left of it where m is 0.
+    pyramid   (B, L, C, H, W): level 0 is the input, level L - 1 what remains of it where m is 0
     """
     top = pyramid.shape[1] - 1
     position = (1 - m) * top
@@ -138,44 +140,45 @@ def perturb(pyramid: Tensor, m: Tensor) -> Perturbed:
 # ---- the method -----------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class OptimisedMasks(NamedTuple):
     """The masks of B samples and A areas after the optimisation."""
 
     masks: Tensor  # (B, A, H, W)
-    lattice: Tensor  # (B, A, h, w) the same where they are computed
-    game: Tensor  # (B, A, steps) what is minimised of the target's score
+    lattice: Tensor  # (B, A, h, w) the same before upsampling
+    game: Tensor  # (B, A, steps) the term of the loss that depends on the target's score
     area: Tensor  # (B, A, steps) ``area_loss``
 
 
 @dataclass(frozen=True)
 class ExtremalPerturbation(Method):
-    """For each area the smooth mask that the target's score is best with; the map is their sum.
+    """For each area the smooth mask that is best for the target's score; the map is the sum of these masks.
 
-    game           preserve: the score is high with the mask's inside alone; delete: low without it; dual: the
-                   difference of both
-    areas          shares of the image that masks cover
+    game           preserve: the score of the image inside the mask is high; delete: that of the image outside is
+                   low; dual: the difference between the two is large
+    areas          of the masks, as shares of the image
     steps          of the optimiser, each with a forward and a backward pass for every area (dual: two)
-    optimizer      sgd, with ``momentum``; or adam, which needs fewer steps and has no use for ``momentum``
-    area_weight    lambda of the area loss, multiplied by ``area_growth`` after every step
+    optimizer      sgd, with ``momentum``; or adam, which needs fewer steps and ignores ``momentum``
+    lr             learning rate
+    area_weight    lambda of the area loss; it is multiplied by ``area_growth`` after every step
     stride         pixels between the places of the parameter mask
-    sigma          of the kernel, in pixels, see ``kernel``: what is 1 around a single place
+    sigma          of the kernel, in pixels, see ``kernel``: the radius around a single place in which the mask is 1
     temperature    of the smooth maximum, see ``smooth_max``
-    perturbation   what the outside of a mask becomes: blur, Gaussian blur that grows as the mask falls, up to
-                   ``max_blur`` pixels, interpolated between ``levels``; zero or mean: a fade to 0 of the
-                   normalised image, or to the image's own mean colour
-    initial        how much of the input the game sees before the first step: the parameter mask has this value
-                   everywhere, in the deletion game 1 minus this
-    smooth         standard deviation of a Gaussian over the finished map, as a share of the image's shorter
-                   side; the paper takes 0.09 for the pointing game, 0 is none
+    perturbation   what replaces the image outside a mask. blur: Gaussian blur that increases as the mask falls, up
+                   to ``max_blur`` pixels, interpolated between ``levels``; zero or mean: the image fades to 0 in
+                   normalised units, or to its own mean colour
+    initial        share of the input that is visible before the first step: the parameter mask has this value
+                   everywhere (in the deletion game 1 minus this)
+    smooth         standard deviation of a Gaussian blur of the finished map, as a share of the image's shorter
+                   side; 0 for none. The paper takes 0.09 for the pointing game
 
-    Lengths in pixels are for images of 224 x 224. The score is the logit. Where the whole input is seen at first
-    (initial=1), masks keep clearly more of the score than where half of every pixel is: at 0.5 a blurred image says
-    little, and so does the gradient. Fades (zero, mean) want an area_weight of about 30, or the area is settled before
-    the score has a say.
+    Lengths in pixels are for images of 224 x 224. The score is the logit. With initial=1, where the whole input is
+    visible at first, the masks keep clearly more of the score than with 0.5, where the image is blurred and the
+    gradient says little. With zero or mean take an area_weight of about 30: with more, the area determines the masks
+    before the score does.
 
-    Four areas and 800 steps are 3,200 forward and backward passes an image. A tenth of that: optimizer=adam, lr=0.05,
-    steps=80, area_growth=1.0355 (lambda ends where it does in 800 steps); areas end up to a fifth too large. With
-    EfficientNet-Lite0 that is about 20 s of one CPU core an image, against 4 min.
+    Four areas and 800 steps are 3,200 forward and backward passes per image. A tenth is enough with optimizer=adam,
+    lr=0.05, steps=80, area_growth=1.0355 (lambda then ends at the same value); areas come out up to a fifth too large.
+    With EfficientNet-Lite0 that takes about 20 s of one CPU core per image, instead of 4 min.
     """
 
     NAME: ClassVar[str] = "attrib.methods.extremal.ExtremalPerturbation"
@@ -183,7 +186,7 @@ class ExtremalPerturbation(Method):
     MAPS: ClassVar[Mapping[str, str]] = {"map": "sum of the masks of all areas, 0 .. number of areas"}
     EXTRAS: ClassVar[Mapping[str, str]] = {
         "masks": "mask of each area on its lattice, before it is upsampled, (A, h, w), 0 .. 1",
-        "area": "share of the image that each mask covers in the end: its mean, (A,)",
+        "area": "share of the image that each mask covers in the end (the mean of the mask), (A,)",
         "kept": "target's logit of the image inside each mask, (A,)",
         "removed": "target's logit of the image outside each mask, (A,)",
         "loss": "total loss at each step, sum over areas",
@@ -210,31 +213,22 @@ class ExtremalPerturbation(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "areas", tuple(self.areas))  # YAML has lists
-        choices = {"game": Game, "perturbation": Perturbation, "optimizer": Optimizer}
-        for field, kind in choices.items():
-            if getattr(self, field) not in get_args(kind):
-                self._refuse(field, f"must be one of {', '.join(get_args(kind))}")
+        require(self, "game", one_of=get_args(Game))
+        require(self, "perturbation", one_of=get_args(Perturbation))
+        require(self, "optimizer", one_of=get_args(Optimizer))
         if not self.areas or not all(0 < area < 1 for area in self.areas):
-            self._refuse("areas", "must be shares of the image, each above 0 and below 1")
-        for field, least in (("steps", 1), ("stride", 1), ("levels", 2), ("area_growth", 1)):
-            if getattr(self, field) < least:
-                self._refuse(field, f"must be at least {least}")
-        for field in ("lr", "sigma", "temperature", "max_blur"):
-            if not getattr(self, field) > 0:
-                self._refuse(field, "must be above 0")
-        for field in ("area_weight", "smooth"):
-            if getattr(self, field) < 0:
-                self._refuse(field, "must not be negative")
-        if not 0 <= self.momentum < 1:
-            self._refuse("momentum", "must be at least 0 and below 1")
-        if not 0 <= self.initial <= 1:
-            self._refuse("initial", "must be between 0 and 1")
-
-    def _refuse(self, field: str, why: str) -> None:
-        raise UserError(f"ExtremalPerturbation.{field} is {getattr(self, field)!r}, {why}")
+            raise UserError(
+                f"ExtremalPerturbation.areas is {self.areas}, must be shares of the image, each above 0 and below 1"
+            )
+        require(self, "steps", "stride", "area_growth", at_least=1)
+        require(self, "levels", at_least=2)
+        require(self, "lr", "sigma", "temperature", "max_blur", above=0)
+        require(self, "area_weight", "smooth", at_least=0)
+        require(self, "momentum", at_least=0, below=1)
+        require(self, "initial", at_least=0, at_most=1)
 
     def pyramid(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, C, H, W): the input, then what the perturbation makes of it, step by step."""
+        """(B, C, H, W) -> (B, L, C, H, W): the input, then ever more perturbed versions of it."""
         if self.perturbation == "blur":
             most = self.levels - 1
             return torch.stack([blur(x, self.max_blur * level / most) for level in range(self.levels)], dim=1)
@@ -242,22 +236,27 @@ class ExtremalPerturbation(Method):
         return torch.stack((x, end), dim=1)
 
     def lattice(self, image: tuple[int, int]) -> tuple[int, int]:
-        """Places of the parameter mask from top to bottom and from left to right."""
-        size = tuple(-(-side // self.stride) for side in image)
+        """How many places the parameter mask has from top to bottom, and from left to right."""
+        height, width = image
+        size = (-(-height // self.stride), -(-width // self.stride))
         if max(size) == 1:
-            self._refuse("stride", f"which leaves a single place of images of {image[0]} x {image[1]}")
+            raise UserError(
+                f"ExtremalPerturbation.stride is {self.stride}, which leaves a single place of images of "
+                f"{height} x {width}; take a smaller one"
+            )
         return size
 
-    def optimise(self, model: Classifier, x: Tensor, target: Tensor) -> Found:
-        """The masks themselves. All at once: what is minimised is a sum over samples and areas.
+    def optimise(self, model: Classifier, x: Tensor, target: Tensor) -> OptimisedMasks:
+        """The optimised masks. The loss is a sum over samples and areas, so that all are optimised together.
 
-        The perturbed image is linear in the mask between two levels, so that its gradient needs no graph.
+        Between two levels the perturbed image is linear in the mask, so its gradient is known without a graph.
         """
-        count, image = len(self.areas), tuple(x.shape[-2:])
+        count, image = len(self.areas), image_size(x)
         size = self.lattice(image)
-        k = kernel(tuple(n / places for n, places in zip(image, size, strict=True)), self.sigma, size)
+        k = kernel((image[0] / size[0], image[1] / size[1]), self.sigma, size)
         initial = 1 - self.initial if self.game == "delete" else self.initial
         parameters = x.new_full((len(x) * count, *size), initial).requires_grad_()
+        optimizer: torch.optim.Optimizer
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD([parameters], lr=self.lr, momentum=self.momentum)
         else:
@@ -283,16 +282,16 @@ class ExtremalPerturbation(Method):
             curves.append((value, area.detach()))
         with torch.no_grad():
             small, m = masks()
-        return Found(m, small, *(torch.stack(curve, dim=2) for curve in zip(*curves, strict=True)))
+        return OptimisedMasks(m, small, *(torch.stack(curve, dim=2) for curve in zip(*curves, strict=True)))
 
     def _play(self, model: Classifier, pyramid: Tensor, m: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """What the game minimises of the target's score, (B, A), and its gradient at the masks, (B, A, H, W)."""
+        """The loss term of the target's score, (B, A), and its gradient at the masks, (B, A, H, W)."""
         values, grads = torch.zeros_like(m[..., 0, 0]), torch.zeros_like(m)
         for inside in {"preserve": (True,), "delete": (False,), "dual": (True, False)}[self.game]:
             x, slope = perturb(pyramid, m if inside else 1 - m)
             score, grad = model.gradient(x.flatten(0, 1), _score(target, m.shape[1]))
             values += (-1 if inside else 1) * score.unflatten(0, (-1, m.shape[1]))
-            # Inside: minimise -score(m). Outside: score(1 - m), whose slope has the other sign.
+            # Inside, -score(m) is minimised; outside score(1 - m), whose slope has the opposite sign.
             grads -= (grad.view_as(slope) * slope).sum(2)
         return values, grads
 
@@ -319,6 +318,6 @@ class ExtremalPerturbation(Method):
 
 
 def _score(target: Tensor, count: int) -> Callable[[Tensor, slice], Tensor]:
-    """The objective of ``count`` rows for each sample."""
+    """The target's score as an objective, for ``count`` rows per sample."""
     repeated = target.repeat_interleave(count, dim=0)
     return lambda logits, rows: target_score(logits, repeated[rows])

@@ -5,7 +5,7 @@ For a positive function f of an input z ~ N(x, S) the log-Sobolev inequality bou
 
     Ent(f) = E[f log f] - E[f] log E[f]  <=  1/2 E[ <S grad f, grad f> / f ] = 1/2 I(f),
 
-and the information I(f) is a sum over features, whose parts are the map.
+and the information I(f) is a sum over features, whose terms are the map.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.covariance import Covariance, Spread
@@ -31,41 +32,40 @@ from attrib.units import Partition
 ABOUT = {
     "functional_information": "mean of (df/dx)^2 / f over the noise: information per unit of variance, >= 0",
     "covariance_functional_information": "mean of (S grad f) * grad f / f: information, signed; its sum is >= 0",
-    "set_information": "information of the place's unit given all other units, shared equally by its places, >= 0",
+    "set_information": "information of the place's unit given all others, divided equally among its places, >= 0",
     "covariance_gradients": "mean of S grad f over the noise, signed",
     "smooth_grad": "mean of df/dx over the noise, signed",
     "smooth_grad_sq": "mean of (df/dx)^2 over the noise, >= 0",
     "var_grad": "variance of df/dx over the noise, >= 0",
 }
 SIGNED = ("covariance_gradients", "smooth_grad")
-POINTS = 20  # of the curves over draws
-FIRST = 10  # draws before the first of them
+POINTS = 20  # of the curves over the number of draws
+FIRST = 10  # draws at the first point
 
 
 @dataclass(frozen=True)
 class FunctionalInformation(Method):
-    """Measures of the gradient of f, the target's output, over noise around the input.
+    """Measures of the gradient of f, the target's output, at noisy copies of the input.
 
     measures    names in ``ABOUT``; all are computed from the same draws
-    samples     draws, at most
-    var_spread  the noise has this many times the covariance S. S itself stands in the formulas, as in the paper's
-                code: to get the information of the noise's own distribution, multiply by ``var_spread``
-    covariance  S; ``Covariance``. None of the data by default: each sample's own variance
-    activation  what f is: probability, its logarithm, or the logit. Information is defined for functions of one
-                sign, and is that of \\|f\\|: of log_softmax, of the surprisal. Of logits that change their sign it
-                means nothing
-    channels    each: every channel (number of a token's vector) is a feature and a place has the sum of their values.
-                summed: gradients are summed over channels first, as the released code does; where a LayerNorm follows
+    samples     the largest number of draws
+    var_spread  the covariance of the noise is this times S. The formulas have S itself, as in the paper's code: for
+                the information of the noise's own distribution, multiply by ``var_spread``
+    covariance  S, see ``Covariance``. By default it is not that of the data, but each sample's own variance
+    activation  what f is: a probability ("softmax"), its logarithm ("log_softmax"), or a logit ("none"). Information
+                is defined for functions of one sign and is that of \\|f\\|, for log_softmax of the surprisal. For
+                logits that change their sign it has no meaning
+    channels    each: every channel (number of a token's vector) is a feature, and a place gets the sum over them.
+                summed: gradients are summed over channels first, as in the released code; where a LayerNorm follows
                 the embedding, as in BERT, that sum is always zero
-    reduce      how the channels of signed measures become one map, with channels=each
-    labels      target, or more: "all", the k most likely ones, or a list. The map is the target's; the others' are
-                ``<measure>_by_label``
-    tolerance   a sample is done when the relative standard error of all its maps is at most this; None: never before
-                ``samples``
-    units       whose information ``set_information`` is; levels > 1: the sum over a hierarchy, see ``hierarchy``
+    reduce      for signed measures with channels=each: how channels become one map
+    labels      "target" for that alone; or other classes beside it: "all", the k most probable (a number), or a
+                list. The map is always the target's; theirs are in ``<measure>_by_label``
+    tolerance   a sample needs no more draws when the relative standard error of all its maps is at most this; None:
+                always ``samples`` draws
+    units       for ``set_information``: the sets
+    levels      for ``set_information``: if above 1, the sum over this many levels of units, see ``hierarchy``
     as_released channels=summed, the variance of *squared* gradients for VarGrad, and f with its sign
-
-    Raises UserError for fields that cannot be computed with.
     """
 
     NAME: ClassVar[str] = "attrib.methods.fisher.FunctionalInformation"
@@ -90,37 +90,32 @@ class FunctionalInformation(Method):
         if isinstance(self.labels, list):
             object.__setattr__(self, "labels", tuple(self.labels))
 
-        def wrong(name: str, must: str) -> UserError:
-            return UserError(f"FunctionalInformation.{name} is {getattr(self, name)!r}, must be {must}")
-
         twice = len(set(self.measures)) < len(self.measures)
         if not self.measures or twice or not set(self.measures) <= set(ABOUT):
-            raise wrong("measures", f"a list, without repetition, of {', '.join(ABOUT)}")
-        for name, known in (
-            ("activation", ACTIVATIONS),
-            ("channels", ("each", "summed")),
-            ("reduce", get_args(Reduce)),
-        ):
-            if getattr(self, name) not in known:
-                raise wrong(name, f"one of {', '.join(known)}")
-        if self.samples < 2:
-            raise wrong("samples", "at least 2")
-        if not self.var_spread > 0:
-            raise wrong("var_spread", "above 0")
-        if self.levels < 1:
-            raise wrong("levels", "at least 1")
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise wrong("tolerance", "above 0, or null")
+            raise UserError(
+                f"FunctionalInformation.measures is {self.measures}, must be a list, without repetition, "
+                f"of {', '.join(ABOUT)}"
+            )
+        require(self, "samples", at_least=2)
+        require(self, "var_spread", above=0)
+        require(self, "activation", one_of=ACTIVATIONS)
+        require(self, "channels", one_of=("each", "summed"))
+        require(self, "reduce", one_of=get_args(Reduce))
+        require(self, "tolerance", above=0, or_none=True)
+        require(self, "levels", at_least=1)
         if isinstance(self.labels, str):
             good = self.labels in ("target", "all")
+        elif isinstance(self.labels, tuple):
+            good = bool(self.labels) and all(type(label) is int and label >= 0 for label in self.labels)
         else:
-            listed = isinstance(self.labels, tuple)
-            good = all(type(label) is int for label in (self.labels if listed else (self.labels,)))
-            good = good and (min(self.labels, default=-1) >= 0 if listed else self.labels > 0)
+            good = type(self.labels) is int and self.labels > 0
         if not good:
-            raise wrong("labels", "target, all, a number of labels, or a list of labels")
+            raise UserError(
+                f"FunctionalInformation.labels is {self.labels!r}, must be target, all, a number of labels, "
+                "or a list of labels"
+            )
 
-    # ---- what it says of itself -----------------------------------------------------------------
+    # ---- what it declares -----------------------------------------------------------------------
 
     @property
     def MAPS(self) -> Mapping[str, str]:  # noqa: N802  as in ``Method``
@@ -128,12 +123,12 @@ class FunctionalInformation(Method):
 
     @property
     def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
-        found = {"draws": "noisy copies that were drawn"}
+        found = {"draws": "number of noisy copies that were drawn"}
         for name in self.measures:
             found[f"stderr_{name}"] = "standard error over the draws of the map, place by place"
             found[f"error_{name}"] = "x: draws; y: relative standard error"
         if self.labels != "target":
-            found["labels"] = "the labels of <measure>_by_label"
+            found["labels"] = "the classes that <measure>_by_label explains"
             found |= {
                 f"{name}_by_label": "the map of each of these labels, (*places, labels)" for name in self.measures
             }
@@ -150,7 +145,7 @@ class FunctionalInformation(Method):
 
     @property
     def counts(self) -> list[int]:
-        """How many draws have been made at the points of the curves ``error_*``."""
+        """The numbers of draws at which the curves ``error_*`` have points, and at which a sample may be finished."""
         first = min(self.samples, FIRST)
         points = min(POINTS, self.samples - first + 1)
         return [first + round(i * (self.samples - first) / max(1, points - 1)) for i in range(points)]
@@ -195,7 +190,7 @@ class FunctionalInformation(Method):
         return result
 
     def _labels(self, model: Classifier, batch: Batch) -> Tensor:
-        """(B, L) the further labels."""
+        """(B, L) the classes to explain beside the target."""
         if self.labels == "target":
             return torch.empty(len(batch), 0, dtype=torch.long, device=batch.x.device)
         logits = model.logits(batch.x)
@@ -211,14 +206,14 @@ class FunctionalInformation(Method):
 
 
 class _Terms:
-    """What a measure is the mean of: (b, d, L, *x) -> (b, d, L, *places), or all of x for signed ones."""
+    """The terms whose mean over the draws is a measure: (b, d, L, *places), or for signed measures (b, d, L, *x)."""
 
     def __init__(self, method: FunctionalInformation, spread: Spread, sets: Sets | None, text: bool) -> None:
         self.spread, self.sets, self.text, self.as_released = spread, sets, text, method.as_released
         self.summed = method.channels == "summed" or method.as_released
 
     def over_channels(self, value: Tensor) -> Tensor:
-        """Summed over channels; a vector (B, D) has none."""
+        """Summed over channels, which vectors (B, D) do not have."""
         return value.sum(-1) if self.text else value.sum(3) if value.ndim > 4 else value
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -236,6 +231,7 @@ class _Terms:
         return self.signed(self.product(self.spread.apply(draws.score, at), draws.score), draws.sign)
 
     def set_information(self, draws: Draws, at: Tensor) -> Tensor:
+        assert self.sets is not None  # as this is one of the measures
         local = None
         if self.spread.independent:
             local = self.over_channels(self.spread.apply(draws.score, at) * draws.score)
@@ -252,42 +248,42 @@ class _Terms:
 
 
 class _Measure:
-    """One measure of all samples and labels, over the draws so far."""
+    """One measure of all samples and labels, as its mean over the draws so far."""
 
     def __init__(self, method: FunctionalInformation, name: str, terms: _Terms, labels: int, x: Tensor) -> None:
         self.name, self.terms = name, terms
         self.reduce = "sum" if terms.summed else method.reduce
-        self.whole = name in SIGNED and self.reduce != "sum"  # the absolute value is that of the mean
+        self.whole = name in SIGNED and self.reduce != "sum"  # keep all channels: abs comes after the mean
         probe = x.new_zeros(len(x), 1, labels, *x.shape[1:])
         places = terms.over_channels(probe)
         self.total = Mean((probe if self.whole else places)[:, 0].shape, x)
         squared = name == "var_grad"
-        # Of what VarGrad is the variance.
+        # Mean of that whose variance VarGrad is.
         self.centre = Mean((places if terms.summed else probe)[:, 0].shape, x) if squared else None
 
     def add(self, at: Tensor, draws: Draws) -> None:
         if self.centre is not None:
-            self.total.add(at, self._increments(at, draws.grad))
+            self.total.add(at, self._increments(self.centre, at, draws.grad))
             return
         found: Callable[[Draws, Tensor], Tensor] = getattr(self.terms, self.name)
         value = found(draws, at)
         signed = self.name in SIGNED and not self.whole
         self.total.add(at, self.terms.over_channels(value) if signed else value)
 
-    def _increments(self, at: Tensor, grad: Tensor) -> Tensor:
-        """Welford's: (i - 1) / i times the squared distance of draw i from the mean of those before it.
+    def _increments(self, centre: Mean, at: Tensor, grad: Tensor) -> Tensor:
+        """Welford's increments: (i - 1) / i times the squared distance of draw i from the mean of those before it.
 
-        The unbiased variance of n draws is the mean of the n - 1 increments, each of which has the variance as
-        its expectation. So VarGrad is a mean over draws like the others, and has a standard error like theirs.
+        The unbiased variance of n draws is the mean of n - 1 increments, and the expectation of each is the
+        variance. So VarGrad is a mean over draws like the other measures, and has a standard error like theirs.
         """
-        terms, centre = self.terms, self.centre
+        terms = self.terms
         value = terms.over_channels(grad) if terms.summed else grad
         value = value.square() if terms.as_released else value
-        n, d = int(centre.n[at[0]]), value.shape[1]  # samples that still draw have drawn the same number
+        n, d = int(centre.n[at[0]]), value.shape[1]  # all samples that are not finished have equally many draws
         before = centre.mean[at].unsqueeze(1)
         away = value - before
         i = torch.arange(n + 1, n + d + 1, device=grad.device, dtype=grad.dtype).view(-1, *[1] * (value.ndim - 2))
-        # Mean of all draws before, as distance from ``before``.
+        # The mean of all earlier draws, relative to ``before``.
         shift = (away.cumsum(1) - away) / (i - 1).clamp(min=1)
         squares = (away - shift).square() * ((i - 1) / i)
         centre.add(at, value)
@@ -295,7 +291,7 @@ class _Measure:
         return squares[:, 1:] if n == 0 else squares
 
     def _reduced(self, value: Tensor, chosen: Tensor) -> Tensor:
-        """(B, L, *x) -> (B, L, *places): \\|value\\| summed, or where \\|chosen\\| is largest."""
+        """(B, L, *x) -> (B, L, *places): \\|value\\| summed over channels, or where \\|chosen\\| is largest."""
         if not self.whole or (not self.terms.text and value.ndim < 4):
             return value.abs() if self.whole else value
         channels = -1 if self.terms.text else 2
@@ -310,10 +306,10 @@ class _Measure:
 
     @property
     def error(self) -> Tensor:
-        """(B, *places) standard error of the target's map; of abs_sum an upper bound, the sum over channels."""
+        """(B, *places) standard error of the target's map; for abs_sum an upper bound, the sum over the channels."""
         return self._reduced(self.total.error, self.total.mean)[:, 0]
 
     def relative_error(self) -> Tensor:
-        """(B,) root mean square of the standard error over that of the map; 0 for a map of zeros."""
+        """(B,) root mean square of the standard error, divided by that of the map; 0 for a map of zeros."""
         error, size = (v.flatten(1).norm(dim=1) for v in (self.error, self.map[:, 0]))
         return torch.where(size > 0, error / size.where(size > 0, 1), 0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts import layout
@@ -21,22 +22,23 @@ from attrib.methods.parts.losses import target_loss
 from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier, Front
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 
 
 class Gaussian(NamedTuple):
-    """What the bottleneck assumes of the layer's units, each without B: Q(Z) = N(mean, std^2)."""
+    """The prior of the layer's units, Q(Z) = N(mean, std^2); each tensor has the layer's shape without B."""
 
     mean: Tensor
     std: Tensor
-    active: Tensor  # 0 or 1: units that are (nearly) always zero carry and cost nothing
+    active: Tensor  # 0 or 1; units with 0, which are (nearly) always zero, are cut off and have no capacity
 
     @classmethod
     def of(cls, state: State, min_std: float, active_threshold: float, like: Tensor) -> Gaussian:
+        """From a state of ``FeatureStatistics``, on the device and in the dtype of ``like``."""
         return cls(
             state["mean"].to(like),
             state["std"].to(like).clamp(min=min_std),
-            # In the state's own precision: a share of just the threshold is off whatever the dtype of ``like``.
+            # Compared in the state's own precision, so that the result does not depend on the dtype of ``like``.
             (state["active"] > active_threshold).to(like),
         )
 
@@ -44,7 +46,7 @@ class Gaussian(NamedTuple):
 def capacity(r: Tensor, lam: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """KL[P(Z|R) || Q(Z)] in nats per unit; equation 4 and appendix E of the paper.
 
-    Zero at lam = 0; +inf at lam = 1, where Z is R and no noise is left.
+    It is 0 at lam = 0, and infinite at lam = 1, where Z is R without any noise.
     """
     mu = (r - mean) / std * lam
     var = (1 - lam) ** 2
@@ -52,10 +54,10 @@ def capacity(r: Tensor, lam: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class Restricted(NamedTuple):
-    """One noisy pass through the bottleneck for every sample."""
+    """Noisy passes through the bottleneck, ``draws`` for every sample."""
 
-    loss: Tensor  # (B,) the target's loss, mean over the noise draws
-    grad: Tensor  # (B, *layer) its gradient with respect to lambda
+    loss: Tensor  # (B,) the target's loss, mean over the draws
+    grad: Tensor  # (B, *layer) gradient of the loss with respect to lambda
 
 
 def restrict(
@@ -72,8 +74,8 @@ def restrict(
 ) -> Restricted:
     """Replace the layer's output R by Z = lam R + (1 - lam) eps, eps ~ N(mean, std^2), ``draws`` times.
 
-    Z is linear in lambda, so its gradient needs no graph: dL/dlam = sum over draws of
-    dL/dZ (R - eps). Equation 3 of the paper. ``real``: see ``optimise``.
+    Equation 3 of the paper. Z is linear in lambda, so the gradient needs no graph: dL/dlam is the mean
+    over the draws of dL/dZ (R - eps). ``relu`` clamps Z at zero. ``role`` and ``real``: see ``optimise``.
     """
     r, lam = front.z.unsqueeze(1), lam.detach().unsqueeze(1)
     eps = noise.normal(draws, *front.z.shape[1:], ragged=None if real is None else 1)
@@ -95,11 +97,11 @@ def restrict(
 
 
 class Optimised(NamedTuple):
-    """B bottlenecks after their optimisation."""
+    """B optimised bottlenecks."""
 
     alpha: Tensor  # (B, *layer) after the last step
-    capacity: Tensor  # (B, *layer) nats, of the last forward pass, before the last step
-    losses: dict[str, Tensor]  # "loss", "loss_model", "loss_info", each (B, steps)
+    capacity: Tensor  # (B, *layer) nats, in the last forward pass, which precedes the last step
+    losses: dict[str, Tensor]  # "loss", "loss_model" and "loss_info" at each step, (B, steps)
 
 
 def optimise(
@@ -120,12 +122,15 @@ def optimise(
     real: Tensor | None = None,
     kl: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = capacity,
 ) -> Optimised:
-    """Minimise loss + beta * mean capacity over alpha, lambda = smooth(sigmoid(alpha)), by Adam.
+    """Minimise loss + beta * mean capacity over alpha, where lambda = smooth(sigmoid(alpha)), by Adam.
 
-    All samples at once: Adam works unit by unit and the losses are summed, so each sample sees
-    just what it would see alone. ``real`` (B, T, 1) is 0 on the padding of texts, whose units do
-    not exist: they have no capacity, and the mean is taken over the others. Without a role the
-    bottleneck is at the input, ``front.z``; ``kl`` is another capacity than that of this module.
+    All samples together: Adam treats each unit separately and the losses are summed, so each sample gets
+    exactly what it would get alone.
+
+    role    of the layer whose output is ``front.z``; None: the bottleneck is at the input
+    real    (B, T, 1), 0 on the padding of texts, whose units have no capacity and do not count in the mean
+    kl      the capacity, if it is not that of this module
+    beta, steps, lr, draws, initial_alpha, relu   as in ``IBA``, where ``draws`` is called ``batch``
     """
     alpha = torch.full_like(front.z, initial_alpha).requires_grad_()
     optimizer = torch.optim.Adam([alpha], lr=lr)
@@ -152,18 +157,22 @@ def optimise(
 
 @dataclass(frozen=True)
 class IBA(Method):
-    """Per-sample bottleneck (section 3.2).
+    """The per-sample bottleneck (section 3.2).
 
-    Noise is added to the layer with role ``layer`` so that as little information as possible
-    passes while the class is kept; the map is how many bits pass at each place.
+    Noise is added to the output of a layer so that as little information as possible passes while the class
+    is still predicted; the map says how many bits pass at each place.
 
-    layer   conv map, tokens of a transformer or of a text, or vector (see ``layout``)
-    beta    weight of the information loss, which is a mean over units
-    batch   noise draws per step
-    sigma   standard deviation of the smoothing of lambda, in places; None for none. Not of texts: neighbouring
-            words are not alike as neighbouring pixels are
-    active_neurons_threshold   units that are non-zero in a smaller share of samples are cut off
-    relu    clamp the bottleneck's output at zero, for a layer whose output is never negative
+    layer    role of the layer: a conv map, tokens of an image or text, or a vector
+    beta     weight of the information loss, which is a mean over units
+    steps, lr   of Adam
+    batch    noise draws per step
+    sigma    standard deviation of the smoothing of lambda, in places; None for none. Texts are not smoothed:
+             neighbouring words are not similar as neighbouring pixels are
+    min_std  smaller standard deviations of units are raised to this
+    initial_alpha   lambda starts as sigmoid of this
+    active_neurons_threshold   units are cut off unless they are non-zero in more than this share of samples
+    relu     clamp the bottleneck's output at zero, for a layer whose output is never negative
+    layout   how the layer's output lies on the image, see ``attrib.methods.parts.layout``
 
     The capacity is that of the last forward pass, before the last step, as in the authors' code.
     """
@@ -195,9 +204,13 @@ class IBA(Method):
     layout: layout.Name = "auto"
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch"):
-            if getattr(self, field) < 1:
-                raise UserError(f"IBA.{field} is {getattr(self, field)}, must be at least 1")
+        require(self, "steps", "batch", at_least=1)
+        require(self, "beta", "min_std", at_least=0)
+        require(self, "lr", above=0)
+        require(self, "sigma", at_least=0, or_none=True)
+        require(self, "initial_alpha")
+        require(self, "active_neurons_threshold", at_least=0, below=1)
+        require(self, "layout", one_of=get_args(layout.Name))
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -208,7 +221,7 @@ class IBA(Method):
         return FeatureStatistics(self.layer)
 
     def optimise(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> tuple[Optimised, Places]:
-        """The optimised bottlenecks themselves, for those who want more than the map."""
+        """The optimised bottlenecks, from which ``attribute`` makes the map, and how the layer lies on the input."""
         front = model.until(self.layer, batch.x)
         places = layout.places(batch, front.z, self.layout)
         prior = Gaussian.of(state, self.min_std, self.active_neurons_threshold, front.z)

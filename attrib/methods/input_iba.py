@@ -1,4 +1,4 @@
-"""InputIBA: an information bottleneck at the input, whose prior is fitted to the sample by a small GAN.
+"""InputIBA: an information bottleneck at the input, whose prior a small GAN fits to each sample.
 
 Zhang, Khakzar, Li, Farshad, Kim & Navab, *Fine-Grained Neural Network Explanation by Identifying
 Input Features with Predictive Information*, NeurIPS 2021.
@@ -15,25 +15,26 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.iba import IBA, Gaussian, Optimised, optimise
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.methods.parts.layout import Layout, Places, TextLayout
+from attrib.methods.parts.layout import Layout, Places, TextLayout, image_size
 from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.methods.parts.wgan import WGAN, ConvCritics, Critics, Push, Trained, critic_parameters
 from attrib.methods.parts.wgan_text import LSTMCritics
 from attrib.models import Classifier, Front
 from attrib.noise import Noise
-from attrib.types import Batch, SampleError, UserError
+from attrib.types import Batch, SampleError
 
 
 def capacity(x: Tensor, lam: Tensor, mean: Tensor, std: Tensor, mask: Tensor) -> Tensor:
     """KL[P(Z|X) || Q(Z)] in nats per unit, Z = lam X + (1 - lam) eps, eps ~ N(mean, std^2).
 
-    Q is what the same bottleneck gives for the generator's input mask X + (1 - mask) eps instead,
-    N(lam mask X + (1 - lam mask) mean, ((1 - lam mask) std)^2). So what the mask keeps is free, and
-    where it is 0 the capacity is ``iba.capacity``. Appendix of the paper.
+    Q(Z) is the distribution of Z when the bottleneck reads the generator's input, mask X + (1 - mask) eps:
+    N(lam mask X + (1 - lam mask) mean, ((1 - lam mask) std)^2). So what the mask keeps costs nothing, and
+    where the mask is 0 the capacity is ``iba.capacity``. Appendix of the paper.
     """
     mu = (x - mean) * (1 - mask) / ((1 - mask * lam) * std) * lam
     var = (1 - lam) ** 2 / (1 - mask * lam) ** 2
@@ -42,9 +43,9 @@ def capacity(x: Tensor, lam: Tensor, mean: Tensor, std: Tensor, mask: Tensor) ->
 
 @dataclass(frozen=True)
 class InputBottleneck:
-    """The last stage: a bottleneck at the pixels or at the embedded words, optimised as IBA's is.
+    """The last stage: a bottleneck at the pixels or at the embedded tokens, optimised like that of ``IBA``.
 
-    batch        noise draws per step
+    beta, steps, lr, batch, initial_alpha   see ``IBA``
     sigma        standard deviation of the smoothing of lambda, in pixels; None for none. Images only
     mean, std    of the noise, in units of the normalised input, or of the embedding
     """
@@ -60,20 +61,22 @@ class InputBottleneck:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"InputBottleneck.{name} is {getattr(self, name)}, must be at least 1")
-        if self.std <= 0:
-            raise UserError(f"InputBottleneck.std is {self.std}, must be above 0")
+        require(self, "steps", "batch", at_least=1)
+        require(self, "beta", at_least=0)
+        require(self, "lr", "std", above=0)
+        require(self, "sigma", at_least=0, or_none=True)
+        require(self, "initial_alpha", "mean")
 
     def optimise(self, model: Classifier, inputs: Inputs, mask: Tensor, noise: Noise) -> Optimised:
-        """mask, of the inputs' shape, is the prior's, see ``capacity``."""
-        x, text = inputs.x, inputs.mask is not None
-        grid = TextLayout.of(x, inputs.mask) if text else Layout.of(x, tuple(x.shape[-2:]), "channels_first")
+        """The optimised bottlenecks; ``mask`` (B, *input) is that of ``capacity``."""
+        x, role = inputs.x, None if inputs.mask is None else EMBEDDING
+        grid: Places = (
+            Layout.of(x, image_size(x), "channels_first") if inputs.mask is None else TextLayout.of(x, inputs.mask)
+        )
         prior = Gaussian(x.new_tensor(self.mean), x.new_tensor(self.std), x.new_ones(()))
         return optimise(
             model,
-            EMBEDDING if text else None,
+            role,
             Front(x, inputs.rest),
             inputs.target,
             prior,
@@ -93,32 +96,32 @@ class Stages(NamedTuple):
     """What the three stages found for B samples."""
 
     feature: Optimised
-    places: Places  # of the feature bottleneck
-    bits: Tensor  # (B, h, w) per place of the layer; texts: (B, T), or (B, 1) of a vector
-    map: Tensor  # (B, H, W) the same per pixel; texts: (B, T)
+    places: Places  # how the layer lies on the input
+    bits: Tensor  # (B, h, w) bits per place of the layer; of texts (B, T), or (B, 1) if the layer is a vector
+    map: Tensor  # (B, H, W) bits per pixel; of texts (B, T) per token
     gan: Trained
     input: Optimised
 
 
 @dataclass(frozen=True)
 class InputIBA(Method):
-    """Three stages, each for every sample of its own.
+    """Three stages, all of them for each sample separately.
 
-    feature   the bottleneck at the layer ``feature.layer``: what passes there, in nats
-    gan       a generator masks the input with noise such that, at the layer, it is taken for the
-              features behind that bottleneck; its mask is what the input must at least keep
-    input     the bottleneck at the input, which pays for what it keeps beyond the generator's mask
-    gan_prior   False: the bottleneck at the input knows nothing of the generator, whose mask counts
-              as 0; with ``gan.epochs=0`` the generator is not trained either (an ablation)
+    feature     a bottleneck at the layer ``feature.layer`` finds what passes there, in nats
+    gan         a generator masks the input with noise, such that a critic cannot tell the layer's output from
+                the features after that bottleneck; its mask says what the input must at least keep
+    input       a bottleneck at the input, which pays only for what it keeps beyond the generator's mask
+    gan_prior   false: the bottleneck at the input ignores the generator, as if its mask were 0 (an ablation; with
+                ``gan.epochs=0`` the generator is not trained either)
 
-    As in the authors' code the capacity in nats serves as the mask of the features although it may
-    exceed 1; the generator's mask begins as sigmoid(bits per pixel), of texts sigmoid(nats per token),
-    so it is at least a half; and the map ``input`` is sigmoid(alpha) after the last step, not smoothed.
-    The grid of a conv map or of tokens is what the critics of images see; a vector is a grid of one place.
+    As in the authors' code, the capacity in nats serves as the mask of the features although it may exceed 1;
+    the generator's mask starts as sigmoid(bits per pixel), for texts sigmoid(nats per token), so it is at
+    least a half; and the map ``input`` is sigmoid(alpha) after the last step, without smoothing. Critics of
+    images read the layer as a grid (``Layout.to_grid``), where a vector has one place.
 
     The input of a text is its embedded tokens, the output of the layer with role "embedding", and the
     critics are LSTMs over the tokens. (The authors' code averages the text masks over the wrong axis,
-    and lets a text have 100 numbers per token only.)
+    and works only with 100 numbers per token.)
     """
 
     NAME: ClassVar[str] = "attrib.methods.input_iba.InputIBA"
@@ -157,29 +160,28 @@ class InputIBA(Method):
         return self.feature.fit
 
     def bytes_per_sample(self, model: Classifier, batch: Batch) -> int | None:
-        """A critic of an image in training, and what a step keeps of its rows. The critics of texts are small.
+        """What an image's critic takes while it is trained, with the rows of a step; None if there is none.
 
-        None, too, without training (``gan.epochs=0``), which has no critics.
-
-        Three times the critic's parameters; for each row of a step eight times the features and four
-        times the input. Rather less than was measured (resnet18 at layer2: 250 of 350 MiB).
+        The critics of texts are small, and without training (``gan.epochs=0``) there are none. The estimate is
+        three times the critic's parameters, and for each row of a step eight times the features and four
+        times the input: somewhat less than was measured (resnet18 at layer2: 250 instead of 350 MiB).
         """
         if batch.mask is not None or not self.gan.epochs:
             return None
         z = model.until(self.feature.layer, batch.x[:1]).z
-        grid = Layout.of(z, tuple(batch.x.shape[-2:]), self.feature.layout).to_grid(z)
+        grid = Layout.of(z, image_size(batch.x), self.feature.layout).to_grid(z)
         kept = 8 * z.numel() + 4 * batch.x[0].numel()
-        return (3 * critic_parameters(grid.shape[1], tuple(grid.shape[2:])) + self.gan.batch * kept) * z.element_size()
+        return (3 * critic_parameters(grid.shape[1], image_size(grid)) + self.gan.batch * kept) * z.element_size()
 
     def nets(self, model: Classifier) -> tuple[Classifier, Classifier, Classifier]:
-        """Which net each of the stages explains."""
+        """The net that each of the three stages explains."""
         return model, model, model
 
     def stages(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Stages:
-        """The three stages themselves, for those who want more than the maps.
+        """The results of all stages, from which ``attribute`` makes the maps.
 
-        Every stage has random streams of its own, so that the length of one does not change the
-        noise of the next. Raises SampleError with the stage's name if it diverged.
+        Every stage has random streams of its own, so that the length of one does not change the noise
+        of the next. Raises SampleError that names the stage if one diverged.
         """
         first, second, last = self.nets(model)
         role, inputs = self.feature.layer, Inputs.of(second, batch)
@@ -193,10 +195,10 @@ class InputIBA(Method):
         begin = alpha.expand_as(inputs.x)
         if self.gan.epochs:
             features, streams = second.until(role, batch.x).z, noise.child("gan")
-            push, critics = _pieces(second, role, batch, places, features, streams.child("critic"))
+            push, critics = _push_and_critics(second, role, batch, places, features, streams.child("critic"))
             gan = self.gan.train(push, inputs.x, features, feature.capacity, begin, critics, streams, text)
             del critics, features
-        else:  # critics are large, and would judge nothing
+        else:  # critics are large, and not needed
             gan = Trained.untrained(inputs.x, begin)
         _check("GAN", batch, gan.mask, gan.mean, gan.std, gan.critic_loss, gan.generator_loss)
 
@@ -222,13 +224,14 @@ class InputIBA(Method):
         }
 
 
-def _pieces(
+def _push_and_critics(
     model: Classifier, role: str, batch: Batch, places: Places, features: Tensor, noise: Noise
 ) -> tuple[Push, Critics]:
-    """The net from the input to the layer, and critics of that layer."""
+    """The net from the input to the layer, and untrained critics of that layer."""
     if isinstance(places, TextLayout):
         start = (EMBEDDING, batch.x)
         return partial(model.vjp, role, start=start), LSTMCritics.initial(noise, places, features)
+    assert isinstance(places, Layout)  # sounds are not among the modalities
     return partial(model.vjp, role), ConvCritics.initial(noise, places, features)
 
 

@@ -1,4 +1,4 @@
-"""InputIBA across two nets: the sanity check that its authors made, of one stage at a time."""
+"""InputIBA across two nets: the sanity check of its authors, which randomises the net for some stages only."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from attrib.checks import require
 from attrib.fit import FitData, Partial, State
 from attrib.methods.input_iba import InputIBA
 from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier
-from attrib.types import UserError
 
 
 @dataclass(frozen=True)
 class OriginalStatistics(FeatureStatistics):
-    """The same of the net that a randomised one is a copy of."""
+    """The statistics of the original net, also when the net is a copy with randomised layers."""
 
     NAME: ClassVar[str] = "attrib.methods.input_iba_stages.OriginalStatistics"
     VERSION: ClassVar[int] = 1
@@ -26,13 +26,12 @@ class OriginalStatistics(FeatureStatistics):
 
 @dataclass(frozen=True)
 class InputIBAStages(InputIBA):
-    """InputIBA whose first stages explain the original net, and the others its copy with randomised layers.
+    """InputIBA whose first stages use the original net, and the later ones its copy with randomised layers.
 
-    Of a net that is no such copy (``attrib.models.randomise``) it is InputIBA. As in the authors' code
-    (evaluation/sanity_check.py), the feature bottleneck is always that of the original net.
+    For a net that is no such copy (``attrib.models.randomise``) it is the same as InputIBA. As in the authors'
+    code (evaluation/sanity_check.py), the feature bottleneck is always that of the original net.
 
-    randomised_from   "gan": the generator and the bottleneck at the input see the randomised net; "input": the
-                      bottleneck at the input alone
+    randomised_from   the first stage that uses the randomised net: "gan", or "input", which is the last one
     """
 
     NAME: ClassVar[str] = "attrib.methods.input_iba_stages.InputIBAStages"
@@ -41,8 +40,7 @@ class InputIBAStages(InputIBA):
     randomised_from: Literal["gan", "input"] = "gan"
 
     def __post_init__(self) -> None:
-        if self.randomised_from not in ("gan", "input"):
-            raise UserError(f"InputIBAStages.randomised_from must be gan or input, not {self.randomised_from!r}")
+        require(self, "randomised_from", one_of=("gan", "input"))
 
     @property
     def fit(self) -> OriginalStatistics:

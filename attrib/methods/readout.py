@@ -1,4 +1,4 @@
-"""Readout IBA: one network, trained once, predicts the bottleneck of every sample.
+"""Readout IBA: a network that is trained once predicts the bottleneck of every sample.
 
 Schulz, Sixt, Tombari & Landgraf, *Restricting the Flow: Information Bottlenecks for
 Attribution*, ICLR 2020, section 3.3.
@@ -12,35 +12,36 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.fit import FitData, Partial, State
+from attrib.checks import require
+from attrib.fit import Fit, FitData, Partial, State
 from attrib.methods import Method
 from attrib.methods.iba import Gaussian, Restricted, capacity, restrict
 from attrib.methods.parts import layout
-from attrib.methods.parts.layout import Layout
+from attrib.methods.parts.layout import Layout, image_size
 from attrib.methods.parts.statistics import Moments
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
 ALPHA_LIMIT = 5.0  # lambda stays within .0067 and .9933, so the capacity stays finite
-SAVE_SECONDS = 300.0  # a killed training loses at most this much, and never more than an epoch
+SAVE_SECONDS = 300.0  # a training that is killed loses at most this much, and never more than an epoch
 
 
 def part(state: State, prefix: str) -> State:
-    """The entries ``prefix.*``, without the prefix."""
+    """The entries of ``state`` named ``prefix.*``, without the prefix."""
     return {k.removeprefix(prefix + "."): v for k, v in state.items() if k.startswith(prefix + ".")}
 
 
 def initial_net(inputs: int, outputs: int, seed: int) -> State:
-    """Three 1x1 convolutions that let everything pass: alpha is 5 for whatever they read.
+    """Weights of three 1x1 convolutions, such that alpha is about 5 at first, where nearly everything passes.
 
-    Drawn as ``torch.nn.Conv2d`` does, uniform within 1 / sqrt(fan in), but from a stream of their own.
+    Drawn as by ``torch.nn.Conv2d``, uniform within 1 / sqrt(fan in), but from a stream of their own.
     """
     net: State = {}
     widths = (inputs, inputs // 2, 2 * outputs, outputs)
@@ -54,23 +55,23 @@ def initial_net(inputs: int, outputs: int, seed: int) -> State:
 
 
 def infer(net: State, features: Tensor) -> Tensor:
-    """(B, inputs, h, w) -> alpha (B, outputs, h, w)."""
+    """The network: features (B, inputs, h, w) -> alpha (B, outputs, h, w)."""
     hidden = F.conv2d(features, net["conv1.weight"], net["conv1.bias"]).relu()
     hidden = F.conv2d(hidden, net["conv2.weight"], net["conv2.bias"]).relu()
     return F.conv2d(hidden, net["conv3.weight"], net["conv3.bias"]).clamp(-ALPHA_LIMIT, ALPHA_LIMIT)
 
 
 class Reading(NamedTuple):
-    """What the first, unrestricted pass gives for a batch."""
+    """What the first pass through the net, without noise, gives for a batch."""
 
     r: Tensor  # (B, *layer) the bottleneck layer's output
-    features: Tensor  # (B, inputs, h, w) all readouts, normalised, on the bottleneck's grid
+    features: Tensor  # (B, inputs, h, w) the outputs of all ``readouts``, normalised, on the bottleneck's grid
     prior: Gaussian
     places: Layout
 
 
 class Predicted(NamedTuple):
-    """The bottlenecks of a batch, each (B, *layer)."""
+    """The bottlenecks of a batch; all are (B, *layer)."""
 
     alpha: Tensor
     lam: Tensor  # smoothed
@@ -78,7 +79,7 @@ class Predicted(NamedTuple):
 
 
 class _Adam(torch.optim.Adam):
-    """Adam over named weights, whose moments can be stored and put back."""
+    """Adam over named weights, with moments that can be stored and restored."""
 
     def __init__(self, net: State, lr: float, moments: State, steps: int) -> None:
         super().__init__(net.values(), lr=lr)
@@ -93,17 +94,29 @@ class _Adam(torch.optim.Adam):
         return {f"{n}.{m}": self.state[w][m] for n, w in self.net.items() if w in self.state for m in names}
 
 
+def _check(owner: ReadoutFit | IBAReadout) -> None:
+    """Check the fields that both have. Raises UserError."""
+    if not owner.readouts:
+        raise UserError(f"{type(owner).__name__}.readouts is empty, must name at least one role")
+    require(owner, "train_batch", "draws", at_least=1)
+    require(owner, "epochs", "beta", "min_std", at_least=0)
+    require(owner, "lr", above=0)
+    require(owner, "sigma", at_least=0, or_none=True)
+    require(owner, "active_neurons_threshold", at_least=0, below=1)
+    require(owner, "layout", one_of=get_args(layout.Name))
+
+
 @dataclass(frozen=True)
-class ReadoutFit:
-    """Statistics of the layers, then the readout network that is trained with them.
+class ReadoutFit(Fit):
+    """Fits the statistics of the layers, then trains the readout network on them.
 
     The state is flat: ``<role>.mean`` (also std, active, n) of every layer, ``net.*`` the weights,
     ``curve`` (steps, 4) the loss, its cross-entropy, its mean capacity in nats, and the share of
     units whose alpha is at its lower limit.
 
-    The batches of the training are a hyper-parameter (``train_batch``), so they do not depend on
-    how a run is cut: their order and their noise come from streams named after the epoch.
-    Samples that cannot be read are left out.
+    The size of the training's batches is a hyper-parameter (``train_batch``), and their order and noise
+    come from streams named after the epoch, so they do not depend on how the run is divided into jobs.
+    Samples that cannot be read are left out. For the fields see ``IBAReadout``.
     """
 
     NAME: ClassVar[str] = "attrib.methods.readout.ReadoutFit"
@@ -125,11 +138,7 @@ class ReadoutFit:
     train_seed: int
 
     def __post_init__(self) -> None:
-        if not self.readouts:
-            raise UserError("Readout IBA: readouts must name at least one role")
-        for name, least in (("train_batch", 1), ("draws", 1), ("epochs", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"Readout IBA: {name} must be at least {least}, not {getattr(self, name)}")
+        _check(self)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -138,9 +147,9 @@ class ReadoutFit:
     # ---- the bottlenecks of a batch -----------------------------------------------------------
 
     def read(self, model: Classifier, x: Tensor, state: State) -> Reading:
-        """One pass through the net. Vectors are spread over the bottleneck's grid, maps resized to it."""
+        """One pass through the net. Vectors are repeated over the bottleneck's grid, maps are resized to it."""
         found = model.record(self.roles, x)
-        image = tuple(x.shape[-2:])
+        image = image_size(x)
         r = found[self.layer]
         places = Layout.of(r, image, self.layout)
         grids = []
@@ -148,20 +157,20 @@ class ReadoutFit:
             value, statistics = found[role], part(state, role)
             std = statistics["std"].to(value).clamp(min=self.min_std)
             normalised = (value - statistics["mean"].to(value)) / std
-            # Layers of the bottleneck's rank are laid out as it is; a head's vector is not.
-            lies = Layout.of(value, image, self.layout if value.ndim == r.ndim else "auto")
-            grid = lies.to_grid(normalised)
+            # Layers with as many dimensions as the bottleneck have its layout; a vector (of the head) has not.
+            own = Layout.of(value, image, self.layout if value.ndim == r.ndim else "auto")
+            grid = own.to_grid(normalised)
             grids.append(F.interpolate(grid, size=places.grid, mode="bilinear", align_corners=True))
         prior = Gaussian.of(part(state, self.layer), 0, self.active_neurons_threshold, r)
-        # The released code gives the readouts a least deviation, but not the bottleneck; where that
-        # is zero, its capacity is NaN.
+        # The released code applies min_std to the readouts, but not to the bottleneck, whose capacity is
+        # therefore NaN where its deviation is zero.
         prior = prior._replace(std=prior.std.masked_fill(prior.std == 0, self.min_std))
         return Reading(r, torch.cat(grids, dim=1), prior, places)
 
     def predict(self, reading: Reading, net: State) -> Predicted:
-        """The readout network at work; differentiable in its weights.
+        """What the readout network predicts for these samples; differentiable in its weights.
 
-        Tokens that stand in front of the grid (a class token) get the mean alpha of the places.
+        Tokens before the grid (a class token) get the mean alpha of the places.
         """
         places, r = reading.places, reading.r
         grid = infer(net, reading.features)
@@ -174,12 +183,12 @@ class ReadoutFit:
     # ---- training -----------------------------------------------------------------------------
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        """Raises UserError if the loss is not finite, or no unit is left that could still learn."""
+        """Raises UserError if the loss is not finite, or if no unit is left that could still learn."""
         state = partial.load()
         if state is None:
             state = self._start(model, data, report)
             partial.save(state)
-        trained = ("net.", "adam.")  # a job that goes on may have another device or precision
+        trained = ("net.", "adam.")  # a job that continues may have another device or precision
         state = {k: v.to(model.device, model.dtype if k.startswith(trained) else v.dtype) for k, v in state.items()}
         net = {name: weight.clone().requires_grad_() for name, weight in part(state, "net").items()}
         uids = [uid for uid, readable in zip(data.uids, state["readable"].tolist(), strict=True) if readable]
@@ -223,7 +232,7 @@ class ReadoutFit:
         return {name: value.float() if name.startswith("net.") else value for name, value in now().items()}
 
     def _start(self, model: Classifier, data: FitData, report: Callable[[str], None]) -> State:
-        """Everything before the first step."""
+        """The state before the first step: the statistics, the initial network, which samples are readable."""
         moments = {role: Moments() for role in self.roles}
         read: set[str] = set()
         for batch in data:
@@ -243,10 +252,10 @@ class ReadoutFit:
     def _step(
         self, model: Classifier, batch: Batch, epoch: int, state: State, net: State, optimizer: _Adam
     ) -> list[float]:
-        """One step; returns its row of the curve, means over the batch.
+        """Train one step. Returns its row of the curve, means over the batch.
 
-        The step itself follows the sum over the samples divided by ``train_batch``, so a sample in
-        a short last batch weighs what it weighs elsewhere.
+        The gradient is that of the sum over the samples divided by ``train_batch``, so that a sample has
+        the same weight in a shorter last batch.
         """
         reading = self.read(model, batch.x, state)
         front = model.until(self.layer, batch.x)
@@ -258,7 +267,7 @@ class ReadoutFit:
         restricted = restrict(
             model, self.layer, front, predicted.lam, reading.prior, noise, self.draws, batch.target, self.relu
         )
-        # The classifier's graph is gone already: its gradient at lambda goes on to the weights.
+        # ``restrict`` went through the classifier; from lambda its gradient is passed on to the weights.
         torch.autograd.backward(
             [predicted.lam, info],
             [restricted.grad / self.train_batch, torch.full_like(info, self.beta / self.train_batch)],
@@ -273,26 +282,27 @@ class ReadoutFit:
 
 @dataclass(frozen=True)
 class IBAReadout(Method):
-    """Readout bottleneck (section 3.3).
+    """The readout bottleneck (section 3.3).
 
-    A first pass records the layers ``readouts``; a network of three 1x1 convolutions, trained on
-    the estimation set, reads the noise level of the layer ``layer`` from them. Nothing is
-    optimised for a sample, so a map costs one forward pass. It is the same for every target: which
-    class is kept was settled by the targets of the training.
+    A network of three 1x1 convolutions, trained on the estimation set, predicts the noise level at the layer
+    ``layer`` from the outputs of the layers ``readouts``. Nothing is optimised for a sample, so a map costs
+    one forward pass. It does not depend on the sample's target: the network has learnt to keep the information
+    about the targets of the training.
 
+    layer, readouts   roles of these layers
     beta, sigma, relu, active_neurons_threshold, layout   as in ``iba.IBA``
-    min_std      least standard deviation of a readout; the bottleneck's own is replaced only if it
-                 is zero
+    min_std      smaller standard deviations of the readouts are raised to this; that of the bottleneck is
+                 only where it is zero
     epochs, train_batch, lr   of the training, by Adam
     draws        noise draws per sample and step
     train_seed   of the initial weights, the order of the samples and the noise of the training
-    as_released  clamp the bottleneck's output at zero whatever ``relu`` says: in the released code
-                 a module of the same name takes the option's place. It changes the logits under
-                 restriction, and through them the training; not what given weights predict.
+    as_released  clamp the bottleneck's output at zero whatever ``relu`` says, because in the released code a
+                 module of the same name hides that option. This changes the logits under noise, and so the
+                 training, but not what given weights predict
 
-    20 epochs are the paper's; train_batch, lr and beta those of the authors' training notebook.
-    That is for ImageNet's 1.2 million training images: a small set needs a larger lr, but one too
-    large throws alpha to its lower limit, where it stays.
+    The 20 epochs are the paper's; train_batch, lr and beta are those of the authors' training notebook. They are
+    for ImageNet's 1.2 million training images. A small set needs a larger lr; but one too large drives
+    alpha to its lower limit, where it stays.
     """
 
     NAME: ClassVar[str] = "attrib.methods.readout.IBAReadout"
@@ -317,6 +327,7 @@ class IBAReadout(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "readouts", tuple(self.readouts))  # YAML has lists
+        _check(self)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -328,13 +339,13 @@ class IBAReadout(Method):
         return ReadoutFit(**{**shared, "relu": self.relu or self.as_released})
 
     def predict(self, model: Classifier, batch: Batch, state: State) -> tuple[Predicted, Reading]:
-        """The bottlenecks themselves, for those who want more than the map."""
+        """The predicted bottlenecks, from which ``attribute`` makes the map, and what they were predicted from."""
         reading = self.fit.read(model, batch.x, state)
         net = {name: weight.to(reading.r) for name, weight in part(state, "net").items()}
         return self.fit.predict(reading, net), reading
 
     def restricted(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Restricted:
-        """The target's loss when only what the map shows may pass, mean over ``draws``."""
+        """The target's loss when only the information that the map shows passes, mean over ``draws``."""
         predicted, reading = self.predict(model, batch, state)
         front, clamp = model.until(self.layer, batch.x), self.fit.relu
         return restrict(model, self.layer, front, predicted.lam, reading.prior, noise, self.draws, batch.target, clamp)

@@ -1,63 +1,53 @@
-"""Means over many random copies of an input: GradientSHAP and RISE.
+"""Means over many random variants of an input: GradientSHAP and RISE.
 
-The copies of a sample are drawn from its own stream, as many at a time as go through the net at
-once, and added up as they come: memory grows neither with their number nor with the batch's.
+The variants of a sample are drawn from its own stream, as many at a time as go through the net at once, and
+added up at once, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.losses import target_score
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 
 Output = Literal["probability", "logit"]
 
 
 def _portions(samples: int, model: Classifier, batch: Batch) -> Iterator[int]:
-    """How many copies of each sample to draw at a time; their sum is ``samples``."""
+    """How many variants of each sample to draw at a time; their sum is ``samples``."""
     while samples > 0:
         portion = min(samples, max(1, model.rows // len(batch)))
         yield portion
         samples -= portion
 
 
-def _check(method: Any, allowed: Mapping[str, tuple[str, ...]]) -> None:
-    name, fields = type(method).__name__, vars(method)
-    for field, values in allowed.items():
-        if fields[field] not in values:
-            raise UserError(f"{name}.{field} is {fields[field]!r}, must be one of {', '.join(values)}")
-    for field in ("samples", "cells"):
-        if fields.get(field, 1) < 1:
-            raise UserError(f"{name}.{field} is {fields[field]}, must be at least 1")
-    for field in ("sigma", "spread"):
-        if fields.get(field, 0) < 0:
-            raise UserError(f"{name}.{field} is {fields[field]}, must not be negative")
-
-
 @dataclass(frozen=True)
 class GradientShap(Method):
     """Expected gradients between noisy inputs and random baselines (Lundberg & Lee, 2017; Erion et al., 2021).
 
-    Of every draw: the input x' = x + noise, a baseline b and a place a, uniform on [0, 1), between
-    them; the map is the mean of (x' - b) times the gradient at b + a (x' - b), as in captum's
-    GradientShap, whose random numbers are numpy's and cannot be a sample's own. It sums, up to the
-    error of the draws, to the mean change of the logit from b to x'.
+    Each draw has a noisy input x' = x + noise, a baseline b and a number a, uniform on [0, 1). The map
+    is the mean of (x' - b) times the gradient at b + a (x' - b), as in captum's GradientShap, which cannot
+    be used here because it takes its random numbers from numpy. The map sums, up to the error of
+    the draws, to the mean change of the logit from b to x'.
 
-    sigma    standard deviation of the noise as a share of each image's range; of a text, the range of its
-             embedded tokens
-    spread   of the baselines b around zero, as the same share. 0: one baseline, the data's mean colour, or
-             the zero vector for every token. Not images of the data set, which make a map depend on it
+    samples   draws
+    sigma     standard deviation of the noise as a share of each image's range, or of the range of a text's
+              embedded tokens
+    spread    standard deviation of the baselines b around zero, as a share of the same range. 0: the only
+              baseline is the data's mean colour, or the zero vector for every token. Baselines are not images of
+              the data set, on which a map would then depend
     """
 
     NAME: ClassVar[str] = "attrib.methods.sampled.GradientShap"
@@ -71,7 +61,9 @@ class GradientShap(Method):
     reduce: Reduce = "sum"
 
     def __post_init__(self) -> None:
-        _check(self, {"reduce": get_args(Reduce)})
+        require(self, "samples", at_least=1)
+        require(self, "sigma", "spread", at_least=0)
+        require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
@@ -96,16 +88,16 @@ class GradientShap(Method):
 
 @dataclass(frozen=True)
 class Rise(Method):
-    """Mean score of randomly masked images that show a pixel (Petsiuk, Das & Saenko, *RISE*, BMVC 2018, section 3).
+    """Mean score of the randomly masked images in which a pixel is visible (Petsiuk, Das & Saenko, *RISE*, BMVC 2018).
 
     A mask is ``cells`` x ``cells`` numbers, each 1 with probability ``keep``, else 0, enlarged
-    bilinearly by one cell more than the image needs and shifted by up to a cell (section 3.2). The
+    bilinearly to one cell more than the image needs and shifted by up to a cell (section 3.2). The
     image is multiplied by it: a hidden pixel is 0, the data's mean colour. The map is the sum of
     score times mask over the masks, divided by their number and ``keep``. Only its differences
-    between pixels mean something: its level is the mean score of all masks.
+    between pixels have a meaning, as its level is the mean score of all masked images.
 
     samples   masks per image. The paper takes 4,000 for VGG-16 and 8,000 for ResNet-50, at 224 pixels
-    cells     7 in the paper
+    cells     along each side of a mask; 7 in the paper
     keep      0.5 in the paper
     output    "probability": softmax of the target (several labels: the mean of the sigmoids of the
               positive ones), as in the paper; or "logit"
@@ -122,9 +114,9 @@ class Rise(Method):
     output: Output = "probability"
 
     def __post_init__(self) -> None:
-        _check(self, {"output": get_args(Output)})
-        if not 0 < self.keep <= 1:
-            raise UserError(f"Rise.keep is {self.keep}, must lie in (0, 1]")
+        require(self, "samples", "cells", at_least=1)
+        require(self, "keep", above=0, at_most=1)
+        require(self, "output", one_of=get_args(Output))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         x, cells = batch.x, self.cells
@@ -134,7 +126,9 @@ class Rise(Method):
             kept = (drawn[..., :-2] < self.keep).to(x).view(-1, cells, cells)
             shift = drawn[..., -2:].view(-1, 2)
 
-            def piece(rows: slice, portion: int = portion, kept: Tensor = kept, shift: Tensor = shift) -> tuple:
+            def piece(
+                rows: slice, portion: int = portion, kept: Tensor = kept, shift: Tensor = shift
+            ) -> tuple[Tensor, Tensor]:
                 sample = torch.arange(rows.start, rows.stop, device=x.device) // portion
                 height, width = (self._enlarge(side, shift[rows, i]) for i, side in enumerate(x.shape[-2:]))
                 mask = height @ kept[rows] @ width.mT
@@ -150,14 +144,14 @@ class Rise(Method):
         """(R,) shifts in cells, [0, 1) -> (R, side, cells): the weight of each cell in each pixel along one axis."""
         cell = -(-side // self.cells)
         pixel = torch.arange(side, device=shift.device) + (shift * cell).floor()[:, None]
-        # The mask is (cells + 1) cells wide, whatever that needs: so much is one pixel of it.
+        # The enlarged mask is cells + 1 cells wide; this is the pixel's place in the small mask.
         place = ((pixel + 0.5) * self.cells / ((self.cells + 1) * cell) - 0.5).clamp(0, self.cells - 1)
         return (1 - (place[..., None] - torch.arange(self.cells, device=shift.device)).abs()).clamp(min=0)
 
     def _score(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(R, K) -> (R,)"""
+        """Logits (R, K), target (R,) or (R, K) -> (R,) the target's score."""
         if self.output == "logit":
             return target_score(logits, target)
         if target.ndim == 1:
-            return target_score(logits.softmax(1), target)
-        return target_score(logits.sigmoid(), target) / target.sum(1).clamp(min=1)
+            return target_score(probabilities(logits), target)
+        return target_score(probabilities(logits, several=True), target) / target.sum(1).clamp(min=1)

@@ -1,49 +1,49 @@
-"""LIME and Kernel SHAP: a linear model of which words (or tiles of an image) are there.
+"""LIME and Kernel SHAP: a linear model of the score, given which words (or tiles of an image) are present.
 
-captum fits the surrogate, one sample at a time; this module gives it masks from each sample's own
-stream, and the net's scores of them, for which the masks of several samples share a pass.
+captum fits this surrogate, one sample at a time. This module gives it masks from each sample's own
+stream and the net's scores of them; masks of several samples go through the net together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from captum import attr
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
+from attrib.methods.parts.unit_scores import Baseline, removed
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 from attrib.units import Units
 
-Baseline = Literal["zero", "mask"]
-
-_BLOCK = 64  # masks drawn at a time, so that long texts do not need much memory; another number is another draw
+_BLOCK = 64  # masks drawn at a time, so that long texts need little memory; with another number the draws differ
 
 
 class Masks(NamedTuple):
-    """Which units are there, in R rows; the rows of a sample lie next to each other."""
+    """R masks; those of a sample lie next to each other."""
 
-    keep: Tensor  # (R, n) bool
+    keep: Tensor  # (R, n) bool: which units are present
     owner: Tensor  # (R,) the sample
-    weight: Tensor  # (R,) in the fit; inf: the surrogate must be exact
+    weight: Tensor  # (R,) in the fit; infinite: the surrogate must be exact there
 
     @classmethod
     def of(cls, keep: Tensor, weight: Tensor, valid: Tensor) -> Masks:
-        """From (B, M, n), (B, M) and, where M differs between samples, (B, M) bool."""
+        """From keep (B, M, n) and weight (B, M); only masks that are ``valid`` (B, M) bool exist."""
         owner = torch.arange(len(keep), device=keep.device)[:, None].expand_as(valid)
         return cls(keep[valid], owner[valid], weight[valid])
 
 
 def _random_subsets(noise: Noise, units: Units, size: Tensor) -> Tensor:
-    """(B, M) sizes -> (B, M, n) bool, each mask a random subset of the units of that size."""
+    """(B, M) sizes -> (B, M, n) bool: for each size a random subset of so many units."""
     blocks = []
     for sizes in size.split(_BLOCK, dim=1):
         score = noise.uniform(sizes.shape[1], units.most, ragged=1).masked_fill(~units.exist, 2.0)
@@ -56,12 +56,15 @@ def _random_subsets(noise: Noise, units: Units, size: Tensor) -> Tensor:
 
 
 def _least_squares(rows: Tensor, values: Tensor) -> Tensor:
-    """The smallest of the best solutions: few masks may leave the units' values open."""
+    """The best solution; of several, as when there are few masks, the one with the smallest norm."""
     return torch.linalg.lstsq(rows, values[:, None], driver="gelsd").solution[:, 0]
 
 
 def ridge(keep: Tensor, scores: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """(M, n), (M,), (M,) -> (n,): minimises sum of weight (score - intercept - keep . b)^2 + alpha |b|^2."""
+    """The b (n,) that minimises the sum of weight (score - intercept - keep . b)^2, plus alpha |b|^2.
+
+    keep (M, n), scores (M,), weight (M,).
+    """
     share, root = (weight / weight.sum())[:, None], weight.sqrt()[:, None]
     rows, values = root * (keep - (share * keep).sum(0)), root[:, 0] * (scores - (share[:, 0] * scores).sum())
     n = keep.shape[1]
@@ -71,10 +74,10 @@ def ridge(keep: Tensor, scores: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 
 def shapley(keep: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
-    """(M, n), (M,), (M,) -> (n,): weighted least squares that is exact with all units and with none.
+    """(n,): values by weighted least squares that are exact for the masks of all units and of none.
 
-    Those two masks have an infinite weight. The values' sum is fixed by them; what is left is fitted
-    in the plane of the vectors that sum to zero.
+    Those two, whose weight is infinite, determine the sum of the values; the remainder is fitted among
+    the vectors that sum to zero. keep (M, n), scores (M,), weight (M,).
     """
     full, empty = keep.all(1), ~keep.any(1)
     change = scores[full][0] - scores[empty][0]
@@ -85,13 +88,14 @@ def shapley(keep: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Surrogate:
-    """An interpretable model as captum's LIME wants it."""
+    """An interpretable model as captum's LIME expects it."""
 
     def __init__(self, solve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         self.solve, self.found = solve, torch.empty(0)
 
     def fit(self, data: DataLoader) -> None:
-        # Not by iterating over the loader, which draws from torch's global generator.
+        # Iterating over the loader would draw from torch's global generator.
+        assert isinstance(data.dataset, TensorDataset)
         self.found = self.solve(*(t.double() for t in data.dataset.tensors))
 
     def representation(self) -> Tensor:
@@ -99,7 +103,7 @@ class _Surrogate:
 
 
 def _fit(keep: Tensor, scores: Tensor, weight: Tensor, solve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """captum's LIME on masks whose scores are known: its "inputs" are the masks' numbers."""
+    """captum's LIME on masks whose scores are known: what it takes for inputs are the numbers of the masks."""
 
     def numbers(_: Tensor, **kwargs: Any) -> Iterator[Tensor]:
         yield from torch.arange(len(keep)).split(1)
@@ -121,7 +125,7 @@ def _fit(keep: Tensor, scores: Tensor, weight: Tensor, solve: Callable[[Tensor, 
 
 @dataclass(frozen=True)
 class _Removal(Method):
-    """What both have in common; their ``masks`` and ``solve`` differ."""
+    """What LIME and Kernel SHAP have in common; they differ in ``masks`` and ``solve``."""
 
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -130,17 +134,16 @@ class _Removal(Method):
     tiles: int = 7
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.baseline not in get_args(Baseline):
-            raise UserError(f"{name}.baseline is {self.baseline!r}, must be one of {', '.join(get_args(Baseline))}")
-        for field, least in (("samples", 2), ("tiles", 1)):
-            if vars(self)[field] < least:
-                raise UserError(f"{name}.{field} is {vars(self)[field]}, must be at least {least}")
+        require(self, "samples", at_least=2)
+        require(self, "baseline", one_of=get_args(Baseline))
+        require(self, "tiles", at_least=1)
 
     def masks(self, units: Units, noise: Noise) -> Masks:
+        """The masks of all samples, each sample's from its own stream."""
         raise NotImplementedError
 
     def solve(self, keep: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
+        """Masks (M, n), scores (M,) and weights (M,) of one sample -> (n,) values of its units."""
         raise NotImplementedError
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
@@ -148,33 +151,26 @@ class _Removal(Method):
         inputs, masks = Inputs.of(model, batch), self.masks(units, noise)
         values = torch.zeros(len(batch), units.most, dtype=torch.float64)
         if len(masks.owner):  # a batch of texts may have no word at all
-            scores = self._scores(model, inputs, self._removed(model, batch, inputs), units, masks).cpu().double()
+            without = removed(model, batch, inputs, self.baseline, type(self).__name__)
+            scores = self._scores(model, inputs, without, units, masks).cpu().double()
             rows = torch.bincount(masks.owner, minlength=len(batch)).tolist()
             parts = (t.cpu().split(rows) for t in (masks.keep, scores, masks.weight))
             for i, (n, keep, score, weight) in enumerate(zip(units.n.tolist(), *parts, strict=True)):
                 if n > 0:
-                    # captum keeps scores in float32, so it gets their differences to that of the whole sample.
+                    # captum keeps scores in float32, so it gets only their differences from the whole sample's.
                     values[i, :n] = _fit(keep[:, :n], score - score[keep[:, :n].all(1)][0], weight, self.solve)
         return {"map": units.spread(values.to(inputs.x))}
 
-    def _removed(self, model: Classifier, batch: Batch, inputs: Inputs) -> Tensor:
-        """(B, *input) with every unit removed."""
-        if self.baseline == "zero":
-            return torch.zeros_like(inputs.x)
-        if batch.words is None:
-            raise UserError(f"{type(self).__name__}.baseline is 'mask', a token of texts; images have only 'zero'")
-        return model.until(EMBEDDING, torch.where(batch.words >= 0, model.module.mask_id, batch.x)).z
-
     @staticmethod
-    def _scores(model: Classifier, inputs: Inputs, removed: Tensor, units: Units, masks: Masks) -> Tensor:
-        """(R,) the target's score of every mask."""
+    def _scores(model: Classifier, inputs: Inputs, without: Tensor, units: Units, masks: Masks) -> Tensor:
+        """(R,) the target's score under every mask; ``without`` (B, *input) has every unit removed."""
         flat, channels = units.of.flatten(1), 1 if inputs.mask is None else -1
 
         def piece(rows: slice) -> Tensor:
             at = masks.owner[rows]
             there = masks.keep[rows].gather(1, flat[at].clamp(min=0)) | (flat[at] < 0)
             there = there.view(-1, *units.of.shape[1:]).unsqueeze(channels)
-            x = torch.where(there, inputs.x[at], removed[at])
+            x = torch.where(there, inputs.x[at], without[at])
             return inputs.score()(x, *(t[at] for t in (inputs.target, *inputs.rest)))
 
         with torch.no_grad():
@@ -185,17 +181,17 @@ class _Removal(Method):
 class Lime(_Removal):
     """Weights of a ridge regression around the sample (Ribeiro, Singh & Guestrin, 2016, eq. 1 and 2).
 
-    Each mask removes r units, r uniform on 1 .. n, which ones at random (their section 3.3); the first
-    mask removes none. Mask z counts exp(-d^2 / (2 width^2)), d the cosine distance of z and the mask of
-    ones. The map shares a word's weight equally among its tokens, a tile's among its pixels.
+    Each mask removes r random units, where r is uniform on 1 .. n (their section 3.3); the first mask
+    removes none. The weight of a mask is exp(-d^2 / (2 kernel_width^2)), where d is its cosine distance from
+    the mask of ones. The map divides a word's weight equally among its tokens, a tile's among its pixels.
 
     samples        masks
-    kernel_width   0.25, of distances from 0 to 1, is what the authors' program uses for images, and for
+    kernel_width   0.25, for distances from 0 to 1, is what the authors' program uses for images, and for
                    texts too, where it calls it 25 of 100; the paper's sigma is sqrt(2) times this
-    alpha          of the penalty alpha |weights|^2 in the place of the paper's Omega; 1 is that of the program
-    baseline       in the place of a removed word: "zero" vector, or the net's "mask" token. Special tokens
-                   stay. Images: zero, the data's mean colour
-    tiles          of images: tiles along each side
+    alpha          factor of the penalty alpha |weights|^2, which replaces the paper's Omega; 1 in the program
+    baseline       what replaces a removed word: the "zero" vector, or the net's "mask" token. Special tokens
+                   always stay. Images have only zero, the data's mean colour
+    tiles          along each side of an image
     """
 
     NAME: ClassVar[str] = "attrib.methods.surrogates.Lime"
@@ -206,10 +202,8 @@ class Lime(_Removal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel_width <= 0:
-            raise UserError(f"Lime.kernel_width is {self.kernel_width}, must be above 0")
-        if self.alpha < 0:
-            raise UserError(f"Lime.alpha is {self.alpha}, must not be negative")
+        require(self, "kernel_width", above=0)
+        require(self, "alpha", at_least=0)
 
     def masks(self, units: Units, noise: Noise) -> Masks:
         n = units.n[:, None]
@@ -227,15 +221,15 @@ class Lime(_Removal):
 class KernelShap(_Removal):
     """Shapley values by weighted least squares (Lundberg & Lee, 2017, theorem 2).
 
-    All 2^n masks with the Shapley kernel where ``samples`` allows it (then the values are exact), else
-    ``samples`` of them: all units, none, and pairs of a mask and its complement, of sizes drawn from
-    the kernel. The map sums to the change of the logit from "all units removed" to the sample; it
-    shares a word's value equally among its tokens, a tile's among its pixels.
+    If ``samples`` allows it, all 2^n masks are used, weighted by the Shapley kernel, and the values are exact.
+    Otherwise ``samples`` of them: all units, none, and pairs of a mask and its complement, whose sizes are
+    drawn from the kernel. The map sums to the change of the logit from "all units removed" to the sample. It
+    divides a word's value equally among its tokens, a tile's among its pixels.
 
-    samples    masks; fewer than units leave the values open, and the smallest that fit are taken
-    baseline   in the place of a removed word: "zero" vector, or the net's "mask" token. Special tokens stay.
-               Images: zero, the data's mean colour
-    tiles      of images: tiles along each side
+    samples    masks; if there are fewer than units, the values that fit are not unique and the smallest are taken
+    baseline   what replaces a removed word: the "zero" vector, or the net's "mask" token. Special tokens always
+               stay. Images have only zero, the data's mean colour
+    tiles      along each side of an image
     """
 
     NAME: ClassVar[str] = "attrib.methods.surrogates.KernelShap"
@@ -256,7 +250,7 @@ class KernelShap(_Removal):
 
     @staticmethod
     def _kernel(n: Tensor, k: Tensor) -> Tensor:
-        """Weight of a mask of k among n units: (n - 1) / (C(n, k) k (n - k)); infinite at 0 and n."""
+        """Weight of a mask of k of n units: (n - 1) / (C(n, k) k (n - k)); infinite for k = 0 and k = n."""
         combinations = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
         return (n - 1) / (combinations.exp() * k * (n - k))
 

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, and what it takes at its peak, on a GPU or on the machine."""
+"""The memory that this process may still take, and its peak: of a GPU by torch, of the machine by /proc."""
 
 from __future__ import annotations
 

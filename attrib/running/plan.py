@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,7 @@ def spec_of(plan: Plan) -> dict[str, Any]:
         "state_key": plan.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
+        "exam": None if experiment.model.exam is None else keys.spec(asdict(experiment.model.exam)),
         "layers": experiment.layers,
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),

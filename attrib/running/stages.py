@@ -171,7 +171,7 @@ class Stage(ABC):
 
 
 class Maps(Stage):
-    """The maps, extras and documents of each sample. ``state`` fits the method when it is first called."""
+    """The maps, extras and documents of each sample. ``state()``: the fitted state, fitted when asked for."""
 
     def __init__(self, shared: Shared, state: Callable[[], State]) -> None:
         plan, self.state = shared.plan, state
@@ -270,8 +270,7 @@ class Scores(Stage):
         return list(self._targets)
 
     def begin(self, todo: Sequence[str]) -> Samples:
-        metric = self._metric
-        _describe(self._rows, self.name, keys.spec(metric), metric.COLUMNS, metric.CURVES)
+        _describe(self._rows, self.name, keys.spec(self._metric), self._metric.COLUMNS, self._metric.CURVES)
         self._looked = time.monotonic()
         return self.plan.experiment.stored_samples(todo, self.shared.options.read)
 

@@ -1,1 +1,1 @@
-"""What several methods are made of; no method of its own."""
+"""What methods are made of. No module here defines a method."""

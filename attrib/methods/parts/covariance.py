@@ -1,4 +1,4 @@
-"""Covariance of the data, fitted once: what the noise of functional information looks like."""
+"""The covariance of the noise of functional information: each sample's own variance, or fitted to the data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.fit import FitData, Partial, State
-from attrib.methods.parts.covariance_moments import ONE_LABEL, CoMoments, Rows, Sketch, check_rows, check_spread
+from attrib.checks import require
+from attrib.fit import Fit, FitData, Partial, State
+from attrib.methods.parts.covariance_moments import ONE_LABEL, CoMoments, Observations, Sketch, check_rows, check_spread
 from attrib.methods.parts.covariance_operators import Dense, Groups, LowRank, Operator, Scale
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier
@@ -21,36 +22,37 @@ Kind = Literal[
     "auto", "sample", "sample_channels", "scalar", "channels", "diagonal", "matrix", "stack", "full", "low_rank"
 ]
 UNFITTED = ("sample", "sample_channels")
+SQUARES: dict[Kind, Literal["shared", "each"]] = {"matrix": "shared", "stack": "each", "full": "shared"}
 LARGEST = 2**27  # numbers in the matrices of a state: 1 GiB, and as much again for their factors
-_MORE = 10  # columns of the sketch beyond the rank (Halko, Martinsson & Tropp, 2011)
+_MORE = 10  # columns that the sketch has beyond the rank (Halko, Martinsson & Tropp, 2011)
 
 
 @dataclass(frozen=True)
-class Covariance:
-    """Which covariance, and how it is estimated; a ``Fit`` unless it is each sample's own variance.
+class Covariance(Fit):
+    """Which covariance, and how it is estimated. Each sample's own variance (``sample...``) needs no fit.
 
-    kind        sample           one variance of each sample's own numbers (the released code's None)
-                sample_channels  one per channel of each sample, or per token of a text (its per_channel)
-                scalar           one variance: the mean over features
+    kind        sample           one variance: that of the sample's own numbers (the released code's None)
+                sample_channels  the same of each channel, or of each token of a text (its per_channel)
+                scalar           one variance for all samples: the mean over features
                 channels         one per channel (C,); of texts one per number of the embedding (E,)
-                diagonal         one per feature, (C, H, W); texts as ``channels``
+                diagonal         one per feature, (C, H, W); of texts like ``channels``
                 matrix           (H W, H W), the same for all channels; of texts (E, E), the same for all tokens
                 stack            a matrix (H W, H W) for each channel; not of texts
                 full             all features together, (C H W, C H W); not of texts
                 low_rank         ``rank`` directions and a diagonal that keeps every variance as it is, over the
                                  features of ``full``; of texts over the E numbers of a token
                 auto             low_rank; of texts matrix
-    per_class   one for the samples of each target class, about its own mean
-    rank        of low_rank, at most; samples - 1 if that is less
+    per_class   a covariance for each target class, of its samples and about their mean
+    rank        of low_rank: directions at most; never more than samples - 1
     passes      of low_rank: how often the data is read. Subspace iteration and the Nystrom approximation of
                 the last pass (Halko, Martinsson & Tropp, 2011, section 5.4); exact where rank >= samples - 1
-    shrinkage   0 .. 1: (1 - s) S + s t 1 with t the mean variance (Ledoit & Wolf, 2004)
-    jitter      t times this is added to the diagonal. A matrix from fewer samples than features has no
-                Cholesky factor without
+    shrinkage   s, 0 .. 1: S becomes (1 - s) S + s t 1, with t the mean variance (Ledoit & Wolf, 2004)
+    jitter      t times this is added to the diagonal. Without it a matrix from fewer samples than features
+                has no Cholesky factor
 
-    Every feature is taken about its own mean, with ddof 1. Of texts each real token is one observation.
-    Memory: matrices F x F in float64, twice (at most 1 GiB each, beyond which ``low_rank`` is asked for);
-    low_rank about 4 F (rank + 10) numbers: 350 MiB at 3 x 224 x 224 and rank 64, and nothing per sample.
+    Every feature has its own mean subtracted, with ddof 1. Of texts each real token is one observation.
+    Memory: two matrices F x F in float64, of at most 1 GiB each (larger ones are refused: take ``low_rank``);
+    low_rank has about 4 F (rank + 10) numbers, 350 MiB at 3 x 224 x 224 and rank 64, and nothing per sample.
     """
 
     NAME: ClassVar[str] = "attrib.methods.covariance.Covariance"
@@ -64,16 +66,12 @@ class Covariance:
     jitter: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UserError(f"Covariance.kind is {self.kind!r}, must be one of {', '.join(get_args(Kind))}")
-        for field in ("rank", "passes"):
-            if getattr(self, field) < 1:
-                raise UserError(f"Covariance.{field} is {getattr(self, field)}, must be at least 1")
-        if not 0 <= self.shrinkage <= 1:
-            raise UserError(f"Covariance.shrinkage is {self.shrinkage}, must be between 0 and 1")
-        if self.jitter < 0 or (self.jitter == 0 and self.shrinkage == 0 and self.kind in ("auto", "low_rank")):
-            least = "above 0 for low_rank without shrinkage" if self.jitter == 0 else "at least 0"
-            raise UserError(f"Covariance.jitter is {self.jitter}, must be {least}")
+        require(self, "kind", one_of=get_args(Kind))
+        require(self, "rank", "passes", at_least=1)
+        require(self, "shrinkage", at_least=0, at_most=1)
+        require(self, "jitter", at_least=0)
+        if self.jitter == self.shrinkage == 0 and self.kind in ("auto", "low_rank"):
+            raise UserError(f"Covariance.jitter is {self.jitter}, must be above 0 for low_rank without shrinkage")
         if self.per_class and self.kind in UNFITTED:
             raise UserError(f"Covariance.per_class needs a covariance of the data, not kind={self.kind}")
 
@@ -87,6 +85,7 @@ class Covariance:
 
     @property
     def fitted(self) -> bool:
+        """Whether it is estimated from data; otherwise it is each sample's own variance."""
         return self.kind not in UNFITTED
 
     def _kind(self, text: bool) -> Kind:
@@ -99,19 +98,23 @@ class Covariance:
     # ---- estimation -----------------------------------------------------------------------------
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        """variance (K, ...), or covariance and factor (K, G, F, F), or rest (K, F), basis (K, F, r), gain (K, r).
+        """The state, in float64; K is the number of classes, or 1 without ``per_class``.
 
-        And classes (K,) and n (K,), the observations of each; without ``per_class`` K is 1. float64.
+        By kind: ``variance`` (K, ...); or ``covariance`` and its Cholesky ``factor``, (K, G, F, F); or ``rest``
+        (K, F), ``basis`` (K, F, r) and ``gain`` (K, r), see ``LowRank``. Always ``classes`` (K,), -1 without
+        ``per_class``, and ``n`` (K,), the observations of each.
+
+        Raises UserError for an estimation set that is too small, does not vary, or needs too much memory.
         """
         if not self.fitted:
             raise UserError(f"Covariance.kind={self.kind} is not fitted")
         first = next(iter(data), None)
         text = first is not None and first.mask is not None
         kind = self._kind(text)
-        rows = Rows(model, data, self.per_class, whole=kind in ("full", "low_rank"), report=report)
+        rows = Observations(model, data, self.per_class, whole=kind in ("full", "low_rank"), report=report)
         if kind == "low_rank":
             return self._low_rank(rows)
-        squares = {"matrix": "shared", "stack": "each", "full": "shared"}.get(kind)
+        squares = SQUARES.get(kind)
         moments: dict[int, CoMoments] = {}
         for label, x in rows:
             if squares is not None and label not in moments:
@@ -131,7 +134,7 @@ class Covariance:
         return {**self._factorised(matrix, about["n"]), **about}
 
     def given(self, covariance: Tensor) -> State:
-        """The state of a covariance that is known: (), (C,), (C, H, W), (F, F) or (G, F, F), as ``kind`` says."""
+        """The state of a known covariance of the shape of ``kind``: (), (C,), (C, H, W), (F, F) or (G, F, F)."""
         about = {"classes": torch.tensor([-1]), "n": torch.tensor([0])}
         covariance = covariance.to(torch.float64)[None]
         if self.kind in ("scalar", "channels", "diagonal"):
@@ -151,7 +154,7 @@ class Covariance:
         return (1 - self.shrinkage) * found + (self.shrinkage + self.jitter) * mean
 
     def _factorised(self, matrix: Tensor, n: Tensor) -> State:
-        """matrix (K, G, F, F), shrunk; and its Cholesky factor."""
+        """``covariance`` (K, G, F, F), which is ``matrix`` after shrinkage, and its Cholesky ``factor``."""
         mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
         check_spread(mean)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -173,7 +176,7 @@ class Covariance:
                 f"{numbers * 8 / 2**30:.1f} GiB, more than {LARGEST * 8 / 2**30:.0f}; take kind=low_rank"
             )
 
-    def _low_rank(self, rows: Rows) -> State:
+    def _low_rank(self, rows: Observations) -> State:
         q: dict[int, Tensor] = {}
         sketches: dict[int, Sketch] = {}
         for step in range(self.passes):
@@ -201,10 +204,10 @@ class Covariance:
         }
 
     def _nystrom(self, sketch: Sketch) -> tuple[Tensor, Tensor, Tensor]:
-        """rest (F,), basis (F, r), gain (r,), see ``LowRank``.
+        """rest (F,), basis (F, r) and gain (r,), see ``LowRank``.
 
-        The approximation is below the covariance in every direction, so what is left of each variance for
-        the diagonal is never negative (Nystrom; Tropp et al., 2017).
+        The Nystrom approximation is below the covariance in every direction, so that what remains of each
+        variance for the diagonal is never negative (Tropp et al., 2017).
         """
         product, variance = sketch.result()
         columns = min(product.shape[1], sketch.n - 1)
@@ -218,7 +221,7 @@ class Covariance:
         value, vector = torch.linalg.eigh(half.T @ half)
         half = half @ vector[:, value > value[-1] * 1e-10][:, -self.rank :]
         rest = variance - half.square().sum(1)
-        rest = rest.where(rest > 1e-10 * mean, 0)  # below that it is rounding, which the jitter would magnify
+        rest = rest.where(rest > 1e-10 * mean, 0)  # less is a rounding error, which the jitter would magnify
         rest = (1 - self.shrinkage) * rest + (self.shrinkage + self.jitter) * mean
         half = half * (1 - self.shrinkage) ** 0.5
         if not half.any():
@@ -258,11 +261,11 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Spread:
-    """The covariances of B samples.
+    """The covariances of B samples: each sample's own variance, or an operator that was fitted.
 
-    index       (B,) which operator is a sample's
-    operators   of the data, one per class
-    own         or each sample's own variance, broadcasts to (B, *x)
+    index       (B,) the number of each sample's operator
+    operators   one for each class that the state has; none if ``own`` is given
+    own         each sample's own variance, which broadcasts to (B, *x); None if there are operators
     """
 
     index: Tensor
@@ -271,14 +274,15 @@ class Spread:
 
     @property
     def independent(self) -> bool:
+        """See ``Operator.independent``."""
         return self.own is not None or self.operators[0].independent
 
     def apply(self, v: Tensor, at: Tensor) -> Tensor:
-        """The covariance times v (b, ..., *x) of the samples ``at`` (b,)."""
+        """v (b, ..., *x) -> the covariance of each sample in ``at`` (b,) times its v."""
         return self._each(lambda operator, part: operator.apply(part), v, at)
 
     def sample(self, eps: Tensor, at: Tensor) -> Tensor:
-        """(b, ..., *x) standard normal -> with the covariance of the samples ``at`` (b,)."""
+        """Standard normal (b, ..., *x) -> normal with the covariances of the samples ``at`` (b,)."""
         return self._each(lambda operator, part: operator.sample(part), eps, at)
 
     def _each(self, do: Callable[[Operator, Tensor], Tensor], v: Tensor, at: Tensor) -> Tensor:
@@ -294,18 +298,18 @@ class Spread:
 
 
 def _columns(features: int, columns: int, device: torch.device) -> Tensor:
-    """(F, k) orthonormal, the same at every call."""
+    """(F, k) random orthonormal columns, the same at every call."""
     noise = Noise(["covariance"], device=device, dtype=torch.float64)
     return torch.linalg.qr(noise.normal(features, min(columns, features))[0])[0]
 
 
 def _widened(value: Tensor, size: int) -> Tensor:
-    """With more columns of zeros; a direction of gain 0 is none."""
+    """(..., r) -> (..., size), filled up with zeros: a direction whose gain is 0 has no effect."""
     return torch.nn.functional.pad(value, (0, size - value.shape[-1]))
 
 
 def _own_variance(kind: Kind, inputs: Inputs) -> Tensor:
-    """(B, 1, ...) or, per channel or token, (B, C, 1, ...), unbiased."""
+    """The unbiased variance of each sample, (B, 1, ...), or of each of its channels or tokens, (B, C, 1, ...)."""
     x, mask = inputs.x, inputs.mask
     if kind == "sample_channels":
         if x.ndim < 3:
@@ -322,7 +326,7 @@ def _own_variance(kind: Kind, inputs: Inputs) -> Tensor:
 
 
 def _operator(kind: Kind, text: bool, shape: tuple[int, ...], state: State, k: int) -> Operator:
-    """The operator of class number k. Raises KeyError, RuntimeError or ValueError for a state of something else."""
+    """The operator of class number k. Raises KeyError, RuntimeError or ValueError if the state does not fit."""
     if kind in ("scalar", "channels", "diagonal"):
         variance = state["variance"][k]
         if kind == "channels" and not text:

@@ -1,7 +1,7 @@
-"""Streaming sums over a data set from which covariances are made.
+"""Streaming sums over a data set, from which covariances are computed.
 
-Sums are kept in float64 and do not depend on how the data is cut: they are merged with the update of Chan,
-Golub & LeVeque (1979), or taken about the first row.
+They are in float64 and do not depend on how the data is divided into batches: moments are merged by the update
+of Chan, Golub & LeVeque (1979); the sums of a ``Sketch`` are taken about its first row.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ ONE_LABEL = "Covariance.per_class needs one label per sample; these have several
 
 
 class CoMoments:
-    """Streaming mean (C, F) and sums of squares about it of rows (C, F).
+    """Streaming mean (C, F) of rows (C, F), and the sums ``m2`` of products of deviations from it.
 
-    squares   None: of every number, (C, F); "shared": a matrix (1, F, F), summed over C; "each": (C, F, F)
+    squares   None: only the square of each number, (C, F); "shared": one matrix (1, F, F), summed over C;
+              "each": a matrix for each channel, (C, F, F)
     """
 
     def __init__(self, squares: Literal["shared", "each"] | None) -> None:
@@ -52,7 +53,7 @@ class CoMoments:
 
 
 class Sketch:
-    """Streaming product of the covariance of rows (F,) with the columns of q (F, k), and its diagonal."""
+    """Streaming product of a covariance with the columns of q (F, k), and its diagonal, from rows (F,)."""
 
     def __init__(self, q: Tensor) -> None:
         self.n, self.q = 0, q
@@ -72,19 +73,25 @@ class Sketch:
         self.n += len(x)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """The product (F, k) and the variances (F,)."""
+        """The product (F, k) and the variances (F,), with ddof 1."""
         mean = self._sum / self.n
         product = self._product - self.n * mean[:, None] * (mean @ self.q)
         return product / (self.n - 1), ((self._squares - self.n * mean**2) / (self.n - 1)).clamp(min=0)
 
 
-class Rows:
-    """The observations of a data set, as often as they are asked for: (class or -1, rows (n, C, F)).
+class Observations:
+    """The observations of a data set; each iteration reads it anew and gives pairs (class or -1, rows (n, C, F)).
 
-    whole   all features together, (n, 1, C F). Of texts a row is a real token, (n, 1, E).
+    Of texts a row is a real token, (n, 1, E).
+
+    per_class   the rows of each class by themselves; otherwise the class is given as -1
+    whole       all features of an image or sound together, (n, 1, C F)
+    report      see ``Fit.run``
     """
 
-    def __init__(self, model: Classifier, data: FitData, per_class: bool, whole: bool, report: Callable) -> None:
+    def __init__(
+        self, model: Classifier, data: FitData, per_class: bool, whole: bool, report: Callable[[str], None]
+    ) -> None:
         self.model, self.data, self.per_class, self.whole, self.report = model, data, per_class, whole, report
         self.shape: tuple[int, ...] = ()  # of an image or sound
 
@@ -110,6 +117,7 @@ class Rows:
 
 
 def check_rows(counts: dict[int, int], per_class: bool) -> None:
+    """Raises UserError unless there are at least two observations (of each class: ``counts`` is by class)."""
     few = [label for label, n in counts.items() if n < 2]
     if few or not counts:
         of = f" of each class, and class {few[0]} has {counts[few[0]]}" if per_class and few else ""
@@ -117,7 +125,7 @@ def check_rows(counts: dict[int, int], per_class: bool) -> None:
 
 
 def check_spread(variance: Tensor) -> None:
-    """Raises UserError for numbers that never vary, or are not finite."""
+    """Raises UserError if a variance is zero or not finite."""
     if not variance.isfinite().all():
         raise UserError("the covariance has NaN or infinite values: so has a sample of the estimation set")
     if not (variance > 0).all():

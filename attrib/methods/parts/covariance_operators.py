@@ -1,14 +1,14 @@
-"""A covariance as an operator: what it does to a vector, its square root, and what it is given the rest.
+"""A covariance as an operator: its product with a vector, draws from it, and its conditional on the other places.
 
-The numbers of a sample, x (*x), are seen as groups of features, (G, F), and every operator acts on each
-group alone:
+The numbers of a sample, of shape (*x), are taken as G groups of F features, and an operator acts on each group
+separately:
 
     kind                          images (C, H, W), sounds (C, L)    texts (T, E)
-    scale (one number a feature)  any                                any
+    scale (a number per feature)  any                                any
     matrix, stack                 C groups of H * W places           T groups of E numbers
     full, low_rank                one group of all C * H * W         T groups of E numbers
 
-Values may have any dimensions in front: they are (..., *x).
+Any dimensions may stand in front of those of a sample: values are (..., *x).
 """
 
 from __future__ import annotations
@@ -25,30 +25,35 @@ Quadratic = Callable[[Tensor], Tensor]  # (..., *x) -> (...)
 
 
 class Operator(Protocol):
-    """A covariance of one sample's numbers."""
+    """The covariance of one sample's numbers."""
 
-    independent: bool  # whether places are independent of each other: given the rest, they are as without it
+    @property
+    def independent(self) -> bool:
+        """Whether places are independent of each other, so that knowing the others says nothing about a place."""
+        ...
 
     def apply(self, v: Tensor) -> Tensor:
         """(..., *x) -> the covariance times v."""
         ...
 
     def sample(self, eps: Tensor) -> Tensor:
-        """(..., *x) standard normal -> normal with this covariance."""
+        """Standard normal numbers (..., *x) -> normal ones with this covariance."""
         ...
 
     def conditional(self, places: Tensor) -> Quadratic:
-        """v -> v_A' S v_A for A the numbers at these places, (m,) into the flattened (*places).
+        """The quadratic form v -> v_A' S v_A, where A are the numbers at these places.
 
-        S is the covariance of A given all other numbers: the Schur complement S_AA - S_AR S_RR^-1 S_RA,
-        which is the inverse of A's part of the precision matrix. Only where places depend on each other.
+        places   (m,) indices into the flattened (*places)
+
+        S is the covariance of A given all other numbers R: the Schur complement S_AA - S_AR S_RR^-1 S_RA,
+        which is the inverse of A's block of the precision matrix. Only where places depend on each other.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Independent numbers. variance: broadcasts to (..., *x)."""
+    """Independent numbers. ``variance`` broadcasts to (..., *x)."""
 
     variance: Tensor
     independent: bool = True
@@ -65,11 +70,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Groups:
-    """How (*x) is (G, F).
+    """How the numbers of a sample (*x) form G groups of F features.
 
-    shape   of x without the samples
-    split   how many of its dimensions are groups: 1, or 0 for a single group
-    places  how many places x has; F is one channel's places, or all channels' one after another
+    shape   (*x)
+    split   how many of its first dimensions number the groups: 1, or 0 for a single group
+    places  how many places x has; the F features are one channel's places, or those of all channels in turn
     """
 
     shape: tuple[int, ...]
@@ -82,6 +87,7 @@ class Groups:
         return v.reshape(*lead, *(self.shape[:1] if self.split else (1,)), -1)
 
     def back(self, v: Tensor) -> Tensor:
+        """(..., G, F) -> (..., *x)"""
         return v.reshape(*v.shape[:-2], *self.shape)
 
     def features(self, places: Tensor, n: int) -> Tensor:
@@ -92,7 +98,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Dense:
-    """A matrix for all groups, or one for each. matrix, factor: (1 or G, F, F), matrix = factor factor'."""
+    """One matrix for all groups, or one for each; ``matrix`` = ``factor`` ``factor``', both (1 or G, F, F)."""
 
     groups: Groups
     matrix: Tensor

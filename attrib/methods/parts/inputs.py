@@ -1,7 +1,7 @@
-"""What captum's methods are computed on: an image or a sound itself, or the embedded tokens of a text.
+"""The input that gradient methods explain: an image or a sound itself, or the embedded tokens of a text.
 
-Token ids have no gradient and no zero. So for texts the input is the output of the layer with role
-"embedding", and the net is what follows it; the methods then read the same for all.
+Token ids have neither a gradient nor a zero. So for a text the input is the output of the layer with role
+"embedding", and the net is what follows that layer; methods then need not tell images from texts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Reduce = Literal["sum", "abs_sum", "abs_max"]
 
 
 class _Score(nn.Module):
-    """(x, target, *rest) -> the target's score, as a module, because captum hooks modules."""
+    """(x, target, *rest) -> (N,) the target's score. A module, because captum puts hooks on modules."""
 
     def __init__(self, net: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Score(nn.Module):
 
 @contextmanager
 def _captum() -> Iterator[None]:
-    """captum runs on inputs that need gradients, and warns of its own hooks at every call."""
+    """Gradients on, which captum needs, and warnings off: it warns of its own hooks at every call."""
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         yield
@@ -46,13 +46,13 @@ def _captum() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """B samples as the input of a net.
+    """B samples, and the net that takes them as its input.
 
     x       (B, C, *places), which are (H, W) of images and (L,) of sounds, or (B, T, E) embedded tokens
     target  (B,) or (B, K), as in ``Batch``
-    net     (x, *rest) -> logits; gradients flow
-    rest    what else the net needs, B rows each: captum's additional arguments, which it repeats
-            in the order in which it repeats x
+    net     (x, *rest) -> logits (B, K), differentiable
+    rest    what else the net needs, tensors of B rows: captum gets them as additional arguments, and repeats
+            them as it repeats x
     mask    (B, T) bool, True on real tokens; None for images and sounds
     """
 
@@ -66,6 +66,7 @@ class Inputs:
     def of(cls, model: Classifier, batch: Batch) -> Inputs:
         """Raises UserError for a text net whose embedding is not one vector per token."""
         if batch.mask is None:
+            model.examine(batch.x)
             return cls(batch.x, batch.target, model.module)
         front = model.until(EMBEDDING, batch.x)
         if front.z.ndim != 3 or front.z.shape[:2] != batch.x.shape:
@@ -76,11 +77,11 @@ class Inputs:
         return cls(front.z, batch.target, model.rear(EMBEDDING), front.rest, batch.mask)
 
     def score(self) -> nn.Module:
-        """What captum explains: (x, *args) -> (N,) the target's score."""
+        """What captum explains: (x, *args) -> (N,) the target's score; see ``args``."""
         return _Score(self.net)
 
     def args(self, samples: slice) -> tuple[Tensor, ...]:
-        """captum's additional arguments of these samples."""
+        """The additional arguments that captum passes on to ``score`` for these samples."""
         return tuple(t[samples] for t in (self.target, *self.rest))
 
     def chunked(
@@ -90,7 +91,10 @@ class Inputs:
         cost: int = 1,
         least: int | None = None,
     ) -> Tensor:
-        """``explain(x, args, samples)`` over pieces of the batch that fit the model's row limit."""
+        """``explain(x, args, samples)`` over pieces of the batch that keep to the model's row limit.
+
+        ``cost`` and ``least``: see ``Classifier.chunked``.
+        """
 
         def piece(samples: slice) -> Tensor:
             with _captum():
@@ -100,7 +104,7 @@ class Inputs:
 
     @torch.no_grad()
     def scores(self, model: Classifier, x: Tensor) -> Tensor:
-        """(N, *input) -> (N,) the target's score. N is a multiple of B: all samples, all samples again, ..."""
+        """(N, *input) -> (N,) the target's score; rows i, i + B, i + 2B, ... belong to sample i."""
 
         def piece(rows: slice) -> Tensor:
             at = torch.arange(rows.start, rows.stop, device=x.device) % len(self.x)
@@ -109,16 +113,16 @@ class Inputs:
 
         return model.chunked(piece, len(x))
 
-    # ---- padding, which must neither count nor matter ---------------------------------------
+    # ---- padding must not change a number --------------------------------------------------
 
     def real(self, value: Tensor) -> Tensor:
-        """(B, T, ...) with zeros on padding; images and sounds unchanged."""
+        """The same with zeros on the padding of texts (B, T, ...); images and sounds unchanged."""
         if self.mask is None:
             return value
         return value.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (value.ndim - 2)), 0)
 
     def reduce(self, attribution: Tensor, how: Reduce) -> Tensor:
-        """(B, C, *places) -> (B, *places); (B, T, E) -> (B, T), zero on padding."""
+        """Over channels: (B, C, *places) -> (B, *places); of texts (B, T, E) -> (B, T), zero on padding."""
         channels = 1 if self.mask is None else -1
         attribution = self.real(attribution.detach())
         if how == "sum":
@@ -127,17 +131,17 @@ class Inputs:
         return attribution.sum(channels) if how == "abs_sum" else attribution.amax(channels)
 
     def constant(self, value: float) -> Tensor:
-        """x with every number replaced by ``value``; padding stays what it is."""
+        """x with ``value`` in the place of every number; padding is left as it is."""
         constant = torch.full_like(self.x, value)
         return constant if self.mask is None else torch.where(self.mask.unsqueeze(-1), constant, self.x)
 
     def spread(self) -> Tensor:
         """(B,) largest minus smallest number of each sample."""
-        # The first token, which is real, in the place of padding.
+        # Padding is replaced by the first token, which is real.
         x = self.x if self.mask is None else torch.where(self.mask.unsqueeze(-1), self.x, self.x[:, :1])
         return x.flatten(1).amax(1) - x.flatten(1).amin(1)
 
     def normal(self, noise: Noise) -> Tensor:
-        """Standard normal numbers of the shape of x, of each sample's own stream; none on padding."""
+        """Standard normal numbers of x's shape from each sample's own stream; zero on padding."""
         ragged = None if self.mask is None else 0
         return self.real(noise.normal(*self.x.shape[1:], ragged=ragged))

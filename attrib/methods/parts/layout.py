@@ -1,4 +1,4 @@
-"""Where the places of a layer are: conv maps, tokens of a transformer or of a text, moments, plain vectors."""
+"""How a layer's output lies on the input: as a conv map, as tokens of an image or text, along time, or as a vector."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Name = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
 class Layout:
     """How a layer's output (B, *layer) lies on an image.
 
-    ``auto`` takes (B, C, H, W) as a conv map, (B, T, C) as tokens and (B, C) as a vector.
-    Tokens form a grid of the input's aspect ratio; those that do not fit in it (class token,
-    registers) are taken to stand at the front. A vector has one place, the whole image.
+    ``auto`` takes (B, C, H, W) for a conv map, (B, T, C) for tokens and (B, C) for a vector.
+    Tokens form a grid with the image's aspect ratio; those beyond the grid (class token, registers)
+    are assumed to come first. A vector has one place, the whole image.
     """
 
     name: Name
     shape: tuple[int, ...]  # of the layer, without B
     image: tuple[int, int]
-    real: ClassVar[None] = None  # every unit exists; see ``TextLayout``
+    real: ClassVar[None] = None  # every unit counts; see ``TextLayout``
 
     @classmethod
     def of(cls, z: Tensor, image: tuple[int, int], name: Name = "auto") -> Layout:
-        """Raises UserError if the layer does not have the shape that the name says."""
+        """Raises UserError if a layer of this shape cannot have the layout ``name``."""
         by_rank: dict[int, Name] = {4: "channels_first", 3: "tokens", 2: "vector"}
-        resolved = by_rank.get(z.ndim) if name == "auto" else name
-        rank = {"channels_first": 4, "channels_last": 4, "tokens": 3, "vector": 2}.get(resolved or "", 0)
+        resolved = by_rank.get(z.ndim, "auto") if name == "auto" else name
+        rank = {"channels_first": 4, "channels_last": 4, "tokens": 3, "vector": 2}.get(resolved, 0)
         if z.ndim != rank:
             known = ", ".join(get_args(Name))
             raise UserError(f"a layer whose output is {tuple(z.shape)} has no layout {name!r} (layouts: {known})")
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Places from top to bottom and from left to right."""
+        """How many places from top to bottom, and from left to right."""
         if self.name == "channels_first":
             return self.shape[1], self.shape[2]
         if self.name == "channels_last":
@@ -65,7 +65,7 @@ class Layout:
         return rows, min(tokens // rows, max(1, rows * width // height))
 
     def to_grid(self, z: Tensor) -> Tensor:
-        """(B, *layer) -> (B, C, h, w); tokens in front of the grid are left out."""
+        """(B, *layer) -> (B, C, h, w), without the tokens before the grid."""
         if self.name == "channels_first":
             return z
         if self.name == "channels_last":
@@ -76,7 +76,7 @@ class Layout:
         return z[:, -h * w :].transpose(1, 2).reshape(len(z), -1, h, w)
 
     def from_grid(self, grid: Tensor, like: Tensor) -> Tensor:
-        """The inverse; tokens in front of the grid are taken from ``like``."""
+        """The inverse; the tokens before the grid are taken from ``like`` (B, *layer)."""
         if self.name == "channels_first":
             return grid
         if self.name == "channels_last":
@@ -87,10 +87,10 @@ class Layout:
         return torch.cat((like[:, : -h * w], grid.flatten(2).transpose(1, 2)), dim=1)
 
     def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
-        """Gaussian smoothing over the places, every channel alone; None or a single place: unchanged.
+        """Gaussian smoothing of each channel over the places; unchanged if sigma is None or 0, or for a single place.
 
-        Kernel of 2 * round(2 * sigma) + 1 with reflected borders (IBA, section 3.2 and its code);
-        on maps too small to reflect, the kernel is cut to what fits.
+        The kernel has 2 * round(2 * sigma) + 1 places and the borders are reflected (IBA, section 3.2
+        and its code); on maps too small for that the kernel is shortened to what fits.
         """
         grid = self.to_grid(z)
         if not sigma or grid.shape[-2:] == (1, 1):
@@ -115,9 +115,9 @@ class Layout:
     def spread(self, bits: Tensor) -> Tensor:
         """(B, h, w) bits per place -> (B, H, W) bits per pixel.
 
-        A place's bits are shared out among its pixels, and the sum over the image is kept except at the
-        border: interpolation mirrors there, so that along each axis the outermost places count 7/8 and
-        their inner neighbours 9/8 (upsampled by a whole number).
+        A place's bits are divided among its pixels, so the sum over the image stays the same except for an
+        effect of the border: interpolation mirrors there, so that along each axis the outermost places count
+        7/8 and their inner neighbours 9/8 (when upsampled by a whole number).
         """
         (h, w), (height, width) = bits.shape[-2:], self.image
         return resize(bits, self.image) * (h * w) / (height * width)
@@ -125,10 +125,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class TextLayout:
-    """How a layer's output lies on the tokens of B texts: (B, T, C), a place per token, or (B, C), one for the text.
+    """How a layer's output lies on B texts: a place for each token, (B, T, C), or one for the whole text, (B, C).
 
     mask   (B, T), see ``Batch.mask``
-    real   (B, T, 1) in the layer's dtype, 0 on padding, whose units do not exist; None for a vector
+    real   (B, T, 1) in the layer's dtype: 1, but 0 on padding, whose units do not count; None for a vector
     """
 
     mask: Tensor
@@ -136,7 +136,7 @@ class TextLayout:
 
     @classmethod
     def of(cls, z: Tensor, mask: Tensor) -> TextLayout:
-        """Raises UserError for a layer that has neither a place per token nor one in all."""
+        """Raises UserError for a layer that has neither a place for each token nor one for the text."""
         if z.ndim == 3 and z.shape[:2] == mask.shape:
             return cls(mask, mask.unsqueeze(2).to(z.dtype))
         if z.ndim == 2:
@@ -147,7 +147,7 @@ class TextLayout:
         )
 
     def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
-        """Unchanged: neighbouring words are not alike as neighbouring pixels are."""
+        """Unchanged: neighbouring words are not similar as neighbouring pixels are."""
         return z
 
     def bits(self, capacity: Tensor) -> Tensor:
@@ -156,24 +156,27 @@ class TextLayout:
         return bits if self.real is not None else bits[:, None]
 
     def spread(self, bits: Tensor) -> Tensor:
-        """-> (B, T) bits per token; those of a vector are shared out equally."""
+        """What ``bits`` gives -> (B, T) bits per token; those of a vector are divided equally among the tokens."""
         return bits if self.real is not None else bits * self.mask / self.mask.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class SoundLayout:
-    """How a layer's output (B, C, l), or (B, l, C) as tokens, lies on B sounds: as on images of a single row.
+    """How a layer's output lies on B sounds: (B, C, l), or (B, l, C) as tokens, each like an image of one row.
 
     A vector (B, C) has one place, the whole sound.
+
+    row    the layout on that image
+    last   whether the channels are the last dimension
     """
 
     row: Layout
-    last: bool  # whether channels are the last dimension
-    real: ClassVar[None] = None  # every unit exists
+    last: bool
+    real: ClassVar[None] = None  # every unit counts; see ``TextLayout``
 
     @classmethod
     def of(cls, z: Tensor, length: int, name: Name = "auto") -> SoundLayout:
-        """Raises UserError for a layer that has neither a place per moment nor one in all."""
+        """Raises UserError for a layer that has neither places along time nor one for the whole sound."""
         if z.ndim not in (2, 3) or (name != "auto" and (z.ndim == 2) != (name == "vector")):
             raise UserError(
                 f"a layer whose output is {tuple(z.shape)} has no layout {name!r} on a sound; take one that gives "
@@ -188,7 +191,7 @@ class SoundLayout:
         return (z.movedim(-1, 1) if self.last else z).reshape(len(z), *self.row.shape)
 
     def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
-        """Gaussian smoothing over time, every channel alone; see ``Layout.smooth``."""
+        """Gaussian smoothing of each channel over time; see ``Layout.smooth``."""
         smoothed = self.row.smooth(self._to_row(z), sigma).squeeze(2)
         return (smoothed.movedim(1, -1) if self.last else smoothed).reshape(z.shape)
 
@@ -205,19 +208,28 @@ Places = Layout | TextLayout | SoundLayout
 
 
 def places(batch: Batch, z: Tensor, name: Name = "auto") -> Places:
-    """The layout of a layer's output for these inputs; ``name`` is not for texts. Raises UserError."""
+    """The layout of a layer's output z (B, *layer) on these samples; texts have no use for ``name``.
+
+    Raises UserError if such a layer cannot be laid out so.
+    """
     if batch.mask is not None:
         return TextLayout.of(z, batch.mask)
     if batch.x.ndim == 3:
         return SoundLayout.of(z, batch.x.shape[2], name)
-    return Layout.of(z, tuple(batch.x.shape[-2:]), name)
+    return Layout.of(z, image_size(batch.x), name)
+
+
+def image_size(x: Tensor) -> tuple[int, int]:
+    """Height and width of images (..., H, W)."""
+    height, width = x.shape[-2:]
+    return height, width
 
 
 @cache
 def _resize_matrix(size: int, new: int) -> np.ndarray:
-    """(new, size): linear interpolation as skimage.transform.resize does it, mirrored at the border.
+    """(new, size): skimage.transform.resize(order=1) along one axis, as a matrix; the border is mirrored.
 
-    Smoothed first when it shrinks. Being linear and separable, it is found by resizing the identity.
+    What shrinks is smoothed first. As resizing is linear, resizing the identity gives the matrix.
     """
     unit = np.eye(size)
     if new < size:

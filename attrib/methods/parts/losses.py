@@ -1,4 +1,4 @@
-"""What is explained: the loss of the target, for one label or several."""
+"""The numbers that methods explain: the target's loss and its score, for one label or several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def target_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """(N, K), target (N,) class index or (N, K) 0/1 -> (N,) loss.
+    """Logits (N, K), target (N,) class index or (N, K) 0/1 -> (N,) loss.
 
     One label: cross-entropy. Several: mean of -log sigmoid over the positive labels.
     """
@@ -19,7 +19,7 @@ def target_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def target_score(logits: Tensor, target: Tensor) -> Tensor:
-    """(N, K) -> (N,) the target's logit; several labels: their sum."""
+    """Logits (N, K), target as above -> (N,) the target's logit; several labels: the sum of theirs."""
     if target.ndim == 1:
         return logits.gather(1, target[:, None])[:, 0]
     return torch.where(target.bool(), logits, 0).sum(1)

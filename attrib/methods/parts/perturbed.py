@@ -1,8 +1,7 @@
-"""Noisy copies of inputs and the gradients there, drawn as a stream; and streaming means over the draws.
+"""Gradients at noisy copies of inputs, and streaming means over them: what functional information is computed from.
 
-What SmoothGrad and its kin are computed from. Draws are made one by one, each from the samples' own
-streams, and go through the net as many at a time as the model's row limit allows: neither that number nor
-the batch changes them.
+Draws come from the samples' own streams one by one, and go through the net as many at a time as the model's row
+limit allows: neither that number nor the rest of the batch changes them.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ ACTIVATIONS = get_args(Activation)
 
 
 class Draws(NamedTuple):
-    """d draws of b samples, for L labels; the target is the first.
+    """d draws of b samples, for L labels of which the target is the first; f is the output for a label.
 
-    grad    (b, d, L, *x) the gradient of f, zero on padding
-    score   (b, d, L, *x) the same divided by the root of \\|f\\|: its square is the information of a draw
-    sign    (b, d, L) of f
+    grad    (b, d, L, *x) gradient of f, zero on padding
+    score   (b, d, L, *x) gradient of f divided by the root of \\|f\\|: its square is the information of one draw
+    sign    (b, d, L) sign of f
     """
 
     grad: Tensor
@@ -40,10 +39,11 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class Outputs:
-    """The functions f of the input that are explained: of the target, and of further labels.
+    """The functions f of the input that are explained: one for the target, and one for each further label.
 
-    target   (B,) or (B, K) as in ``Batch``; of several labels f is the sum, of probabilities or logits
-    labels   (B, L - 1) further labels, each for itself
+    activation   what f is: a probability ("softmax"), its logarithm, or a logit ("none")
+    target       (B,) or (B, K) as in ``Batch``; with several labels f is the sum of their outputs
+    labels       (B, L - 1) further labels, each with an f of its own
     """
 
     activation: Activation
@@ -52,10 +52,11 @@ class Outputs:
 
     @property
     def count(self) -> int:
+        """L"""
         return 1 + self.labels.shape[1]
 
     def values(self, logits: Tensor, at: Tensor) -> Tensor:
-        """(N, K) -> (N, L) of the samples ``at`` (N,). For softmax the logarithm of f, which cannot underflow."""
+        """Logits (N, K) of the samples ``at`` (N,) -> (N, L) f; for softmax log f, which cannot underflow."""
         out = logits if self.activation == "none" else logits.log_softmax(1)
         target = self.target[at]
         if target.ndim == 1:
@@ -72,11 +73,11 @@ class Outputs:
         def wide(v: Tensor) -> Tensor:
             return v.view(*v.shape, *[1] * (grad.ndim - 3))
 
-        if self.activation == "softmax":  # f = exp(value): grad f = f h, and its square by f is f h^2
+        if self.activation == "softmax":  # f = exp(value); with h its gradient, grad f = f h, and grad f^2 / f = f h^2
             f = values.exp()
             return Draws(wide(f) * grad, wide(f.sqrt()) * grad, torch.ones_like(f))
         size = values.abs()
-        if self.activation == "log_softmax":  # of a probability of 1 both vanish
+        if self.activation == "log_softmax":  # where the probability is 1, f and its gradient are both zero
             size = size.clamp(min=torch.finfo(size.dtype).eps)
         return Draws(grad, grad / wide(size.sqrt()), values.sign())
 
@@ -84,7 +85,7 @@ class Outputs:
 class Perturbations:
     """Draws around B samples.
 
-    size   the noise has ``size`` times the covariance of ``spread``
+    size   the covariance of the noise is ``size`` times that of ``spread``
     """
 
     def __init__(
@@ -95,11 +96,11 @@ class Perturbations:
         self.role = None if inputs.mask is None else EMBEDDING
 
     def most(self, samples: int) -> int:
-        """Draws of so many samples that go through the net at a time."""
+        """How many draws of each of ``samples`` samples go through the net at a time."""
         return max(1, self.model.rows // (samples * self.outputs.count))
 
     def noisy(self, at: Tensor, count: int) -> Tensor:
-        """The next ``count`` inputs of the samples ``at`` (b,): (b, count, *x). All B streams advance."""
+        """The next ``count`` noisy inputs of the samples ``at`` (b,): (b, count, *x). The streams of all B advance."""
         eps = torch.stack([self.inputs.normal(self.noise)[at] for _ in range(count)], 1)
         x = self.inputs.x[at].unsqueeze(1) + self.size**0.5 * self.spread.sample(eps, at)
         if self.inputs.mask is None:
@@ -137,9 +138,14 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     """Several numbers per row (N, L), and the gradient of each (N, L, *x), from one forward pass.
 
-    ``together``: one backward pass for all L where torch can vectorise it; else one after another, with the
-    same numbers. A piece has at most rows / L rows of ``model``, and a backward pass that of more labels than
-    ``rows`` no more than so many of them. ``net``, z and rest: see ``Inputs``.
+    net, z, rest   see ``Inputs``
+    objective      (logits, rows) -> the L numbers of each of these rows
+    count          L
+    together       one backward pass for all L where torch can vectorise it; otherwise one after another, which
+                   gives the same numbers
+
+    So that rows times L keeps to the model's row limit, a piece has at most ``model.rows`` / L rows; if L alone is
+    above the limit, a backward pass takes only as many labels as it allows.
     """
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
@@ -153,10 +159,10 @@ def gradients(
 
 
 def _jacobian(total: Tensor, leaf: Tensor, together: int) -> Tensor:
-    """(L,) and (N, *x) -> (L, N, *x), so many labels in one backward pass; 0: one after another."""
+    """(L,) numbers, leaf (N, *x) -> gradients (L, N, *x), ``together`` of them in one backward pass; 0: one by one."""
     if together:
         try:
-            with warnings.catch_warnings():  # where torch vectorises in a loop of its own, it warns of that
+            with warnings.catch_warnings():  # torch warns where it has to loop instead of vectorising
                 warnings.simplefilter("ignore")
                 each = torch.eye(len(total), dtype=total.dtype, device=total.device)
                 found = [
@@ -172,15 +178,20 @@ def _jacobian(total: Tensor, leaf: Tensor, together: int) -> Tensor:
 
 
 class Mean:
-    """Streaming mean and sum of squares about it, (B, *shape), each sample with as many terms as it was given."""
+    """Streaming mean of terms, with its standard error; samples may have different numbers of terms.
+
+    mean   (B, *shape)
+    m2     (B, *shape) sum of squared deviations from the mean
+    n      (B,) terms so far
+    """
 
     def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
-        """``shape`` with the samples in front."""
+        """``shape`` includes B; ``like`` gives the device and dtype."""
         self.mean, self.m2 = like.new_zeros(shape), like.new_zeros(shape)
         self.n = torch.zeros(shape[0], dtype=torch.long, device=like.device)
 
     def add(self, at: Tensor, terms: Tensor) -> None:
-        """terms (b, d, *shape) of the samples ``at`` (b,). By Chan, Golub & LeVeque (1979)."""
+        """Add d terms (b, d, *shape) to each of the samples ``at`` (b,), by Chan, Golub & LeVeque (1979)."""
         d = terms.shape[1]
         if not d:
             return

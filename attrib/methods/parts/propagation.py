@@ -1,4 +1,4 @@
-"""Nets as captum's methods that change the backward pass need them: guided backpropagation and DeepLIFT."""
+"""Nets prepared for those methods of captum that change the backward pass: guided backpropagation, DeepLIFT, ..."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attrib.models.activations import separated
 
 
 class Windows(nn.Module):
-    """The windows of a max-pooling side by side, (N, C, H, W) -> (N, C, h, w * places of a window)."""
+    """Lays the windows of a max-pooling side by side: (N, C, H, W) -> (N, C, h, w * places in a window)."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Windows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         options = (self.kernel, self.stride, self.padding, self.dilation, self.ceil)
         h, w = F.max_pool2d(x.detach(), *options).shape[-2:]
-        # What the last window needs beyond the image, per axis; with ceil_mode more than the padding.
+        # By how much the last window reaches beyond the image along each axis; with ceil_mode more than the padding.
         beyond = [
             max(0, (n - 1) * s + d * (k - 1) + 1 - size - p)
             for n, size, k, s, p, d in zip((h, w), x.shape[-2:], *options[:4], strict=True)
@@ -38,9 +38,9 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def without_overlap(net: fx.GraphModule) -> fx.GraphModule:
-    """Max-poolings whose windows overlap are done window by window.
+    """Replace max-poolings whose windows overlap by ``Windows`` and a pooling without overlap; changes ``net``.
 
-    captum's rule for them keeps one window's share of a pixel and forgets the others'.
+    Where windows overlap, captum's rule keeps one window's share of a pixel and drops those of the others.
     """
     for node in list(net.graph.nodes):
         pool = net.get_submodule(node.target) if node.op == "call_module" else None
@@ -54,11 +54,12 @@ def without_overlap(net: fx.GraphModule) -> fx.GraphModule:
 
 
 def hookable(model: Classifier, as_relu: tuple[type[nn.Module], ...]) -> fx.GraphModule:
-    """The net ``separated``, and with an input of its own for every activation and pooling.
+    """The net with every activation a module of its own (``separated``), and a copied input for each module
+    without parameters.
 
-    captum's hooks rewrite the gradient of the tensor that goes into a module. That tensor must not
-    be another consumer's too (a residual), nor another activation's output (max-pooling of a ReLU):
-    there captum mixes up the gradients, and DeepLIFT is not complete.
+    captum's hooks rewrite the gradient of the tensor that enters a module. If that tensor is also read
+    elsewhere (a residual) or is another activation's output (max-pooling after a ReLU), captum mixes up
+    the gradients, and DeepLIFT is not complete.
     """
     net = separated(model.module, as_relu)
     for node in list(net.graph.nodes):

@@ -1,4 +1,4 @@
-"""Mean, spread and activity of a layer's units over a dataset: what IBA knows of the features."""
+"""Mean, standard deviation and activity of a layer's units over a data set: what IBA's noise is made from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.fit import FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, State
 from attrib.methods.parts.layout import places
 from attrib.models import Classifier
 from attrib.types import UserError
@@ -19,7 +19,7 @@ class Moments:
     """Streaming mean, standard deviation (ddof 1) and share of non-zero values, per unit.
 
     Batches are merged with the update of Chan, Golub & LeVeque (1979), the batched form of
-    Welford's: the result does not depend on how the data is cut. Sums are kept in float64.
+    Welford's, in float64: the result does not depend on how the data is divided into batches.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Moments:
         self._mean = self._m2 = self._nonzero = torch.zeros(())
 
     def add(self, z: Tensor) -> None:
-        """z (B, *unit)."""
+        """z (B, *units), one observation per row."""
         z = z.to(torch.float64)
         n, mean = len(z), z.mean(0)
         m2 = ((z - mean) ** 2).sum(0)
@@ -41,7 +41,10 @@ class Moments:
         self.n += n
 
     def state(self) -> State:
-        """mean, std, active (share of rows where the unit is not zero), n. Needs two rows."""
+        """mean, std and active (share of rows where the unit is not zero), each (*units), and n, the number of rows.
+
+        Raises UserError for fewer than two rows.
+        """
         if self.n < 2:
             raise UserError(f"feature statistics need at least 2 samples, the estimation set has {self.n}")
         return {
@@ -53,12 +56,12 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class FeatureStatistics:
-    """Fits the moments of the layer with this role (IBA, section 3.1: mu_R and sigma_R).
+class FeatureStatistics(Fit):
+    """The moments of the layer with role ``layer`` (IBA, section 3.1: mu_R and sigma_R).
 
-    Of a text's layer (B, T, C) every real token is one observation of its C units, so that padding
-    counts nothing and long texts more: the moments are (C,). (InputIBA's code counts texts, and
-    averages over padding.)
+    In a layer of texts, (B, T, C), every real token is one observation of C units, so the moments are (C,),
+    padding counts for nothing and a long text for more than a short one. (InputIBA's code takes a text for
+    one observation, and averages over padding too.)
     """
 
     NAME: ClassVar[str] = "attrib.methods.statistics.FeatureStatistics"

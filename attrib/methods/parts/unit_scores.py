@@ -1,4 +1,4 @@
-"""Scores of sets of units: by contextual decomposition, by removing them, or by leaving them alone."""
+"""Scores of sets of units: by contextual decomposition, by removing the set, or by keeping nothing else."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.decomposition import Decomposer, decompose
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.types import Batch, UserError
 from attrib.units import Units
 
@@ -17,41 +18,50 @@ Baseline = Literal["zero", "mask"]
 Output = Literal["logit", "probability"]
 Part = Literal["cd", "occlusion", "build_up"]
 
-COMPLETENESS = {"completeness_error": "largest |relevant + irrelevant - logit| of any unit, of the largest |logit|"}
+COMPLETENESS = {
+    "completeness_error": "largest |relevant + irrelevant - logit| of any unit, as a share of the largest |logit|"
+}
 
-_MASK_BYTES = 2**26  # of the masks of one call; more are handed on in pieces
+_MASK_BYTES = 2**26  # of the masks that are made at a time
 
 
 def check_scores(method: object) -> None:
-    """The fields by which a method says what kind of scores it takes. Raises UserError."""
+    """Check the fields ``score``, ``baseline`` and ``output`` of CD and ACD. Raises UserError."""
     name, fields = type(method).__name__, vars(method)
-    for field, kind in (("baseline", Baseline), ("output", Output)):
-        if fields[field] not in get_args(kind):
-            raise UserError(f"{name}.{field} is {fields[field]!r}, must be one of {', '.join(get_args(kind))}")
+    require(method, "baseline", one_of=get_args(Baseline))
+    require(method, "output", one_of=get_args(Output))
     if fields["score"] == "cd" and fields["output"] != "logit":
-        raise UserError(f"{name}.output is {fields['output']!r}, but contextual decomposition is of logits")
+        raise UserError(f"{name}.output is {fields['output']!r}, but contextual decomposition explains logits only")
 
 
 def removed(model: Classifier, batch: Batch, inputs: Inputs, baseline: Baseline, name: str) -> Tensor:
-    """(B, *input) with every unit removed: zeros, or of a text the net's mask token. ``name`` is for errors."""
+    """(B, *input) with every unit removed: zeros, or in texts the net's mask token.
+
+    Raises UserError, which begins with the method's ``name``, if there is no such token.
+    """
     if baseline == "zero":
         return torch.zeros_like(inputs.x)
     if batch.words is None:
         raise UserError(f"{name}.baseline is 'mask', a token of texts; others have only 'zero'")
-    return model.until(EMBEDDING, torch.where(batch.words >= 0, model.module.mask_id, batch.x)).z
+    mask_id = getattr(model.module, "mask_id", None)
+    if mask_id is None:
+        net = type(model.module).__name__
+        raise UserError(f"{name}.baseline is 'mask', but {net} has no mask token (mask_id); take 'zero'")
+    return model.until(EMBEDDING, torch.where(batch.words >= 0, mask_id, batch.x)).z
 
 
 class UnitScores:
-    """What any sets of units of a batch contribute to all classes.
+    """What sets of units of a batch contribute to each class; called with the sets, once or often.
 
-    "cd": the relevant part of the logits (``attrib.decomposition``); "occlusion": the fall of the logits
-    when the set is removed; "build_up": the logits when all other units are. The latter two also of
-    probabilities (``output``).
-
-    as_released  for "cd": round as the authors' code does (``both`` of ``decompose``)
+    how          "cd": the relevant part of the logits (``attrib.decomposition``); "occlusion": the fall of the
+                 logits when the set is removed; "build_up": the logits when all other units are removed
+    output       what occlusion and build-up are of: "logit" or "probability"
+    baseline     of these two: what is put in the place of a removed unit, see ``removed``
+    output_bias, as_released   of "cd": see ``Decomposer``; and round as the authors' code does, see ``decompose``
+    name         the method, for messages
 
     logits  (B, K) of the whole samples
-    error   (B,) largest error of completeness of any set so far, relative to the largest logit; 0 but for "cd"
+    error   (B,) largest error of completeness of any set so far, relative to the largest logit; "cd" only, else 0
     """
 
     def __init__(
@@ -76,10 +86,10 @@ class UnitScores:
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
-            self._whole = self.logits.softmax(1) if output == "probability" else self.logits
+            self._whole = probabilities(self.logits) if output == "probability" else self.logits
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
-        """(R,) sample, (R, n) bool -> (R, K)."""
+        """The R sets ``sets`` (R, n) bool, of the samples ``owner`` (R,) -> scores (R, K)."""
         self._asked += 1
         size = max(self._model.rows, _MASK_BYTES // max(1, self._units.of[0].numel()))
         pieces = [self._scores(o, s) for o, s in zip(owner.split(size), sets.split(size), strict=True)]
@@ -89,10 +99,17 @@ class UnitScores:
         flat = self._units.of.flatten(1)[owner]
         inside = (sets.gather(1, flat.clamp(min=0)) & (flat >= 0)).view(-1, *self._units.of.shape[1:])
         if self._how == "cd":
-            # Hierarchies ask often, and the rules are the same each time: the 1st, 2nd, 4th, 8th ... answer is checked.
-            settings = {"both": self._both, "checks": int(self._asked & (self._asked - 1) == 0)}
-            known = {"decomposer": self._decomposer, "logits": self.logits}
-            found = decompose(self._model, self._batch.x, inside, samples=owner, **known, **settings)
+            found = decompose(
+                self._model,
+                self._batch.x,
+                inside,
+                samples=owner,
+                decomposer=self._decomposer,
+                logits=self.logits,
+                both=self._both,
+                # A hierarchy asks often, always by the same rules, so only the 1st, 2nd, 4th, 8th ... call is checked.
+                checks=int(self._asked & (self._asked - 1) == 0),
+            )
             self.error = torch.maximum(self.error, found.error.to(self.error))
             return found.relevant
         if self._how == "occlusion":
@@ -101,7 +118,7 @@ class UnitScores:
 
     @torch.no_grad()
     def _forward(self, owner: Tensor, there: Tensor) -> Tensor:
-        """Logits (or probabilities) with only those places that are there, (R, *places) bool."""
+        """(R, K) logits, or probabilities, where only the places ``there`` (R, *places) bool are kept."""
         inputs = self._inputs
 
         def piece(rows: slice) -> Tensor:
@@ -109,6 +126,6 @@ class UnitScores:
             kept = there[rows].unsqueeze(1 if inputs.mask is None else -1)
             x = torch.where(kept, inputs.x[at], self._removed[at])
             logits = inputs.net(x, *(t[at] for t in inputs.rest))
-            return logits.softmax(1) if self._output == "probability" else logits
+            return probabilities(logits) if self._output == "probability" else logits
 
         return self._model.chunked(piece, len(owner))

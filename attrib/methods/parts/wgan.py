@@ -1,8 +1,8 @@
-"""The generative adversarial network of InputIBA: for every sample, which part of its input a layer's bottleneck keeps.
+"""The GAN of InputIBA: finds, for every sample, a mask of its input that matches what a layer's bottleneck keeps.
 
 Zhang, Khakzar, Li, Farshad, Kim & Navab, *Fine-Grained Neural Network Explanation by Identifying
-Input Features with Predictive Information*, NeurIPS 2021, section 3.2; what is trained how is that
-of the authors' code. A Wasserstein GAN with clipped weights (Arjovsky, Chintala & Bottou, ICML 2017).
+Input Features with Predictive Information*, NeurIPS 2021, section 3.2; the details of the training
+follow the authors' code. It is a Wasserstein GAN with clipped weights (Arjovsky, Chintala & Bottou, ICML 2017).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.methods.parts.layout import Layout
 from attrib.noise import Noise
-from attrib.types import UserError
 
-_DRAWN = 2**22  # random numbers per sample at a time; eight bytes each and as much again while they are made
+_DRAWN = 2**22  # random numbers per sample that are drawn at a time; they take eight bytes each, twice that meanwhile
 SLOPE = 0.2  # of the leaky ReLUs
-_LEAST = 4  # places along each side of what the convolutions can read
+_LEAST = 4  # the smallest side of a grid that the convolutions can read, in places
 
 
 class Push(Protocol):
@@ -37,7 +37,7 @@ class Critics(Protocol):
     parameters: dict[str, Tensor]
 
     def __call__(self, z: Tensor) -> Tensor:
-        """(B, n, *layer) -> (B, n): higher for what it takes to be real."""
+        """(B, n, *layer) -> (B, n): the higher, the more a critic takes a row for real."""
         ...
 
 
@@ -45,7 +45,7 @@ class Critics(Protocol):
 
 
 def critic_shapes(channels: int, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Every parameter of one critic of a conv map of this size, in the order in which they are drawn."""
+    """The shapes of one critic's parameters for a conv map of this size, in the order in which they are drawn."""
     h, w = (max(_LEAST, side) // 4 for side in grid)
     shapes: dict[str, tuple[int, ...]] = {}
     convs = ((channels, 2 * channels, 4), (2 * channels, 4 * channels, 4), (4 * channels, channels, 3))
@@ -60,8 +60,8 @@ def critic_shapes(channels: int, grid: tuple[int, int]) -> dict[str, tuple[int, 
 def critic_parameters(channels: int, grid: tuple[int, int]) -> int:
     """How many numbers one critic has: 64 million for VGG16's features.17 (512 channels, 28 x 28).
 
-    In training it needs three times as many (its gradients, RMSprop's mean squares), and as many
-    again where the optimiser takes all parameters at once (on a GPU).
+    Training needs memory for three times as many (with gradients and RMSprop's mean squares), and for as
+    many again where the optimiser updates all parameters at once (on a GPU).
     """
     return sum(math.prod(shape) for shape in critic_shapes(channels, grid).values())
 
@@ -69,8 +69,8 @@ def critic_parameters(channels: int, grid: tuple[int, int]) -> int:
 class ConvCritics:
     """B critics of a layer with places on a grid: three convolutions with batch normalisation, three linear layers.
 
-    Normalisation is over a sample's own n rows and nothing else, so samples do not see each other.
-    A grid of less than 4 x 4 places is padded with zeros.
+    Each sample is normalised over its own n rows only, so samples do not influence each other.
+    A grid smaller than 4 x 4 places is padded with zeros.
 
     parameters   see ``critic_shapes``, each with B in front
     """
@@ -82,7 +82,7 @@ class ConvCritics:
     def initial(cls, noise: Noise, places: Layout, like: Tensor) -> ConvCritics:
         """Drawn as torch.nn's layers do, uniform within 1 / sqrt(fan in); normalisation starts as the identity.
 
-        ``like`` (B, *layer) says where and in which precision.
+        ``like`` (B, *layer) gives B, the device and the dtype.
         """
         channels, *_ = places.to_grid(like[:1]).shape[1:]
         shapes = critic_shapes(channels, places.grid)
@@ -101,7 +101,7 @@ class ConvCritics:
         grid = self.places.to_grid(z.flatten(0, 1))
         grid = F.pad(grid, (0, max(0, _LEAST - grid.shape[3]), 0, max(0, _LEAST - grid.shape[2])))
         grid = grid.unflatten(0, (samples, n))
-        # One grouped convolution for all samples suits a GPU; on a CPU it is slower than one after the other.
+        # One grouped convolution for all samples is fast on a GPU; on a CPU one sample after another is faster.
         size = 1 if z.device.type == "cpu" else samples
         names = [name for name in self.parameters if not name.startswith("linear")]
         cut = zip(*(self.parameters[name].split(size) for name in names), strict=True)
@@ -125,14 +125,14 @@ def _convolved(grid: Tensor, parameters: dict[str, Tensor]) -> Tensor:
 
 
 def _normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Batch normalisation in training; a channel's single value is its own mean."""
+    """Batch normalisation as in training; where a channel has a single value, that is its own mean."""
     if len(x) * x.shape[2] * x.shape[3] == 1:
         return (x - x) * weight[:, None, None] + bias[:, None, None]
     return F.batch_norm(x, None, None, weight, bias, training=True)
 
 
 def uniform(noise: Noise, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """(B, *shape) on [0, 1), drawn piece by piece: the numbers of a stream do not depend on how it is cut."""
+    """(B, *shape) on [0, 1). Drawn piece by piece to save memory, which does not change the numbers."""
     drawn = like.new_empty((len(like), math.prod(shape)))
     for start in range(0, drawn.shape[1], _DRAWN):
         piece = drawn[:, start : start + _DRAWN]
@@ -140,18 +140,19 @@ def uniform(noise: Noise, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return drawn.unflatten(1, shape)
 
 
-# ---- what they judge --------------------------------------------------------------------------------
+# ---- what critics compare ---------------------------------------------------------------------------
 
 
 class Synthetic:
-    """What the generators shall imitate: a sample's features behind a bottleneck, with noise of several strengths.
+    """What the generators must imitate: a sample's features after the bottleneck, with noise of several strengths.
 
-    The rows fall into groups of ``group_size``; each group has a standard deviation and a mean of
-    its own. Row = mask * features + (1 - mask) * (std * eps + mean), with new eps whenever it is asked for.
+    A row is mask * features + (1 - mask) * (std * eps + mean), with a new eps each time it is asked for. Rows form
+    groups of ``group_size``, each with its own std, uniform on [0, 5), and mean, uniform on [-2, 2).
 
     features   (B, *layer) the layer's output
-    mask       (B, *layer) what the feature bottleneck lets pass, nats per unit, so not bounded by 1
-    ragged     the features are of texts, (B, T, C): see ``Noise``
+    mask       (B, *layer) what the feature bottleneck lets pass, in nats per unit, so not bounded by 1
+    size       number of rows
+    ragged     whether the features are of texts, (B, T, C): see ``Noise``
     """
 
     def __init__(
@@ -174,10 +175,10 @@ class Synthetic:
 
 
 class Generators:
-    """B generators: input m x + (1 - m)(std eps + mean) with m = sigmoid(alpha).
+    """B generators. They make inputs m x + (1 - m)(std eps + mean), where m = sigmoid(alpha) and eps is drawn.
 
-    alpha       (B, *input)
-    mean, std   (B, C, 1, 1), one number per channel of an image, or (B, T, 1), one per token of a text
+    alpha       (B, *input), trained, as are
+    mean, std   (B, C, 1, 1), a number for each channel of an image, or (B, T, 1), for each token of a text
     """
 
     def __init__(self, x: Tensor, alpha: Tensor) -> None:
@@ -200,7 +201,7 @@ class Generators:
 
 
 class Trained(NamedTuple):
-    """B generators after their training, and what it cost."""
+    """B generators after their training, and the losses on the way."""
 
     mask: Tensor  # (B, *input), 0 .. 1
     mean: Tensor  # (B, C, 1, 1) or (B, T, 1)
@@ -210,7 +211,7 @@ class Trained(NamedTuple):
 
     @classmethod
     def untrained(cls, x: Tensor, alpha: Tensor) -> Trained:
-        """As they begin: what ``WGAN.train`` gives for no epochs, without critics."""
+        """The generators before any training: what ``WGAN.train`` gives for epochs=0, without making critics."""
         begun, none = Generators(x, alpha), x.new_empty(len(x), 0)
         return cls(begun.mask().detach(), begun.mean.detach(), begun.std.detach(), none, none)
 
@@ -219,11 +220,11 @@ class Trained(NamedTuple):
 class WGAN:
     """How generators and critics are trained, both by RMSprop. The defaults are the authors' for ImageNet.
 
-    dataset_size, sub_dataset_size   rows that the generator shall imitate, and how many of them share a
-                            standard deviation and a mean
+    dataset_size, sub_dataset_size   how many rows the generator must imitate, and how many of them share a
+                            standard deviation and a mean; see ``Synthetic``
     batch                   rows per step; the last batch of an epoch may be smaller
-    epochs                  0 leaves the generator as it begins
-    critic_iter             batches per generator step; the count begins anew with every epoch
+    epochs                  0: no training, the generator stays as it begins
+    critic_iter             batches per generator step; counted from the start of each epoch
     lr, weight_clip         of the critic
     mask_lr, mean_lr, std_lr   of the generator's parts
     """
@@ -241,14 +242,12 @@ class WGAN:
     std_lr: float = 0.05
 
     def __post_init__(self) -> None:
-        for field, least in (
-            ("dataset_size", 1), ("sub_dataset_size", 1), ("batch", 1), ("epochs", 0), ("critic_iter", 1),
-        ):  # fmt: skip
-            if getattr(self, field) < least:
-                raise UserError(f"WGAN.{field} is {getattr(self, field)}, must be at least {least}")
+        require(self, "dataset_size", "sub_dataset_size", "batch", "critic_iter", at_least=1)
+        require(self, "epochs", at_least=0)
+        require(self, "lr", "weight_clip", "mask_lr", "mean_lr", "std_lr", above=0)
 
     def _batches(self, noise: Noise) -> Iterator[tuple[int, Tensor]]:
-        """Number in its epoch, and row numbers (B, n), of every batch."""
+        """Every batch of the training: its number within its epoch, and the numbers of its rows, (B, n)."""
         for _ in range(self.epochs):
             order = noise.permutation(self.dataset_size)
             yield from enumerate(order.split(self.batch, dim=1))
@@ -269,12 +268,12 @@ class WGAN:
         x          (B, *input)
         features   (B, *layer), push(x)
         mask       (B, *layer), see ``Synthetic``
-        alpha      (B, *input), where the generators' mask begins, before the sigmoid
+        alpha      (B, *input), where the generators' mask starts, before the sigmoid
         critics    are changed in place
-        text       x are embedded tokens (B, T, E), padded, and features (B, T, C) or (B, C)
+        text       whether x are embedded tokens (B, T, E) with padding, and features (B, T, C) or (B, C)
 
-        Losses are means over a sample's own rows and sums over samples, clipping and RMSprop work
-        number by number, so each sample sees just what it would see alone.
+        Losses are means over a sample's own rows and sums over samples, and clipping and RMSprop treat
+        each number separately, so each sample is trained exactly as it would be alone.
         """
         order, latent = noise.child("order"), noise.child("latent")
         sizes, ragged = (self.dataset_size, self.sub_dataset_size), 1 if text else None

@@ -1,7 +1,7 @@
 """Critics of texts for InputIBA's GAN: an LSTM over the layer's tokens.
 
 Zhang et al., *Fine-Grained Neural Network Explanation by Identifying Input Features with Predictive
-Information*, NeurIPS 2021; the architecture is that of the authors' code. How they are trained is in ``wgan``.
+Information*, NeurIPS 2021; the architecture is that of the authors' code. ``wgan`` trains them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from attrib.methods.parts.layout import TextLayout
 from attrib.methods.parts.wgan import SLOPE, uniform
 from attrib.noise import Noise
 
-_WIDTH = 128  # of the layer between the LSTM and the number
+_WIDTH = 128  # of the layer between the LSTM and the output
 
 
 def critic_shapes(channels: int) -> dict[str, tuple[int, ...]]:
-    """Every parameter of one critic of tokens with so many channels, in the order in which they are drawn."""
+    """The shapes of one critic's parameters for tokens of so many channels, in the order in which they are drawn."""
     gates = 4 * channels
     return {
         "rnn.weight_ih": (gates, channels), "rnn.weight_hh": (gates, channels),
@@ -31,10 +31,10 @@ def critic_shapes(channels: int) -> dict[str, tuple[int, ...]]:
 
 
 class LSTMCritics:
-    """B critics of a text layer: an LSTM as wide as the layer has channels, and two linear layers that read its end.
+    """B critics of a text layer: an LSTM as wide as the layer, and two linear layers that read its last state.
 
-    The end is a text's last real token, so padding behind it is not seen. A vector (B, C) is a
-    sequence of one.
+    The last state is that of the text's last real token, so padding after it is not seen. A vector (B, C)
+    is a sequence of length one.
 
     parameters   see ``critic_shapes``, each with B in front
     lengths      (B,) tokens of each text
@@ -48,7 +48,7 @@ class LSTMCritics:
     def initial(cls, noise: Noise, places: TextLayout, like: Tensor) -> LSTMCritics:
         """Drawn as torch.nn's layers do, uniform within 1 / sqrt(width of the layer before).
 
-        ``like`` (B, *layer) says where and in which precision.
+        ``like`` (B, *layer) gives B, the device and the dtype.
         """
         parameters: dict[str, Tensor] = {}
         for name, shape in critic_shapes(like.shape[-1]).items():
@@ -61,8 +61,8 @@ class LSTMCritics:
         """(B, n, T, C), or (B, n, C) -> (B, n)."""
         p, z = self.parameters, z if z.ndim == 4 else z.unsqueeze(2)
         weights = [p[f"rnn.{name}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        # Step by step through all samples at once suits a GPU; on a CPU the library is faster, one after the other,
-        # each text at its own length.
+        # On a GPU: all samples together, step by step. On a CPU torch's own LSTM is faster, one text after another,
+        # each at its own length.
         if z.device.type == "cpu":
             rows = zip(z, self.tokens, *weights, strict=True)
             x = torch.stack([_end_of_one(one[:, :length], w) for one, length, *w in rows])
@@ -73,13 +73,13 @@ class LSTMCritics:
 
 
 def _end_of_one(z: Tensor, weights: list[Tensor]) -> Tensor:
-    """(n, T, C), the weights of one LSTM -> (n, C) where it ends."""
+    """(n, T, C) and the weights of one LSTM -> (n, C) its last state."""
     begin = z.new_zeros(1, len(z), z.shape[2])
     return torch.lstm(z, (begin, begin), weights, True, 1, 0.0, False, False, True)[1][0]
 
 
 def _ends(z: Tensor, lengths: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
-    """(B, n, T, C), the weights of B LSTMs -> (B, n, C) where each text ends."""
+    """(B, n, T, C) and the weights of B LSTMs -> (B, n, C) the state after each text's last token."""
     samples, n, steps, channels = z.shape
     gates = torch.baddbmm((bias_ih + bias_hh).unsqueeze(1), z.transpose(1, 2).flatten(1, 2), weight_ih.mT)
     cell = hidden = z.new_zeros(samples, n, channels)
