@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -160,7 +161,8 @@ class Infidelity(Metric):
         number = torch.where(total <= self.samples, column.minimum(total - 1), drawn % total)
         at = torch.searchsorted(before, number, right=True)
         number = number - torch.where(at > 0, before.gather(1, (at - 1).clamp(min=0)), 0)
-        first, room = [], room.gather(1, at[..., None].expand(-1, -1, sizes.shape[1]))
+        first: list[Tensor] = []
+        room = room.gather(1, at[..., None].expand(-1, -1, sizes.shape[1]))
         for places in reversed(room.unbind(2)):
             first.insert(0, number % places)
             number = number // places
@@ -182,9 +184,12 @@ class Infidelity(Metric):
             return (places >= start) & (places < start + side[rows, None])
 
         if batch.words is not None:
-            score = score_subsets(
-                model, batch, sample, lambda r: inside(r, 0, batch.words[sample[r]]), self.words, self.output
-            )
+            words = batch.words
+
+            def removed(rows: slice) -> Tensor:
+                return inside(rows, 0, words[sample[rows]])
+
+            score = score_subsets(model, batch, sample, removed, self.words, self.output)
         else:
             size, base = batch.x.shape[2:], baseline(batch.x, self.baseline)
 
@@ -213,8 +218,12 @@ class Infidelity(Metric):
                 made.append((base + step).maximum(low).minimum(high))
             z = torch.stack(made, 1)
             said.append(((x[:, None] - z).double().mean(2) * map[:, None]).flatten(2).sum(2))
-            cost.append(whole - score_grid(model, batch.target, len(made), lambda s, c, z=z: z[s, c], self.output))
+            cost.append(whole - score_grid(model, batch.target, len(made), partial(_chosen, z), self.output))
         return torch.cat(said, 1), torch.cat(cost, 1)
+
+
+def _chosen(images: Tensor, sample: Tensor, column: Tensor) -> Tensor:
+    return images[sample, column]
 
 
 def sums(map: Tensor, squares: Squares) -> Tensor:

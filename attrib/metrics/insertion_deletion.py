@@ -129,6 +129,7 @@ class InsertionDeletion(Metric):
         if self.steps is not None:
             points = torch.arange(self.steps + 1, device=units.device) * limit // self.steps
         else:
+            assert self.step is not None  # exactly one of the two is set
             most = -(-int(limit.max()) // self.step)
             points = (torch.arange(most + 1, device=units.device) * self.step).minimum(limit)
         return points[:, 1:].clamp(min=1) if self.as_released else points

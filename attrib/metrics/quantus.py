@@ -178,7 +178,8 @@ class Quantus(Metric):
             raise ValueError(f"Quantus: a map of shape {tuple(map.shape)} does not fit {tuple(batch.x.shape)}")
         if batch.target.ndim != 1:
             raise UserError(f"quantus' {self.metric} knows one class per sample, not several labels")
-        if self.NEEDS_ROI and batch.roi is None:
+        roi = batch.roi if self.NEEDS_ROI else None
+        if self.NEEDS_ROI and roi is None:
             raise UserError(f"quantus' {self.metric} needs a region of interest, and this dataset has none")
         if self.metric == "ROAD" and batch.x.shape[1] > 1:
             raise UserError(
@@ -187,13 +188,14 @@ class Quantus(Metric):
             )
         seeds = noise.child("quantus").bits(1)[:, 0].tolist()
         defined = map.isfinite().flatten(1).all(1)
-        if self.NEEDS_ROI:
-            defined &= batch.roi.flatten(1).any(1).to(map.device)
+        if roi is not None:
+            defined &= roi.flatten(1).any(1).to(map.device)
         extra: dict[str, Any] = {}
         if self.metric == "RandomLogit" and "num_classes" not in self.parameters and defined.any():
             extra["num_classes"] = model.logits(batch.x[:1].to(model.device, model.dtype)).shape[1]
         default = bool(_parameters(self._class().__call__)["softmax"].default)
-        net, how = _Net(model), {"softmax": default if self.softmax is None else self.softmax}
+        net: nn.Module = _Net(model)
+        how: dict[str, Any] = {"softmax": default if self.softmax is None else self.softmax}
         if self.metric == "RelativeRepresentationStability":
             # It hangs hooks into the net and names its layers: it gets the net itself, a copy in float32. Of its
             # output it takes the largest at most; softmax, so that quantus takes no layer out.
@@ -236,6 +238,7 @@ class Quantus(Metric):
 
         if self.metric == "RandomLogit" and "seed" not in self.parameters:
             extra = {**extra, "seed": seed % 2**32}  # it seeds itself, with the same number for all samples
+        roi = given.roi if self.NEEDS_ROI else None
         try:
             with _contained(seed):
                 result = self._made(**extra)(
@@ -243,7 +246,7 @@ class Quantus(Metric):
                     x_batch=_numpy(given.x),
                     y_batch=_numpy(given.target),
                     a_batch=_numpy(map[:, None]),
-                    s_batch=_numpy(given.roi.bool()[:, None]) if self.NEEDS_ROI else None,
+                    s_batch=None if roi is None else _numpy(roi.bool()[:, None]),
                     explain_func=explained,
                     channel_first=True,
                     batch_size=1,
@@ -379,7 +382,7 @@ def _contained(seed: int) -> Iterator[None]:
     """Inside, the process-wide random states are seeded, nothing is printed, and quantus' own modules have an older
     numpy; everything is put back."""
     cached = _quantus().PyTorchModel
-    modules = [importlib.import_module(name) for name in _OUTDATED]
+    modules: list[Any] = [importlib.import_module(name) for name in _OUTDATED]
     before = [module.np for module in modules]
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     with _quiet():

@@ -84,7 +84,7 @@ def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> f
         with net.graph.inserting_before(node):
             call = net.graph.call_module(name, args, kwargs)
         if _in_place(node, new):
-            new.inplace = False
+            new.inplace = False  # type: ignore[assignment]  # to torch every attribute is a tensor or a module
             # Whatever read the changed input afterwards reads the result now.
             (changed,) = node.all_input_nodes
             for user in list(changed.users):

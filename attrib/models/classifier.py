@@ -200,15 +200,19 @@ class Classifier:
 
         Raises UserError if no gradient flows between the two.
         """
-        cut = self._split(role, x) if start is None else None
         kept: list[tuple[Tensor, Tensor]] = []
+        if start is None:
+            cut = self._split(role, x)
 
-        def layer(rows: slice, value: Tensor) -> Tensor:
-            if cut is not None:
+            def layer(rows: slice, value: Tensor) -> Tensor:
                 return cut.front(value).z
+
+        else:
             first, inputs = start
-            index = torch.arange(rows.start, rows.stop, device=x.device) // (len(x) // len(inputs))
-            return between(self.module, self.path(first), self.path(role), inputs[index], value)
+
+            def layer(rows: slice, value: Tensor) -> Tensor:
+                index = torch.arange(rows.start, rows.stop, device=x.device) // (len(x) // len(inputs))
+                return between(self.module, self.path(first), self.path(role), inputs[index], value)
 
         def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(graph):

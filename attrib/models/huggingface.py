@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from attrib.metadata import resolve
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class HuggingFaceClassifier(nn.Module):
     mask_id  id of the token that hides another one
     """
 
-    def __init__(self, net: nn.Module, pad_id: int, mask_id: int) -> None:
+    def __init__(self, net: PreTrainedModel, pad_id: int, mask_id: int) -> None:
         super().__init__()
         self.net, self.pad_id, self.mask_id = net, pad_id, mask_id
         self.max_length = _max_length(net)
@@ -71,7 +74,7 @@ class HuggingFaceClassifier(nn.Module):
         return self.net(input_ids=x, attention_mask=real.long()).logits
 
 
-def _max_length(net: nn.Module) -> int | None:
+def _max_length(net: PreTrainedModel) -> int | None:
     """The size of the table of positions, less those that RoBERTa keeps for padding; None without a table."""
     count, words = getattr(net.config, "max_position_embeddings", None), net.get_input_embeddings()
     for module in net.modules():
@@ -198,13 +201,13 @@ def _special(
         if mask_id is None:
             mask_id = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
     pad_id = config.pad_token_id if pad_id is None else pad_id
-    for name, value in (("pad_id", pad_id), ("mask_id", mask_id)):
-        if value is None:
-            raise UserError(f"model.path: {path} names no {name.split('_')[0]} token{reason}; set model.{name}")
+    if pad_id is None or mask_id is None:
+        missing = "pad" if pad_id is None else "mask"
+        raise UserError(f"model.path: {path} names no {missing} token{reason}; set model.{missing}_id")
     return pad_id, mask_id
 
 
-def _fill_head(net: nn.Module, missing: Collection[str], path: str, num_labels: int | None) -> None:
+def _fill_head(net: PreTrainedModel, missing: Collection[str], path: str, num_labels: int | None) -> None:
     """Fixed random numbers for the parameters of the head that are not stored.
 
     Raises UserError if others are missing too.
