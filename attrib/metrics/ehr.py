@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attrib.metrics.checks import at_least, one_of, refusal
 from attrib.metrics.metric import Direction, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -66,11 +67,9 @@ class EHR(Metric):
 
     def __post_init__(self) -> None:
         if not 0 <= self.base_threshold <= 1:
-            raise UserError(f"EHR.base_threshold is {self.base_threshold}, must lie in [0, 1]")
-        if self.steps < 2:
-            raise UserError(f"EHR.steps is {self.steps}, must be at least 2")
-        if self.normalize not in ("positive", "absolute", "none"):
-            raise UserError(f"EHR.normalize is {self.normalize!r}, must be positive, absolute or none")
+            raise refusal(self, "base_threshold", "a number in [0, 1]")
+        at_least(self, steps=2)
+        one_of(self, normalize=("positive", "absolute", "none"))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> ``ehr`` (B,) and ``ehr_curve`` (B, steps). Uses neither model nor noise.

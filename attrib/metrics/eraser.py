@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.checks import one_of, refusal
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import OUTPUTS, Output
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,8 @@ class Eraser(Metric):
 
     def __post_init__(self) -> None:
         if not self.bins or not all(0 < q <= 1 for q in self.bins):
-            raise UserError(f"Eraser.bins is {self.bins}, must be one or more shares of the words, in (0, 1]")
-        for field, allowed in (("words", REMOVALS), ("output", OUTPUTS)):
-            if getattr(self, field) not in allowed:
-                raise UserError(f"Eraser.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}")
+            raise refusal(self, "bins", "one or more shares of the words, in (0, 1]")
+        one_of(self, words=REMOVALS, output=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

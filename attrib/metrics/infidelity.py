@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.metrics.checks import at_least, one_of, refusal
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid, score_rows
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
@@ -82,21 +83,17 @@ class Infidelity(Metric):
     output: Output = "logit"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"Infidelity.samples is {self.samples}, must be at least 1")
+        at_least(self, samples=1, sigma=0)
         if self.sides is not None and (len(self.sides) != 2 or not 1 <= self.sides[0] <= self.sides[1]):
-            raise UserError(f"Infidelity.sides is {list(self.sides)}, must be the smallest and largest, from 1")
-        if self.sigma < 0:
-            raise UserError(f"Infidelity.sigma is {self.sigma}, must not be negative")
-        for field, allowed in (
-            ("perturbation", get_args(Perturbation)),
-            ("beta", get_args(Scale)),
-            ("words", REMOVALS),
-            ("baseline", BASELINES),
-            ("output", OUTPUTS),
-        ):
-            if getattr(self, field) not in allowed:
-                raise UserError(f"Infidelity.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}")
+            raise refusal(self, "sides", "the smallest and the largest side, from 1 on")
+        one_of(
+            self,
+            perturbation=get_args(Perturbation),
+            beta=get_args(Scale),
+            words=REMOVALS,
+            baseline=BASELINES,
+            output=OUTPUTS,
+        )
 
     @property
     def roles(self) -> tuple[str, ...]:

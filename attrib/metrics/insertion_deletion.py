@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.checks import at_least, one_of, positive, refusal
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_path, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
@@ -93,27 +94,13 @@ class InsertionDeletion(Metric):
     def __post_init__(self) -> None:
         if (self.step is None) == (self.steps is None):
             raise UserError("InsertionDeletion: set exactly one of step (units a step) and steps, the other to null")
-        for field in ("step", "steps"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise UserError(f"InsertionDeletion.{field} is {getattr(self, field)}, must be at least 1")
+        at_least(self, step=1, steps=1, window=1)
+        positive(self, "sigma")
         if not 0 < self.fraction <= 1:
-            raise UserError(f"InsertionDeletion.fraction is {self.fraction}, must lie in (0, 1]")
-        for field, allowed in (
-            ("words", REMOVALS),
-            ("deletion_baseline", BASELINES),
-            ("insertion_baseline", BASELINES),
-            ("output", OUTPUTS),
-        ):
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"InsertionDeletion.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}"
-                )
-        if self.window < 1:
-            raise UserError(f"InsertionDeletion.window is {self.window}, must be at least 1")
-        if self.sigma <= 0:
-            raise UserError(f"InsertionDeletion.sigma is {self.sigma}, must be positive")
+            raise refusal(self, "fraction", "a share in (0, 1]")
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
-            raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be odd")
+            raise refusal(self, "kernel", "a positive odd number")
+        one_of(self, words=REMOVALS, deletion_baseline=BASELINES, insertion_baseline=BASELINES, output=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

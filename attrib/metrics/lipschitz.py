@@ -9,10 +9,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.metrics.checks import at_least, one_of, positive
 from attrib.metrics.metric import Direction, Explain, Explaining
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 
 Normalize = Literal["norm", "max", "none"]
 
@@ -52,14 +53,9 @@ class Lipschitz(Explaining):
     normalize: Normalize = "norm"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"Lipschitz.samples is {self.samples}, must be at least 1")
-        if self.radius <= 0:
-            raise UserError(f"Lipschitz.radius is {self.radius}, must be above 0")
-        if self.normalize not in get_args(Normalize):
-            raise UserError(
-                f"Lipschitz.normalize is {self.normalize!r}, must be one of {', '.join(get_args(Normalize))}"
-            )
+        at_least(self, samples=1)
+        positive(self, "radius")
+        one_of(self, normalize=get_args(Normalize))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> two columns (B,), float64 on the model's device."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.metrics.checks import at_least, one_of
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks
 from attrib.models import Classifier
@@ -56,11 +57,8 @@ class Localisation(Metric):
     margin: int = 0
 
     def __post_init__(self) -> None:
-        if self.normalize not in get_args(Normalize):
-            raise UserError(f"Localisation.normalize is {self.normalize!r}, must be positive, absolute or none")
-        for field, least in (("thresholds", 1), ("margin", 0)):
-            if getattr(self, field) < least:
-                raise UserError(f"Localisation.{field} is {getattr(self, field)}, must be at least {least}")
+        at_least(self, thresholds=1, margin=0)
+        one_of(self, normalize=get_args(Normalize))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> five columns (B,), a curve (B, thresholds). Does not use the model.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -24,7 +23,7 @@ from attrib.metrics.metric import Direction, Explain, Explaining, Metric
 from attrib.models import Classifier
 from attrib.models.classifier import is_out_of_memory
 from attrib.noise import Noise
-from attrib.types import Batch, SampleError, UserError
+from attrib.types import Batch, SampleError, UserError, did_you_mean
 
 REFUSED: Mapping[str, str] = {  # and why; what else does it
     "SensitivityN": "correlates over the samples of a batch, so a sample has no score of its own; take "
@@ -94,8 +93,8 @@ class Quantus(Metric):
         object.__setattr__(self, "version", _version())
         classes = _classes()
         if self.metric not in classes:
-            near = difflib.get_close_matches(self.metric, list(classes), n=3, cutoff=0.5)
-            hint, usable = f"; near names: {', '.join(near)}" if near else "", sorted(set(classes) - set(REFUSED))
+            usable = sorted(set(classes) - set(REFUSED))
+            hint = did_you_mean(self.metric, usable)
             raise UserError(f"quantus has no metric {self.metric!r}{hint} (it has: {', '.join(usable)})")
         if self.metric in REFUSED:
             raise UserError(f"quantus' {self.metric} cannot be used here: it {REFUSED[self.metric]}")
@@ -103,14 +102,15 @@ class Quantus(Metric):
             raise UserError(f"Quantus.parameters is {self.parameters!r}, must be names and values")
         if self.metric in EXPLAINS and not self.NEEDS_EXPLAIN:
             raise UserError(f"{self.metric} asks for other maps: build it by attrib.metrics.quantus_metric")
-        known = [name for name in _parameters(self._class().__init__) if name not in OURS]
+        parameters = _parameters(self._class().__init__)
+        known = [name for name in parameters if name not in OURS]
         for name in self.parameters:
             if name in OURS:
                 raise UserError(f"Quantus.parameters: {name} is set by attrib, take it out")
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise UserError(f"quantus' {self.metric} has no parameter {name!r}{hint} (it has: {', '.join(known)})")
+            _check_range(name, self.parameters[name], parameters[name])
         with _contained(0):
             self._made()
 
@@ -309,6 +309,18 @@ def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in found.items() if name != "self" and p.kind not in variable}
 
 
+def _check_range(name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raises UserError for numbers that quantus takes and that make no sense; it checks none itself."""
+    if name == "percentages":
+        if value is not None and not all(0 <= share <= 100 for share in value):
+            raise UserError(f"Quantus.parameters: percentages is {value}, must be numbers from 0 to 100")
+    elif parameter.annotation in (int, "int") and name != "seed":  # numbers of samples, steps, pixels
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"Quantus.parameters: {name} is {value!r}, must be a whole number of at least 1")
+    elif name in ("noise", "perturb_std") and not value >= 0:
+        raise UserError(f"Quantus.parameters: {name} is {value!r}, must not be negative")
+
+
 _FUNCTIONS = ("perturb_func", "similarity_func", "normalise_func", "norm_func", "discretise_func", "complexity_func")
 
 
@@ -322,9 +334,10 @@ def _function(name: str, value: Any) -> Any:
         own = inspect.getmembers(module, inspect.isfunction)
         known |= {key: function for key, function in own if function.__module__ == module.__name__}
     if value not in known:
-        near = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise UserError(f"Quantus.parameters: {name}: quantus has no function {value!r}{hint}")
+        raise UserError(
+            f"Quantus.parameters: {name}: quantus has no function {value!r}{did_you_mean(value, known)} "
+            f"(it has: {', '.join(sorted(known))})"
+        )
     return known[value]
 
 

@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.metrics.checks import at_least, one_of, refusal
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_mixed
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 from attrib.units import Units
 
 _LAST = torch.iinfo(torch.int64).max
@@ -61,18 +62,12 @@ class SensitivityN(Metric):
     output: Output = "logit"
 
     def __post_init__(self) -> None:
-        for field, least in (("points", 1), ("samples", 2)):
-            if getattr(self, field) < least:
-                raise UserError(f"SensitivityN.{field} is {getattr(self, field)}, must be at least {least}")
+        at_least(self, points=1, samples=2)
         if not 0 < self.fraction < 1:
-            raise UserError(f"SensitivityN.fraction is {self.fraction}, must lie in (0, 1)")
+            raise refusal(self, "fraction", "a share in (0, 1)")
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
-            raise UserError(f"SensitivityN.sizes is {list(self.sizes)}, must be one or more numbers from 1")
-        for field, allowed in (("words", REMOVALS), ("baseline", BASELINES), ("output", OUTPUTS)):
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"SensitivityN.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}"
-                )
+            raise refusal(self, "sizes", "one or more numbers from 1 on")
+        one_of(self, words=REMOVALS, baseline=BASELINES, output=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:
