@@ -58,7 +58,7 @@ def senseless(name: str) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("quantus")])
 def test_refused(name):
     for field, value in senseless(name):
-        other = {"step": "steps", "steps": "step"}.get(field, field)  # of these, one is null
+        other = "steps" if field == "step" else field  # of these, one is null
         with pytest.raises(UserError, match=rf"\.{field} is |{field} must be "):
             build({**PRESETS[name], other: None, field: value}, f"{name} with {field}={value}")
 

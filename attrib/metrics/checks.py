@@ -25,7 +25,7 @@ def at_least(metric: object, **bounds: float) -> None:
     for field, least in bounds.items():
         value = getattr(metric, field)
         if value is not None and not least <= value < math.inf:
-            raise refusal(metric, field, f"a number of at least {least}" if least else "0 or a positive number")
+            raise refusal(metric, field, f"at least {least}" if least else "0 or a positive number")
 
 
 def positive(metric: object, *fields: str) -> None:

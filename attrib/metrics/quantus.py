@@ -334,10 +334,7 @@ def _function(name: str, value: Any) -> Any:
         own = inspect.getmembers(module, inspect.isfunction)
         known |= {key: function for key, function in own if function.__module__ == module.__name__}
     if value not in known:
-        raise UserError(
-            f"Quantus.parameters: {name}: quantus has no function {value!r}{did_you_mean(value, known)} "
-            f"(it has: {', '.join(sorted(known))})"
-        )
+        raise UserError(f"Quantus.parameters: {name}: quantus has no function {value!r}{did_you_mean(value, known)}")
     return known[value]
 
 
