@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from attrib.models.split import Front, Split, between, hooked, split
 from attrib.models.variant import Variant
 from attrib.noise import Noise
 from attrib.process.memory import Heap
-from attrib.types import SampleError, UserError
+from attrib.types import SampleError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +35,10 @@ class Classifier:
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the logits of a noise image of this shape are compared before and
                  after the preparation
-    variant      if this is a copy with randomised layers: which
-    original     if this is such a copy: of what. It says which class is explained and which samples are selected
+    variant      of a copy with randomised layers: which ones; else None
+    original     of a copy with randomised layers: the classifier it was made from. Where the experiment goes by
+                 predictions (of the class to explain, of the samples to select), it goes by the original's.
+                 Any other classifier is its own original
 
     Raises UserError for a layer that does not exist.
     """
@@ -58,8 +59,8 @@ class Classifier:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
         self.layers = {role: path for role, path in (layers or {}).items() if path is not None}
-        self.rows, self.device, self.dtype, self.variant = rows, torch.device(device), dtype, variant
-        self.original = original or self
+        self.rows, self.device, self.dtype = rows, torch.device(device), dtype
+        self.variant, self.original = variant, original or self
         self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
         self.weights = tensor_digest(module.state_dict())
@@ -69,10 +70,9 @@ class Classifier:
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
-                near = difflib.get_close_matches(path, names, n=5, cutoff=0.3)
                 raise UserError(
-                    f"model.layers.{role}: {type(module).__name__} has no layer {path!r}; "
-                    f"near names: {', '.join(near) or 'none'} (all: {', '.join(n for n in names if n.count('.') < 2)})"
+                    f"model.layers.{role}: {type(module).__name__} has no layer {path!r}{did_you_mean(path, names)} "
+                    f"(its upper layers: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
 
     def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> nn.Module:
