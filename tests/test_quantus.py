@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import attrib.metrics.quantus as adapter
 from attrib import keys
 from attrib.config.objects import build
-from attrib.metrics import Explaining, ExplainingQuantus, Quantus, quantus_metric
+from attrib.metrics import ExplainingQuantus, Quantus, quantus_metric
 from attrib.metrics.quantus import CURVES, EXPLAINS, REFUSED, _classes
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -48,7 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def score(metric: Quantus, model: Classifier, batch: Batch, map: Tensor, explain: Any = None) -> dict[str, Tensor]:
     explain = explain or partial(gradient, model)
-    extra = (explain,) if isinstance(metric, Explaining) else ()
+    extra = (explain,) if metric.NEEDS_EXPLAIN else ()
     return metric.score(model, batch, map, Noise(batch.uids, 3), *extra)
 
 

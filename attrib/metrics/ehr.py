@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of, refusal
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -66,10 +66,9 @@ class EHR(Metric):
     normalize: Literal["positive", "absolute", "none"] = "positive"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.base_threshold <= 1:
-            raise refusal(self, "base_threshold", "a number in [0, 1]")
-        at_least(self, steps=2)
-        one_of(self, normalize=("positive", "absolute", "none"))
+        require(self, "base_threshold", at_least=0, at_most=1)
+        require(self, "steps", at_least=2)
+        require(self, "normalize", one_of=("positive", "absolute", "none"))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> ``ehr`` (B,) and ``ehr_curve`` (B, steps). Uses neither model nor noise.

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import one_of, refusal
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import OUTPUTS, Output
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch
+from attrib.types import Batch, UserError
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Eraser(Metric):
 
     def __post_init__(self) -> None:
         if not self.bins or not all(0 < q <= 1 for q in self.bins):
-            raise refusal(self, "bins", "one or more shares of the words, in (0, 1]")
-        one_of(self, words=REMOVALS, output=OUTPUTS)
+            raise UserError(f"Eraser.bins is {list(self.bins)}, must be one or more shares of the words, in (0, 1]")
+        require(self, "words", one_of=REMOVALS)
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of, refusal
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid, score_rows
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
@@ -83,17 +83,15 @@ class Infidelity(Metric):
     output: Output = "logit"
 
     def __post_init__(self) -> None:
-        at_least(self, samples=1, sigma=0)
+        require(self, "samples", at_least=1)
+        require(self, "sigma", at_least=0)
         if self.sides is not None and (len(self.sides) != 2 or not 1 <= self.sides[0] <= self.sides[1]):
-            raise refusal(self, "sides", "the smallest and the largest side, from 1 on")
-        one_of(
-            self,
-            perturbation=get_args(Perturbation),
-            beta=get_args(Scale),
-            words=REMOVALS,
-            baseline=BASELINES,
-            output=OUTPUTS,
-        )
+            raise UserError(f"Infidelity.sides is {list(self.sides)}, must be the smallest and largest side, from 1 on")
+        require(self, "perturbation", one_of=get_args(Perturbation))
+        require(self, "beta", one_of=get_args(Scale))
+        require(self, "words", one_of=REMOVALS)
+        require(self, "baseline", one_of=BASELINES)
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

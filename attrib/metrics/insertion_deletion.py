@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of, positive, refusal
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_path, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
@@ -94,13 +94,15 @@ class InsertionDeletion(Metric):
     def __post_init__(self) -> None:
         if (self.step is None) == (self.steps is None):
             raise UserError("InsertionDeletion: set exactly one of step (units a step) and steps, the other to null")
-        at_least(self, step=1, steps=1, window=1)
-        positive(self, "sigma")
-        if not 0 < self.fraction <= 1:
-            raise refusal(self, "fraction", "a share in (0, 1]")
+        require(self, "step", "steps", at_least=1, or_none=True)
+        require(self, "fraction", above=0, at_most=1)
+        require(self, "window", at_least=1)
+        require(self, "words", one_of=REMOVALS)
+        require(self, "deletion_baseline", "insertion_baseline", one_of=BASELINES)
+        require(self, "sigma", above=0)
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
-            raise refusal(self, "kernel", "a positive odd number")
-        one_of(self, words=REMOVALS, deletion_baseline=BASELINES, insertion_baseline=BASELINES, output=OUTPUTS)
+            raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be a positive odd number, or null")
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

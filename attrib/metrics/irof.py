@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of, positive
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, Baseline, baseline, ranks, score_rows
 from attrib.models import Classifier
@@ -62,9 +62,9 @@ class IROF(Metric):
     baseline: Baseline = "mean"
 
     def __post_init__(self) -> None:
-        at_least(self, segments=1)
-        positive(self, "compactness")
-        one_of(self, baseline=BASELINES)
+        require(self, "segments", at_least=1)
+        require(self, "compactness", above=0)
+        require(self, "baseline", one_of=BASELINES)
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W) -> ``irof`` (B,) and ``irof_curve`` (B, 101), float64 on the model's device.

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of, positive
-from attrib.metrics.metric import Direction, Explain, Explaining
+from attrib.checks import require
+from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -19,7 +19,7 @@ Normalize = Literal["norm", "max", "none"]
 
 
 @dataclass(frozen=True)
-class Lipschitz(Explaining):
+class Lipschitz(Metric):
     """Both from the same ``samples`` points y around the input x, whose maps F(y) are computed:
 
         lipschitz        max over y of  |F(y) - F(x)| / |y - x|    (Alvarez-Melis & Jaakkola, *On the
@@ -45,6 +45,7 @@ class Lipschitz(Explaining):
 
     NAME: ClassVar[str] = "attrib.metrics.lipschitz.Lipschitz"
     VERSION: ClassVar[int] = 1
+    NEEDS_EXPLAIN: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"lipschitz": "lower", "max_sensitivity": "lower"}
 
@@ -53,9 +54,9 @@ class Lipschitz(Explaining):
     normalize: Normalize = "norm"
 
     def __post_init__(self) -> None:
-        at_least(self, samples=1)
-        positive(self, "radius")
-        one_of(self, normalize=get_args(Normalize))
+        require(self, "samples", at_least=1)
+        require(self, "radius", above=0)
+        require(self, "normalize", one_of=get_args(Normalize))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> two columns (B,), float64 on the model's device."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks
 from attrib.models import Classifier
@@ -57,8 +57,9 @@ class Localisation(Metric):
     margin: int = 0
 
     def __post_init__(self) -> None:
-        at_least(self, thresholds=1, margin=0)
-        one_of(self, normalize=get_args(Normalize))
+        require(self, "normalize", one_of=get_args(Normalize))
+        require(self, "thresholds", at_least=1)
+        require(self, "margin", at_least=0)
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> five columns (B,), a curve (B, thresholds). Does not use the model.

@@ -65,9 +65,3 @@ class Metric(Protocol):
         the input. They may hold NaN. One call costs as much as the maps of a batch; never ask for more samples at
         once than ``batch`` has.
         """
-
-
-class Explaining(Metric):
-    """The former mark of a metric that asks for maps, until the runner asks for ``NEEDS_EXPLAIN``."""
-
-    NEEDS_EXPLAIN: ClassVar[bool] = True

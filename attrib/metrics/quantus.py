@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrib.metrics.metric import Direction, Explain, Explaining, Metric
+from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier
 from attrib.models.classifier import is_out_of_memory
 from attrib.noise import Noise
@@ -264,10 +264,12 @@ class Quantus(Metric):
 
 
 @dataclass(frozen=True)
-class ExplainingQuantus(Quantus, Explaining):
+class ExplainingQuantus(Quantus):
     """A metric of quantus that asks for maps of other inputs, or of another class; each costs as much as a map."""
 
     NAME: ClassVar[str] = "attrib.metrics.quantus.ExplainingQuantus"
+    NEEDS_EXPLAIN: ClassVar[bool] = True
+
     metric: str = "MaxSensitivity"
 
 

@@ -13,12 +13,12 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, refusal
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks, target_score
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch
+from attrib.types import Batch, UserError
 
 # A pixel without a value is the mean of its neighbours: 1/6 for those at its sides, 1/12 for those at its corners.
 _NEIGHBOURS = tuple(
@@ -75,9 +75,9 @@ class ROAD(Metric):
     noise: float = 0.01
 
     def __post_init__(self) -> None:
-        at_least(self, noise=0)
         if not self.shares or not all(0 < share < 1 for share in self.shares):
-            raise refusal(self, "shares", "one or more shares of the pixels, in (0, 1)")
+            raise UserError(f"ROAD.shares is {list(self.shares)}, must be one or more shares of the pixels, in (0, 1)")
+        require(self, "noise", at_least=0)
 
     def counts(self, pixels: int) -> list[int]:
         """How many pixels go."""

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.metrics.checks import at_least, one_of, refusal
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_mixed
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch
+from attrib.types import Batch, UserError
 from attrib.units import Units
 
 _LAST = torch.iinfo(torch.int64).max
@@ -62,12 +62,14 @@ class SensitivityN(Metric):
     output: Output = "logit"
 
     def __post_init__(self) -> None:
-        at_least(self, points=1, samples=2)
-        if not 0 < self.fraction < 1:
-            raise refusal(self, "fraction", "a share in (0, 1)")
+        require(self, "points", at_least=1)
+        require(self, "samples", at_least=2)
+        require(self, "fraction", above=0, below=1)
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
-            raise refusal(self, "sizes", "one or more numbers from 1 on")
-        one_of(self, words=REMOVALS, baseline=BASELINES, output=OUTPUTS)
+            raise UserError(f"SensitivityN.sizes is {list(self.sizes)}, must be one or more numbers from 1 on")
+        require(self, "words", one_of=REMOVALS)
+        require(self, "baseline", one_of=BASELINES)
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

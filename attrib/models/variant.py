@@ -82,7 +82,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """For messages and folders: in ``random-3`` the last three layers are random, in ``random-only-conv1`` that one."""
+        """For messages and folders: in ``random-3`` the last three layers are random, in ``random-only-fc`` one."""
         if self.how.mode == "cascade":
             return f"random-{self.place}"
         what = self.how.layers if isinstance(self.how.layers, str) else self.layers[-1] or ROOT
