@@ -136,15 +136,15 @@ class Words:
 
 
 def test_every_sample_once_and_another_order_each_epoch():
-    feed = EpochBatches(LoadedSamples(Words(None, [0] * 50), [f"s{i:03d}" for i in range(50)]), size=8, seed=3)
-    first, second = feed.order(0), feed.order(1)
+    loader = EpochBatches(LoadedSamples(Words(None, [0] * 50), [f"s{i:03d}" for i in range(50)]), size=8, seed=3)
+    first, second = loader.order(0), loader.order(1)
     for order in (first, second):
         assert sorted(i for batch in order for i in batch) == list(range(50))
         assert [len(batch) for batch in order] == [8] * 6 + [2]
     assert first != second
-    assert first == feed.order(0)
-    assert first != EpochBatches(feed.samples, size=8, seed=4).order(0)
-    pixels = [x[:, 0, 0, 0].tolist() for x, _ in feed]
+    assert first == loader.order(0)
+    assert first != EpochBatches(loader.samples, size=8, seed=4).order(0)
+    pixels = [x[:, 0, 0, 0].tolist() for x, _ in loader]
     assert pixels == first
 
 
@@ -161,35 +161,35 @@ def test_the_order_belongs_to_the_uids_and_not_to_their_positions():
 @pytest.mark.parametrize(("n", "size", "sizes"), [(9, 4, [4, 5]), (8, 4, [4, 4]), (1, 4, [1]), (3, 1, [1, 1, 1])])
 def test_a_last_sample_is_not_alone(n, size, sizes):
     data = Words(None, [0] * n)
-    feed = EpochBatches(LoadedSamples(data, data.uids), size=size, seed=0)
-    assert [len(b) for b in feed.order(0)] == sizes
-    assert len(feed) == len(sizes)
+    loader = EpochBatches(LoadedSamples(data, data.uids), size=size, seed=0)
+    assert [len(b) for b in loader.order(0)] == sizes
+    assert len(loader) == len(sizes)
 
 
 def test_texts_of_similar_length_are_together(monkeypatch):
     monkeypatch.setattr(batches, "BUCKET", 5)
     lengths = [1 + (7 * i) % 23 for i in range(100)]
     data = Words(lengths, [i % 2 for i in range(100)])
-    rows = LoadedSamples(data, data.uids, pad=1)
-    feed = EpochBatches(rows, size=10, seed=0)
-    padded = sum(x.numel() for x, _ in feed)
+    samples = LoadedSamples(data, data.uids, pad=1)
+    loader = EpochBatches(samples, size=10, seed=0)
+    padded = sum(x.numel() for x, _ in loader)
     unsorted = sum(10 * max(lengths[i] for i in range(k, k + 10)) for k in range(0, 100, 10))
     assert sum(lengths) <= padded < 0.8 * unsorted
-    assert sorted(i for b in feed.order(0) for i in b) == list(range(100))
-    longest = [max(lengths[i] for i in b) for b in feed.order(0)]
+    assert sorted(i for b in loader.order(0) for i in b) == list(range(100))
+    longest = [max(lengths[i] for i in b) for b in loader.order(0)]
     assert longest != sorted(longest)
 
 
 def test_rows_are_padded_like_the_datasets_own_batch():
     lengths = [3, 1, 6, 2]
     data = Words(lengths, [0, 1, 1, 0])
-    rows = LoadedSamples(data, data.uids, pad=1)
+    samples = LoadedSamples(data, data.uids, pad=1)
     for positions in ([0], [2, 1], [3, 0, 1]):
         expected = data.batch([data.uids[i] for i in positions])
-        x, target = rows.pick(positions)
+        x, target = samples.pick(positions)
         assert torch.equal(x, expected.x)
         assert torch.equal(target, expected.target)
-    assert [i for b in rows.portions(3) for i in b] == [1, 3, 0, 2]
+    assert [i for b in samples.portions(3) for i in b] == [1, 3, 0, 2]
 
 
 def test_samples_that_cannot_train():
@@ -217,15 +217,15 @@ def test_crop_flip_against_a_loop():
 
 def test_augmentation_changes_with_the_epoch_and_is_for_images():
     data = Words(None, [0] * 8)
-    rows = LoadedSamples(data, data.uids)
-    rows._images = torch.rand(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    feed = EpochBatches(rows, size=8, seed=0, augment="crop_flip")
-    (first, _), (again, _) = next(iter(feed)), next(iter(feed))
+    samples = LoadedSamples(data, data.uids)
+    samples._arrays = torch.rand(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    loader = EpochBatches(samples, size=8, seed=0, augment="crop_flip")
+    (first, _), (again, _) = next(iter(loader)), next(iter(loader))
     assert torch.equal(first, again)
-    order = feed.order(0)[0]
-    feed.epoch = 1
-    second = next(iter(feed))[0]
-    assert not torch.equal(first[order.index(0)], second[feed.order(1)[0].index(0)])
+    order = loader.order(0)[0]
+    loader.epoch = 1
+    second = next(iter(loader))[0]
+    assert not torch.equal(first[order.index(0)], second[loader.order(1)[0].index(0)])
     with pytest.raises(UserError, match="images"):
         EpochBatches(LoadedSamples(Words([1], [0]), ["s000"]), size=1, seed=0, augment="crop_flip")
 
@@ -498,7 +498,7 @@ def test_a_full_disk_costs_one_epoch(train, monkeypatch):
         ("train.validation=1.5", "a share between 0 and 1"),
         ("train.validation=dev", "split must be 'train' or 'val' or 'test', not 'dev'"),
         ("train.baseline=true", "train.baseline is for texts"),
-        ("train.vectors=some.txt", "train.vectors is for nets over words"),
+        ("train.vectors=some.txt", "train.vectors is for nets that read words"),
         ("train.device=cuda:77", "train.device=cuda:77"),
         ("model.num_classes=7", "the net has 7 outputs, the data have 10 classes"),
         ("train.weights=missing.safetensors", "missing.safetensors"),
@@ -577,7 +577,7 @@ def test_word_vectors_start_the_embedding(train, table):
     assert embedding[1].abs().max() == 0
     wrong = train(*TEXT, f"dataset.root={table}", f"train.vectors={file}", "model.embedding_dim=5", "train.name=wrong")
     assert wrong.status == 2
-    assert "the net has" in wrong.err
+    assert "this one has" in wrong.err
 
 
 def test_words_of_four_layers_and_a_vocabulary_that_is_cut(train, table):

@@ -1,4 +1,4 @@
-"""Metrics: numbers per sample and map, with a direction that is declared once.
+"""Metrics: numbers for each sample and map; each metric declares which direction is better.
 
 A metric is a frozen dataclass; its fields are its parameters and enter the key of its scores.
 """

@@ -39,10 +39,10 @@ class EHR(Metric):
                     "positive"  negative values are 0 (evidence against the target is not evidence
                                 for it), then divided by the map's maximum. Not min-max: that would
                                 give the pixels that received nothing, 0, a heat
-                    "absolute"  the same of the absolute values, for maps whose sign means nothing
-                    "none"      the map is heat in [0, 1] already
+                    "absolute"  the same with the absolute values, for maps whose sign has no meaning
+                    "none"      not at all; for maps that are heat in [0, 1] already
 
-    Edge cases. A flat map scores the region's share of the image, which is chance; so does a map
+    Edge cases. A flat map scores the region's share of the image, which is chance level; so does a map
     without any heat (no positive value), as it prefers no place either. With normalize "none" a map
     that nowhere reaches the threshold scores 0, the empty sum (the released code raises IndexError).
     NaN or infinite values in the map, or an empty region: NaN.

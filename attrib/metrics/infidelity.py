@@ -1,4 +1,4 @@
-"""Infidelity: how far the map is from saying what a perturbation costs."""
+"""Infidelity: how far the map is from predicting what a perturbation costs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Scale = Literal["positive", "any"]
 
 
 class Squares(NamedTuple):
-    """M squares of each of B samples; those of weight 0 are not there."""
+    """M squares of each of B samples; those with weight False are padding."""
 
     first: Tensor  # (B, M, D) int64: the first place inside, along each axis
     side: Tensor  # (B, M) int64
@@ -41,8 +41,8 @@ class Infidelity(Metric):
         infidelity_unscaled = E [ (I m - (f(x) - f(x - I)))^2 ]        I m: the sum of their product
         infidelity          = the same of beta m, with the best beta = E [ I m (f(x) - f(x - I)) ] / E [ (I m)^2 ]
 
-    Maps of different methods have different units, so ``infidelity`` is the one to compare methods by; so does
-    the paper's released program. Both are in squared units of f, and so no measure across nets.
+    Maps of different methods have different units, so methods are to be compared by ``infidelity``, as in the paper's
+    released program. Both are in squared units of f, and so cannot compare nets.
 
     perturbation  "square", the paper's square removal: a square of pixels goes to the ``baseline``, and I is 1 in
                   it, 0 elsewhere, for maps that have the input multiplied in: what a pixel contributes. Of sounds it
@@ -63,7 +63,7 @@ class Infidelity(Metric):
     baseline      images, sounds: what stands for a removed place, see ``perturb.baseline``
     output        "logit" or "probability"
 
-    captum 0.9's ``infidelity`` says the same of the same perturbations (``tests/test_infidelity.py``), with
+    captum 0.9's ``infidelity`` gives the same numbers for the same perturbations (``tests/test_infidelity.py``), with
     ``normalize`` if beta is "any". A map with NaN or infinite values, and a text without words: NaN. Costs
     ``samples`` forward passes, and one; equal squares share theirs.
     """

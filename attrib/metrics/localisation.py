@@ -38,7 +38,7 @@ class Localisation(Metric):
 
     Equally hot pixels are ordered by the sample's own stream, see ``perturb.ranks``. A map without any heat
     prefers no place: its energy is the region's share of the image, its order is random, its intersections are
-    empty. NaN or infinite values in the map, or an empty region: NaN. R may be any mask, also of a sound's time.
+    empty. NaN or infinite values in the map, or an empty region: NaN. R may be any mask, also one over a sound's time.
     """
 
     NAME: ClassVar[str] = "attrib.metrics.localisation.Localisation"

@@ -1,4 +1,4 @@
-"""What a metric is: the protocol that all of them derive from."""
+"""The protocol that all metrics derive from."""
 
 from __future__ import annotations
 

@@ -25,16 +25,16 @@ from attrib.models.classifier import is_out_of_memory
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError, did_you_mean
 
-REFUSED: Mapping[str, str] = {  # and why; what else does it
+REFUSED: Mapping[str, str] = {  # why each cannot be used, and what does the same
     "SensitivityN": "correlates over the samples of a batch, so a sample has no score of its own; take "
     "metric=[sensitivity_n], or quantus' FaithfulnessCorrelation, the same for subsets of one size",
     "Consistency": "compares a sample with the others of its batch, so a sample has no score of its own",
     "Sufficiency": "compares a sample with the others of its batch, so a sample has no score of its own",
     "Monotonicity": "never brings a feature back (it fills the baseline with the baseline), so every map scores 1",
     "Focus": "needs mosaics of four images as inputs",
-    "MPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
-    "SmoothMPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
-    "EfficientMPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
+    "MPRT": "needs maps of nets with randomised layers, not of this one; use attrib sanity",
+    "SmoothMPRT": "needs maps of nets with randomised layers, not of this one; use attrib sanity",
+    "EfficientMPRT": "needs maps of nets with randomised layers, not of this one; use attrib sanity",
     "InputInvariance": "needs maps of a second net with a shifted first layer",
 }
 EXPLAINS = frozenset((

@@ -1,4 +1,4 @@
-"""ROAD: what the net still recognises when pixels are replaced by what their neighbours say of them."""
+"""ROAD: what the net still recognises when pixels are replaced by what their neighbours suggest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEIGHBOURS = tuple(
     for column in (-1, 0, 1)
     if row or column
 )  # fmt: skip
-_LEAF = 16  # pixels that are not dissected further
+_LEAF = 16  # a part of the grid with at most so many pixels is not divided further
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sensitivity-n: whether the sum of a subset's relevance goes with what its removal costs."""
+"""Sensitivity-n: whether a subset's summed relevance correlates with what its removal costs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class SensitivityN(Metric):
     over the subsets of one size, for each sample. The curve holds it for every n, the column is its mean.
 
     points     numbers n, in equal steps of their logarithm from 1 to ``fraction`` of the pixels or words, rounded.
-               The released InputIBA code takes the natural logarithm where base 10 is meant, and so the powers
-               10^0 .. 10^ln(n), far beyond the image; n = 100 % has only one subset
-    sizes      or else the numbers n themselves; those beyond a sample's last but one unit mean that one
+               (The released InputIBA code takes the natural logarithm where base 10 is meant, so its powers
+               10^0 .. 10^ln(n) go far beyond the image.) Below 1, as all units together are only one subset
+    sizes      or else the numbers n themselves; one that leaves a sample no unit counts as all units but one
     samples    subsets of each size
     words      texts: what stands for a removed word, see ``words.score_without``; a word's relevance is the sum
                over its tokens, special tokens stay
     baseline   images: what stands for a removed pixel, see ``perturb.baseline``
     output     "logit", as in the paper, or "probability"
 
-    Where all sums or all differences of a size are equal, nothing goes with anything: 0. So a constant map
+    Where all sums or all differences of one size are equal, the correlation is taken as 0. So a constant map
     scores 0. A map with NaN or infinite values, a text of fewer than two words, and several labels of which none is
     positive: NaN. Costs ``points`` times ``samples`` forward passes, and one.
     """

@@ -1,4 +1,4 @@
-"""Texts without some of their words, made and scored in blocks: the engine of the metrics of words.
+"""Texts without some of their words, made and scored in blocks: the engine of the metrics on texts.
 
 A metric says which words are missing by places in the map's order: ``score_without`` scores any
 number of texts per sample, each without the words of the places ``first`` .. ``last - 1``. Deleting

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of a configuration, what does not say how the net computes.
-_INCIDENTAL = (
+# The fields of a configuration that do not change what the net computes.
+_WITHOUT_EFFECT = (
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id",
     "use_cache", "problem_type", "finetuning_task", "_num_labels",
 )  # fmt: skip
@@ -50,17 +50,17 @@ class HuggingFaceClassifier(nn.Module):
 
     @property
     def default_layers(self) -> dict[str, str]:
-        """The paths of the roles that every text net has; a bottleneck is at the words unless one asks for more."""
+        """The paths of the roles that every text net has. The bottleneck is at the word embeddings by default."""
         words = self.net.get_input_embeddings()
         path = next(path for path, module in self.named_modules() if module is words)
         return {"embedding": path, "bottleneck": path}
 
     @property
     def spec(self) -> dict[str, Any]:
-        """How the net computes, as plain data: its configuration, without paths, versions and names of classes."""
+        """What the net computes, as plain data: its configuration, without paths, versions and names of classes."""
         plain = json.loads(json.dumps(self.net.config.to_diff_dict(), default=str))
         own = {"num_labels": self.net.config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
-        return {k: v for k, v in plain.items() if k not in _INCIDENTAL} | own
+        return {k: v for k, v in plain.items() if k not in _WITHOUT_EFFECT} | own
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises SampleError for more tokens than the net has positions."""
@@ -133,7 +133,7 @@ def _transformers() -> ModuleType:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """No progress bars and reports of transformers; what matters in them we say ourselves."""
+    """Without the progress bars and reports of transformers; attrib itself says what matters in them."""
     messages = transformers.utils.logging
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     messages.set_verbosity_error()
