@@ -27,11 +27,12 @@ from torch import nn
 from attrib.datasets import TextTable, WordEncoder
 from attrib.metadata import read_metadata
 from attrib.models import DeepLSTM, load_weights
+from attrib.models.zoo import seeded
 from attrib.noise import Noise
 from attrib.store.files import write_atomic
 from attrib.training import batches, recipe, state
 from attrib.training.batches import EpochBatches, LoadedSamples, crop_flip, learning_rate_factor, uid_fraction
-from attrib.training.loop import Hyperparameters, evaluate, seeded
+from attrib.training.loop import Hyperparameters, evaluate
 from attrib.training.state import Progress, load_state, save_state
 from attrib.types import Batch, SampleError, UserError
 
@@ -250,8 +251,7 @@ def test_shares_are_stable_and_even():
 
 
 def _net(seed: int = 0) -> nn.Module:
-    with seeded(torch.device("cpu"), seed):
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)), seed)
 
 
 def _steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:

@@ -1,8 +1,9 @@
 """Training a net: mmengine's loop by epochs, which can be killed at any moment and resumed.
 
-Before each epoch torch's random numbers (for dropout) are seeded from (seed, epoch), inside ``seeded``, and the order
-of the samples is a hash. So the next epoch depends on nothing but the ``state`` that is kept after each epoch: a
-training that was killed and resumed ends with the weights of one that was not, bit for bit on the same CPU.
+Before each epoch torch's random numbers, for dropout, are seeded from (seed, epoch), and the order of the samples is a
+hash. So the next epoch depends on nothing but the ``state`` that is kept after each epoch: a training that was killed
+and resumed ends with the weights of one that was not, bit for bit on the same CPU. At the end torch's random numbers
+are put back.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,17 +81,6 @@ class Hyperparameters:
         for name in ("warmup", "weight_decay", "momentum"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} must not be negative, but is {getattr(self, name)}")
-
-
-@contextmanager
-def seeded(device: torch.device, *what: object) -> Iterator[None]:
-    """Inside, torch's random numbers are determined by ``what``; outside, they go on as if nothing had happened.
-
-    For initialisation and dropout, which have no other source of random numbers.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(stable_hash("/".join(map(str, what))))
-        yield
 
 
 @torch.no_grad()
@@ -165,7 +154,7 @@ class TrainingHook(Hook):
         loop.stop_training = self.progress.stopped
 
     def before_train_epoch(self, runner: Runner) -> None:
-        torch.manual_seed(stable_hash(f"{self._seed}/epoch/{runner.epoch}"))  # inside ``seeded``, see ``fit``
+        torch.manual_seed(stable_hash(f"{self._seed}/epoch/{runner.epoch}"))  # ``fit`` puts them back
         runner.train_dataloader.epoch = runner.epoch
         self._loss = self._right = self._seen = 0.0
         self._start = time.perf_counter()
@@ -297,7 +286,7 @@ class TrainingRunner(AttributionRunner):
         )
 
     def set_randomness(self, seed: Any = None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
-        """mmengine would seed Python, numpy and torch for the whole process; ``seeded`` does all that is needed."""
+        """mmengine would seed Python, numpy and torch for the whole process; ``TrainingHook`` seeds what is needed."""
         self._seed, self._deterministic = seed, deterministic
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
@@ -378,7 +367,7 @@ def fit(
     package = logging.getLogger("attrib")
     package.addHandler(runner.file_handler)
     try:
-        with seeded(device, seed, "training"):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             runner.train()
     finally:
         package.removeHandler(runner.file_handler)

@@ -26,12 +26,14 @@ from attrib.config.objects import build, with_input
 from attrib.datasets import Dataset
 from attrib.datasets.vectors import word_vectors
 from attrib.experiment.samples import parse_device
+from attrib.keys import stable_hash
 from attrib.models.checkpoint import load_weights, save_checkpoint
+from attrib.models.zoo import seeded
 from attrib.process.git import git_commit
 from attrib.store.files import write_atomic, write_json
 from attrib.training.batches import LoadedSamples
 from attrib.training.data import Splits, TrainingData, readable, splits, text_baseline, text_encoder
-from attrib.training.loop import Hyperparameters, evaluate, fit, seeded
+from attrib.training.loop import Hyperparameters, evaluate, fit
 from attrib.training.record import ConfigNode, TrainingResult, check_same, curve, weight_settings
 from attrib.training.state import Progress
 from attrib.types import SampleError, UserError, did_you_mean
@@ -93,8 +95,7 @@ def _net_node(model: ConfigNode, of_the_data: Mapping[str, Any]) -> dict[str, An
 
 def _initial(node: ConfigNode, input_node: ConfigNode, encoder: Any, data: TrainingData, seed: int) -> nn.Module:
     """The net before the first epoch. Raises UserError for word vectors that do not fit."""
-    with seeded(torch.device("cpu"), seed, "initialisation"):
-        net = build(node, "configs/model")
+    net = seeded(lambda: build(node, "configs/model"), stable_hash(f"{seed}/initialisation"))
     if data.weights is not None:
         load_weights(net, data.weights)
     if data.vectors is not None:
