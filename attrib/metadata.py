@@ -1,6 +1,6 @@
-"""What a trained checkpoint says about itself: how its net is built, its vocabulary, its training.
+"""The description that a trained checkpoint carries: how its net is built, its vocabulary, its training.
 
-Read by models (arguments) and datasets (vocabulary) alike, without loading a weight.
+Models read the arguments in it and datasets the vocabulary, without loading a weight.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def resolve(path: str) -> Path:
 
 
 def read_metadata(path: str) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote beside the weights; empty for weights that come from elsewhere.
+    """The metadata that ``save_checkpoint`` wrote beside the weights; empty for weights that come from elsewhere.
 
     ``path`` as in ``resolve``. Reads only the header of a .safetensors file; files of another kind have none.
 

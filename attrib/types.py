@@ -72,7 +72,7 @@ class Batch:
             moved["x"] = moved["x"].to(dtype)
         if all(value is moved[name] for name, value in self._tensors()):
             return self  # it is there already
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, uids=self.uids, **moved)
 
     def __getitem__(self, rows: Sequence[int] | slice) -> Batch:
         """The sub-batch at these positions."""

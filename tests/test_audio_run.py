@@ -18,7 +18,7 @@ from attrib.drawing.spectrogram import SIZE, STRIP, draw, limit, moments, spectr
 from attrib.models import ToneCNN, save_checkpoint
 from attrib.report import gallery
 from attrib.store.cell import Arrays
-from attrib.training.batches import Feed, Rows
+from attrib.training.batches import EpochBatches, LoadedSamples
 from attrib.types import UserError
 
 
@@ -167,10 +167,10 @@ def test_tones_train(tmp_path, monkeypatch, capfd):
         "dataset=tones", "model=tone_cnn_tones", f"model.checkpoint={folder / 'model.safetensors'}",
         "method=gradient", "metric=[ehr]", "dataset.select.count=2", f"run.root={tmp_path}", "run.progress=false",
     ).status == 0  # fmt: skip
-    rows = Rows(*_clips())
-    assert not rows.pictures
+    samples = LoadedSamples(*_clips())
+    assert not samples.are_images
     with pytest.raises(UserError, match="is for images"):
-        Feed(rows, size=4, seed=0, augment="crop_flip")
+        EpochBatches(samples, size=4, seed=0, augment="crop_flip")
 
 
 def _clips():

@@ -184,10 +184,10 @@ def test_inputs_are_never_changed():
 
 def test_a_wrong_layer_lists_near_names():
     with pytest.raises(
-        UserError, match=r"model\.layers\.bottleneck: SmallCNN has no layer 'feature\.5'; near names:.*features\.5"
+        UserError, match=r"model\.layers\.bottleneck: SmallCNN has no layer 'feature\.5'; did you mean 'features\.5'"
     ):
         Classifier(SmallCNN(), {"bottleneck": "feature.5"})
-    with pytest.raises(UserError, match=r"near names: none \(all: features, .*pool, classifier"):
+    with pytest.raises(UserError, match=r"no layer .* \(its upper layers: features, .*pool, classifier"):
         Classifier(SmallCNN(), {"bottleneck": "~~~"})
     with pytest.raises(UserError, match="has no layer ''"):
         Classifier(SmallCNN(), {"bottleneck": ""})

@@ -250,7 +250,7 @@ def test_functions_by_name_and_what_numpy_2_lacks():
     given = {"nr_samples": 2, "perturb_func": "batch_gaussian_noise", "similarity_func": "distance_euclidean"}
     named = quantus_metric("LocalLipschitzEstimate", {"perturb_func": "batch_gaussian_noise", "nr_samples": 2})
     assert score(named, classifier(), batch, map)["local_lipschitz_estimate"].isfinite().all()
-    with pytest.raises(UserError, match=r"no function 'batch_gausian_noise'; near names: batch_gaussian_noise"):
+    with pytest.raises(UserError, match=r"no function 'batch_gausian_noise'; did you mean 'batch_gaussian_noise'"):
         quantus_metric("LocalLipschitzEstimate", {**given, "perturb_func": "batch_gausian_noise"})
     # numpy.NaN is taken where the prediction changes.
     changing = quantus_metric("Continuity", {"nr_steps": 4, "return_nan_when_prediction_changes": True})
@@ -296,7 +296,7 @@ def test_what_quantus_refuses_is_a_failure_of_that_sample():
 
 def test_errors(monkeypatch):
     batch, map = samples(2)
-    with pytest.raises(UserError, match=r"no metric 'PixelFliping'; near names: PixelFlipping \(it has: AUC, "):
+    with pytest.raises(UserError, match=r"no metric 'PixelFliping'; did you mean 'PixelFlipping'\? \(it has: AUC, "):
         quantus_metric("PixelFliping")
     with pytest.raises(UserError, match=r"no parameter 'feature_in_step'; did you mean 'features_in_step'"):
         quantus_metric("PixelFlipping", {"feature_in_step": 3})

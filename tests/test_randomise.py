@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 
 from attrib.models import BiLSTM, Classifier, DeepLSTM, LeNet, Randomise, ToneCNN
 from attrib.models.randomise import randomised, reinitialise, weighted_layers
-from attrib.models.variant import Layer
+from attrib.models.variant import WeightedLayer
 from attrib.types import UserError
 
 DIGIT = torch.zeros(1, 1, 32, 32)
@@ -52,7 +52,7 @@ def test_order_of_a_resnet():
     ]  # fmt: skip
     assert layers[1].modules == ("layer4.1.conv2", "layer4.1.bn2")
     assert layers[3].modules == ("layer4.0.downsample.0", "layer4.0.downsample.1")
-    assert layers[-1] == Layer("conv1", ("conv1", "bn1"))
+    assert layers[-1] == WeightedLayer("conv1", ("conv1", "bn1"))
 
 
 def test_order_of_lstms():
@@ -120,7 +120,7 @@ def test_mistakes_are_named(lenet):
     for count in (6, -1):
         with pytest.raises(UserError, match=rf"layers is {count}, but the net has 5 .*: fc3, fc2, fc1, conv2, conv1"):
             Randomise(count).chosen(found)
-    with pytest.raises(UserError, match=r"no layer with weights at 'conv3'; near names: conv2"):
+    with pytest.raises(UserError, match=r"no layer with weights at 'conv3'; did you mean 'conv2'"):
         Randomise("conv3").chosen(found)
     with pytest.raises(UserError, match="no layer with weights at 'fc'"):  # not by the beginning of a name
         Randomise("fc").chosen(found)
@@ -155,7 +155,7 @@ def test_new_weights_are_distributed_as_those_of_a_new_module(name):
         for tensor in net.state_dict().values():  # trained far away
             tensor.copy_(tensor * 7 + 5)
     with forbid_global_rng():
-        reinitialise(net, [Layer("", tuple(path for path, _ in net.named_modules()))], seed=3)
+        reinitialise(net, [WeightedLayer("", tuple(path for path, _ in net.named_modules()))], seed=3)
     for key, value in fresh.state_dict().items():
         found, expected = net.state_dict()[key].double().numpy(), value.double().numpy()
         if key == "out_proj.bias":  # attention begins with 0 there; ours is that of a linear layer
@@ -181,7 +181,7 @@ def test_parameters_of_an_unknown_class_keep_their_scale():
 
     net = Scaled().requires_grad_(False)
     before = copy.deepcopy(net)
-    reinitialise(net, [Layer("", ("",))], seed=0)
+    reinitialise(net, [WeightedLayer("", ("",))], seed=0)
     assert not torch.equal(net.token, before.token)
     assert not torch.equal(net.one, before.one)
     assert net.token.std().item() == pytest.approx(before.token.std().item(), rel=0.3)
@@ -216,10 +216,10 @@ def test_a_layers_new_weights_depend_on_its_path_and_the_seed_alone(lenet):
 
 def test_large_layers_are_drawn_in_pieces(monkeypatch):
     net = nn.Linear(50, 40)
-    reinitialise(net, [Layer("", ("",))], 0)
+    reinitialise(net, [WeightedLayer("", ("",))], 0)
     monkeypatch.setattr("attrib.models.randomise._CHUNK", 64)
     other = nn.Linear(50, 40)
-    reinitialise(other, [Layer("", ("",))], 0)
+    reinitialise(other, [WeightedLayer("", ("",))], 0)
     assert torch.equal(net.weight, other.weight)
 
 

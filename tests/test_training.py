@@ -27,11 +27,12 @@ from torch import nn
 from attrib.datasets import TextTable, WordEncoder
 from attrib.metadata import read_metadata
 from attrib.models import DeepLSTM, load_weights
+from attrib.models.zoo import seeded
 from attrib.noise import Noise
 from attrib.store.files import write_atomic
 from attrib.training import batches, recipe, state
-from attrib.training.batches import Feed, Rows, crop_flip, learning_rate, share
-from attrib.training.loop import Schedule, evaluate, seeded
+from attrib.training.batches import EpochBatches, LoadedSamples, crop_flip, learning_rate_factor, uid_fraction
+from attrib.training.loop import Hyperparameters, evaluate
 from attrib.training.state import Progress, load_state, save_state
 from attrib.types import Batch, SampleError, UserError
 
@@ -136,23 +137,24 @@ class Words:
 
 
 def test_every_sample_once_and_another_order_each_epoch():
-    feed = Feed(Rows(Words(None, [0] * 50), [f"s{i:03d}" for i in range(50)]), size=8, seed=3)
-    first, second = feed.order(0), feed.order(1)
+    loader = EpochBatches(LoadedSamples(Words(None, [0] * 50), [f"s{i:03d}" for i in range(50)]), size=8, seed=3)
+    first, second = loader.order(0), loader.order(1)
     for order in (first, second):
         assert sorted(i for batch in order for i in batch) == list(range(50))
         assert [len(batch) for batch in order] == [8] * 6 + [2]
     assert first != second
-    assert first == feed.order(0)
-    assert first != Feed(feed.rows, size=8, seed=4).order(0)
-    pixels = [x[:, 0, 0, 0].tolist() for x, _ in feed]
+    assert first == loader.order(0)
+    assert first != EpochBatches(loader.samples, size=8, seed=4).order(0)
+    pixels = [x[:, 0, 0, 0].tolist() for x, _ in loader]
     assert pixels == first
 
 
 def test_the_order_belongs_to_the_uids_and_not_to_their_positions():
     data = Words(None, [0] * 20)
-    forwards, backwards = Rows(data, data.uids), Rows(data, data.uids[::-1])
+    forwards, backwards = LoadedSamples(data, data.uids), LoadedSamples(data, data.uids[::-1])
     orders = [
-        [[rows.uids[i] for i in b] for b in Feed(rows, size=6, seed=0).order(2)] for rows in (forwards, backwards)
+        [[samples.uids[i] for i in b] for b in EpochBatches(samples, size=6, seed=0).order(2)]
+        for samples in (forwards, backwards)
     ]
     assert orders[0] == orders[1]
 
@@ -160,44 +162,44 @@ def test_the_order_belongs_to_the_uids_and_not_to_their_positions():
 @pytest.mark.parametrize(("n", "size", "sizes"), [(9, 4, [4, 5]), (8, 4, [4, 4]), (1, 4, [1]), (3, 1, [1, 1, 1])])
 def test_a_last_sample_is_not_alone(n, size, sizes):
     data = Words(None, [0] * n)
-    feed = Feed(Rows(data, data.uids), size=size, seed=0)
-    assert [len(b) for b in feed.order(0)] == sizes
-    assert len(feed) == len(sizes)
+    loader = EpochBatches(LoadedSamples(data, data.uids), size=size, seed=0)
+    assert [len(b) for b in loader.order(0)] == sizes
+    assert len(loader) == len(sizes)
 
 
 def test_texts_of_similar_length_are_together(monkeypatch):
     monkeypatch.setattr(batches, "BUCKET", 5)
     lengths = [1 + (7 * i) % 23 for i in range(100)]
     data = Words(lengths, [i % 2 for i in range(100)])
-    rows = Rows(data, data.uids, pad=1)
-    feed = Feed(rows, size=10, seed=0)
-    padded = sum(x.numel() for x, _ in feed)
+    samples = LoadedSamples(data, data.uids, pad=1)
+    loader = EpochBatches(samples, size=10, seed=0)
+    padded = sum(x.numel() for x, _ in loader)
     unsorted = sum(10 * max(lengths[i] for i in range(k, k + 10)) for k in range(0, 100, 10))
     assert sum(lengths) <= padded < 0.8 * unsorted
-    assert sorted(i for b in feed.order(0) for i in b) == list(range(100))
-    longest = [max(lengths[i] for i in b) for b in feed.order(0)]
+    assert sorted(i for b in loader.order(0) for i in b) == list(range(100))
+    longest = [max(lengths[i] for i in b) for b in loader.order(0)]
     assert longest != sorted(longest)
 
 
 def test_rows_are_padded_like_the_datasets_own_batch():
     lengths = [3, 1, 6, 2]
     data = Words(lengths, [0, 1, 1, 0])
-    rows = Rows(data, data.uids, pad=1)
+    samples = LoadedSamples(data, data.uids, pad=1)
     for positions in ([0], [2, 1], [3, 0, 1]):
         expected = data.batch([data.uids[i] for i in positions])
-        x, target = rows.pick(positions)
+        x, target = samples.pick(positions)
         assert torch.equal(x, expected.x)
         assert torch.equal(target, expected.target)
-    assert [i for b in rows.cut(3) for i in b] == [1, 3, 0, 2]
+    assert [i for b in samples.portions(3) for i in b] == [1, 3, 0, 2]
 
 
 def test_samples_that_cannot_train():
     with pytest.raises(UserError, match="s001 has no label"):
-        Rows(Words([2, 2], [0, -1]), ["s000", "s001"])
+        LoadedSamples(Words([2, 2], [0, -1]), ["s000", "s001"])
     with pytest.raises(UserError, match=r"s001\.txt is damaged"):
-        Rows(Words([2, 2], [0, 1], broken="s001"), ["s000", "s001"])
+        LoadedSamples(Words([2, 2], [0, 1], broken="s001"), ["s000", "s001"])
     with pytest.raises(UserError, match="no samples"):
-        Rows(Words([2], [0]), [])
+        LoadedSamples(Words([2], [0]), [])
 
 
 def test_crop_flip_against_a_loop():
@@ -216,41 +218,40 @@ def test_crop_flip_against_a_loop():
 
 def test_augmentation_changes_with_the_epoch_and_is_for_images():
     data = Words(None, [0] * 8)
-    rows = Rows(data, data.uids)
-    rows._images = torch.rand(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-    feed = Feed(rows, size=8, seed=0, augment="crop_flip")
-    (first, _), (again, _) = next(iter(feed)), next(iter(feed))
+    samples = LoadedSamples(data, data.uids)
+    samples._arrays = torch.rand(8, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    loader = EpochBatches(samples, size=8, seed=0, augment="crop_flip")
+    (first, _), (again, _) = next(iter(loader)), next(iter(loader))
     assert torch.equal(first, again)
-    order = feed.order(0)[0]
-    feed.epoch = 1
-    second = next(iter(feed))[0]
-    assert not torch.equal(first[order.index(0)], second[feed.order(1)[0].index(0)])
+    order = loader.order(0)[0]
+    loader.epoch = 1
+    second = next(iter(loader))[0]
+    assert not torch.equal(first[order.index(0)], second[loader.order(1)[0].index(0)])
     with pytest.raises(UserError, match="images"):
-        Feed(Rows(Words([1], [0]), ["s000"]), size=1, seed=0, augment="crop_flip")
+        EpochBatches(LoadedSamples(Words([1], [0]), ["s000"]), size=1, seed=0, augment="crop_flip")
 
 
 def test_learning_rate():
-    constant = [learning_rate(i, 10, warmup=4, schedule="constant") for i in range(10)]
+    constant = [learning_rate_factor(i, 10, warmup=4, schedule="constant") for i in range(10)]
     assert constant == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
-    cosine = [learning_rate(i, 10, warmup=0, schedule="cosine") for i in range(10)]
+    cosine = [learning_rate_factor(i, 10, warmup=0, schedule="cosine") for i in range(10)]
     np.testing.assert_allclose(cosine, [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)])
-    assert learning_rate(5, 5, warmup=9, schedule="cosine") == pytest.approx(6 / 9)
+    assert learning_rate_factor(5, 5, warmup=9, schedule="cosine") == pytest.approx(6 / 9)
 
 
 def test_shares_are_stable_and_even():
     uids = [f"train/{i}" for i in range(4000)]
-    assert abs(np.mean([share(u, "test") < 0.2 for u in uids]) - 0.2) < 0.03
-    both = np.mean([share(u, "test") < 0.2 and share(u, "validation") < 0.2 for u in uids])
+    assert abs(np.mean([uid_fraction(u, "test") < 0.2 for u in uids]) - 0.2) < 0.03
+    both = np.mean([uid_fraction(u, "test") < 0.2 and uid_fraction(u, "validation") < 0.2 for u in uids])
     assert abs(both - 0.04) < 0.02  # independent of each other
-    assert share("train/0", "test") == share("train/0", "test")
+    assert uid_fraction("train/0", "test") == uid_fraction("train/0", "test")
 
 
 # ---- state --------------------------------------------------------------------------------------
 
 
 def _net(seed: int = 0) -> nn.Module:
-    with seeded(torch.device("cpu"), seed):
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)), seed)
 
 
 def _steps(net: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
@@ -497,7 +498,7 @@ def test_a_full_disk_costs_one_epoch(train, monkeypatch):
         ("train.validation=1.5", "a share between 0 and 1"),
         ("train.validation=dev", "split must be 'train' or 'val' or 'test', not 'dev'"),
         ("train.baseline=true", "train.baseline is for texts"),
-        ("train.vectors=some.txt", "train.vectors is for nets over words"),
+        ("train.vectors=some.txt", "train.vectors is for nets that read words"),
         ("train.device=cuda:77", "train.device=cuda:77"),
         ("model.num_classes=7", "the net has 7 outputs, the data have 10 classes"),
         ("train.weights=missing.safetensors", "missing.safetensors"),
@@ -561,7 +562,7 @@ def test_texts_learn_and_the_checkpoint_says_how_to_read_them(train, table):
     net = AcdLSTM(**about["arguments"])
     load_weights(net, path)
     data = TextTable(str(table / "test.tsv"), WordEncoder(path))
-    assert evaluate(net, Rows(data, data.uids, pad=1), torch.device("cpu"))["accuracy"] == 1.0
+    assert evaluate(net, LoadedSamples(data, data.uids, pad=1), torch.device("cpu"))["accuracy"] == 1.0
 
 
 def test_word_vectors_start_the_embedding(train, table):
@@ -576,7 +577,7 @@ def test_word_vectors_start_the_embedding(train, table):
     assert embedding[1].abs().max() == 0
     wrong = train(*TEXT, f"dataset.root={table}", f"train.vectors={file}", "model.embedding_dim=5", "train.name=wrong")
     assert wrong.status == 2
-    assert "the net has" in wrong.err
+    assert "this one has" in wrong.err
 
 
 def test_words_of_four_layers_and_a_vocabulary_that_is_cut(train, table):
@@ -642,9 +643,9 @@ def test_samples_that_cannot_be_read(train, table):
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs" / "train").glob("*.yaml")))
 def test_recipes_compose(name):
     config = configured(f"train={name}")
-    options, data, schedule = recipe._parts(config["train"])
+    options, data, hyperparameters = recipe.parts(config["train"])
     assert options.name == name
-    assert isinstance(schedule, Schedule)
+    assert isinstance(hyperparameters, Hyperparameters)
     if config["model"]["checkpoint"] is not None:
         assert config["model"]["checkpoint"] == f"workdirs/train/{name}/model.safetensors"
     assert not data.baseline or "encoder" in config["dataset"]

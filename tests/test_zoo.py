@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision import models
 
 from attrib.datasets import ImageTransform
-from attrib.models import timm_net, torchvision_net
-from attrib.models.zoo import input_of
+from attrib.models import Classifier, DeepLSTM, LeNet, load_weights, save_checkpoint, timm_net, torchvision_net
+from attrib.models.zoo import input_of, seeded
 from attrib.types import UserError
 
 
@@ -31,15 +31,41 @@ def test_nets_are_built(build):
         assert build().eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: torchvision_net("resnet18", num_classes=3),
+        lambda: timm_net("vit_tiny_patch16_224", num_classes=3, img_size=64, depth=1),
+        lambda: DeepLSTM(20, 4, 5),
+    ],
+    ids=["torchvision", "timm", "lstm"],
+)
+def test_random_weights_belong_to_the_seed(build):
+    """And the process' random numbers go on as if nothing had been built."""
+    before = torch.random.get_rng_state()
+    one, again, other = (seeded(build, seed).state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_seed_changes_nothing_of_loaded_weights(tmp_path):
+    save_checkpoint(tmp_path / "net.safetensors", LeNet(), {})
+    nets = [seeded(LeNet, seed) for seed in (0, 1)]
+    for net in nets:
+        load_weights(net, str(tmp_path / "net.safetensors"))
+    assert Classifier(nets[0]).key == Classifier(nets[1]).key
+
+
 def test_unknown_architectures_list_near_names():
-    with pytest.raises(UserError, match=r"model\.arch: torchvision has no model 'resnet49'; near names: .*resnet50"):
+    with pytest.raises(UserError, match=r"model\.arch: torchvision has no model 'resnet49'; did you mean 'resnet"):
         torchvision_net("resnet49")
     with pytest.raises(
-        UserError, match=r"model\.arch: timm has no model 'vit_tinny_patch16_224'; near names: vit_tiny_patch16_224"
+        UserError, match=r"model\.arch: timm has no model 'vit_tinny_patch16_224'; did you mean 'vit_tiny_patch16_224'"
     ):
         timm_net("vit_tinny_patch16_224")
     for build in (torchvision_net, timm_net):
-        with pytest.raises(UserError, match="near names: none"):
+        with pytest.raises(UserError, match=r"has no model [^;]*$"):
             build("~~~~~~")
 
 

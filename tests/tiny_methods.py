@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attrib.fit import State
 from attrib.methods import Method
-from attrib.metrics import Explain, Metric
+from attrib.metrics import Direction, Explain, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -75,9 +75,7 @@ class TargetOf(Metric):
 
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {"target": "none"}
-    CURVES: ClassVar[Mapping[str, str]] = {}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"target": "none"}
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> Mapping[str, Tensor]:
         return {"target": batch.target}
@@ -90,9 +88,7 @@ class MapAgain(Metric):
     VERSION: ClassVar[int] = 1
     NEEDS_EXPLAIN: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
-    roles: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[Mapping[str, str]] = {"same": "lower", "other": "none"}
-    CURVES: ClassVar[Mapping[str, str]] = {}
+    COLUMNS: ClassVar[Mapping[str, Direction]] = {"same": "lower", "other": "none"}
 
     def score(
         self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain

@@ -1,4 +1,4 @@
-"""Metrics: numbers per sample and map, with a direction that is declared once.
+"""Metrics: numbers for each sample and map; each metric declares which direction is better.
 
 A metric is a frozen dataclass; its fields are its parameters and enter the key of its scores.
 """
@@ -13,7 +13,7 @@ from attrib.metrics.insertion_deletion import InsertionDeletion
 from attrib.metrics.irof import IROF
 from attrib.metrics.lipschitz import Lipschitz
 from attrib.metrics.localisation import Localisation
-from attrib.metrics.metric import Direction, Explain, Explaining, Metric
+from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.metrics.quantus import ExplainingQuantus, Quantus, quantus_metric
 from attrib.metrics.road import ROAD
 from attrib.metrics.sensitivity_n import SensitivityN
@@ -26,7 +26,6 @@ __all__ = [
     "Direction",
     "Eraser",
     "Explain",
-    "Explaining",
     "ExplainingQuantus",
     "Infidelity",
     "InsertionDeletion",

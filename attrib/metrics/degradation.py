@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid
 from attrib.models import Classifier
@@ -63,13 +64,9 @@ class Degradation(Metric):
     def __post_init__(self) -> None:
         if len(self.tile) != 2 or min(self.tile) < 1:
             raise UserError(f"Degradation.tile is {list(self.tile)}, must be height and width, at least 1 each")
-        for field, allowed in (
-            ("baseline", BASELINES),
-            ("normalize", get_args(Normalize)),
-            ("output", OUTPUTS),
-        ):
-            if getattr(self, field) not in allowed:
-                raise UserError(f"Degradation.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}")
+        require(self, "baseline", one_of=BASELINES)
+        require(self, "normalize", one_of=get_args(Normalize))
+        require(self, "output", one_of=OUTPUTS)
         if self.as_released and self.normalize != "none":
             raise UserError("Degradation: as_released has its own normalisation; set normalize to none")
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -38,10 +39,10 @@ class EHR(Metric):
                     "positive"  negative values are 0 (evidence against the target is not evidence
                                 for it), then divided by the map's maximum. Not min-max: that would
                                 give the pixels that received nothing, 0, a heat
-                    "absolute"  the same of the absolute values, for maps whose sign means nothing
-                    "none"      the map is heat in [0, 1] already
+                    "absolute"  the same with the absolute values, for maps whose sign has no meaning
+                    "none"      not at all; for maps that are heat in [0, 1] already
 
-    Edge cases. A flat map scores the region's share of the image, which is chance; so does a map
+    Edge cases. A flat map scores the region's share of the image, which is chance level; so does a map
     without any heat (no positive value), as it prefers no place either. With normalize "none" a map
     that nowhere reaches the threshold scores 0, the empty sum (the released code raises IndexError).
     NaN or infinite values in the map, or an empty region: NaN.
@@ -65,12 +66,9 @@ class EHR(Metric):
     normalize: Literal["positive", "absolute", "none"] = "positive"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.base_threshold <= 1:
-            raise UserError(f"EHR.base_threshold is {self.base_threshold}, must lie in [0, 1]")
-        if self.steps < 2:
-            raise UserError(f"EHR.steps is {self.steps}, must be at least 2")
-        if self.normalize not in ("positive", "absolute", "none"):
-            raise UserError(f"EHR.normalize is {self.normalize!r}, must be positive, absolute or none")
+        require(self, "base_threshold", at_least=0, at_most=1)
+        require(self, "steps", at_least=2)
+        require(self, "normalize", one_of=("positive", "absolute", "none"))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> ``ehr`` (B,) and ``ehr_curve`` (B, steps). Uses neither model nor noise.

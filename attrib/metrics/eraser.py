@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import OUTPUTS, Output
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
@@ -55,10 +56,9 @@ class Eraser(Metric):
 
     def __post_init__(self) -> None:
         if not self.bins or not all(0 < q <= 1 for q in self.bins):
-            raise UserError(f"Eraser.bins is {self.bins}, must be one or more shares of the words, in (0, 1]")
-        for field, allowed in (("words", REMOVALS), ("output", OUTPUTS)):
-            if getattr(self, field) not in allowed:
-                raise UserError(f"Eraser.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}")
+            raise UserError(f"Eraser.bins is {list(self.bins)}, must be one or more shares of the words, in (0, 1]")
+        require(self, "words", one_of=REMOVALS)
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""Infidelity: how far the map is from saying what a perturbation costs."""
+"""Infidelity: how far the map is from predicting what a perturbation costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid, score_rows
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
@@ -24,7 +26,7 @@ Scale = Literal["positive", "any"]
 
 
 class Squares(NamedTuple):
-    """M squares of each of B samples; those of weight 0 are not there."""
+    """M squares of each of B samples; those with weight False are padding."""
 
     first: Tensor  # (B, M, D) int64: the first place inside, along each axis
     side: Tensor  # (B, M) int64
@@ -39,8 +41,8 @@ class Infidelity(Metric):
         infidelity_unscaled = E [ (I m - (f(x) - f(x - I)))^2 ]        I m: the sum of their product
         infidelity          = the same of beta m, with the best beta = E [ I m (f(x) - f(x - I)) ] / E [ (I m)^2 ]
 
-    Maps of different methods have different units, so ``infidelity`` is the one to compare methods by; so does
-    the paper's released program. Both are in squared units of f, and so no measure across nets.
+    Maps of different methods have different units, so methods are to be compared by ``infidelity``, as in the paper's
+    released program. Both are in squared units of f, and so cannot compare nets.
 
     perturbation  "square", the paper's square removal: a square of pixels goes to the ``baseline``, and I is 1 in
                   it, 0 elsewhere, for maps that have the input multiplied in: what a pixel contributes. Of sounds it
@@ -61,7 +63,7 @@ class Infidelity(Metric):
     baseline      images, sounds: what stands for a removed place, see ``perturb.baseline``
     output        "logit" or "probability"
 
-    captum 0.9's ``infidelity`` says the same of the same perturbations (``tests/test_infidelity.py``), with
+    captum 0.9's ``infidelity`` gives the same numbers for the same perturbations (``tests/test_infidelity.py``), with
     ``normalize`` if beta is "any". A map with NaN or infinite values, and a text without words: NaN. Costs
     ``samples`` forward passes, and one; equal squares share theirs.
     """
@@ -81,21 +83,15 @@ class Infidelity(Metric):
     output: Output = "logit"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"Infidelity.samples is {self.samples}, must be at least 1")
+        require(self, "samples", at_least=1)
+        require(self, "sigma", at_least=0)
         if self.sides is not None and (len(self.sides) != 2 or not 1 <= self.sides[0] <= self.sides[1]):
-            raise UserError(f"Infidelity.sides is {list(self.sides)}, must be the smallest and largest, from 1")
-        if self.sigma < 0:
-            raise UserError(f"Infidelity.sigma is {self.sigma}, must not be negative")
-        for field, allowed in (
-            ("perturbation", get_args(Perturbation)),
-            ("beta", get_args(Scale)),
-            ("words", REMOVALS),
-            ("baseline", BASELINES),
-            ("output", OUTPUTS),
-        ):
-            if getattr(self, field) not in allowed:
-                raise UserError(f"Infidelity.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}")
+            raise UserError(f"Infidelity.sides is {list(self.sides)}, must be the smallest and largest side, from 1 on")
+        require(self, "perturbation", one_of=get_args(Perturbation))
+        require(self, "beta", one_of=get_args(Scale))
+        require(self, "words", one_of=REMOVALS)
+        require(self, "baseline", one_of=BASELINES)
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -160,7 +156,8 @@ class Infidelity(Metric):
         number = torch.where(total <= self.samples, column.minimum(total - 1), drawn % total)
         at = torch.searchsorted(before, number, right=True)
         number = number - torch.where(at > 0, before.gather(1, (at - 1).clamp(min=0)), 0)
-        first, room = [], room.gather(1, at[..., None].expand(-1, -1, sizes.shape[1]))
+        first: list[Tensor] = []
+        room = room.gather(1, at[..., None].expand(-1, -1, sizes.shape[1]))
         for places in reversed(room.unbind(2)):
             first.insert(0, number % places)
             number = number // places
@@ -182,9 +179,12 @@ class Infidelity(Metric):
             return (places >= start) & (places < start + side[rows, None])
 
         if batch.words is not None:
-            score = score_subsets(
-                model, batch, sample, lambda r: inside(r, 0, batch.words[sample[r]]), self.words, self.output
-            )
+            words = batch.words
+
+            def removed(rows: slice) -> Tensor:
+                return inside(rows, 0, words[sample[rows]])
+
+            score = score_subsets(model, batch, sample, removed, self.words, self.output)
         else:
             size, base = batch.x.shape[2:], baseline(batch.x, self.baseline)
 
@@ -213,8 +213,12 @@ class Infidelity(Metric):
                 made.append((base + step).maximum(low).minimum(high))
             z = torch.stack(made, 1)
             said.append(((x[:, None] - z).double().mean(2) * map[:, None]).flatten(2).sum(2))
-            cost.append(whole - score_grid(model, batch.target, len(made), lambda s, c, z=z: z[s, c], self.output))
+            cost.append(whole - score_grid(model, batch.target, len(made), partial(_chosen, z), self.output))
         return torch.cat(said, 1), torch.cat(cost, 1)
+
+
+def _chosen(images: Tensor, sample: Tensor, column: Tensor) -> Tensor:
+    return images[sample, column]
 
 
 def sums(map: Tensor, squares: Squares) -> Tensor:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_path, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
@@ -93,27 +94,15 @@ class InsertionDeletion(Metric):
     def __post_init__(self) -> None:
         if (self.step is None) == (self.steps is None):
             raise UserError("InsertionDeletion: set exactly one of step (units a step) and steps, the other to null")
-        for field in ("step", "steps"):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise UserError(f"InsertionDeletion.{field} is {getattr(self, field)}, must be at least 1")
-        if not 0 < self.fraction <= 1:
-            raise UserError(f"InsertionDeletion.fraction is {self.fraction}, must lie in (0, 1]")
-        for field, allowed in (
-            ("words", REMOVALS),
-            ("deletion_baseline", BASELINES),
-            ("insertion_baseline", BASELINES),
-            ("output", OUTPUTS),
-        ):
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"InsertionDeletion.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}"
-                )
-        if self.window < 1:
-            raise UserError(f"InsertionDeletion.window is {self.window}, must be at least 1")
-        if self.sigma <= 0:
-            raise UserError(f"InsertionDeletion.sigma is {self.sigma}, must be positive")
+        require(self, "step", "steps", at_least=1, or_none=True)
+        require(self, "fraction", above=0, at_most=1)
+        require(self, "window", at_least=1)
+        require(self, "words", one_of=REMOVALS)
+        require(self, "deletion_baseline", "insertion_baseline", one_of=BASELINES)
+        require(self, "sigma", above=0)
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
-            raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be odd")
+            raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be a positive odd number, or null")
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -129,6 +118,7 @@ class InsertionDeletion(Metric):
         if self.steps is not None:
             points = torch.arange(self.steps + 1, device=units.device) * limit // self.steps
         else:
+            assert self.step is not None  # exactly one of the two is set
             most = -(-int(limit.max()) // self.step)
             points = (torch.arange(most + 1, device=units.device) * self.step).minimum(limit)
         return points[:, 1:].clamp(min=1) if self.as_released else points

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, Baseline, baseline, ranks, score_rows
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 from attrib.units import Units
 
 STEPS = 100  # equal steps of the segments' share, on which the curve is stored
@@ -61,12 +62,9 @@ class IROF(Metric):
     baseline: Baseline = "mean"
 
     def __post_init__(self) -> None:
-        if self.segments < 1:
-            raise UserError(f"IROF.segments is {self.segments}, must be at least 1")
-        if self.compactness <= 0:
-            raise UserError(f"IROF.compactness is {self.compactness}, must be above 0")
-        if self.baseline not in BASELINES:
-            raise UserError(f"IROF.baseline is {self.baseline!r}, must be one of {', '.join(BASELINES)}")
+        require(self, "segments", at_least=1)
+        require(self, "compactness", above=0)
+        require(self, "baseline", one_of=BASELINES)
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W) -> ``irof`` (B,) and ``irof_curve`` (B, 101), float64 on the model's device.

@@ -9,28 +9,29 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.metrics.metric import Direction, Explain, Explaining
+from attrib.checks import require
+from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier
 from attrib.noise import Noise
-from attrib.types import Batch, UserError
+from attrib.types import Batch
 
 Normalize = Literal["norm", "max", "none"]
 
 
 @dataclass(frozen=True)
-class Lipschitz(Explaining):
-    """Both from the same ``samples`` points y around the input x, whose maps F(y) are computed:
+class Lipschitz(Metric):
+    """Local Lipschitz estimate and max-sensitivity, from the maps F(y) of ``samples`` points y around the input x:
 
         lipschitz        max over y of  |F(y) - F(x)| / |y - x|    (Alvarez-Melis & Jaakkola, *On the
                          Robustness of Interpretability Methods*, 2018, eq. 2)
         max_sensitivity  max over y of  |F(y) - F(x)|              (Yeh et al., *On the (In)fidelity and
                          Sensitivity of Explanations*, NeurIPS 2019, definition 3)
 
-    with L2 norms. The points are uniform in a box around x, the ball of Yeh et al.; the true maximum is
-    not below what is found. A random method gets the same random numbers at every point, so only the
+    with L2 norms. The points are drawn uniformly from a box around x (the ball of Yeh et al.), so the true maximum
+    is at least what is found. A method that draws random numbers gets the same ones at every point, so that only the
     input differs.
 
-    Low is not good by itself: a map that never changes scores 0.
+    A low value alone is no merit: a map that never changes scores 0.
 
     samples     points per input; each costs as much as a map
     radius      of the box, as a share of the input's range (largest minus smallest number)
@@ -38,12 +39,13 @@ class Lipschitz(Explaining):
                 in the program of Yeh et al.; "max": each map divided by its own largest absolute value, the
                 default of quantus; "none": the formulas as they stand
 
-    Of |y - x| the unit is that of the normalised input. A map that is not finite, at x or y, or that is zero
-    throughout where it should be divided by (its norm or maximum), and an input without any range: NaN.
+    |y - x| is in units of the normalised input. NaN for a map that is not finite, at x or y; for one that is zero
+    everywhere, where maps are divided by its norm or maximum; and for an input whose numbers are all equal.
     """
 
     NAME: ClassVar[str] = "attrib.metrics.lipschitz.Lipschitz"
     VERSION: ClassVar[int] = 1
+    NEEDS_EXPLAIN: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"lipschitz": "lower", "max_sensitivity": "lower"}
 
@@ -52,14 +54,9 @@ class Lipschitz(Explaining):
     normalize: Normalize = "norm"
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(f"Lipschitz.samples is {self.samples}, must be at least 1")
-        if self.radius <= 0:
-            raise UserError(f"Lipschitz.radius is {self.radius}, must be above 0")
-        if self.normalize not in get_args(Normalize):
-            raise UserError(
-                f"Lipschitz.normalize is {self.normalize!r}, must be one of {', '.join(get_args(Normalize))}"
-            )
+        require(self, "samples", at_least=1)
+        require(self, "radius", above=0)
+        require(self, "normalize", one_of=get_args(Normalize))
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> two columns (B,), float64 on the model's device."""
@@ -69,7 +66,7 @@ class Lipschitz(Explaining):
         span = (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, *[1] * (x.ndim - 1))
         change = x.new_zeros(len(x), dtype=torch.float64)
         ratio = change.clone()
-        for _ in range(self.samples):  # all samples at a time, each at one point: as many as were explained at once
+        for _ in range(self.samples):  # every sample at one point: no more samples at once than were explained at once
             step = self.radius * span * (2 * noise.uniform(*x.shape[1:]).to(x) - 1)
             there = explain(replace(batch, x=x + step)).detach().to(model.device, torch.float64).flatten(1)
             other = scale if self.normalize == "norm" else self._scale(there)

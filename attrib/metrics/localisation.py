@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks
 from attrib.models import Classifier
@@ -37,7 +38,7 @@ class Localisation(Metric):
 
     Equally hot pixels are ordered by the sample's own stream, see ``perturb.ranks``. A map without any heat
     prefers no place: its energy is the region's share of the image, its order is random, its intersections are
-    empty. NaN or infinite values in the map, or an empty region: NaN. R may be any mask, also of a sound's time.
+    empty. NaN or infinite values in the map, or an empty region: NaN. R may be any mask, also one over a sound's time.
     """
 
     NAME: ClassVar[str] = "attrib.metrics.localisation.Localisation"
@@ -56,11 +57,9 @@ class Localisation(Metric):
     margin: int = 0
 
     def __post_init__(self) -> None:
-        if self.normalize not in get_args(Normalize):
-            raise UserError(f"Localisation.normalize is {self.normalize!r}, must be positive, absolute or none")
-        for field, least in (("thresholds", 1), ("margin", 0)):
-            if getattr(self, field) < least:
-                raise UserError(f"Localisation.{field} is {getattr(self, field)}, must be at least {least}")
+        require(self, "normalize", one_of=get_args(Normalize))
+        require(self, "thresholds", at_least=1)
+        require(self, "margin", at_least=0)
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> five columns (B,), a curve (B, thresholds). Does not use the model.

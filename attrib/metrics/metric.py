@@ -1,4 +1,4 @@
-"""What a metric is: the protocol that all of them derive from."""
+"""The protocol that all metrics derive from."""
 
 from __future__ import annotations
 
@@ -65,9 +65,3 @@ class Metric(Protocol):
         the input. They may hold NaN. One call costs as much as the maps of a batch; never ask for more samples at
         once than ``batch`` has.
         """
-
-
-class Explaining(Metric):
-    """The former mark of a metric that asks for maps, until the runner asks for ``NEEDS_EXPLAIN``."""
-
-    NEEDS_EXPLAIN: ClassVar[bool] = True

@@ -23,7 +23,7 @@ Baseline = Literal["zero", "blur", "mean"]
 Output = Literal["probability", "logit"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 OUTPUTS: tuple[str, ...] = get_args(Output)
-SMALL = 2**14  # numbers of an image, below which it costs a CPU less to choose them all than to look for the new ones
+SMALL = 2**14  # numbers in an image; a CPU makes smaller images faster as a whole than from the image before
 
 
 def ranks(map: Tensor, noise: Noise, ragged: bool = False) -> Tensor:
@@ -31,7 +31,7 @@ def ranks(map: Tensor, noise: Noise, ragged: bool = False) -> Tensor:
 
     Equal values are ordered by a random permutation from the sample's own stream, so that ties
     favour no position, and the order is the same for every map of a sample, alone or in a batch.
-    ``ragged``: values of -inf behind a sample's own ones do not change the order of these.
+    ``ragged``: -inf appended to a sample's values, as padding, does not change the order of the values before.
     """
     values = map.flatten(1)
     shuffle = noise.permutation(values.shape[1], ragged).to(map.device)
@@ -69,7 +69,7 @@ def baseline(x: Tensor, kind: Baseline, sigma: float = 5.0, kernel: int | None =
     zero  0 of the normalised input: the colour that the normalisation subtracts, silence
     mean  the input's own mean per channel
     blur  Gaussian of standard deviation ``sigma`` pixels in a window of ``kernel`` pixels
-          (None: ``blur_kernel``), mirrored at the border; of sounds, in samples: a low-pass
+          (None: ``blur_kernel``), mirrored at the border; of sounds, in samples: a low-pass filter
 
     Raises ValueError if the window is wider than the input can be mirrored.
     """
@@ -185,7 +185,7 @@ def score_path(
 
     if start.device.type != "cpu" or start[:1].numel() < SMALL:  # few operations
         return score_mixed(model, target, len(counts), start, end, replaced, output)
-    # A CPU copies several times as fast as it chooses: an image is the one before, but for what is new.
+    # A CPU copies several times faster than it selects, so an image is a copy of the one before with what is new.
     sorted_rank, order = rank.sort(dim=1)
     reached = torch.searchsorted(sorted_rank, below.expand(len(rank), -1).contiguous()).tolist()
 
@@ -197,8 +197,8 @@ def score_path(
 
 
 def _go_on(out: Tensor, end: Tensor, order: Tensor, reached: list[int]) -> None:
-    """``out`` (R, C, N), of which the first row is there: the others differ from the row before in the places
-    ``order[reached[r - 1] : reached[r]]``, where they are ``end`` (C, N)."""
+    """Fill ``out`` (R, C, N), whose first row is given. Row r is the row before, but for the places
+    ``order[reached[r - 1] : reached[r]]``, where it is ``end`` (C, N)."""
     few, row = max(1024, len(order) // 64), 1
     while row < len(out):
         # As many rows at once as differ in few places.
@@ -220,15 +220,15 @@ def _score_made(
     make: Callable[[Tensor, int, slice], None],
     output: Output,
 ) -> Tensor:
-    """``make(out, i, columns)`` fills ``out`` (R, C, *places) with the images of some columns of sample i."""
+    """``score_grid``, where ``make(out, i, columns)`` fills ``out`` (R, C, *places) with images of sample i."""
     buffer = like[:0]
 
     def logits(rows: slice) -> Tensor:
         nonlocal buffer
-        # One buffer for all blocks: fresh memory would have to be fetched from the system first.
+        # One buffer for all blocks, since getting fresh memory from the system takes time.
         count, row = rows.stop - rows.start, rows.start
         if not count <= len(buffer) < 2 * count:
-            buffer = like[:0]  # the old one goes first
+            buffer = like[:0]  # frees the old one first
             buffer = torch.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device)
         while row < rows.stop:
             i, column = divmod(row, columns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib
 import importlib.metadata
 import inspect
@@ -20,22 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrib.metrics.metric import Direction, Explain, Explaining, Metric
+from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier
 from attrib.models.classifier import is_out_of_memory
 from attrib.noise import Noise
-from attrib.types import Batch, SampleError, UserError
+from attrib.types import Batch, SampleError, UserError, did_you_mean
 
-REFUSED: Mapping[str, str] = {  # and why; what else does it
+REFUSED: Mapping[str, str] = {  # why each cannot be used, and what does the same
     "SensitivityN": "correlates over the samples of a batch, so a sample has no score of its own; take "
     "metric=[sensitivity_n], or quantus' FaithfulnessCorrelation, the same for subsets of one size",
     "Consistency": "compares a sample with the others of its batch, so a sample has no score of its own",
     "Sufficiency": "compares a sample with the others of its batch, so a sample has no score of its own",
     "Monotonicity": "never brings a feature back (it fills the baseline with the baseline), so every map scores 1",
     "Focus": "needs mosaics of four images as inputs",
-    "MPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
-    "SmoothMPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
-    "EfficientMPRT": "needs maps of nets with randomised layers, not of this one; take tools/sanity.py",
+    "MPRT": "needs maps of nets with randomised layers, not of this one; use attrib sanity",
+    "SmoothMPRT": "needs maps of nets with randomised layers, not of this one; use attrib sanity",
+    "EfficientMPRT": "needs maps of nets with randomised layers, not of this one; use attrib sanity",
     "InputInvariance": "needs maps of a second net with a shifted first layer",
 }
 EXPLAINS = frozenset((
@@ -94,8 +93,8 @@ class Quantus(Metric):
         object.__setattr__(self, "version", _version())
         classes = _classes()
         if self.metric not in classes:
-            near = difflib.get_close_matches(self.metric, list(classes), n=3, cutoff=0.5)
-            hint, usable = f"; near names: {', '.join(near)}" if near else "", sorted(set(classes) - set(REFUSED))
+            usable = sorted(set(classes) - set(REFUSED))
+            hint = did_you_mean(self.metric, usable)
             raise UserError(f"quantus has no metric {self.metric!r}{hint} (it has: {', '.join(usable)})")
         if self.metric in REFUSED:
             raise UserError(f"quantus' {self.metric} cannot be used here: it {REFUSED[self.metric]}")
@@ -103,14 +102,15 @@ class Quantus(Metric):
             raise UserError(f"Quantus.parameters is {self.parameters!r}, must be names and values")
         if self.metric in EXPLAINS and not self.NEEDS_EXPLAIN:
             raise UserError(f"{self.metric} asks for other maps: build it by attrib.metrics.quantus_metric")
-        known = [name for name in _parameters(self._class().__init__) if name not in OURS]
+        parameters = _parameters(self._class().__init__)
+        known = [name for name in parameters if name not in OURS]
         for name in self.parameters:
             if name in OURS:
                 raise UserError(f"Quantus.parameters: {name} is set by attrib, take it out")
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise UserError(f"quantus' {self.metric} has no parameter {name!r}{hint} (it has: {', '.join(known)})")
+            _check_range(name, self.parameters[name], parameters[name])
         with _contained(0):
             self._made()
 
@@ -178,7 +178,8 @@ class Quantus(Metric):
             raise ValueError(f"Quantus: a map of shape {tuple(map.shape)} does not fit {tuple(batch.x.shape)}")
         if batch.target.ndim != 1:
             raise UserError(f"quantus' {self.metric} knows one class per sample, not several labels")
-        if self.NEEDS_ROI and batch.roi is None:
+        roi = batch.roi if self.NEEDS_ROI else None
+        if self.NEEDS_ROI and roi is None:
             raise UserError(f"quantus' {self.metric} needs a region of interest, and this dataset has none")
         if self.metric == "ROAD" and batch.x.shape[1] > 1:
             raise UserError(
@@ -187,13 +188,14 @@ class Quantus(Metric):
             )
         seeds = noise.child("quantus").bits(1)[:, 0].tolist()
         defined = map.isfinite().flatten(1).all(1)
-        if self.NEEDS_ROI:
-            defined &= batch.roi.flatten(1).any(1).to(map.device)
+        if roi is not None:
+            defined &= roi.flatten(1).any(1).to(map.device)
         extra: dict[str, Any] = {}
         if self.metric == "RandomLogit" and "num_classes" not in self.parameters and defined.any():
             extra["num_classes"] = model.logits(batch.x[:1].to(model.device, model.dtype)).shape[1]
         default = bool(_parameters(self._class().__call__)["softmax"].default)
-        net, how = _Net(model), {"softmax": default if self.softmax is None else self.softmax}
+        net: nn.Module = _Net(model)
+        how: dict[str, Any] = {"softmax": default if self.softmax is None else self.softmax}
         if self.metric == "RelativeRepresentationStability":
             # It hangs hooks into the net and names its layers: it gets the net itself, a copy in float32. Of its
             # output it takes the largest at most; softmax, so that quantus takes no layer out.
@@ -236,6 +238,7 @@ class Quantus(Metric):
 
         if self.metric == "RandomLogit" and "seed" not in self.parameters:
             extra = {**extra, "seed": seed % 2**32}  # it seeds itself, with the same number for all samples
+        roi = given.roi if self.NEEDS_ROI else None
         try:
             with _contained(seed):
                 result = self._made(**extra)(
@@ -243,7 +246,7 @@ class Quantus(Metric):
                     x_batch=_numpy(given.x),
                     y_batch=_numpy(given.target),
                     a_batch=_numpy(map[:, None]),
-                    s_batch=_numpy(given.roi.bool()[:, None]) if self.NEEDS_ROI else None,
+                    s_batch=None if roi is None else _numpy(roi.bool()[:, None]),
                     explain_func=explained,
                     channel_first=True,
                     batch_size=1,
@@ -261,10 +264,12 @@ class Quantus(Metric):
 
 
 @dataclass(frozen=True)
-class ExplainingQuantus(Quantus, Explaining):
+class ExplainingQuantus(Quantus):
     """A metric of quantus that asks for maps of other inputs, or of another class; each costs as much as a map."""
 
     NAME: ClassVar[str] = "attrib.metrics.quantus.ExplainingQuantus"
+    NEEDS_EXPLAIN: ClassVar[bool] = True
+
     metric: str = "MaxSensitivity"
 
 
@@ -306,6 +311,18 @@ def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in found.items() if name != "self" and p.kind not in variable}
 
 
+def _check_range(name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raises UserError for numbers that quantus takes and that make no sense; it checks none itself."""
+    if name == "percentages":
+        if value is not None and not all(0 <= share <= 100 for share in value):
+            raise UserError(f"Quantus.parameters: percentages is {value}, must be numbers from 0 to 100")
+    elif parameter.annotation in (int, "int") and name != "seed":  # numbers of samples, steps, pixels
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"Quantus.parameters: {name} is {value!r}, must be a whole number of at least 1")
+    elif name in ("noise", "perturb_std") and not value >= 0:
+        raise UserError(f"Quantus.parameters: {name} is {value!r}, must not be negative")
+
+
 _FUNCTIONS = ("perturb_func", "similarity_func", "normalise_func", "norm_func", "discretise_func", "complexity_func")
 
 
@@ -319,9 +336,7 @@ def _function(name: str, value: Any) -> Any:
         own = inspect.getmembers(module, inspect.isfunction)
         known |= {key: function for key, function in own if function.__module__ == module.__name__}
     if value not in known:
-        near = difflib.get_close_matches(value, list(known), n=3, cutoff=0.5)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise UserError(f"Quantus.parameters: {name}: quantus has no function {value!r}{hint}")
+        raise UserError(f"Quantus.parameters: {name}: quantus has no function {value!r}{did_you_mean(value, known)}")
     return known[value]
 
 
@@ -379,7 +394,7 @@ def _contained(seed: int) -> Iterator[None]:
     """Inside, the process-wide random states are seeded, nothing is printed, and quantus' own modules have an older
     numpy; everything is put back."""
     cached = _quantus().PyTorchModel
-    modules = [importlib.import_module(name) for name in _OUTDATED]
+    modules: list[Any] = [importlib.import_module(name) for name in _OUTDATED]
     before = [module.np for module in modules]
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     with _quiet():

@@ -1,4 +1,4 @@
-"""ROAD: what the net still recognises when pixels are replaced by what their neighbours say of them."""
+"""ROAD: what the net still recognises when pixels are replaced by what their neighbours suggest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import ranks, target_score
 from attrib.models import Classifier
@@ -26,7 +27,7 @@ _NEIGHBOURS = tuple(
     for column in (-1, 0, 1)
     if row or column
 )  # fmt: skip
-_LEAF = 16  # pixels that are not dissected further
+_LEAF = 16  # a part of the grid with at most so many pixels is not divided further
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ class ROAD(Metric):
     def __post_init__(self) -> None:
         if not self.shares or not all(0 < share < 1 for share in self.shares):
             raise UserError(f"ROAD.shares is {list(self.shares)}, must be one or more shares of the pixels, in (0, 1)")
-        if self.noise < 0:
-            raise UserError(f"ROAD.noise is {self.noise}, must not be negative")
+        require(self, "noise", at_least=0)
 
     def counts(self, pixels: int) -> list[int]:
         """How many pixels go."""

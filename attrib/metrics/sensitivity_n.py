@@ -1,4 +1,4 @@
-"""Sensitivity-n: whether the sum of a subset's relevance goes with what its removal costs."""
+"""Sensitivity-n: whether a subset's summed relevance correlates with what its removal costs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
 from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_mixed
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
@@ -30,16 +31,16 @@ class SensitivityN(Metric):
     over the subsets of one size, for each sample. The curve holds it for every n, the column is its mean.
 
     points     numbers n, in equal steps of their logarithm from 1 to ``fraction`` of the pixels or words, rounded.
-               The released InputIBA code takes the natural logarithm where base 10 is meant, and so the powers
-               10^0 .. 10^ln(n), far beyond the image; n = 100 % has only one subset
-    sizes      or else the numbers n themselves; those beyond a sample's last but one unit mean that one
+               (The released InputIBA code takes the natural logarithm where base 10 is meant, so its powers
+               10^0 .. 10^ln(n) go far beyond the image.) Below 1, as all units together are only one subset
+    sizes      or else the numbers n themselves; one that leaves a sample no unit counts as all units but one
     samples    subsets of each size
     words      texts: what stands for a removed word, see ``words.score_without``; a word's relevance is the sum
                over its tokens, special tokens stay
     baseline   images: what stands for a removed pixel, see ``perturb.baseline``
     output     "logit", as in the paper, or "probability"
 
-    Where all sums or all differences of a size are equal, nothing goes with anything: 0. So a constant map
+    Where all sums or all differences of one size are equal, the correlation is taken as 0. So a constant map
     scores 0. A map with NaN or infinite values, a text of fewer than two words, and several labels of which none is
     positive: NaN. Costs ``points`` times ``samples`` forward passes, and one.
     """
@@ -61,18 +62,14 @@ class SensitivityN(Metric):
     output: Output = "logit"
 
     def __post_init__(self) -> None:
-        for field, least in (("points", 1), ("samples", 2)):
-            if getattr(self, field) < least:
-                raise UserError(f"SensitivityN.{field} is {getattr(self, field)}, must be at least {least}")
-        if not 0 < self.fraction < 1:
-            raise UserError(f"SensitivityN.fraction is {self.fraction}, must lie in (0, 1)")
+        require(self, "points", at_least=1)
+        require(self, "samples", at_least=2)
+        require(self, "fraction", above=0, below=1)
         if self.sizes is not None and (not self.sizes or min(self.sizes) < 1):
-            raise UserError(f"SensitivityN.sizes is {list(self.sizes)}, must be one or more numbers from 1")
-        for field, allowed in (("words", REMOVALS), ("baseline", BASELINES), ("output", OUTPUTS)):
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"SensitivityN.{field} is {getattr(self, field)!r}, must be one of {', '.join(allowed)}"
-                )
+            raise UserError(f"SensitivityN.sizes is {list(self.sizes)}, must be one or more numbers from 1 on")
+        require(self, "words", one_of=REMOVALS)
+        require(self, "baseline", one_of=BASELINES)
+        require(self, "output", one_of=OUTPUTS)
 
     @property
     def roles(self) -> tuple[str, ...]:

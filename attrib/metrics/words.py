@@ -1,4 +1,4 @@
-"""Texts without some of their words, made and scored in blocks: the engine of the metrics of words.
+"""Texts without some of their words, made and scored in blocks: the engine of the metrics on texts.
 
 A metric says which words are missing by places in the map's order: ``score_without`` scores any
 number of texts per sample, each without the words of the places ``first`` .. ``last - 1``. Deleting
@@ -54,7 +54,9 @@ def order(batch: Batch, map: Tensor, noise: Noise) -> Words:
     map = map.detach().to(batch.x.device, torch.float64)
     is_word, index = batch.words >= 0, batch.words.clamp(min=0)
     count = batch.words.amax(dim=1) + 1
-    finite = (map.isfinite() | ~batch.mask).all(dim=1)
+    mask = batch.mask
+    assert mask is not None  # there are lengths
+    finite = (map.isfinite() | ~mask).all(dim=1)
     values = map.new_zeros(len(batch), max(1, int(count.max())))
     values.scatter_add_(1, index, torch.where(is_word, map, 0.0))
     beyond = torch.arange(values.shape[1], device=map.device) >= count[:, None]
@@ -85,6 +87,7 @@ def score_without(
     Equal texts of a sample go through the net once; with "mask" and "delete", long ones first, so that
     a block holds little padding. Raises UserError if the net lacks the layer or the id.
     """
+    assert batch.lengths is not None  # ``order`` has seen to it
     chosen = words.defined.nonzero().squeeze(1)
     scores = torch.full(first.shape, torch.nan, dtype=torch.float64, device=model.device)
     if len(chosen) == 0:
@@ -142,17 +145,19 @@ def _zero(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[sl
 
 
 def _mask(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[slice], Tensor]) -> Logits:
-    mask_id = _token_id(model, "mask_id")
+    mask_id, lengths = _token_id(model, "mask_id"), batch.lengths
+    assert lengths is not None  # of a text
 
     def logits(rows: slice) -> Tensor:
         x = batch.x[sample[rows]].masked_fill(removed(rows), mask_id)
-        return model.module(x[:, : batch.lengths[sample[rows]].max()])
+        return model.module(x[:, : lengths[sample[rows]].max()])
 
     return logits
 
 
 def _delete(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[slice], Tensor]) -> Logits:
     pad_id, real, width = _token_id(model, "pad_id"), batch.mask, batch.x.shape[1]
+    assert real is not None  # of a text
 
     def logits(rows: slice) -> Tensor:
         kept = real[sample[rows]] & ~removed(rows)

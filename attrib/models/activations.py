@@ -1,8 +1,8 @@
-"""A form of the net that hook-based methods can work on: every activation a module of its own.
+"""A form of a net that hook-based methods can work on: every activation is a module of its own.
 
-captum's guided backpropagation and DeepLIFT put hooks on activation *modules*. They are wrong in
-silence when one module runs twice in a forward pass, when the activation is a function call, or
-when its class is not one they know (ReLU6, SiLU). Here each call becomes its own module.
+captum's guided backpropagation and DeepLIFT put hooks on activation *modules*. They are silently wrong
+where one module runs twice in a forward pass, where an activation is a function call, and where its class is
+not one that they know (ReLU6, SiLU). Here each call becomes a module of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def stand_in(activation: nn.Module) -> nn.ReLU:
 def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> fx.GraphModule:
     """The net with every call of a module, activation or max-pooling function as a module of its own.
 
-    Weights are shared with ``module``, hooks are not. In-place activations give the same without being in place.
+    Weights are shared with ``module``, hooks are not. In-place activations compute the same, but not in place.
 
     Activations whose class is in ``as_relu`` are replaced by a ``stand_in``.
 
@@ -84,7 +84,7 @@ def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> f
         with net.graph.inserting_before(node):
             call = net.graph.call_module(name, args, kwargs)
         if _in_place(node, new):
-            new.inplace = False
+            new.inplace = False  # type: ignore[assignment]  # to torch every attribute is a tensor or a module
             # Whatever read the changed input afterwards reads the result now.
             (changed,) = node.all_input_nodes
             for user in list(changed.users):

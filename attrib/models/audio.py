@@ -10,8 +10,8 @@ from torch import nn
 class ToneCNN(nn.Sequential):
     """(N, channels, L) -> (N, num_classes): four strided convolutions in time and the mean over time, L >= 1024.
 
-    The first one's kernels of 64 samples are its bank of filters. A place of the last sees 100 ms at 8 kHz, steps
-    of 8 ms; every layer is a module of its own, so that any of them can be a role.
+    The kernels of the first, 64 samples long, are a bank of filters. One place of the last sees 100 ms at 8 kHz, in
+    steps of 8 ms. Every layer is a module of its own, so that any of them can have a role.
     """
 
     def __init__(self, num_classes: int = 6, channels: int = 1, width: int = 32) -> None:

@@ -1,4 +1,4 @@
-"""Weights, never code: safetensors, or torch files read with ``weights_only=True``; what is written is safetensors."""
+"""Reads weights, never code: from safetensors, or torch files with ``weights_only=True``. Writes safetensors."""
 
 from __future__ import annotations
 
@@ -92,10 +92,9 @@ def load_weights(module: nn.Module, path: str, match: Literal["name", "order"] =
 
 
 def save_checkpoint(path: str | Path, module: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Write the module's weights and what is to be known about them, whole or not at all.
+    """Write the module's weights, and ``metadata`` about them (anything that JSON can hold), whole or not at all.
 
-    The file is what ``load_weights`` and ``attrib.metadata.read_metadata`` read. ``metadata`` is
-    anything JSON can say.
+    ``load_weights`` and ``attrib.metadata.read_metadata`` read the file.
 
     Raises UserError if the name does not end in .safetensors.
     """

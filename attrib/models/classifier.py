@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from attrib.models.split import Front, Split, between, hooked, split
 from attrib.models.variant import Variant
 from attrib.noise import Noise
 from attrib.process.memory import Heap
-from attrib.types import SampleError, UserError
+from attrib.types import SampleError, UserError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,10 @@ class Classifier:
     input_shape  if given, the net is tried on noise images of this shape, and their logits are compared before and
                  after the preparation
     output       how the logits come out of what the net returns: an ``Output``, or a field, index or function
-    variant      if this is a copy with randomised layers: which
-    original     if this is such a copy: of what. It says which class is explained and which samples are selected
+    variant      of a copy with randomised layers: which ones; else None
+    original     of a copy with randomised layers: the classifier it was made from. Where the experiment goes by
+                 predictions (of the class to explain, of the samples to select), it goes by the original's.
+                 Any other classifier is its own original
 
     Raises UserError for a layer that does not exist, and for a net that is refused.
     """
@@ -71,8 +72,8 @@ class Classifier:
         given, module = module, unwrapped(module)
         self.layers = {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None}
         self.output = Output.of(output)
-        self.rows, self.device, self.dtype, self.variant = rows, torch.device(device), dtype, variant
-        self.original = original or self
+        self.rows, self.device, self.dtype = rows, torch.device(device), dtype
+        self.variant, self.original = variant, original or self
         self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
         self.weights = tensor_digest(tensors(module))
@@ -84,10 +85,9 @@ class Classifier:
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
-                near = difflib.get_close_matches(path, names, n=5, cutoff=0.3)
                 raise UserError(
-                    f"model.layers.{role}: {type(module).__name__} has no layer {path!r}; "
-                    f"near names: {', '.join(near) or 'none'} (all: {', '.join(n for n in names if n.count('.') < 2)})"
+                    f"model.layers.{role}: {type(module).__name__} has no layer {path!r}{did_you_mean(path, names)} "
+                    f"(its upper layers: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
 
     def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[nn.Module, Exam | None]:
@@ -251,15 +251,19 @@ class Classifier:
         Raises UserError if no gradient flows between the two.
         """
         self._admit(x if start is None else start[1])
-        cut = self._split(role, x) if start is None else None
         kept: list[tuple[Tensor, Tensor]] = []
+        if start is None:
+            cut = self._split(role, x)
 
-        def layer(rows: slice, value: Tensor) -> Tensor:
-            if cut is not None:
+            def layer(rows: slice, value: Tensor) -> Tensor:
                 return cut.front(value).z
+
+        else:
             first, inputs = start
-            index = torch.arange(rows.start, rows.stop, device=x.device) // (len(x) // len(inputs))
-            return between(self.module, self.path(first), self.path(role), inputs[index], value)
+
+            def layer(rows: slice, value: Tensor) -> Tensor:
+                index = torch.arange(rows.start, rows.stop, device=x.device) // (len(x) // len(inputs))
+                return between(self.module, self.path(first), self.path(role), inputs[index], value)
 
         def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(graph):

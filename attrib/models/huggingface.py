@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +22,13 @@ from attrib.models.text import real_tokens
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
-# Of a configuration, what does not say how the net computes.
-_INCIDENTAL = (
+# The fields of a configuration that do not change what the net computes.
+_WITHOUT_EFFECT = (
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id",
     "use_cache", "problem_type", "finetuning_task", "_num_labels",
 )  # fmt: skip
@@ -43,7 +46,7 @@ class HuggingFaceClassifier(nn.Module):
     mask_id  id of the token that hides another one
     """
 
-    def __init__(self, net: nn.Module, pad_id: int, mask_id: int) -> None:
+    def __init__(self, net: PreTrainedModel, pad_id: int, mask_id: int) -> None:
         super().__init__()
         self.net, self.pad_id, self.mask_id = net, pad_id, mask_id
         self.max_length = _max_length(net)
@@ -56,7 +59,7 @@ class HuggingFaceClassifier(nn.Module):
 
     @property
     def default_layers(self) -> dict[str, str]:
-        """The paths of the roles that every text net has; a bottleneck is at the words unless one asks for more."""
+        """The paths of the roles that every text net has. The bottleneck is at the word embeddings by default."""
         words = self.net.get_input_embeddings()
         path = next(path for path, module in self.named_modules() if module is words)
         return {"embedding": path, "bottleneck": path}
@@ -69,7 +72,7 @@ class HuggingFaceClassifier(nn.Module):
         own: dict[str, Any] = {"num_labels": config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
         if self.pad_id in (self.mask_id, config.eos_token_id, config.bos_token_id):
             own["padding"] = "at the end"  # where it once was wherever this id stands
-        return {k: v for k, v in plain.items() if k not in _INCIDENTAL} | own
+        return {k: v for k, v in plain.items() if k not in _WITHOUT_EFFECT} | own
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises SampleError for more tokens than the net has positions, or for a number that it cannot take."""
@@ -89,7 +92,7 @@ class HuggingFaceClassifier(nn.Module):
             ) from error
 
 
-def _max_length(net: nn.Module) -> int | None:
+def _max_length(net: PreTrainedModel) -> int | None:
     """The size of the table of positions, less those that RoBERTa keeps for padding; None without a table."""
     count, words = getattr(net.config, "max_position_embeddings", None), net.get_input_embeddings()
     for module in net.modules():
@@ -146,7 +149,7 @@ def _transformers() -> ModuleType:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """No progress bars and reports of transformers; what matters in them we say ourselves."""
+    """Without the progress bars and reports of transformers; attrib itself says what matters in them."""
     messages = transformers.utils.logging
     level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
     messages.set_verbosity_error()
@@ -216,13 +219,13 @@ def _special(
         if mask_id is None:
             mask_id = tokenizer.unk_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
     pad_id = config.pad_token_id if pad_id is None else pad_id
-    for name, value in (("pad_id", pad_id), ("mask_id", mask_id)):
-        if value is None:
-            raise UserError(f"model.path: {path} names no {name.split('_')[0]} token{reason}; set model.{name}")
+    if pad_id is None or mask_id is None:
+        missing = "pad" if pad_id is None else "mask"
+        raise UserError(f"model.path: {path} names no {missing} token{reason}; set model.{missing}_id")
     return pad_id, mask_id
 
 
-def _fill_head(net: nn.Module, missing: Collection[str], path: str, num_labels: int | None) -> None:
+def _fill_head(net: PreTrainedModel, missing: Collection[str], path: str, num_labels: int | None) -> None:
     """Fixed random numbers for the parameters of the head that are not stored.
 
     Raises UserError if others are missing too.

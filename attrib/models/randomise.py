@@ -1,4 +1,4 @@
-"""Copies of a net with randomised layers: what the sanity check of attribution methods explains.
+"""Copies of a net with randomised layers, for the sanity check of attribution methods.
 
 Adebayo, Gilmer, Muelly, Goodfellow, Hardt & Kim, *Sanity Checks for Saliency Maps*, NeurIPS 2018.
 """
@@ -8,21 +8,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attrib.models.classifier import Classifier
-from attrib.models.variant import Layer, Randomise, Variant
+from attrib.models.variant import Randomise, Variant, WeightedLayer
 from attrib.noise import Noise
 from attrib.types import UserError
 
-if TYPE_CHECKING:
-    from attrib.models.classifier import Classifier
-
-# They hold nothing random when they are new, so they are no layers of their own.
+# New modules of these classes hold no random numbers, so they do not count as layers of their own.
 FOLLOWERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
 _CHUNK = 1 << 20  # numbers drawn at a time: a VGG's first linear layer has a hundred million
 
@@ -31,7 +28,7 @@ _CHUNK = 1 << 20  # numbers drawn at a time: a VGG's first linear layer has a hu
 
 
 class _Uses(TorchFunctionMode):
-    """Notes when each tensor is last read by an operation that gives a tensor."""
+    """Records when each tensor is last read by an operation that returns a tensor."""
 
     def __init__(self, owners: Mapping[int, str]) -> None:
         super().__init__()
@@ -40,7 +37,7 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Not the looks at a parameter's shape, dtype or device.
+        # Reading a parameter's shape, dtype or device does not count.
         if getattr(func, "__name__", "") != "__get__" and any(True for _ in _tensors(result)):
             for tensor in _tensors((args, kwargs)):
                 if (owner := self._owners.get(id(tensor))) is not None:
@@ -58,31 +55,31 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(tuple(value.values()))
 
 
-def weighted_layers(net: nn.Module, x: Tensor) -> list[Layer]:
-    """The net's layers with weights, in the order in which x (N, *input) passes them, the output first.
+def weighted_layers(net: nn.Module, x: Tensor) -> list[WeightedLayer]:
+    """The net's layers with weights, from the output back to the input.
 
-    The order is that of a forward pass (what runs last stands first), not of names or registration; of a
-    layer that runs several times its last time counts. What does not run (an auxiliary head) is not listed.
+    The order is that of a forward pass of x (N, *input), reversed, and not that of names or registration; a layer that
+    runs several times stands where it runs last. What does not run, such as an auxiliary head, is not listed.
 
-    Raises UserError for a net whose operations cannot be seen, compiled by torch.jit.
+    Raises UserError for a net compiled by torch.jit, whose operations cannot be seen.
     """
     owners: dict[int, str] = {}
     for path, module in net.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(f"{path or type(net).__name__} is compiled by torch.jit: its layers cannot be randomised")
         own = [*module.parameters(recurse=False)]
-        if isinstance(module, FOLLOWERS):  # also one that has statistics alone
+        if isinstance(module, FOLLOWERS):  # also one with running statistics but no parameters
             own += [*module.buffers(recurse=False)]
         for tensor in own:
             owners.setdefault(id(tensor), path)
     with torch.no_grad(), _Uses(owners) as uses:
         net(x[:1].clone())
-    found: list[Layer] = []
+    found: list[WeightedLayer] = []
     for path in sorted(uses.last, key=uses.last.__getitem__):
         if found and isinstance(net.get_submodule(path), FOLLOWERS):
-            found[-1] = Layer(found[-1].path, (*found[-1].modules, path))
+            found[-1] = WeightedLayer(found[-1].path, (*found[-1].modules, path))
         else:
-            found.append(Layer(path, (path,)))
+            found.append(WeightedLayer(path, (path,)))
     return found[::-1]
 
 
@@ -90,8 +87,8 @@ def weighted_layers(net: nn.Module, x: Tensor) -> list[Layer]:
 
 
 @torch.no_grad()
-def reinitialise(net: nn.Module, layers: list[Layer], seed: int) -> None:
-    """Give these layers of ``net`` new weights, in place."""
+def reinitialise(net: nn.Module, layers: list[WeightedLayer], seed: int) -> None:
+    """Give these layers of ``net`` new weights, in place. A tensor's weights depend on its name and ``seed`` alone."""
     for path in (path for layer in layers for path in layer.modules):
         module = net.get_submodule(path)
         for name, tensor in _state(module):
@@ -105,12 +102,11 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fresh(module: nn.Module, name: str, old: Tensor, noise: Noise) -> Tensor:
-    """New values for one tensor, from the distribution from which its class draws them.
+    """New values for one tensor, from the distribution that its module's class draws them from.
 
-    Normalisations become what they are in a new net: gain 1, offset 0, running mean 0 and variance 1. (In
-    eval mode those of the trained net would not fit what comes from new weights either.) A parameter of a
-    class that is not known, such as a class token, is drawn from a normal distribution with the mean and
-    standard deviation of its trained values.
+    Normalisations become what they are in a new net: gain 1, offset 0, running mean 0 and variance 1. (The trained
+    net's statistics would not fit the outputs of new weights anyway.) A parameter of an unknown class, such as a
+    class token, is drawn from a normal distribution with the mean and standard deviation of its trained values.
     """
     if isinstance(module, nn.PReLU):
         return torch.full_like(old, module.init)
@@ -129,12 +125,12 @@ def _fresh(module: nn.Module, name: str, old: Tensor, noise: Noise) -> Tensor:
     if isinstance(module, nn.MultiheadAttention):
         if name == "in_proj_bias":
             return torch.zeros_like(old)
-        # Glorot's initialisation, as its class does.
+        # Glorot's initialisation, as in its class.
         if old.ndim == 2:
             return _uniform(old, math.sqrt(6 / sum(old.shape)), noise)
         return _normal(old, noise) / math.sqrt(old.shape[-1])  # bias_k, bias_v
     spread = old.float().std().item() if old.numel() > 1 else 0.0
-    if not spread:  # a single number, or all alike
+    if not spread:  # a single number, or all the same
         return _normal(old, noise) * (old.float().abs().mean().item() or 1.0)
     return _normal(old, noise) * spread + old.float().mean().item()
 
@@ -154,10 +150,14 @@ def _drawn(like: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
 
 
 def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) -> Classifier:
-    """A copy of a classifier with new layers; ``net`` is what it was made from, and stays as it is.
+    """A copy of a classifier with randomised layers.
 
-    x (N, *input) are inputs of the net, which show the order of its layers. Raises UserError for layers that the
-    net does not have.
+    original   the classifier
+    net        the module that it was made from; it is not changed
+    how        which layers are randomised
+    x          (N, *input) inputs of the net, which show the order of its layers
+
+    Raises UserError for layers that the net does not have.
     """
     found = weighted_layers(original.module, x.to(original.device, original.dtype if x.is_floating_point() else None))
     chosen = how.chosen(found)
@@ -171,7 +171,7 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         rows=original.rows,
         device=original.device,
         dtype=original.dtype,
-        # The original counts as well: it may say which class is explained.
+        # The original's key counts as well: its predictions may say which class is explained.
         spec={"randomised": {"of": original.key, "modules": modules, "seed": how.seed}},
         variant=about,
         original=original,

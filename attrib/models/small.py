@@ -1,4 +1,4 @@
-"""Small nets for small images: every layer is a module of its own, so that any of them can be a role."""
+"""Small nets for small images: every layer is a module of its own, so that any of them can have a role."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class AcdCNN(nn.Sequential):
 def resnet18_cifar(num_classes: int = 10, channels: int = 3) -> nn.Module:
     """(N, channels, 32, 32) -> (N, num_classes): torchvision's ResNet-18 with a stem for small images.
 
-    As is usual for CIFAR (He et al., 2016, section 4.2, begin so): 3 x 3 convolution of stride 1, no max-pooling.
+    As usual for CIFAR (He et al., 2016, section 4.2): a 3 x 3 convolution of stride 1 and no max-pooling.
     """
     from torchvision.models import resnet18
 

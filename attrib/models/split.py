@@ -31,6 +31,8 @@ class Front(NamedTuple):
 
 
 class Split(Protocol):
+    """A net that is cut at a layer; ``rear(*front(x))`` are the logits of x."""
+
     def front(self, x: Tensor) -> Front: ...
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor: ...
 
@@ -243,7 +245,7 @@ def _checked(cut: Split, module: nn.Module, x: Tensor) -> Split:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise CannotSplitError(f"the net does not run when cut there: {error}") from error
-    # An input may well give NaN logits; then they are to be NaN in both.
+    # An input may give NaN logits; then they must be NaN in both.
     tolerance = 1e-3 * expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
         raise CannotSplitError("the cut changes the logits")

@@ -1,19 +1,22 @@
-"""Which layers of a net get new weights, and what a net with such layers is a copy of."""
+"""Which layers of a net get new random weights, and how a net with such layers is described."""
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from attrib.types import UserError
+from attrib.types import UserError, did_you_mean
 
-ROOT = "(net)"  # shown for parameters that belong to the net itself, as the class token of a transformer
+ROOT = "(net)"  # shown for parameters of the net itself, such as the class token of a transformer
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A module with weights, and the normalisations that follow it, which become new with it."""
+class WeightedLayer:
+    """A module with weights, and the normalisations that follow it, which are randomised with it.
+
+    path      of the module; "" is the net itself
+    modules   the paths of all modules that get new weights, ``path`` first
+    """
 
     path: str
     modules: tuple[str, ...]
@@ -23,10 +26,10 @@ class Layer:
 class Randomise:
     """Which layers get new weights.
 
-    layers   n: counted from the output, ``cascade`` all of the last n, ``independent`` the n-th from the output
-             alone; or the path of a layer, or of a module that holds layers: ``cascade`` everything from the output
-             to there, ``independent`` what is there alone; "all"; null or 0: none
-    seed     of the new weights. Those of a layer depend on its path and the seed alone
+    layers   a number n, counted from the output: in mode "cascade" the last n layers, in mode "independent" only the
+             n-th from the output. Or the path of a layer, or of a module that holds layers: "cascade" takes everything
+             from the output to there, "independent" only what is there. Or "all". null or 0: none
+    seed     of the new weights. Those of a layer depend on nothing but its path and the seed
     """
 
     layers: int | str | None = None
@@ -35,10 +38,10 @@ class Randomise:
 
     def __post_init__(self) -> None:
         if self.mode not in ("cascade", "independent"):
-            raise UserError(f"mode must be cascade or independent, not {self.mode!r}")
+            raise UserError(f"randomise.mode must be cascade or independent, not {self.mode!r}")
 
-    def chosen(self, found: list[Layer]) -> list[Layer]:
-        """Of all layers, from the output, those that get new weights. Raises UserError if there are no such ones."""
+    def chosen(self, found: list[WeightedLayer]) -> list[WeightedLayer]:
+        """Of all layers of a net, output first, those that get new weights. Raises UserError if there are none such."""
         names, first = [layer.path or ROOT for layer in found], 0
         if not self.layers or self.layers == "all":
             return list(found) if self.layers else []
@@ -52,10 +55,9 @@ class Randomise:
         else:
             inside = [i for i, name in enumerate(names) if f"{name}.".startswith(f"{self.layers}.")]
             if not inside:
-                near = difflib.get_close_matches(self.layers, names, n=5, cutoff=0.3)
                 raise UserError(
-                    f"randomise.layers: the net has no layer with weights at {self.layers!r}; near names: "
-                    f"{', '.join(near) or 'none'} (from the output: {', '.join(names)})"
+                    f"randomise.layers: the net has no layer with weights at {self.layers!r}"
+                    f"{did_you_mean(self.layers, names)} (from the output: {', '.join(names)})"
                 )
             if self.mode == "independent":
                 return [found[i] for i in inside]
@@ -67,9 +69,10 @@ class Randomise:
 class Variant:
     """How a randomised classifier differs from its original.
 
-    layers     the layers with new weights, from the output
-    total      how many layers with weights the net has
-    place      the furthest of ``layers`` from the output, counted from 1
+    layers        the paths of the layers with new weights, output first
+    total         how many layers with weights the net has
+    place         the position of the last of ``layers``, counted from 1 at the output
+    how           the choice that led to them
     """
 
     layers: tuple[str, ...]
@@ -79,7 +82,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """For people and folders: ``random-3`` are the last three, ``random-only-conv1`` is one."""
+        """For messages and folders: in ``random-3`` the last three layers are random, in ``random-only-fc`` one."""
         if self.how.mode == "cascade":
             return f"random-{self.place}"
         what = self.how.layers if isinstance(self.how.layers, str) else self.layers[-1] or ROOT

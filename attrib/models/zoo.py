@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from attrib.types import UserError
+from attrib.types import UserError, did_you_mean
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """``build()``, with the random weights that ``seed`` determines.
+
+    torch's global random numbers go on afterwards as if nothing had been built. ``seed`` makes no difference for a net
+    whose weights are loaded, by the builder or later.
+
+    >>> one, same = (seeded(lambda: nn.Linear(2, 1), seed=3) for _ in range(2))
+    >>> bool((one.weight == same.weight).all())
+    True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs, which are not forked
+        return build()
 
 
 def _unknown(library: str, arch: str, known: Iterable[str]) -> UserError:
-    near = difflib.get_close_matches(arch, list(known), n=5, cutoff=0.4)
-    return UserError(f"model.arch: {library} has no model {arch!r}; near names: {', '.join(near) or 'none'}")
+    return UserError(f"model.arch: {library} has no model {arch!r}{did_you_mean(arch, known)}")
 
 
 def _torchvision_weights(arch: str, weights: str) -> Any:
-    """The entry of torchvision's table of weights, which knows their address and how images are prepared."""
+    """The entry of torchvision's table of weights, with their address and how images are prepared for them."""
     from torchvision import models
 
     entries = models.get_model_weights(arch).__members__
@@ -44,13 +58,14 @@ def torchvision_net(
     ``weights`` names a set of weights that torchvision downloads ("DEFAULT", "IMAGENET1K_V1");
     None leaves the net random, for a checkpoint to fill.
 
-    ``transform_input`` is for googlenet and inception_v3 alone: whether the net brings its input
-    from ImageNet's mean and deviation to 0.5 and 0.5 first. None means yes, as torchvision's weights
-    expect it, wherever the weights come from. (torchvision's own default depends on who loads them.)
+    ``transform_input`` is for googlenet and inception_v3 only: whether the net first converts an input that was
+    normalised with ImageNet's mean and standard deviation to one normalised with 0.5 and 0.5. None means yes, as
+    torchvision's weights expect it, also where they come from a checkpoint. (torchvision's own default depends on
+    whether it loads them.)
     """
     builder = _torchvision_builder(arch)
     if arch in ("googlenet", "inception_v3"):
-        options = {"init_weights": False, **options}  # else they warn, and take long
+        options = {"init_weights": False, **options}  # else they warn, and take a long time
         options["transform_input"] = transform_input is not False
     elif transform_input is not None:
         raise UserError(f"model.transform_input: {arch} has none, only googlenet and inception_v3 do")
@@ -88,7 +103,7 @@ def _torchvision_input(arch: str, weights: str | None = None, **_: Any) -> dict[
                 "interpolation": how.interpolation.value,
             }
         )
-    # Without a name they may be any, so only what all agree on is known.
+    # Without a name the weights may be any of them, so only what all agree on is known.
     return {k: v for k, v in found[0].items() if all(other[k] == v for other in found)} if found else {}
 
 
@@ -117,7 +132,7 @@ def _timm_input(arch: str, img_size: Any = None, **_: Any) -> dict[str, Any]:
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     known = {"size": size, "mean": list(how["mean"]), "std": list(how["std"]), "interpolation": how["interpolation"]}
-    # Borders, and crops that are not square, are more than ImageTransform can do.
+    # ImageTransform can do neither borders nor crops that are not square.
     if how["crop_mode"] == "squash" and how["crop_pct"] == 1:
         known |= {"resize": "squash", "resize_size": None}
     elif how["crop_mode"] == "center" and isinstance(size, int):
@@ -132,11 +147,11 @@ _INPUT: dict[Callable[..., nn.Module], Callable[..., dict[str, Any]]] = {
 
 
 def input_of(builder: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
-    """How images are prepared for the net that ``builder(**arguments)`` gives, as far as its library says so.
+    """How images are prepared for the net that ``builder(**arguments)`` returns, as far as its library says so.
 
-    The names are the fields of ``datasets.ImageTransform``; what is not known is left out. Without
-    ``weights`` torchvision knows what is the same for all weights of the architecture; timm goes
-    by the tag in the name (vit_small_patch16_224.augreg_in1k), or by its first.
+    The names are the fields of ``datasets.ImageTransform``; what is not known is left out. Where ``weights`` are not
+    named, torchvision knows what is the same for all weights of the architecture; timm goes by the tag in the
+    name (vit_small_patch16_224.augreg_in1k), or without one by the architecture's default tag.
     """
     known = _INPUT.get(builder)
     return known(**arguments) if known else {}

@@ -1,5 +1,5 @@
 """Training of small nets: ``recipe.train`` from a configuration, ``loop.fit`` from objects.
 
-``batches`` knows the samples and their order, ``state`` what a resumed training needs, ``loop`` mmengine,
-``record`` what a training's folder says about it, ``recipe`` the configuration.
+``data`` chooses the samples and ``batches`` loads and orders them, ``state`` keeps what a resumed training needs,
+``loop`` adapts mmengine's, ``record`` says in a training's folder what it is, ``recipe`` reads the configuration.
 """

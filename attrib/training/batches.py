@@ -1,4 +1,4 @@
-"""Batches to train on: the samples of one split in memory, in an order that belongs to (seed, epoch)."""
+"""Batches to train on: the samples of one split in memory, in an order that (seed, epoch) determines."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ BUCKET = 32  # batches whose texts are sorted by length together
 Augment = Literal["crop_flip"]
 
 
-def share(uid: str, name: str = "") -> float:
-    """A number in [0, 1) that belongs to the sample and stays the same in every process."""
+def uid_fraction(uid: str, name: str = "") -> float:
+    """A hash of the uid as a number in [0, 1), the same in every process; another ``name`` gives another number."""
     return stable_hash(f"{name}\0{uid}") / 2**64
 
 
-class Rows:
+class LoadedSamples:
     """Samples of a dataset, read once and kept in memory.
 
-    uids      as asked for
-    targets   (N,) long
-    lengths   (N,) real tokens of texts, None for images and sounds
-    pictures  whether they are images
+    uids        as asked for
+    targets     (N,) long
+    lengths     (N,) numbers of real tokens; None for images and sounds
+    are_images  whether they are images
 
-    Raises UserError that names the sample for one that cannot be read or has no label.
+    Raises UserError, naming the sample, for one that cannot be read or has no label.
     """
 
     def __init__(self, dataset: Dataset, uids: Sequence[str], *, pad: int = 0) -> None:
@@ -42,7 +42,7 @@ class Rows:
             raise UserError("there are no samples to train or test on; check the dataset's split and train.limit")
         self.uids, self._pad = tuple(uids), pad
         self._texts: list[Tensor] = []
-        images, targets, lengths = [], [], []
+        arrays, targets, lengths = [], [], []
         for start in range(0, len(self.uids), READ_AT_ONCE):
             try:
                 batch = dataset.batch(self.uids[start : start + READ_AT_ONCE])
@@ -53,35 +53,35 @@ class Rows:
                     raise UserError(f"{uid} has no label (target {target}); training needs one class per sample")
             targets.append(batch.target)
             if batch.lengths is None:
-                images.append(batch.x)
+                arrays.append(batch.x)
             else:
                 lengths.append(batch.lengths)
                 self._texts += [row[:n].clone() for row, n in zip(batch.x, batch.lengths.tolist())]
         self.targets = torch.cat(targets)
-        self._images = torch.cat(images) if images else None
+        self._arrays = torch.cat(arrays) if arrays else None  # images or sounds
         self.lengths = torch.cat(lengths) if lengths else None
-        self.pictures = self._images is not None and self._images.ndim == 4
+        self.are_images = self._arrays is not None and self._arrays.ndim == 4
 
     def __len__(self) -> int:
         return len(self.uids)
 
     def pick(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """x (B, *input), texts padded to the longest of them, and target (B,)."""
+        """x (B, *input), with texts padded to the longest of them, and targets (B,)."""
         index = torch.as_tensor(positions)
-        if self._images is not None:
-            return self._images[index], self.targets[index]
+        if self._arrays is not None:
+            return self._arrays[index], self.targets[index]
         texts = [self._texts[i] for i in positions]
         return pad_sequence(texts, batch_first=True, padding_value=self._pad), self.targets[index]
 
-    def cut(self, size: int) -> Iterator[list[int]]:
-        """All positions, ``size`` at a time, texts of similar length together."""
+    def portions(self, size: int) -> Iterator[list[int]]:
+        """All positions, ``size`` at a time; texts of similar length come together."""
         order = list(range(len(self))) if self.lengths is None else self.lengths.argsort(stable=True).tolist()
         for start in range(0, len(order), size):
             yield order[start : start + size]
 
 
 def crop_flip(x: Tensor, noise: Noise, margin: int = 4) -> Tensor:
-    """(B, C, H, W) -> each image shifted by up to ``margin`` pixels, mirrored at the edges, and flipped or not."""
+    """(B, C, H, W) -> each image shifted by up to ``margin`` pixels (mirrored at its edges), half of them flipped."""
     height, width = x.shape[2:]
     padded = torch.nn.functional.pad(x, (margin,) * 4, mode="reflect")
     down, right = noise.integers(2 * margin + 1, 2).unbind(1)
@@ -97,54 +97,54 @@ def crop_flip(x: Tensor, noise: Noise, margin: int = 4) -> Tensor:
 AUGMENT: dict[str, Callable[[Tensor, Noise], Tensor]] = {"crop_flip": crop_flip}
 
 
-class Feed:
-    """What mmengine takes for a dataloader: the training batches of the epoch that ``epoch`` says.
+class EpochBatches:
+    """The training batches of the epoch number ``epoch``, with what mmengine asks of a data loader.
 
-    The order is a stable hash of (seed, epoch, uid), so that a resumed training sees what the
-    uninterrupted one would have seen. Texts are sorted by length within groups of ``BUCKET``
-    batches, which saves padding, and the batches shuffled again.
+    The samples are in the order of a stable hash of (seed, epoch, uid), so that a resumed training sees what the
+    uninterrupted one would have seen. Texts are sorted by length within groups of ``BUCKET`` batches, which saves
+    padding, and the batches are then shuffled.
     """
 
     metainfo: dict = {}  # mmengine asks for it
 
-    def __init__(self, rows: Rows, *, size: int, seed: int, augment: Augment | None = None) -> None:
-        self.rows, self.epoch = rows, 0
+    def __init__(self, samples: LoadedSamples, *, size: int, seed: int, augment: Augment | None = None) -> None:
+        self.samples, self.epoch = samples, 0
         self._size, self._seed, self._augment = size, seed, augment
-        if augment is not None and not rows.pictures:
+        if augment is not None and not samples.are_images:
             raise UserError(f"train.augment={augment} is for images; set train.augment=null")
 
     @property
-    def dataset(self) -> Feed:
-        return self  # where mmengine looks for ``metainfo``
+    def dataset(self) -> EpochBatches:
+        return self  # mmengine looks for ``metainfo`` there
 
     def __len__(self) -> int:
         """Batches per epoch. A last sample alone joins the batch before it: batch norm needs two."""
-        whole, left = divmod(len(self.rows), self._size)
+        whole, left = divmod(len(self.samples), self._size)
         return max(1, whole + (left > 1 or (left == 1 and self._size == 1)))
 
     def order(self, epoch: int) -> list[list[int]]:
         """The positions of each batch of an epoch."""
-        place = [stable_hash(f"{self._seed}/{epoch}/{uid}") for uid in self.rows.uids]
+        place = [stable_hash(f"{self._seed}/{epoch}/{uid}") for uid in self.samples.uids]
         order = sorted(range(len(place)), key=place.__getitem__)
-        if self.rows.lengths is not None:
-            lengths, group = self.rows.lengths.tolist(), BUCKET * self._size
+        if self.samples.lengths is not None:
+            lengths, group = self.samples.lengths.tolist(), BUCKET * self._size
             groups = [order[i : i + group] for i in range(0, len(order), group)]
             order = [i for g in groups for i in sorted(g, key=lengths.__getitem__)]
         batches = [order[i * self._size : (i + 1) * self._size] for i in range(len(self))]
         batches[-1] += order[len(self) * self._size :]
-        return sorted(batches, key=lambda b: place[b[0]]) if self.rows.lengths is not None else batches
+        return sorted(batches, key=lambda b: place[b[0]]) if self.samples.lengths is not None else batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for positions in self.order(self.epoch):
-            x, target = self.rows.pick(positions)
+            x, target = self.samples.pick(positions)
             if self._augment is not None:
-                noise = Noise([f"{self.rows.uids[i]}\0epoch{self.epoch}" for i in positions], self._seed)
+                noise = Noise([f"{self.samples.uids[i]}\0epoch{self.epoch}" for i in positions], self._seed)
                 x = AUGMENT[self._augment](x, noise)
             yield x, target
 
 
-def learning_rate(step: int, steps: int, *, warmup: int, schedule: Literal["constant", "cosine"]) -> float:
-    """The factor of the learning rate at update ``step`` of ``steps``: a linear start, then 1 or half a cosine."""
+def learning_rate_factor(step: int, steps: int, *, warmup: int, schedule: Literal["constant", "cosine"]) -> float:
+    """The share of the full learning rate at update ``step`` of ``steps``: it rises linearly, then is 1 or a cosine."""
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":

@@ -1,9 +1,9 @@
-"""Training a net: mmengine's loop by epochs, with what it needs to be killed at any moment and go on.
+"""Training a net: mmengine's loop by epochs, which can be killed at any moment and resumed.
 
-torch's random numbers (dropout) are seeded anew before each epoch from (seed, epoch), inside
-``seeded``, and the order of the samples is a hash, so what ``state`` keeps after each epoch is all that
-the next one depends on: a training that was killed and resumed ends with the weights of one that was
-not, bit for bit on the same CPU.
+Before each epoch torch's random numbers, for dropout, are seeded from (seed, epoch), and the order of the samples is a
+hash. So the next epoch depends on nothing but the ``state`` that is kept after each epoch: a training that was killed
+and resumed ends with the weights of one that was not, bit for bit on the same CPU. At the end torch's random numbers
+are put back.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,14 +29,14 @@ from tqdm import tqdm
 from attrib.keys import stable_hash
 from attrib.running.runner import AttributionRunner
 from attrib.store.files import write_atomic
-from attrib.training.batches import Augment, Feed, Rows, learning_rate
+from attrib.training.batches import Augment, EpochBatches, LoadedSamples, learning_rate_factor
 from attrib.training.state import Progress, load_state, save_state
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
 
-EVALUATE = 256  # rows at once where no gradient is needed
-OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+EVALUATION_BATCH = 256  # samples at once where no gradient is needed
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
@@ -45,13 +44,16 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Hyperparameters:
     """How a net is trained; every field changes the result.
 
-    epochs        at most; ``patience`` epochs without a better validation accuracy end it earlier (null: never)
+    epochs        at most so many; training ends earlier after ``patience`` epochs without a better validation
+                  accuracy (null: never earlier)
     batch         samples per update; the loss is their mean cross-entropy
-    schedule      of the learning rate, per update, after a linear start of ``warmup`` epochs
-    clip          largest norm of the gradient; null: any
+    lr            learning rate at its highest
+    momentum      of sgd; the other optimisers have their own default
+    schedule      how the learning rate changes with each update, after a linear increase over ``warmup`` epochs
+    clip          the gradient's norm is cut to at most this; null: not at all
     freeze        names of modules or parameters that keep their values, such as "embedding"
     augment       "crop_flip" shifts images by up to 4 pixels and mirrors half of them
     """
@@ -81,34 +83,23 @@ class Schedule:
                 raise UserError(f"train.{name} must not be negative, but is {getattr(self, name)}")
 
 
-@contextmanager
-def seeded(device: torch.device, *what: object) -> Iterator[None]:
-    """torch's random numbers inside belong to ``what``; those outside are not touched.
-
-    Initialisation and dropout know no other source. Nothing else in attrib uses it.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(stable_hash("/".join(map(str, what))))
-        yield
-
-
 @torch.no_grad()
-def evaluate(net: nn.Module, rows: Rows, device: torch.device) -> dict[str, float]:
+def evaluate(net: nn.Module, samples: LoadedSamples, device: torch.device) -> dict[str, float]:
     """Accuracy and mean cross-entropy, in eval mode."""
     was_training = net.training
     net.eval()
     right, loss = 0, 0.0
-    for positions in rows.cut(EVALUATE):
-        x, target = rows.pick(positions)
+    for positions in samples.portions(EVALUATION_BATCH):
+        x, target = samples.pick(positions)
         logits, target = net(x.to(device)), target.to(device)
         right += int((logits.argmax(1) == target).sum())
         loss += float(cross_entropy(logits, target, reduction="sum"))
     net.train(was_training)
-    return {"accuracy": right / len(rows), "loss": loss / len(rows)}
+    return {"accuracy": right / len(samples), "loss": loss / len(samples)}
 
 
 class Trainee(nn.Module):
-    """A net as mmengine trains it."""
+    """A net with the methods that mmengine calls to train and validate it."""
 
     def __init__(self, net: nn.Module, device: torch.device) -> None:
         super().__init__()
@@ -119,16 +110,16 @@ class Trainee(nn.Module):
         logits = self.net(x)
         loss = cross_entropy(logits, target)
         value = float(loss.detach())
-        if math.isfinite(value):  # else the weights stay as they are, and TrainingHook ends the training
+        if math.isfinite(value):  # else the weights stay as they are, and ``TrainingHook`` ends the training
             optim_wrapper.update_params(loss)
         return {"loss": value, "accuracy": float((logits.argmax(1) == target).float().mean())}
 
-    def val_step(self, data: Rows) -> dict[str, float]:
+    def val_step(self, data: LoadedSamples) -> dict[str, float]:
         return evaluate(self.net, data, self.device)
 
 
-class Validation(BaseLoop):
-    """The validation samples, after each epoch."""
+class ValidationLoop(BaseLoop):
+    """One pass over the validation samples, after each epoch."""
 
     def run(self) -> dict[str, float]:
         self.runner.call_hook("before_val")
@@ -140,21 +131,21 @@ class Validation(BaseLoop):
 
 
 class TrainingHook(Hook):
-    """Seeds an epoch, sets the learning rate, notes the epoch's row, keeps the best weights and the state."""
+    """Seeds each epoch, sets the learning rate, records the epoch's numbers, saves the best weights and the state."""
 
-    priority = "LOWEST"  # after early stopping, whose verdict is part of the state
+    priority = "LOWEST"  # after early stopping, whose decision is part of the state
 
     def __init__(
         self,
-        how: Schedule,
+        hyperparameters: Hyperparameters,
         seed: int,
         progress: Progress,
         state: Path,
-        early: EarlyStoppingHook | None,
-        keep: Callable[[nn.Module, Progress], None],
+        early_stopping: EarlyStoppingHook | None,
+        save_best: Callable[[nn.Module, Progress], None],
     ) -> None:
-        self._how, self._seed, self._state, self._early, self._keep = how, seed, state, early, keep
-        self.progress = progress
+        self._hyperparameters, self._seed, self.progress = hyperparameters, seed, progress
+        self._state, self._early_stopping, self._save_best = state, early_stopping, save_best
         self._loss = self._right = self._seen = self._start = 0.0
 
     def before_train(self, runner: Runner) -> None:
@@ -163,20 +154,20 @@ class TrainingHook(Hook):
         loop.stop_training = self.progress.stopped
 
     def before_train_epoch(self, runner: Runner) -> None:
-        torch.manual_seed(stable_hash(f"{self._seed}/epoch/{runner.epoch}"))  # inside ``seeded``, see ``fit``
+        torch.manual_seed(stable_hash(f"{self._seed}/epoch/{runner.epoch}"))  # ``fit`` puts them back
         runner.train_dataloader.epoch = runner.epoch
         self._loss = self._right = self._seen = 0.0
         self._start = time.perf_counter()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        factor = learning_rate(
+        factor = learning_rate_factor(
             runner.iter,
             runner.max_iters,
-            warmup=round(self._how.warmup * len(runner.train_dataloader)),
-            schedule=self._how.schedule,
+            warmup=round(self._hyperparameters.warmup * len(runner.train_dataloader)),
+            schedule=self._hyperparameters.schedule,
         )
         for group in runner.optim_wrapper.param_groups:
-            group["lr"] = self._how.lr * factor
+            group["lr"] = self._hyperparameters.lr * factor
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._check(outputs["loss"], f"epoch {runner.epoch + 1}, batch {batch_idx + 1}")
@@ -212,30 +203,31 @@ class TrainingHook(Hook):
         )
         if found["accuracy"] > progress.best:
             progress.best, progress.best_epoch = found["accuracy"], runner.epoch
-            self._keep(runner.model.net, progress)
-        if self._early is not None:
-            progress.waited, progress.stopped = self._early.wait_count, runner.train_loop.stop_training
-        # Last, so that what it says is there is there. A kill just before repeats the epoch, with the same result.
+            self._save_best(runner.model.net, progress)
+        if self._early_stopping is not None:
+            progress.waited, progress.stopped = self._early_stopping.wait_count, runner.train_loop.stop_training
+        # Last: what the state says is saved must be. A kill just before repeats the epoch, to the same result.
         save_state(self._state, runner.model.net, runner.optim_wrapper.optimizer, progress)
         lines = [json.dumps(row) + "\n" for row in progress.history]
         write_atomic(self._state.with_name("metrics.jsonl"), "".join(lines).encode())
         row = progress.history[-1]
         log.info(
             "epoch %d of %d: loss %.4f, accuracy %.2f %% (training), %.2f %% (validation)%s, %.1f s",
-            *(row["epoch"], self._how.epochs, row["loss"], 100 * row["train_accuracy"]),
+            *(row["epoch"], self._hyperparameters.epochs, row["loss"], 100 * row["train_accuracy"]),
             *(100 * row["validation_accuracy"], " *" if progress.best_epoch == runner.epoch else "", row["seconds"]),
         )
 
 
 class BarHook(Hook):
-    """A bar in samples with an ETA, on a terminal only."""
+    """A progress bar in samples with the time left, on a terminal only."""
+
+    _bar: tqdm  # of the epoch in work
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._bar: tqdm | None = None
 
     def before_train_epoch(self, runner: Runner) -> None:
-        n = len(runner.train_dataloader.rows)
+        n = len(runner.train_dataloader.samples)
         self._bar = tqdm(
             total=runner.max_epochs * n,
             initial=runner.epoch * n,
@@ -263,23 +255,24 @@ class TrainingRunner(AttributionRunner):
         trainee: Trainee,
         folder: Path,
         name: str,
-        feed: Feed,
-        validation: Rows,
+        batches: EpochBatches,
+        validation: LoadedSamples,
         optimizer: torch.optim.Optimizer,
-        how: Schedule,
+        hyperparameters: Hyperparameters,
         hooks: Sequence[Hook | Mapping[str, Any]],
         vis_backends: Sequence[Mapping[str, Any]],
     ) -> None:
         self._run_name = folder.name
-        clip = None if how.clip is None else {"max_norm": how.clip}
-        # The parent's own __init__ makes a runner that tests.
+        max_norm = hyperparameters.clip
+        clip = None if max_norm is None else {"max_norm": max_norm}
+        # Not super(), whose runner explains instead of training.
         Runner.__init__(
             self,
             model=trainee,
             work_dir=str(folder.parent),
-            train_dataloader=feed,
+            train_dataloader=batches,
             val_dataloader=validation,
-            train_cfg={"by_epoch": True, "max_epochs": how.epochs},
+            train_cfg={"by_epoch": True, "max_epochs": hyperparameters.epochs},
             val_cfg={},
             val_evaluator=[],
             optim_wrapper={"type": "OptimWrapper", "optimizer": optimizer, "clip_grad": clip},
@@ -293,15 +286,18 @@ class TrainingRunner(AttributionRunner):
         )
 
     def set_randomness(self, seed: Any = None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
-        """mmengine would seed Python, numpy and torch for the whole process; ``seeded`` does what is needed."""
+        """mmengine would seed Python, numpy and torch for the whole process; ``TrainingHook`` seeds what is needed."""
         self._seed, self._deterministic = seed, deterministic
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        return Validation(self, self._val_dataloader)
+        return ValidationLoop(self, self._val_dataloader)
 
 
 def freeze(net: nn.Module, names: Sequence[str]) -> None:
-    """Parameters whose name is one of ``names`` or lies below one. Raises UserError for a name that is not there."""
+    """Freeze the parameters whose name is one of ``names`` or lies below one.
+
+    Raises UserError for a name that the net does not have.
+    """
     for name in names:
         found = [p for n, p in net.named_parameters() if n == name or n.startswith(f"{name}.")]
         if not found:
@@ -313,55 +309,65 @@ def freeze(net: nn.Module, names: Sequence[str]) -> None:
 
 def fit(
     net: nn.Module,
-    rows: Rows,
-    validation: Rows,
-    how: Schedule,
+    samples: LoadedSamples,
+    validation: LoadedSamples,
+    hyperparameters: Hyperparameters,
     *,
     seed: int,
     device: torch.device,
     folder: Path,
     run: Path,
-    keep: Callable[[nn.Module, Progress], None],
+    save_best: Callable[[nn.Module, Progress], None],
     progress_bar: bool = True,
     hooks: Sequence[Hook | Mapping[str, Any]] = (),
     vis_backends: Sequence[Mapping[str, Any]] = (),
 ) -> Progress:
-    """Train ``net`` in place, from ``folder/state.safetensors`` on if that is there.
+    """Train ``net`` in place; where ``folder/state.safetensors`` exists, go on from there.
 
-    run    the folder of this start's log and environment
-    keep   called with the net whenever the validation accuracy is the best so far
+    run         the folder for the log and the environment of this start
+    save_best   called with the net whenever the validation accuracy is the best so far
 
     Raises UserError for a loss that is not finite, naming epoch and batch.
     """
-    freeze(net, how.freeze)
+    freeze(net, hyperparameters.freeze)
     net.to(device)
     state = folder / "state.safetensors"
     trained = [p for p in net.parameters() if p.requires_grad]
     if not trained:
         raise UserError("train.freeze leaves no parameter to train")
-    momentum = {"momentum": how.momentum} if how.optimizer == "sgd" else {}
-    optimizer = OPTIMIZERS[how.optimizer](trained, lr=how.lr, weight_decay=how.weight_decay, **momentum)
+    settings = {"lr": hyperparameters.lr, "weight_decay": hyperparameters.weight_decay}
+    if hyperparameters.optimizer == "sgd":
+        settings["momentum"] = hyperparameters.momentum
+    optimizer = OPTIMIZERS[hyperparameters.optimizer](trained, **settings)
     progress = load_state(state, net, optimizer) if state.exists() else Progress()
     if progress.epoch:
         log.info("going on after epoch %d (best: %.2f %%)", progress.epoch, 100 * progress.best)
-    early = None
-    if how.patience is not None:
-        early = EarlyStoppingHook("accuracy", rule="greater", min_delta=1e-9, patience=how.patience)
-        early.best_score, early.wait_count = progress.best, progress.waited
     own: list[Hook | Mapping[str, Any]] = [BarHook(folder.name)] if progress_bar else []
-    own += [early] if early is not None else []
-    own.append(TrainingHook(how, seed, progress, state, early, keep))
-    feed = Feed(rows, size=how.batch, seed=seed, augment=how.augment)
+    early_stopping, patience = None, hyperparameters.patience
+    if patience is not None:
+        early_stopping = EarlyStoppingHook("accuracy", rule="greater", min_delta=1e-9, patience=patience)
+        early_stopping.best_score, early_stopping.wait_count = progress.best, progress.waited
+        own.append(early_stopping)
+    own.append(TrainingHook(hyperparameters, seed, progress, state, early_stopping, save_best))
+    batches = EpochBatches(samples, size=hyperparameters.batch, seed=seed, augment=hyperparameters.augment)
     try:
         runner = TrainingRunner(
-            Trainee(net, device), run, folder.name, feed, validation, optimizer, how, [*own, *hooks], vis_backends
+            Trainee(net, device),
+            run,
+            folder.name,
+            batches,
+            validation,
+            optimizer,
+            hyperparameters,
+            [*own, *hooks],
+            vis_backends,
         )
-    except (KeyError, TypeError, ValueError) as error:  # how mmengine says that a name is not registered
+    except (KeyError, TypeError, ValueError) as error:  # what mmengine raises for a name that is not registered
         raise UserError(f"train.hooks or train.vis_backends cannot be built: {error}") from error
     package = logging.getLogger("attrib")
     package.addHandler(runner.file_handler)
     try:
-        with seeded(device, seed, "training"):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             runner.train()
     finally:
         package.removeHandler(runner.file_handler)

@@ -1,4 +1,4 @@
-"""What a training's folder says about it: whether it is the same training, its curve, its result."""
+"""The record of a training in its folder: which training it is, its curve, its result."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from matplotlib.figure import Figure
 
 from attrib.types import UserError
 
-Node = Mapping[str, Any]
+ConfigNode = Mapping[str, Any]
 
 PARTS = ("train", "validation", "test")
 
-# Of a configuration, what does not change the trained weights: paths, names, the attribution to come.
-_INCIDENTAL = {
+# The fields that do not change the trained weights: paths, names, and what is only for the attribution to come.
+_WITHOUT_EFFECT = {
     "dataset": ("name", "root", "target", "select", "estimation", "encoder", "split", "path", "archive"),
     "model": ("name", "layers", "checkpoint", "match"),
     "train": ("name", "root", "device", "progress", "restart", "hooks", "vis_backends", "baseline"),
 }
 
 
-def what(config: Node) -> dict[str, Any]:
-    """What is trained: of a configuration all that changes the weights, and ``data``, a digest of the samples."""
-    kept = {part: {k: v for k, v in config[part].items() if k not in names} for part, names in _INCIDENTAL.items()}
-    # The vocabulary is that of the training texts; its path is where it will be.
+def weight_settings(config: ConfigNode) -> dict[str, Any]:
+    """All of a configuration that changes the trained weights, and ``data``, a digest of the samples."""
+    kept = {part: {k: v for k, v in config[part].items() if k not in names} for part, names in _WITHOUT_EFFECT.items()}
+    # The vocabulary is made from the training texts; the configuration only says where it will be found.
     kept["model"]["input"] = {k: v for k, v in kept["model"].get("input", {}).items() if k != "vocabulary"}
     if kept["model"].get("output") is None:  # as before there was such a field
         kept["model"].pop("output", None)
@@ -41,10 +41,10 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
-def check_same(folder: Path, config: Node) -> None:
-    """Raises UserError that names what differs from the training that this folder holds."""
-    there = _flat(what(json.loads((folder / "config.json").read_text())))
-    here = _flat(json.loads(json.dumps(what(config))))
+def check_same(folder: Path, config: ConfigNode) -> None:
+    """Raises UserError, saying what differs, if ``config`` is not the training that this folder holds."""
+    there = _flat(weight_settings(json.loads((folder / "config.json").read_text())))
+    here = _flat(json.loads(json.dumps(weight_settings(config))))
     names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     if names:
         said = "; ".join(
@@ -78,8 +78,8 @@ def curve(history: Sequence[Mapping[str, float]], best: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What ``result.json`` holds."""
+class TrainingResult:
+    """The content of ``result.json``."""
 
     name: str
     folder: str

@@ -1,4 +1,4 @@
-"""What the next epoch depends on, in one file: weights, optimiser, counters, history.
+"""All that the next epoch depends on, in one file: weights, optimiser, counters, history.
 
 mmengine's own checkpoints are not used: they are pickles, which ``weights_only`` refuses.
 """
@@ -21,7 +21,14 @@ from attrib.types import UserError
 
 @dataclass
 class Progress:
-    """Where a training stands after some whole epochs; ``history`` has a row per epoch."""
+    """Where a training stands after some whole epochs.
+
+    iteration   updates so far
+    best        the best validation accuracy, that of ``best_epoch``
+    waited      epochs since then
+    stopped     whether early stopping has ended the training
+    history     a row of numbers for each epoch
+    """
 
     epoch: int = 0
     iteration: int = 0
@@ -33,7 +40,7 @@ class Progress:
 
 
 def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """One file, whole or not at all. An optimiser's state is tensors and numbers; numbers become tensors."""
+    """Write the state whole or not at all. The numbers in an optimiser's state become tensors."""
     tensors = {f"net/{name}": value for name, value in net.state_dict().items()}
     for number, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{k}": torch.as_tensor(v) for k, v in values.items() if v is not None}
@@ -43,7 +50,10 @@ def save_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, pro
 
 
 def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Raises UserError that names the file if it is damaged or belongs to another net."""
+    """Put the stored state into ``net`` and ``optimizer``, and return the progress.
+
+    Raises UserError that names the file if it is damaged or belongs to another net.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
