@@ -60,6 +60,13 @@ class Batch:
             return None
         return torch.arange(self.x.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
+    def cut(self, length: int) -> Batch:
+        """Texts that are no longer than ``length`` tokens, without the padding behind it."""
+        per_token = {
+            name: value[:, :length] for name in ("x", "words", "units") if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **per_token)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device; floating-point inputs also in ``dtype``."""
         moved = {name: value.to(device) for name, value in self._tensors()}

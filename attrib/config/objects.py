@@ -226,12 +226,22 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         # Where weights come from does not matter: they are in the key themselves.
         spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
         input_shape=shape,
+        output=_output(node.get("output"), f"{where}: output"),
     )
     if not how.layers:
         return model
     if dataset is None:
         raise UserError(f"{where}: randomise needs a dataset, whose samples show the order of the layers")
     return randomised(model, net, how, example(dataset))
+
+
+def _output(given: Any, where: str) -> Any:
+    """What ``model.output`` says, with functions in the place of nodes that name them."""
+    if _is_node(given):
+        return build(given, where)
+    if isinstance(given, Mapping) and _is_node(given.get("take")):
+        return {**given, "take": build(given["take"], f"{where}.take")}
+    return given
 
 
 def example(dataset: Dataset) -> Tensor:

@@ -17,7 +17,7 @@ from attrib.types import UserError
 log = logging.getLogger(__name__)
 
 # Of a model YAML; the rest builds the net.
-NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match", "randomise")
+NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match", "randomise", "output")
 
 
 def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:

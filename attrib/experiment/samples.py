@@ -134,7 +134,7 @@ class Samples:
                 raise
             reason = f"{type(error).__name__}: {error}"
         if not reason:
-            yield ready
+            yield from self._lengths_apart(*ready)
             return
         release_memory(self.model.device)
         if len(batch) == 1:
@@ -143,6 +143,17 @@ class Samples:
         half = len(batch) // 2
         yield from self._finish((batch[:half], bad))
         yield from self._finish((batch[half:], []))
+
+    def _lengths_apart(self, batch: Batch | None, bad: list[tuple[str, str]]) -> Iterator[Loaded]:
+        """The batch or, for a net that sees the padding of texts, one for each length in it, without padding."""
+        if batch is None or self.model.examine(batch.x, batch.lengths) or batch.lengths is None:
+            yield batch, bad
+            return
+        lengths = batch.lengths.tolist()
+        for length in dict.fromkeys(lengths):
+            rows = [i for i, other in enumerate(lengths) if other == length]
+            yield batch[rows].cut(length), bad
+            bad = []
 
     def _prepared(self, batch: Batch, bad: list[tuple[str, str]]) -> Loaded:
         try:

@@ -320,7 +320,7 @@ class GradCAM(Method):
         return (self.layer,)
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        inputs = Inputs(batch.x, batch.target, model.module)
+        inputs = Inputs.of(model, batch)
         method = attr.LayerGradCam(inputs.score(), model.layer(self.layer))
 
         def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
+from attrib.models.admission import Admission
+from attrib.models.device_memory import is_out_of_memory, release_memory
+from attrib.models.exam import Exam, examine
+from attrib.models.forms import own_path, private_copy, tensors, unwrapped
+from attrib.models.output import Output, Take
 from attrib.models.split import Front, Split, between, hooked, split
 from attrib.models.variant import Variant
 from attrib.noise import Noise
@@ -30,16 +34,22 @@ class Classifier:
     operations switched off and modules registered at several paths separated; the caller's own
     module is left alone.
 
-    module       maps (N, *input) to logits (N, K)
+    Before its numbers are used the net is tried on two inputs (``attrib.models.exam``): on noise when it is made,
+    if ``input_shape`` is given, and on the first real samples that it sees. A net that is random, or in which the
+    samples of a batch interact, is refused. One that sees the padding of texts gets only texts of equal length
+    together from then on. ``exam`` is what was found.
+
+    module       maps (N, *input) to logits (N, K), perhaps by way of ``output``
     layers       role -> module path, e.g. {"bottleneck": "features.17"}; None leaves the role out
     rows         how many rows go through the net at a time; halved when memory runs out
     spec         plain description of how the net was built, part of ``key``
-    input_shape  if given, the logits of a noise image of this shape are compared before and
+    input_shape  if given, the net is tried on noise images of this shape, and their logits are compared before and
                  after the preparation
+    output       how the logits come out of what the net returns: an ``Output``, or a field, index or function
     variant      if this is a copy with randomised layers: which
     original     if this is such a copy: of what. It says which class is explained and which samples are selected
 
-    Raises UserError for a layer that does not exist.
+    Raises UserError for a layer that does not exist, and for a net that is refused.
     """
 
     def __init__(
@@ -54,17 +64,22 @@ class Classifier:
         input_shape: tuple[int, ...] | None = None,
         variant: Variant | None = None,
         original: Classifier | None = None,
+        output: Output | Mapping[str, Any] | Take | None = None,
     ) -> None:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
-        self.layers = {role: path for role, path in (layers or {}).items() if path is not None}
+        given, module = module, unwrapped(module)
+        self.layers = {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None}
+        self.output = Output.of(output)
         self.rows, self.device, self.dtype, self.variant = rows, torch.device(device), dtype, variant
         self.original = original or self
         self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
-        self.weights = tensor_digest(module.state_dict())
-        self.key = digest(type(module).__qualname__, dict(spec or {}), self.weights)
-        self.module = self._prepare(module, input_shape)
+        self.weights = tensor_digest(tensors(module))
+        read = {} if self.output.spec is None else {"output": self.output.spec}
+        self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
+        self.module, exam = self._prepare(module, input_shape)
+        self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
@@ -75,16 +90,29 @@ class Classifier:
                     f"near names: {', '.join(near) or 'none'} (all: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
 
-    def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> nn.Module:
-        net = copy.deepcopy(module).to(self.device, self.dtype).eval().requires_grad_(False)
-        probe = None
+    def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[nn.Module, Exam | None]:
+        net, name = private_copy(module, self.device, self.dtype), type(module).__name__
+        if getattr(net, "num_outputs", None) == 1 and self.output == Output():
+            raise UserError(
+                f"{name} has one output; a classifier has a logit for each of its classes. If it is the logit of two "
+                "classes, set model.output to {read: sigmoid}"
+            )
+        self.output.attach(net)
+        probe, exam = None, None
         if input_shape is not None:
-            probe = Noise(["probe"], device=self.device, dtype=self.dtype).normal(*input_shape)
+            probe, other = (
+                Noise([uid], device=self.device, dtype=self.dtype).normal(*input_shape) for uid in ("probe", "other")
+            )
+            try:
+                exam = examine(net, self.output, torch.cat((probe, 2 * other + 1)), "noise")
+            except Exception as error:  # a user's net may raise anything
+                if isinstance(error, UserError) or is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"{name} cannot be run on an input of {(1, *input_shape)}: {type(error).__name__}: {error}"
+                ) from error
             with torch.no_grad():
                 before = net(probe.clone())
-            if not isinstance(before, Tensor) or before.ndim != 2:
-                what = tuple(before.shape) if isinstance(before, Tensor) else type(before).__name__
-                raise UserError(f"{type(module).__name__} returns {what}; a classifier returns a tensor (N, K)")
         seen: set[int] = set()
         for path, child in list(net.named_modules(remove_duplicate=False)):
             if getattr(child, "inplace", False):
@@ -101,10 +129,30 @@ class Classifier:
             if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
                 worst = (before - after).abs().max().item()
                 raise UserError(
-                    f"{type(module).__name__} relies on in-place operations: without them its logits change by "
+                    f"{name} relies on in-place operations: without them its logits change by "
                     f"{worst:.2g}. Write the net without inplace=True."
                 )
-        return net
+        return net, exam
+
+    @property
+    def exam(self) -> Exam | None:
+        """What the net did with the inputs that it was tried on; None if there were none yet."""
+        return self._admission.exam
+
+    def examine(self, x: Tensor, lengths: Tensor | None = None) -> bool:
+        """Try the net on the first two different samples of x (N, *input); nothing once that was done.
+
+        ``lengths`` (N,) are those of texts. Returns whether texts of different lengths may stand in one batch.
+        Raises UserError for a net that is refused.
+        """
+        if self._admission.see(x, lengths):
+            self._splits.clear()
+        return not self._admission.lengths_apart
+
+    def _admit(self, x: Tensor) -> None:
+        """What comes before the layers of a net are read for x."""
+        self.examine(x)
+        self._admission.check_padding(x)
 
     # ---- chunks -----------------------------------------------------------------------------
 
@@ -150,6 +198,7 @@ class Classifier:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """(N, *input) -> (N, K), without gradients."""
+        self.examine(x)
         # Here and below a copy goes in, because a net may change what it is given in place.
         return self.chunked(lambda rows: self.module(x[rows].clone()), len(x))
 
@@ -176,6 +225,7 @@ class Classifier:
 
         Computes nothing behind the layer, except branches that run beside it.
         """
+        self._admit(x)
         cut = self._split(role, x)
 
         def piece(rows: slice) -> tuple[Tensor, ...]:
@@ -200,6 +250,7 @@ class Classifier:
 
         Raises UserError if no gradient flows between the two.
         """
+        self._admit(x if start is None else start[1])
         cut = self._split(role, x) if start is None else None
         kept: list[tuple[Tensor, Tensor]] = []
 
@@ -248,6 +299,8 @@ class Classifier:
         Of a layer that returns a tuple, its first element. Raises UserError for a layer that does
         not run exactly once.
         """
+
+        self._admit(x)
 
         def piece(rows: slice) -> tuple[Tensor, ...]:
             found: dict[str, list[Tensor]] = {role: [] for role in roles}
@@ -316,6 +369,9 @@ class Classifier:
         outlives a chunk, so memory is bounded by ``rows`` whatever N is.
         """
 
+        if role is None:
+            self._admit(z)
+
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 leaf = z[rows].detach().requires_grad_()
@@ -326,19 +382,3 @@ class Classifier:
             return values.detach(), grad
 
         return self.chunked(piece, len(z))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also of the SampleError with which ``Classifier.chunked`` gives up."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        # cuBLAS, cuDNN and cuSOLVER say "..._STATUS_ALLOC_FAILED", cuDNN 9 also "..._ALLOCATION_FAILED".
-        text in str(error)
-        for text in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED")
-    )
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back what nothing refers to any more. Call it outside of ``except``, whose traceback keeps tensors alive."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

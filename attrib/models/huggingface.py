@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from attrib.metadata import resolve
+from attrib.models.text import real_tokens
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
 
@@ -32,8 +33,9 @@ _INCIDENTAL = (
 class HuggingFaceClassifier(nn.Module):
     """Token ids (N, T), padded on the right, to logits (N, K).
 
-    The attention mask is where the ids are not ``pad_id``; the first position is always on. Layers
-    are found under ``net.``: ``net.bert.encoder.layer.2``.
+    The attention mask ends with the last id that is not ``pad_id``; the first position is always on. Inside of a text
+    the id of padding is a token as others are: some tokenizers pad with what ends a text or stands for unknown words.
+    Layers are found under ``net.``: ``net.bert.encoder.layer.2``.
 
     net      a transformers ``...ForSequenceClassification``
     pad_id   id of padding
@@ -46,6 +48,11 @@ class HuggingFaceClassifier(nn.Module):
         self.max_length = _max_length(net)
 
     @property
+    def num_outputs(self) -> int:
+        """Numbers that it returns for a text."""
+        return int(self.net.config.num_labels)
+
+    @property
     def default_layers(self) -> dict[str, str]:
         """The paths of the roles that every text net has; a bottleneck is at the words unless one asks for more."""
         words = self.net.get_input_embeddings()
@@ -56,7 +63,10 @@ class HuggingFaceClassifier(nn.Module):
     def spec(self) -> dict[str, Any]:
         """How the net computes, as plain data: its configuration, without paths, versions and names of classes."""
         plain = json.loads(json.dumps(self.net.config.to_diff_dict(), default=str))
-        own = {"num_labels": self.net.config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
+        config = self.net.config
+        own: dict[str, Any] = {"num_labels": config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
+        if self.pad_id in (self.mask_id, config.eos_token_id, config.bos_token_id):
+            own["padding"] = "at the end"  # where it once was wherever this id stands
         return {k: v for k, v in plain.items() if k not in _INCIDENTAL} | own
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +76,7 @@ class HuggingFaceClassifier(nn.Module):
                 f"a text of {x.shape[1]} tokens; {type(self.net).__name__} takes {self.max_length} at most "
                 "(model.input.max_length cuts longer ones)"
             )
-        real = x != self.pad_id
-        real = torch.cat((torch.ones_like(real[:, :1]), real[:, 1:]), 1)
-        return self.net(input_ids=x, attention_mask=real.long()).logits
+        return self.net(input_ids=x, attention_mask=real_tokens(x, self.pad_id).long()).logits
 
 
 def _max_length(net: nn.Module) -> int | None:
@@ -115,8 +123,6 @@ def hf_classifier(
             "leave model.num_labels null unless the head is yet to be trained"
         )
     _fill_head(net, found["missing_keys"], path, num_labels)
-    if net.config.num_labels < 2:
-        raise UserError(f"model.path: {path} has one output; a classifier has a logit for each of its classes")
     return HuggingFaceClassifier(net, pad_id, mask_id)
 
 

@@ -175,4 +175,5 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         spec={"randomised": {"of": original.key, "modules": modules, "seed": how.seed}},
         variant=about,
         original=original,
+        output=original.output,
     )

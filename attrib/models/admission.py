@@ -1,0 +1,113 @@
+"""The admission exam on real samples, which come when they come: one by one, padded, or never."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib.models.device_memory import is_out_of_memory
+from attrib.models.exam import Exam, examine, keep_lengths_apart, tolerance
+from attrib.models.output import Output
+from attrib.models.text import real_tokens
+from attrib.types import UserError
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 64  # rows of a batch, among which two different ones are looked for
+
+
+class Admission:
+    """Examines a net on the first two different samples that it is to get.
+
+    exam           what was found so far, at first on noise, if at all
+    lengths_apart  the net sees the padding of texts, and gets only texts of equal length together
+    """
+
+    def __init__(self, net: nn.Module, output: Output, exam: Exam | None) -> None:
+        self.exam, self.lengths_apart = exam, False
+        self._net, self._output = net, output
+        own = getattr(net, "pad_id", None)
+        self._pad = own if isinstance(own, int) else None
+        self._sample: Tensor | None = None  # the first one, until there is a different one
+
+    def see(self, x: Tensor, lengths: Tensor | None) -> bool:
+        """Samples (N, *input), of texts with their lengths (N,). True if the net was changed because of what it did.
+
+        Raises UserError for a net that is refused.
+        """
+        is_text = x.ndim == 2 and not x.is_floating_point()
+        if is_text and self._pad is None and lengths is not None:
+            self._pad = _behind(x, lengths)
+        pad = self._pad if is_text else None
+        padding_is_open = pad is not None and (self.exam is None or self.exam.padding is None)
+        if self.exam is not None and self.exam.on == "samples" and not padding_is_open:
+            return False
+        pair = self._pair(x, pad)
+        on: Literal["sample", "samples"] = "sample" if pair is None else "samples"
+        if pair is None:
+            if self.exam is not None and not padding_is_open:
+                return False
+            one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
+            pair = torch.cat((one, _other(one)))
+        try:
+            self.exam = examine(self._net, self._output, pair, on, pad)
+        except UserError:
+            raise
+        except Exception as error:  # of the net itself, on these samples: whoever brought them will meet it
+            if not is_out_of_memory(error):
+                return False
+            log.warning("no memory to examine %s on two samples at once", type(self._net).__name__)
+            self.exam = Exam(on, padding=None if pad is None else float("inf"))
+        if on == "samples":
+            self._sample = None
+        # Nothing is refused for padding, so the bound may be narrower.
+        if pad is None or self.lengths_apart or (self.exam.padding or 0.0) <= tolerance(x) / 10:
+            return False
+        name = type(self._net).__name__
+        log.warning("%s sees the padding of texts: only texts of equal length go through it together", name)
+        keep_lengths_apart(self._net, pad)
+        self.lengths_apart = True
+        return True
+
+    def check_padding(self, x: Tensor) -> None:
+        """Raises UserError for texts with padding if the net sees it: its layers differ in length as the texts do."""
+        if self.lengths_apart and (x[:, -1] == self._pad).any():
+            raise UserError(
+                f"{type(self._net).__name__} sees the padding of texts, so its layers can be read for texts of equal "
+                "length together only, without padding; a run does that itself"
+            )
+
+    def _pair(self, x: Tensor, pad: int | None) -> Tensor | None:
+        """Two different samples (2, *input), texts of equal length; None if there was only one so far."""
+        known, first = x[:LOOKED_AT], self._sample
+        if first is not None and first.ndim == known.ndim:
+            if pad is not None:
+                width = max(first.shape[1], known.shape[1])
+                first, known = (F.pad(t, (0, width - t.shape[1]), value=pad) for t in (first, known))
+            if first.shape[1:] == known.shape[1:]:
+                known = torch.cat((first.to(known), known))
+        if pad is not None:
+            known = known[:, : int(real_tokens(known, pad).sum(1).min())]
+        others = (known != known[:1]).flatten(1).any(1).nonzero().flatten()
+        if len(others):
+            return known[[0, int(others[-1])]]
+        self._sample = x[:1].clone() if self._sample is None else self._sample
+        return None
+
+
+def _behind(x: Tensor, lengths: Tensor) -> int | None:
+    """What stands behind a text that is shorter than others."""
+    shorter = (lengths < x.shape[1]).nonzero().flatten()
+    return int(x[shorter[0], int(lengths[shorter[0]])]) if len(shorter) else None
+
+
+def _other(one: Tensor) -> Tensor:
+    """Another sample, made of the only one (1, *input): a text of its tokens or, of one kind of token, of other ids."""
+    if one.is_floating_point():
+        return 3 * one.flip(-1) + 1
+    turned = one.flip(-1)
+    return (one == 0).to(one.dtype) if torch.equal(turned, one) else turned

@@ -1,0 +1,300 @@
+"""The admission exam: what a net does with two samples, alone and together.
+
+A number of attrib is a sample's own: it must not depend on what shares its batch, on the run, or on the padding of a
+text. Most nets keep that, and those that do not look like the others. So each is tried on two samples, in five passes
+of at most two rows, and two or three more for texts.
+
+Rounding depends on the size of a batch. Differences are relative to the row's largest logit, and up to ``TOLERANCE``
+they count as rounding: of float32 that is ten thousand times its precision, which deep nets use a tenth of, while the
+statistics of a batch, or a unit that drops out, change the first or second digit. For padding the bound is a tenth of
+that: what follows from it costs time, not the net.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from attrib.models.device_memory import is_out_of_memory
+from attrib.models.output import Output, replace_forward
+from attrib.models.text import real_tokens
+from attrib.types import UserError
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """How far logits are apart that should be equal, relative to the largest of their row.
+
+    on        "noise": two made-up inputs, when the net was taken in. "sample": one real sample, and one made of it.
+              "samples": two different real samples
+    again     of equal runs
+    together  of a sample alone and in a batch, in either order, and twice in a batch
+    padding   of a text alone and with padding, infinite if the net does not take any; None for what is no text, or
+              where it is not known what pads
+    None of them is known where memory has no room for two rows.
+    """
+
+    on: Literal["noise", "sample", "samples"]
+    again: float | None = None
+    together: float | None = None
+    padding: float | None = None
+
+
+def examine(
+    net: nn.Module, output: Output, x: Tensor, on: Literal["noise", "sample", "samples"], pad: int | None = None
+) -> Exam:
+    """x (2, *input) are two different samples; texts of equal length, ``pad`` being the id of padding.
+
+    Raises UserError for a net that does not return logits, draws random numbers, changes from run to run, or lets
+    rows interact. An error of the net itself on the first sample is raised as it is.
+    """
+    name, bound = type(net).__name__, tolerance(x)
+    with torch.no_grad(), _own_generator(x.device):
+
+        def run(*rows: int) -> Tensor:
+            logits = net(x[list(rows)].clone())
+            output.check(name, logits, len(rows))
+            return logits
+
+        before = _generators(x.device)
+        alone = run(0)
+        draws = not all(map(torch.equal, before, _generators(x.device)))
+        again = _apart(alone, run(0))
+        if again > bound or (draws and _drawn_numbers_count(run)):
+            raise UserError(_random(net, x, again, draws))
+        try:
+            ab, ba, aa = run(0, 1), run(1, 0), run(0, 0)
+        except Exception as error:  # a user's net may raise anything
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{name} takes one sample alone, but not two together ({type(error).__name__}: {error}); a classifier "
+                "takes a batch of any size"
+            ) from error
+        pairs = ((alone, ab[:1]), (alone, ba[1:]), (ab[1:], ba[:1]), (alone, aa[:1]), (alone, aa[1:]))
+        together = max(_apart(one, other) for one, other in pairs)
+        if together > bound:
+            raise UserError(_interaction(net, x, together))
+        padding = None if pad is None else _padding(net, x[:1], pad)
+    return Exam(on, again, together, padding)
+
+
+def tolerance(x: Tensor) -> float:
+    return TOLERANCE[torch.float64 if x.dtype == torch.float64 else torch.float32]
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference of equal shapes, relative to the largest number; NaN is equal to NaN."""
+    one, other = one.double(), other.double()
+    same = (one == other) | (one.isnan() & other.isnan())
+    difference = (one - other).abs().masked_fill(same, 0)
+    if not difference.isfinite().all():
+        return math.inf
+    scale = one.abs().nan_to_num(0, 0, 0)
+    return float(difference.max() / scale.max().clamp(min=torch.finfo(torch.float32).tiny)) if len(one) else 0.0
+
+
+# ---- texts --------------------------------------------------------------------------------------
+
+
+def _padding(net: nn.Module, text: Tensor, pad: int) -> float:
+    """How far a text (1, T) alone and with padding are apart.
+
+    A text may already be as long as the net takes, so its end makes room for the padding where it can.
+    """
+    length, worst = text.shape[1], 0.0
+    short = text[:, : length - length // 2] if length > 3 else text
+    if (shortened := _tried(net, short)) is None:
+        short, shortened = text, net(text.clone())
+    for more in {1, max(3, length - short.shape[1])}:
+        padded = _tried(net, torch.cat((short, short.new_full((1, more), pad)), 1))
+        worst = max(worst, math.inf if padded is None else _apart(shortened, padded))
+    return worst
+
+
+def _tried(net: nn.Module, x: Tensor) -> Tensor | None:
+    """None for what the net does not take."""
+    try:
+        return net(x.clone())
+    except Exception as error:  # a user's net may raise anything
+        if is_out_of_memory(error):
+            raise
+        return None
+
+
+def keep_lengths_apart(net: nn.Module, pad: int) -> None:
+    """From now on ``net`` gets only texts of equal length together, and none with padding."""
+
+    def grouped(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        lengths = real_tokens(x, pad).sum(1)
+        each = lengths.unique().tolist()
+        if len(each) == 1:
+            return forward(x[:, : each[0]])
+        rows = [(lengths == length).nonzero().squeeze(1) for length in each]
+        parts = [forward(x[some, :length]) for some, length in zip(rows, each, strict=True)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    replace_forward(net, grouped)
+
+
+# ---- random numbers ------------------------------------------------------------------------------
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@contextmanager
+def _own_generator(device: torch.device) -> Iterator[None]:
+    """What the net draws leaves no trace in the caller's random numbers."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+class _Drawing(TorchDispatchMode):
+    """What torch draws at random is ``value`` instead."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.value = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
+        before = _generators(device)
+        out = func(*args, **kwargs)
+        if not all(map(torch.equal, before, _generators(device))):  # it may also draw none, as attention may
+            for tensor in tree_leaves(out):
+                tensor.fill_(self.value)
+        return out
+
+
+def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
+    """Whether the logits depend on what is drawn. Some nets draw in eval mode what they use in training only.
+
+    Two runs may be equal by chance where little is dropped; so the smallest and the largest numbers are given.
+    """
+    found = []
+    for value in (0, 1):
+        try:
+            with _Drawing(value):
+                found.append(run(0))
+        except Exception as error:  # a net may raise anything, here because of the numbers
+            if is_out_of_memory(error):
+                raise
+            return True
+    return _apart(*found) > 0
+
+
+# ---- where it begins -----------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    path: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _calls(net: nn.Module, x: Tensor, within: AbstractContextManager[Any]) -> list[_Call]:
+    """All calls of modules in a pass, in the order in which they end."""
+    calls: list[_Call] = []
+    open_inputs: list[list[Tensor]] = []
+
+    def kept(values: Any) -> list[Tensor]:
+        return [t.detach().cpu().clone() for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+    def begin(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        open_inputs.append(kept((args, kwargs)))
+
+    def end(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _args, output: calls.append(_Call(path, open_inputs.pop(), kept(output)))
+
+    with ExitStack() as stack:
+        for path, module in net.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(end(path)).remove)
+        with within:
+            net(x.clone())
+    return calls
+
+
+def _alike(one: list[Tensor], other: list[Tensor], bound: float) -> bool | None:
+    """Whether values are equal, of the second as many rows as the first has; None where that cannot be told."""
+    if len(one) != len(other):
+        return None
+    for a, b in zip(one, other, strict=True):
+        if a.shape[1:] != b.shape[1:] or (a.ndim and len(b) not in (len(a), 2 * len(a))):
+            return None
+        if _apart(a, b[: len(a)] if a.ndim else b) > bound:
+            return False
+    return True
+
+
+def _origin(net: nn.Module, one: list[_Call], other: list[_Call], bound: float) -> tuple[str, nn.Module | None]:
+    """The first module to make different outputs of equal inputs, in words and itself."""
+    if [call.path for call in one] != [call.path for call in other]:
+        return "a module that could not be found", None
+    states = [(_alike(a.inputs, b.inputs, bound), _alike(a.outputs, b.outputs, bound)) for a, b in zip(one, other)]
+    changed = [call.path for call, (inputs, _) in zip(one, states, strict=True) if inputs is False]
+    for call, state in zip(one, states, strict=True):
+        if state == (True, False):
+            module = net.get_submodule(call.path)
+            inside = [path for path in changed if not call.path or path.startswith(f"{call.path}.")]
+            if not inside:
+                name = f"{call.path} ({type(module).__name__})" if call.path else f"{type(module).__name__} itself"
+                return name, module
+            of = f" (at {call.path})" if call.path else ""
+            return f"the forward of {type(module).__name__}{of} itself, before {inside[0]}", module
+    return "a module that could not be found", None
+
+
+def _random(net: nn.Module, x: Tensor, again: float, draws: bool) -> str:
+    """Why a net is refused whose runs differ."""
+    within = [_Drawing(0), _Drawing(1)] if draws and again == 0 else [nullcontext(), nullcontext()]
+    try:
+        one, other = (_calls(net, x[:1], each) for each in within)
+        where = _origin(net, one, other, tolerance(x) / 100)[0]
+    except Exception as error:  # see _drawn_numbers_count
+        if is_out_of_memory(error):
+            raise
+        where = "a module that could not be found"
+    name = type(net).__name__
+    if draws:
+        return (
+            f"{name} is random in eval mode: it draws random numbers that change its logits, first in {where}. Its "
+            "maps would change from run to run. Let it draw in training only, as F.dropout(x, p, self.training) does"
+        )
+    return (
+        f"{name} is not deterministic: run twice on the same input, its logits differ by {again:.2g} of the largest, "
+        f"first in {where}. It keeps something from run to run, or draws random numbers of its own; let it do so in "
+        "training only"
+    )
+
+
+def _interaction(net: nn.Module, x: Tensor, together: float) -> str:
+    """Why a net is refused whose rows interact."""
+    one, other = (_calls(net, rows, nullcontext()) for rows in (x[:1], x))
+    where, module = _origin(net, one, other, tolerance(x) / 100)
+    advice = "Compute each row alone"
+    if isinstance(module, _BatchNorm):
+        advice = "It normalises by the statistics of the batch; give it running ones (track_running_stats=True)"
+    return (
+        f"the rows of a batch interact in {type(net).__name__}: the logits of a sample alone and beside another differ "
+        f"by {together:.2g} of the largest, first in {where}. Its map would depend on what shares its batch. {advice}"
+    )

@@ -1,0 +1,117 @@
+"""The forms in which a net may come: which are the same net in a wrapping, and which cannot be explained."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from attrib.types import UserError
+
+COMPILED = "_orig_mod"  # where torch.compile keeps the net
+
+
+def unwrapped(module: Any) -> nn.Module:
+    """The net inside of DataParallel, DistributedDataParallel and torch.compile: how it runs, not what it computes.
+
+    Raises UserError for what is no ``torch.nn.Module``.
+    """
+    while isinstance(module, DataParallel | DistributedDataParallel) or _compiled(module):
+        module = module.get_submodule(COMPILED) if _compiled(module) else module.module
+    if not isinstance(module, nn.Module):
+        raise UserError(f"a net is a torch.nn.Module, not {type(module).__name__}")
+    return module
+
+
+def own_path(path: str, module: nn.Module) -> str:
+    """A path in ``module`` as it is in ``private_copy(unwrapped(module))``; one that is so already stays."""
+    while isinstance(module, DataParallel | DistributedDataParallel) or _compiled(module):
+        prefix = COMPILED if _compiled(module) else "module"
+        module = module.get_submodule(prefix)
+        path = path if path in dict(module.named_modules()) else path.removeprefix(f"{prefix}.")
+    return ".".join(part for part in path.split(".") if part != COMPILED)
+
+
+def tensors(net: nn.Module) -> dict[str, Tensor]:
+    """The state of a net by name, the same for a net with compiled parts.
+
+    Raises UserError, which names the module, for a net that has no weights yet or none that are plain tensors.
+    """
+    name = type(net).__name__
+    for path, module in net.named_modules():
+        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+            raise UserError(
+                f"{path or name} ({type(module).__name__}) has no weights yet, because no input has been seen; run the "
+                "net once on one, and load its weights"
+            )
+    if isinstance(net, torch.jit.ScriptModule):
+        raise UserError(
+            f"{name} is TorchScript, which is one piece: its layers can neither be read nor replaced. Give the "
+            "torch.nn.Module that it was made from"
+        )
+    found: dict[str, Tensor] = {}
+    for key, value in net.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_quantized:
+            path = key.rpartition(".")[0]
+            while path and not _has(net, path):
+                path = path.rpartition(".")[0]
+            owner = type(net.get_submodule(path)).__name__
+            raise UserError(
+                f"{path or name} ({owner}) keeps {key.removeprefix(path + '.')} as {_kind(value)}, not as a tensor of "
+                "numbers, as quantised nets do: no gradient flows through it. Give the net that it was made from"
+            )
+        found[".".join(part for part in key.split(".") if part != COMPILED)] = value
+    return found
+
+
+def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A frozen copy in eval mode, nothing of which is compiled. Raises UserError for a net that cannot be copied."""
+    name = type(net).__name__
+    try:
+        new = copy.deepcopy(net)
+    except Exception as error:  # anything may hang on a user's net
+        raise UserError(
+            f"{name} cannot be copied ({type(error).__name__}: {error}); attributes that are no modules, parameters "
+            "or buffers must be such as copy.deepcopy takes"
+        ) from error
+    for path, child in [*new.named_modules()]:
+        if path and _compiled(child):
+            parent, _, last = path.replace(f".{COMPILED}", "").rpartition(".")
+            setattr(new.get_submodule(parent), last, unwrapped(child))
+    try:
+        new = new.to(device, dtype).eval()
+    except NotImplementedError as error:  # what torch.export gave, in some versions
+        raise UserError(f"{name} cannot be put into eval mode ({error}); give the net that it was made from") from error
+    for module in new.modules():
+        if isinstance(module, nn.RNNBase):
+            module.forward = MethodType(_recurrent, module)  # type: ignore[method-assign]
+    return new.requires_grad_(False)
+
+
+def _recurrent(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward; with gradients not by cuDNN, which has no way back in eval mode."""
+    native = torch.is_grad_enabled() and not self.training
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if native else nullcontext():
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _compiled(module: Any) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def _has(net: nn.Module, path: str) -> bool:
+    try:
+        net.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
