@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Literal
 
@@ -30,38 +31,39 @@ class Admission:
     def __init__(self, net: nn.Module, output: Output, exam: Exam | None) -> None:
         self.exam, self.lengths_apart = exam, False
         self._net, self._output = net, output
+        self._tight = False  # memory has no room for two rows
+        # Tried is a twin, with the same weights: what the net remembers, and hooks that are put on it, see no exam.
+        self._twin = copy.deepcopy(net, {id(p): p for p in net.parameters()})
         own = getattr(net, "pad_id", None)
         self._pad = own if isinstance(own, int) else None
         self._sample: Tensor | None = None  # the first one, until there is a different one
 
-    def see(self, x: Tensor, lengths: Tensor | None) -> bool:
-        """Samples (N, *input), of texts with their lengths (N,). True if the net was changed because of what it did.
+    def see(self, x: Tensor, lengths: Tensor | None, rows: int) -> bool:
+        """Samples (N, *input), of texts with their lengths (N,), of which ``rows`` may go through the net at a time.
 
-        Raises UserError for a net that is refused.
+        True if the net was changed because of what it did. Raises UserError for a net that is refused.
         """
         is_text = x.ndim == 2 and not x.is_floating_point()
         if is_text and self._pad is None and lengths is not None:
             self._pad = _behind(x, lengths)
-        pad = self._pad if is_text else None
-        padding_is_open = pad is not None and (self.exam is None or self.exam.padding is None)
-        if self.exam is not None and self.exam.on == "samples" and not padding_is_open:
+        pad, pairs, found = self._pad if is_text else None, rows > 1 and not self._tight, self.exam
+        news = found is None or (pad is not None and found.padding is None) or (pairs and found.together is None)
+        if not news and found.on == "samples":
             return False
         pair = self._pair(x, pad)
+        if pair is None and not news:
+            return False
         on: Literal["sample", "samples"] = "sample" if pair is None else "samples"
         if pair is None:
-            if self.exam is not None and not padding_is_open:
-                return False
             one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
             pair = torch.cat((one, _other(one)))
         try:
-            self.exam = examine(self._net, self._output, pair, on, pad)
+            self.exam = examine(self._twin, self._output, pair, on, pad, pairs)
         except UserError:
             raise
         except Exception as error:  # of the net itself, on these samples: whoever brought them will meet it
-            if not is_out_of_memory(error):
-                return False
-            log.warning("no memory to examine %s on two samples at once", type(self._net).__name__)
-            self.exam = Exam(on, padding=None if pad is None else float("inf"))
+            self._tight = self._tight or is_out_of_memory(error)
+            return False
         if on == "samples":
             self._sample = None
         # Nothing is refused for padding, so the bound may be narrower.

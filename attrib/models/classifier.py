@@ -104,7 +104,7 @@ class Classifier:
                 Noise([uid], device=self.device, dtype=self.dtype).normal(*input_shape) for uid in ("probe", "other")
             )
             try:
-                exam = examine(net, self.output, torch.cat((probe, 2 * other + 1)), "noise")
+                exam = examine(net, self.output, torch.cat((probe, 2 * other + 1)), "noise", pairs=self.rows > 1)
             except Exception as error:  # a user's net may raise anything
                 if isinstance(error, UserError) or is_out_of_memory(error):
                     raise
@@ -145,7 +145,7 @@ class Classifier:
         ``lengths`` (N,) are those of texts. Returns whether texts of different lengths may stand in one batch.
         Raises UserError for a net that is refused.
         """
-        if self._admission.see(x, lengths):
+        if self._admission.see(x, lengths, self.rows):
             self._splits.clear()
         return not self._admission.lengths_apart
 

@@ -39,22 +39,28 @@ class Exam:
     on        "noise": two made-up inputs, when the net was taken in. "sample": one real sample, and one made of it.
               "samples": two different real samples
     again     of equal runs
-    together  of a sample alone and in a batch, in either order, and twice in a batch
+    together  of a sample alone and in a batch, in either order, and twice in a batch; None if rows go one by one
     padding   of a text alone and with padding, infinite if the net does not take any; None for what is no text, or
               where it is not known what pads
-    None of them is known where memory has no room for two rows.
     """
 
     on: Literal["noise", "sample", "samples"]
-    again: float | None = None
+    again: float
     together: float | None = None
     padding: float | None = None
 
 
 def examine(
-    net: nn.Module, output: Output, x: Tensor, on: Literal["noise", "sample", "samples"], pad: int | None = None
+    net: nn.Module,
+    output: Output,
+    x: Tensor,
+    on: Literal["noise", "sample", "samples"],
+    pad: int | None = None,
+    pairs: bool = True,
 ) -> Exam:
     """x (2, *input) are two different samples; texts of equal length, ``pad`` being the id of padding.
+
+    Without ``pairs`` no two rows go through the net together.
 
     Raises UserError for a net that does not return logits, draws random numbers, changes from run to run, or lets
     rows interact. An error of the net itself on the first sample is raised as it is.
@@ -73,6 +79,9 @@ def examine(
         again = _apart(alone, run(0))
         if again > bound or (draws and _drawn_numbers_count(run)):
             raise UserError(_random(net, x, again, draws))
+        padding = None if pad is None else _padding(net, x[:1], pad)
+        if not pairs:
+            return Exam(on, again, None, padding)
         try:
             ab, ba, aa = run(0, 1), run(1, 0), run(0, 0)
         except Exception as error:  # a user's net may raise anything
@@ -82,11 +91,10 @@ def examine(
                 f"{name} takes one sample alone, but not two together ({type(error).__name__}: {error}); a classifier "
                 "takes a batch of any size"
             ) from error
-        pairs = ((alone, ab[:1]), (alone, ba[1:]), (ab[1:], ba[:1]), (alone, aa[:1]), (alone, aa[1:]))
-        together = max(_apart(one, other) for one, other in pairs)
+        equal = ((alone, ab[:1]), (alone, ba[1:]), (ab[1:], ba[:1]), (alone, aa[:1]), (alone, aa[1:]))
+        together = max(_apart(one, other) for one, other in equal)
         if together > bound:
             raise UserError(_interaction(net, x, together))
-        padding = None if pad is None else _padding(net, x[:1], pad)
     return Exam(on, again, together, padding)
 
 

@@ -174,6 +174,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _config(transformers: ModuleType, path: str, where: str, num_labels: int | None, options: dict[str, Any]) -> Any:
+    if num_labels is not None and num_labels < 2:
+        raise UserError(f"model.path: {path} has one output; a classifier has a logit for each of its classes")
     given = options if num_labels is None else {**options, "num_labels": num_labels}
     try:
         config, unused = transformers.AutoConfig.from_pretrained(

@@ -39,18 +39,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from attrib.fit import State
-from attrib.running.options import Options
 from mmengine.hooks import Hook
 from torch import Tensor, nn
 
 from attrib.datasets import ArrayDataset, ImageFolder, ImageTransform
 from attrib.experiment.cell import Experiment
+from attrib.fit import State
 from attrib.methods import Method
 from attrib.models import Classifier, LeNet
 from attrib.models.checkpoint import save_checkpoint
 from attrib.noise import Noise
 from attrib.process.memory import keep_freed_memory, resident
+from attrib.running.options import Options
 from attrib.running.run import run
 from attrib.store.cell import Cell, cells
 from attrib.types import Batch
