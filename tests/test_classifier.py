@@ -442,7 +442,7 @@ def test_other_errors_are_not_swallowed(error):
     with pytest.raises(type(error)):
         made.logits(torch.zeros(5, 4))
     assert made.rows == 4
-    assert made.module.seen == [4]
+    assert made.module.seen == ([] if isinstance(error, KeyboardInterrupt) else [4])  # it ends the exam already
 
 
 # The key ----------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ def _net(model: Node) -> dict[str, Any]:
 
 
 def classifier(node: Node, options: Options, where: str = "model", dataset: Dataset | None = None) -> Classifier:
-    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``.
+    """``node`` is a model YAML: what builds the net, and ``checkpoint``, ``match``, ``layers``, ``input``,
+    ``output``.
 
     With ``randomise`` it is a copy with randomised layers; a sample of ``dataset`` shows their order.
     """
@@ -226,7 +227,7 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         # Where weights come from does not matter: they are in the key themselves.
         spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
         input_shape=shape,
-        output=_output(node.get("output"), f"{where}: output"),
+        output=output_of(node.get("output"), f"{where}: output"),
     )
     if not how.layers:
         return model
@@ -235,7 +236,7 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
     return randomised(model, net, how, example(dataset))
 
 
-def _output(given: Any, where: str) -> Any:
+def output_of(given: Any, where: str) -> Any:
     """What ``model.output`` says, with functions in the place of nodes that name them."""
     if _is_node(given):
         return build(given, where)

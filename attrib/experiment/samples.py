@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from attrib.datasets import Dataset
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.models.classifier import is_out_of_memory, release_memory
 from attrib.types import Batch, SampleError, UserError
 
@@ -188,7 +188,7 @@ class Samples:
         found: dict[str, float] = {}
         for batch, _ in self.load(self.chunks(uids)):
             if batch is not None:
-                probability = self.model.original.logits(batch.x).softmax(1)
+                probability = probabilities(self.model.original.logits(batch.x))
                 picked = probability.gather(1, batch.target[:, None])[:, 0]
                 found |= dict(zip(batch.uids, picked.tolist()))
         return found

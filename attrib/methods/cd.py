@@ -15,7 +15,7 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.noise import Noise
 from attrib.types import Batch
 from attrib.units import Partition, Units
@@ -105,7 +105,7 @@ class CD(Method):
 
             def score(logits: Tensor, rows: slice, m: int = len(some)) -> Tensor:
                 at = torch.arange(rows.start, rows.stop, device=logits.device) // m
-                logits = logits.softmax(1) if self.output == "probability" else logits
+                logits = probabilities(logits) if self.output == "probability" else logits
                 return target_score(logits, inputs.target[at])
 
             _, grad = model.gradient(x.flatten(0, 1), score, role, inputs.rest)

@@ -18,7 +18,7 @@ from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.losses import target_score
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.noise import Noise
 from attrib.types import Batch
 
@@ -153,5 +153,5 @@ class Rise(Method):
         if self.output == "logit":
             return target_score(logits, target)
         if target.ndim == 1:
-            return target_score(logits.softmax(1), target)
-        return target_score(logits.sigmoid(), target) / target.sum(1).clamp(min=1)
+            return target_score(probabilities(logits), target)
+        return target_score(probabilities(logits, several=True), target) / target.sum(1).clamp(min=1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.noise import Noise
 
 Baseline = Literal["zero", "blur", "mean"]
@@ -97,9 +97,9 @@ def target_score(logits: Tensor, target: Tensor, output: Output) -> Tensor:
     """
     logits = logits.to(torch.float64)
     if target.ndim == 1:
-        scores = logits.softmax(dim=1) if output == "probability" else logits
+        scores = probabilities(logits) if output == "probability" else logits
         return scores.gather(1, target.long()[:, None]).squeeze(1)
-    scores = logits.sigmoid() if output == "probability" else logits
+    scores = probabilities(logits, several=True) if output == "probability" else logits
     positive = target > 0
     return (scores * positive).sum(dim=1) / positive.sum(dim=1)
 

@@ -3,7 +3,9 @@
 from attrib.models.audio import ToneCNN
 from attrib.models.checkpoint import load_weights, save_checkpoint
 from attrib.models.classifier import Classifier
+from attrib.models.exam import Exam
 from attrib.models.huggingface import HuggingFaceClassifier, hf_classifier
+from attrib.models.output import Output, probabilities
 from attrib.models.small import AcdCNN, LeNet, resnet18_cifar
 from attrib.models.split import Front
 from attrib.models.text import AcdLSTM, BiLSTM, DeepLSTM, Recurrent
@@ -16,14 +18,17 @@ __all__ = [
     "BiLSTM",
     "Classifier",
     "DeepLSTM",
+    "Exam",
     "Front",
     "HuggingFaceClassifier",
     "LeNet",
+    "Output",
     "Randomise",
     "Recurrent",
     "ToneCNN",
     "hf_classifier",
     "load_weights",
+    "probabilities",
     "resnet18_cifar",
     "save_checkpoint",
     "timm_net",

@@ -92,7 +92,7 @@ class Classifier:
 
     def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[nn.Module, Exam | None]:
         net, name = private_copy(module, self.device, self.dtype), type(module).__name__
-        if getattr(net, "num_outputs", None) == 1 and self.output == Output():
+        if getattr(net, "num_outputs", None) == 1 and self.output.read != "sigmoid":
             raise UserError(
                 f"{name} has one output; a classifier has a logit for each of its classes. If it is the logit of two "
                 "classes, set model.output to {read: sigmoid}"

@@ -95,8 +95,8 @@ class Output:
         shape = tuple(logits.shape)
         if shape in ((rows,), (rows, 1)):
             raise UserError(
-                f"{net} returns one number a row, {shape}{taken}; a classifier returns a tensor (N, K) of logits. If it "
-                "is the logit of two classes, set model.output to {read: sigmoid}; a value has no classes to explain"
+                f"{net} returns one number a row, {shape}{taken}; a classifier returns a tensor (N, K) of logits. If "
+                "it is the logit of two classes, set model.output to {read: sigmoid}; a value has no classes to explain"
             )
         if logits.ndim != 2 or shape[0] != rows or shape[1] < 2 or not logits.is_floating_point():
             kind = "" if logits.is_floating_point() else f" of {logits.dtype}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -151,6 +152,7 @@ def spec_of(plan: Plan) -> dict[str, Any]:
         "state_key": plan.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
+        "exam": None if experiment.model.exam is None else keys.spec(dataclasses.asdict(experiment.model.exam)),
         "layers": experiment.layers,
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrib.config.objects import build, with_input
+from attrib.config.objects import build, output_of, with_input
 from attrib.datasets import Dataset
 from attrib.datasets.tokens import build_vocabulary
 from attrib.datasets.vectors import word_vectors
 from attrib.experiment.samples import parse_device
 from attrib.keys import digest
 from attrib.models.checkpoint import load_weights, save_checkpoint
+from attrib.models.output import Output
 from attrib.process.git import git_commit
 from attrib.store.files import write_atomic, write_json
 from attrib.training.batches import Rows, share
@@ -221,7 +222,7 @@ def _classes(dataset: Dataset, *targets: torch.Tensor) -> list[str]:
 
 def _net_node(model: Node, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What builds the net; arguments that are null take what the data say."""
-    node = {k: v for k, v in model.items() if k not in ("name", "layers", "input", "checkpoint", "match")}
+    node = {k: v for k, v in model.items() if k not in ("name", "layers", "input", "checkpoint", "match", "output")}
     return {k: facts.get(k) if v is None else v for k, v in node.items()}
 
 
@@ -319,6 +320,7 @@ def _train(
         facts |= {"vocab_size": encoder.size, "pad_id": encoder.pad, "mask_id": encoder.mask}
     node = _net_node(model, facts)
     net = _initial(node, model["input"], encoder, data, seed)
+    Output.of(output_of(model.get("output"), "configs/model: output")).attach(net)
     outputs = _outputs(net, rows["train"])
     if outputs < len(classes):
         raise UserError(f"configs/model: the net has {outputs} outputs, the data have {len(classes)} classes")

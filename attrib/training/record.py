@@ -30,6 +30,8 @@ def what(config: Node) -> dict[str, Any]:
     kept = {part: {k: v for k, v in config[part].items() if k not in names} for part, names in _INCIDENTAL.items()}
     # The vocabulary is that of the training texts; its path is where it will be.
     kept["model"]["input"] = {k: v for k, v in kept["model"].get("input", {}).items() if k != "vocabulary"}
+    if kept["model"].get("output") is None:  # as before there was such a field
+        kept["model"].pop("output", None)
     return {**kept, "seed": config["seed"], "data": config["data"]}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from attrib.checks import require
 from attrib.decomposition import Decomposer, decompose
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.types import Batch, UserError
 from attrib.units import Units
 
@@ -86,7 +86,7 @@ class UnitScores:
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
-            self._whole = self.logits.softmax(1) if output == "probability" else self.logits
+            self._whole = probabilities(self.logits) if output == "probability" else self.logits
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
         """The R sets ``sets`` (R, n) bool, of the samples ``owner`` (R,) -> scores (R, K)."""
@@ -126,6 +126,6 @@ class UnitScores:
             kept = there[rows].unsqueeze(1 if inputs.mask is None else -1)
             x = torch.where(kept, inputs.x[at], self._removed[at])
             logits = inputs.net(x, *(t[at] for t in inputs.rest))
-            return logits.softmax(1) if self._output == "probability" else logits
+            return probabilities(logits) if self._output == "probability" else logits
 
         return self._model.chunked(piece, len(owner))
