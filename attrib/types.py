@@ -62,10 +62,8 @@ class Batch:
 
     def cut(self, length: int) -> Batch:
         """Texts that are no longer than ``length`` tokens, without the padding behind it."""
-        per_token = {
-            name: value[:, :length] for name in ("x", "words", "units") if (value := getattr(self, name)) is not None
-        }
-        return dataclasses.replace(self, **per_token)
+        words, units = (None if field is None else field[:, :length] for field in (self.words, self.units))
+        return dataclasses.replace(self, x=self.x[:, :length], words=words, units=units)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device; floating-point inputs also in ``dtype``."""

@@ -48,7 +48,7 @@ class Admission:
             self._pad = _behind(x, lengths)
         pad, pairs, found = self._pad if is_text else None, rows > 1 and not self._tight, self.exam
         news = found is None or (pad is not None and found.padding is None) or (pairs and found.together is None)
-        if not news and found.on == "samples":
+        if found is not None and not news and found.on == "samples":
             return False
         pair = self._pair(x, pad)
         if pair is None and not news:
@@ -77,7 +77,7 @@ class Admission:
 
     def check_padding(self, x: Tensor) -> None:
         """Raises UserError for texts with padding if the net sees it: its layers differ in length as the texts do."""
-        if self.lengths_apart and (x[:, -1] == self._pad).any():
+        if self.lengths_apart and self._pad in x[:, -1]:
             raise UserError(
                 f"{type(self._net).__name__} sees the padding of texts, so its layers can be read for texts of equal "
                 "length together only, without padding; a run does that itself"

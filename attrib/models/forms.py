@@ -90,7 +90,7 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         raise UserError(f"{name} cannot be put into eval mode ({error}); give the net that it was made from") from error
     for module in new.modules():
         if isinstance(module, nn.RNNBase):
-            module.forward = MethodType(_recurrent, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_recurrent, module)
     return new.requires_grad_(False)
 
 

@@ -50,7 +50,8 @@ class HuggingFaceClassifier(nn.Module):
     @property
     def num_outputs(self) -> int:
         """Numbers that it returns for a text."""
-        return int(self.net.config.num_labels)
+        config: Any = self.net.config
+        return int(config.num_labels)
 
     @property
     def default_layers(self) -> dict[str, str]:
@@ -62,8 +63,8 @@ class HuggingFaceClassifier(nn.Module):
     @property
     def spec(self) -> dict[str, Any]:
         """How the net computes, as plain data: its configuration, without paths, versions and names of classes."""
-        plain = json.loads(json.dumps(self.net.config.to_diff_dict(), default=str))
-        config = self.net.config
+        config: Any = self.net.config
+        plain = json.loads(json.dumps(config.to_diff_dict(), default=str))
         own: dict[str, Any] = {"num_labels": config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
         if self.pad_id in (self.mask_id, config.eos_token_id, config.bos_token_id):
             own["padding"] = "at the end"  # where it once was wherever this id stands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -69,8 +70,8 @@ class Output:
         if self.read == "sigmoid":
             if not isinstance(raw, Tensor | fx.Proxy):
                 raise UserError(f"model.output: a single logit is a tensor (N, 1) or (N,), not {_described(raw)}")
-            half = raw.reshape(-1, 1) / 2
-            return torch.cat((-half, half), 1)
+            logit: Any = raw.reshape(-1, 1)
+            return torch.cat((-logit / 2, logit / 2), 1)
         return raw
 
     def attach(self, net: nn.Module) -> None:
@@ -152,7 +153,7 @@ def _field(raw: Any, name: str) -> Any:
 
 def _item(raw: Any, index: int) -> Any:
     if isinstance(raw, fx.Proxy):
-        return raw[index]
+        return operator.getitem(raw, index)  # type: ignore[call-overload]
     if not isinstance(raw, tuple | list) or not -len(raw) <= index < len(raw):
         raise UserError(f"model.output: the net returns {_described(raw)}, which has no item {index}")
     return raw[index]
