@@ -171,4 +171,9 @@ def _token_id(model: Classifier, name: str) -> int:
     value = getattr(model.module, name, None)
     if not isinstance(value, int):
         raise UserError(f"{type(model.module).__name__} has no {name}, an int: the token that stands for missing words")
+    if name == "mask_id" and value == getattr(model.module, "pad_id", None):
+        raise UserError(
+            f"{type(model.module).__name__} has the same id, {value}, for padding and for missing words, so that a "
+            "text would end before missing words at its end; set model.mask_id to another one, or removal=delete"
+        )
     return value

@@ -153,7 +153,7 @@ def _field(raw: Any, name: str) -> Any:
 
 def _item(raw: Any, index: int) -> Any:
     if isinstance(raw, fx.Proxy):
-        return operator.getitem(raw, index)  # type: ignore[call-overload]
+        return operator.getitem(raw, index)
     if not isinstance(raw, tuple | list) or not -len(raw) <= index < len(raw):
         raise UserError(f"model.output: the net returns {_described(raw)}, which has no item {index}")
     return raw[index]

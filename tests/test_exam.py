@@ -1,0 +1,486 @@
+"""The admission exam: nets that are random, mix the rows of a batch, see padding, or come in another form."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attrib import keys
+from attrib.experiment.samples import Samples
+from attrib.methods.baselines import GradCAM, Gradient
+from attrib.models import Classifier, Exam
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+
+SHAPE = (2, 6, 6)
+ON_LOADING_OR_LATER = pytest.mark.parametrize("shape", [SHAPE, None])
+
+
+def pictures(n: int = 3) -> Batch:
+    uids = tuple(f"p{i}" for i in range(n))
+    x = Noise(uids, dtype=torch.float64).normal(*SHAPE)
+    return Batch(uids, x, torch.arange(n) % 3)
+
+
+def explained(net: nn.Module, shape: tuple[int, ...] | None, **options) -> Tensor:
+    batch = pictures()
+    model = Classifier(net, {"cam": "conv"}, dtype=torch.float64, input_shape=shape, **options)
+    return Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
+
+
+class Net(nn.Module):
+    """A small net; subclasses do something with its features (N, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 8, 3), nn.Linear(8, 3)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(Noise([name]).normal(*parameter.shape)[0])
+
+    def features(self, z: Tensor) -> Tensor:
+        return z
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(F.relu(self.conv(x)).mean((2, 3))))
+
+
+# Random nets ------------------------------------------------------------------------------------
+
+
+class Dropout(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return F.dropout(z, 0.5)
+
+
+class RareDropout(Net):
+    """Nine in ten runs are equal, and most exams would see nothing but that."""
+
+    def features(self, z: Tensor) -> Tensor:
+        return F.dropout(z, 0.01)
+
+
+class Jitter(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z + 0.01 * torch.randn_like(z)
+
+
+class DropPath(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z if torch.rand(()) < 0.99 else z * 0
+
+
+@ON_LOADING_OR_LATER
+@pytest.mark.parametrize("kind", [Dropout, RareDropout, Jitter, DropPath])
+def test_a_net_that_is_random_in_eval_mode_is_refused(kind, shape):
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=rf"random in eval mode.*forward of {kind.__name__} itself, before head"):
+        explained(kind(), shape)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_module_that_is_random_is_named():
+    class Always(nn.Dropout):
+        def forward(self, z: Tensor) -> Tensor:
+            return F.dropout(z, 0.3)
+
+    class Inside(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(nn.Linear(8, 8), Always(), nn.Linear(8, 8))
+
+        def features(self, z: Tensor) -> Tensor:
+            return self.blocks(z)
+
+    net = Inside()
+    with pytest.raises(UserError, match=r"first in blocks\.1 \(Always\)"):
+        explained(net, SHAPE)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_net_that_remembers_is_refused():
+    class Counting(Net):
+        runs = 0
+
+        def features(self, z: Tensor) -> Tensor:
+            self.runs += 1
+            return z * self.runs
+
+    with pytest.raises(UserError, match="Counting is not deterministic.*keeps something from run to run"):
+        explained(Counting(), None)
+
+
+def test_a_net_that_draws_what_it_does_not_use_is_right():
+    class Drawing(Net):
+        def features(self, z: Tensor) -> Tensor:
+            drop = torch.rand(()) < 0.5  # as Wav2Vec2's encoder does
+            return z * 0 if drop and self.training else F.dropout(z, 0.5, self.training)
+
+    assert torch.equal(explained(Drawing(), SHAPE), explained(Net(), SHAPE))
+
+
+# Rows that interact -----------------------------------------------------------------------------
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+
+    def features(self, z: Tensor) -> Tensor:
+        return self.norm(torch.stack((z, z * z), 2))[..., 0]
+
+
+class Centred(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z - 0.1 * z.mean(0)
+
+
+class Attending(Net):
+    """Attention over the batch: batch_first forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def features(self, z: Tensor) -> Tensor:
+        return z + self.attention(*[z[:, None]] * 3)[0][:, 0]
+
+
+class Ranked(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z * (z.norm(dim=1, keepdim=True) == z.norm(dim=1).max())
+
+
+@ON_LOADING_OR_LATER
+@pytest.mark.parametrize(
+    "kind, where",
+    [
+        (Normed, r"norm \(BatchNorm1d\).*track_running_stats"),
+        (Centred, "the forward of Centred itself, before head"),
+        (Attending, "Attending"),
+        (Ranked, "the forward of Ranked itself, before head"),
+    ],
+)
+def test_a_net_whose_rows_interact_is_refused(kind, where, shape):
+    with pytest.raises(UserError, match=f"rows of a batch interact in {kind.__name__}: .*first in .*{where}"):
+        explained(kind(), shape)
+
+
+def test_one_row_at_a_time_nothing_interacts():
+    class Alone(Net):
+        def features(self, z: Tensor) -> Tensor:
+            return z - 0.1 * z
+
+    model = Classifier(Centred(), rows=1, dtype=torch.float64, input_shape=SHAPE)
+    right = Classifier(Alone(), dtype=torch.float64, input_shape=SHAPE)
+    x = pictures().x
+    torch.testing.assert_close(model.logits(x), right.logits(x))
+    assert model.exam.together is None
+    model.rows = 2
+    with pytest.raises(UserError, match="interact"):
+        model.logits(x)
+
+
+def test_a_net_for_one_row_is_refused():
+    class One(Net):
+        def features(self, z: Tensor) -> Tensor:
+            return z.reshape(1, 8)
+
+    with pytest.raises(UserError, match="One takes one sample alone, but not two together"):
+        explained(One(), SHAPE)
+
+
+def test_a_right_net_passes_with_the_same_numbers_and_key():
+    net, batch = Net().double(), pictures()
+    x = batch.x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(x).gather(1, batch.target[:, None]).sum(), x)
+    model = Classifier(net, dtype=torch.float64, input_shape=SHAPE)
+    assert model.exam.on == "noise" and model.exam.again == 0
+    assert model.key == keys.digest("Net", {}, keys.tensor_digest(net.state_dict()))
+    found = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
+    torch.testing.assert_close(found, gradient.sum(1))
+    assert model.exam.on == "samples"
+    assert max(model.exam.again, model.exam.together) < 1e-12
+    assert model.exam.padding is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.exam.again = 1.0
+
+
+def test_samples_that_come_one_by_one_are_examined_as_two():
+    model, x = Classifier(Net(), dtype=torch.float64), pictures().x
+    model.logits(x[:1])
+    assert model.exam.on == "sample"
+    model.logits(x[:1])
+    assert model.exam.on == "sample"
+    model.logits(x[1:2])
+    assert model.exam.on == "samples"
+    before = model.exam
+    model.logits(x)
+    assert model.exam is before
+
+
+# Texts and padding ------------------------------------------------------------------------------
+
+PAD, IDS, WIDTH = 0, 11, 6
+
+
+class Words(nn.Module):
+    """Texts (N, T) of ids; subclasses read their vectors (N, T, E)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad_id, self.mask_id = PAD, 1
+        self.embedding, self.head = nn.Embedding(IDS, WIDTH), nn.Linear(WIDTH, 3)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(Noise([name]).normal(*parameter.shape)[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.read(self.embedding(x), x != self.pad_id))
+
+
+class Mean(Words):
+    """Sees no padding."""
+
+    def read(self, z: Tensor, real: Tensor) -> Tensor:
+        return (z * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+class MeanOfAll(Words):
+    def read(self, z: Tensor, real: Tensor) -> Tensor:
+        return z.mean(1)
+
+
+class Last(Words):
+    def read(self, z: Tensor, real: Tensor) -> Tensor:
+        return self.rnn(z)[0][:, -1]
+
+
+class Mixed(Words):
+    """As FNet does."""
+
+    def read(self, z: Tensor, real: Tensor) -> Tensor:
+        return torch.fft.fft2(z).real[:, 0]
+
+
+class Convolved(Words):
+    """As ConvBERT does: padding is seen by the tokens beside it."""
+
+    def read(self, z: Tensor, real: Tensor) -> Tensor:
+        return (self.conv(z.mT).mT * real[..., None]).sum(1)
+
+
+SEEING = [MeanOfAll, Last, Mixed, Convolved]
+TEXTS = [[3, 5, 7, 2, 9], [4, 8], [6, 2, 10, 3, 5, 9, 7], [2, 2], [5]]
+
+
+class Texts:
+    """A dataset of texts, as much of one as ``Samples`` asks for."""
+
+    uids = tuple(f"t{i}" for i in range(len(TEXTS)))
+
+    def batch(self, uids) -> Batch:
+        rows = [TEXTS[self.uids.index(uid)] for uid in uids]
+        lengths = torch.tensor([len(row) for row in rows])
+        x = torch.tensor([row + [PAD] * (int(lengths.max()) - len(row)) for row in rows])
+        words = torch.arange(x.shape[1]).expand_as(x).where(torch.arange(x.shape[1]) < lengths[:, None], -1)
+        return Batch(tuple(uids), x, torch.arange(len(rows)) % 3, lengths=lengths, words=words)
+
+
+def alone(net: Words, row: list[int], target: int) -> tuple[Tensor, Tensor]:
+    """A text's logits and its map of the gradient, straight from the net."""
+    z = net.embedding(torch.tensor([row])).detach().requires_grad_()
+    logits = net.head(net.read(z, torch.ones(1, len(row), dtype=torch.bool)))
+    (grad,) = torch.autograd.grad(logits[0, target], z)
+    return logits[0].detach(), grad[0].sum(-1)
+
+
+def text_model(kind: type[Words]) -> tuple[Words, Classifier]:
+    net = kind().double().eval()
+    return net, Classifier(net, {"embedding": "embedding"}, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [Mean, *SEEING])
+def test_a_text_has_the_same_numbers_in_any_batch(kind):
+    net, model = text_model(kind)
+    samples = Samples(Texts(), model, Texts.uids, batch=len(TEXTS))
+    logits = model.logits(Texts().batch(Texts.uids).x)
+    done = []
+    for batch in samples:
+        maps = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
+        if kind is not Mean:
+            assert (batch.lengths == batch.x.shape[1]).all()
+        for i, uid in enumerate(batch.uids):
+            row = TEXTS[Texts.uids.index(uid)]
+            expected, map = alone(net, row, int(batch.target[i]))
+            torch.testing.assert_close(logits[Texts.uids.index(uid)], expected)
+            torch.testing.assert_close(maps[i, : len(row)], map)
+        done += batch.uids
+    assert sorted(done) == sorted(Texts.uids)
+    assert (model.exam.padding > 1e-4) == (kind is not Mean)
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_layers_of_texts_with_padding_are_refused_where_it_is_seen(kind):
+    net, model = text_model(kind)
+    batch = Texts().batch(Texts.uids)
+    with pytest.raises(UserError, match=f"{kind.__name__} sees the padding of texts"):
+        Gradient().attribute(model, batch, {}, Noise(batch.uids))
+
+
+def test_padding_that_only_the_dataset_knows():
+    class Secret(MeanOfAll):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.pad_id
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embedding(x).mean(1))
+
+    net, model = text_model(Secret)
+    for batch in Samples(Texts(), model, Texts.uids, batch=len(TEXTS)):
+        assert (batch.lengths == batch.x.shape[1]).all()
+        expected = [alone(net, TEXTS[Texts.uids.index(uid)], 0)[0] for uid in batch.uids]
+        torch.testing.assert_close(model.logits(batch.x), torch.stack(expected))
+
+
+def test_a_net_that_takes_texts_of_one_length_only_gets_no_padding():
+    class Fixed(Words):
+        def read(self, z: Tensor, real: Tensor) -> Tensor:
+            return z.reshape(-1, 4, WIDTH)[: len(z)].mean(1) if z.shape[1] == 4 else 1 / 0
+
+    _, model = text_model(Fixed)
+    model.logits(torch.tensor([[3, 4, 5, 6], [7, 8, 9, 2]]))
+    assert model.exam.padding == float("inf")
+
+
+# Forms of nets ----------------------------------------------------------------------------------
+
+
+def plain() -> nn.Sequential:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(Noise([name]).normal(*parameter.shape)[0])
+    return net
+
+
+@pytest.mark.parametrize(
+    "wrapped, path",
+    [
+        (lambda: torch.compile(plain(), backend="eager"), "_orig_mod.1"),
+        (lambda: nn.DataParallel(plain()), "module.1"),
+        (lambda: nn.DataParallel(torch.compile(plain(), backend="eager")), "module._orig_mod.1"),
+    ],
+)
+def test_a_net_in_a_wrapping_is_the_net(wrapped, path):
+    batch, right = pictures(), Classifier(plain(), {"cam": "1"}, input_shape=SHAPE, dtype=torch.float64)
+    for where in ("1", path):
+        model = Classifier(wrapped(), {"cam": where}, input_shape=SHAPE, dtype=torch.float64)
+        assert (model.key, model.layers, model.weights) == (right.key, right.layers, right.weights)
+        found, wanted = (GradCAM().attribute(m, batch, {}, Noise(batch.uids))["map"] for m in (model, right))
+        assert torch.equal(found, wanted)
+
+
+def test_a_compiled_part_is_part_of_the_net():
+    net = plain()
+    net[1] = torch.compile(nn.Sequential(nn.ReLU()), backend="eager")
+    model = Classifier(net, {"cam": "1._orig_mod.0"}, input_shape=SHAPE, dtype=torch.float64)
+    assert model.layers == {"cam": "1.0"}
+    assert torch.equal(model.until("cam", pictures().x).z, net[0].double()(pictures().x).relu())
+
+
+@pytest.mark.parametrize(
+    "net, why",
+    [
+        (lambda: torch.jit.script(plain()), "TorchScript"),
+        (lambda: torch.jit.trace(plain(), torch.zeros(1, *SHAPE)), "TorchScript"),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear}, dtype=torch.qint8),
+            r"3\S* \(LinearPackedParams\) keeps .* quantised",
+        ),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), r"1 \(LazyLinear\) has no weights yet"),
+        (lambda: torch.export.export(plain(), (torch.zeros(2, *SHAPE),)).module(), "cannot be"),
+        (lambda: torch.export.export(plain(), (torch.zeros(2, *SHAPE),)), "a net is a torch.nn.Module"),
+    ],
+)
+def test_other_forms_are_refused_with_a_sentence(net, why):
+    with pytest.raises(UserError, match=why):
+        Classifier(net(), {"cam": "1"}, input_shape=SHAPE)
+
+
+def test_a_net_that_cannot_be_copied():
+    net = plain()
+    net.remembered = net(torch.zeros(1, *SHAPE))  # with its graph
+    with pytest.raises(UserError, match="Sequential cannot be copied"):
+        Classifier(net, input_shape=SHAPE)
+
+
+# Recurrent nets on a GPU ------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A user's own: plain nn.LSTM, nn.GRU, nn.RNN over the columns of an image."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(12, 5, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.flatten(1, 2).mT)[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_gradients_of_recurrent_nets_do_not_ask_cudnn(kind, monkeypatch):
+    asked = []
+    forward = kind.forward
+    monkeypatch.setattr(
+        kind,
+        "forward",
+        lambda *args: asked.append((torch.is_grad_enabled(), torch.backends.cudnn.enabled)) or forward(*args),
+    )
+    net, batch = Recurrent(kind).double().eval(), pictures()
+    model = Classifier(net, {"rnn": "head"}, dtype=torch.float64, input_shape=SHAPE)
+    x = batch.x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(net(x).gather(1, batch.target[:, None]).sum(), x)
+    asked.clear()
+    found = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
+    torch.testing.assert_close(found, expected.sum(1))
+    assert (True, False) in asked and (True, True) not in asked and (False, False) not in asked
+    assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_gradients_of_recurrent_nets_on_a_device(kind, tmp_path):
+    folder = Path("/work/shared")
+    if not (folder / "pretend_device.py").is_file():
+        pytest.skip("there is no pretended device here")
+    import subprocess
+
+    code = f"""
+import sys, torch; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parent)!r}]
+import pretend_device; pretend_device.install()
+from test_exam import Classifier, Gradient, Noise, Recurrent, nn, pictures
+net, batch = Recurrent(nn.{kind}).double().eval(), pictures()
+x = batch.x.clone().requires_grad_()
+(expected,) = torch.autograd.grad(net(x).gather(1, batch.target[:, None]).sum(), x)
+model = Classifier(net, dtype=torch.float64, device="pretend:0")
+there = batch.to("pretend:0")
+found = Gradient().attribute(model, there, {{}}, Noise(batch.uids, device="pretend:0", dtype=torch.float64))["map"]
+torch.testing.assert_close(found.cpu(), expected.sum(1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_exam_is_plain():
+    assert keys.spec(dataclasses.asdict(Exam("samples", 0.0, 1e-7, float("inf"))))["padding"] == "inf"
