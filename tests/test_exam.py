@@ -79,9 +79,9 @@ class DropPath(Net):
 @ON_LOADING_OR_LATER
 @pytest.mark.parametrize("kind", [Dropout, RareDropout, Jitter, DropPath])
 def test_a_net_that_is_random_in_eval_mode_is_refused(kind, shape):
-    before = torch.get_rng_state()
+    net, before = kind(), torch.get_rng_state()
     with pytest.raises(UserError, match=rf"random in eval mode.*forward of {kind.__name__} itself, before head"):
-        explained(kind(), shape)
+        explained(net, shape)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -112,7 +112,7 @@ def test_a_net_that_remembers_is_refused():
             self.runs += 1
             return z * self.runs
 
-    with pytest.raises(UserError, match="Counting is not deterministic.*keeps something from run to run"):
+    with pytest.raises(UserError, match=r"Counting is not deterministic.*keeps something from run to run"):
         explained(Counting(), None)
 
 
@@ -160,11 +160,11 @@ class Ranked(Net):
 
 @ON_LOADING_OR_LATER
 @pytest.mark.parametrize(
-    "kind, where",
+    ("kind", "where"),
     [
         (Normed, r"norm \(BatchNorm1d\).*track_running_stats"),
         (Centred, "the forward of Centred itself, before head"),
-        (Attending, "Attending"),
+        (Attending, r"attention \(MultiheadAttention\)"),
         (Ranked, "the forward of Ranked itself, before head"),
     ],
 )
@@ -202,7 +202,8 @@ def test_a_right_net_passes_with_the_same_numbers_and_key():
     x = batch.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(net(x).gather(1, batch.target[:, None]).sum(), x)
     model = Classifier(net, dtype=torch.float64, input_shape=SHAPE)
-    assert model.exam.on == "noise" and model.exam.again == 0
+    assert model.exam.on == "noise"
+    assert model.exam.again == 0
     assert model.key == keys.digest("Net", {}, keys.tensor_digest(net.state_dict()))
     found = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
     torch.testing.assert_close(found, gradient.sum(1))
@@ -331,7 +332,7 @@ def test_a_text_has_the_same_numbers_in_any_batch(kind):
 
 @pytest.mark.parametrize("kind", SEEING)
 def test_layers_of_texts_with_padding_are_refused_where_it_is_seen(kind):
-    net, model = text_model(kind)
+    _net, model = text_model(kind)
     batch = Texts().batch(Texts.uids)
     with pytest.raises(UserError, match=f"{kind.__name__} sees the padding of texts"):
         Gradient().attribute(model, batch, {}, Noise(batch.uids))
@@ -375,7 +376,7 @@ def plain() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    "wrapped, path",
+    ("wrapped", "path"),
     [
         (lambda: torch.compile(plain(), backend="eager"), "_orig_mod.1"),
         (lambda: nn.DataParallel(plain()), "module.1"),
@@ -400,7 +401,7 @@ def test_a_compiled_part_is_part_of_the_net():
 
 
 @pytest.mark.parametrize(
-    "net, why",
+    ("net", "why"),
     [
         (lambda: torch.jit.script(plain()), "TorchScript"),
         (lambda: torch.jit.trace(plain(), torch.zeros(1, *SHAPE)), "TorchScript"),
@@ -413,6 +414,7 @@ def test_a_compiled_part_is_part_of_the_net():
         (lambda: torch.export.export(plain(), (torch.zeros(2, *SHAPE),)), "a net is a torch.nn.Module"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_other_forms_are_refused_with_a_sentence(net, why):
     with pytest.raises(UserError, match=why):
         Classifier(net(), {"cam": "1"}, input_shape=SHAPE)
@@ -455,7 +457,9 @@ def test_gradients_of_recurrent_nets_do_not_ask_cudnn(kind, monkeypatch):
     asked.clear()
     found = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
     torch.testing.assert_close(found, expected.sum(1))
-    assert (True, False) in asked and (True, True) not in asked and (False, False) not in asked
+    assert (True, False) in asked
+    assert (True, True) not in asked
+    assert (False, False) not in asked
     assert torch.backends.cudnn.enabled
 
 
