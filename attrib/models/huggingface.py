@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from attrib.metadata import resolve
+from attrib.models.device_memory import is_out_of_memory
 from attrib.models.text import real_tokens
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
@@ -71,13 +72,21 @@ class HuggingFaceClassifier(nn.Module):
         return {k: v for k, v in plain.items() if k not in _INCIDENTAL} | own
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises SampleError for more tokens than the net has positions."""
+        """Raises SampleError for more tokens than the net has positions, or for a number that it cannot take."""
         if self.max_length is not None and x.shape[1] > self.max_length:
             raise SampleError(
                 f"a text of {x.shape[1]} tokens; {type(self.net).__name__} takes {self.max_length} at most "
                 "(model.input.max_length cuts longer ones)"
             )
-        return self.net(input_ids=x, attention_mask=real_tokens(x, self.pad_id).long()).logits
+        try:
+            return self.net(input_ids=x, attention_mask=real_tokens(x, self.pad_id).long()).logits
+        except RuntimeError as error:
+            if is_out_of_memory(error) or "shape" not in str(error):
+                raise
+            # Nystromformer cuts a text into segments, which works for some lengths only.
+            raise SampleError(
+                f"{type(self.net).__name__} does not take a text of {x.shape[1]} tokens: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def _max_length(net: nn.Module) -> int | None:
