@@ -238,9 +238,9 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
 
 def output_of(given: Any, where: str) -> Any:
     """What ``model.output`` says, with functions in the place of nodes that name them."""
-    if _is_node(given):
+    if is_node(given):
         return build(given, where)
-    if isinstance(given, Mapping) and _is_node(given.get("take")):
+    if isinstance(given, Mapping) and is_node(given.get("take")):
         return {**given, "take": build(given["take"], f"{where}.take")}
     return given
 
