@@ -21,7 +21,7 @@ from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import parse_device
 from attrib.models import Classifier, load_weights
 from attrib.models.randomise import randomised
-from attrib.models.zoo import input_of
+from attrib.models.zoo import input_of, seeded
 from attrib.running.options import Options
 from attrib.types import UserError, did_you_mean
 
@@ -210,7 +210,7 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         raise UserError(f"{where}: layers must give a path to each role, not {layers!r}")
     if options.dtype not in DTYPES:
         raise UserError(f"run.dtype must be one of {', '.join(DTYPES)}, not {options.dtype!r}")
-    net = build(arguments, where)
+    net = seeded(lambda: build(arguments, where))  # random weights are the same in every run
     if not isinstance(net, nn.Module):
         raise UserError(f"{where}: {arguments['_target_']} gives {type(net).__name__}, not a torch.nn.Module")
     if node.get("checkpoint"):
