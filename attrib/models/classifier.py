@@ -337,9 +337,8 @@ class Classifier:
 
             def catch(role: str) -> Callable[[nn.Module, Any, Any], None]:
                 def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                    found[role].append(
-                        first_tensor(output, self.path(role)).clone()
-                    )  # what comes next may write into it
+                    # A copy: what comes next may write into it.
+                    found[role].append(first_tensor(output, self.path(role)).clone())
 
                 return hook
 
