@@ -6,10 +6,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Metadata of a dataclass's field that was added when results had been stored: at its default, with which everything is
+# computed as before, it does not enter keys.
+ADDED: Mapping[str, Any] = MappingProxyType({"key": "unless default"})
 
 
 def stable_name(kind: type) -> str:
@@ -54,7 +59,11 @@ def spec(thing: Any) -> Any:
         return thing if thing == thing and abs(thing) != float("inf") else repr(thing)
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         kind = type(thing)
-        fields = {f.name: spec(getattr(thing, f.name)) for f in dataclasses.fields(thing)}
+        fields = {
+            f.name: spec(getattr(thing, f.name))
+            for f in dataclasses.fields(thing)
+            if ADDED.items() - f.metadata.items() or getattr(thing, f.name) != f.default
+        }
         return {
             "class": stable_name(kind),
             "VERSION": getattr(kind, "VERSION", 0),  # in capitals: a field may be called "version"

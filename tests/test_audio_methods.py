@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from audio_nets import L, RowNet, as_rows, audio_classifier, sounds
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrib.methods.baselines import Gradient, InputXGradient, IntegratedGradients, Occlusion, Random, SmoothGrad
 from attrib.methods.iba import IBA
 from attrib.methods.parts.layout import Layout, SoundLayout, TextLayout, places
+from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -65,12 +66,10 @@ def test_occlusion_covers_stretches_of_time():
 # ---- layouts -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("shape", "name"), [((6, 12), "auto"), ((6, 12), "channels_first"), ((12, 6), "tokens"), ((6,), "auto")]
-)
+@pytest.mark.parametrize(("shape", "name"), [((6, 12), "channels_first"), ((12, 6), "tokens"), ((6,), "auto")])
 def test_places_in_time(shape, name):
     z = torch.arange(2 * math.prod(shape)).double().sin().view(2, *shape)
-    layout = places(sounds(2), z, name)
+    layout = SoundLayout.of(z, L, name)
     assert isinstance(layout, SoundLayout)
     bits = layout.bits(z.abs())
     channels = 2 if name == "tokens" else 1
@@ -84,7 +83,7 @@ def test_places_in_time(shape, name):
 def test_smoothing_is_over_time_alone():
     z = torch.zeros(1, 3, 9, dtype=torch.float64)
     z[0, 1, 4] = 1
-    smooth = SoundLayout.of(z, 36).smooth(z, 1.0)
+    smooth = SoundLayout.of(z, 36, "channels_first").smooth(z, 1.0)
     assert smooth[0, [0, 2]].abs().max() == 0
     torch.testing.assert_close(smooth.sum(), torch.tensor(1.0, dtype=torch.float64))
     wanted = torch.exp(-0.5 * torch.arange(-2, 3).double() ** 2)
@@ -98,11 +97,36 @@ def test_smoothing_is_over_time_alone():
 def test_a_layer_of_another_shape_is_refused():
     for shape, name in (((2, 3, 4, 5), "auto"), ((2, 3), "channels_first"), ((2, 3, 4), "vector")):
         with pytest.raises(UserError, match="on a sound"):
-            places(sounds(2), torch.zeros(shape), name)
+            SoundLayout.of(torch.zeros(shape), L, name)
+
+
+class Moments(nn.Module):
+    """A layer of a place per moment, channels first or last."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.conv, self.turn, self.head, self.last = nn.Conv1d(2, 9, 4, 4), nn.Identity(), nn.Linear(9, 3), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        return self.head(self.turn(z.mT).mean(1) if self.last else self.turn(z).mean(2))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_which_axis_is_time_is_found_out(last):
+    torch.manual_seed(0)
+    model = Classifier(Moments(last).double(), {"layer": "turn"}, dtype=torch.float64)
+    batch = sounds(2)
+    z = model.until("layer", batch.x).z
+    found = places(model, "layer", batch, z)
+    assert isinstance(found, SoundLayout)
+    assert found.last == last
+    assert found.bits(z.abs()).shape == (2, L // 4)
 
 
 def test_texts_and_images_keep_their_layouts():
+    model = Classifier(nn.Sequential(nn.Conv2d(3, 5, 2, 2), nn.Flatten(), nn.Linear(80, 2)), {"layer": "0"})
     image = Batch(("a",), torch.zeros(1, 3, 8, 8), torch.zeros(1))
     text = Batch(("a",), torch.zeros(1, 4), torch.zeros(1), lengths=torch.tensor([4]))
-    assert isinstance(places(image, torch.zeros(1, 5, 4, 4)), Layout)
-    assert isinstance(places(text, torch.zeros(1, 4, 5)), TextLayout)
+    assert isinstance(places(model, "layer", image, torch.zeros(1, 5, 4, 4)), Layout)
+    assert isinstance(places(model, "layer", text, torch.zeros(1, 4, 5)), TextLayout)

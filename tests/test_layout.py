@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -23,18 +25,15 @@ LAYERS = [
     ((5, 7, 9), (28, 36), "channels_first", (7, 9)),
     ((5, 1, 1), (28, 36), "channels_first", (1, 1)),
     ((7, 9, 5), (28, 36), "channels_last", (7, 9)),
-    ((16, 5), (32, 32), "tokens", (4, 4)),
-    ((17, 5), (32, 32), "tokens", (4, 4)),  # class token
-    ((21, 5), (32, 32), "tokens", (4, 4)),  # and four registers
-    ((197, 2), (224, 224), "tokens", (14, 14)),
-    ((1374, 2), (518, 518), "tokens", (37, 37)),
-    ((33, 5), (32, 64), "tokens", (4, 8)),
-    ((33, 5), (64, 32), "tokens", (8, 4)),
-    ((305, 2), (240, 320), "tokens", (15, 20)),
-    ((7, 5), (16, 48), "tokens", (1, 3)),
-    ((1, 5), (16, 16), "tokens", (1, 1)),
-    ((10, 5), (4, 400), "tokens", (1, 10)),
-    ((10, 5), (400, 4), "tokens", (10, 1)),
+    ((16, 5), (32, 32), "tokens:4x4", (4, 4)),
+    ((17, 5), (32, 32), "tokens:4x4+1", (4, 4)),  # class token
+    ((21, 5), (32, 32), "tokens:4x4+5", (4, 4)),  # and four registers
+    ((66, 5), (224, 224), "tokens:7x7+17", (7, 7)),
+    ((197, 2), (224, 224), "tokens:14x14+1", (14, 14)),
+    ((33, 5), (64, 32), "tokens:8x4+1", (8, 4)),
+    ((1037, 2), (450, 600), "tokens:28x37+1", (28, 37)),
+    ((7, 5), (16, 48), "tokens:1x3+4", (1, 3)),
+    ((1, 5), (16, 16), "tokens:1x1", (1, 1)),
     ((5,), (28, 36), "vector", (1, 1)),
 ]
 
@@ -59,21 +58,33 @@ def test_places_stand_where_they_belong():
     conv = numbers(2, 3, 4, 6)
     row_by_row = conv.flatten(2).transpose(1, 2)
     tokens = torch.cat((torch.full((2, 1, 3), 99.0), row_by_row), dim=1)  # a class token in front
-    for z, name in ((conv, "channels_first"), (conv.permute(0, 2, 3, 1), "channels_last"), (tokens, "tokens")):
+    for z, name in ((conv, "channels_first"), (conv.permute(0, 2, 3, 1), "channels_last"), (tokens, "tokens:4x6+1")):
         assert torch.equal(Layout.of(z, (8, 12), name).to_grid(z), conv)
 
 
-def test_auto_goes_by_the_number_of_dimensions():
-    for shape, name in (((2, 3, 4, 4), "channels_first"), ((2, 16, 3), "tokens"), ((2, 3), "vector")):
-        assert Layout.of(torch.zeros(shape), (8, 8)).name == name
+def test_sizes_alone_decide_nothing():
+    assert Layout.of(torch.zeros(2, 3), (8, 8)).name == "vector"
+    assert Layout.of(torch.zeros(2, 1, 3), (8, 8)).grid == (1, 1)
+    for shape in ((2, 3, 4, 4), (2, 4, 4, 3), (2, 16, 3)):
+        for said in ("auto",) if len(shape) == 4 else ("auto", "tokens"):
+            with pytest.raises(UserError, match=r"channels_first, channels_last, vector or tokens:HxW\+P"):
+                Layout.of(torch.zeros(shape), (8, 8), said)
 
 
 @pytest.mark.parametrize(
     ("shape", "name"),
-    [((2,), "auto"), ((2, 3, 4, 4, 4), "auto"), ((2, 16, 3), "channels_first"), ((2, 3), "tokens"), ((2, 3), "grid")],
+    [
+        ((2, 3, 4, 4, 4), "channels_first"),
+        ((2, 16, 3), "channels_first"),
+        ((2, 3), "tokens:1x2"),
+        ((2, 3), "grid"),
+        ((2, 17, 3), "tokens:4x4"),
+        ((2, 17, 3), "tokens:4x4+2"),
+        ((2, 17, 3), "tokens:0x4+17"),
+    ],
 )
 def test_a_layer_of_another_shape_is_an_error_that_names_it(shape, name):
-    with pytest.raises(UserError, match=rf"\({shape[0]},.*{name!r}.*channels_last"):
+    with pytest.raises(UserError, match=re.escape(repr(name))):
         Layout.of(torch.zeros(shape), (8, 8), name)
 
 
@@ -84,12 +95,12 @@ def test_a_layer_of_another_shape_is_an_error_that_names_it(shape, name):
 def test_smoothing_equals_the_released_code(sigma):
     data, name = golden("iba_pieces"), f"sigma{sigma}".replace(".", "p")
     z = torch.tensor(data["smooth_in"])
-    found = Layout.of(z, (9, 9)).smooth(z, sigma)
+    found = Layout.of(z, (9, 9), "channels_first").smooth(z, sigma)
     np.testing.assert_allclose(found, data[f"smooth_out_{name}"], rtol=0, atol=1e-5 * found.abs().max().item())
     size = data[f"smooth_kernel_{name}"].shape[0]
     impulse = torch.zeros(1, 1, 25, 25)
     impulse[0, 0, 12, 12] = 1
-    kernel = Layout.of(impulse, (9, 9)).smooth(impulse, sigma)[0, 0]
+    kernel = Layout.of(impulse, (9, 9), "channels_first").smooth(impulse, sigma)[0, 0]
     assert (kernel > 0).sum() == size**2
     half = size // 2
     middle = kernel[12 - half : 13 + half, 12 - half : 13 + half]
@@ -105,7 +116,7 @@ def test_smoothing_equals_scipy(sigma, grid):
         radius = min(round(2 * sigma), size - 1)  # a smaller map cannot be mirrored further
         if radius:
             expected = ndimage.gaussian_filter1d(expected, sigma, axis=axis, mode="mirror", radius=radius)
-    found = Layout.of(z, (20, 20)).smooth(z, sigma)
+    found = Layout.of(z, (20, 20), "channels_first").smooth(z, sigma)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
     channels_last = z.permute(0, 2, 3, 1)
     other = Layout.of(channels_last, (20, 20), "channels_last").smooth(channels_last, sigma)
@@ -114,15 +125,17 @@ def test_smoothing_equals_scipy(sigma, grid):
 
 def test_smoothing_leaves_constants_class_tokens_and_vectors_alone():
     tokens = numbers(2, 17, 3)
-    found = Layout.of(tokens, (32, 32)).smooth(tokens, 1.0)
+    found = Layout.of(tokens, (32, 32), "tokens:4x4+1").smooth(tokens, 1.0)
     assert torch.equal(found[:, 0], tokens[:, 0])
     assert (found[:, 1:] - tokens[:, 1:]).abs().min() > 0
     constant = torch.full((1, 2, 5, 6), 0.7, dtype=torch.float64)
-    torch.testing.assert_close(Layout.of(constant, (9, 9)).smooth(constant, 2.0), constant, rtol=0, atol=1e-15)
-    for z in (numbers(2, 5), numbers(2, 5, 1, 1)):
-        assert Layout.of(z, (9, 9)).smooth(z, 1.0) is z
+    torch.testing.assert_close(
+        Layout.of(constant, (9, 9), "channels_first").smooth(constant, 2.0), constant, rtol=0, atol=1e-15
+    )
+    for z, said in ((numbers(2, 5), "auto"), (numbers(2, 5, 1, 1), "channels_first")):
+        assert Layout.of(z, (9, 9), said).smooth(z, 1.0) is z
     for sigma in (None, 0.0):
-        assert Layout.of(tokens, (32, 32)).smooth(tokens, sigma) is tokens
+        assert Layout.of(tokens, (32, 32), "tokens:4x4+1").smooth(tokens, sigma) is tokens
 
 
 # ---- resizing ------------------------------------------------------------------------------------
@@ -153,7 +166,7 @@ def test_saliency_maps_equal_the_released_code():
     nats = torch.tensor(data["cap"])
     assert nats.isnan().sum() == 1
     # The released code leaves NaN out of the sum over channels (nansum); here the runner fails the sample.
-    ours = Layout.of(nats[None], (28, 28))
+    ours = Layout.of(nats[None], (28, 28), "channels_first")
     assert ours.bits(nats[None]).isnan().sum() == 1
     known = nats.nan_to_num(0.0)
     sizes = {"sal_none": (7, 7), "sal_28": (28, 28), "sal_30x20": (30, 20), "sal_4": (4, 4)}
@@ -172,7 +185,7 @@ def test_places_hold_all_bits_but_those_of_class_tokens(layer, image, name, grid
     nats = numbers(3, *layer).abs()
     places = Layout.of(nats, image, name)
     bits = places.bits(nats)
-    lost = nats[:, : layer[0] - grid[0] * grid[1]].flatten(1).sum(1) if name == "tokens" else 0
+    lost = nats[:, : layer[0] - grid[0] * grid[1]].flatten(1).sum(1) if name.startswith("tokens") else 0
     total = (nats.flatten(1).sum(1) - lost) / np.log(2)
     torch.testing.assert_close(bits.flatten(1).sum(1), total, rtol=1e-12, atol=0)
 

@@ -255,9 +255,17 @@ def test_a_layer_with_a_tuple():
 
         def forward(self, x):
             a, b = self.layer(self.stem(x))
-            return self.head(F.relu(a) * b)
+            return self.head(F.relu(a) * b) if self.both else self.head(F.relu(a))
+
+        both = False
+
+    class Both(Tuples):
+        both = True
 
     assert cut(Tuples)[1] is HookSplit
+    # Cut at the first, what the second holds would go around the cut.
+    with pytest.raises(UserError, match=r"layer layer of Both gives 2 things, and the net reads others than the first"):
+        cut(Both)
 
 
 def test_optional_arguments_do_not_stand_in_the_way():
@@ -340,10 +348,8 @@ def test_a_layer_whose_rows_are_no_samples_is_refused():
         def forward(self, x):
             return self.head(self.layer(self.stem(x))["z"])
 
-    for kind in (TimeFirst, Named):
-        with pytest.raises(
-            UserError, match=f"layer layer of {kind.__name__}: .* is not one row per sample; take another layer"
-        ):
+    for kind, why in ((TimeFirst, r"TimeFirst gives \(5, 1, 6\) .* not one row per sample"), (Named, "gives a dict")):
+        with pytest.raises(UserError, match=rf"layer layer .*{why}.*; take .* layer.*model\.layers"):
             Classifier(kind(), {"layer": "layer"}).until("layer", images(2, 4))
     model = Classifier(
         timm.create_model(

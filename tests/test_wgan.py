@@ -16,7 +16,7 @@ from nets import golden, small_cnn, small_cnn_images
 from torch import Tensor, nn
 
 from attrib.methods.parts import wgan
-from attrib.methods.parts.layout import Layout
+from attrib.methods.parts.layout import Layout, on_image
 from attrib.methods.parts.wgan import (
     WGAN,
     ConvCritics,
@@ -315,7 +315,7 @@ class Case:
         self.x = noise.normal(*shape)
         self.z = self.model.until("layer", self.x).z
         self.mask, self.alpha = 2 * noise.uniform(*self.z.shape[1:]), noise.normal(*shape)
-        self.places = Layout.of(self.z, shape[-2:])
+        self.places = on_image(self.model, "layer", self.x, self.z)
 
     def critics(self) -> ConvCritics:
         return ConvCritics.initial(Noise(self.uids, dtype=torch.float64).child("critic"), self.places, self.z)

@@ -160,3 +160,8 @@ def test_mistakes_are_named_before_the_net_is_built():
         input_of(timm_net, arch="resnet_49")
     with pytest.raises(UserError, match=r"model\.arch: .*nosuch"):
         input_of(timm_net, arch="vit_small_patch16_224.nosuch")
+
+
+def test_of_other_channels_than_three_colours_timm_says_no_mean():
+    known = input_of(timm_net, arch="resnet18", in_chans=1)
+    assert known.keys() == input_of(timm_net, arch="resnet18").keys() - {"mean", "std"}

@@ -14,8 +14,9 @@ from attrib import sanity
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
 from attrib.config.compose import Composition
-from attrib.config.objects import build, example, experiment, options_of
+from attrib.config.objects import build, experiment, options_of
 from attrib.experiment.cell import Experiment
+from attrib.experiment.samples import example
 from attrib.models.randomise import weighted_layers
 from attrib.models.variant import Randomise
 from attrib.process import exit_status

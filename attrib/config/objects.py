@@ -11,14 +11,14 @@ from typing import Any
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
-from torch import Tensor, nn
+from torch import nn
 
 from attrib import keys
 from attrib.config.fields import checked_value, hints_of, is_node
 from attrib.config.trained import NOT_OF_THE_NET, check_encoder, with_checkpoint
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
-from attrib.experiment.samples import parse_device
+from attrib.experiment.samples import example, parse_device
 from attrib.models import Classifier, load_weights
 from attrib.models.randomise import randomised
 from attrib.models.zoo import input_of, seeded
@@ -243,16 +243,6 @@ def output_of(given: Any, where: str) -> Any:
     if isinstance(given, Mapping) and is_node(given.get("take")):
         return {**given, "take": build(given["take"], f"{where}.take")}
     return given
-
-
-def example(dataset: Dataset) -> Tensor:
-    """The input (1, *input) of the first sample that can be read. Raises UserError if none can."""
-    for uid in dataset.uids:
-        try:
-            return dataset.batch([uid]).x
-        except Exception:  # the ledger will say so
-            continue
-    raise UserError("no sample of the dataset can be read")
 
 
 Files = Mapping[str, str]  # part -> the file it was composed from

@@ -12,11 +12,12 @@ from typing import Any
 
 from attrib import keys
 from attrib.datasets import Dataset, Selection
-from attrib.experiment.samples import Samples, Target
+from attrib.experiment.samples import Samples, Target, example
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
 from attrib.models import Classifier
+from attrib.models.reading import taken_before
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -102,6 +103,28 @@ class Experiment:
     def _layers(self, roles: Sequence[str]) -> dict[str, str]:
         return {role: self.model.path(role) for role in roles}
 
+    @cached_property
+    def readings(self) -> dict[str, str]:
+        """Role -> how a layer is read that earlier versions took otherwise, see ``reading.taken_before``.
+
+        Raises UserError if it cannot be found out which axes of a layer are space.
+        """
+        return self._readings(self.method.laid)
+
+    def _readings(self, laid: Mapping[str, str]) -> dict[str, str]:
+        asked = {role: said for role, said in laid.items() if said in ("auto", "tokens")}
+        if not asked or self.dataset.modality == "text":
+            return {}
+        shape = self.model.input_shape or self._shape
+        found = {role: self.model.reading(role, shape, said) for role, said in asked.items()}
+        image = (shape[-2], shape[-1])
+        return {role: str(reading) for role, reading in found.items() if not taken_before(reading, image)}
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...]:
+        """Of an input: that of the first that can be read. Raises UserError if none can."""
+        return tuple(example(self.dataset).shape[1:])
+
     def state_key(self, samples: Samples, model: Classifier | None = None) -> str:
         """What the state is fitted on, sample by sample, and by what."""
         fit = self.method.fit
@@ -110,11 +133,14 @@ class Experiment:
         text = getattr(fit, "TEXT_ROLES", ()) if self.dataset.modality == "text" else ()  # few fits have any
         layers = self._layers([*fit.roles, *text])
         key = (model or self.model).key
-        return keys.digest(fit, key, layers, samples.dataset.key, content, samples.target)
+        readings = self._readings(getattr(fit, "laid", {}))  # few fits lay anything out
+        more = [readings] if readings else []
+        return keys.digest(fit, key, layers, samples.dataset.key, content, samples.target, *more)
 
     def cell_key(self, state_key: str | None, model: Classifier | None = None) -> str:
         key = (model or self.model).key
-        return keys.digest(self.dataset_key, key, self.layers, self.method, self.seed, state_key)
+        more = [self.readings] if self.readings else []
+        return keys.digest(self.dataset_key, key, self.layers, self.method, self.seed, state_key, *more)
 
     def original_key(self, samples: Samples | None) -> str | None:
         """The key of the same cell of the net that this one's is a randomised copy of; None if it is none.

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from attrib.datasets import Dataset
 from attrib.models import Classifier, probabilities
@@ -22,6 +23,16 @@ Target = Literal["label", "predicted"]
 PATIENCE = 2.0  # seconds that whoever stops early gives to what is being read: on a dead file server it may hang
 
 Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
+
+
+def example(dataset: Dataset) -> Tensor:
+    """The input (1, *input) of the first sample that can be read. Raises UserError if none can."""
+    for uid in dataset.uids:
+        try:
+            return dataset.batch([uid]).x
+        except Exception:  # the ledger will say so
+            continue
+    raise UserError("no sample of the dataset can be read")
 
 
 class Samples:

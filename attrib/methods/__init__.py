@@ -80,6 +80,11 @@ class Method(Protocol):
         return ()
 
     @property
+    def laid(self) -> Mapping[str, str]:
+        """Those of its roles whose layers it lays on the image or sound -> the ``layout`` that is given for them."""
+        return {}
+
+    @property
     def fit(self) -> Fit | None:
         """How its state is made from an estimation set; None if it needs no state."""
         return None

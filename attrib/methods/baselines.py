@@ -18,21 +18,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol, get_args
 
 import torch
 from captum import attr
 from torch import Tensor, nn
 
+from attrib import keys
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.parts.layout import image_size, resize
+from attrib.methods.parts.layout import image_size, on_image, resize
+from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import hookable, without_overlap
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE, RELU_LIKE
+from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -302,8 +305,10 @@ class DeepLiftShap(Method):
 class GradCAM(Method):
     """Activations of a layer, each channel weighted by its mean gradient (Selvaraju et al., 2017).
 
-    layer   role of the layer, whose output must be a conv map
+    layer   role of the layer
     relu    set negative values, which speak against the class, to zero, as the paper does
+    layout  which axes of the layer are places, see ``iba.IBA``. The means and the map are of places alone: tokens
+            in front of them (a class token) are left out
 
     Images only.
     """
@@ -314,24 +319,31 @@ class GradCAM(Method):
     EXTRAS: ClassVar[Mapping[str, str]] = {"cam": "the same at the layer's resolution, (h, w)"}
     layer: str = "cam"
     relu: bool = True
+    layout: str = field(default="auto", metadata=keys.ADDED)
+
+    def __post_init__(self) -> None:
+        check_layout(type(self).__name__, self.layout)
 
     @property
     def roles(self) -> tuple[str, ...]:
         return (self.layer,)
 
+    @property
+    def laid(self) -> Mapping[str, str]:
+        return {self.layer: self.layout}
+
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        inputs = Inputs.of(model, batch)
-        method = attr.LayerGradCam(inputs.score(), model.layer(self.layer))
-
-        def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
-            cam = method.attribute(x, additional_forward_args=args, relu_attributions=self.relu)
-            if cam.ndim != 4:
-                raise UserError(
-                    f"Grad-CAM needs a conv map (N, C, H, W); {model.path(self.layer)} gives something else"
-                )
-            return cam[:, 0]
-
-        cam = inputs.chunked(model, explain)
+        z, rest = model.until(self.layer, batch.x)
+        places = on_image(model, self.layer, batch.x, z, self.layout)
+        if places.name == "vector":
+            raise UserError(
+                f"Grad-CAM needs a layer with places; {model.path(self.layer)} gives (B, {z.shape[1]}), one vector for "
+                f"the whole image (set model.layers.{self.layer})"
+            )
+        _, gradient = model.gradient(z, lambda logits, rows: target_score(logits, batch.target[rows]), self.layer, rest)
+        weights = places.to_grid(gradient).mean((2, 3), keepdim=True)
+        cam = (weights * places.to_grid(z)).sum(1)
+        cam = cam.relu() if self.relu else cam
         return {"map": resize(cam, image_size(batch.x)), "cam": cam}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from attrib.methods.parts.layout import Places
 from attrib.methods.parts.losses import target_loss
 from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.models import Classifier, Front
+from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch
 
@@ -172,7 +173,7 @@ class IBA(Method):
     initial_alpha   lambda starts as sigmoid of this
     active_neurons_threshold   units are cut off unless they are non-zero in more than this share of samples
     relu     clamp the bottleneck's output at zero, for a layer whose output is never negative
-    layout   how the layer's output lies on the image, see ``attrib.methods.parts.layout``
+    layout   which axes of the layer are places: "auto" finds out; see ``attrib.models.reading``
 
     The capacity is that of the last forward pass, before the last step, as in the authors' code.
     """
@@ -201,7 +202,7 @@ class IBA(Method):
     initial_alpha: float = 5.0
     active_neurons_threshold: float = 0.01
     relu: bool = False
-    layout: layout.Name = "auto"
+    layout: str = "auto"
 
     def __post_init__(self) -> None:
         require(self, "steps", "batch", at_least=1)
@@ -210,11 +211,15 @@ class IBA(Method):
         require(self, "sigma", at_least=0, or_none=True)
         require(self, "initial_alpha")
         require(self, "active_neurons_threshold", at_least=0, below=1)
-        require(self, "layout", one_of=get_args(layout.Name))
+        check_layout(type(self).__name__, self.layout)
 
     @property
     def roles(self) -> tuple[str, ...]:
         return (self.layer,)
+
+    @property
+    def laid(self) -> Mapping[str, str]:
+        return {self.layer: self.layout}
 
     @property
     def fit(self) -> FeatureStatistics:
@@ -223,7 +228,7 @@ class IBA(Method):
     def optimise(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> tuple[Optimised, Places]:
         """The optimised bottlenecks, from which ``attribute`` makes the map, and how the layer lies on the input."""
         front = model.until(self.layer, batch.x)
-        places = layout.places(batch, front.z, self.layout)
+        places = layout.places(model, self.layer, batch, front.z, self.layout)
         prior = Gaussian.of(state, self.min_std, self.active_neurons_threshold, front.z)
         found = optimise(
             model,

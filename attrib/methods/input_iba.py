@@ -20,7 +20,7 @@ from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.iba import IBA, Gaussian, Optimised, optimise
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.methods.parts.layout import Layout, Places, TextLayout, image_size
+from attrib.methods.parts.layout import Layout, Places, TextLayout, image_size, on_image
 from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.methods.parts.wgan import WGAN, ConvCritics, Critics, Push, Trained, critic_parameters
 from attrib.methods.parts.wgan_text import LSTMCritics
@@ -156,6 +156,10 @@ class InputIBA(Method):
         return self.feature.roles
 
     @property
+    def laid(self) -> Mapping[str, str]:
+        return self.feature.laid
+
+    @property
     def fit(self) -> FeatureStatistics:
         return self.feature.fit
 
@@ -169,7 +173,7 @@ class InputIBA(Method):
         if batch.mask is not None or not self.gan.epochs:
             return None
         z = model.until(self.feature.layer, batch.x[:1]).z
-        grid = Layout.of(z, image_size(batch.x), self.feature.layout).to_grid(z)
+        grid = on_image(model, self.feature.layer, batch.x, z, self.feature.layout).to_grid(z)
         kept = 8 * z.numel() + 4 * batch.x[0].numel()
         return (3 * critic_parameters(grid.shape[1], image_size(grid)) + self.gan.batch * kept) * z.element_size()
 

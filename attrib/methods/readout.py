@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from attrib.checks import require
 from attrib.fit import Fit, FitData, Partial, State
 from attrib.methods import Method
 from attrib.methods.iba import Gaussian, Restricted, capacity, restrict
-from attrib.methods.parts import layout
-from attrib.methods.parts.layout import Layout, image_size
+from attrib.methods.parts.layout import Layout, on_image
 from attrib.methods.parts.statistics import Moments
 from attrib.models import Classifier
+from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -103,7 +103,7 @@ def _check(owner: ReadoutFit | IBAReadout) -> None:
     require(owner, "lr", above=0)
     require(owner, "sigma", at_least=0, or_none=True)
     require(owner, "active_neurons_threshold", at_least=0, below=1)
-    require(owner, "layout", one_of=get_args(layout.Name))
+    check_layout(type(owner).__name__, owner.layout)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class ReadoutFit(Fit):
     min_std: float
     active_neurons_threshold: float
     relu: bool
-    layout: layout.Name
+    layout: str
     epochs: int
     train_batch: int
     lr: float
@@ -144,21 +144,24 @@ class ReadoutFit(Fit):
     def roles(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.layer, *self.readouts)))
 
+    @property
+    def laid(self) -> Mapping[str, str]:
+        return dict.fromkeys(self.roles, self.layout)
+
     # ---- the bottlenecks of a batch -----------------------------------------------------------
 
     def read(self, model: Classifier, x: Tensor, state: State) -> Reading:
         """One pass through the net. Vectors are repeated over the bottleneck's grid, maps are resized to it."""
         found = model.record(self.roles, x)
-        image = image_size(x)
         r = found[self.layer]
-        places = Layout.of(r, image, self.layout)
+        places = on_image(model, self.layer, x, r, self.layout)
         grids = []
         for role in self.readouts:
             value, statistics = found[role], part(state, role)
             std = statistics["std"].to(value).clamp(min=self.min_std)
             normalised = (value - statistics["mean"].to(value)) / std
             # Layers with as many dimensions as the bottleneck have its layout; a vector (of the head) has not.
-            own = Layout.of(value, image, self.layout if value.ndim == r.ndim else "auto")
+            own = on_image(model, role, x, value, self.layout if value.ndim == r.ndim else "auto")
             grid = own.to_grid(normalised)
             grids.append(F.interpolate(grid, size=places.grid, mode="bilinear", align_corners=True))
         prior = Gaussian.of(part(state, self.layer), 0, self.active_neurons_threshold, r)
@@ -317,7 +320,7 @@ class IBAReadout(Method):
     min_std: float = 0.01
     active_neurons_threshold: float = 0.01
     relu: bool = False
-    layout: layout.Name = "auto"
+    layout: str = "auto"
     epochs: int = 20
     train_batch: int = 32
     lr: float = 1e-5
@@ -332,6 +335,10 @@ class IBAReadout(Method):
     @property
     def roles(self) -> tuple[str, ...]:
         return self.fit.roles
+
+    @property
+    def laid(self) -> Mapping[str, str]:
+        return self.fit.laid
 
     @property
     def fit(self) -> ReadoutFit:

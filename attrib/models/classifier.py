@@ -17,7 +17,8 @@ from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
 from attrib.models.output import Output, Take
-from attrib.models.split import Front, Split, between, hooked, split
+from attrib.models.reading import Name, Reading, described, find
+from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
 from attrib.noise import Noise
 from attrib.process.memory import Heap
@@ -74,6 +75,7 @@ class Classifier:
         self.output = Output.of(output)
         self.rows, self.device, self.dtype = rows, torch.device(device), dtype
         self.variant, self.original = variant, original or self
+        self.input_shape = input_shape
         self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
         self.weights = tensor_digest(tensors(module))
@@ -82,6 +84,7 @@ class Classifier:
         self.module, exam = self._prepare(module, input_shape)
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
+        self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
@@ -212,6 +215,33 @@ class Classifier:
     def layer(self, role: str) -> nn.Module:
         return self.module.get_submodule(self.path(role))
 
+    def reading(self, role: str, shape: tuple[int, ...], said: str = "auto") -> Reading:
+        """Which axes of the layer's output are space, for images (C, H, W) or sounds (C, L); found out once.
+
+        With ``said="tokens"`` only which tokens are. It is the same for every batch, and a randomised copy is read as
+        its original is. Raises UserError if it cannot be found out.
+        """
+        if self.original is not self:
+            return self.original.reading(role, shape, said)
+        path = self.path(role)
+        among: tuple[Name, ...] = ("channels_first", "channels_last", "tokens", "vector")
+        among = ("tokens",) if said == "tokens" else among if len(shape) == 3 else (*among[:2], "vector")
+        if (path, shape, among) not in self._readings:
+            front, passed = HookSplit(self.module, path).front, self.passed
+            try:
+                self._readings[path, shape, among] = find(
+                    lambda rows: self.chunked(lambda at: front(rows[at].clone()).z, len(rows)),
+                    shape,
+                    torch.empty(0, device=self.device, dtype=self.dtype),
+                    among,
+                    f"model.layers.{role}: the layer {path} of {type(self.module).__name__}",
+                    lambda layer: described(self.module, path, layer, (shape[-2], shape[-1])),
+                )
+            finally:
+                self.passed = passed  # it is of the net, not of the samples that happen to be explained first
+            log.info("layer %s is read as %s", path, self._readings[path, shape, among])
+        return self._readings[path, shape, among]
+
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:
             if x is None:
@@ -311,8 +341,8 @@ class Classifier:
 
             def catch(role: str) -> Callable[[nn.Module, Any, Any], None]:
                 def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                    first = output[0] if isinstance(output, (tuple, list)) else output
-                    found[role].append(first.clone())  # what comes next may write into it
+                    # A copy: what comes next may write into it.
+                    found[role].append(first_tensor(output, self.path(role)).clone())
 
                 return hook
 

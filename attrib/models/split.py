@@ -127,8 +127,16 @@ class _StopForwardError(Exception):
     """Leaves the forward pass once the wanted layer has run."""
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
+def first_tensor(output: Any, path: str) -> Tensor:
+    """A layer's output, or the first element of a tuple or list. Raises UserError if that is no tensor."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        what = f"a {type(output).__name__}" + ("" if first is output else f" that begins with {type(first).__name__}")
+        raise UserError(
+            f"layer {path} gives {what}, not a tensor; take a layer inside or behind it that gives one "
+            "(set model.layers.<role>)"
+        )
+    return first
 
 
 def _replace(z: Tensor) -> Any:
@@ -136,11 +144,11 @@ def _replace(z: Tensor) -> Any:
     return lambda _module, _inputs, output: (z, *output[1:]) if isinstance(output, (tuple, list)) else z
 
 
-def _catch(found: list[Tensor]) -> Any:
+def _catch(found: list[Tensor], path: str) -> Any:
     """A forward hook that keeps a layer's output, or its first element, and ends the forward pass."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(_first(output))
+        found.append(first_tensor(output, path))
         raise _StopForwardError
 
     return hook
@@ -164,7 +172,7 @@ class HookSplit:
 
     def front(self, x: Tensor) -> Front:
         found: list[Tensor] = []
-        with hooked(self._layer, _catch(found)), suppress(_StopForwardError):
+        with hooked(self._layer, _catch(found, self._path)), suppress(_StopForwardError):
             self._module(x)
         if not found:
             raise UserError(f"{type(self._module).__name__} did not run the layer {self._path} for these inputs")
@@ -184,7 +192,7 @@ def between(module: nn.Module, start: str, end: str, x: Tensor, z: Tensor) -> Te
     found: list[Tensor] = []
     with (
         hooked(module.get_submodule(start), _replace(z)),
-        hooked(module.get_submodule(end), _catch(found)),
+        hooked(module.get_submodule(end), _catch(found, end)),
         suppress(_StopForwardError),
     ):
         module(x)
@@ -196,27 +204,64 @@ def between(module: nn.Module, start: str, end: str, x: Tensor, z: Tensor) -> Te
     return found[0]
 
 
+def _outputs(module: nn.Module, path: str, x: Tensor) -> list[Any]:
+    """What the layer gives, call by call, in one forward pass."""
+    found: list[Any] = []
+    with hooked(module.get_submodule(path), lambda _module, _inputs, output: found.append(output)), torch.no_grad():
+        module(x)
+    return found
+
+
 def count_calls(module: nn.Module, path: str, x: Tensor) -> int:
     """How often one forward pass runs the layer."""
-    calls: list[None] = []
-    with hooked(module.get_submodule(path), lambda *_: calls.append(None)), torch.no_grad():
-        module(x)
-    return len(calls)
+    return len(_outputs(module, path, x))
+
+
+def _spoilt(value: Any) -> Any:
+    """The same with NaN for every number that is not whole."""
+    if isinstance(value, Tensor):
+        return torch.full_like(value, torch.nan) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_spoilt, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_spoilt, value))
+    return {k: _spoilt(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@torch.no_grad()
+def _check_layer(module: nn.Module, path: str, x: Tensor) -> None:
+    """Raises UserError unless the layer runs once, and all that the net reads of it is one tensor, a row per sample."""
+    outputs, where = _outputs(module, path, x.clone()), f"layer {path} of {type(module).__name__}"
+    if len(outputs) != 1:
+        raise UserError(
+            f"{where} runs {len(outputs)} times in a forward pass; take a layer that runs exactly once "
+            "(set model.layers.<role>)"
+        )
+    z = first_tensor(outputs[0], path)
+    if z.shape[:1] != x.shape[:1]:
+        raise UserError(
+            f"{where} gives {tuple(z.shape)} for {len(x)} samples, which is not one row per sample; take another layer "
+            "(set model.layers.<role>)"
+        )
+    if not isinstance(outputs[0], (tuple, list)) or len(outputs[0]) == 1:
+        return
+    with hooked(module.get_submodule(path), lambda _module, _inputs, output: (output[0], *map(_spoilt, output[1:]))):
+        spoilt = module(x.clone())
+    if not torch.equal(spoilt.nan_to_num(), module(x.clone()).nan_to_num()):
+        raise UserError(
+            f"{where} gives {len(outputs[0])} things, and the net reads others than the first; take a layer inside or "
+            "behind it that gives one tensor (set model.layers.<role>)"
+        )
 
 
 def split(module: nn.Module, path: str, x: Tensor) -> Split:
     """The net cut at ``path``: by graph where that reproduces the logits of ``x``, else by hooks.
 
-    Raises UserError if the layer does not run exactly once per forward pass, or its output is not
-    one tensor row per sample.
+    Raises UserError if the layer does not run exactly once per forward pass, or what the net reads of
+    its output is not one tensor with a row per sample.
     """
     probe = x[:1].clone()
-    calls = count_calls(module, path, probe.clone())
-    if calls != 1:
-        raise UserError(
-            f"layer {path} of {type(module).__name__} runs {calls} times in a forward pass; "
-            "a bottleneck needs a layer that runs exactly once (set model.layers.<role>)"
-        )
+    _check_layer(module, path, probe)
     try:
         return _checked(GraphSplit(module, path), module, probe)
     except CannotSplitError as reason:

@@ -116,7 +116,7 @@ def timm_net(arch: str, pretrained: bool = False, **options: Any) -> nn.Module:
     return timm.create_model(arch, pretrained=pretrained, **options)
 
 
-def _timm_input(arch: str, img_size: Any = None, **_: Any) -> dict[str, Any]:
+def _timm_input(arch: str, img_size: Any = None, in_chans: int = 3, **_: Any) -> dict[str, Any]:
     import timm
 
     if not timm.is_model(arch.partition(".")[0]):
@@ -132,6 +132,8 @@ def _timm_input(arch: str, img_size: Any = None, **_: Any) -> dict[str, Any]:
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
     known = {"size": size, "mean": list(how["mean"]), "std": list(how["std"]), "interpolation": how["interpolation"]}
+    if len(how["mean"]) != in_chans:  # of three colours; timm says nothing of other channels
+        del known["mean"], known["std"]
     # ImageTransform can do neither borders nor crops that are not square.
     if how["crop_mode"] == "squash" and how["crop_pct"] == 1:
         known |= {"resize": "squash", "resize_size": None}

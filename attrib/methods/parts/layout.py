@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,43 +13,38 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from attrib.models import Classifier
+from attrib.models.reading import FIELDS, Name, Reading, only
 from attrib.types import Batch, UserError
-
-Name = Literal["auto", "channels_first", "channels_last", "tokens", "vector"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer's output (B, *layer) lies on an image.
+    """How a layer's output (B, *layer) lies on an image, see ``attrib.models.reading``.
 
-    ``auto`` takes (B, C, H, W) for a conv map, (B, T, C) for tokens and (B, C) for a vector.
-    Tokens form a grid with the image's aspect ratio; those beyond the grid (class token, registers)
-    are assumed to come first. A vector has one place, the whole image.
+    A vector has one place, the whole image; tokens in front of a grid (class token, registers) have none.
     """
 
     name: Name
     shape: tuple[int, ...]  # of the layer, without B
     image: tuple[int, int]
+    tokens: tuple[int, int] = (1, 1)  # the grid of tokens, which their number does not tell
     real: ClassVar[None] = None  # every unit counts; see ``TextLayout``
 
     @classmethod
-    def of(cls, z: Tensor, image: tuple[int, int], name: Name = "auto") -> Layout:
-        """Raises UserError if a layer of this shape cannot have the layout ``name``."""
-        by_rank: dict[int, Name] = {4: "channels_first", 3: "tokens", 2: "vector"}
-        resolved = by_rank.get(z.ndim, "auto") if name == "auto" else name
-        rank = {"channels_first": 4, "channels_last": 4, "tokens": 3, "vector": 2}.get(resolved, 0)
-        if z.ndim != rank:
-            known = ", ".join(get_args(Name))
-            raise UserError(f"a layer whose output is {tuple(z.shape)} has no layout {name!r} (layouts: {known})")
-        layout = cls(resolved, tuple(z.shape[1:]), image)
-        if name == "auto" and rank == 4:
-            (h, w), (height, width) = layout.grid, image
-            if not 0.5 <= (h / w) / (height / width) <= 2 and min(h, w) > 1:
-                raise UserError(
-                    f"a layer whose output is {tuple(z.shape)} does not look like (B, C, H, W) of an image of "
-                    f"{height} x {width}: set method.layout=channels_last, or channels_first if it is"
-                )
-        return layout
+    def of(cls, z: Tensor, image: tuple[int, int], said: str | Reading = "auto") -> Layout:
+        """Of a reading that was found, or that a user says. Raises UserError if the layer does not have it.
+
+        With "auto", a layer that can be read in one way only; where sizes would have to decide, UserError.
+        """
+        shape = tuple(z.shape[1:])
+        reading = said if isinstance(said, Reading) else only(shape) if said == "auto" else Reading.said(said, shape)
+        if reading is None:
+            raise UserError(
+                f"which axes of a layer whose output is {tuple(z.shape)} are space cannot be told from their sizes; "
+                f"set layout to {FIELDS}"
+            )
+        return cls(reading.name, shape, image, reading.grid)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -58,11 +53,7 @@ class Layout:
             return self.shape[1], self.shape[2]
         if self.name == "channels_last":
             return self.shape[0], self.shape[1]
-        if self.name == "vector":
-            return 1, 1
-        tokens, (height, width) = self.shape[0], self.image
-        rows = min(tokens, max(1, math.isqrt(tokens * height // width)))
-        return rows, min(tokens // rows, max(1, rows * width // height))
+        return self.tokens if self.name == "tokens" else (1, 1)
 
     def to_grid(self, z: Tensor) -> Tensor:
         """(B, *layer) -> (B, C, h, w), without the tokens before the grid."""
@@ -175,12 +166,14 @@ class SoundLayout:
     real: ClassVar[None] = None  # every unit counts; see ``TextLayout``
 
     @classmethod
-    def of(cls, z: Tensor, length: int, name: Name = "auto") -> SoundLayout:
+    def of(cls, z: Tensor, length: int, said: str) -> SoundLayout:
         """Raises UserError for a layer that has neither places along time nor one for the whole sound."""
-        if z.ndim not in (2, 3) or (name != "auto" and (z.ndim == 2) != (name == "vector")):
+        name = "vector" if said == "auto" and z.ndim == 2 else said
+        known = ("vector",) if z.ndim == 2 else ("channels_first", "channels_last", "tokens")
+        if z.ndim not in (2, 3) or name not in known:
             raise UserError(
-                f"a layer whose output is {tuple(z.shape)} has no layout {name!r} on a sound; take one that gives "
-                "(B, C, l), or (B, l, C) with method.layout=tokens, or (B, C)"
+                f"a layer whose output is {tuple(z.shape)} has no layout {said!r} on a sound; take one that gives "
+                "(B, C, l), which is channels_first, or (B, l, C), which is tokens, or (B, C), a vector"
             )
         last = name in ("tokens", "channels_last")
         channels, *places = z.shape[1:][::-1] if last else z.shape[1:]
@@ -207,16 +200,27 @@ class SoundLayout:
 Places = Layout | TextLayout | SoundLayout
 
 
-def places(batch: Batch, z: Tensor, name: Name = "auto") -> Places:
-    """The layout of a layer's output z (B, *layer) on these samples; texts have no use for ``name``.
+def on_image(model: Classifier, role: str, x: Tensor, z: Tensor, said: str = "auto") -> Layout:
+    """How the output z of the layer with this role lies on images x (B, C, H, W).
 
-    Raises UserError if such a layer cannot be laid out so.
+    With "auto" it is found out (``Classifier.reading``), with "tokens" the grid of the tokens is; else the user knows.
+    Raises UserError, also if it cannot be found out.
     """
+    image = image_size(x)
+    if said not in ("auto", "tokens") or only(z.shape[1:]) is not None:
+        return Layout.of(z, image, said)
+    return Layout.of(z, image, model.reading(role, tuple(x.shape[1:]), said))
+
+
+def places(model: Classifier, role: str, batch: Batch, z: Tensor, said: str = "auto") -> Places:
+    """How a layer's output lies on images (``on_image``), on sounds, or on texts, where ``said`` does not count."""
     if batch.mask is not None:
         return TextLayout.of(z, batch.mask)
-    if batch.x.ndim == 3:
-        return SoundLayout.of(z, batch.x.shape[2], name)
-    return Layout.of(z, image_size(batch.x), name)
+    if batch.x.ndim == 4:
+        return on_image(model, role, batch.x, z, said)
+    if said == "auto" and z.ndim == 3:
+        said = model.reading(role, tuple(batch.x.shape[1:])).name
+    return SoundLayout.of(z, batch.x.shape[2], said)
 
 
 def image_size(x: Tensor) -> tuple[int, int]:

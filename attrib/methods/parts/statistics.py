@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attrib.fit import Fit, FitData, Partial, State
-from attrib.methods.parts.layout import places
+from attrib.methods.parts.layout import TextLayout
 from attrib.models import Classifier
 from attrib.types import UserError
 
@@ -77,7 +77,7 @@ class FeatureStatistics(Fit):
         moments, seen = Moments(), 0
         for batch in data:
             z = model.until(self.layer, batch.x).z
-            per_token = batch.mask is not None and places(batch, z).real is not None
+            per_token = batch.mask is not None and TextLayout.of(z, batch.mask).real is not None
             moments.add(z[batch.mask] if per_token else z)
             seen += len(batch)
             report(f"feature statistics of {model.path(self.layer)}: {seen} / {len(data.uids)} samples")
