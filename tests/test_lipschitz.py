@@ -99,14 +99,15 @@ def test_equals_one_point_at_a_time(method, normalize):
 
 
 class Quadratic(nn.Module):
-    """The logit is half the sum of weighted squares, so its gradient is the weighted input."""
+    """The first logit is half the sum of weighted squares, so its gradient is the weighted input; the other is 0."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight * x**2).flatten(1).sum(1, keepdim=True) / 2
+        logit = (self.weight * x**2).flatten(1).sum(1) / 2
+        return torch.stack((logit, torch.zeros_like(logit)), 1)
 
 
 def test_known_lipschitz_constants():
@@ -115,7 +116,7 @@ def test_known_lipschitz_constants():
     for weight in (0.5, -3.0):
         found = score(Lipschitz(normalize="none"), Gradient(), batch, classifier(net=Quadratic(weight)))
         torch.testing.assert_close(found["lipschitz"], torch.full((2,), abs(weight)).double())
-    constant = nn.Sequential(nn.Flatten(), nn.Linear(H * W, 1))
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(H * W, 2))
     found = score(Lipschitz(normalize="none"), Gradient(), batch, classifier(net=constant))
     assert found["lipschitz"].abs().max() < 1e-9
     # Of a gradient that is the input, normalised, the max-sensitivity is the largest |step| / |x|.

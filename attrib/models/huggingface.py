@@ -66,7 +66,7 @@ class HuggingFaceClassifier(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """How the net computes, as plain data: its configuration, without paths, versions and names of classes."""
+        """What the net computes, as plain data: its configuration, without paths, versions and names of classes."""
         config: Any = self.net.config
         plain = json.loads(json.dumps(config.to_diff_dict(), default=str))
         own: dict[str, Any] = {"num_labels": config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
