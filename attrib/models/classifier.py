@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
+from attrib.models.aten import trace
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
@@ -82,6 +83,7 @@ class Classifier:
         self.module, exam = self._prepare(module, input_shape)
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
+        self._graphs: dict[torch.Size, fx.GraphModule] = {}
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
@@ -211,6 +213,15 @@ class Classifier:
 
     def layer(self, role: str) -> nn.Module:
         return self.module.get_submodule(self.path(role))
+
+    def graph(self, x: Tensor) -> fx.GraphModule:
+        """The net as a graph of ATen calls for inputs of x's shape (N, *input).
+
+        Raises UserError if the net cannot be traced.
+        """
+        if x.shape not in self._graphs:
+            self._graphs[x.shape] = trace(self.module, x)
+        return self._graphs[x.shape]
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:
