@@ -10,11 +10,34 @@ from torch import Tensor, fx
 from attrib.models.aten import operation
 
 # Each number of the result is a function of the number at its place (of several inputs: of the numbers).
-ELEMENTWISE = frozenset(["abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmod", "frac", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "leaky_relu", "log", "log10", "log1p", "log2", "log_sigmoid_forward", "logit", "maximum", "minimum", "mish", "nan_to_num", "pow", "_prelu_kernel", "reciprocal", "relu", "relu6", "remainder", "round", "rrelu_with_noise", "rsqrt", "selu", "sgn", "sigmoid", "sign", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "special_expit", "sqrt", "square", "tan", "tanh", "threshold", "trunc", "where", "xlogy", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "add", "sub", "rsub", "mul", "div", "neg", "_to_copy", "clone", "masked_fill", "positive", "addcmul", "addcdiv", "lerp", "fill", "copy"])  # fmt: skip
+ELEMENTWISE = frozenset((
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "celu", "clamp", "clamp_max",
+    "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmod", "frac", "gelu",
+    "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "leaky_relu", "log", "log10", "log1p",
+    "log2", "log_sigmoid_forward", "logit", "maximum", "minimum", "mish", "nan_to_num", "pow", "_prelu_kernel",
+    "reciprocal", "relu", "relu6", "remainder", "round", "rrelu_with_noise", "rsqrt", "selu", "sgn", "sigmoid", "sign",
+    "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "special_expit", "sqrt", "square", "tan", "tanh",
+    "threshold", "trunc", "where", "xlogy", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
+    "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "add", "sub", "rsub",
+    "mul", "div", "neg", "_to_copy", "clone", "masked_fill", "positive", "addcmul", "addcdiv", "lerp", "fill", "copy",
+))  # fmt: skip
 
 # Linear (up to a constant) in these arguments together, if no other argument depends on the input. Of those that
 # are not named it is the first.
-LINEAR: dict[str, tuple[int, ...]] = dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "slice", "select", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "as_strided", "unfold", "flip", "roll", "repeat", "alias", "detach", "lift_fresh", "lift_fresh_copy", "tril", "triu", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool2d", "mean", "sum", "cumsum", "index", "index_select", "gather", "grid_sampler_2d", "grid_sampler_3d", "max_unpool2d", "max_unpool3d", "real", "imag", "view_as_real", "view_as_complex", "_conj", "_fft_r2c", "_fft_c2c", "_fft_c2r", "neg", "positive", "clone", "_to_copy"], (0,)) | {
+LINEAR: dict[str, tuple[int, ...]] = dict.fromkeys((
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze",
+    "slice", "select", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "as_strided", "unfold",
+    "flip", "roll", "repeat", "alias", "detach", "lift_fresh", "lift_fresh_copy", "tril", "triu", "rot90",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "constant_pad_nd", "reflection_pad1d",
+    "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+    "adaptive_avg_pool2d", "mean", "sum", "cumsum", "index", "index_select", "gather", "grid_sampler_2d",
+    "grid_sampler_3d", "max_unpool2d", "max_unpool3d", "real", "imag", "view_as_real", "view_as_complex", "_conj",
+    "_fft_r2c", "_fft_c2c", "_fft_c2r", "neg", "positive", "clone", "_to_copy",
+), (0,)) | {
     "add": (0, 1), "sub": (0, 1), "rsub": (0, 1), "cat": (0,), "stack": (0,), "slice_scatter": (0, 1),
     "select_scatter": (0, 1), "diagonal_scatter": (0, 1), "as_strided_scatter": (0, 1), "copy": (1,), "fill": (1,),
     "where": (1, 2), "index_put": (0, 2), "index_add": (0, 3), "scatter": (0, 3), "scatter_add": (0, 3),
@@ -34,7 +57,10 @@ BATCH_NORM: dict[str, int | None] = {
 }  # fmt: skip
 
 # The result depends on the shape of the input alone.
-OF_SHAPE = frozenset(["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "zero", "arange"])  # fmt: skip
+OF_SHAPE = frozenset((
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "zero",
+    "arange",
+))  # fmt: skip
 
 
 def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
@@ -46,7 +72,7 @@ def _is_zero(value: Any) -> bool:
     if not isinstance(value, fx.Node):
         return value is not None and value == 0
     if value.op == "get_attr":
-        constant = getattr(value.graph.owning_module, value.target)
+        constant = getattr(value.graph.owning_module, str(value.target))
         return isinstance(constant, Tensor) and not constant.any()
     if operation(value) in ("zeros", "zeros_like", "new_zeros", "zero"):
         return True

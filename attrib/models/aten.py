@@ -45,6 +45,9 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         node.meta.clear()  # it may hold tensors
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default  # whatever the strides of a rule's result are
+    traced.recompile()
     return traced
 
 
@@ -52,6 +55,11 @@ def operation(node: fx.Node) -> str:
     """The name of the operation that a node calls, without ``aten::``; "" if it calls none."""
     schema = getattr(node.target, "_schema", None)
     return "" if schema is None else schema.name.removeprefix("aten::")
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def of_input(graph: fx.Graph) -> set[fx.Node]:
@@ -63,19 +71,26 @@ def of_input(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def call(node: fx.Node) -> Callable[..., Any]:
+    """What a node calls."""
+    assert callable(node.target)
+    return node.target
+
+
 def propagate(traced: fx.GraphModule, x: Any, rule: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]) -> Any:
     """What the net gives for x, where ``rule(node, args, kwargs)`` computes each call that depends on the input.
 
     x is a tensor, or anything else that ``rule`` takes and returns in the place of one.
     """
-    depends, values = of_input(traced.graph), {}
+    depends = of_input(traced.graph)
+    values: dict[fx.Node, Any] = {}
     last = {used: node for node in traced.graph.nodes for used in node.all_input_nodes}
     for node in traced.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "placeholder":
             values[node] = x
         elif node.op == "get_attr":
-            value = getattr(traced, node.target)
+            value = getattr(traced, str(node.target))
             # A counter in a buffer, say: the net's own is not to be changed.
             mutable = any(
                 getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users
@@ -86,7 +101,7 @@ def propagate(traced: fx.GraphModule, x: Any, rule: Callable[[fx.Node, tuple[Any
         elif operation(node) and node in depends:
             values[node] = rule(node, args, kwargs)
         else:
-            values[node] = node.target(*args, **kwargs)
+            values[node] = call(node)(*args, **kwargs)
         for used in node.all_input_nodes:
             if last[used] is node:
                 del values[used]

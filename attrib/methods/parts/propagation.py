@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from attrib.models import Classifier
-from attrib.models.activations import ELEMENTWISE
-from attrib.models.aten import of_input, operation, place, propagate
+from attrib.models.activations import ELEMENTWISE, LINEAR
+from attrib.models.aten import call, of_input, operation, place, propagate
 from attrib.types import UserError
 
 Kinds = Mapping[str, Callable[[fx.Node], int | None]]
@@ -38,8 +38,8 @@ def deconvolution(relu: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return replaced(relu(x), way_back)
 
 
-def _as_it_is(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return call(x)
+def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
 
 
 class Hookable:
@@ -63,9 +63,9 @@ class Hookable:
 
         def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if node not in found:
-                return node.target(*args, **kwargs)
+                return call(node)(*args, **kwargs)
             at = found[node]
-            return rule(lambda value: node.target(*args[:at], value, *args[at + 1 :], **kwargs), args[at])
+            return rule(lambda value: call(node)(*args[:at], value, *args[at + 1 :], **kwargs), args[at])
 
         return propagate(self._model.graph(x), x, compute)
 
@@ -73,7 +73,7 @@ class Hookable:
         """Other element-wise operations that are no sums, products or comparisons, with the modules they are in."""
         traced = self._model.graph(x)
         depends, found = of_input(traced.graph), self.found(x)
-        bent = ELEMENTWISE - set(
+        bent = ELEMENTWISE - LINEAR.keys() - {"mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
             ["add", "sub", "rsub", "mul", "div", "neg", "_to_copy", "clone", "masked_fill", "fill", "copy", "eq", "ne"]
         )
         nodes = {operation(n): n for n in reversed(traced.graph.nodes) if n in depends - found.keys()}

@@ -27,7 +27,7 @@ from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import replaced
 from attrib.models import Classifier
 from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR, OF_SHAPE
-from attrib.models.aten import operation, place, propagate
+from attrib.models.aten import call, operation, place, propagate
 from attrib.types import SampleError, UserError
 
 EPS = 1e-10  # inputs that differ by less have met; captum's number
@@ -105,9 +105,10 @@ def rescale(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Pair:
             again = function(*tree_map_only(Pair, lambda _: leaf, args), **tree_map_only(Pair, lambda _: leaf, kwargs))
         slope = _slope(again, leaf)
     else:
-        source = _common_root(pairs)
-        if source is None or source.x.shape != y.shape or not source.differentiable:
+        root = _common_root(pairs)
+        if root is None or root.x.shape != y.shape or not root.differentiable:
             raise NoRuleError
+        source = root
         # Where the sources meet, so does all that is between: there the gradient so far is the derivative.
         slope = _slope(y, source.x)
     multiplier = _ratio(y.detach() - y0, source.x.detach() - source.x0, slope)
@@ -126,11 +127,12 @@ def product(function: Callable[..., Tensor], factors: tuple[int, int], beside: i
     """A function that is linear in each of two arguments, both of them pairs."""
     y, y0 = _both(function, *args)
     mean = tree_map_only(Pair, lambda p: (p.x.detach() + p.x0) / 2, args)
-    way_back = []
+    way_back = torch.zeros_like(y)
     for at in (*factors, *(() if beside is None else (beside,))):
         if isinstance(args[at], Pair):
-            way_back.append(function(*mean[:at], args[at].x, *mean[at + 1 :]))
-    return Pair(replaced(y, sum(term - term.detach() for term in way_back)), y0)
+            term = function(*mean[:at], args[at].x, *mean[at + 1 :])
+            way_back = way_back + (term - term.detach())
+    return Pair(replaced(y, way_back), y0)
 
 
 def largest(pair: Pair, at: Tensor, at0: Tensor) -> Pair:
@@ -173,6 +175,10 @@ def _negative(pair: Pair) -> Pair:
     return linear(torch.neg, pair)
 
 
+def _least(pair: Pair, *args: Any) -> Pair:
+    return _negative(_over(_negative(pair), *args))
+
+
 def _extreme(name: str, *args: Any) -> Pair:
     """The larger, or the smaller, of two values."""
     shape = torch.broadcast_shapes(*(p.x.shape for p in args))
@@ -187,7 +193,7 @@ def _times(a: Pair, b: Pair) -> Pair:
     return product(torch.mul, (0, 1), None, a, b)
 
 
-def _exponentials(pair: Pair, dim: int | Sequence[int]) -> tuple[Pair, Pair, Tensor]:
+def _exponentials(pair: Pair, dim: int | list[int]) -> tuple[Pair, Pair, Tensor]:
     """exp(x - c), its sum and c, which is the same for input and baseline: a shift must not be explained."""
     shift = torch.maximum(pair.x.detach(), pair.x0).amax(dim, keepdim=True)
     powers = rescale(torch.exp, linear(lambda t: t - shift, pair))
@@ -204,7 +210,7 @@ def _log_softmax(pair: Pair, dim: int, *_: Any) -> Pair:
     return linear(lambda x, s: x - shift - s, pair, rescale(torch.log, total))
 
 
-def _logsumexp(pair: Pair, dim: Sequence[int], keepdim: bool = False) -> Pair:
+def _logsumexp(pair: Pair, dim: list[int], keepdim: bool = False) -> Pair:
     _powers, total, shift = _exponentials(pair, dim)
     return linear(lambda s: (s + shift) if keepdim else (s + shift).sum(dim), rescale(torch.log, total))
 
@@ -295,7 +301,7 @@ def _root_mean_square_norm(
 
 MADE_OF_RULES: dict[str, Callable[..., Any]] = {
     "amax": _over,
-    "amin": lambda pair, *args: _negative(_over(_negative(pair), *args)),
+    "amin": _least,
     "max": lambda pair, *dim: (_over(pair, *dim), None) if dim else _over(pair),
     "min": lambda pair, *dim: (
         (_negative(_over(_negative(pair), *dim)), None) if dim else _negative(_over(_negative(pair)))
@@ -320,7 +326,7 @@ POOLINGS = {
 
 def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives for pairs, with the rule that fits. Raises NoRuleError if none does."""
-    name, function = operation(node), node.target
+    name, function = operation(node), call(node)
     if name in OF_SHAPE:
         return function(*tree_map_only(Pair, lambda p: p.x.detach(), args), **kwargs)
     if name in POOLINGS:
