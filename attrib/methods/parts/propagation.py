@@ -74,8 +74,6 @@ class Hookable:
         traced = self._model.graph(x)
         depends, found = of_input(traced.graph), self.found(x)
         bent = ELEMENTWISE - LINEAR.keys() - {"mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
-            ["add", "sub", "rsub", "mul", "div", "neg", "_to_copy", "clone", "masked_fill", "fill", "copy", "eq", "ne"]
-        )
         nodes = {operation(n): n for n in reversed(traced.graph.nodes) if n in depends - found.keys()}
         return [f"{name} in {place(self._model.module, x, traced, n)}" for name, n in nodes.items() if name in bent]
 
