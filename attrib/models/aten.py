@@ -43,6 +43,10 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
             f"this method needs the graph of the net, and torch cannot trace {type(net).__name__}: {reason}"
         ) from error
     traced.graph.eliminate_dead_code()
+    for node in list(traced.graph.nodes):
+        if operation(node) == "as_strided_" and _keeps_strides(node):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
     for node in traced.graph.nodes:
         node.meta.clear()  # it may hold tensors
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
@@ -55,6 +59,13 @@ def operation(node: fx.Node) -> str:
     """The name of the operation that a node calls, without ``aten::``; "" if it calls none."""
     schema = getattr(node.target, "_schema", None)
     return "" if schema is None else schema.name.removeprefix("aten::")
+
+
+def _keeps_strides(node: fx.Node) -> bool:
+    """Whether as_strided leaves every number where it is, as before convolutions of images of one pixel."""
+    before, (size, stride) = node.args[0].meta["val"], node.args[1:3]
+    strides = zip(size, before.stride(), stride, strict=True)
+    return tuple(size) == tuple(before.shape) and all(n == 1 or a == b for n, a, b in strides)
 
 
 def _writes(node: fx.Node) -> bool:
