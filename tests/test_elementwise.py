@@ -31,7 +31,7 @@ def pictures(n: int = 2, *shape: int) -> Batch:
 
 
 def explain(method: Method, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    return dict(method.attribute(Classifier(net, dtype=torch.float64), batch, {}, Noise(batch.uids, seed=5)))
+    return dict(method.attribute(Classifier(net, dtype=torch.float64), batch, {}, Noise(batch.uids, seed=5, dtype=batch.x.dtype)))
 
 
 def same(found: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
@@ -286,10 +286,10 @@ COMPLETE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_what_is_made_of_the_rules_is_complete_and_leaves_the_logits(name):
     net, batch = made(COMPLETE[name]), pictures(3)
     found = explain(DeepLiftShap(samples=2, sigma=0.7), net, batch)
-    stream = Noise(batch.uids, seed=5)
+    stream = Noise(batch.uids, seed=5, dtype=batch.x.dtype)
     change = torch.zeros(3, dtype=torch.float64)
     for _ in range(2):
-        baseline = 0.7 * stream.normal(*batch.x.shape[1:]).double()
+        baseline = 0.7 * stream.normal(*batch.x.shape[1:])
         with torch.no_grad():
             change += (net(batch.x) - net(baseline)).gather(1, batch.target[:, None])[:, 0] / 2
     same(found["map"].sum((1, 2)), change, 1e-6)
@@ -413,7 +413,7 @@ def test_a_net_that_changes_between_its_runs_is_refused():
     node = next(n for n in traced.graph.nodes if n.target is torch.ops.aten.relu.default)
     node.target = torch.ops.aten.sigmoid.default
     with pytest.raises(UserError, match="gives other logits than Net itself"):
-        DeepLiftShap(samples=1).attribute(model, batch, {}, Noise(batch.uids))
+        DeepLiftShap(samples=1).attribute(model, batch, {}, Noise(batch.uids, dtype=batch.x.dtype))
 
 
 def test_a_map_that_is_not_complete_fails_its_sample():
