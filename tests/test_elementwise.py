@@ -31,7 +31,11 @@ def pictures(n: int = 2, *shape: int) -> Batch:
 
 
 def explain(method: Method, net: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    return dict(method.attribute(Classifier(net, dtype=torch.float64), batch, {}, Noise(batch.uids, seed=5, dtype=batch.x.dtype)))
+    return dict(
+        method.attribute(
+            Classifier(net, dtype=torch.float64), batch, {}, Noise(batch.uids, seed=5, dtype=batch.x.dtype)
+        )
+    )
 
 
 def same(found: Tensor, expected: Tensor, atol: float = 1e-10) -> None:
@@ -293,7 +297,7 @@ def test_what_is_made_of_the_rules_is_complete_and_leaves_the_logits(name):
         with torch.no_grad():
             change += (net(batch.x) - net(baseline)).gather(1, batch.target[:, None])[:, 0] / 2
     same(found["map"].sum((1, 2)), change, 1e-6)
-    assert found["delta"].max() < 1e-10
+    assert found["delta"].max() < 1e-8
     assert change.abs().max() > 1e-4
 
 
@@ -398,22 +402,22 @@ def test_a_net_whose_code_depends_on_values_is_refused():
         explain(DeepLiftShap(samples=1), made(lambda z: z.relu() if z.mean() < 100 else z), pictures())
 
 
-def test_a_net_that_changes_between_its_runs_is_refused():
-    class Odd(nn.Module):
-        """Its graph is that of its first run, in which it did not count."""
+@pytest.mark.parametrize("method", [DeepLiftShap(samples=1), GuidedBackprop()])
+def test_a_net_that_computes_something_else_than_its_graph_is_refused(method):
+    class Remembers(nn.Module):
+        """What it adds is no function of its input alone."""
+
+        shift = 0.0
 
         def forward(self, z):
-            return z.relu() if torch.jit.is_scripting() or not torch.is_grad_enabled() else z
+            return F.relu(z) + self.shift
 
     batch = pictures()
-    model = Classifier(made(Odd()), dtype=torch.float64)
-    model.module.head.weight.data.mul_(1)
-    assert explain(GuidedBackprop(), made(Odd()), batch)["map"].isfinite().all()
-    traced = model.graph(batch.x)
-    node = next(n for n in traced.graph.nodes if n.target is torch.ops.aten.relu.default)
-    node.target = torch.ops.aten.sigmoid.default
-    with pytest.raises(UserError, match="gives other logits than Net itself"):
-        DeepLiftShap(samples=1).attribute(model, batch, {}, Noise(batch.uids, dtype=batch.x.dtype))
+    model = Classifier(made(Remembers()), dtype=torch.float64)
+    model.graph(batch.x)
+    model.module.function.shift = 1.0
+    with pytest.raises(UserError, match="gives other logits than Net itself by"):
+        method.attribute(model, batch, {}, Noise(batch.uids, dtype=batch.x.dtype))
 
 
 def test_a_map_that_is_not_complete_fails_its_sample():

@@ -6,7 +6,7 @@ torch's own tracing takes modules, functions and methods down to one set of oper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -47,8 +47,11 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
         if operation(node) == "as_strided_" and _keeps_strides(node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
+    depends = of_input(traced.graph)
     for node in traced.graph.nodes:
         node.meta.clear()  # it may hold tensors
+        if _writes(node) and node.args[0] in depends:
+            node.target = _without_writing(node)
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             node.target = torch.ops.aten.reshape.default  # whatever the strides of a rule's result are
     traced.recompile()
@@ -63,9 +66,20 @@ def operation(node: fx.Node) -> str:
 
 def _keeps_strides(node: fx.Node) -> bool:
     """Whether as_strided leaves every number where it is, as before convolutions of images of one pixel."""
-    before, (size, stride) = node.args[0].meta["val"], node.args[1:3]
+    given, size, stride = node.args[:3]
+    assert isinstance(given, fx.Node)
+    assert isinstance(size, Sequence)
+    assert isinstance(stride, Sequence)
+    before = given.meta["val"]
     strides = zip(size, before.stride(), stride, strict=True)
     return tuple(size) == tuple(before.shape) and all(n == 1 or a == b for n, a, b in strides)
+
+
+def _without_writing(node: fx.Node) -> Any:
+    """The call that gives the same as one in place: torch leaves some of these inside what it takes apart itself."""
+    packet = getattr(torch.ops.aten, operation(node).removesuffix("_"), None)
+    overload = getattr(node.target, "_overloadname", "default")
+    return getattr(packet, overload, node.target)
 
 
 def _writes(node: fx.Node) -> bool:
