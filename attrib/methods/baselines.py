@@ -17,13 +17,13 @@ for Gradient and SmoothGrad on texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol, get_args
+from typing import ClassVar, get_args
 
 import torch
 from captum import attr
-from torch import Tensor, nn
+from torch import Tensor
 
 from attrib import keys
 from attrib.checks import require
@@ -32,9 +32,10 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.layout import image_size, on_image, resize
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.propagation import hookable, without_overlap
+from attrib.methods.parts.propagation import Rule, check_same, deconvolution, guided, hookable
+from attrib.methods.parts.rescale import check_complete, deep_lift
 from attrib.models import Classifier
-from attrib.models.activations import ELEMENTWISE, RELU_LIKE
+from attrib.models.activations import RELU_LIKE
 from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -185,38 +186,38 @@ class SmoothGrad(Method):
         return {"map": inputs.reduce(total / self.samples, self.reduce)}
 
 
-class _ReluRule(Protocol):
-    """One of captum's methods that change the gradient of ReLUs."""
+def _through_relus(rule: Rule, what: str, reduce: Reduce, model: Classifier, batch: Batch) -> Tensor:
+    """(B, H, W): the gradient by a rule for ReLUs. Raises UserError on a net without any."""
+    net, inputs = hookable(model, RELU_LIKE), Inputs.of(model, batch)
 
-    def attribute(self, inputs: Tensor, *, additional_forward_args: tuple[Tensor, ...]) -> Tensor: ...
+    def piece(rows: slice) -> tuple[Tensor, Tensor]:
+        if not net.found(batch.x[rows]):
+            name, others = type(model.module).__name__, net.others(batch.x[rows])
+            has = f" (but {', '.join(others)})" if others else ""
+            raise UserError(f"{what} is defined for ReLUs; {name} has none{has}. Take method=gradient, say")
+        with torch.enable_grad():
+            x = batch.x[rows].detach().requires_grad_()
+            logits = net(x.clone(), rule)
+            (found,) = torch.autograd.grad(target_score(logits, batch.target[rows]).sum(), x)
+        return found, logits.detach()
 
-
-def _through_relus(
-    rule: Callable[[nn.Module], _ReluRule], what: str, reduce: Reduce, model: Classifier, batch: Batch
-) -> Tensor:
-    """(B, H, W): the gradient with another rule for ReLUs. Raises UserError, with ``what``, on a net without any."""
-    net = hookable(model, RELU_LIKE)
-    if not any(isinstance(m, nn.ReLU) for m in net.modules()):
-        raise UserError(f"{what} is defined for ReLUs; {type(model.module).__name__} has none")
-    inputs = Inputs(batch.x, batch.target, net)
-    by = rule(inputs.score())
-
-    def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
-        return by.attribute(x, additional_forward_args=args)
-
-    return inputs.reduce(inputs.chunked(model, explain), reduce)
+    found, logits = model.chunked(piece, len(batch.x))
+    check_same(model, logits, model.logits(batch.x))
+    return inputs.reduce(found, reduce)
 
 
 @dataclass(frozen=True)
 class GuidedBackprop(Method):
     """Gradient whose negative parts are set to zero at every ReLU (Springenberg et al., 2015).
 
-    ReLU6 counts as a ReLU. Raises UserError on a net without ReLUs, where the method is not defined.
+    What counts as a ReLU is what computes one, however it is written: also a clamp, threshold or maximum at zero, and
+    x * (x > 0). So does one with a ceiling, such as ReLU6; where it is cut off, nothing passes.
+    Raises UserError on a net without ReLUs, where the method is not defined.
     Images only: the nets of texts have gates and GELUs, not ReLUs.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GuidedBackprop"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
 
@@ -224,7 +225,7 @@ class GuidedBackprop(Method):
         require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        return {"map": _through_relus(attr.GuidedBackprop, "guided backpropagation", self.reduce, model, batch)}
+        return {"map": _through_relus(guided, "guided backpropagation", self.reduce, model, batch)}
 
 
 @dataclass(frozen=True)
@@ -234,12 +235,12 @@ class Deconvolution(Method):
 
     Max-poolings send the signal to where their maximum was, as the paper's switches do. Other than in
     guided backpropagation, it does not matter which ReLUs were active in the forward pass, so the map
-    depends little on the target (Nie et al., 2018). ReLU6 counts as a ReLU. Raises UserError on a net
-    without ReLUs. Images only.
+    depends little on the target (Nie et al., 2018). What counts as a ReLU is the same as there; a ceiling,
+    as that of ReLU6, does not matter either. Raises UserError on a net without ReLUs. Images only.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Deconvolution"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     MAPS: ClassVar[Mapping[str, str]] = {"map": "signal at the input, signed"}
     reduce: Reduce = "sum"
 
@@ -247,7 +248,7 @@ class Deconvolution(Method):
         require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        return {"map": _through_relus(attr.Deconvolution, "deconvolution", self.reduce, model, batch)}
+        return {"map": _through_relus(deconvolution, "deconvolution", self.reduce, model, batch)}
 
 
 @dataclass(frozen=True)
@@ -256,17 +257,16 @@ class DeepLiftShap(Method):
 
     The baselines are ``samples`` noise images N(0, sigma^2) in normalised units, from each sample's
     own stream; with samples=1 and sigma=0 this is DeepLIFT with the mean colour as baseline.
-
-    ``delta`` is the error of completeness. It is large on nets with operations that the rescale rule
-    does not cover (attention, gates that multiply). Where captum by itself is not complete (max-pooling
-    after a ReLU, pooling windows that overlap, residuals around an activation), this is. Images only,
-    because the rule covers neither attention nor the gates of an LSTM.
+    The rules are in ``attrib.methods.parts.rescale``. A net with a call that none of them covers is refused.
+    Every rule is complete, so the map sums to the change of the logit; ``delta`` is by how much it does not, and a
+    sample for which that is more than rounding fails. Images only.
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.DeepLiftShap"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
-    EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units"}
+    EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units, >= 0"}
+    COLUMNS: ClassVar[Mapping[str, str]] = {"delta": "lower"}
     samples: int = 5
     sigma: float = 0.5
     reduce: Reduce = "sum"
@@ -277,28 +277,24 @@ class DeepLiftShap(Method):
         require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        net = without_overlap(hookable(model, ELEMENTWISE))
-        inputs = Inputs(batch.x, batch.target, net)
-        total, delta = torch.zeros_like(batch.x), torch.zeros_like(batch.x[:, 0, 0, 0])
-        whole = Inputs.of(model, batch)
+        inputs = Inputs.of(model, batch)
+        total = torch.zeros_like(batch.x)
+        change, most = torch.zeros_like(batch.x[:, 0, 0, 0]), torch.zeros_like(batch.x[:, 0, 0, 0])
+        logits = model.logits(batch.x)
         for _ in range(self.samples):
             baseline = self.sigma * inputs.normal(noise)
-            method = attr.DeepLift(inputs.score())
 
-            def explain(
-                x: Tensor,
-                args: tuple[Tensor, ...],
-                samples: slice,
-                base: Tensor = baseline,
-                by: attr.DeepLift = method,
-            ) -> Tensor:
-                return by.attribute(x, baselines=base[samples], additional_forward_args=args)
+            def piece(rows: slice, base: Tensor = baseline) -> tuple[Tensor, Tensor, Tensor]:
+                return deep_lift(model, batch.x[rows], base[rows], batch.target[rows])
 
-            found = inputs.chunked(model, explain, cost=2)
-            ends = whole.scores(model, batch.x) - whole.scores(model, baseline)
-            total += found
-            delta += found.flatten(1).sum(1) - ends
-        return {"map": inputs.reduce(total / self.samples, self.reduce), "delta": delta / self.samples}
+            found, end, start = model.chunked(piece, len(batch.x), cost=2)
+            check_same(model, torch.cat((end, start)), torch.cat((logits, model.logits(baseline))))
+            total += found / self.samples
+            change += (target_score(end, batch.target) - target_score(start, batch.target)) / self.samples
+            most = most.maximum(found.flatten(1).abs().sum(1))
+        delta = (total.flatten(1).sum(1) - change).abs()
+        check_complete(batch.uids, delta, most, "DeepLIFT")
+        return {"map": inputs.reduce(total, self.reduce), "delta": delta}
 
 
 @dataclass(frozen=True)

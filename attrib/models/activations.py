@@ -1,119 +1,117 @@
-"""A form of a net that hook-based methods can work on: every activation is a module of its own.
-
-captum's guided backpropagation and DeepLIFT put hooks on activation *modules*. They are silently wrong
-where one module runs twice in a forward pass, where an activation is a function call, and where its class is
-not one that they know (ReLU6, SiLU). Here each call becomes a module of its own.
-"""
+"""Which ATen calls are element-wise, linear, or a ReLU; see ``aten`` for the graph that they are in."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from attrib.models.split import CannotSplitError, trace
-from attrib.types import UserError
+from attrib.models.aten import operation
 
-_FUNCTIONS: dict[object, type[nn.Module]] = {
-    F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
-    F.relu6: nn.ReLU6, F.elu: nn.ELU, F.leaky_relu: nn.LeakyReLU, F.softplus: nn.Softplus,
-    torch.sigmoid: nn.Sigmoid, F.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid, "sigmoid_": nn.Sigmoid,
-    torch.tanh: nn.Tanh, F.tanh: nn.Tanh, "tanh": nn.Tanh, "tanh_": nn.Tanh,
-    F.silu: nn.SiLU, F.gelu: nn.GELU, F.mish: nn.Mish, F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid,
-    F.hardtanh: nn.Hardtanh,
-    F.max_pool1d: nn.MaxPool1d, F.max_pool2d: nn.MaxPool2d, F.max_pool3d: nn.MaxPool3d,
-    torch.max_pool1d: nn.MaxPool1d, torch.max_pool2d: nn.MaxPool2d, torch.max_pool3d: nn.MaxPool3d,
+# Each number of the result is a function of the number at its place (of several inputs: of the numbers).
+ELEMENTWISE = frozenset((
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "celu", "clamp", "clamp_max",
+    "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmod", "frac", "gelu",
+    "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "leaky_relu", "log", "log10", "log1p",
+    "log2", "log_sigmoid_forward", "logit", "maximum", "minimum", "mish", "nan_to_num", "pow", "_prelu_kernel",
+    "reciprocal", "relu", "relu6", "remainder", "round", "rrelu_with_noise", "rsqrt", "selu", "sgn", "sigmoid", "sign",
+    "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "special_expit", "sqrt", "square", "tan", "tanh",
+    "threshold", "trunc", "where", "xlogy", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
+    "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "add", "sub", "rsub",
+    "mul", "div", "neg", "_to_copy", "clone", "masked_fill", "positive", "addcmul", "addcdiv", "lerp", "fill", "copy",
+))  # fmt: skip
+
+# Linear (up to a constant) in these arguments together, if no other argument depends on the input. Of those that
+# are not named it is the first.
+LINEAR: dict[str, tuple[int, ...]] = dict.fromkeys((
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze",
+    "slice", "select", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "as_strided", "unfold",
+    "flip", "roll", "repeat", "alias", "detach", "lift_fresh", "lift_fresh_copy", "tril", "triu", "rot90",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "constant_pad_nd", "reflection_pad1d",
+    "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "avg_pool1d",
+    "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+    "adaptive_avg_pool2d", "mean", "sum", "cumsum", "index", "index_select", "gather", "grid_sampler_2d",
+    "grid_sampler_3d", "max_unpool2d", "max_unpool3d", "real", "imag", "view_as_real", "view_as_complex", "_conj",
+    "_fft_r2c", "_fft_c2c", "_fft_c2r", "neg", "positive", "clone", "_to_copy",
+), (0,)) | {
+    "add": (0, 1), "sub": (0, 1), "rsub": (0, 1), "cat": (0,), "stack": (0,), "slice_scatter": (0, 1),
+    "select_scatter": (0, 1), "diagonal_scatter": (0, 1), "as_strided_scatter": (0, 1), "copy": (1,), "fill": (1,),
+    "where": (1, 2), "index_put": (0, 2), "index_add": (0, 3), "scatter": (0, 3), "scatter_add": (0, 3),
+    "masked_fill": (0, 2),
 }  # fmt: skip
 
-RELU_LIKE = (nn.ReLU, nn.ReLU6)
-# Elementwise, so that DeepLIFT's rescale rule is (change of output) / (change of input).
-ELEMENTWISE = (
-    *RELU_LIKE, nn.ELU, nn.LeakyReLU, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish,
-    nn.Hardsigmoid, nn.Hardtanh,
-)  # fmt: skip
+# Linear in each of the two arguments, if not in both together; in the third named it is linear beside them.
+BILINEAR: dict[str, tuple[tuple[int, int], int | None]] = {
+    "mul": ((0, 1), None), "mm": ((0, 1), None), "bmm": ((0, 1), None), "mv": ((0, 1), None), "dot": ((0, 1), None),
+    "convolution": ((0, 1), 2), "addmm": ((1, 2), 0), "baddbmm": ((1, 2), 0), "addmv": ((1, 2), 0),
+}  # fmt: skip
+
+# Eval mode: linear. With the input's own statistics: not. (Name -> where the argument ``training`` is.)
+BATCH_NORM: dict[str, int | None] = {
+    "native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5,
+    "_native_batch_norm_legit_no_training": None, "_batch_norm_no_update": None,
+}  # fmt: skip
+
+# The result depends on the shape of the input alone.
+OF_SHAPE = frozenset((
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "zero",
+    "arange",
+))  # fmt: skip
 
 
-def _run(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
+def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
+    return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
 
-def stand_in(activation: nn.Module) -> nn.ReLU:
-    """An ``nn.ReLU`` by class that computes another activation.
-
-    captum recognises activations by ``type(module)``, and its rules only use the module's inputs
-    and outputs; with the class it expects, they hold for any elementwise function.
-    """
-    if type(activation) is nn.ReLU:
-        return activation
-    module = nn.ReLU()
-    module.forward = partial(_run, activation.forward)  # type: ignore[method-assign]
-    return module
-
-
-def separated(module: nn.Module, as_relu: Collection[type[nn.Module]] = ()) -> fx.GraphModule:
-    """The net with every call of a module, activation or max-pooling function as a module of its own.
-
-    Weights are shared with ``module``, hooks are not. In-place activations compute the same, but not in place.
-
-    Activations whose class is in ``as_relu`` are replaced by a ``stand_in``.
-
-    Raises UserError if the net cannot be traced.
-    """
-    own = _shared_copy(module)  # tracing leaves constants in the module that it traces
-    try:
-        net = fx.GraphModule(own, trace(own))
-    except CannotSplitError as reason:
-        raise UserError(f"this method needs a net that torch.fx can trace: {reason}") from reason
-    kinds = tuple(as_relu)
-    position = {node: number for number, node in enumerate(net.graph.nodes)}
-    for node, number in position.items():
-        if node.op == "call_module":
-            new, args, kwargs = _shared_copy(net.get_submodule(node.target)), node.args, node.kwargs
-        elif node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
-            options = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input", "return_indices")}
-            new, kwargs = _FUNCTIONS[node.target](*node.args[1:], **options), {}
-            args = (node.args or (node.kwargs["input"],))[:1]
-        else:
-            continue
-        name = f"call_{number}"
-        net.add_submodule(name, _with_stand_ins(new, kinds))
-        with net.graph.inserting_before(node):
-            call = net.graph.call_module(name, args, kwargs)
-        if _in_place(node, new):
-            new.inplace = False  # type: ignore[assignment]  # to torch every attribute is a tensor or a module
-            # Whatever read the changed input afterwards reads the result now.
-            (changed,) = node.all_input_nodes
-            for user in list(changed.users):
-                if position.get(user, -1) > number:
-                    user.replace_input_with(changed, call)
-        node.replace_all_uses_with(call)
-        net.graph.erase_node(node)
-    net.delete_all_unused_submodules()
-    net.recompile()
-    return net.eval()
+def _is_zero(value: Any) -> bool:
+    """Also of a node that makes a tensor of zeros, or of a tensor that the net keeps."""
+    if not isinstance(value, fx.Node):
+        return value is not None and value == 0
+    if value.op == "get_attr":
+        constant = getattr(value.graph.owning_module, str(value.target))
+        return isinstance(constant, Tensor) and not constant.any()
+    if operation(value) in ("zeros", "zeros_like", "new_zeros", "zero"):
+        return True
+    if operation(value) in ("full", "full_like", "new_full", "scalar_tensor"):
+        fill = value.args[{"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}[operation(value)]]
+        return _is_zero(fill)
+    kept = ("lift_fresh_copy", "lift_fresh", "expand", "view", "_to_copy", "clone", "unsqueeze", "detach")
+    return operation(value) in kept and _is_zero(value.args[0])
 
 
-def _in_place(node: fx.Node, module: nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    return name.endswith("_") or bool(node.kwargs.get("inplace", False))
+def _clamped(node: fx.Node) -> int | None:
+    # A ceiling makes a ReLU6 of it.
+    low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
+    return 0 if _is_zero(low) and (high is None or (not isinstance(high, fx.Node) and high > 0)) else None
 
 
-def _shared_copy(module: nn.Module) -> nn.Module:
-    """A copy with hooks and submodules of its own, but the same parameters and buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): t for t in tensors})
+def _positive(node: Any, x: Any) -> bool:
+    """Whether a node is x > 0 or x >= 0, perhaps as a number."""
+    while isinstance(node, fx.Node) and operation(node) == "_to_copy":
+        node = node.args[0]
+    return (
+        isinstance(node, fx.Node) and operation(node) in ("gt", "ge") and node.args[0] is x and _is_zero(node.args[1])
+    )
 
 
-def _with_stand_ins(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
-    """Also inside modules that tracing keeps whole (timm's fused norm and activation)."""
-    if isinstance(module, kinds):
-        return stand_in(module)
-    for name, child in module.named_children():
-        setattr(module, name, _with_stand_ins(child, kinds))
-    return module
+def _either(node: fx.Node, fits: Callable[[Any, Any], bool]) -> int | None:
+    """The argument for which the other one fits."""
+    return next((i for i in (0, 1) if isinstance(node.args[i], fx.Node) and fits(node.args[1 - i], node.args[i])), None)
+
+
+# What computes max(x, 0), or min(max(x, 0), ceiling): the operation -> which argument is x; None if it is no ReLU.
+RELU_LIKE: dict[str, Callable[[fx.Node], int | None]] = {
+    "relu": lambda node: 0,
+    "relu6": lambda node: 0,
+    "hardtanh": _clamped,
+    "clamp": _clamped,
+    "clamp_min": lambda node: 0 if _is_zero(_argument(node, 1, "min")) else None,
+    "threshold": lambda node: 0 if _is_zero(node.args[1]) and _is_zero(node.args[2]) else None,
+    "maximum": lambda node: _either(node, lambda other, x: _is_zero(other)),
+    "mul": lambda node: _either(node, lambda other, x: _positive(other, x)),
+    "where": lambda node: 1 if _positive(node.args[0], node.args[1]) and _is_zero(node.args[2]) else None,
+}

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
+from attrib.models.aten import trace
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
@@ -85,6 +86,7 @@ class Classifier:
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
+        self._graphs: dict[torch.Size, fx.GraphModule] = {}
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
@@ -241,6 +243,15 @@ class Classifier:
                 self.passed = passed  # it is of the net, not of the samples that happen to be explained first
             log.info("layer %s is read as %s", path, self._readings[path, shape, among])
         return self._readings[path, shape, among]
+
+    def graph(self, x: Tensor) -> fx.GraphModule:
+        """The net as a graph of ATen calls for inputs of x's shape (N, *input).
+
+        Raises UserError if the net cannot be traced.
+        """
+        if x.shape not in self._graphs:
+            self._graphs[x.shape] = trace(self.module, x)
+        return self._graphs[x.shape]
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:

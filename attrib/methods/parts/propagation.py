@@ -1,71 +1,96 @@
-"""Nets prepared for those methods of captum that change the backward pass: guided backpropagation, DeepLIFT, ..."""
+"""Ways back through a net other than its gradient, for guided backpropagation, deconvolution and DeepLIFT."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from attrib.models import Classifier
-from attrib.models.activations import separated
+from attrib.models.activations import ELEMENTWISE, LINEAR
+from attrib.models.aten import call, of_input, operation, place, propagate
+from attrib.types import UserError
+
+Kinds = Mapping[str, Callable[[fx.Node], int | None]]
+Rule = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
-class Windows(nn.Module):
-    """Lays the windows of a max-pooling side by side: (N, C, H, W) -> (N, C, h, w * places in a window)."""
-
-    def __init__(self, pool: nn.MaxPool2d) -> None:
-        super().__init__()
-        sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        self.kernel, self.stride, self.padding, self.dilation = (_pair(size) for size in sizes)
-        self.ceil = pool.ceil_mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        options = (self.kernel, self.stride, self.padding, self.dilation, self.ceil)
-        h, w = F.max_pool2d(x.detach(), *options).shape[-2:]
-        # By how much the last window reaches beyond the image along each axis; with ceil_mode more than the padding.
-        beyond = [
-            max(0, (n - 1) * s + d * (k - 1) + 1 - size - p)
-            for n, size, k, s, p, d in zip((h, w), x.shape[-2:], *options[:4], strict=True)
-        ]
-        edges = (self.padding[1], beyond[1], self.padding[0], beyond[0])
-        padded = F.pad(x, edges, value=torch.finfo(x.dtype).min)
-        places = F.unfold(padded, self.kernel, self.dilation, stride=self.stride)
-        return places.reshape(len(x), x.shape[1], -1, h, w).permute(0, 1, 3, 4, 2).flatten(3)
+def replaced(value: Tensor, way_back: Tensor) -> Tensor:
+    """``value``, whose gradient goes where that of ``way_back`` goes."""
+    return value.detach() + (way_back - way_back.detach())
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+def guided(relu: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A ReLU that lets only the positive part of its gradient through (Springenberg et al., 2015)."""
+    x = x.clone()
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad.clamp(min=0))
+    return relu(x)
 
 
-def without_overlap(net: fx.GraphModule) -> fx.GraphModule:
-    """Replace max-poolings whose windows overlap by ``Windows`` and a pooling without overlap; changes ``net``.
+def deconvolution(relu: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A ReLU whose way back is a ReLU of the signal (Zeiler & Fergus, 2014, section 2.1)."""
+    way_back = x.clone()
+    if way_back.requires_grad:
+        way_back.register_hook(lambda grad: grad.clamp(min=0))
+    return replaced(relu(x), way_back)
 
-    Where windows overlap, captum's rule keeps one window's share of a pixel and drops those of the others.
+
+def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+class Hookable:
+    """The net, with a ``rule`` for the calls that ``kinds`` recognises: (N, *input) -> (N, K) logits.
+
+    kinds   operation -> which argument of such a node is the one that the call is about, or None if it is none of them
     """
-    for node in list(net.graph.nodes):
-        pool = net.get_submodule(node.target) if node.op == "call_module" else None
-        if type(pool) is nn.MaxPool2d:
-            windows = Windows(pool)
-            reach = [d * (k - 1) for d, k in zip(windows.dilation, windows.kernel, strict=True)]
-            if any(r >= s for r, s in zip(reach, windows.stride, strict=True)):
-                places = windows.kernel[0] * windows.kernel[1]
-                net.add_submodule(node.target, nn.Sequential(windows, nn.MaxPool2d((1, places))))
-    return net
+
+    def __init__(self, model: Classifier, kinds: Kinds) -> None:
+        self._model, self._kinds = model, kinds
+
+    def found(self, x: Tensor) -> dict[fx.Node, int]:
+        """The calls that are recognised -> the argument."""
+        traced = self._model.graph(x)
+        depends = of_input(traced.graph)
+        found = {n: self._kinds[operation(n)](n) for n in traced.graph.nodes if operation(n) in self._kinds}
+        return {node: at for node, at in found.items() if at is not None and node in depends}
+
+    def __call__(self, x: Tensor, rule: Rule = _as_it_is) -> Tensor:
+        found = self.found(x)
+
+        def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if node not in found:
+                return call(node)(*args, **kwargs)
+            at = found[node]
+            return rule(lambda value: call(node)(*args[:at], value, *args[at + 1 :], **kwargs), args[at])
+
+        return propagate(self._model.graph(x), x, compute)
+
+    def others(self, x: Tensor) -> list[str]:
+        """Other element-wise operations that are no sums, products or comparisons, with the modules they are in."""
+        traced = self._model.graph(x)
+        depends, found = of_input(traced.graph), self.found(x)
+        bent = ELEMENTWISE - LINEAR.keys() - {"mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
+        nodes = {operation(n): n for n in reversed(traced.graph.nodes) if n in depends - found.keys()}
+        return [f"{name} in {place(self._model.module, x, traced, n)}" for name, n in nodes.items() if name in bent]
 
 
-def hookable(model: Classifier, as_relu: tuple[type[nn.Module], ...]) -> fx.GraphModule:
-    """The net with every activation a module of its own (``separated``), and a copied input for each module
-    without parameters.
+def hookable(model: Classifier, kinds: Kinds) -> Hookable:
+    """``model`` with a rule for the calls that ``kinds`` recognises."""
+    return Hookable(model, kinds)
 
-    captum's hooks rewrite the gradient of the tensor that enters a module. If that tensor is also read
-    elsewhere (a residual) or is another activation's output (max-pooling after a ReLU), captum mixes up
-    the gradients, and DeepLIFT is not complete.
-    """
-    net = separated(model.module, as_relu)
-    for node in list(net.graph.nodes):
-        if node.op == "call_module" and not any(True for _ in net.get_submodule(node.target).parameters()):
-            with net.graph.inserting_before(node):
-                for shared in node.all_input_nodes:
-                    node.replace_input_with(shared, net.graph.call_method("clone", (shared,)))
-    net.recompile()
-    return net
+
+def check_same(model: Classifier, got: Tensor, logits: Tensor) -> None:
+    """Raises UserError unless ``got``, what the graph of the net gives, are its logits, both (N, K)."""
+    tolerance = 1e-3 * logits.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
+    if got.shape != logits.shape or not torch.allclose(got, logits, rtol=0, atol=tolerance, equal_nan=True):
+        name = type(model.module).__name__
+        worst = f" by {(got - logits).abs().max().item():.2g}" if got.shape == logits.shape else ""
+        raise UserError(
+            f"the graph of {name} that this method works on gives other logits than {name} itself{worst}: what the net "
+            "computes depends on more than the values of its input. Take a method that needs the gradient alone, "
+            "such as integrated_gradients"
+        )
