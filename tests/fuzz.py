@@ -1,6 +1,7 @@
 """Random nets against every method: ``make fuzz N=1000``.
 
-    python tests/fuzz.py --count 1000 --start 0 --jobs 2    a table: right, refused and why, wrong and why
+    python tests/fuzz.py --count 1000 --start 0 --jobs 2    a table: right, due (refused as it must be),
+                                                            refused and why, wrong and why
     python tests/fuzz.py --seed 17 --method grad_cam        one net, to read, and what became of it
 """
 
@@ -13,9 +14,10 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from typing import get_args
 
 import torch
-from fuzz_checks import CHECKS, Case, Judge, Verdict
+from fuzz_checks import CHECKS, Case, Judge, Outcome, Verdict
 from tqdm import tqdm
 
 SHOWN = 3  # seeds of each reason
@@ -38,14 +40,14 @@ def judged(seeds: Sequence[int], methods: Sequence[str], jobs: int) -> Iterable[
 
 def table(verdicts: Sequence[Verdict], methods: Sequence[str]) -> str:
     counts = Counter((v.method, v.outcome) for v in verdicts)
-    outcomes = ("right", "refused", "wrong")
+    outcomes = get_args(Outcome)
     lines = [f"{'method':<22}" + "".join(f"{outcome:>9}" for outcome in outcomes)]
     for method in methods:
         lines.append(f"{method:<22}" + "".join(f"{counts[method, outcome]:>9}" for outcome in outcomes))
     total = [sum(counts[m, outcome] for m in methods) for outcome in outcomes]
     lines.append(f"{'all':<22}" + "".join(f"{count:>9}" for count in total))
     lines.append(f"{'':<22}" + "".join(f"{count / max(1, len(verdicts)):>9.1%}" for count in total))
-    for outcome in ("refused", "wrong"):
+    for outcome in ("due", "refused", "wrong"):
         seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
         for v in verdicts:
             if v.outcome == outcome:

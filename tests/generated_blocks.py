@@ -38,7 +38,7 @@ def activation(p: Program, of: str = "x", fresh: bool = False) -> None:
     kind, modules, functions = (
         RELU if choices.chance(0.55) else RELU6 if choices.chance(0.1) else choices.one(SMOOTH)
     )  # fmt: skip
-    if kind == "relu":
+    if kind in ("relu", "relu6"):
         p.features.add("relu")
     how = choices.integer(0, 3)
     if kind == "relu" and how == 0 and fresh:
