@@ -1,8 +1,8 @@
 """Random nets against every method: ``make fuzz N=1000``.
 
-    python tests/fuzz.py --count 1000 --start 0 --jobs 2    a table: right, due (refused as it must be),
-                                                            refused and why, wrong and why
-    python tests/fuzz.py --seed 17 --method grad_cam        one net, to read, and what became of it
+python tests/fuzz.py --count 1000 --start 0 --jobs 2    a table: right, due (refused as it must be),
+                                                        refused and why, wrong and why
+python tests/fuzz.py --seed 17 --method grad_cam        one net, to read, and what became of it
 """
 
 from __future__ import annotations

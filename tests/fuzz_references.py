@@ -1,4 +1,4 @@
-"""What methods must give on a generated net, computed the slow and obvious way: loops, autograd, and rules of a line."""
+"""What methods must give on a generated net, the slow and obvious way: loops, autograd, and rules of a line."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def _range(x: Tensor) -> Tensor:
     return (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, 1, 1, 1)
 
 
-def smooth_grad(
-    net: nn.Module, x: Tensor, target: Tensor, uids: tuple[str, ...], samples: int, sigma: float
-) -> Tensor:
+def smooth_grad(net: nn.Module, x: Tensor, target: Tensor, uids: tuple[str, ...], samples: int, sigma: float) -> Tensor:
     noise = noise_of(uids)
     copies = [x + sigma * _range(x) * noise.normal(*x.shape[1:]) for _ in range(samples)]
     return torch.stack([gradient(net, copy, target) for copy in copies]).mean(0)
@@ -104,7 +102,7 @@ def through_relus(given: Generated, x: Tensor, target: Tensor, guided: bool) -> 
 
 
 class _Rescale(torch.autograd.Function):
-    """Rows are those of x, then those of the baseline: the slope is the change of the output per change of the input."""
+    """Rows are those of x, then the baseline's: a slope is the change of the output per change of the input."""
 
     @staticmethod
     def forward(ctx, x, function):
@@ -184,5 +182,3 @@ def first_bits(net: nn.Module, path: str, place: Place, x: Tensor, many: Tensor,
     lam = torch.sigmoid(torch.tensor(alpha, dtype=torch.float64))
     nats = 0.5 * ((lam * (z - mean) / std) ** 2 + (1 - lam) ** 2 - 1 - 2 * (1 - lam).log()) * active
     return on_grid(nats, place).sum(1) / math.log(2)
-
-

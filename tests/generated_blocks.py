@@ -99,7 +99,8 @@ def norm(p: Program) -> None:
         return
     p.features.add("product")
     kind = choices.one((
-        "nn.GroupNorm(1, {c})", "nn.GroupNorm({c}, {c})", "nn.InstanceNorm2d({c}, affine=True)", "nn.LocalResponseNorm(3)",
+        "nn.GroupNorm(1, {c})", "nn.GroupNorm({c}, {c})", "nn.InstanceNorm2d({c}, affine=True)",
+        "nn.LocalResponseNorm(3)",
         "nn.LayerNorm([{c}, {h}, {w}])", "last nn.LayerNorm({c})", "last nn.RMSNorm({c})", "F.normalize(x, dim=1)",
         "F.layer_norm(x, x.shape[1:])", "x / (x.square().mean(1, keepdim=True) + 0.1).sqrt()",
     )).format(c=c, h=h, w=w)  # fmt: skip
@@ -133,9 +134,7 @@ def sequential(p: Program) -> None:
     path = p.module(
         "body", f"nn.Sequential(nn.Conv2d({c}, {out}, 3, padding=1), nn.BatchNorm2d({out}), nn.ReLU({inplace}))"
     )
-    p.line(
-        f"x = self.{path}(x)", [f"x = self.{path}[1](self.{path}[0](x))", "x = each('relu', torch.relu, x)"]
-    )
+    p.line(f"x = self.{path}(x)", [f"x = self.{path}[1](self.{path}[0](x))", "x = each('relu', torch.relu, x)"])
     p.place(path)
     p.places[f"{path}.0"] = p.places[path]
 
@@ -166,22 +165,23 @@ def residual(p: Program) -> None:
 
 
 def pool(p: Program) -> None:
-    c, h, w = p.size
-    if min(h, w) < 4:
+    if min(p.size[1:]) < 4:
         return plain_block(p)
     largest = p.choices.chance(0.5)
     if largest:
         p.features.add("max")
         kinds = (
             "nn.MaxPool2d(2)", "nn.MaxPool2d(3, 2, 1)", "nn.MaxPool2d(2, ceil_mode=True)", "nn.MaxPool2d(3, 1)",
-            "nn.MaxPool2d((2, 3), (2, 1), (1, 0))", "nn.MaxPool2d(2, 2, dilation=2)", "nn.MaxPool2d(3, 2, ceil_mode=True)",
+            "nn.MaxPool2d((2, 3), (2, 1), (1, 0))", "nn.MaxPool2d(2, 2, dilation=2)",
+            "nn.MaxPool2d(3, 2, ceil_mode=True)",
             "F.max_pool2d(x, 2)", "F.max_pool2d(x, 3, stride=2, padding=1)", "torch.max_pool2d(x, 2)",
             "nn.AdaptiveMaxPool2d((4, 3))", "F.adaptive_max_pool2d(x, 4)", "F.max_pool2d(x, kernel_size=2)",
         )  # fmt: skip
     else:
         kinds = (
             "nn.AvgPool2d(2)", "nn.AvgPool2d(3, 2, 1)", "nn.AvgPool2d(3, 1, 1, count_include_pad=False)",
-            "nn.AvgPool2d(3, 2, ceil_mode=True)", "nn.AdaptiveAvgPool2d((4, 5))", "F.avg_pool2d(x, 2)", "x[..., ::2, 1:]",
+            "nn.AvgPool2d(3, 2, ceil_mode=True)", "nn.AdaptiveAvgPool2d((4, 5))", "F.avg_pool2d(x, 2)",
+            "x[..., ::2, 1:]",
             "F.adaptive_avg_pool2d(x, (None, 4))", "nn.LPPool2d(2, 2)", "F.pixel_unshuffle(x[..., :4, :4], 2)",
         )  # fmt: skip
     kind = p.choices.one(kinds)
@@ -218,7 +218,7 @@ def enlarge(p: Program) -> None:
 
 def channels_last(p: Program) -> None:
     """ConvNeXt's block: the channels are mixed by linear layers of (N, H, W, C)."""
-    c, h, w = p.size
+    c = p.size[0]
     p.features.add("product")
     p.line("y = x")
     p.line(p.choices.one(("x = x.permute(0, 2, 3, 1)", "x = x.movedim(1, -1)")))
@@ -350,7 +350,8 @@ def moves(p: Program) -> None:
     p.line(p.choices.one((
         "x = x.flip(3)", "x = x.roll(1, 2)", "x = torch.roll(x, (1, 2), (2, 3))", "x = x.transpose(2, 3)",
         "x = x[:, :, 1:]", "x = x.narrow(3, 1, x.size(3) - 2)", "x = x.unflatten(1, (-1, 1)).squeeze(2)",
-        f"x = {halves}" if c % 2 == 0 else "x = x[:, torch.arange(x.size(1)).flip(0)]", "x = x.clone()", "x = x.contiguous()",
+        f"x = {halves}" if c % 2 == 0 else "x = x[:, torch.arange(x.size(1)).flip(0)]",
+        "x = x.clone()", "x = x.contiguous()",
     )))  # fmt: skip
 
 
@@ -447,8 +448,8 @@ def head(p: Program, classes: int) -> None:
         size = c
     else:
         p.line(choices.one((
-            "x = x.flatten(1)", "x = torch.flatten(x, 1)", "x = x.contiguous().view(x.size(0), -1)", "x = x.reshape(x.shape[0], -1)",
-            "x = nn.Flatten()(x)",
+            "x = x.flatten(1)", "x = torch.flatten(x, 1)", "x = x.contiguous().view(x.size(0), -1)",
+            "x = x.reshape(x.shape[0], -1)", "x = nn.Flatten()(x)",
         )))  # fmt: skip
         size = c * h * w
     if choices.chance(0.4):

@@ -289,6 +289,31 @@ def test_a_statement_in_place_is_not_lost():
     cut(Statements)
 
 
+def test_a_net_that_writes_into_its_input_is_cut_by_hooks():
+    """Before the layer and behind it; each half is given the input as it was."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2.0)
+            z = self.layer(x)
+            x.add_(1.0)
+            return self.head(z.mean((2, 3))) + x.mean((1, 2, 3))[:, None]
+
+    torch.manual_seed(0)
+    net, x = Overwrites().double().eval(), images(3, 3, 6, 6).double()
+    model = Classifier(net, {"layer": "layer"}, dtype=torch.float64)
+    expected, given = net(x.clone()).detach(), x.clone()
+    front = model.until("layer", x)
+    torch.testing.assert_close(front.z, net.layer(2 * x).detach(), rtol=0, atol=1e-12)
+    for _ in range(2):
+        torch.testing.assert_close(model.after("layer", front.z, front.rest), expected, rtol=0, atol=1e-12)
+    assert torch.equal(x, given)
+
+
 def test_constants_and_parameters_on_both_sides():
     class Constants(Base):
         def __init__(self):

@@ -165,14 +165,14 @@ class HookSplit:
     def front(self, x: Tensor) -> Front:
         found: list[Tensor] = []
         with hooked(self._layer, _catch(found)), suppress(_StopForwardError):
-            self._module(x)
+            self._module(x.clone())  # the rear needs x as it was
         if not found:
             raise UserError(f"{type(self._module).__name__} did not run the layer {self._path} for these inputs")
         return Front(found[0], (x,))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
         with hooked(self._layer, _replace(z)):
-            return self._module(rest[0])
+            return self._module(rest[0].clone())
 
 
 def between(module: nn.Module, start: str, end: str, x: Tensor, z: Tensor) -> Tensor:
