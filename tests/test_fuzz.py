@@ -1,4 +1,4 @@
-"""A hundred generated nets against every method; ``make fuzz N=1000`` takes more of them, ``tests/fuzz.py`` shows one."""
+"""A hundred generated nets against every method; ``make fuzz N=1000`` takes more, ``tests/fuzz.py`` shows one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from generated_nets import Choices, generate, plain
 
 SEEDS, PER_TEST = 100, 10
 
-# What is wrong today: (method, kind of failure) -> the branch that mends it. One that is not seen any more must go.
-KNOWN: dict[tuple[str, str], str] = {
-    ("deep_lift_shap", "not complete, and nobody is told"): "elementwise",
-    ("guided_backprop", "another map than the reference's"): "elementwise",
-    ("deconvolution", "another map than the reference's"): "elementwise",
-    ("grad_cam", "another map than the reference's"): "places",
-    ("grad_cam", "not refused: the layer runs twice"): "places",
-    ("iba", "another capacity than the formula's"): "places",
+# These take half of the time, and so one net in four.
+SLOW = ("causal_paths", "iba", "fisher", "cd")
+
+# What is wrong today: (method, kind of failure) -> the branch that mends it, and the seed of a net that shows it.
+KNOWN: dict[tuple[str, str], tuple[str, int]] = {
+    ("deep_lift_shap", "not complete, and nobody is told"): ("elementwise", 0),
+    ("guided_backprop", "another map than the reference's"): ("elementwise", 8),
+    ("deconvolution", "another map than the reference's"): ("elementwise", 8),
+    ("grad_cam", "another map than the reference's"): ("places", 3),
+    ("grad_cam", "not refused: the layer runs twice"): ("places", 19),
+    ("iba", "another capacity than the formula's"): ("places", 31),
 }
-_SEEN: Counter[tuple[str, str]] = Counter()
-_RUN: set[int] = set()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -31,18 +32,20 @@ def test_every_method_is_right_or_refuses(start: int) -> None:
     for seed in range(start, start + PER_TEST):
         judge = Judge(seed)
         for method in CHECKS:
+            if method in SLOW and (seed + SLOW.index(method)) % len(SLOW):
+                continue
             verdict = judge.verdict(method)
-            if verdict.outcome == "wrong":
-                _SEEN[method, verdict.kind] += 1
+            if verdict.outcome == "wrong" and (method, verdict.kind) not in KNOWN:
                 program = "\n".join(judge.given.lines)
-                assert (method, verdict.kind) in KNOWN, f"{method}, seed {seed}: {verdict.text}\n{program}"
-        _RUN.add(seed)
+                pytest.fail(f"{method}, seed {seed}: {verdict.kind}: {verdict.text}\n{program}")
 
 
-def test_what_is_mended_is_known_no_more() -> None:
-    if len(_RUN) < SEEDS:
-        pytest.skip("only some of the nets were tried in this process")
-    assert set(_SEEN) == set(KNOWN)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "kind"), KNOWN)
+def test_what_is_known_to_be_wrong_still_is(method: str, kind: str) -> None:
+    """Else it must go from ``KNOWN``."""
+    verdict = Judge(KNOWN[method, kind][1]).verdict(method)
+    assert (verdict.outcome, verdict.kind) == ("wrong", kind)
 
 
 # ---- the generator ------------------------------------------------------------------------------------
@@ -78,10 +81,12 @@ def test_the_nets_are_many_things() -> None:
     text = "\n".join(program.source() for program in programs)
     for word in (
         "groups=", "stride=2", "dilation=2", "padding_mode", "ConvTranspose2d", "MaxPool2d", "AvgPool2d", "LPPool2d",
-        "ceil_mode", "adaptive_max_pool2d", "amax", "BatchNorm2d", "track_running_stats=False", "LayerNorm", "GroupNorm",
-        "InstanceNorm2d", "RMSNorm", "LocalResponseNorm", "MultiheadAttention", "scaled_dot_product_attention", "softmax",
+        "ceil_mode", "adaptive_max_pool2d", "amax", "BatchNorm2d", "track_running_stats=False", "LayerNorm",
+        "GroupNorm",
+        "InstanceNorm2d", "RMSNorm", "LocalResponseNorm", "MultiheadAttention", "scaled_dot_product_attention",
+        "softmax",
         "TransformerEncoderLayer", "LSTM", "GRU", "PReLU", "Hardswish", "Softplus", "Softsign", "maximum", "threshold",
-        "clamp", "inplace=True", "mul_", "chunk", "split", "torch.cat", "interpolate", "Upsample", "PixelShuffle",
+        "clamp", "inplace=True", "mul_", "chunk", "split", "torch.cat", "interpolate", "Upsample", "pixel_unshuffle",
         "Dropout", "F.dropout(x, 0.3)", "permute", "movedim", "roll", "einsum", "glu", "register_buffer", "Sequential",
     ):  # fmt: skip
         assert word in text, word
