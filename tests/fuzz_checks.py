@@ -48,7 +48,9 @@ class WrongError(AssertionError):
         self.kind = kind
 
 
-Outcome = Literal["right", "due", "refused", "wrong"]  # due: refused, as it must be
+Outcome = Literal["right", "due", "refused", "wrong"]  # due: refused, as it must be, or not to be judged
+
+UNSTEADY = "the net's own gradient changes with rounding"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,14 @@ class Case:
     def classifiers(self) -> tuple[Classifier, Classifier]:
         """One that takes all rows at once, and one that takes two at a time."""
         return self.classifier(), self.classifier(2)
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether the net's own gradient is the same for a batch and for its samples, but for rounding."""
+        x, target = self.batch.x, self.batch.target
+        whole = references.gradient(self.net, x, target)
+        singles = [references.gradient(self.net, x[[i]], target[[i]]) for i in range(SAMPLES)]
+        return bool((torch.cat(singles) - whole).abs().max() <= TIGHT * max(LEAST, float(whole.abs().max())))
 
     def has(self, feature: str) -> bool:
         return feature in self.given.program.features
@@ -324,6 +334,8 @@ def must_be_refused(case: Case, method: str) -> str:
         return "the net draws random numbers"
     if case.has("batch"):
         return "the rows of a batch interact"
+    if not case.steady:
+        return UNSTEADY
     if method in ("guided_backprop", "deconvolution") and not case.has("relu"):
         return "the net has no ReLU"
     if method == "grad_cam" and case.cam in case.given.program.again:
@@ -344,6 +356,8 @@ class Judge:
 
     def verdict(self, method: str) -> Verdict:
         reason = must_be_refused(self._case, method)
+        if reason == UNSTEADY:  # nothing can be said of it
+            return Verdict(self.seed, method, "due", reason)
         try:
             CHECKS[method](self._case)
         except (UserError, SampleError) as refusal:
