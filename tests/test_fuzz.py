@@ -87,7 +87,7 @@ def test_the_nets_are_many_things() -> None:
         "softmax",
         "TransformerEncoderLayer", "LSTM", "GRU", "PReLU", "Hardswish", "Softplus", "Softsign", "maximum", "threshold",
         "clamp", "inplace=True", "mul_", "chunk", "split", "torch.cat", "interpolate", "Upsample", "pixel_unshuffle",
-        "Dropout", "F.dropout(x, 0.3)", "permute", "movedim", "roll", "einsum", "glu", "register_buffer", "Sequential",
+        "Dropout", "F.dropout(", "permute", "movedim", "roll", "einsum", "glu", "register_buffer", "Sequential",
     ):  # fmt: skip
         assert word in text, word
     features = Counter(feature for program in programs for feature in program.features)
