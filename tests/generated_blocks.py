@@ -358,7 +358,7 @@ def moves(p: Program) -> None:
 def arithmetic(p: Program) -> None:
     p.line(p.choices.one((
         "x = x * 0.5 + 0.1", "x = (x - 0.2) / 1.5", "x = 1 - x", "x = -x", "x = x.mul(1.2).sub(0.1)",
-        "x = torch.add(x, 0.3, alpha=2)", "x = x.div(2)", "x = x - x.mean((2, 3), keepdim=True)",
+        "x = torch.add(x, 0.3, alpha=2)", "x = x.div(2)", "x = x - 0.5 * x.mean((2, 3), keepdim=True)",
     )))  # fmt: skip
 
 
