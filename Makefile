@@ -25,6 +25,9 @@ demo: .venv/installed  ## real photographs, a real network, four methods, two me
 test: .venv/installed  ## everything but the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2
 
+fuzz: .venv/installed  ## N=1000 random nets against every method: right, refused (by reason) or wrong (with the seeds)
+	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(N) --jobs 2
+
 test-slow: .venv/installed  ## end-to-end checks of minutes
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2
 

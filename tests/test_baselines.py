@@ -570,3 +570,35 @@ def test_never_more_rows_than_the_limit_and_all_are_counted(method, rows):
     # How the net is cut at a layer, and read, is found out once, and is no cost of the samples. Then the front of the
     # net, which watches here only as itself, and the rear run once each.
     assert model.passed == 2 * len(batch)
+
+
+class Overwrites(nn.Module):
+    """Normalises the image where it lies."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mul_(0.5).add_(0.1))
+
+
+class Normalises(Overwrites):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * 0.5 + 0.1)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Gradient(), InputXGradient(), IntegratedGradients(steps=4), SmoothGrad(samples=2), Occlusion(4, 3),
+        GuidedBackprop(), Deconvolution(), GradCAM(layer="conv"),
+    ],
+    ids=lambda method: type(method).__name__,
+)  # fmt: skip
+def test_a_net_may_write_into_its_input(method):
+    batch, layers = pictures(), {"conv": "net.0"}
+    before = batch.x.clone()
+    found, expected = (explain(method, net(relu_net()), batch, layers)["map"] for net in (Overwrites, Normalises))
+    same(found, expected)
+    assert torch.equal(batch.x, before)

@@ -57,6 +57,11 @@ SAME = {
         lambda x, layer: layer(x).amax(-1),
         nn.Conv2d(2, 2, 3),
     ),
+    "a shape as a size": (
+        lambda x, layer: F.layer_norm(layer(x), layer(x).shape[1:]),
+        lambda x, layer: F.layer_norm(layer(x), (2, 4, 4)),
+        nn.Conv2d(2, 2, 3),
+    ),
     "changed twice": (changed_twice, lambda x, layer: 3.0 * layer(x).relu(), nn.Conv2d(2, 2, 3, padding=1)),
 }
 

@@ -13,6 +13,7 @@ from contracts import seeded
 from torch import Tensor, nn
 
 from attrib.decomposition import Decomposer
+from attrib.types import UserError
 
 F64 = torch.float64
 Parts = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what becomes of (relevant, irrelevant)
@@ -385,3 +386,39 @@ def test_multihead_attention(first: bool) -> None:
         return a[None], b[None]
 
     check(module, *pair(4, 6), expected)
+
+
+ELEMENTWISE = {
+    "threshold": lambda x: F.threshold(x, 0.1, -0.2), "rrelu": F.rrelu, "tanhshrink": F.tanhshrink,
+    "softshrink": lambda x: F.softshrink(x, 0.2), "hardshrink": lambda x: F.hardshrink(x, 0.2),
+    "clamp_min": lambda x: x.clamp_min(0.1), "clamp_max": lambda x: torch.clamp_max(x, 0.3),
+    "abs": torch.abs, "square": torch.square, "pow": lambda x: x**3, "exp": torch.exp, "expm1": torch.expm1,
+    "sin": torch.sin, "cos": torch.cos, "atan": torch.atan, "erf": torch.erf,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_functions_by_the_values_of_shapley(name: str, both: bool) -> None:
+    """A player's value is the mean of what it adds when it comes first and last; f(0) is shared by magnitude."""
+    f, (x, factors) = ELEMENTWISE[name], pair(4)
+    relevant = x[OF] * factors
+    irrelevant, whole, zero = x[OF] - relevant, x[OF], f(torch.zeros(4, dtype=F64))
+    ours = ((f(relevant) - zero) + (f(whole) - f(irrelevant))) / 2
+    theirs = f(whole) - zero - ours
+    share = torch.where(ours.abs() + theirs.abs() == 0, 0.5, ours.abs() / (ours.abs() + theirs.abs()))
+    got = rule(f, x, factors, both)
+    torch.testing.assert_close(got[0], ours + share * zero, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got[0] + got[1], f(whole), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: x**0.5, "with an exponent that is not one of 0, 1, 2"),
+        (lambda x: 2**x, "with an exponent that is not"),
+    ],
+)
+def test_what_has_no_value_of_shapley_is_refused(function: Callable[[Tensor], Tensor], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        rule(function, *pair(4), False)

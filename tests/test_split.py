@@ -297,6 +297,69 @@ def test_a_statement_in_place_is_not_lost():
     cut(Statements)
 
 
+def test_a_net_that_writes_into_its_input_is_cut_by_hooks():
+    """Before the layer and behind it; each half is given the input as it was."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2.0)
+            z = self.layer(x)
+            x.add_(1.0)
+            return self.head(z.mean((2, 3))) + x.mean((1, 2, 3))[:, None]
+
+    torch.manual_seed(0)
+    net, x = Overwrites().double().eval(), images(3, 3, 6, 6).double()
+    model = Classifier(net, {"layer": "layer"}, dtype=torch.float64)
+    expected, given = net(x.clone()).detach(), x.clone()
+    front = model.until("layer", x)
+    torch.testing.assert_close(front.z, net.layer(2 * x).detach(), rtol=0, atol=1e-12)
+    for _ in range(2):
+        torch.testing.assert_close(model.after("layer", front.z, front.rest), expected, rtol=0, atol=1e-12)
+    assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("way", ["method", "many", "augmented", "function"])
+def test_what_is_written_through_a_view_is_not_lost(way: str) -> None:
+    """Nobody reads the result of such an operation, neither in front of the layer nor behind it."""
+
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+        def write(self, x: Tensor) -> None:
+            view = x.flatten(2)[..., :7]
+            if way == "method":
+                view.relu_()
+            elif way == "many":
+                view.sub_(0.5).mul_(2.0)
+            elif way == "augmented":
+                view += 1e-4  # a difference that is small beside the logits
+            else:
+                F.threshold(view, 0.0, 0.0, True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            self.write(x)
+            x = self.layer(x)
+            self.write(x)
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, x = Views().double().eval(), images(3, 3, 8, 8).double()
+    model = Classifier(net, {"layer": "layer"}, dtype=torch.float64)
+    with torch.no_grad():
+        expected, x1 = net(x.clone()), net.first(x)
+        net.write(x1)
+        front = model.until("layer", x)
+        torch.testing.assert_close(front.z, net.layer(x1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.after("layer", front.z, front.rest), expected, rtol=0, atol=1e-12)
+
+
 def test_constants_and_parameters_on_both_sides():
     class Constants(Base):
         def __init__(self):

@@ -18,7 +18,7 @@ from torch.nn.modules import batchnorm
 
 from attrib.decomposition.call import Call
 from attrib.decomposition.rules_linear import channels
-from attrib.decomposition.values import TensorPair
+from attrib.decomposition.values import PlainValue, TensorPair
 
 
 def batch_norm_module(call: Call) -> TensorPair:
@@ -72,7 +72,9 @@ def layer_norm_module(call: Call) -> TensorPair:
 def layer_norm_function(call: Call) -> TensorPair:
     """``F.layer_norm``, as ``layer_norm_module``."""
     given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), call.args)) | call.kwargs
-    return _layer_norm(call, given["normalized_shape"], given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
+    shape = given["normalized_shape"]
+    shape = shape.whole if isinstance(shape, PlainValue) else shape  # such as x.shape[1:]
+    return _layer_norm(call, shape, given.get("weight"), given.get("bias"), given.get("eps", 1e-5))
 
 
 def rms_norm_module(call: Call) -> TensorPair:

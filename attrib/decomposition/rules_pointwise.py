@@ -27,13 +27,21 @@ def shapley(call: Call) -> TensorPair:
 
     relevant -> (f(relevant) - f(0) + f(whole) - f(irrelevant)) / 2. For tanh this is Murdoch 2018, section 3.2.2. No
     paper defines a rule for functions with f(0) != 0 outside an LSTM's gates (sigmoid, hardsigmoid, softplus), nor
-    for softmax as a function of all its inputs.
+    for softmax as a function of all its inputs, nor for the other elementwise functions that have this rule.
     """
     (pair,) = call.pairs
     zero, whole, at_relevant = call.at(torch.zeros_like(pair.whole)), call.whole(), call.relevant()
     spread = TensorPair(at_relevant, whole, call.rows).spread
     relevant = (at_relevant - spread(zero) + spread(whole) - call.at(pair.irrelevant)) / 2
     return call.with_bias(call.rows.pair(relevant, whole - zero), zero, spread=True)
+
+
+def power(call: Call) -> TensorPair:
+    """``shapley``, for exponents under which every number has a power: the parts may be negative, or zero."""
+    exponent = call.args[1] if len(call.args) > 1 else call.kwargs.get("exponent")
+    if not isinstance(exponent, (int, float)) or exponent < 0 or exponent != int(exponent):
+        raise call.refuse("with an exponent that is not one of 0, 1, 2 ...")
+    return shapley(call)
 
 
 def softmax(call: Call) -> TensorPair | PlainValue:

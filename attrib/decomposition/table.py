@@ -35,7 +35,7 @@ from attrib.decomposition.rules_norm import (
     norm_and_activation,
     rms_norm_module,
 )
-from attrib.decomposition.rules_pointwise import activation, shapley, softmax
+from attrib.decomposition.rules_pointwise import activation, power, shapley, softmax
 from attrib.decomposition.rules_pooling import max_pool, maximum
 from attrib.decomposition.rules_recurrent import padded_recurrent, recurrent
 from attrib.models.text import Recurrent
@@ -54,6 +54,7 @@ MODULES: Mapping[type[nn.Module], Rule] = {
     nn.CELU: activation, nn.SELU: activation, nn.GELU: activation, nn.SiLU: activation, nn.Mish: activation,
     nn.Hardswish: activation, nn.Tanh: shapley, nn.Hardtanh: shapley, nn.Softsign: shapley, nn.Sigmoid: shapley,
     nn.Hardsigmoid: shapley, nn.Softplus: shapley, nn.LogSigmoid: shapley, nn.Softmax: softmax, nn.LogSoftmax: shapley,
+    nn.Threshold: shapley, nn.RReLU: shapley, nn.Tanhshrink: shapley, nn.Softshrink: shapley, nn.Hardshrink: shapley,
     nn.MaxPool1d: max_pool, nn.MaxPool2d: max_pool, nn.MaxPool3d: max_pool, nn.AdaptiveMaxPool1d: max_pool,
     nn.AdaptiveMaxPool2d: max_pool, nn.AdaptiveMaxPool3d: max_pool,
     nn.AvgPool1d: linear, nn.AvgPool2d: linear, nn.AvgPool3d: linear, nn.AdaptiveAvgPool1d: linear,
@@ -112,6 +113,10 @@ FUNCTIONS: Mapping[str, Rule] = {
     **dict.fromkeys(("mish", "hardswish"), activation),
     **dict.fromkeys(("tanh", "sigmoid", "hardsigmoid", "softplus", "softsign", "logsigmoid"), shapley),
     **dict.fromkeys(("hardtanh", "clamp", "clip", "log_softmax"), shapley),
+    **dict.fromkeys(("threshold", "_threshold", "rrelu", "tanhshrink", "softshrink", "hardshrink"), shapley),
+    **dict.fromkeys(("clamp_min", "clamp_max", "abs", "absolute", "square"), shapley),
+    "pow": power,
+    **dict.fromkeys(("exp", "expm1", "sin", "cos", "atan", "arctan", "erf"), shapley),
     "softmax": softmax,
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), max_pool),
     **dict.fromkeys(("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"), max_pool),

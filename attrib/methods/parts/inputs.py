@@ -26,14 +26,17 @@ Reduce = Literal["sum", "abs_sum", "abs_max"]
 
 
 class _Score(nn.Module):
-    """(x, target, *rest) -> (N,) the target's score. A module, because captum puts hooks on modules."""
+    """(x, target, *rest) -> (N,) the target's score. A module, because captum puts hooks on modules.
+
+    A copy goes into the net, because it may change what it is given in place: captum needs x as it was.
+    """
 
     def __init__(self, net: Callable[..., Tensor]) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor, target: Tensor, *rest: Tensor) -> Tensor:
-        return target_score(self.net(x, *rest), target)
+        return target_score(self.net(x.clone(), *rest), target)
 
 
 @contextmanager
