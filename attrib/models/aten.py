@@ -47,6 +47,15 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
         if operation(node) == "as_strided_" and _keeps_strides(node):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
+        elif operation(node) == "copy_" and isinstance(node.args[0], fx.Node) and node.args[0].op != "placeholder":
+            raise UserError(
+                f"this method needs the graph of the net, and {type(net).__name__} copies into parts of a tensor in a way "
+                "that the graph does not show (circular padding does, for example); take a method that needs the "
+                "gradient alone, such as integrated_gradients"
+            )
+        elif operation(node) in ("copy", "copy_"):
+            node.replace_all_uses_with(_copied(traced.graph, node))
+            traced.graph.erase_node(node)
     depends = of_input(traced.graph)
     for node in traced.graph.nodes:
         node.meta.clear()  # it may hold tensors
@@ -73,6 +82,20 @@ def _keeps_strides(node: fx.Node) -> bool:
     before = given.meta["val"]
     strides = zip(size, before.stride(), stride, strict=True)
     return tuple(size) == tuple(before.shape) and all(n == 1 or a == b for n, a, b in strides)
+
+
+def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What ``aten.copy(to, value)`` gives, by calls that have a derivative: it has none."""
+    to, value = node.args[:2]
+    assert isinstance(to, fx.Node)
+    assert isinstance(value, fx.Node)
+    wanted, given = to.meta["val"], value.meta["val"]
+    with graph.inserting_before(node):
+        if given.shape != wanted.shape:
+            value = graph.call_function(torch.ops.aten.expand.default, (value, list(wanted.shape)))
+        if given.dtype != wanted.dtype:
+            value = graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": wanted.dtype})
+    return value
 
 
 def _without_writing(node: fx.Node) -> Any:
