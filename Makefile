@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 DEMO ?= workdirs/demo
+N ?= 1000
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test test-slow test-slurm test-wheel test-torchtext lint bench clean
+.PHONY: demo test test-slow test-slurm test-wheel test-torchtext fuzz lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv

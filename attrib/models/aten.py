@@ -49,9 +49,9 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
             traced.graph.erase_node(node)
         elif operation(node) == "copy_" and isinstance(node.args[0], fx.Node) and node.args[0].op != "placeholder":
             raise UserError(
-                f"this method needs the graph of the net, and {type(net).__name__} copies into parts of a tensor, which "
-                "the graph does not show (circular padding does so, for example); take a method that needs the gradient "
-                "alone, such as integrated_gradients"
+                f"this method needs the graph of the net, and {type(net).__name__} copies into parts of a tensor, "
+                "which the graph does not show (circular padding does so, for example); take a method that needs the "
+                "gradient alone, such as integrated_gradients"
             )
         elif operation(node) in ("copy", "copy_"):
             node.replace_all_uses_with(_copied(traced.graph, node))
