@@ -216,6 +216,7 @@ class MyScore:
     #metric
     VERSION: ClassVar[int] = 1
     NEEDS_ROI: ClassVar[bool] = False
+    NEEDS_EXPLAIN: ClassVar[bool] = False
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     roles: ClassVar[tuple[str, ...]] = ()
     COLUMNS: ClassVar[Mapping[str, str]] = {"mine": "higher"}

@@ -191,8 +191,10 @@ class Watch(nn.Module):
     ("method", "rows"), [(GradientShap(10), 7), (Rise(10), 7), (Rise(10), 2), (GradientShap(10), 64)]
 )
 def test_copies_of_several_samples_share_a_pass(method, rows):
+    batch, model = pictures(), Classifier(Watch(), rows=rows, dtype=torch.float64)
+    model.logits(batch.x.double())  # nets are examined on the first samples that they see
     Watch.seen.clear()
-    explain(method, Watch(), pictures(), rows)
+    method.attribute(model, batch, {}, Noise(batch.uids, 5, dtype=torch.float64))
     assert sum(Watch.seen) == 30
     assert max(Watch.seen) <= rows
     assert len(Watch.seen) == {7: 5, 2: 20, 64: 1}[rows]
