@@ -104,8 +104,14 @@ def _either(node: fx.Node, fits: Callable[[Any, Any], bool]) -> int | None:
 
 
 # What computes max(x, 0), or min(max(x, 0), ceiling): the operation -> which argument is x; None if it is no ReLU.
+def _cuts(node: fx.Node) -> int | None:
+    # F.lp_pool2d has a ReLU of absolute values inside, which cuts nothing off and is no activation.
+    given = node.args[0]
+    return None if isinstance(given, fx.Node) and operation(given) == "abs" else 0
+
+
 RELU_LIKE: dict[str, Callable[[fx.Node], int | None]] = {
-    "relu": lambda node: 0,
+    "relu": _cuts,
     "relu6": lambda node: 0,
     "hardtanh": _clamped,
     "clamp": _clamped,
