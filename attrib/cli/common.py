@@ -14,7 +14,7 @@ from rich.console import Console
 from attrib.config.compose import CommandLine, Composition, compose
 from attrib.process import exit_status
 from attrib.process.memory import keep_freed_memory
-from attrib.process.signals import LEFT, Interrupted, watching
+from attrib.process.signals import LEFT, Interrupted, Stop, watching
 from attrib.types import UserError
 
 
@@ -43,11 +43,20 @@ def grid(name: str, args: argparse.Namespace, compute: Callable[[Composition], i
     A cell that fails, or cannot even be composed, does not stop the others; being told to stop does.
     name   the primary configuration: run, sanity, graph, train
     """
+
+    def work(stop: Stop) -> int:
+        line = CommandLine.of(args.overrides, args.config_dir, getattr(args, "multirun", False))
+        return each(name, line, line.cells(), compute, show=bool(args.cfg))
+
+    return watched(work)
+
+
+def watched(work: Callable[[Stop], int]) -> int:
+    """The exit status of ``work``, or of its mistake, or of being told to stop between two cells."""
     with watching() as stop:
         try:
             with stop.immediately():
-                line = CommandLine.of(args.overrides, args.config_dir, getattr(args, "multirun", False))
-                return each(name, line, line.cells(), compute, show=bool(args.cfg))
+                return work(stop)
         except UserError as error:
             return exit_status.report_error(error)
         except Interrupted as stopped:

@@ -73,23 +73,19 @@ def cell(composition: Composition) -> Outcome:
 def main(argv: Sequence[str]) -> int:
     args = PARSERS["run"]().parse(argv)
     common.prepare()
-    with watching() as stop:
-        try:
-            with stop.immediately():
-                line = slurm.with_shards(CommandLine.of(args.overrides, args.config_dir, args.multirun))
-                name = (line.values("paper") or ["None"])[-1]
-                if name != "None" and line.multirun:
-                    return _of_paper(name, line)
-                if name != "None" and any(key.startswith("paper.") for key in line.overrides):
-                    raise UserError("paper.* says what a table is; add -m to run it")
-                if args.cfg is None and (wanted := slurm.grid(line, os.environ)) is not None:
-                    return _on_slurm(wanted, stop)
-                return common.each("run", line, line.cells(), _status, show=bool(args.cfg))
-        except UserError as error:
-            return exit_status.report_error(error)
-        except Interrupted as stopped:  # between two cells
-            print(f"{stopped}; the same command goes on", flush=True)
-            return LEFT
+
+    def work(stop: Stop) -> int:
+        line = slurm.with_shards(CommandLine.of(args.overrides, args.config_dir, args.multirun))
+        name = (line.values("paper") or ["None"])[-1]
+        if name != "None" and line.multirun:
+            return _of_paper(name, line)
+        if name != "None" and any(key.startswith("paper.") for key in line.overrides):
+            raise UserError("paper.* says what a table is; add -m to run it")
+        if args.cfg is None and (wanted := slurm.grid(line, os.environ)) is not None:
+            return _on_slurm(wanted, stop)
+        return common.each("run", line, line.cells(), _status, show=bool(args.cfg))
+
+    return common.watched(work)
 
 
 def _status(composition: Composition) -> int:

@@ -83,10 +83,6 @@ class CommandLine:
     def with_override(self, text: str) -> CommandLine:
         return dataclasses.replace(self, overrides={**self.overrides, **parse_overrides([text])})
 
-    @property
-    def sweeps(self) -> bool:
-        return any(o.is_sweep_override() for o in self.overrides.values())
-
     def cells(self, without: Sequence[str] = ()) -> list[tuple[str, ...]]:
         """The overrides of every combination of values, without those of some keys; the last one varies fastest."""
         ways = []
