@@ -414,7 +414,7 @@ def test_a_net_that_computes_something_else_than_its_graph_is_refused(method):
 
     batch = pictures()
     model = Classifier(made(Remembers()), dtype=torch.float64)
-    model.graph(batch.x)
+    model.traced(batch.x)
     model.module.function.shift = 1.0
     with pytest.raises(UserError, match="gives other logits than Net itself by"):
         method.attribute(model, batch, {}, Noise(batch.uids, dtype=batch.x.dtype))

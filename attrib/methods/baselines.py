@@ -32,10 +32,11 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.layout import image_size, on_image, resize
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.propagation import Rule, check_same, deconvolution, guided, hookable
+from attrib.methods.parts.propagation import Rule, deconvolution, guided, hookable
 from attrib.methods.parts.rescale import check_complete, deep_lift
 from attrib.models import Classifier
 from attrib.models.activations import RELU_LIKE
+from attrib.models.graph import check_same
 from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -202,7 +203,7 @@ def _through_relus(rule: Rule, what: str, reduce: Reduce, model: Classifier, bat
         return found, logits.detach()
 
     found, logits = model.chunked(piece, len(batch.x))
-    check_same(model, logits, model.logits(batch.x))
+    check_same(model.module, logits, model.logits(batch.x))
     return inputs.reduce(found, reduce)
 
 
@@ -288,7 +289,7 @@ class DeepLiftShap(Method):
                 return deep_lift(model, batch.x[rows], base[rows], batch.target[rows])
 
             found, end, start = model.chunked(piece, len(batch.x), cost=2)
-            check_same(model, torch.cat((end, start)), torch.cat((logits, model.logits(baseline))))
+            check_same(model.module, torch.cat((end, start)), torch.cat((logits, model.logits(baseline))))
             total += found / self.samples
             change += (target_score(end, batch.target) - target_score(start, batch.target)) / self.samples
             most = most.maximum(found.flatten(1).abs().sum(1))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from attrib.models.aten import operation
+from attrib.models.graph import operation
 
 # Each number of the result is a function of the number at its place (of several inputs: of the numbers).
 ELEMENTWISE = frozenset((
@@ -55,12 +55,6 @@ BATCH_NORM: dict[str, int | None] = {
     "native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5, "miopen_batch_norm": 5,
     "_native_batch_norm_legit_no_training": None, "_batch_norm_no_update": None,
 }  # fmt: skip
-
-# The result depends on the shape of the input alone.
-OF_SHAPE = frozenset((
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "zero",
-    "arange",
-))  # fmt: skip
 
 
 def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:

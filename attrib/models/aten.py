@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrib.models.device_memory import is_out_of_memory
+from attrib.models.graph import call, operation
 from attrib.types import UserError
 
 
@@ -67,12 +68,6 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
     return traced
 
 
-def operation(node: fx.Node) -> str:
-    """The name of the operation that a node calls, without ``aten::``; "" if it calls none."""
-    schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else schema.name.removeprefix("aten::")
-
-
 def _keeps_strides(node: fx.Node) -> bool:
     """Whether as_strided leaves every number where it is, as before convolutions of images of one pixel."""
     given, size, stride = node.args[:3]
@@ -117,12 +112,6 @@ def of_input(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
-
-
-def call(node: fx.Node) -> Callable[..., Any]:
-    """What a node calls."""
-    assert callable(node.target)
-    return node.target
 
 
 def propagate(traced: fx.GraphModule, x: Any, rule: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]) -> Any:

@@ -17,6 +17,7 @@ from attrib.models.aten import trace
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
+from attrib.models.graph import Graph, check_same
 from attrib.models.output import Output, Take
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
@@ -86,7 +87,9 @@ class Classifier:
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
-        self._graphs: dict[torch.Size, fx.GraphModule] = {}
+        self._traces: dict[torch.Size, fx.GraphModule] = {}
+        self._graphs: list[Graph] = []
+        self._compared: set[torch.Size] = set()  # shapes of inputs on which a graph gave the net's logits
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
@@ -244,14 +247,36 @@ class Classifier:
             log.info("layer %s is read as %s", path, self._readings[path, shape, among])
         return self._readings[path, shape, among]
 
-    def graph(self, x: Tensor) -> fx.GraphModule:
+    def graph(self, x: Tensor) -> Graph:
+        """The net as a graph of ATen calls, for inputs of x's shape (N, *input) and any number of rows.
+
+        Made once, whatever the number of rows and, where the net allows it, the length of texts; compared with the
+        net on rows of x for every other shape. Raises UserError for a net that torch cannot export, or that computes
+        something else than its graph.
+        """
+        self._admit(x)
+        found = next((graph for graph in self._graphs if graph.fits(x)), None)
+        if found is None:
+            found = Graph.of(self.module, x)
+            self._graphs.append(found)
+        if x.shape[1:] not in self._compared:
+            self._compare(found, x)
+            self._compared.add(x.shape[1:])
+        return found
+
+    @torch.no_grad()
+    def _compare(self, graph: Graph, x: Tensor) -> None:
+        for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))):
+            check_same(self.module, graph(rows.clone()), self.module(rows.clone()))
+
+    def traced(self, x: Tensor) -> fx.GraphModule:
         """The net as a graph of ATen calls for inputs of x's shape (N, *input).
 
         Raises UserError if the net cannot be traced.
         """
-        if x.shape not in self._graphs:
-            self._graphs[x.shape] = trace(self.module, x)
-        return self._graphs[x.shape]
+        if x.shape not in self._traces:
+            self._traces[x.shape] = trace(self.module, x)
+        return self._traces[x.shape]
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE, LINEAR
-from attrib.models.aten import call, of_input, operation, place, propagate
-from attrib.types import UserError
+from attrib.models.aten import of_input, place, propagate
+from attrib.models.graph import call, operation
 
 Kinds = Mapping[str, Callable[[fx.Node], int | None]]
 Rule = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -53,7 +52,7 @@ class Hookable:
 
     def found(self, x: Tensor) -> dict[fx.Node, int]:
         """The calls that are recognised -> the argument."""
-        traced = self._model.graph(x)
+        traced = self._model.traced(x)
         depends = of_input(traced.graph)
         found = {n: self._kinds[operation(n)](n) for n in traced.graph.nodes if operation(n) in self._kinds}
         return {node: at for node, at in found.items() if at is not None and node in depends}
@@ -67,11 +66,11 @@ class Hookable:
             at = found[node]
             return rule(lambda value: call(node)(*args[:at], value, *args[at + 1 :], **kwargs), args[at])
 
-        return propagate(self._model.graph(x), x, compute)
+        return propagate(self._model.traced(x), x, compute)
 
     def others(self, x: Tensor) -> list[str]:
         """Other element-wise operations that are no sums, products or comparisons, with the modules they are in."""
-        traced = self._model.graph(x)
+        traced = self._model.traced(x)
         depends, found = of_input(traced.graph), self.found(x)
         bent = ELEMENTWISE - LINEAR.keys() - {"mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
         nodes = {operation(n): n for n in reversed(traced.graph.nodes) if n in depends - found.keys()}
@@ -81,16 +80,3 @@ class Hookable:
 def hookable(model: Classifier, kinds: Kinds) -> Hookable:
     """``model`` with a rule for the calls that ``kinds`` recognises."""
     return Hookable(model, kinds)
-
-
-def check_same(model: Classifier, got: Tensor, logits: Tensor) -> None:
-    """Raises UserError unless ``got``, what the graph of the net gives, are its logits, both (N, K)."""
-    tolerance = 1e-3 * logits.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
-    if got.shape != logits.shape or not torch.allclose(got, logits, rtol=0, atol=tolerance, equal_nan=True):
-        name = type(model.module).__name__
-        worst = f" by {(got - logits).abs().max().item():.2g}" if got.shape == logits.shape else ""
-        raise UserError(
-            f"the graph of {name} that this method works on gives other logits than {name} itself{worst}: what the net "
-            "computes depends on more than the values of its input. Take a method that needs the gradient alone, "
-            "such as integrated_gradients"
-        )

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import replaced
 from attrib.models import Classifier
-from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR, OF_SHAPE
-from attrib.models.aten import call, operation, place, propagate
+from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR
+from attrib.models.aten import place, propagate
+from attrib.models.graph import OF_SHAPE, call, operation
 from attrib.types import SampleError, UserError
 
 EPS = 1e-10  # inputs that differ by less have met; captum's number
@@ -381,7 +382,7 @@ def deep_lift(model: Classifier, x: Tensor, baseline: Tensor, target: Tensor) ->
 
     Raises UserError, which names the module, for a call without a rule.
     """
-    traced = model.graph(x)
+    traced = model.traced(x)
 
     def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
