@@ -260,7 +260,7 @@ class Untraceable(nn.Module):
 
 @pytest.mark.parametrize("method", [GuidedBackprop(), Deconvolution(), DeepLiftShap(samples=1)])
 def test_methods_that_replace_activations_need_a_net_that_can_be_traced(method):
-    with pytest.raises(UserError, match="cannot trace Untraceable"):
+    with pytest.raises(UserError, match="cannot export Untraceable"):
         explain(method, Untraceable(), pictures())
     assert explain(Gradient(), Untraceable(), pictures())["map"].isfinite().all()
 

@@ -398,7 +398,7 @@ def test_a_call_without_a_rule_is_refused_with_its_module(name):
 
 
 def test_a_net_whose_code_depends_on_values_is_refused():
-    with pytest.raises(UserError, match="cannot trace Net"):
+    with pytest.raises(UserError, match="cannot export Net"):
         explain(DeepLiftShap(samples=1), made(lambda z: z.relu() if z.mean() < 100 else z), pictures())
 
 
@@ -414,7 +414,7 @@ def test_a_net_that_computes_something_else_than_its_graph_is_refused(method):
 
     batch = pictures()
     model = Classifier(made(Remembers()), dtype=torch.float64)
-    model.traced(batch.x)
+    model.graph(batch.x)
     model.module.function.shift = 1.0
     with pytest.raises(UserError, match="gives other logits than Net itself by"):
         method.attribute(model, batch, {}, Noise(batch.uids, dtype=batch.x.dtype))

@@ -1,7 +1,8 @@
-"""Which ATen calls are element-wise, linear, or a ReLU; see ``aten`` for the graph that they are in."""
+"""Which ATen calls are element-wise, linear, or a ReLU; see ``graph`` for the graph that they are in."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ ELEMENTWISE = frozenset((
     "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmod", "frac", "gelu",
     "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "leaky_relu", "log", "log10", "log1p",
     "log2", "log_sigmoid_forward", "logit", "maximum", "minimum", "mish", "nan_to_num", "pow", "_prelu_kernel",
-    "reciprocal", "relu", "relu6", "remainder", "round", "rrelu_with_noise", "rsqrt", "selu", "sgn", "sigmoid", "sign",
+    "reciprocal", "relu", "relu6", "remainder", "round", "rrelu_with_noise_functional", "rsqrt", "selu", "sgn",
+    "sigmoid", "sign",
     "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "special_expit", "sqrt", "square", "tan", "tanh",
     "threshold", "trunc", "where", "xlogy", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or",
     "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not", "isnan", "isinf", "add", "sub", "rsub",
@@ -25,18 +27,18 @@ ELEMENTWISE = frozenset((
 # Linear (up to a constant) in these arguments together, if no other argument depends on the input. Of those that
 # are not named it is the first.
 LINEAR: dict[str, tuple[int, ...]] = dict.fromkeys((
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze",
+    "reshape", "view", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze",
     "slice", "select", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "as_strided", "unfold",
-    "flip", "roll", "repeat", "alias", "detach", "lift_fresh", "lift_fresh_copy", "tril", "triu", "rot90",
+    "flip", "roll", "repeat", "pad", "tril", "triu", "rot90",
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "col2im", "constant_pad_nd", "reflection_pad1d",
     "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
     "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
     "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "avg_pool1d",
     "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
-    "adaptive_avg_pool2d", "mean", "sum", "cumsum", "index", "index_select", "gather", "grid_sampler_2d",
-    "grid_sampler_3d", "max_unpool2d", "max_unpool3d", "real", "imag", "view_as_real", "view_as_complex", "_conj",
-    "_fft_r2c", "_fft_c2c", "_fft_c2r", "neg", "positive", "clone", "_to_copy",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mean", "sum", "cumsum", "index", "index_select", "gather",
+    "grid_sampler_2d", "grid_sampler_3d", "max_unpool2d", "max_unpool3d", "real", "imag", "view_as_real",
+    "view_as_complex", "_conj", "_fft_r2c", "_fft_c2c", "_fft_c2r", "neg", "positive", "clone", "_to_copy",
 ), (0,)) | {
     "add": (0, 1), "sub": (0, 1), "rsub": (0, 1), "cat": (0,), "stack": (0,), "slice_scatter": (0, 1),
     "select_scatter": (0, 1), "diagonal_scatter": (0, 1), "as_strided_scatter": (0, 1), "copy": (1,), "fill": (1,),
@@ -47,8 +49,15 @@ LINEAR: dict[str, tuple[int, ...]] = dict.fromkeys((
 # Linear in each of the two arguments, if not in both together; in the third named it is linear beside them.
 BILINEAR: dict[str, tuple[tuple[int, int], int | None]] = {
     "mul": ((0, 1), None), "mm": ((0, 1), None), "bmm": ((0, 1), None), "mv": ((0, 1), None), "dot": ((0, 1), None),
-    "convolution": ((0, 1), 2), "addmm": ((1, 2), 0), "baddbmm": ((1, 2), 0), "addmv": ((1, 2), 0),
+    "matmul": ((0, 1), None), **dict.fromkeys((
+        "linear", "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+        "conv_transpose3d",
+    ), ((0, 1), 2)),
+    "addmm": ((1, 2), 0), "baddbmm": ((1, 2), 0), "addmv": ((1, 2), 0),
 }  # fmt: skip
+
+# A loop over steps, which is taken apart.
+RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 # Eval mode: linear. With the input's own statistics: not. (Name -> where the argument ``training`` is.)
 BATCH_NORM: dict[str, int | None] = {
@@ -66,14 +75,14 @@ def _is_zero(value: Any) -> bool:
     if not isinstance(value, fx.Node):
         return value is not None and value == 0
     if value.op == "get_attr":
-        constant = getattr(value.graph.owning_module, str(value.target))
+        constant = operator.attrgetter(str(value.target))(value.graph.owning_module)
         return isinstance(constant, Tensor) and not constant.any()
     if operation(value) in ("zeros", "zeros_like", "new_zeros", "zero"):
         return True
     if operation(value) in ("full", "full_like", "new_full", "scalar_tensor"):
         fill = value.args[{"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}[operation(value)]]
         return _is_zero(fill)
-    kept = ("lift_fresh_copy", "lift_fresh", "expand", "view", "_to_copy", "clone", "unsqueeze", "detach")
+    kept = ("expand", "reshape", "_to_copy", "unsqueeze")
     return operation(value) in kept and _is_zero(value.args[0])
 
 

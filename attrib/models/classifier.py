@@ -9,11 +9,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
-from attrib.models.aten import trace
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
@@ -87,7 +86,6 @@ class Classifier:
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
-        self._traces: dict[torch.Size, fx.GraphModule] = {}
         self._graphs: list[Graph] = []
         self._compared: set[torch.Size] = set()  # shapes of inputs on which a graph gave the net's logits
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
@@ -268,15 +266,6 @@ class Classifier:
     def _compare(self, graph: Graph, x: Tensor) -> None:
         for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))):
             check_same(self.module, graph(rows.clone()), self.module(rows.clone()))
-
-    def traced(self, x: Tensor) -> fx.GraphModule:
-        """The net as a graph of ATen calls for inputs of x's shape (N, *input).
-
-        Raises UserError if the net cannot be traced.
-        """
-        if x.shape not in self._traces:
-            self._traces[x.shape] = trace(self.module, x)
-        return self._traces[x.shape]
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:

@@ -8,9 +8,10 @@ stays one call; all else that torch composes of simpler operations is taken apar
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.device_memory import is_out_of_memory
@@ -131,29 +134,68 @@ class Graph:
     def propagate(self, x: Any, rule: Rule) -> Any:
         """What the net gives for x, where ``rule(node, args, kwargs)`` computes each call that depends on x.
 
-        x is a tensor, or anything else that ``rule`` takes and returns in the place of one. A call may be one on
-        sizes (``meta["size"]``) or an ``operator.getitem`` from several results.
+        x is a tensor, or anything else that ``rule`` takes and returns in the place of one; of an operation with
+        several results it returns several. A call may be one on sizes (``of_sizes``).
         """
-        values: dict[fx.Node, Any] = {}
-        depends: set[fx.Node] = {self.input}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                values[node] = x
-            elif node.op == "get_attr":
-                values[node] = _attribute(self.net, str(node.target))
-            else:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                if node.op == "output":
-                    return args[0]
-                if depends.isdisjoint(node.all_input_nodes):
-                    values[node] = call(node)(*args, **kwargs)
-                else:
-                    depends.add(node)
-                    values[node] = rule(node, args, kwargs)
-            for used in node.all_input_nodes:
-                if self._last[used] is node:
-                    del values[used]
-        raise AssertionError("a graph has an output")
+        return _propagate(self.nodes, self.net, [x], rule, self._last)
+
+
+def _propagate(
+    nodes: Sequence[fx.Node], net: nn.Module, inputs: Sequence[Any], rule: Rule, last: Mapping[fx.Node, fx.Node]
+) -> Any:
+    values: dict[fx.Node, Any] = {}
+    depends: set[fx.Node] = set()
+    given = iter(inputs)
+    for node in nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+            depends.add(node)
+        elif node.op == "get_attr":
+            values[node] = _attribute(net, str(node.target))
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                return args[0]
+            own = depends.isdisjoint(node.all_input_nodes) or node.target is operator.getitem
+            values[node] = call(node)(*args, **kwargs) if own else rule(node, args, kwargs)
+            if not depends.isdisjoint(node.all_input_nodes):
+                depends.add(node)
+        for used in node.all_input_nodes:
+            if last[used] is node:
+                del values[used]
+    raise AssertionError("a graph has an output")
+
+
+def of_sizes(node: fx.Node) -> bool:
+    """Whether a call reads a size, or computes with sizes."""
+    return not operation(node) or operation(node) == "sym_size"
+
+
+def taken_apart(
+    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], rule: Rule, tensor: Callable[[Any], Tensor | None]
+) -> Any:
+    """What a call gives if ``rule`` computes the simpler calls that torch composes it of, such as an LSTM's steps.
+
+    ``tensor`` gives the tensor that a value of the propagation stands for, for its shape; None for any other argument.
+    """
+    flat, spec = tree_flatten((args, kwargs))
+    at = [i for i, value in enumerate(flat) if tensor(value) is not None]
+
+    def function(*tensors: Tensor) -> Any:
+        again = [*flat]
+        for i, value in zip(at, tensors, strict=True):
+            again[i] = value
+        args, kwargs = tree_unflatten(again, spec)
+        return call(node)(*args, **kwargs)
+
+    with _as_written():
+        net = make_fx(torch.func.functionalize(function, remove="mutations"))(*(tensor(flat[i]) for i in at))
+    net.graph.eliminate_dead_code()
+    for part in net.graph.nodes:
+        part.target = _REPLACED.get(part.target, part.target)
+    nodes = list(net.graph.nodes)
+    last = {used: part for part in nodes for used in part.all_input_nodes}
+    return _propagate(nodes, net, [flat[i] for i in at], rule, last)
 
 
 # ---- the capture -------------------------------------------------------------------------------------
@@ -161,15 +203,18 @@ class Graph:
 
 @contextmanager
 def _as_written() -> Iterator[None]:
-    """No fused calls for whole layers, which torch takes in eval mode."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    """No fused calls for whole layers, which torch takes in eval mode, and no notes of torch's on the user's screen."""
+    fast, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch")
+    level = log.level
     torch.backends.mha.set_fastpath_enabled(False)
+    log.setLevel(logging.CRITICAL)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        log.setLevel(level)
 
 
 def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
@@ -231,12 +276,40 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
         elif operation(node) == "_assert_tensor_metadata" or (operation(node) in _NOTHING):
             copies[node] = copies.get(node.args[0])
             continue
+        elif operation(node) == "copy":
+            copies[node] = _copied(graph, copies, node)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].target = _REPLACED.get(node.target, node.target)
         _describe(copies[node], node)
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph)
+
+
+def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node) -> fx.Node:
+    """What ``aten.copy(to, value)`` gives, by calls that have a derivative: it has none."""
+    to, value = node.args[:2]
+    assert isinstance(to, fx.Node)
+    assert isinstance(value, fx.Node)
+    wanted, given, found = to.meta["val"], value.meta["val"], copies[value]
+    if len(given.shape) != len(wanted.shape) or any(map(_differ, given.shape, wanted.shape)):
+        sizes = [_known(n) for n in wanted.shape]
+        shape = [_size(graph, copies[to], at) if n is None else n for at, n in enumerate(sizes)]
+        found = graph.call_function(torch.ops.aten.expand.default, (found, shape))
+        _describe(found, node)
+    if given.dtype != wanted.dtype:
+        found = graph.call_function(torch.ops.aten._to_copy.default, (found,), {"dtype": wanted.dtype})
+    return found
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return str(one) != str(other)
+
+
+def _size(graph: fx.Graph, of: fx.Node, at: int) -> fx.Node:
+    found = graph.call_function(torch.ops.aten.sym_size.int, (of, at))
+    found.meta = {"module": of.meta["module"], "size": True}
+    return found
 
 
 def _value(net: nn.Module, program: ExportedProgram, spec: Any) -> Any:

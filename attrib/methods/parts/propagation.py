@@ -9,8 +9,7 @@ from torch import Tensor, fx
 
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE, LINEAR
-from attrib.models.aten import of_input, place, propagate
-from attrib.models.graph import call, operation
+from attrib.models.graph import call, operation, taken_apart
 
 Kinds = Mapping[str, Callable[[fx.Node], int | None]]
 Rule = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -50,31 +49,33 @@ class Hookable:
     def __init__(self, model: Classifier, kinds: Kinds) -> None:
         self._model, self._kinds = model, kinds
 
-    def found(self, x: Tensor) -> dict[fx.Node, int]:
-        """The calls that are recognised -> the argument."""
-        traced = self._model.traced(x)
-        depends = of_input(traced.graph)
-        found = {n: self._kinds[operation(n)](n) for n in traced.graph.nodes if operation(n) in self._kinds}
-        return {node: at for node, at in found.items() if at is not None and node in depends}
+    def found(self, x: Tensor) -> list[fx.Node]:
+        """The calls that are recognised."""
+        graph = self._model.graph(x)
+        return [n for n in graph.nodes if n in graph.fed and (self._at(n) is not None or operation(n) == "rnn_relu")]
+
+    def _at(self, node: fx.Node) -> int | None:
+        """Which argument such a call is about."""
+        kind = self._kinds.get(operation(node))
+        return None if kind is None else kind(node)
 
     def __call__(self, x: Tensor, rule: Rule = _as_it_is) -> Tensor:
-        found = self.found(x)
-
         def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if node not in found:
+            if operation(node) == "rnn_relu":
+                return taken_apart(node, args, kwargs, compute, lambda v: v if isinstance(v, Tensor) else None)
+            at = self._at(node)
+            if at is None or not isinstance(args[at], Tensor) or not args[at].requires_grad:
                 return call(node)(*args, **kwargs)
-            at = found[node]
             return rule(lambda value: call(node)(*args[:at], value, *args[at + 1 :], **kwargs), args[at])
 
-        return propagate(self._model.traced(x), x, compute)
+        return self._model.graph(x).propagate(x, compute)
 
     def others(self, x: Tensor) -> list[str]:
         """Other element-wise operations that are no sums, products or comparisons, with the modules they are in."""
-        traced = self._model.traced(x)
-        depends, found = of_input(traced.graph), self.found(x)
+        graph = self._model.graph(x)
         bent = ELEMENTWISE - LINEAR.keys() - {"mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
-        nodes = {operation(n): n for n in reversed(traced.graph.nodes) if n in depends - found.keys()}
-        return [f"{name} in {place(self._model.module, x, traced, n)}" for name, n in nodes.items() if name in bent]
+        found = {operation(n): n for n in reversed(graph.nodes) if n in graph.fed - {*self.found(x)}}
+        return [f"{name} in {graph.where(n)}" for name, n in found.items() if name in bent]
 
 
 def hookable(model: Classifier, kinds: Kinds) -> Hookable:

@@ -17,18 +17,19 @@ inputs is the change of its output.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import replaced
 from attrib.models import Classifier
-from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR
-from attrib.models.aten import place, propagate
-from attrib.models.graph import OF_SHAPE, call, operation
+from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR, RECURRENT
+from attrib.models.graph import OF_SHAPE, call, of_sizes, operation, taken_apart
 from attrib.types import SampleError, UserError
 
 EPS = 1e-10  # inputs that differ by less have met; captum's number
@@ -254,34 +255,30 @@ def _affine(pair: Pair, weight: Tensor | None, bias: Tensor | None) -> Pair:
 
 
 def _layer_norm(
-    pair: Pair, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Pair, None, None]:
-    return _affine(_standardised(pair, range(-len(shape), 0), eps), weight, bias), None, None
+    pair: Pair,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Pair:
+    return _affine(_standardised(pair, range(-len(shape), 0), eps), weight, bias)
 
 
 def _group_norm(
-    pair: Pair, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, groups: int, eps: float
-) -> tuple[Pair, None, None]:
-    grouped = _standardised(linear(lambda t: t.reshape(n, groups, -1), pair), [-1], eps)
-    shape = (1, c, *[1] * (pair.x.ndim - 2))
+    pair: Pair, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Pair:
+    shape = (1, -1, *[1] * (pair.x.ndim - 2))
+    grouped = _standardised(linear(lambda t: t.reshape(len(t), groups, -1), pair), [-1], eps)
     weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
-    return _affine(linear(lambda t: t.reshape(pair.x.shape), grouped), weight, bias), None, None
+    return _affine(linear(lambda t: t.reshape(pair.x.shape), grouped), weight, bias)
 
 
-def _instance_norm(
-    pair: Pair,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    _mean: Any,
-    _var: Any,
-    _training: bool,
-    _by: float,
-    eps: float,
-) -> tuple[Pair, None, None]:
+def _instance_norm(pair: Pair, weight: Tensor | None, bias: Tensor | None, *_: Any, eps: float) -> Pair:
     shape = (1, -1, *[1] * (pair.x.ndim - 2))
     weight, bias = (None if t is None else t.view(shape) for t in (weight, bias))
     found = _standardised(pair, [d for d in range(pair.x.ndim) if d != 1], eps)
-    return _affine(found, weight, bias), None, None
+    return _affine(found, weight, bias)
 
 
 def _norm(pair: Pair, order: float = 2, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any) -> Pair:
@@ -294,10 +291,10 @@ def _norm(pair: Pair, order: float = 2, dim: Sequence[int] | None = None, keepdi
 
 def _root_mean_square_norm(
     pair: Pair, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> tuple[Pair, None]:
+) -> Pair:
     small = torch.finfo(pair.x.dtype).eps if eps is None else eps
     mean = linear(lambda t: t.mean(list(range(-len(shape), 0)), keepdim=True), rescale(torch.square, pair))
-    return _affine(_times(pair, rescale(lambda t: (t + small).rsqrt(), mean)), weight, None), None
+    return _affine(_times(pair, rescale(lambda t: (t + small).rsqrt(), mean)), weight, None)
 
 
 MADE_OF_RULES: dict[str, Callable[..., Any]] = {
@@ -314,13 +311,19 @@ MADE_OF_RULES: dict[str, Callable[..., Any]] = {
     "glu": _glu,
     "var": _variance,
     "std": _deviation,
-    "native_layer_norm": _layer_norm,
-    "native_group_norm": _group_norm,
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "rms_norm": _root_mean_square_norm,
     "linalg_vector_norm": _norm,
-    "_fused_rms_norm": _root_mean_square_norm,
 }
 # Over how many dimensions.
-POOLINGS = {
+POOLINGS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "max_pool1d": (1, F.max_pool1d), "max_pool2d": (2, F.max_pool2d), "max_pool3d": (3, F.max_pool3d),
+}  # fmt: skip
+# The same, by operations that also say where the maxima are.
+POOLINGS_WITH_PLACES = {
     "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3,
 }  # fmt: skip
 
@@ -328,16 +331,24 @@ POOLINGS = {
 def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives for pairs, with the rule that fits. Raises NoRuleError if none does."""
     name, function = operation(node), call(node)
-    if name in OF_SHAPE:
+    if name in OF_SHAPE or of_sizes(node) or not _pairs(args, kwargs):
         return function(*tree_map_only(Pair, lambda p: p.x.detach(), args), **kwargs)
+    if name in RECURRENT:
+        return taken_apart(node, args, kwargs, apply, lambda value: value.x if isinstance(value, Pair) else None)
     if name in POOLINGS:
-        return _pooled(function, POOLINGS[name], *args, **kwargs)
+        places, function = POOLINGS[name]
+        return _pooled(partial(function, return_indices=True), places, *args, **kwargs)[0]
+    if name in POOLINGS_WITH_PLACES:
+        return _pooled(function, POOLINGS_WITH_PLACES[name], *args, **kwargs)
     if name in MADE_OF_RULES and not _pairs(args[1:], kwargs):
         return MADE_OF_RULES[name](*args, **kwargs)
     if name in BATCH_NORM and not _pairs(args[1:], kwargs):
+        if getattr(node.target, "_overloadname", "") == "no_stats":
+            pair, weight, bias, *_, eps = args
+            return _instance_norm(pair, weight, bias, eps=eps), None, None
         training = BATCH_NORM[name]
         if training is not None and args[training]:
-            return _instance_norm(*args)
+            return _instance_norm(*args[:3], eps=args[-1]), None, None
         return linear(function, *args, **kwargs)
     if name in BILINEAR:
         return _bilinear(name, function, args, kwargs)
@@ -352,8 +363,8 @@ def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NoRuleError
     if name in ("maximum", "minimum") and len(pairs) == 2 and _common_root(pairs) is None:
         return _extreme(name, *pairs)
-    if name == "log_sigmoid_forward":
-        return rescale(lambda t: function(t)[0], *args), None
+    if name in ("log_sigmoid_forward", "rrelu_with_noise_functional"):  # the second result is for torch's way back
+        return rescale(lambda *values: function(*values)[0], *args, **kwargs), None
     return rescale(function, *args, **kwargs)
 
 
@@ -382,21 +393,21 @@ def deep_lift(model: Classifier, x: Tensor, baseline: Tensor, target: Tensor) ->
 
     Raises UserError, which names the module, for a call without a rule.
     """
-    traced = model.traced(x)
+    graph = model.graph(x)
 
     def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return apply(node, args, kwargs)
         except NoRuleError:
             raise UserError(
-                f"DeepLIFT has no rule for {operation(node)} in {place(model.module, x, traced, node)}: what it gives "
+                f"DeepLIFT has no rule for {operation(node)} in {graph.where(node)}: what it gives "
                 "there is neither linear, nor a function of one value, nor a maximum, nor a product. Take "
                 "method=integrated_gradients or method=gradient_shap, which need the gradient alone"
             ) from None
 
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        logits = propagate(traced, Pair(leaf.clone(), baseline.clone()), rule)
+        logits = graph.propagate(Pair(leaf.clone(), baseline.clone()), rule)
         (multipliers,) = torch.autograd.grad(target_score(logits.x, target).sum(), leaf)
     return multipliers * (x - baseline), logits.x.detach(), logits.x0
 
