@@ -7,7 +7,7 @@ from torch import nn
 
 from attrib.models import BiLSTM, Classifier, DeepLSTM
 from attrib.models.attention import scaled_dot_product_attention
-from attrib.models.graph import Graph, operation
+from attrib.models.graph import Graph, call, operation, taken_apart
 from attrib.types import UserError
 
 
@@ -159,3 +159,38 @@ def test_attention_taken_apart_is_torchs(mask, heads):
             given = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~given, -3.0)
     expected = F.scaled_dot_product_attention(query, key, value, given, **options)
     torch.testing.assert_close(scaled_dot_product_attention(query, key, value, given, **options), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_is_taken_apart(kind):
+    class Recurs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = kind(6, 5, batch_first=True, bidirectional=True)
+
+        def forward(self, x):
+            return self.layer(x)[0][:, -1]
+
+    torch.manual_seed(0)
+    net = Recurs().double().eval()
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    seen = set()
+
+    def rule(node, args, kwargs):
+        if operation(node) in ("lstm", "gru", "rnn_tanh"):
+            return taken_apart(node, args, kwargs, rule, lambda v: v if isinstance(v, torch.Tensor) else None)
+        seen.add(operation(node))
+        return call(node)(*args, **kwargs)
+
+    torch.testing.assert_close(Graph.of(net, x).propagate(x, rule), net(x))
+    assert "tanh" in seen
+    assert not any(name.endswith("_") for name in seen)
+
+
+def test_the_graph_of_a_copy_reads_the_copys_weights():
+    net, x = Net(lambda z: z + torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)[:, None, None]), pictures()
+    graph = model_of(net).graph(x)
+    other = Net(net.function).double().eval()
+    torch.nn.init.normal_(other.fc.weight)
+    torch.testing.assert_close(graph.of_copy(other)(x), other(x))
+    assert not torch.allclose(graph(x), other(x))

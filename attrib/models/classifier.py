@@ -255,7 +255,8 @@ class Classifier:
         self._admit(x)
         found = next((graph for graph in self._graphs if graph.fits(x)), None)
         if found is None:
-            found = Graph.of(self.module, x)
+            same = self.original is not self
+            found = self.original.graph(x).of_copy(self.module) if same else Graph.of(self.module, x)
             self._graphs.append(found)
         if x.shape[1:] not in self._compared:
             self._compare(found, x)

@@ -67,7 +67,8 @@ class Graph:
 
     ``meta`` of a node holds ``module``, the path and class of the innermost module that makes the call; of a tensor
     also ``shape`` and ``dtype`` for the example that the net was read with, and ``free``, the axes whose size may be
-    another; and ``size``, whether it is a number that is read of a shape.
+    another; ``size``, whether it is a number that is read of a shape; and of a ``get_attr`` node ``constant``, whether
+    it is a number of the net's code, not of its state. Parameters and buffers are targets by their names in the net.
     """
 
     def __init__(self, net: fx.GraphModule, name: str) -> None:
@@ -97,6 +98,19 @@ class Graph:
                 "needs the gradient alone, such as integrated_gradients"
             ) from error
         return cls(_inlined(net, program), name)
+
+    def of_copy(self, net: nn.Module) -> Graph:
+        """The graph of a net that differs from this one's in its parameters and buffers alone."""
+        root, graph = nn.Module(), fx.Graph()
+        copies: dict[fx.Node, Any] = {}
+        for node in self.nodes:
+            if node.op == "get_attr":
+                target = str(node.target)
+                source = self.net if node.meta["constant"] else net
+                copies[node] = _constant(root, graph, target, _attribute(source, target), node.meta["constant"])
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        return Graph(fx.GraphModule(root, graph), self.name)
 
     @cached_property
     def input(self) -> fx.Node:
@@ -192,10 +206,19 @@ def taken_apart(
         net = make_fx(torch.func.functionalize(function, remove="mutations"))(*(tensor(flat[i]) for i in at))
     net.graph.eliminate_dead_code()
     for part in net.graph.nodes:
-        part.target = _REPLACED.get(part.target, part.target)
+        part.target = _REPLACED.get(part.target, _without_writing(part))
     nodes = list(net.graph.nodes)
     last = {used: part for part in nodes for used in part.all_input_nodes}
     return _propagate(nodes, net, [flat[i] for i in at], rule, last)
+
+
+def _without_writing(node: fx.Node) -> Any:
+    """The call that gives the same as one in place: torch leaves some of these inside what it takes apart itself."""
+    if not operation(node).endswith("_"):
+        return node.target
+    packet = getattr(torch.ops.aten, operation(node).removesuffix("_"))
+    name = getattr(node.target, "_overloadname", "default")
+    return getattr(packet, name if name in packet.overloads() else packet.overloads()[0])
 
 
 # ---- the capture -------------------------------------------------------------------------------------
@@ -251,6 +274,8 @@ _NOTHING = frozenset(("alias", "clone", "contiguous", "detach", "lift_fresh", "l
 _REPLACED = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,  # whatever the strides of a rule's result are
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.unsafe_split.Tensor: torch.ops.aten.split.Tensor,
+    torch.ops.aten.unsafe_chunk.default: torch.ops.aten.chunk.default,
 }
 
 
@@ -265,11 +290,12 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
             if spec.kind == InputKind.USER_INPUT:
                 copies[node] = graph.placeholder("x")
             else:
-                value = _value(net, program, spec)
-                target = str(spec.target).replace(".", "_") if spec.kind == InputKind.CONSTANT_TENSOR else spec.target
-                copies[node] = _constant(root, graph, str(target), value)
+                target, own = str(spec.target), spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+                value = _attribute(net, target) if own else program.constants[target]
+                copies[node] = _constant(root, graph, target if own else f"constant.{node.name}", value, not own)
         elif node.op == "get_attr":
-            copies[node] = _constant(root, graph, str(node.target), getattr(program.graph_module, str(node.target)))
+            value = getattr(program.graph_module, str(node.target))
+            copies[node] = _constant(root, graph, f"constant.{node.name}", value, True)
         elif node.op == "output":
             graph.output(copies[_logits(program, node)])
             continue
@@ -281,7 +307,8 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].target = _REPLACED.get(node.target, node.target)
-        _describe(copies[node], node)
+        if copies[node].op != "get_attr":
+            _describe(copies[node], node)
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph)
 
@@ -312,13 +339,8 @@ def _size(graph: fx.Graph, of: fx.Node, at: int) -> fx.Node:
     return found
 
 
-def _value(net: nn.Module, program: ExportedProgram, spec: Any) -> Any:
-    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in program.state_dict:
-        return _attribute(net, str(spec.target))
-    return program.constants[spec.target]
-
-
-def _constant(root: nn.Module, graph: fx.Graph, target: str, value: Any) -> fx.Node:
+def _constant(root: nn.Module, graph: fx.Graph, target: str, value: Any, constant: bool) -> fx.Node:
+    """A node that reads a value, which ``root`` keeps at the same place as the net does."""
     at, *_, last = root, *target.split(".")
     for name in target.split(".")[:-1]:
         if not hasattr(at, name):
@@ -328,7 +350,9 @@ def _constant(root: nn.Module, graph: fx.Graph, target: str, value: Any) -> fx.N
         at.register_buffer(last, value)
     else:
         setattr(at, last, value)
-    return graph.get_attr(target)
+    node = graph.get_attr(target)
+    node.meta = {"module": ("", ""), "size": False, "constant": constant}
+    return node
 
 
 def _logits(program: ExportedProgram, node: fx.Node) -> fx.Node:
