@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attrib.causal import CausalGraphs
 from attrib.causal.structure import Structure
-from attrib.methods import baselines, sampled
+from attrib.methods import baselines, cam, sampled
 from attrib.methods.causal import CausalPaths, graphs_of
 from attrib.methods.cd import CD
 from attrib.methods.fisher import FunctionalInformation
@@ -252,7 +252,7 @@ def check_deep_lift_shap(case: Case) -> None:
 
 
 def check_grad_cam(case: Case) -> None:
-    found = case.explain(baselines.GradCAM())
+    found = case.explain(cam.GradCAM())
     if case.cam in case.given.program.again:
         return
     place, x, target = case.given.program.places[case.cam], case.batch.x, case.batch.target

@@ -16,7 +16,6 @@ from attrib.methods import Method
 from attrib.methods.baselines import (
     Deconvolution,
     DeepLiftShap,
-    GradCAM,
     Gradient,
     GuidedBackprop,
     InputXGradient,
@@ -25,6 +24,7 @@ from attrib.methods.baselines import (
     Random,
     SmoothGrad,
 )
+from attrib.methods.cam import GradCAM
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from attrib import keys
 from attrib.experiment.samples import Samples
-from attrib.methods.baselines import GradCAM, Gradient
+from attrib.methods.baselines import Gradient
+from attrib.methods.cam import GradCAM
 from attrib.models import Classifier, Exam
 from attrib.noise import Noise
 from attrib.types import Batch, UserError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attrib.config.objects import classifier
-from attrib.methods.baselines import GradCAM, Gradient
+from attrib.methods.baselines import Gradient
+from attrib.methods.cam import GradCAM
 from attrib.methods.parts.losses import target_loss
 from attrib.metrics import InsertionDeletion
 from attrib.models import Classifier, Output, probabilities

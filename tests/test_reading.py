@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
-from attrib.methods.baselines import GradCAM
+from attrib.methods.cam import GradCAM
 from attrib.methods.iba import IBA
 from attrib.methods.parts.layout import on_image
 from attrib.models import Classifier

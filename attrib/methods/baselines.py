@@ -18,26 +18,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
 from captum import attr
 from torch import Tensor
 
-from attrib import keys
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.parts.layout import image_size, on_image, resize
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import Rule, deconvolution, guided, hookable
 from attrib.methods.parts.rescale import check_complete, deep_lift
 from attrib.models import Classifier
 from attrib.models.activations import RELU_LIKE
 from attrib.models.graph import check_same
-from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -296,52 +293,6 @@ class DeepLiftShap(Method):
         delta = (total.flatten(1).sum(1) - change).abs()
         check_complete(batch.uids, delta, most, "DeepLIFT")
         return {"map": inputs.reduce(total, self.reduce), "delta": delta}
-
-
-@dataclass(frozen=True)
-class GradCAM(Method):
-    """Activations of a layer, each channel weighted by its mean gradient (Selvaraju et al., 2017).
-
-    layer   role of the layer
-    relu    set negative values, which speak against the class, to zero, as the paper does
-    layout  which axes of the layer are places, see ``iba.IBA``. The means and the map are of places alone: tokens
-            in front of them (a class token) are left out
-
-    Images only.
-    """
-
-    NAME: ClassVar[str] = "attrib.methods.baselines.GradCAM"
-    VERSION: ClassVar[int] = 1
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, >= 0 unless relu=false, upsampled from the layer"}
-    EXTRAS: ClassVar[Mapping[str, str]] = {"cam": "the same at the layer's resolution, (h, w)"}
-    layer: str = "cam"
-    relu: bool = True
-    layout: str = field(default="auto", metadata=keys.ADDED)
-
-    def __post_init__(self) -> None:
-        check_layout(type(self).__name__, self.layout)
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (self.layer,)
-
-    @property
-    def laid(self) -> Mapping[str, str]:
-        return {self.layer: self.layout}
-
-    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        z, rest = model.until(self.layer, batch.x)
-        places = on_image(model, self.layer, batch.x, z, self.layout)
-        if places.name == "vector":
-            raise UserError(
-                f"Grad-CAM needs a layer with places; {model.path(self.layer)} gives (B, {z.shape[1]}), one vector for "
-                f"the whole image (set model.layers.{self.layer})"
-            )
-        _, gradient = model.gradient(z, lambda logits, rows: target_score(logits, batch.target[rows]), self.layer, rest)
-        weights = places.to_grid(gradient).mean((2, 3), keepdim=True)
-        cam = (weights * places.to_grid(z)).sum(1)
-        cam = cam.relu() if self.relu else cam
-        return {"map": resize(cam, image_size(batch.x)), "cam": cam}
 
 
 @dataclass(frozen=True)
