@@ -13,10 +13,13 @@ variant 13; it passes BigCrush.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,3 +126,29 @@ class Noise:
         """(B, *shape) int64, uniform on 0 .. high-1 (the bias is below high / 2**63)."""
         n = math.prod(shape)
         return _shift_right(self.bits(n), 1).remainder_(high).reshape(len(self.uids), *shape)
+
+
+@contextlib.contextmanager
+def global_states(seed: int, device: torch.device | str = "cpu") -> Iterator[Callable[[], bool]]:
+    """Inside, the process-wide random states of Python, numpy and torch are seeded, and they are put back afterwards.
+
+    For other people's code that draws from them. Those of an accelerator are put back too, but not seeded, as its
+    numbers are others than the CPU's: what is yielded tells, afterwards, whether any were drawn.
+    """
+    place = torch.device(device)
+    far = None if place.type == "cpu" else torch.get_device_module(place)
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    before = None if far is None else far.get_rng_state(place)
+    drawn = False
+    try:
+        random.setstate(random.Random(seed).getstate())
+        np.random.set_state(np.random.RandomState(seed % 2**32).get_state())
+        torch.random.set_rng_state(torch.Generator().manual_seed(seed % 2**63).get_state())
+        yield lambda: drawn
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        if far is not None:
+            drawn = not torch.equal(before, far.get_rng_state(place))
+            far.set_rng_state(before, place)

@@ -251,14 +251,65 @@ def check_deep_lift_shap(case: Case) -> None:
             raise WrongError("complete, but not by the rescale rule", f"off by {worst:.2g} of {scale:.2g}")
 
 
-def check_grad_cam(case: Case) -> None:
-    found = case.explain(cam.GradCAM())
+def _check_cam(case: Case, method: Any, reference: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """``reference`` takes activations and gradients as (N, C, h, w)."""
+    found = case.explain(method)
     if case.cam in case.given.program.again:
         return
     place, x, target = case.given.program.places[case.cam], case.batch.x, case.batch.target
-    expected = references.grad_cam(case.net, case.cam, place, x, target)
+    layer = references.layer_and_gradient(case.net, case.cam, x, target)
+    expected = reference(*(references.on_grid(t, place) for t in layer))
     same(found["cam"], expected, OTHER, what=f"{case.cam}, {place}:")
-    same(found["map"], resize(expected, tuple(x.shape[2:])), "not the layer's map enlarged")
+    same(found["map"], resize(expected, (x.shape[2], x.shape[3])), "not the layer's map enlarged")
+
+
+def check_grad_cam(case: Case) -> None:
+    _check_cam(case, cam.GradCAM(), references.grad_cam)
+
+
+def check_grad_cam_plus_plus(case: Case) -> None:
+    _check_cam(case, cam.GradCAMPlusPlus(), references.grad_cam_plus_plus)
+
+
+def check_layer_cam(case: Case) -> None:
+    _check_cam(case, cam.LayerCAM(), references.layer_cam)
+
+
+def check_xgrad_cam(case: Case) -> None:
+    _check_cam(case, cam.XGradCAM(), references.xgrad_cam)
+
+
+def check_hires_cam(case: Case) -> None:
+    _check_cam(case, cam.HiResCAM(), references.hires_cam)
+
+
+def check_eigen_cam(case: Case) -> None:
+    _check_cam(case, cam.EigenCAM(), references.eigen_cam)
+
+
+def check_score_cam(case: Case) -> None:
+    x, target = case.batch.x, case.batch.target
+    _check_cam(case, cam.ScoreCAM(), lambda a, _: references.score_cam(case.net, a, x, target))
+
+
+def check_ablation_cam(case: Case) -> None:
+    x, target = case.batch.x, case.batch.target
+
+    def reference(a: Tensor, _: Tensor) -> Tensor:
+        return references.ablation_cam(case.net, case.cam, case.given.program.places[case.cam], x, target)
+
+    _check_cam(case, cam.AblationCAM(), reference)
+
+
+def check_guided_grad_cam(case: Case) -> None:
+    found = case.explain(cam.GuidedGradCAM())["map"]
+    if case.cam in case.given.program.again:
+        return
+    x, target, place = case.batch.x, case.batch.target, case.given.program.places[case.cam]
+    guided = summed(references.through_relus(case.given, x, target, guided=True))
+    layer = references.layer_and_gradient(case.net, case.cam, x, target)
+    enlarged = resize(references.grad_cam(*(references.on_grid(t, place) for t in layer)), (x.shape[2], x.shape[3]))
+    same(found, guided * enlarged, OTHER)
 
 
 def check_iba(case: Case) -> None:
@@ -321,6 +372,9 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
+CAMS = tuple(name for name in CHECKS if "_cam" in name)
+
+
 def pattern(message: str) -> str:
     """The first sentence of a message, without what is this net's own: names, numbers, shapes."""
     first = re.split(r"\. |\n|; ", message, maxsplit=1)[0]
@@ -336,9 +390,9 @@ def must_be_refused(case: Case, method: str) -> str:
         return "the rows of a batch interact"
     if not case.steady:
         return UNSTEADY
-    if method in ("guided_backprop", "deconvolution") and not case.has("relu"):
+    if method in ("guided_backprop", "deconvolution", "guided_grad_cam") and not case.has("relu"):
         return "the net has no ReLU"
-    if method == "grad_cam" and case.cam in case.given.program.again:
+    if method in CAMS and case.cam in case.given.program.again:
         return "the layer runs twice"
     return ""
 

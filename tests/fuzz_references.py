@@ -11,6 +11,7 @@ import torch
 from generated_nets import Generated, Place
 from torch import Tensor, nn
 
+from attrib.methods.parts.layout import resize
 from attrib.noise import Noise
 
 SEED = 3
@@ -168,10 +169,68 @@ def on_grid(z: Tensor, place: Place) -> Tensor:
     return z[:, place.prefix :].transpose(1, 2).unflatten(2, place.grid)
 
 
-def grad_cam(net: nn.Module, path: str, place: Place, x: Tensor, target: Tensor) -> Tensor:
-    """(N, h, w) at the layer's resolution."""
-    z, grad = (on_grid(t, place) for t in layer_and_gradient(net, path, x, target))
-    return (grad.mean((2, 3), keepdim=True) * z).sum(1).relu()
+def grad_cam(a: Tensor, g: Tensor) -> Tensor:
+    """(N, C, h, w) activations and their gradients -> (N, h, w) at the layer's resolution; so are those below."""
+    return (g.mean((2, 3), keepdim=True) * a).sum(1).relu()
+
+
+def grad_cam_plus_plus(a: Tensor, g: Tensor) -> Tensor:
+    alpha = g**2 / (2 * g**2 + g**3 * a.sum((2, 3), keepdim=True))
+    weights = torch.where(g > 0, alpha * g, 0.0).sum((2, 3), keepdim=True)
+    return (weights * a).sum(1).relu()
+
+
+def layer_cam(a: Tensor, g: Tensor) -> Tensor:
+    return (g.relu() * a).sum(1).relu()
+
+
+def xgrad_cam(a: Tensor, g: Tensor) -> Tensor:
+    share = (a / a.sum((2, 3), keepdim=True)).nan_to_num(0.0)  # of a channel that is 0
+    return ((g * share).sum((2, 3), keepdim=True) * a).sum(1).relu()
+
+
+def hires_cam(a: Tensor, g: Tensor) -> Tensor:
+    return (g * a).sum(1)
+
+
+def eigen_cam(a: Tensor, g: Tensor) -> Tensor:
+    maps = []
+    for one in a.flatten(2):
+        first = torch.linalg.eigh(one @ one.T)[1][:, -1] @ one
+        maps.append(first * first[first.abs().argmax()].sign())
+    return torch.stack(maps).unflatten(1, a.shape[2:])
+
+
+@torch.no_grad()
+def score_cam(net: nn.Module, a: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    total, weights = torch.zeros_like(a[:, 0]), torch.zeros_like(a[:, 0, :1, :1])
+    for channel in a.unbind(1):
+        mask = resize(channel, (x.shape[2], x.shape[3]))[:, None]
+        low, high = mask.amin((2, 3), keepdim=True), mask.amax((2, 3), keepdim=True)
+        weight = score(net, x * (mask - low) / (high - low), target).exp().view(-1, 1, 1)
+        weight = torch.where((high - low)[:, 0] > 1e-12 * mask.abs().amax((1, 2, 3)).view(-1, 1, 1), weight, 0.0)
+        total, weights = total + weight * channel, weights + weight
+    return (total / weights).relu()
+
+
+@torch.no_grad()
+def ablation_cam(net: nn.Module, path: str, place: Place, x: Tensor, target: Tensor) -> Tensor:
+    def without(channel: int) -> Tensor:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            output = output.clone()
+            first, kept = place.layout == "channels_first", place.prefix  # which tokens have, in front
+            output[(slice(None), channel) if first else (slice(None), slice(kept, None), ..., channel)] = 0
+            return output
+
+        handle = net.get_submodule(path).register_forward_hook(hook)
+        try:
+            return score(net, x, target)
+        finally:
+            handle.remove()
+
+    a, whole = on_grid(layer_and_gradient(net, path, x, target)[0], place), score(net, x, target)
+    falls = [(whole - without(k)).view(-1, 1, 1) * a[:, k] for k in range(a.shape[1])]
+    return torch.stack(falls).sum(0).relu()
 
 
 def first_bits(net: nn.Module, path: str, place: Place, x: Tensor, many: Tensor, alpha: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -243,28 +244,44 @@ class Even(nn.Module):
         return self.head(self.act(self.conv(self.layer(self.front(x)))).flatten(1))
 
 
-# torchcam's own numbers, "normalized=False": it would scale each map to 0 .. 1. Its ``eps`` in denominators is 1e-8
-# beside squares of gradients, which are often smaller than that; the formulae have none. It divides by a channel's sum
-# without looking, and takes LayerCAM's and Grad-CAM's weights of (B, C, H, W) alone. In a batch with several targets it
-# gives what it gives for single images. Its ScoreCAM scales a channel before it is enlarged.
+class Pooled(Even):
+    """The gradient of a channel is the same at all places, as where a net ends in a pool and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(6, 4, 1), nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv(self.layer(self.front(x)).mean((2, 3), keepdim=True))).flatten(1))
+
+
+# torchcam's own numbers, "normalized=False": it would scale each map to 0 .. 1. Where it is not the formula:
+# - Grad-CAM++: its GradCAMpp divides a copy of alpha's numerator (``alpha[idx][mask].div_``), so the weights are the sum
+#   of relu(g)^3. Its SmoothGradCAMpp, here of one copy without noise, does divide; in the denominator it sums g^3 A with
+#   each place's own g, where the formula has the g of the place that is weighted: equal where all g of a channel are.
+#   Neither has a ReLU at the end.
+# - its ``eps``, 1e-8 beside squares of gradients or sums of activations, which are often smaller, can be set to 0;
+#   in the range by which ScoreCAM's masks are scaled it cannot. Those it scales before it enlarges them.
+# A batch with a target for each image gives what single images give, but its layers must be (B, C, H, W), or be made so
+# by the caller, its rows (ScoreCAM: ``batch_size``) are no promise, and its hooks stay until the extractor is closed.
 @pytest.mark.parametrize(
-    ("kind", "theirs", "more"),
+    ("kind", "theirs", "build", "more"),
     [
-        (GradCAM, torchcam.GradCAM, {}),
-        (GradCAMPlusPlus, torchcam.GradCAMpp, {"eps": 0.0}),
-        (LayerCAM, torchcam.LayerCAM, {}),
-        (XGradCAM, torchcam.XGradCAM, {"eps": 0.0}),
-        (ScoreCAM, torchcam.ScoreCAM, {}),
+        (GradCAM, torchcam.GradCAM, Even, {}),
+        (GradCAMPlusPlus, partial(torchcam.SmoothGradCAMpp, num_samples=1, std=1e-15), Pooled, {"eps": 0.0}),
+        (LayerCAM, torchcam.LayerCAM, Even, {}),
+        (XGradCAM, torchcam.XGradCAM, Even, {"eps": 0.0}),
+        (ScoreCAM, torchcam.ScoreCAM, Even, {}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_equals_torchcam(kind, theirs, more):
-    batch, net = pictures(), seeded(Even(), 0.5)
+def test_equals_torchcam(kind, theirs, build, more):
+    batch, net = pictures(), seeded(build(), 0.5)
     found = explain(kind(), net, batch, {"cam": "layer"})["cam"]
-    with theirs(net, "layer") as extractor:
+    with torch.random.fork_rng(), theirs(net, "layer") as extractor:
         scores = net(batch.x.clone().requires_grad_())
         (expected,) = extractor(batch.target.tolist(), scores, normalized=False, **more)
-    # torchcam adds 1e-8 to the range by which ScoreCAM's masks are scaled. Its Grad-CAM++ has no ReLU at the end.
+    assert found.max() > 1e-3
     same(found, expected.clamp(min=0).detach(), 1e-7 if kind is ScoreCAM else 1e-10)
 
 
@@ -282,6 +299,7 @@ def test_ablation_and_hires_equal_captums_layer_methods():
     same(explain(HiResCAM(), net, pictures(), {"cam": "layer"})["cam"], product.sum(1).detach())
 
 
+@pytest.mark.filterwarnings("ignore:Setting backward hooks")
 @pytest.mark.parametrize("reduce", ["sum", "abs_sum", "abs_max"])
 def test_guided_grad_cam_is_the_product_and_equals_captum(reduce):
     batch, net, layers = pictures(), seeded(Even(), 0.5), {"cam": "layer"}

@@ -180,7 +180,7 @@ def test_method_fields_are_all_in_the_yaml(name):
 
     def fields(thing: Any) -> Any:
         if dataclasses.is_dataclass(thing):
-            return {k: fields(v) for k, v in vars(thing).items()}
+            return {f.name: fields(getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.init}
         return list(thing) if isinstance(thing, tuple) else thing
 
     def written(node: Any) -> Any:

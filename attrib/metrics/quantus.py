@@ -8,7 +8,6 @@ import importlib
 import importlib.metadata
 import inspect
 import io
-import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier
 from attrib.models.classifier import is_out_of_memory
-from attrib.noise import Noise
+from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
 
 REFUSED: Mapping[str, str] = {  # why each cannot be used, and what does the same
@@ -396,20 +395,13 @@ def _contained(seed: int) -> Iterator[None]:
     cached = _quantus().PyTorchModel
     modules: list[Any] = [importlib.import_module(name) for name in _OUTDATED]
     before = [module.np for module in modules]
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    with _quiet():
+    with _quiet(), global_states(seed):
         try:
             for module in modules:
                 module.np = _Numpy()
-            random.setstate(random.Random(seed).getstate())
-            np.random.set_state(np.random.RandomState(seed % 2**32).get_state())
-            torch.random.set_rng_state(torch.Generator().manual_seed(seed % 2**63).get_state())
             yield
         finally:
             for module, own in zip(modules, before):
                 module.np = own
             for remembering in (cached._get_last_softmax_layer_index, cached._get_model_with_linear_top):
                 remembering.cache_clear()  # it keeps every net that it has seen
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.random.set_rng_state(states[2])

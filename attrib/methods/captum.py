@@ -1,0 +1,434 @@
+"""Any method of the package captum, by its name, one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import inspect
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+import torch
+from captum import attr
+from torch import Tensor, nn
+
+from attrib.checks import require
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
+from attrib.methods.parts.layout import Layout, image_size, on_image, resize
+from attrib.methods.parts.losses import target_score
+from attrib.methods.parts.propagation import hookable
+from attrib.models import Classifier
+from attrib.models.activations import RELU_LIKE
+from attrib.models.aten import of_input, operation
+from attrib.models.classifier import is_out_of_memory
+from attrib.models.reading import check_layout
+from attrib.noise import Noise, global_states
+from attrib.types import Batch, SampleError, UserError, did_you_mean
+from attrib.units import Units
+
+REFUSED: Mapping[str, str] = {  # what neither the signature nor a run tells, and what does the same
+    "FeaturePermutation": "exchanges a feature among the samples of a batch, so a sample has no map of its own; take "
+    "FeatureAblation",
+    "LayerFeaturePermutation": "exchanges a feature among the samples of a batch, so a sample has no map of its own; "
+    "take LayerFeatureAblation",
+    "NeuronDeepLift": "reports no error of completeness, by which activations would show that captum does not see; "
+    "take DeepLift, or NeuronIntegratedGradients",
+    **{
+        name: "needs several baselines, which are no plain value; take DeepLift, LayerDeepLift or method=deep_lift_shap"
+        for name in ("DeepLiftShap", "LayerDeepLiftShap", "NeuronDeepLiftShap")
+    },
+}
+OURS = (  # set by attrib, how many rows go through the net at a time among them
+    "forward_func", "model", "layer", "inputs", "inp", "target", "additional_forward_args", "feature_mask",
+    "perturbations_per_eval", "internal_batch_size", "nt_samples_batch_size", "show_progress", "verbose", "device_ids",
+    "return_convergence_delta", "return_input_shape", "attribute_to_layer_input",
+)  # fmt: skip
+OBJECTS = (  # what no plain value stands for
+    "attr_method", "tokenizer", "dataloader", "interpretable_model", "similarity_func", "perturb_func", "perm_func",
+    "from_interp_rep_transform", "to_interp_rep_transform", "custom_attribution_func", "grad_kwargs", "layer_mask",
+)  # fmt: skip
+GUIDED = (attr.GuidedBackprop, attr.Deconvolution, attr.GuidedGradCam, attr.NeuronGuidedBackprop,
+          attr.NeuronDeconvolution)  # fmt: skip
+CONVOLUTIONAL = (attr.LayerGradCam, attr.GuidedGradCam)  # they take dimension 1 of a layer for its channels
+# Calls that compute nothing, and modules that make no others in eval mode.
+SHAPE = frozenset((
+    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias", "detach",
+    "clone",
+))  # fmt: skip
+IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+@dataclass(frozen=True)
+class Captum(Method):
+    """A method of captum (Kokhlikyan et al., *Captum*, 2020, arXiv:2009.07896).
+
+    algorithm   its class's name in ``captum.attr``, such as DeepLift or LayerConductance. NoiseTunnel takes the name
+                of another one as its argument ``attribution_method``
+    arguments   of its constructor and of ``attribute``, by name; what is left out has captum's own default. A list
+                becomes a tuple; a number for ``baselines`` is the value of all numbers of the baseline
+    tiles       for algorithms with a ``feature_mask``: an image is divided into tiles x tiles features, a sound into so
+                many along time; None: every number is one. Every token of a text is one feature
+    layer       role of the layer, for algorithms that read one: those at a layer, of a neuron, guided Grad-CAM
+    layout      which axes of the layer are places, see ``iba.IBA``
+    reduce      how channels become one value, see ``baselines``
+    version     that of captum, so that maps by another one have another key; not to be given
+
+    The target's logit is explained. Each sample is a call of its own, with the process-wide random states seeded from
+    the sample's stream and put back afterwards, so batch, order and padding do not matter. An algorithm that sends more
+    rows through the net at a time than ``run.rows`` is refused when it does. Those that replace parts of a net get a
+    copy of it, so whatever they leave behind is gone.
+
+    What cannot be right is found out, and refused:
+    - captum's DeepLIFT sees modules, not functions, and only some: its map must be complete, or the sample fails;
+    - guided backpropagation and deconvolution: every ReLU of the net's graph must be an ``nn.ReLU``;
+    - LRP: every call of the graph must be one of a module (it passes the relevance of a sum to both terms);
+    - random numbers that are drawn on an accelerator, which are others than the CPU's.
+    What replaces parts of the net, or reads a layer, is not for texts, whose net begins at the embedding.
+
+    Raises UserError for an unknown algorithm or argument, and for what is refused; what captum itself refuses is a
+    SampleError that says why.
+    """
+
+    NAME: ClassVar[str] = "attrib.methods.captum.Captum"
+    VERSION: ClassVar[int] = 1
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "as captum defines it, signed; upsampled from a layer"}
+
+    algorithm: str = "IntegratedGradients"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tiles: int | None = None
+    layer: str = "cam"
+    layout: str = "auto"
+    reduce: Reduce = "sum"
+    version: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", importlib.metadata.version("captum"))
+        check_layout(type(self).__name__, self.layout)
+        require(self, "reduce", one_of=get_args(Reduce))
+        if not isinstance(self.arguments, Mapping):
+            raise UserError(f"Captum.arguments is {self.arguments!r}, must be names and values")
+        _found(self.algorithm)
+        if self.algorithm == "NoiseTunnel":
+            if "attribution_method" not in self.arguments:
+                raise UserError("captum's NoiseTunnel needs arguments.attribution_method, the name of another algorithm")
+            if self._inner is attr.NoiseTunnel:
+                raise UserError("captum's NoiseTunnel does not go around another one")
+        self._check_arguments()
+        if self.tiles is not None:
+            require(self, "tiles", at_least=1)
+            if "feature_mask" not in self._parameters:
+                raise UserError(f"captum's {self.algorithm} has no features that could be tiles; leave tiles out")
+
+    def _check_arguments(self) -> None:
+        known = [name for name in self._parameters if name not in (*OURS, *OBJECTS)]
+        required = [name for name, p in self._parameters.items() if p.default is inspect.Parameter.empty]
+        if objects := [name for name in required if name in OBJECTS]:
+            raise UserError(
+                f"captum's {self.algorithm} cannot be used here: it needs {' and '.join(objects)}, for which there is no "
+                "plain value"
+            )
+        for name, value in self.arguments.items():
+            if name in (*OURS, *OBJECTS):
+                why = "is set by attrib" if name in OURS else "has no plain value"
+                raise UserError(f"Captum.arguments: {name} {why}, take it out")
+            if name not in known:
+                hint = did_you_mean(name, known)
+                has = ", ".join(known) or "none"
+                raise UserError(f"captum's {self.algorithm} has no argument {name!r}{hint} (it has: {has})")
+            if self._parameters[name].annotation is int and (type(value) is not int or value < 1):
+                raise UserError(f"Captum.arguments: {name} is {value!r}, must be a whole number of at least 1")
+        if issubclass(self._inner, attr.DeepLift) and self.arguments.get("multiply_by_inputs") is False:
+            raise UserError(
+                "captum's DeepLift cannot be checked with multiply_by_inputs=false, as its multipliers sum to nothing"
+            )
+        for name in required:
+            if name not in (*OURS, *self.arguments):
+                raise UserError(f"captum's {self.algorithm} needs {name}; set method.arguments.{name}")
+
+    # ---- what it declares ---------------------------------------------------------------------
+
+    @property
+    def _kind(self) -> Any:
+        return _found(self.algorithm)
+
+    @property
+    def _inner(self) -> Any:
+        """The algorithm inside a NoiseTunnel; else the algorithm itself."""
+        inner = self.algorithm == "NoiseTunnel"
+        return _found(str(self.arguments["attribution_method"])) if inner else self._kind
+
+    @property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        kinds = (self._kind, self._inner)
+        return {k: v for kind in kinds for f in (kind.__init__, kind.attribute) for k, v in _signature(f).items()}
+
+    @property
+    def _replaces(self) -> bool:
+        return "model" in _signature(self._inner.__init__)
+
+    @property
+    def _reads(self) -> bool:
+        return "layer" in _signature(self._inner.__init__)
+
+    @property
+    def _at_layer(self) -> bool:
+        return issubclass(self._inner, attr.LayerAttribution)
+
+    @property
+    def _has_delta(self) -> bool:
+        scaled = self.arguments.get("multiply_by_inputs") is not False
+        return scaled and "return_convergence_delta" in _signature(self._kind.attribute)
+
+    @property
+    def MODALITIES(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: N802
+        if self._reads:
+            return ("image",)
+        return ("image", "audio") if self._replaces else ("image", "text", "audio")
+
+    @property
+    def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
+        return {"delta": "captum's convergence delta, its largest size"} if self._has_delta else {}
+
+    @property
+    def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
+        return {name: "lower" for name in self.EXTRAS}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return (self.layer,) if self._reads else ()
+
+    @property
+    def laid(self) -> Mapping[str, str]:
+        return {self.layer: self.layout} if self._reads else {}
+
+    # ---- maps ---------------------------------------------------------------------------------
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        places, net = None, None
+        if self._reads:
+            z = model.record([self.layer], batch.x)[self.layer]  # it runs once
+            places = on_image(model, self.layer, batch.x, z, self.layout)
+            self._check_places(model, places)
+        if self._replaces or self._reads:
+            model.examine(batch.x)
+            net = copy.deepcopy(model.module)
+            self._check_seen(model, net, batch.x[:1])
+        seeds = noise.child("captum").bits(1)[:, 0].tolist()
+        maps, deltas = [], []
+        for i, seed in enumerate(seeds):
+            one = batch[[i]] if batch.lengths is None else batch[[i]].cut(int(batch.lengths[i]))
+            found, delta = self._one(model, net, one, seed, places)
+            map = torch.zeros_like(batch.x[:1, 0] if batch.mask is None else batch.x[:1], dtype=found.dtype)
+            map[..., : found.shape[-1]] = found  # the padding of a text
+            maps.append(map)
+            deltas.append(delta)
+        return {"map": torch.cat(maps)} | ({"delta": torch.stack(deltas)} if self._has_delta else {})
+
+    def _one(
+        self, model: Classifier, net: nn.Module | None, one: Batch, seed: int, places: Layout | None
+    ) -> tuple[Tensor, Tensor]:
+        """The map (1, *places) of one sample, and captum's delta ()."""
+        inputs = Inputs.of(model, one)
+        if net is not None:
+            inputs = dataclasses.replace(inputs, net=net)
+        score = _Score(inputs.net, model)
+        takes = _signature(self._kind.attribute).keys() | _signature(self._inner.attribute).keys()
+        layer = None if net is None or not self._reads else net.get_submodule(model.path(self.layer))
+
+        def piece(_: slice) -> tuple[Tensor, Tensor]:
+            method = self._made(self._inner, score, layer)
+            given = self._arguments(self._kind.attribute, inputs) | self._arguments(self._inner.attribute, inputs)
+            if self._inner is not self._kind:
+                method = self._kind(method)
+            more = {
+                "perturbations_per_eval": model.rows, "internal_batch_size": model.rows, "nt_samples_batch_size": 1,
+                "feature_mask": self._features(one, inputs),
+            }  # fmt: skip
+            given |= {name: value for name, value in more.items() if name in takes}
+            given |= {"return_convergence_delta": True} if self._has_delta else {}
+            with warnings.catch_warnings(), torch.enable_grad(), global_states(seed, model.device) as drawn:
+                warnings.simplefilter("ignore")
+                # captum's LayerDeepLift needs gradients of the input; elsewhere they would keep what is not needed.
+                x = inputs.x.clone().requires_grad_(self._replaces)
+                found = method.attribute(x, additional_forward_args=inputs.args(slice(None)), **given)
+            if drawn():
+                raise UserError(
+                    f"captum's {self.algorithm} draws random numbers on {model.device}, which are others than the "
+                    "CPU's; set run.device=cpu"
+                )
+            found, delta = found if self._has_delta else (found, torch.zeros(1))
+            if not isinstance(found, Tensor):
+                raise UserError(f"captum's {self.algorithm} gives {len(found)} maps for what it reads; take another layer")
+            return found.detach().to(inputs.x), delta.detach().to(inputs.x).abs().amax()[None]
+
+        fewer = takes & {"perturbations_per_eval", "internal_batch_size"}  # it can do with fewer rows at a time
+        try:
+            found, delta = model.chunked(piece, 1, least=1 if fewer else None)
+        except (UserError, SampleError):
+            raise
+        except Exception as error:  # captum raises anything
+            if _of_the_net(error) or is_out_of_memory(error):
+                raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise SampleError(f"{one.uids[0]}: captum's {self.algorithm} refuses it: {reason}") from error
+        finally:
+            model.passed += max(0, score.rows - 1)  # ``chunked`` has counted one
+        self._check_complete(one.uids[0], found, delta)
+        return self._placed(found, inputs, places), delta[0]
+
+    def _made(self, kind: Any, score: nn.Module, layer: nn.Module | None) -> Any:
+        first = {"forward_func": score, "model": score, "layer": layer}
+        known = _signature(kind.__init__)
+        given = {name: value for name, value in (self.arguments | first).items() if name in known}
+        return kind(**given)
+
+    def _arguments(self, function: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
+        known, given = _signature(function), {}
+        for name, value in self.arguments.items():
+            if name in known:
+                number = name == "baselines" and isinstance(value, (int, float))
+                given[name] = torch.full_like(inputs.x, value) if number else _tuples(value)
+        return given
+
+    def _features(self, one: Batch, inputs: Inputs) -> Tensor | None:
+        """(1, ...) the number of the feature of each number of the input; None for captum's own, one for each."""
+        if inputs.mask is not None:
+            return torch.arange(inputs.x.shape[1], device=inputs.x.device)[None, :, None]
+        if self.tiles is None:
+            return None
+        units = Units.tiles(one, self.tiles) if one.x.ndim == 4 else Units.windows(one, self.tiles)
+        return units.of.to(inputs.x.device).unsqueeze(1)
+
+    def _placed(self, found: Tensor, inputs: Inputs, places: Layout | None) -> Tensor:
+        """The attributions as a map (1, *places)."""
+        if not self._at_layer or places is None:
+            if found.shape != inputs.x.shape:
+                raise UserError(
+                    f"captum's {self.algorithm} gives {tuple(found.shape)} for an input of {tuple(inputs.x.shape)}, "
+                    "which is no map of it"
+                )
+            return inputs.reduce(found, self.reduce)
+        if found.shape[1:] != places.shape and (found.shape[1] != 1 or found.shape[2:] != places.shape[1:]):
+            raise UserError(
+                f"captum's {self.algorithm} gives {tuple(found.shape)} for a layer of {(1, *places.shape)}, which is "
+                "no map of it"
+            )
+        grid = places.to_grid(found)
+        grid = grid.sum(1) if self.reduce == "sum" else grid.abs().sum(1) if self.reduce == "abs_sum" else grid.abs().amax(1)
+        return resize(grid, places.image)
+
+    # ---- what is found out --------------------------------------------------------------------
+
+    def _check_places(self, model: Classifier, places: Layout) -> None:
+        path = model.path(self.layer)
+        if self._at_layer and places.name == "vector":
+            raise UserError(f"{path} gives one vector for the whole image, which is no map; set model.layers.{self.layer}")
+        if issubclass(self._inner, CONVOLUTIONAL) and places.name != "channels_first":
+            raise UserError(
+                f"captum's {self.algorithm} takes dimension 1 for channels, and {path} is {places.name}; take "
+                "method=grad_cam or method=guided_grad_cam"
+            )
+
+    def _check_seen(self, model: Classifier, net: nn.Module, x: Tensor) -> None:
+        """Raises UserError if the net has calls that captum would have to replace and does not see; net is a copy."""
+        guided, lrp = issubclass(self._inner, GUIDED), issubclass(self._inner, attr.LRP)
+        if not guided and not lrp:
+            return
+        called: list[type] = []
+        handles = [
+            module.register_forward_hook(lambda module, *_: called.append(type(module)))
+            for module in net.modules()
+            if not list(module.children())
+        ]
+        with torch.no_grad():
+            net(x.clone())
+        for handle in handles:
+            handle.remove()
+        if guided:
+            relus, seen = len(hookable(model, RELU_LIKE).found(x)), sum(issubclass(kind, nn.ReLU) for kind in called)
+            if not relus or seen != relus:
+                raise UserError(
+                    f"captum's {self.algorithm} replaces modules of the class ReLU, and only {seen} of the {relus} "
+                    f"ReLUs of {type(net).__name__} are such; take method=guided_backprop, deconvolution or "
+                    "guided_grad_cam"
+                )
+            return
+        graph = model.graph(x).graph
+        depends = of_input(graph)
+        calls = sum(n in depends and operation(n) not in {"", *SHAPE} for n in graph.nodes)
+        seen = sum(not issubclass(kind, IDLE) for kind in called)
+        if calls != seen:
+            raise UserError(
+                f"captum's {self.algorithm} sees only modules, and {type(net).__name__} makes {calls} calls with {seen} "
+                "of them: what lies between, such as the sum of a residual connection, would get a wrong relevance"
+            )
+
+    def _check_complete(self, uid: str, found: Tensor, delta: Tensor) -> None:
+        if not issubclass(self._inner, attr.DeepLift) or not self._has_delta:
+            return
+        share = 1e-3 if torch.finfo(delta.dtype).bits >= 32 else 0.1  # rounding grows with what is added up
+        missing, size = float(delta), float(found.abs().sum())
+        if not missing <= share * size:
+            raise SampleError(
+                f"{uid}: captum's {self.algorithm} is not complete: it misses the change of the logit by {missing:.2g}, "
+                f"where its map has {size:.2g} in all. It does not see activations that are functions, or of other "
+                "classes than it knows; take method=deep_lift_shap"
+            )
+
+
+class _Score(nn.Module):
+    """(x, target, *rest) -> (N,) the target's logit: what captum takes for the net.
+
+    ``rows`` counts those that went through.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], model: Classifier) -> None:
+        super().__init__()
+        self.net = net
+        self._limit = max(model.rows, 2)  # an input and its baseline cannot be parted
+        self.rows = 0
+
+    def forward(self, x: Tensor, target: Tensor, *rest: Tensor) -> Tensor:
+        if len(x) > self._limit:
+            raise UserError(
+                f"this method of captum sends {len(x)} rows through the net at a time, and run.rows is {self._limit}; "
+                "lower its number of samples in method.arguments, or raise run.rows"
+            )
+        self.rows += len(x)
+        return target_score(self.net(x.clone(), *rest), target)
+
+
+def _of_the_net(error: Exception) -> bool:
+    """Whether an error comes from the net, rather than from captum, which calls the net and is called by it in hooks."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = len(modules) - 1 - modules[::-1].index(__name__)  # ``_Score``, if it got so far
+    return inside > 0 and modules[inside - 1] != __name__ and not any(m.startswith("captum.") for m in modules[inside:])
+
+
+def _found(name: str) -> Any:
+    """The class of captum with this name. Raises UserError for one that there is not, or that is refused."""
+    known = {k: v for k, v in vars(attr).items() if inspect.isclass(v) and callable(getattr(v, "attribute", None))}
+    if name not in known:
+        usable = sorted(known.keys() - REFUSED.keys())
+        hint = did_you_mean(name, usable)
+        raise UserError(f"captum has no algorithm {name!r}{hint} (it has: {', '.join(usable)})")
+    if name in REFUSED:
+        raise UserError(f"captum's {name} cannot be used here: it {REFUSED[name]}")
+    return known[name]
+
+
+def _signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found = inspect.signature(function).parameters
+    return {name: p for name, p in found.items() if name != "self" and p.kind not in variable}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
