@@ -24,6 +24,7 @@ from torch import Tensor
 from attrib.causal import CausalGraphs
 from attrib.causal.structure import Structure
 from attrib.methods import baselines, cam, sampled
+from attrib.methods.captum import Captum
 from attrib.methods.causal import CausalPaths, graphs_of
 from attrib.methods.cd import CD
 from attrib.methods.fisher import FunctionalInformation
@@ -312,6 +313,37 @@ def check_guided_grad_cam(case: Case) -> None:
     same(found, guided * enlarged, OTHER)
 
 
+def check_captum_integrated_gradients(case: Case) -> None:
+    x, target = case.batch.x, case.batch.target
+    found = case.explain(Captum("IntegratedGradients", {"n_steps": 4}))["map"]
+    same(found, summed(references.integrated_gradients(case.net, x, target, 4)), OTHER, atol=SINGLE)
+
+
+def check_captum_guided_backprop(case: Case) -> None:
+    found = case.explain(Captum("GuidedBackprop"))["map"]
+    same(found, summed(references.through_relus(case.given, case.batch.x, case.batch.target, guided=True)), OTHER)
+
+
+def check_captum_deep_lift(case: Case) -> None:
+    """On a net of linear and elementwise operations it is the rescale rule, unless it is refused."""
+    batch = case.batch
+    found = case.explain(Captum("DeepLift"))["map"]
+    if not any(case.has(feature) for feature in ("product", "max")):
+        expected = references.rescale(case.given, batch.x, torch.zeros_like(batch.x), batch.target)
+        same(found, summed(expected), "complete, but not by the rescale rule", atol=SINGLE)
+
+
+def check_captum_layer(case: Case) -> None:
+    """Gradient times activation at a layer is HiResCAM, enlarged."""
+    found = case.explain(Captum("LayerGradientXActivation"))["map"]
+    if case.cam in case.given.program.again:
+        return
+    place, x = case.given.program.places[case.cam], case.batch.x
+    layer = references.layer_and_gradient(case.net, case.cam, x, case.batch.target)
+    expected = references.hires_cam(*(references.on_grid(t, place) for t in layer))
+    same(found, resize(expected, (x.shape[2], x.shape[3])), OTHER, what=f"{case.cam}, {place}:")
+
+
 def check_iba(case: Case) -> None:
     """Two steps: a batch is its samples. The first step: the capacity, by its formula, where it lies on the image."""
     state = case.fitted(IBA(steps=2, batch=2))
@@ -372,7 +404,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-CAMS = tuple(name for name in CHECKS if "_cam" in name)
+CAMS = (*(name for name in CHECKS if "_cam" in name), "captum_layer")
 
 
 def pattern(message: str) -> str:
@@ -390,7 +422,9 @@ def must_be_refused(case: Case, method: str) -> str:
         return "the rows of a batch interact"
     if not case.steady:
         return UNSTEADY
-    if method in ("guided_backprop", "deconvolution", "guided_grad_cam") and not case.has("relu"):
+    if method in ("guided_backprop", "deconvolution", "guided_grad_cam", "captum_guided_backprop") and not case.has(
+        "relu"
+    ):
         return "the net has no ReLU"
     if method in CAMS and case.cam in case.given.program.again:
         return "the layer runs twice"

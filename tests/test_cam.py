@@ -1,4 +1,4 @@
-"""The CAM family: slow references on every kind of layer, torchcam, captum and numpy as oracles, properties, refusals."""
+"""The CAM family: slow references on every kind of layer; torchcam and captum as oracles; properties; refusals."""
 
 from __future__ import annotations
 
@@ -256,10 +256,10 @@ class Pooled(Even):
 
 
 # torchcam's own numbers, "normalized=False": it would scale each map to 0 .. 1. Where it is not the formula:
-# - Grad-CAM++: its GradCAMpp divides a copy of alpha's numerator (``alpha[idx][mask].div_``), so the weights are the sum
-#   of relu(g)^3. Its SmoothGradCAMpp, here of one copy without noise, does divide; in the denominator it sums g^3 A with
-#   each place's own g, where the formula has the g of the place that is weighted: equal where all g of a channel are.
-#   Neither has a ReLU at the end.
+# - Grad-CAM++: its GradCAMpp divides a copy of alpha's numerator (``alpha[idx][mask].div_``), so the weights are the
+#   sum of relu(g)^3. Its SmoothGradCAMpp, here of one copy without noise, does divide; in the denominator it sums g^3 A
+#   with each place's own g, where the formula has the g of the place that is weighted: equal where all g of a channel
+#   are. Neither has a ReLU at the end.
 # - its ``eps``, 1e-8 beside squares of gradients or sums of activations, which are often smaller, can be set to 0;
 #   in the range by which ScoreCAM's masks are scaled it cannot. Those it scales before it enlarges them.
 # A batch with a target for each image gives what single images give, but its layers must be (B, C, H, W), or be made so
@@ -322,7 +322,7 @@ def linear_behind() -> nn.Module:
 
 
 def test_where_the_net_ends_in_a_pool_and_a_linear_layer_they_are_cam_and_complete():
-    """Draelos & Carin's, Fu's and Selvaraju's generalisations of CAM agree there; each sums to the logit but its bias."""
+    """Three generalisations of CAM agree there, and each sums to the logit without its bias."""
     batch, net = pictures(), linear_behind()
     kinds = (GradCAM, HiResCAM, XGradCAM)
     found = [explain(kind(relu=False), net, batch, {"cam": "1"})["cam"] for kind in kinds]
@@ -431,7 +431,7 @@ def built(layer: nn.Module) -> nn.Module:
 
 
 def test_xgrad_cam_does_not_divide_by_rounding():
-    with pytest.raises(SampleError, match="s0: 1: the activations of a channel cancel.*hires_cam"):
+    with pytest.raises(SampleError, match=r"s0: 1: the activations of a channel cancel.*hires_cam"):
         explain(XGradCAM(), built(nn.InstanceNorm2d(4)), pictures(), {"cam": "1"})
 
 
@@ -457,7 +457,7 @@ class Twins(nn.Module):
 
 
 class Mirrored(nn.Module):
-    """One channel, whose right half is its left half turned round: a map with this sign is as good as with the other."""
+    """One channel, whose right half is minus its left half: a map with this sign is as good as with the other."""
 
     def forward(self, x: Tensor) -> Tensor:
         half = x[:, :1, :, :5]

@@ -92,8 +92,8 @@ class _CAM(Method):
         places = on_image(model, self.layer, batch.x, z, self.layout)
         if places.name == "vector":
             raise UserError(
-                f"{type(self).__name__} needs a layer with places; {model.path(self.layer)} gives (B, {z.shape[1]}), one vector for "
-                f"the whole image (set model.layers.{self.layer})"
+                f"{type(self).__name__} needs a layer with places; {model.path(self.layer)} gives (B, {z.shape[1]}), "
+                f"one vector for the whole image (set model.layers.{self.layer})"
             )
         cam = self.cam(Activations(model, self.layer, batch, z, rest, places))
         cam = cam.relu() if self.relu else cam

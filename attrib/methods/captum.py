@@ -20,7 +20,7 @@ from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
-from attrib.methods.parts.layout import Layout, image_size, on_image, resize
+from attrib.methods.parts.layout import Layout, on_image, resize
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import hookable
 from attrib.models import Classifier
@@ -39,10 +39,10 @@ REFUSED: Mapping[str, str] = {  # what neither the signature nor a run tells, an
     "take LayerFeatureAblation",
     "NeuronDeepLift": "reports no error of completeness, by which activations would show that captum does not see; "
     "take DeepLift, or NeuronIntegratedGradients",
-    **{
-        name: "needs several baselines, which are no plain value; take DeepLift, LayerDeepLift or method=deep_lift_shap"
-        for name in ("DeepLiftShap", "LayerDeepLiftShap", "NeuronDeepLiftShap")
-    },
+    **dict.fromkeys(
+        ("DeepLiftShap", "LayerDeepLiftShap", "NeuronDeepLiftShap"),
+        "needs several baselines, which are no plain value; take DeepLift, LayerDeepLift or method=deep_lift_shap",
+    ),
 }
 OURS = (  # set by attrib, how many rows go through the net at a time among them
     "forward_func", "model", "layer", "inputs", "inp", "target", "additional_forward_args", "feature_mask",
@@ -73,7 +73,8 @@ class Captum(Method):
     arguments   of its constructor and of ``attribute``, by name; what is left out has captum's own default. A list
                 becomes a tuple; a number for ``baselines`` is the value of all numbers of the baseline
     tiles       for algorithms with a ``feature_mask``: an image is divided into tiles x tiles features, a sound into so
-                many along time; None: every number is one. Every token of a text is one feature
+                many along time; None: every number is one. Every token of a text is one feature. The map has the
+                value of a feature at all of its places
     layer       role of the layer, for algorithms that read one: those at a layer, of a neuron, guided Grad-CAM
     layout      which axes of the layer are places, see ``iba.IBA``
     reduce      how channels become one value, see ``baselines``
@@ -117,7 +118,9 @@ class Captum(Method):
         _found(self.algorithm)
         if self.algorithm == "NoiseTunnel":
             if "attribution_method" not in self.arguments:
-                raise UserError("captum's NoiseTunnel needs arguments.attribution_method, the name of another algorithm")
+                raise UserError(
+                    "captum's NoiseTunnel needs arguments.attribution_method, the name of another algorithm"
+                )
             if self._inner is attr.NoiseTunnel:
                 raise UserError("captum's NoiseTunnel does not go around another one")
         self._check_arguments()
@@ -131,8 +134,8 @@ class Captum(Method):
         required = [name for name, p in self._parameters.items() if p.default is inspect.Parameter.empty]
         if objects := [name for name in required if name in OBJECTS]:
             raise UserError(
-                f"captum's {self.algorithm} cannot be used here: it needs {' and '.join(objects)}, for which there is no "
-                "plain value"
+                f"captum's {self.algorithm} cannot be used here: it needs {' and '.join(objects)}, for which there is "
+                "no plain value"
             )
         for name, value in self.arguments.items():
             if name in (*OURS, *OBJECTS):
@@ -198,7 +201,7 @@ class Captum(Method):
 
     @property
     def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
-        return {name: "lower" for name in self.EXTRAS}
+        return dict.fromkeys(self.EXTRAS, "lower")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -265,7 +268,9 @@ class Captum(Method):
                 )
             found, delta = found if self._has_delta else (found, torch.zeros(1))
             if not isinstance(found, Tensor):
-                raise UserError(f"captum's {self.algorithm} gives {len(found)} maps for what it reads; take another layer")
+                raise UserError(
+                    f"captum's {self.algorithm} gives {len(found)} maps for what it reads; take another layer"
+                )
             return found.detach().to(inputs.x), delta.detach().to(inputs.x).abs().amax()[None]
 
         fewer = takes & {"perturbations_per_eval", "internal_batch_size"}  # it can do with fewer rows at a time
@@ -314,6 +319,8 @@ class Captum(Method):
                     f"captum's {self.algorithm} gives {tuple(found.shape)} for an input of {tuple(inputs.x.shape)}, "
                     "which is no map of it"
                 )
+            if "feature_mask" in self._parameters and (self.tiles is not None or inputs.mask is not None):
+                found = found[:, :1] if inputs.mask is None else found[..., :1]  # all channels have the feature's value
             return inputs.reduce(found, self.reduce)
         if found.shape[1:] != places.shape and (found.shape[1] != 1 or found.shape[2:] != places.shape[1:]):
             raise UserError(
@@ -321,7 +328,13 @@ class Captum(Method):
                 "no map of it"
             )
         grid = places.to_grid(found)
-        grid = grid.sum(1) if self.reduce == "sum" else grid.abs().sum(1) if self.reduce == "abs_sum" else grid.abs().amax(1)
+        grid = (
+            grid.sum(1)
+            if self.reduce == "sum"
+            else grid.abs().sum(1)
+            if self.reduce == "abs_sum"
+            else grid.abs().amax(1)
+        )
         return resize(grid, places.image)
 
     # ---- what is found out --------------------------------------------------------------------
@@ -329,7 +342,9 @@ class Captum(Method):
     def _check_places(self, model: Classifier, places: Layout) -> None:
         path = model.path(self.layer)
         if self._at_layer and places.name == "vector":
-            raise UserError(f"{path} gives one vector for the whole image, which is no map; set model.layers.{self.layer}")
+            raise UserError(
+                f"{path} gives one vector for the whole image, which is no map; set model.layers.{self.layer}"
+            )
         if issubclass(self._inner, CONVOLUTIONAL) and places.name != "channels_first":
             raise UserError(
                 f"captum's {self.algorithm} takes dimension 1 for channels, and {path} is {places.name}; take "
@@ -366,8 +381,9 @@ class Captum(Method):
         seen = sum(not issubclass(kind, IDLE) for kind in called)
         if calls != seen:
             raise UserError(
-                f"captum's {self.algorithm} sees only modules, and {type(net).__name__} makes {calls} calls with {seen} "
-                "of them: what lies between, such as the sum of a residual connection, would get a wrong relevance"
+                f"captum's {self.algorithm} sees only modules, and {type(net).__name__} makes {calls} calls with "
+                f"{seen} of them: what lies between, such as the sum of a residual connection, would get a wrong "
+                "relevance"
             )
 
     def _check_complete(self, uid: str, found: Tensor, delta: Tensor) -> None:
@@ -377,9 +393,9 @@ class Captum(Method):
         missing, size = float(delta), float(found.abs().sum())
         if not missing <= share * size:
             raise SampleError(
-                f"{uid}: captum's {self.algorithm} is not complete: it misses the change of the logit by {missing:.2g}, "
-                f"where its map has {size:.2g} in all. It does not see activations that are functions, or of other "
-                "classes than it knows; take method=deep_lift_shap"
+                f"{uid}: captum's {self.algorithm} is not complete: it misses the change of the logit by "
+                f"{missing:.2g}, where its map has {size:.2g} in all. It does not see activations that are functions, "
+                "or of other classes than it knows; take method=deep_lift_shap"
             )
 
 
@@ -406,7 +422,7 @@ class _Score(nn.Module):
 
 
 def _of_the_net(error: Exception) -> bool:
-    """Whether an error comes from the net, rather than from captum, which calls the net and is called by it in hooks."""
+    """Whether an error comes from the net, rather than from captum, which calls it and is called by it in hooks."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     inside = len(modules) - 1 - modules[::-1].index(__name__)  # ``_Score``, if it got so far
     return inside > 0 and modules[inside - 1] != __name__ and not any(m.startswith("captum.") for m in modules[inside:])
