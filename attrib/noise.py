@@ -136,9 +136,9 @@ def global_states(seed: int, device: torch.device | str = "cpu") -> Iterator[Cal
     numbers are others than the CPU's: what is yielded tells, afterwards, whether any were drawn.
     """
     place = torch.device(device)
-    far = None if place.type == "cpu" else torch.get_device_module(place)
+    far = () if place.type == "cpu" else (torch.get_device_module(place),)
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    before = None if far is None else far.get_rng_state(place)
+    before = [module.get_rng_state(place) for module in far]
     drawn = False
     try:
         random.setstate(random.Random(seed).getstate())
@@ -149,6 +149,6 @@ def global_states(seed: int, device: torch.device | str = "cpu") -> Iterator[Cal
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
-        if far is not None:
-            drawn = not torch.equal(before, far.get_rng_state(place))
-            far.set_rng_state(before, place)
+        for module, state in zip(far, before):
+            drawn = not torch.equal(state, module.get_rng_state(place))
+            module.set_rng_state(state, place)

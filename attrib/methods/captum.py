@@ -22,10 +22,8 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.layout import Layout, on_image, resize
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.propagation import hookable
+from attrib.methods.parts.modules import check_modules_alone, check_relus
 from attrib.models import Classifier
-from attrib.models.activations import RELU_LIKE
-from attrib.models.aten import of_input, operation
 from attrib.models.classifier import is_out_of_memory
 from attrib.models.reading import check_layout
 from attrib.noise import Noise, global_states
@@ -56,12 +54,6 @@ OBJECTS = (  # what no plain value stands for
 GUIDED = (attr.GuidedBackprop, attr.Deconvolution, attr.GuidedGradCam, attr.NeuronGuidedBackprop,
           attr.NeuronDeconvolution)  # fmt: skip
 CONVOLUTIONAL = (attr.LayerGradCam, attr.GuidedGradCam)  # they take dimension 1 of a layer for its channels
-# Calls that compute nothing, and modules that make no others in eval mode.
-SHAPE = frozenset((
-    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias", "detach",
-    "clone",
-))  # fmt: skip
-IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.Unflatten)
 
 
 @dataclass(frozen=True)
@@ -221,8 +213,8 @@ class Captum(Method):
             self._check_places(model, places)
         if self._replaces or self._reads:
             model.examine(batch.x)
+            self._check_seen(model, batch.x[:1])
             net = copy.deepcopy(model.module)
-            self._check_seen(model, net, batch.x[:1])
         seeds = noise.child("captum").bits(1)[:, 0].tolist()
         maps, deltas = [], []
         for i, seed in enumerate(seeds):
@@ -291,7 +283,7 @@ class Captum(Method):
     def _made(self, kind: Any, score: nn.Module, layer: nn.Module | None) -> Any:
         first = {"forward_func": score, "model": score, "layer": layer}
         known = _signature(kind.__init__)
-        given = {name: value for name, value in (self.arguments | first).items() if name in known}
+        given = {name: value for name, value in {**self.arguments, **first}.items() if name in known}
         return kind(**given)
 
     def _arguments(self, function: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
@@ -351,40 +343,13 @@ class Captum(Method):
                 "method=grad_cam or method=guided_grad_cam"
             )
 
-    def _check_seen(self, model: Classifier, net: nn.Module, x: Tensor) -> None:
-        """Raises UserError if the net has calls that captum would have to replace and does not see; net is a copy."""
-        guided, lrp = issubclass(self._inner, GUIDED), issubclass(self._inner, attr.LRP)
-        if not guided and not lrp:
-            return
-        called: list[type] = []
-        handles = [
-            module.register_forward_hook(lambda module, *_: called.append(type(module)))
-            for module in net.modules()
-            if not list(module.children())
-        ]
-        with torch.no_grad():
-            net(x.clone())
-        for handle in handles:
-            handle.remove()
-        if guided:
-            relus, seen = len(hookable(model, RELU_LIKE).found(x)), sum(issubclass(kind, nn.ReLU) for kind in called)
-            if not relus or seen != relus:
-                raise UserError(
-                    f"captum's {self.algorithm} replaces modules of the class ReLU, and only {seen} of the {relus} "
-                    f"ReLUs of {type(net).__name__} are such; take method=guided_backprop, deconvolution or "
-                    "guided_grad_cam"
-                )
-            return
-        graph = model.graph(x).graph
-        depends = of_input(graph)
-        calls = sum(n in depends and operation(n) not in {"", *SHAPE} for n in graph.nodes)
-        seen = sum(not issubclass(kind, IDLE) for kind in called)
-        if calls != seen:
-            raise UserError(
-                f"captum's {self.algorithm} sees only modules, and {type(net).__name__} makes {calls} calls with "
-                f"{seen} of them: what lies between, such as the sum of a residual connection, would get a wrong "
-                "relevance"
-            )
+    def _check_seen(self, model: Classifier, x: Tensor) -> None:
+        """Raises UserError if the net, on x, has calls that captum would have to replace and does not see."""
+        what = f"captum's {self.algorithm}"
+        if issubclass(self._inner, GUIDED):
+            check_relus(model, x, what, "method=guided_backprop, deconvolution or guided_grad_cam")
+        elif issubclass(self._inner, attr.LRP):
+            check_modules_alone(model, x, what)
 
     def _check_complete(self, uid: str, found: Tensor, delta: Tensor) -> None:
         if not issubclass(self._inner, attr.DeepLift) or not self._has_delta:
