@@ -278,7 +278,7 @@ def blocks(language: str) -> list[str]:
 def as_on_the_page(tmp_path, monkeypatch) -> Path:
     """A folder with the page's files."""
     (tmp_path / "my_module.py").write_text(blocks("python")[0])
-    config = tmp_path / "my_configs" / "method" / "layer_cam.yaml"
+    config = tmp_path / "my_configs" / "method" / "positive_cam.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(blocks("yaml")[0])
     for part in ("dataset", "model"):
@@ -289,12 +289,12 @@ def as_on_the_page(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_method_of_the_page_keeps_the_contract(as_on_the_page):
-    method = load(as_on_the_page / "my_configs" / "method" / "layer_cam.yaml")
+    method = load(as_on_the_page / "my_configs" / "method" / "positive_cam.yaml")
     build_model, batch = classifier(method.roles), pictures(4)
     maps = method_contract(method, build_model, batch, {})
     assert maps["map"].min() >= 0
     with pytest.raises(UserError, match="no field 'layr'; did you mean 'layer'"):
-        build({"_target_": "my_module.LayerCAM", "layr": "cam"}, "layer_cam")
+        build({"_target_": "my_module.PositiveCAM", "layr": "cam"}, "positive_cam")
     # The second block gives it a fit.
     fit = textwrap.dedent(blocks("python")[1])
     scope = {"FeatureStatistics": FeatureStatistics}
@@ -324,8 +324,8 @@ def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
     command = [sys.executable, ROOT / "tools" / "run.py", *arguments(with_yaml)]
     done = subprocess.run(command, cwd=as_on_the_page, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in done.stdout
+    assert "tiny small_cnn positive_cam: maps_computed=2 maps_present=0" in done.stdout
 
     # The other one explains another layer, so it is another cell; in this process, as starting Python is slow.
     assert tool("run").main(["--config-dir", str(as_on_the_page / "my_configs"), *arguments(without)]) == 0
-    assert "tiny small_cnn layer_cam: maps_computed=2 maps_present=0" in capfd.readouterr().out
+    assert "tiny small_cnn positive_cam: maps_computed=2 maps_present=0" in capfd.readouterr().out

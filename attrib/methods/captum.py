@@ -94,7 +94,7 @@ class Captum(Method):
     MAPS: ClassVar[Mapping[str, str]] = {"map": "as captum defines it, signed; upsampled from a layer"}
 
     algorithm: str = "IntegratedGradients"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | None = None
     tiles: int | None = None
     layer: str = "cam"
     layout: str = "auto"
@@ -105,11 +105,12 @@ class Captum(Method):
         object.__setattr__(self, "version", importlib.metadata.version("captum"))
         check_layout(type(self).__name__, self.layout)
         require(self, "reduce", one_of=get_args(Reduce))
-        if not isinstance(self.arguments, Mapping):
+        if self.arguments is not None and not isinstance(self.arguments, Mapping):
             raise UserError(f"Captum.arguments is {self.arguments!r}, must be names and values")
+        object.__setattr__(self, "arguments", self.arguments or None)  # one key for what is the same
         _found(self.algorithm)
         if self.algorithm == "NoiseTunnel":
-            if "attribution_method" not in self.arguments:
+            if "attribution_method" not in self._given:
                 raise UserError(
                     "captum's NoiseTunnel needs arguments.attribution_method, the name of another algorithm"
                 )
@@ -129,7 +130,7 @@ class Captum(Method):
                 f"captum's {self.algorithm} cannot be used here: it needs {' and '.join(objects)}, for which there is "
                 "no plain value"
             )
-        for name, value in self.arguments.items():
+        for name, value in self._given.items():
             if name in (*OURS, *OBJECTS):
                 why = "is set by attrib" if name in OURS else "has no plain value"
                 raise UserError(f"Captum.arguments: {name} {why}, take it out")
@@ -139,15 +140,19 @@ class Captum(Method):
                 raise UserError(f"captum's {self.algorithm} has no argument {name!r}{hint} (it has: {has})")
             if self._parameters[name].annotation is int and (type(value) is not int or value < 1):
                 raise UserError(f"Captum.arguments: {name} is {value!r}, must be a whole number of at least 1")
-        if issubclass(self._inner, attr.DeepLift) and self.arguments.get("multiply_by_inputs") is False:
+        if issubclass(self._inner, attr.DeepLift) and self._given.get("multiply_by_inputs") is False:
             raise UserError(
                 "captum's DeepLift cannot be checked with multiply_by_inputs=false, as its multipliers sum to nothing"
             )
         for name in required:
-            if name not in (*OURS, *self.arguments):
+            if name not in (*OURS, *self._given):
                 raise UserError(f"captum's {self.algorithm} needs {name}; set method.arguments.{name}")
 
     # ---- what it declares ---------------------------------------------------------------------
+
+    @property
+    def _given(self) -> Mapping[str, Any]:
+        return self.arguments or {}
 
     @property
     def _kind(self) -> Any:
@@ -157,7 +162,7 @@ class Captum(Method):
     def _inner(self) -> Any:
         """The algorithm inside a NoiseTunnel; else the algorithm itself."""
         inner = self.algorithm == "NoiseTunnel"
-        return _found(str(self.arguments["attribution_method"])) if inner else self._kind
+        return _found(str(self._given["attribution_method"])) if inner else self._kind
 
     @property
     def _parameters(self) -> dict[str, inspect.Parameter]:
@@ -178,7 +183,7 @@ class Captum(Method):
 
     @property
     def _has_delta(self) -> bool:
-        scaled = self.arguments.get("multiply_by_inputs") is not False
+        scaled = self._given.get("multiply_by_inputs") is not False
         return scaled and "return_convergence_delta" in _signature(self._kind.attribute)
 
     @property
@@ -283,12 +288,12 @@ class Captum(Method):
     def _made(self, kind: Any, score: nn.Module, layer: nn.Module | None) -> Any:
         first = {"forward_func": score, "model": score, "layer": layer}
         known = _signature(kind.__init__)
-        given = {name: value for name, value in {**self.arguments, **first}.items() if name in known}
+        given = {name: value for name, value in {**self._given, **first}.items() if name in known}
         return kind(**given)
 
     def _arguments(self, function: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
         known, given = _signature(function), {}
-        for name, value in self.arguments.items():
+        for name, value in self._given.items():
             if name in known:
                 number = name == "baselines" and isinstance(value, (int, float))
                 given[name] = torch.full_like(inputs.x, value) if number else _tuples(value)
