@@ -23,8 +23,8 @@ a field is a ``ClassVar``. *Frozen*: no field can change after the object has be
 Because two methods with equal fields must give equal maps, a method keeps nothing from one call to the next. It gets
 all that it needs: the net (``Classifier``, which says how many rows fit at once), the samples (``Batch``), what was
 fitted for it (``State``) and random numbers (``Noise``, a stream per sample). Methods know nothing of data sets,
-metrics or the store, nor of each other, except that some are built on another (IBA, Grad-CAM). What several share is in ``parts``;
-docs/how-to/add-a-method.md goes through all steps.
+metrics or the store, nor of each other, except that some are built on another (IBA, Grad-CAM). What several share is in
+``parts``; docs/how-to/add-a-method.md goes through all steps.
 """
 
 from __future__ import annotations
