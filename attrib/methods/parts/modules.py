@@ -2,56 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attrib.methods.parts.propagation import hookable
 from attrib.models import Classifier
 from attrib.models.activations import RELU_LIKE
-from attrib.models.aten import of_input, operation
-from attrib.models.split import hooked
+from attrib.models.graph import operation
 from attrib.types import UserError
 
-# Calls that compute nothing, and modules that make no others in eval mode.
+# Calls that compute nothing.
 SHAPE = frozenset((
-    "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "squeeze", "unsqueeze", "alias", "detach",
-    "clone",
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "t", "transpose", "permute", "expand", "squeeze",
+    "unsqueeze", "alias", "detach", "clone", "contiguous", "dropout",
 ))  # fmt: skip
-IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.Unflatten)
 
 
 def check_relus(model: Classifier, x: Tensor, what: str, instead: str) -> None:
-    """Raises UserError unless every ReLU of the net, on x (N, *input), is a module of the class ReLU."""
-    relus, seen = len(hookable(model, RELU_LIKE).found(x)), sum(issubclass(kind, nn.ReLU) for kind in _called(model, x))
-    if not relus or seen != relus:
+    """Raises UserError unless every ReLU of the net, on x (N, *input), is the call of a module of the class ReLU."""
+    relus = hookable(model, RELU_LIKE).found(x)
+    seen = sum(isinstance(_caller(model, node), nn.ReLU) for node in relus)
+    if not relus or seen < len(relus):
         raise UserError(
-            f"{what} replaces modules of the class ReLU, and only {seen} of the {relus} ReLUs of "
+            f"{what} replaces modules of the class ReLU, and only {seen} of the {len(relus)} ReLUs of "
             f"{type(model.module).__name__} are such; take {instead}"
         )
 
 
 def check_modules_alone(model: Classifier, x: Tensor, what: str) -> None:
-    """Raises UserError unless every call of the net, on x (N, *input), is the only one of a module without others."""
-    graph = model.graph(x).graph
-    depends = of_input(graph)
-    calls = sum(n in depends and operation(n) not in {"", *SHAPE} for n in graph.nodes)
-    seen = sum(not issubclass(kind, IDLE) for kind in _called(model, x))
-    if calls != seen:
-        raise UserError(
-            f"{what} sees only modules, and {type(model.module).__name__} makes {calls} calls with {seen} of them: "
-            "what lies between, such as the sum of a residual connection, would get a wrong relevance"
-        )
+    """Raises UserError unless all that the net computes, on x (N, *input), it does in modules without others inside."""
+    graph = model.graph(x)
+    for node in graph.nodes:
+        if node in graph.fed and operation(node) not in ("", *SHAPE):
+            module = _caller(model, node)
+            if module is None or any(True for _ in module.children()):
+                raise UserError(
+                    f"{what} sees only modules, and {graph.where(node)} of {graph.name} calls {operation(node)} itself: "
+                    "what lies between modules, such as the sum of a residual connection, would get a wrong relevance"
+                )
 
 
-@torch.no_grad()
-def _called(model: Classifier, x: Tensor) -> list[type]:
-    """The classes of the modules without others inside, once for each time that one is called."""
-    called: list[type] = []
-    with contextlib.ExitStack() as stack:
-        for module in model.module.modules():
-            if not any(True for _ in module.children()):
-                stack.enter_context(hooked(module, lambda module, *_: called.append(type(module))))
-        model.module(x.clone())
-    return called
+def _caller(model: Classifier, node: fx.Node) -> nn.Module | None:
+    return dict(model.module.named_modules(remove_duplicate=False)).get(node.meta["module"][0])
