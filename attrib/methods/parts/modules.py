@@ -36,8 +36,9 @@ def check_modules_alone(model: Classifier, x: Tensor, what: str) -> None:
             module = _caller(model, node)
             if module is None or any(True for _ in module.children()):
                 raise UserError(
-                    f"{what} sees only modules, and {graph.where(node)} of {graph.name} calls {operation(node)} itself: "
-                    "what lies between modules, such as the sum of a residual connection, would get a wrong relevance"
+                    f"{what} sees only modules, and {graph.where(node)} of {graph.name} calls {operation(node)} "
+                    "itself: what lies between modules, such as the sum of a residual connection, would get a wrong "
+                    "relevance"
                 )
 
 
