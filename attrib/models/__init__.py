@@ -5,7 +5,7 @@ from attrib.models.checkpoint import load_weights, save_checkpoint
 from attrib.models.classifier import Classifier
 from attrib.models.exam import Exam
 from attrib.models.huggingface import HuggingFaceClassifier, hf_classifier
-from attrib.models.output import Output, probabilities
+from attrib.models.output import Output, ScoreScale, log_probabilities, probabilities
 from attrib.models.small import AcdCNN, LeNet, resnet18_cifar
 from attrib.models.split import Front
 from attrib.models.text import AcdLSTM, BiLSTM, DeepLSTM, Recurrent
@@ -25,9 +25,11 @@ __all__ = [
     "Output",
     "Randomise",
     "Recurrent",
+    "ScoreScale",
     "ToneCNN",
     "hf_classifier",
     "load_weights",
+    "log_probabilities",
     "probabilities",
     "resnet18_cifar",
     "save_checkpoint",
