@@ -55,7 +55,7 @@ class Samples:
     ) -> None:
         number = isinstance(target, int) and not isinstance(target, bool) and target >= 0
         if not number and target not in ("label", "predicted", None):
-            raise UserError(f"dataset.target must be label, predicted or the number of a class, not {target!r}")
+            raise UserError(f"dataset.target must be label or predicted, not {target!r}, or the number of a class")
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
         self.dataset, self.model, self.target = dataset, model, target

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from attrib.models.huggingface_images import hf_image_classifier, hf_image_text, hf_input
 from attrib.types import UserError, did_you_mean
 
 
@@ -142,9 +143,11 @@ def _timm_input(arch: str, img_size: Any = None, in_chans: int = 3, **_: Any) ->
     return known
 
 
-_INPUT: dict[Callable[..., nn.Module], Callable[..., dict[str, Any]]] = {
+_INPUT: Mapping[Callable[..., nn.Module], Callable[..., dict[str, Any]]] = {
     torchvision_net: _torchvision_input,
     timm_net: _timm_input,
+    hf_image_classifier: hf_input,
+    hf_image_text: hf_input,
 }
 
 
