@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -259,7 +260,9 @@ def test_the_predicted_region_stays_that_of_the_sample(reduce):
                 copy = batch.x[i].clone()
                 copy[:, y : y + 2, x : x + 2] = 0
                 fall = score(batch.x[i]) - score(copy)
-                assert math.isclose(found[i, y, x].item(), fall, rel_tol=1e-9, abs_tol=1e-9)
+                assert math.isclose(
+                    found[i, y, x].item(), fall, rel_tol=1e-6, abs_tol=1e-6
+                )  # captum's mean is of float32
                 changed += int((net(copy[None])[0].argmax(0) != raw[i].argmax(0)).sum())
     assert changed > 20
 
@@ -330,13 +333,13 @@ def test_a_randomised_copy_has_the_regions_of_its_original():
 def test_similarities_with_given_embeddings():
     prompts = Noise(["prompts"]).normal(4, 5)[0]
     batch, net = batch_of(), filled(Values(5)).double()
-    for link, K in (("softmax", 4), ("sigmoid", 1)):
-        output = Output(read=Similarity(prompts[:K], scale=7.0, bias=-2.0, link=link))
+    for link, count in (("softmax", 4), ("sigmoid", 1)):
+        output = Output(read=Similarity(prompts[:count], scale=7.0, bias=-2.0, link=link))
         model = model_of(Values(5), output)
         image = net(batch.x).detach()
-        expected = torch.zeros(3, K, dtype=torch.float64)
+        expected = torch.zeros(3, count, dtype=torch.float64)
         for n in range(3):
-            for k in range(K):
+            for k in range(count):
                 text = prompts[k].double()
                 expected[n, k] = 7 * (image[n] @ text) / (image[n].norm() * text.norm()) - 2
         torch.testing.assert_close(model.logits(batch.x), expected)
@@ -447,8 +450,8 @@ def test_the_end_of_a_text_must_be_known():
 # ---- what is refused, and by which name ----------------------------------------------------------
 
 REFUSED = [
-    IBA(), IBAReadout(), FunctionalInformation(), Rise(), CausalPaths(graph=CausalGraphs()), CD(score="occlusion", output="probability"),
-    ACD(against="other"),
+    IBA(), IBAReadout(), FunctionalInformation(), Rise(), CausalPaths(graph=CausalGraphs()),
+    CD(score="occlusion", output="probability"), ACD(against="other"),
 ]  # fmt: skip
 
 
@@ -533,8 +536,8 @@ def test_a_run_from_the_command_line(tmp_path, capfd):
     """Regions of a map: the scores are stored, the exam of two samples and the output stand in spec.json."""
     images, attrib = saved_pictures(tmp_path, 4), command(capfd)
     common = [
-        "dataset=image_folder", f"dataset.root={images}", f"dataset.labels={tmp_path / 'labels.csv'}", "model=other_output",
-        f"run.root={tmp_path / 'out'}", "run.device=cpu", "run.progress=false",
+        "dataset=image_folder", f"dataset.root={images}", f"dataset.labels={tmp_path / 'labels.csv'}",
+        "model=other_output", f"run.root={tmp_path / 'out'}", "run.device=cpu", "run.progress=false",
     ]  # fmt: skip
     segments = ["model._target_=test_other_outputs.Segments", "model.output={read: region, region: [0, 0, 3, 3]}"]
     result = attrib(*common, *segments, "method=gradient", "metric=[insertion_deletion]", "dataset.target=2")
@@ -554,16 +557,10 @@ def test_a_run_from_the_command_line(tmp_path, capfd):
     result = attrib(*common, *segments, "method=iba", "metric=[]", "dataset.target=2")
     assert result.status == 2
     assert "method iba works with the probabilities of classes" in result.err
-    result = attrib(
-        *common,
-        *segments,
-        "method=gradient",
-        "metric=[]",
-        "dataset.target=predicted",
-        "dataset.select.min_confidence=0.5",
-    )
+    result = attrib(*common, *segments, "method=gradient", "metric=[]", "dataset.select.min_confidence=0.5")
     assert "min_confidence" in result.err
     predicted = [*segments[:1], "model.output={read: region, region: predicted}", "method=occlusion", "metric=[]"]
-    result = attrib(*common, *predicted, "dataset.target=0")
-    assert result.status in (0, 1), result.err  # a sample may have no pixel of class 0
+    results = [attrib(*common, *predicted, f"dataset.target={k}") for k in range(3)]  # a class may have no pixel
+    computed = [re.search(r"maps_computed=(\d)", result.out) for result in results]
+    assert sum(int(found[1]) for found in computed if found) >= 4, results
     assert "dataset.target=predicted" in attrib(*common, *predicted, "dataset.target=predicted").err

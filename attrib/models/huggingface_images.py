@@ -76,11 +76,12 @@ class HuggingFaceImageText(nn.Module):
     @property
     def scale(self) -> float:
         """What the cosine of two embeddings is multiplied by."""
-        return float(self.net.logit_scale.exp())  # type: ignore[operator]
+        return float(self.net.logit_scale.detach().exp())  # type: ignore[operator]
 
     @property
     def bias(self) -> float:
-        return float(getattr(self.net, "logit_bias", 0.0))
+        bias = getattr(self.net, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
 
     @property
     def link(self) -> Literal["softmax", "sigmoid"]:
