@@ -559,7 +559,8 @@ def test_a_run_from_the_command_line(tmp_path, capfd):
     assert "method iba works with the probabilities of classes" in result.err
     result = attrib(*common, *segments, "method=gradient", "metric=[]", "dataset.select.min_confidence=0.5")
     assert "min_confidence" in result.err
-    predicted = [*segments[:1], "model.output={read: region, region: predicted}", "method=occlusion", "metric=[]"]
+    predicted = [*segments[:1], "model.output={read: region, region: predicted}", "method=rise",
+        "method.output=logit", "method.samples=4", "metric=[]"]  # fmt: skip
     results = [attrib(*common, *predicted, f"dataset.target={k}") for k in range(3)]  # a class may have no pixel
     computed = [re.search(r"maps_computed=(\d)", result.out) for result in results]
     assert sum(int(found[1]) for found in computed if found) >= 4, results

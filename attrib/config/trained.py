@@ -99,7 +99,7 @@ def check_transform(transform: Any, config: Mapping[str, Any], model: Classifier
 
 def _preparation(fields: Mapping[str, Any]) -> dict[str, Any]:
     """How images are prepared, in one form for each meaning."""
-    found = {name: fields[name] for name in ("size", "mean", "std", "resize", "interpolation") if name in fields}
+    found = {name: fields[name] for name in ("size", "mean", "std") if name in fields}
     if isinstance(found.get("size"), int):
         found["size"] = (found["size"], found["size"])
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
