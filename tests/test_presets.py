@@ -66,14 +66,16 @@ FOLDERS = {
         tiny_huggingface.clip,
         ["{bottleneck: net.vision_model.encoder.layers.0, cam: null}", "model.output.prompts=[a cat, dog]"], 2,
     ),
-    "huggingface_decoder": (tiny_huggingface.llama, ["{}", "model.output.candidates=[good, bad]"], 2),
+    "huggingface_decoder": (
+        tiny_huggingface.llama, ["{}", "model.output.candidates=[good, bad]", "model.input.max_length=10"], 2,
+    ),
 }  # fmt: skip
 DATASET = {"text_csv": ["dataset.path=x.csv"]}
 # Other measures of the class of functional_information.
 FISHER = ("fisher", "functional_information_covariance", "set_information", "smooth_grad_sq", "var_grad")
 
 
-def given(name: str, folder: Path) -> list[str]:
+def added(name: str, folder: Path) -> list[str]:
     """What a user adds to the preset of a model."""
     if name not in FOLDERS:
         return MODEL.get(name, [])
@@ -92,7 +94,7 @@ def test_every_dataset_is_of_images_texts_or_sounds():
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_model(name, tmp_path):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
-    node = with_input(composed(f"model={name}", *given(name, tmp_path)))["model"]
+    node = with_input(composed(f"model={name}", *added(name, tmp_path)))["model"]
     if str(node.get("checkpoint")).startswith("workdirs/train/"):  # made by attrib train
         node |= {"checkpoint": None}
     if not node.get("checkpoint"):
@@ -109,7 +111,7 @@ def test_model(name, tmp_path):
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_text_model(name, tmp_path):
     """Every role can be cut at, and a bottleneck there reaches the logits."""
-    node = composed("dataset=sst2", "dataset.root=x", f"model={name}", "model.checkpoint=null", *given(name, tmp_path))
+    node = composed("dataset=sst2", "dataset.root=x", f"model={name}", "model.checkpoint=null", *added(name, tmp_path))
     node = {**node["model"], "input": dict(node["model"]["input"])}
     if "vocabulary" in node["input"]:
         node |= {"vocab_size": 12}
