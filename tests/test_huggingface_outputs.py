@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import command
 from tiny import pictures as saved_pictures
 from tiny_huggingface import DECODERS, IMAGES, WORDS, bert, clip, llama, siglip, swin, vit
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from attrib.datasets import ImageTransform
@@ -253,6 +254,15 @@ def test_what_sees_the_whole_text_is_no_decoder(tmp_path):
         hf_decoder(str(bert(tmp_path / "bert")))
     with pytest.raises(UserError, match=r"swin"):
         hf_decoder(str(swin(tmp_path / "swin")), pad_id=0, mask_id=1)
+
+
+def test_a_tokenizer_that_ends_its_texts(tmp_path):
+    folder, made = llama(tmp_path), tokenizer(pad_token="[PAD]", mask_token="[MASK]", eos_token="it")
+    end = ("it", WORDS.index("it"))
+    made._tokenizer.post_processor = TemplateProcessing(single="$A it", special_tokens=[end])
+    made.save_pretrained(folder)
+    with pytest.raises(UserError, match="puts 'it' behind every text"):
+        hf_decoder(str(folder))
 
 
 def test_a_text_that_is_too_long(tmp_path):

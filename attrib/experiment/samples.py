@@ -88,7 +88,7 @@ class Samples:
             uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
             raise UserError(
                 f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
-                "index (dataset.classes) and the model"
+                "index (dataset.classes) and the model, or explain one output of all with dataset.target=NUMBER"
             )
         return batch
 

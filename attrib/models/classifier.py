@@ -193,7 +193,7 @@ class Classifier:
         (first,) = seen
         if target is not None:
             classes = target[:1] if target.ndim == 1 else target[0].nonzero().flatten()
-            for missing in classes[~torch.isin(classes, first)].tolist():
+            for missing in classes[~torch.isin(classes.to(first.device), first).to(classes.device)].tolist():
                 raise SampleError(f"the net gives no pixel of this sample to class {missing}")
         self._graphs.clear()  # they hold the region as a constant
         try:

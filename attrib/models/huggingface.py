@@ -184,6 +184,7 @@ def hf_decoder(path: str, pad_id: int | None = None, mask_id: int | None = None,
     net, missing = loaded("AutoModelForCausalLM", path, where, config)
     if missing:
         raise UserError(f"model.path: {path} is no decoder, its weights lack {', '.join(sorted(missing)[:6])}")
+    _check_end(where)
     made = HuggingFaceDecoder(net, pad_id, mask_id, where).eval()
     a, b, c, d = [i for i in range(5) if i != pad_id][:4]
     with torch.no_grad():
@@ -193,6 +194,20 @@ def hf_decoder(path: str, pad_id: int | None = None, mask_id: int | None = None,
             f"model.path: {path} ({type(net).__name__}) is no decoder: its logits depend on what comes later in a text"
         )
     return made
+
+
+def _check_end(where: str) -> None:
+    """Raises UserError for a tokenizer that ends every text, behind which no token comes."""
+    try:
+        tokenizer = tokenizer_of(where)
+    except UserError:  # whoever reads texts will say so; the net itself needs none
+        return
+    *_, last = [None, *tokenizer("a")["input_ids"]]
+    if last is not None and last in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        raise UserError(
+            f"model.path: {where}: its tokenizer puts {tokenizer.convert_ids_to_tokens(last)!r} behind every text, so that "
+            "the next token is not the one that continues it; save the tokenizer without that"
+        )
 
 
 def loaded(auto: str, path: str, where: str, config: Any) -> tuple[PreTrainedModel, Collection[str]]:
