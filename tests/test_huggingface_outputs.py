@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from tiny import command
 from tiny import pictures as saved_pictures
-from tiny_huggingface import DECODERS, IMAGES, WORDS, bert, clip, llama, siglip, swin, vit
+from tiny_huggingface import DECODERS, IMAGES, WORDS, bert, clip, llama, siglip, swin, tokenizer, vit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 

@@ -202,11 +202,12 @@ def _check_end(where: str) -> None:
         tokenizer = tokenizer_of(where)
     except UserError:  # whoever reads texts will say so; the net itself needs none
         return
-    *_, last = [None, *tokenizer("a")["input_ids"]]
-    if last is not None and last in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+    ids: list[int] = tokenizer("a")["input_ids"]
+    if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        end = tokenizer.convert_ids_to_tokens(ids[-1])
         raise UserError(
-            f"model.path: {where}: its tokenizer puts {tokenizer.convert_ids_to_tokens(last)!r} behind every text, so that "
-            "the next token is not the one that continues it; save the tokenizer without that"
+            f"model.path: {where}: its tokenizer puts {end!r} behind every text, so that the next token is not the one "
+            "that continues it; save the tokenizer without that"
         )
 
 
