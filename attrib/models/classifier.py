@@ -195,12 +195,17 @@ class Classifier:
             classes = target[:1] if target.ndim == 1 else target[0].nonzero().flatten()
             for missing in classes[~torch.isin(classes.to(first.device), first).to(classes.device)].tolist():
                 raise SampleError(f"the net gives no pixel of this sample to class {missing}")
-        self._graphs.clear()  # they hold the region as a constant
+        self._forget_graphs()
         try:
             with self.output.explaining(self.module, first):
                 yield
         finally:
-            self._graphs.clear()
+            self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """They hold the region of a sample as a constant."""
+        self._graphs.clear()
+        self._compared.clear()
 
     # ---- chunks -----------------------------------------------------------------------------
 
