@@ -31,7 +31,7 @@ from attrib.methods.parts.losses import target_loss
 from attrib.methods.readout import IBAReadout
 from attrib.methods.sampled import Rise
 from attrib.metrics import EHR, IROF, ROAD, Degradation, Infidelity, InsertionDeletion, SensitivityN
-from attrib.models import Classifier, Output, log_probabilities, probabilities
+from attrib.models import Classifier, Output, log_probabilities, probabilities, torchvision_net
 from attrib.models.exam import Exam
 from attrib.models.output_kinds import NextToken, Region, Similarity
 from attrib.models.randomise import randomised
@@ -188,6 +188,19 @@ def test_a_fixed_region(reduce, tmp_path):
     assert len(keys) == 4  # a mask counts by its content; a box has a key of its own
     found = CD().attribute(model, batch, {}, Noise(batch.uids))
     assert found["completeness_error"].max() < 1e-6
+
+
+def test_a_segmentation_net_of_torchvision():
+    net = torchvision_net("lraspp_mobilenet_v3_large", num_classes=4).eval()
+    x = batch_of(2).x.float().repeat(1, 1, 8, 8)
+    model = Classifier(
+        net, output={"take": "out", "read": "region", "region": [8, 16, 40, 30]}, input_shape=x.shape[1:]
+    )
+    with torch.no_grad():
+        expected = net(x)["out"][:, :, 16:30, 8:40].sum((2, 3))
+    torch.testing.assert_close(model.logits(x), expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(UserError, match=r"model\.output to the field of the logits: out"):
+        Classifier(net, input_shape=x.shape[1:])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -54,7 +55,7 @@ def _torchvision_builder(arch: str) -> Callable[..., nn.Module]:
 def torchvision_net(
     arch: str, weights: str | None = None, transform_input: bool | None = None, **options: Any
 ) -> nn.Module:
-    """Any torchvision classifier.
+    """Any torchvision classifier, or segmentation net (fcn_resnet50 and others).
 
     ``weights`` names a set of weights that torchvision downloads ("DEFAULT", "IMAGENET1K_V1");
     None leaves the net random, for a checkpoint to fill.
@@ -70,6 +71,8 @@ def torchvision_net(
         options["transform_input"] = transform_input is not False
     elif transform_input is not None:
         raise UserError(f"model.transform_input: {arch} has none, only googlenet and inception_v3 do")
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options = {"weights_backbone": None, **options}  # else they are downloaded, and then replaced
     entry = None if weights is None else _torchvision_weights(arch, weights)
     net = builder(weights=None, **options)
     if entry is None:
