@@ -336,6 +336,7 @@ def test_a_randomised_copy_has_the_regions_of_its_original():
     copy, x = randomised(model, net, Randomise("all"), batch_of().x), batch_of().x[:1]
     with copy.explaining(x):
         found = copy.logits(x)
+        torch.testing.assert_close(copy.graph(x)(x), found)
     raw, first = copy.module.head(nn.functional.avg_pool2d(copy.module.conv(x).relu(), 2)), net.double()(x).argmax(1)
     torch.testing.assert_close(found, torch.stack([(raw[0, k] * (first[0] == k)).sum() for k in range(3)])[None])
 

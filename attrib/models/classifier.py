@@ -302,7 +302,8 @@ class Classifier:
         self._admit(x)
         found = next((graph for graph in self._graphs if graph.fits(x)), None)
         if found is None:
-            same = self.original is not self
+            # The original's would hold the region of another sample, or none.
+            same = self.original is not self and not self.output.read.per_sample
             found = self.original.graph(x).of_copy(self.module) if same else Graph.of(self.module, x)
             self._graphs.append(found)
         if x.shape[1:] not in self._compared:
