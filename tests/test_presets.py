@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_huggingface
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
@@ -58,9 +59,29 @@ MODEL = {
         "model.layers.bottleneck=net.bert.encoder.layer.2",
     ],
 }  # fmt: skip
+# Nets that come in a folder: what makes one, what else must be said, the number of classes.
+FOLDERS = {
+    "huggingface_image": (tiny_huggingface.vit, ["{bottleneck: net.vit.layers.0, cam: net.vit.layers.0}"], 3),
+    "huggingface_image_text": (
+        tiny_huggingface.clip,
+        ["{bottleneck: net.vision_model.encoder.layers.0, cam: null}", "model.output.prompts=[a cat, dog]"], 2,
+    ),
+    "huggingface_decoder": (
+        tiny_huggingface.llama, ["{}", "model.output.candidates=[good, bad]", "model.input.max_length=10"], 2,
+    ),
+}  # fmt: skip
 DATASET = {"text_csv": ["dataset.path=x.csv"]}
 # Other measures of the class of functional_information.
 FISHER = ("fisher", "functional_information_covariance", "set_information", "smooth_grad_sq", "var_grad")
+
+
+def added(name: str, folder: Path) -> list[str]:
+    """What a user adds to the preset of a model."""
+    if name not in FOLDERS:
+        return MODEL.get(name, [])
+    make, (layers, *others), _ = FOLDERS[name]
+    layers = [] if layers == "{}" else [f"model.layers={layers}"]
+    return [f"model.path={make(folder)}", *layers, *others]
 
 
 def test_every_dataset_is_of_images_texts_or_sounds():
@@ -71,9 +92,9 @@ def test_every_dataset_is_of_images_texts_or_sounds():
 
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
-def test_model(name):
+def test_model(name, tmp_path):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
-    node = with_input(composed(f"model={name}", *MODEL.get(name, [])))["model"]
+    node = with_input(composed(f"model={name}", *added(name, tmp_path)))["model"]
     if str(node.get("checkpoint")).startswith("workdirs/train/"):  # made by attrib train
         node |= {"checkpoint": None}
     if not node.get("checkpoint"):
@@ -81,16 +102,16 @@ def test_model(name):
     model = classifier(node, options_of({"rows": 4, "device": "cpu"}))
     size = node["input"]["size"]
     x = torch.zeros(1, len(node["input"]["mean"]), *((size, size) if isinstance(size, int) else size))
-    assert model.logits(x).shape == (1, node.get("num_classes", 1000))
-    assert {"bottleneck", "cam"} <= model.layers.keys()
+    assert model.logits(x).shape == (1, FOLDERS[name][2] if name in FOLDERS else node.get("num_classes", 1000))
+    assert model.layers.keys() >= {"bottleneck"} if name in FOLDERS else {"bottleneck", "cam"} <= model.layers.keys()
     z, rest = model.until("bottleneck", x)
     torch.testing.assert_close(model.after("bottleneck", z, rest), model.logits(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_text_model(name):
+def test_text_model(name, tmp_path):
     """Every role can be cut at, and a bottleneck there reaches the logits."""
-    node = composed("dataset=sst2", "dataset.root=x", f"model={name}", "model.checkpoint=null", *MODEL.get(name, []))
+    node = composed("dataset=sst2", "dataset.root=x", f"model={name}", "model.checkpoint=null", *added(name, tmp_path))
     node = {**node["model"], "input": dict(node["model"]["input"])}
     if "vocabulary" in node["input"]:
         node |= {"vocab_size": 12}
@@ -102,7 +123,7 @@ def test_text_model(name):
     ids = encoder.encode("a b c d").ids
     x = torch.tensor([ids, [*ids[:2], *[encoder.pad] * (len(ids) - 2)]])
     logits = model.logits(x)
-    assert logits.shape == (2, node.get("num_classes") or node["num_labels"])
+    assert logits.shape == (2, FOLDERS[name][2] if name in FOLDERS else node.get("num_classes") or node["num_labels"])
     assert {"bottleneck", "embedding"} <= model.layers.keys()
     for role in model.layers:
         z, rest = model.until(role, x)
@@ -153,8 +174,8 @@ def test_images_are_prepared_as_the_library_says(dataset):
     for node in (config["dataset"], config["dataset"]["estimation"]):
         made = build(node["transform"], "transform")
         assert (made.size, made.resize, made.resize_size) == ((224, 224), "crop", 232)
-    given = ["model.input.interpolation=bilinear", "dataset.transform.resize=squash"]
-    config = with_input(composed("model=timm", "model.arch=vit_small_patch16_224", f"dataset={dataset}", *root, *given))
+    said = ["model.input.interpolation=bilinear", "dataset.transform.resize=squash"]
+    config = with_input(composed("model=timm", "model.arch=vit_small_patch16_224", f"dataset={dataset}", *root, *said))
     made = build(config["dataset"]["transform"], "transform")
     assert made == ImageTransform(224, (0.5,) * 3, (0.5,) * 3, "squash", None, "bilinear")
     assert config["model"]["input"]["resize_size"] == 248

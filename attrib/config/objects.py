@@ -15,7 +15,7 @@ from torch import nn
 
 from attrib import keys
 from attrib.config.fields import checked_value, hints_of, is_node
-from attrib.config.trained import NOT_OF_THE_NET, check_encoder, with_checkpoint
+from attrib.config.trained import NOT_OF_THE_NET, check_encoder, check_transform, with_checkpoint
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import example, parse_device
@@ -306,6 +306,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
     _check_modality(method_node, cell)
     for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
         model.path(role)
+    check_transform(getattr(dataset, "transform", None), config["model"], model, where["model"])
     if isinstance(dataset, TextDataset):
         check_encoder(dataset.encoder, model, config["model"].get("checkpoint"), where["model"])
     return cell

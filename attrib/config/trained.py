@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from attrib.datasets import Encoder, WordEncoder
+from attrib.datasets import Encoder, ImageTransform, WordEncoder
 from attrib.metadata import read_metadata, resolve
-from attrib.models import Classifier
+from attrib.models import Classifier, HuggingFaceImageClassifier, HuggingFaceImageText
+from attrib.models.huggingface_images import hf_input
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
@@ -73,3 +74,32 @@ def check_encoder(encoder: Encoder | None, model: Classifier, checkpoint: Any, w
         raise UserError(
             f"{where}: model.input.vocabulary is not the one in {checkpoint}, with which the net was trained"
         )
+
+
+def check_transform(transform: Any, config: Mapping[str, Any], model: Classifier, where: str) -> None:
+    """Of Hugging Face nets over images, which come with an image processor; ``config`` is the model's.
+
+    Raises UserError if the images are prepared in another way than ``model.input`` says, which would be wrong in
+    silence. Where it says something else than the image processor, that is logged.
+    """
+    wanted = isinstance(model.module, HuggingFaceImageClassifier | HuggingFaceImageText)
+    if not wanted or not isinstance(transform, ImageTransform):
+        return
+    path = str(config["path"])
+    used, given, theirs = map(_preparation, (vars(transform), config["input"], hf_input(path)))
+    for name, value in used.items():
+        if given.get(name) != value:
+            raise UserError(
+                f"{where}: dataset.transform.{name} is {value}, but model.input.{name} is {given.get(name)}; set "
+                f"dataset.transform.{name}=${{model.input.{name}}}, or model.input.{name} if the net wants that"
+            )
+        if theirs.get(name, value) != value:
+            log.warning("%s: %s is %s, but the image processor of %s has %s", where, name, value, path, theirs[name])
+
+
+def _preparation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared, in one form for each meaning."""
+    found = {name: fields[name] for name in ("size", "mean", "std") if name in fields}
+    if isinstance(found.get("size"), int):
+        found["size"] = (found["size"], found["size"])
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from attrib import keys
 from attrib.datasets import Dataset, Selection
@@ -45,7 +47,7 @@ class Experiment:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a method or metric of other data than the dataset holds."""
+        """Raises UserError for a method or metric that does not fit the dataset or the model's output."""
         holds = self.dataset.modality
         fitting = ",".join(name for name, metric in self.metrics.items() if holds in metric.MODALITIES)
         advice = dict.fromkeys(self.metrics, f"take metric=[{fitting}]")
@@ -56,6 +58,36 @@ class Experiment:
                     f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "
                     f"{holds}; {advice.get(name, 'README.md lists the methods for it')}"
                 )
+        self._check_output()
+
+    def _check_output(self) -> None:
+        """Raises UserError for whatever asks for probabilities, or for the net's decision, where there is none."""
+        model, read = self.model, f"model.output.read={self.model.output.read.READ}"
+        if model.link is None:
+            if getattr(self.method, "NEEDS_PROBABILITIES", False):
+                raise UserError(
+                    f"method {self.names['method']} works with the probabilities of classes, and with {read} there are "
+                    f"none; {_set(self.method, 'method')}take a method that explains the score itself, such as "
+                    "gradient, integrated_gradients, occlusion, lime, grad_cam or cd"
+                )
+            able = [n for n, m in self.metrics.items() if not getattr(m, "NEEDS_PROBABILITIES", False)]
+            for name, metric in self.metrics.items():
+                if name not in able:
+                    raise UserError(
+                        f"metric {name} works with the probabilities of classes, and with {read} there are none; "
+                        f"{_set(metric, f'metric.{name}')}take metric=[{','.join(able)}]"
+                    )
+            for select, where in ((self.select, "dataset"), (self.estimation_select, "dataset.estimation")):
+                if select.min_confidence is not None:
+                    raise UserError(
+                        f"{where}.select.min_confidence asks for the probability of the target, and with {read} there "
+                        "are none; set it to null"
+                    )
+        if self.target == "predicted" and not model.output.read.decides:
+            raise UserError(
+                f"dataset.target=predicted: with {read} the net decides for no class; say what is explained by number "
+                "(dataset.target=0), or take the dataset's labels (dataset.target=label)"
+            )
 
     def samples(self, uids: Sequence[str], batch: int) -> Samples:
         return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
@@ -66,8 +98,23 @@ class Experiment:
 
     def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:
         """What the method says of a batch, with random numbers of the samples' own."""
-        noise = Noise(batch.uids, self.seed, self.model.device, self.model.dtype)
-        return self.method.attribute(self.model, batch, state, noise)
+
+        def attribute(some: Batch, _rows: slice) -> Mapping[str, Any]:
+            noise = Noise(some.uids, self.seed, self.model.device, self.model.dtype)
+            return self.method.attribute(self.model, some, state, noise)
+
+        return self.of_samples(batch, attribute)
+
+    def of_samples(self, batch: Batch, function: Callable[[Batch, slice], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """``function(batch, rows)``; where scores depend on the sample that is explained, of one sample at a time."""
+        if not self.model.output.read.per_sample:
+            return function(batch, slice(0, len(batch)))
+        found: list[Mapping[str, Any]] = []
+        for i in range(len(batch)):
+            one = batch[i : i + 1]
+            with self.model.explaining(one.x, one.target):
+                found.append(function(one, slice(i, i + 1)))
+        return {name: _joined([each[name] for each in found]) for name in found[0]}
 
     def estimation_samples(self, batch: int) -> Samples:
         """What the method's state is fitted on."""
@@ -162,6 +209,19 @@ class Experiment:
         names = (self.names[part] for part in ("dataset", "model", "method"))
         plain = ("".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names)
         return ".".join([*plain, cell_key[:8]])
+
+
+def _set(part: Any, where: str) -> str:
+    """What to set so that a method or metric goes without probabilities, if it can."""
+    for name, wants, instead in (("output", "probability", "logit"), ("softmax", None, "false")):
+        if hasattr(part, name) and wants in (None, getattr(part, name)):
+            return f"set {where}.{name}={instead}, or "
+    return ""
+
+
+def _joined(values: list[Any]) -> Any:
+    """The results of single samples as that of their batch."""
+    return torch.cat(values) if isinstance(values[0], torch.Tensor) else [one for value in values for one in value]
 
 
 def _selection_spec(select: Selection) -> Any:

@@ -19,7 +19,7 @@ from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
 
-Target = Literal["label", "predicted"]
+Target = Literal["label", "predicted"] | int
 PATIENCE = 2.0  # seconds that whoever stops early gives to what is being read: on a dead file server it may hang
 
 Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
@@ -38,9 +38,9 @@ def example(dataset: Dataset) -> Tensor:
 class Samples:
     """Some samples of a dataset as a model wants them, in batches.
 
-    target   which class is explained: the dataset's label, or the class the model predicts (of a copy with
-             randomised layers: the class that the original predicts); None leaves the dataset's target as
-             it is, for work that needs none or knows it already
+    target   which class is explained: the dataset's label, the class the model predicts (of a copy with
+             randomised layers: the class that the original predicts), or the one with this number; None leaves
+             the dataset's target as it is, for work that needs none or knows it already
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
@@ -53,8 +53,9 @@ class Samples:
         target: Target | None = "label",
         batch: int = 8,
     ) -> None:
-        if target not in ("label", "predicted", None):
-            raise UserError(f"dataset.target must be label or predicted, not {target!r}")
+        number = isinstance(target, int) and not isinstance(target, bool) and target >= 0
+        if not number and target not in ("label", "predicted", None):
+            raise UserError(f"dataset.target must be label or predicted, not {target!r}, or the number of a class")
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
         self.dataset, self.model, self.target = dataset, model, target
@@ -63,6 +64,8 @@ class Samples:
         self._classes: int | None = None
 
     def _ready(self, batch: Batch) -> Batch:
+        if isinstance(self.target, int):
+            batch = dataclasses.replace(batch, target=torch.full((len(batch),), self.target))
         targets = batch.target.cpu()
         batch = batch.to(self.model.device, self.model.dtype)
         if self.target is None:
@@ -72,16 +75,20 @@ class Samples:
         lowest, highest = (int(bound) for bound in targets.aminmax())
         if lowest < 0:
             unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
-            raise SampleError(f"{unknown[0]} has no label; explain the model's own class with dataset.target=predicted")
+            own = "the model's own class with dataset.target=predicted, or " if self.model.output.read.decides else ""
+            raise SampleError(f"{unknown[0]} has no label; explain {own}one output of all with dataset.target=NUMBER")
         if self._classes is None:
-            self._classes = self.model.logits(batch.x[:1]).shape[1]
+            with self.model.explaining(batch.x[:1]):
+                self._classes = self.model.logits(batch.x[:1]).shape[1]
         # On a GPU an index out of range would take the whole process down.
         highest = highest if targets.ndim == 1 else targets.shape[1] - 1
         if highest >= self._classes:
+            if isinstance(self.target, int):
+                raise UserError(f"dataset.target={self.target}, but the model's outputs are 0 to {self._classes - 1}")
             uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
             raise UserError(
                 f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
-                "index (dataset.classes) and the model"
+                "index (dataset.classes) and the model, or explain one output of all with dataset.target=NUMBER"
             )
         return batch
 
@@ -199,7 +206,7 @@ class Samples:
         found: dict[str, float] = {}
         for batch, _ in self.load(self.chunks(uids)):
             if batch is not None:
-                probability = probabilities(self.model.original.logits(batch.x))
+                probability = probabilities(self.model.original.logits(batch.x), link=self.model.link)
                 picked = probability.gather(1, batch.target[:, None])[:, 0]
                 found |= dict(zip(batch.uids, picked.tolist()))
         return found

@@ -85,6 +85,14 @@ class Method(Protocol):
         return {}
 
     @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        """Whether it asks for probabilities (``model.link``), a loss made of them, or which class the net decides for.
+
+        Without probabilities, as in a regression, such a method is refused.
+        """
+        return False
+
+    @property
     def fit(self) -> Fit | None:
         """How its state is made from an estimation set; None if it needs no state."""
         return None

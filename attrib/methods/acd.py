@@ -15,8 +15,8 @@ from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Explanation, Method
 from attrib.methods.parts.inputs import EMBEDDING
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
-from attrib.models import Classifier
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, UnitScores, check_scores
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
@@ -59,7 +59,7 @@ class ACD(Method):
     smooth: bool = True
     against: int | Literal["other"] | None = None
     level: int = 0
-    output: Output = "logit"
+    output: ScoreScale = "logit"
     baseline: Baseline = "zero"
     output_bias: bool = True
     as_released: bool = False
@@ -126,6 +126,10 @@ class ACD(Method):
         ]
         error = {"completeness_error": scores.error} if self.EXTRAS else {}
         return {"map": units.spread(values), "tree": documents, **error}
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability" or self.against == "other"
 
     def _shape(self, batch: Batch, n: int) -> tuple[int, ...]:
         """The units as a line, (n,), or as a grid, (rows, columns)."""

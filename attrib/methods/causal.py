@@ -157,6 +157,7 @@ class CausalPaths(Method):
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
     VERSION: ClassVar[int] = 1
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     layer: str = "bottleneck"
     nodes: int = 0
     as_released: bool = False
@@ -271,6 +272,7 @@ class CausalGradient(Method):
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalGradient"
     VERSION: ClassVar[int] = 1
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {
         "map": "change of the logit per unit of input along causal paths, times the input; signed, summed over channels"
     }

@@ -14,8 +14,8 @@ from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Output, Part, UnitScores, check_scores
-from attrib.models import Classifier, probabilities
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, UnitScores, check_scores
+from attrib.models import Classifier, ScoreScale, probabilities
 from attrib.noise import Noise
 from attrib.types import Batch
 from attrib.units import Partition, Units
@@ -48,7 +48,7 @@ class CD(Method):
     }
     score: Score = "cd"
     units: Partition = field(default_factory=Partition)
-    output: Output = "logit"
+    output: ScoreScale = "logit"
     baseline: Baseline = "zero"
     steps: int = 100
     output_bias: bool = True
@@ -57,6 +57,10 @@ class CD(Method):
         require(self, "score", one_of=get_args(Score))
         require(self, "steps", at_least=2)
         check_scores(self)
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     @property
     def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
@@ -105,7 +109,7 @@ class CD(Method):
 
             def score(logits: Tensor, rows: slice, m: int = len(some)) -> Tensor:
                 at = torch.arange(rows.start, rows.stop, device=logits.device) // m
-                logits = probabilities(logits) if self.output == "probability" else logits
+                logits = probabilities(logits, link=model.link) if self.output == "probability" else logits
                 return target_score(logits, inputs.target[at])
 
             _, grad = model.gradient(x.flatten(0, 1), score, role, inputs.rest)

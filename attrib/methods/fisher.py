@@ -140,6 +140,10 @@ class FunctionalInformation(Method):
         return (*(f"stderr_{name}" for name in self.measures), *more)
 
     @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.activation != "none" or isinstance(self.labels, int)
+
+    @property
     def fit(self) -> Covariance | None:
         return self.covariance if self.covariance.fitted else None
 
@@ -155,7 +159,7 @@ class FunctionalInformation(Method):
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         inputs = Inputs.of(model, batch)
         labels = self._labels(model, batch)
-        outputs = Outputs(self.activation, batch.target, labels)
+        outputs = Outputs(self.activation, batch.target, labels, model.link)
         spread = self.covariance.of(batch, inputs, state)
         sets = Sets(spread, hierarchy(self.units, self.levels, batch)) if "set_information" in self.measures else None
         terms = _Terms(self, spread, sets, text=inputs.mask is not None)

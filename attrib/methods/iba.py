@@ -89,7 +89,7 @@ def restrict(
         z.clamp_(min=0)
     target = target.repeat_interleave(draws, dim=0)
     losses, grad = model.gradient(
-        z.flatten(0, 1), lambda logits, rows: target_loss(logits, target[rows]), role, front.rest
+        z.flatten(0, 1), lambda logits, rows: target_loss(logits, target[rows], model.link), role, front.rest
     )
     grad = grad.unflatten(0, (-1, draws)).mul_(prior.active)
     if relu:
@@ -180,6 +180,7 @@ class IBA(Method):
 
     NAME: ClassVar[str] = "attrib.methods.iba.IBA"
     VERSION: ClassVar[int] = 1
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MAPS: ClassVar[Mapping[str, str]] = {
         "map": "information in bits per pixel or sample, upsampled from the layer, or in bits per token; >= 0"

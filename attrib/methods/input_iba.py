@@ -126,6 +126,7 @@ class InputIBA(Method):
 
     NAME: ClassVar[str] = "attrib.methods.input_iba.InputIBA"
     VERSION: ClassVar[int] = 1
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {

@@ -310,6 +310,7 @@ class IBAReadout(Method):
 
     NAME: ClassVar[str] = "attrib.methods.readout.IBAReadout"
     VERSION: ClassVar[int] = 1
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "information in bits per pixel, >= 0, upsampled from the layer"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"capacity": "bits per place of the layer, summed over channels, (h, w)"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,11 +18,9 @@ from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.losses import target_score
-from attrib.models import Classifier, probabilities
+from attrib.models import Classifier, ScoreScale, probabilities
 from attrib.noise import Noise
 from attrib.types import Batch
-
-Output = Literal["probability", "logit"]
 
 
 def _portions(samples: int, model: Classifier, batch: Batch) -> Iterator[int]:
@@ -111,12 +109,16 @@ class Rise(Method):
     samples: int = 4000
     cells: int = 7
     keep: float = 0.5
-    output: Output = "probability"
+    output: ScoreScale = "probability"
 
     def __post_init__(self) -> None:
         require(self, "samples", "cells", at_least=1)
         require(self, "keep", above=0, at_most=1)
-        require(self, "output", one_of=get_args(Output))
+        require(self, "output", one_of=get_args(ScoreScale))
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         x, cells = batch.x, self.cells
@@ -133,7 +135,7 @@ class Rise(Method):
                 height, width = (self._enlarge(side, shift[rows, i]) for i, side in enumerate(x.shape[-2:]))
                 mask = height @ kept[rows] @ width.mT
                 logits = model.module(x[sample] * mask[:, None])
-                return self._score(logits, batch.target[sample]), mask
+                return self._score(model, logits, batch.target[sample]), mask
 
             with torch.no_grad():
                 score, mask = model.chunked(piece, len(kept))
@@ -148,10 +150,10 @@ class Rise(Method):
         place = ((pixel + 0.5) * self.cells / ((self.cells + 1) * cell) - 0.5).clamp(0, self.cells - 1)
         return (1 - (place[..., None] - torch.arange(self.cells, device=shift.device)).abs()).clamp(min=0)
 
-    def _score(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _score(self, model: Classifier, logits: Tensor, target: Tensor) -> Tensor:
         """Logits (R, K), target (R,) or (R, K) -> (R,) the target's score."""
         if self.output == "logit":
             return target_score(logits, target)
         if target.ndim == 1:
-            return target_score(probabilities(logits), target)
-        return target_score(probabilities(logits, several=True), target) / target.sum(1).clamp(min=1)
+            return target_score(probabilities(logits, link=model.link), target)
+        return target_score(probabilities(logits, True, model.link), target) / target.sum(1).clamp(min=1)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_grid
-from attrib.models import Classifier
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, ranks, score_grid
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 from attrib.units import Units
@@ -58,7 +58,7 @@ class Degradation(Metric):
     tile: tuple[int, int] = (8, 8)
     baseline: Baseline = "zero"
     normalize: Normalize = "none"
-    output: Output = "probability"
+    output: ScoreScale = "probability"
     as_released: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +69,10 @@ class Degradation(Metric):
         require(self, "output", one_of=OUTPUTS)
         if self.as_released and self.normalize != "none":
             raise UserError("Degradation: as_released has its own normalisation; set normalize to none")
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     def units(self, batch: Batch) -> Units:
         """The tiles, row by row."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import OUTPUTS, Output
+from attrib.metrics.perturb import OUTPUTS
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
-from attrib.models import Classifier
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -52,13 +52,17 @@ class Eraser(Metric):
 
     bins: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5)
     words: Removal = "delete"
-    output: Output = "probability"
+    output: ScoreScale = "probability"
 
     def __post_init__(self) -> None:
         if not self.bins or not all(0 < q <= 1 for q in self.bins):
             raise UserError(f"Eraser.bins is {list(self.bins)}, must be one or more shares of the words, in (0, 1]")
         require(self, "words", one_of=REMOVALS)
         require(self, "output", one_of=OUTPUTS)
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     @property
     def roles(self) -> tuple[str, ...]:

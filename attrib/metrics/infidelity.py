@@ -14,9 +14,9 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_grid, score_rows
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, score_grid, score_rows
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
-from attrib.models import Classifier
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 from attrib.units import Units
@@ -80,7 +80,7 @@ class Infidelity(Metric):
     beta: Scale = "positive"
     words: Removal = "zero"
     baseline: Baseline = "zero"
-    output: Output = "logit"
+    output: ScoreScale = "logit"
 
     def __post_init__(self) -> None:
         require(self, "samples", at_least=1)
@@ -92,6 +92,10 @@ class Infidelity(Metric):
         require(self, "words", one_of=REMOVALS)
         require(self, "baseline", one_of=BASELINES)
         require(self, "output", one_of=OUTPUTS)
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, ranks, score_path, tiles, untiled
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, ranks, score_path, tiles, untiled
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
-from attrib.models import Classifier
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -88,7 +88,7 @@ class InsertionDeletion(Metric):
     insertion_baseline: Baseline = "blur"
     sigma: float = 5.0
     kernel: int | None = None
-    output: Output = "probability"
+    output: ScoreScale = "probability"
     as_released: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +103,10 @@ class InsertionDeletion(Metric):
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
             raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be a positive odd number, or null")
         require(self, "output", one_of=OUTPUTS)
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     @property
     def roles(self) -> tuple[str, ...]:

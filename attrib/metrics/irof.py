@@ -51,6 +51,7 @@ class IROF(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.irof.IROF"
     VERSION: ClassVar[int] = 2  # 1 cut grey images into a chessboard that ignored them
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"irof": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {

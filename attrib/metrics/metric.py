@@ -45,6 +45,14 @@ class Metric(Protocol):
         return False
 
     @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        """Whether it asks for probabilities (``model.link``) or which class the net decides for.
+
+        Without probabilities, as in a regression, such a metric is refused.
+        """
+        return False
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The layers that it may read; of those that the model has, the paths enter the key of its scores."""
         return ()

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.models import Classifier, probabilities
+from attrib.models import Classifier, ScoreScale, probabilities
+from attrib.models.output_kinds import Link
 from attrib.noise import Noise
 
 Baseline = Literal["zero", "blur", "mean"]
-Output = Literal["probability", "logit"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
-OUTPUTS: tuple[str, ...] = get_args(Output)
+OUTPUTS: tuple[str, ...] = get_args(ScoreScale)
 SMALL = 2**14  # numbers in an image; a CPU makes smaller images faster as a whole than from the image before
 
 
@@ -89,17 +89,17 @@ def baseline(x: Tensor, kind: Baseline, sigma: float = 5.0, kernel: int | None =
     return gaussian_blur(x, [side, side], [sigma, sigma])
 
 
-def target_score(logits: Tensor, target: Tensor, output: Output) -> Tensor:
-    """(R, K) logits and the target's (R,) class or (R, K) labels -> (R,) float64.
+def target_score(logits: Tensor, target: Tensor, output: ScoreScale, link: Link | None = "softmax") -> Tensor:
+    """(R, K) logits and the target's (R,) class or (R, K) labels -> (R,) float64; ``link`` is ``Classifier.link``.
 
-    One class: its softmax probability, or its logit. Several labels: the mean over the positive
-    ones of their sigmoid probability (labels do not compete), or logit; NaN where none is positive.
+    One class: its probability, or its logit. Several labels: the mean over the positive ones of their
+    sigmoid probability (labels do not compete), or logit; NaN where none is positive.
     """
     logits = logits.to(torch.float64)
     if target.ndim == 1:
-        scores = probabilities(logits) if output == "probability" else logits
+        scores = probabilities(logits, link=link) if output == "probability" else logits
         return scores.gather(1, target.long()[:, None]).squeeze(1)
-    scores = probabilities(logits, several=True) if output == "probability" else logits
+    scores = probabilities(logits, True, link) if output == "probability" else logits
     positive = target > 0
     return (scores * positive).sum(dim=1) / positive.sum(dim=1)
 
@@ -110,7 +110,7 @@ def score_rows(
     target: Tensor,
     sample: Tensor,
     logits: Callable[[slice], Tensor],
-    output: Output = "probability",
+    output: ScoreScale = "probability",
 ) -> Tensor:
     """The target's score of N perturbed rows, of which row i was made from sample ``sample[i]``: (N,) float64.
 
@@ -120,7 +120,7 @@ def score_rows(
     target = target.to(model.device)
     if len(sample) == 0:
         return torch.zeros(0, dtype=torch.float64, device=model.device)
-    return model.chunked(lambda rows: target_score(logits(rows), target[sample[rows]], output), len(sample))
+    return model.chunked(lambda rows: target_score(logits(rows), target[sample[rows]], output, model.link), len(sample))
 
 
 def score_grid(
@@ -128,7 +128,7 @@ def score_grid(
     target: Tensor,
     columns: int,
     images: Callable[[Tensor, Tensor], Tensor],
-    output: Output = "probability",
+    output: ScoreScale = "probability",
 ) -> Tensor:
     """The target's score of a B x ``columns`` grid of perturbed images: (B, columns) float64.
 
@@ -149,7 +149,7 @@ def score_mixed(
     start: Tensor,
     end: Tensor,
     replaced: Callable[[int, slice], Tensor],
-    output: Output = "probability",
+    output: ScoreScale = "probability",
 ) -> Tensor:
     """``score_grid`` of images that are ``end`` where something is replaced, else ``start``: (B, columns) float64.
 
@@ -170,7 +170,7 @@ def score_path(
     end: Tensor,
     rank: Tensor,
     counts: Tensor,
-    output: Output = "probability",
+    output: ScoreScale = "probability",
 ) -> Tensor:
     """The target's score on the way from ``start`` to ``end``, both (B, C, *places): (B, S) float64.
 
@@ -218,7 +218,7 @@ def _score_made(
     columns: int,
     like: Tensor,
     make: Callable[[Tensor, int, slice], None],
-    output: Output,
+    output: ScoreScale,
 ) -> Tensor:
     """``score_grid``, where ``make(out, i, columns)`` fills ``out`` (R, C, *places) with images of sample i."""
     buffer = like[:0]

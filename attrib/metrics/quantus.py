@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attrib.metrics.metric import Direction, Explain, Metric
-from attrib.models import Classifier
+from attrib.models import Classifier, probabilities
 from attrib.models.classifier import is_out_of_memory
 from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
@@ -146,9 +146,19 @@ class Quantus(Metric):
         return self._class().evaluation_category.value == "Localisation"
 
     @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self._softmax and self._class().evaluation_category.value not in ("Localisation", "Complexity")
+
+    @property
     def MODALITIES(self) -> tuple[str, ...]:  # noqa: N802
         kinds = {kind.value for kind in self._class().data_applicability}
         return tuple(name for name, kind in (("image", "image"), ("audio", "time-series")) if kind in kinds)
+
+    @property
+    def _softmax(self) -> bool:
+        """Whether it sees probabilities."""
+        default = bool(_parameters(self._class().__call__)["softmax"].default)
+        return default if self.softmax is None else self.softmax
 
     def _direction(self) -> Direction:
         if self.metric == "RegionPerturbation":
@@ -192,9 +202,10 @@ class Quantus(Metric):
         extra: dict[str, Any] = {}
         if self.metric == "RandomLogit" and "num_classes" not in self.parameters and defined.any():
             extra["num_classes"] = model.logits(batch.x[:1].to(model.device, model.dtype)).shape[1]
-        default = bool(_parameters(self._class().__call__)["softmax"].default)
-        net: nn.Module = _Net(model)
-        how: dict[str, Any] = {"softmax": default if self.softmax is None else self.softmax}
+        # quantus itself knows the softmax only.
+        ours = self._softmax and model.link == "sigmoid"
+        net: nn.Module = _Net(model, ours)
+        how: dict[str, Any] = {"softmax": self._softmax and not ours}
         if self.metric == "RelativeRepresentationStability":
             # It hangs hooks into the net and names its layers: it gets the net itself, a copy in float32. Of its
             # output it takes the largest at most; softmax, so that quantus takes no layer out.
@@ -357,13 +368,14 @@ class _Net(nn.Module):
     out, or take logits for probabilities.
     """
 
-    def __init__(self, model: Classifier) -> None:
+    def __init__(self, model: Classifier, sigmoids: bool = False) -> None:
         super().__init__()
-        self._model = model
+        self._model, self._sigmoids = model, sigmoids
         self.training = False  # not eval(), which walks through the net
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._model.logits(x.to(self._model.device, self._model.dtype)).to("cpu")
+        logits = self._model.logits(x.to(self._model.device, self._model.dtype)).to("cpu")
+        return probabilities(logits, link=self._model.link) if self._sigmoids else logits
 
 
 class _Numpy:

@@ -60,6 +60,7 @@ class ROAD(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.road.ROAD"
     VERSION: ClassVar[int] = 1
+    NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {
         "road": "higher", "morf_accuracy": "lower", "lerf_accuracy": "higher",
@@ -138,7 +139,7 @@ def recognised(model: Classifier, images: Tensor, target: Tensor) -> Tensor:
         else:
             positive = wanted > 0
             first = ((logits > 0) & positive).sum(1) / positive.sum(1).double()
-        return torch.stack((first, target_score(logits, wanted, "probability")), 1)
+        return torch.stack((first, target_score(logits, wanted, "probability", model.link)), 1)
 
     return model.chunked(both, len(images))
 

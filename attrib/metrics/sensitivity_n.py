@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, Output, baseline, score_mixed
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, score_mixed
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
-from attrib.models import Classifier
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 from attrib.units import Units
@@ -59,7 +59,7 @@ class SensitivityN(Metric):
     samples: int = 100
     words: Removal = "zero"
     baseline: Baseline = "zero"
-    output: Output = "logit"
+    output: ScoreScale = "logit"
 
     def __post_init__(self) -> None:
         require(self, "points", at_least=1)
@@ -70,6 +70,10 @@ class SensitivityN(Metric):
         require(self, "words", one_of=REMOVALS)
         require(self, "baseline", one_of=BASELINES)
         require(self, "output", one_of=OUTPUTS)
+
+    @property
+    def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
+        return self.output == "probability"
 
     @property
     def roles(self) -> tuple[str, ...]:

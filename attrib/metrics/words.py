@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.metrics.perturb import Output, ranks, score_rows
-from attrib.models import Classifier
+from attrib.metrics.perturb import ranks, score_rows
+from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -72,7 +72,7 @@ def score_without(
     first: Tensor,
     last: Tensor,
     removal: Removal = "zero",
-    output: Output = "probability",
+    output: ScoreScale = "probability",
 ) -> Tensor:
     """The target's score without the words of the places ``first`` .. ``last - 1``: (B, P) float64.
 
@@ -118,7 +118,7 @@ def score_subsets(
     sample: Tensor,
     removed: Callable[[slice], Tensor],
     removal: Removal = "zero",
-    output: Output = "probability",
+    output: ScoreScale = "probability",
 ) -> Tensor:
     """The target's score of N texts without any of their words: (N,) float64.
 

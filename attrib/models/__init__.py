@@ -4,8 +4,14 @@ from attrib.models.audio import ToneCNN
 from attrib.models.checkpoint import load_weights, save_checkpoint
 from attrib.models.classifier import Classifier
 from attrib.models.exam import Exam
-from attrib.models.huggingface import HuggingFaceClassifier, hf_classifier
-from attrib.models.output import Output, probabilities
+from attrib.models.huggingface import HuggingFaceClassifier, HuggingFaceDecoder, hf_classifier, hf_decoder
+from attrib.models.huggingface_images import (
+    HuggingFaceImageClassifier,
+    HuggingFaceImageText,
+    hf_image_classifier,
+    hf_image_text,
+)
+from attrib.models.output import Output, ScoreScale, log_probabilities, probabilities
 from attrib.models.small import AcdCNN, LeNet, resnet18_cifar
 from attrib.models.split import Front
 from attrib.models.text import AcdLSTM, BiLSTM, DeepLSTM, Recurrent
@@ -21,13 +27,21 @@ __all__ = [
     "Exam",
     "Front",
     "HuggingFaceClassifier",
+    "HuggingFaceDecoder",
+    "HuggingFaceImageClassifier",
+    "HuggingFaceImageText",
     "LeNet",
     "Output",
     "Randomise",
     "Recurrent",
+    "ScoreScale",
     "ToneCNN",
     "hf_classifier",
+    "hf_decoder",
+    "hf_image_classifier",
+    "hf_image_text",
     "load_weights",
+    "log_probabilities",
     "probabilities",
     "resnet18_cifar",
     "save_checkpoint",

@@ -32,8 +32,9 @@ class Admission:
         self.exam, self.lengths_apart = exam, False
         self._net, self._output = net, output
         self._tight = False  # memory has no room for two rows
-        # Tried is a twin, with the same weights: what the net remembers, and hooks that are put on it, see no exam.
-        self._twin = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+        # A copy with the same weights is examined: the exam leaves no trace in what the net remembers, and calls no
+        # hooks that are put on it.
+        self._examined = copy.deepcopy(net, {id(p): p for p in net.parameters()})
         own = getattr(net, "pad_id", None)
         self._pad = own if isinstance(own, int) else None
         self._sample: Tensor | None = None  # the first one, until there is a different one
@@ -58,7 +59,7 @@ class Admission:
             one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
             pair = torch.cat((one, _other(one)))
         try:
-            self.exam = examine(self._twin, self._output, pair, on, pad, pairs)
+            self.exam = examine(self._examined, self._output, pair, on, pad, pairs)
         except UserError:
             raise
         except Exception as error:  # of the net itself, on these samples: whoever brought them will meet it

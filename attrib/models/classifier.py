@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
 from attrib.models.graph import Graph, check_same
 from attrib.models.output import Output, Take
+from attrib.models.output_kinds import Classes, Link
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
@@ -40,13 +41,14 @@ class Classifier:
     samples of a batch interact, is refused. One that sees the padding of texts gets only texts of equal length
     together from then on. ``exam`` is what was found.
 
-    module       maps (N, *input) to logits (N, K), perhaps by way of ``output``
+    module       maps (N, *input) to logits (N, K) or to other scores, perhaps by way of ``output``
     layers       role -> module path, e.g. {"bottleneck": "features.17"}; None leaves the role out
     rows         how many rows go through the net at a time; halved when memory runs out
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the net is tried on noise images of this shape, and their logits are compared before and
                  after the preparation
-    output       how the logits come out of what the net returns: an ``Output``, or a field, index or function
+    output       how the scores come out of what the net returns: an ``Output``, its fields (``{"read": "value"}``), or
+                 a field, index or function
     variant      of a copy with randomised layers: which ones; else None
     original     of a copy with randomised layers: the classifier it was made from. Where the experiment goes by
                  predictions (of the class to explain, of the samples to select), it goes by the original's.
@@ -98,10 +100,10 @@ class Classifier:
 
     def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[nn.Module, Exam | None]:
         net, name = private_copy(module, self.device, self.dtype), type(module).__name__
-        if getattr(net, "num_outputs", None) == 1 and self.output.read != "sigmoid":
+        if getattr(net, "num_outputs", None) == 1 and type(self.output.read) is Classes:
             raise UserError(
                 f"{name} has one output; a classifier has a logit for each of its classes. If it is the logit of two "
-                "classes, set model.output to {read: sigmoid}"
+                "classes, set model.output to {read: sigmoid}; if it is a value, to {read: value}"
             )
         self.output.attach(net)
         probe, exam = None, None
@@ -117,7 +119,7 @@ class Classifier:
                 raise UserError(
                     f"{name} cannot be run on an input of {(1, *input_shape)}: {type(error).__name__}: {error}"
                 ) from error
-            with torch.no_grad():
+            with torch.no_grad(), self.output.alone(net):
                 before = net(probe.clone())
         seen: set[int] = set()
         for path, child in list(net.named_modules(remove_duplicate=False)):
@@ -130,7 +132,7 @@ class Classifier:
                 setattr(net.get_submodule(parent), name, copy.deepcopy(child))
             seen.add(id(child))
         if probe is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.output.alone(net):
                 after = net(probe.clone())
             if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
                 worst = (before - after).abs().max().item()
@@ -159,6 +161,51 @@ class Classifier:
         """What comes before the layers of a net are read for x."""
         self.examine(x)
         self._admission.check_padding(x)
+
+    # ---- what is explained ------------------------------------------------------------------
+
+    @property
+    def link(self) -> Link | None:
+        """How probabilities are made of the scores, see ``output.probabilities``; None if there are none."""
+        return self.output.read.link_of(self.module)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the K classes as the net or ``model.output`` knows them."""
+        return self.output.read.class_names(self.module)
+
+    @contextmanager
+    def explaining(self, x: Tensor, target: Tensor | None = None) -> Iterator[None]:
+        """Meanwhile all that goes through the net are perturbed copies of the sample x (1, *input).
+
+        That makes a difference where the scores depend on the sample (``OutputKind.per_sample``): there nothing can be
+        computed outside. Within another one, that one goes on. Raises SampleError if the region of ``target``, (1,) or
+        (1, K), has no pixel.
+        """
+        if not self.output.read.per_sample or self.module.output_first is not None:
+            yield
+            return
+        if len(x) != 1:
+            raise ValueError(f"{len(x)} samples; one at a time is explained")
+        net = self.original.module
+        with torch.no_grad(), self.output.alone(net) as seen:
+            net(x.clone())
+        (first,) = seen
+        if target is not None:
+            classes = target[:1] if target.ndim == 1 else target[0].nonzero().flatten()
+            for missing in classes[~torch.isin(classes.to(first.device), first).to(classes.device)].tolist():
+                raise SampleError(f"the net gives no pixel of this sample to class {missing}")
+        self._forget_graphs()
+        try:
+            with self.output.explaining(self.module, first):
+                yield
+        finally:
+            self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """They hold the region of a sample as a constant."""
+        self._graphs.clear()
+        self._compared.clear()
 
     # ---- chunks -----------------------------------------------------------------------------
 
@@ -255,7 +302,8 @@ class Classifier:
         self._admit(x)
         found = next((graph for graph in self._graphs if graph.fits(x)), None)
         if found is None:
-            same = self.original is not self
+            # The original's would hold the region of another sample, or none.
+            same = self.original is not self and not self.output.read.per_sample
             found = self.original.graph(x).of_copy(self.module) if same else Graph.of(self.module, x)
             self._graphs.append(found)
         if x.shape[1:] not in self._compared:

@@ -66,7 +66,7 @@ def examine(
     rows interact. An error of the net itself on the first sample is raised as it is.
     """
     name, bound = type(net).__name__, tolerance(x)
-    with torch.no_grad(), _own_generator(x.device):
+    with torch.no_grad(), _own_generator(x.device), output.alone(net):
 
         def run(*rows: int) -> Tensor:
             logits = net(x[list(rows)].clone())
@@ -88,8 +88,8 @@ def examine(
             if isinstance(error, UserError) or is_out_of_memory(error):
                 raise
             raise UserError(
-                f"{name} takes one sample alone, but not two together ({type(error).__name__}: {error}); a classifier "
-                "takes a batch of any size"
+                f"{name} takes one sample alone, but not two together ({type(error).__name__}: {error}); a net must "
+                "take a batch of any size"
             ) from error
         equal = ((alone, ab[:1]), (alone, ba[1:]), (ab[1:], ba[:1]), (alone, aa[:1]), (alone, aa[1:]))
         together = max(_apart(one, other) for one, other in equal)
@@ -144,7 +144,7 @@ def _tried(net: nn.Module, x: Tensor) -> Tensor | None:
 def keep_lengths_apart(net: nn.Module, pad: int) -> None:
     """From now on ``net`` gets only texts of equal length together, and none with padding."""
 
-    def grouped(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def grouped(_net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         lengths = real_tokens(x, pad).sum(1)
         each = lengths.unique().tolist()
         if len(each) == 1:

@@ -1,13 +1,14 @@
-"""Hugging Face sequence classifiers, by folder, package or name, as nets (N, T) -> (N, K).
+"""Hugging Face nets over texts, by folder, package or name: sequence classifiers and decoders.
 
 Weights are read from safetensors and nothing that comes with a model is run: no pickles, no remote code.
+``huggingface_images`` has the nets over images.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,14 +35,14 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-class HuggingFaceClassifier(nn.Module):
-    """Token ids (N, T), padded on the right, to logits (N, K).
+class _TextNet(nn.Module):
+    """Token ids (N, T), padded on the right, to logits.
 
     The attention mask ends with the last id that is not ``pad_id``; the first position is always on. Inside of a text
     the id of padding is a token as others are: some tokenizers pad with what ends a text or stands for unknown words.
     Layers are found under ``net.``: ``net.bert.encoder.layer.2``.
 
-    net      a transformers ``...ForSequenceClassification``
+    net      of transformers
     pad_id   id of padding
     mask_id  id of the token that hides another one
     """
@@ -50,12 +51,6 @@ class HuggingFaceClassifier(nn.Module):
         super().__init__()
         self.net, self.pad_id, self.mask_id = net, pad_id, mask_id
         self.max_length = _max_length(net)
-
-    @property
-    def num_outputs(self) -> int:
-        """Numbers that it returns for a text."""
-        config: Any = self.net.config
-        return int(config.num_labels)
 
     @property
     def default_layers(self) -> dict[str, str]:
@@ -68,11 +63,10 @@ class HuggingFaceClassifier(nn.Module):
     def spec(self) -> dict[str, Any]:
         """What the net computes, as plain data: its configuration, without paths, versions and names of classes."""
         config: Any = self.net.config
-        plain = json.loads(json.dumps(config.to_diff_dict(), default=str))
         own: dict[str, Any] = {"num_labels": config.num_labels, "pad_id": self.pad_id, "mask_id": self.mask_id}
         if self.pad_id in (self.mask_id, config.eos_token_id, config.bos_token_id):
             own["padding"] = "at the end"  # where it once was wherever this id stands
-        return {k: v for k, v in plain.items() if k not in _WITHOUT_EFFECT} | own
+        return described(config) | own
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises SampleError for more tokens than the net has positions, or for a number that it cannot take."""
@@ -90,6 +84,57 @@ class HuggingFaceClassifier(nn.Module):
             raise SampleError(
                 f"{type(self.net).__name__} does not take a text of {x.shape[1]} tokens: {str(error).splitlines()[0]}"
             ) from error
+
+
+class HuggingFaceClassifier(_TextNet):
+    """A transformers ``...ForSequenceClassification``: ids (N, T) to logits (N, K)."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that it returns for a text."""
+        config: Any = self.net.config
+        return int(config.num_labels)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return names_of(self.net.config)
+
+
+class HuggingFaceDecoder(_TextNet):
+    """A transformers ``...ForCausalLM``: ids (N, T) to the logits (N, T, V) of each next token.
+
+    source   where its tokenizer is
+    """
+
+    def __init__(self, net: PreTrainedModel, pad_id: int, mask_id: int, source: str) -> None:
+        super().__init__(net, pad_id, mask_id)
+        self.source = source
+
+    def token_ids(self, words: Sequence[str]) -> list[int]:
+        """The token that each word is. Raises UserError for one that is several or none."""
+        tokenizer, found = tokenizer_of(self.source), []
+        for word in words:
+            ids = tokenizer.encode(word, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                parts = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+                hint = "" if word.startswith(" ") else f"; inside of a text it may be {' ' + word!r}"
+                raise UserError(
+                    f"model.output: candidates: {word!r} is not one token of {self.source} but {parts or 'none'}{hint}"
+                )
+            found.append(ids[0])
+        return found
+
+
+def described(config: Any) -> dict[str, Any]:
+    """A configuration as plain data, without what does not change what the net computes."""
+    plain = json.loads(json.dumps(config.to_diff_dict(), default=str))
+    return {k: v for k, v in plain.items() if k not in _WITHOUT_EFFECT}
+
+
+def names_of(config: Any) -> tuple[str, ...] | None:
+    """The names of the classes; None where there are only those that transformers makes up."""
+    names = tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def _max_length(net: PreTrainedModel) -> int | None:
@@ -116,14 +161,65 @@ def hf_classifier(
     Raises UserError that names the path for a model that is missing, damaged, incomplete, not a
     classifier, or cannot be loaded without running code that comes with it.
     """
+    where = location(path)
+    config = config_of(path, where, num_labels, options)
+    pad_id, mask_id = _special(path, where, config, pad_id, mask_id)
+    config.pad_token_id, config.use_cache = pad_id, False
+    net, missing = loaded("AutoModelForSequenceClassification", path, where, config)
+    fill_head(net, missing, path, num_labels)
+    return HuggingFaceClassifier(net, pad_id, mask_id)
+
+
+def hf_decoder(path: str, pad_id: int | None = None, mask_id: int | None = None, **options: Any) -> HuggingFaceDecoder:
+    """A pretrained decoder, such as GPT-2 or Llama, for ``model.output={read: next_token}``.
+
+    The arguments are those of ``hf_classifier``; ``pad_id`` may be any token, as padding is behind the text.
+
+    Raises UserError as ``hf_classifier`` does, and for a net whose logits depend on what comes later in the text.
+    """
+    where = location(path)
+    config = config_of(path, where, None, options)
+    pad_id, mask_id = _special(path, where, config, pad_id, mask_id)
+    config.pad_token_id, config.use_cache = pad_id, False
+    net, missing = loaded("AutoModelForCausalLM", path, where, config)
+    if missing:
+        raise UserError(f"model.path: {path} is no decoder, its weights lack {', '.join(sorted(missing)[:6])}")
+    _check_end(where)
+    made = HuggingFaceDecoder(net, pad_id, mask_id, where).eval()
+    a, b, c, d = [i for i in range(5) if i != pad_id][:4]
+    with torch.no_grad():
+        logits = made(torch.tensor([[a, b, c], [a, b, d]]))
+    if not torch.allclose(logits[0, :2], logits[1, :2], rtol=1e-3, atol=1e-5):
+        raise UserError(
+            f"model.path: {path} ({type(net).__name__}) is no decoder: its logits depend on what comes later in a text"
+        )
+    return made
+
+
+def _check_end(where: str) -> None:
+    """Raises UserError for a tokenizer that ends every text, behind which no token comes."""
+    try:
+        tokenizer = tokenizer_of(where)
+    except UserError:  # whoever reads texts will say so; the net itself needs none
+        return
+    ids: list[int] = tokenizer("a")["input_ids"]
+    if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        end = tokenizer.convert_ids_to_tokens(ids[-1])
+        raise UserError(
+            f"model.path: {where}: its tokenizer puts {end!r} behind every text, so that the next token is not the one "
+            "that continues it; save the tokenizer without that"
+        )
+
+
+def loaded(auto: str, path: str, where: str, config: Any) -> tuple[PreTrainedModel, Collection[str]]:
+    """The net that transformers' class ``auto`` makes of what is stored, and the parameters that are not stored.
+
+    Raises UserError that names ``path``.
+    """
     transformers = _transformers()
-    where = _location(path)
     with _quiet(transformers), torch.random.fork_rng(devices=[]):  # building a net draws from the global state
-        config = _config(transformers, path, where, num_labels, options)
-        pad_id, mask_id = _special(transformers, path, where, config, pad_id, mask_id)
-        config.pad_token_id, config.use_cache = pad_id, False
         try:
-            net, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+            net, found = getattr(transformers, auto).from_pretrained(
                 where, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
@@ -135,8 +231,26 @@ def hf_classifier(
             f"model.path: {path} stores {name} as {tuple(stored)}, its configuration wants {tuple(wanted)}; "
             "leave model.num_labels null unless the head is yet to be trained"
         )
-    _fill_head(net, found["missing_keys"], path, num_labels)
-    return HuggingFaceClassifier(net, pad_id, mask_id)
+    return net, found["missing_keys"]
+
+
+def tokenizer_of(where: str) -> Any:
+    """Raises UserError for one that is missing or damaged."""
+    return _part(where, "AutoTokenizer", "tokenizer")
+
+
+def processor_of(where: str) -> Any:
+    """What prepares images for a net. Raises UserError for one that is missing or damaged."""
+    return _part(where, "AutoImageProcessor", "image processor")
+
+
+def _part(where: str, auto: str, what: str) -> Any:
+    transformers = _transformers()
+    with _quiet(transformers):
+        try:
+            return getattr(transformers, auto).from_pretrained(where, trust_remote_code=False)
+        except Exception as error:  # what is damaged raises anything
+            raise UserError(f"model.path: {where}: its {what} cannot be read: {_reason(error)}") from error
 
 
 def _transformers() -> ModuleType:
@@ -162,7 +276,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
             messages.enable_progress_bar()
 
 
-def _location(path: str) -> str:
+def location(path: str) -> str:
     """What transformers is to load. Raises UserError for a folder that is missing or cannot be safe."""
     folder = resolve(path)
     if not folder.is_dir():
@@ -186,14 +300,17 @@ def _reason(error: BaseException) -> str:
     return " ".join(line.strip() for line in text[:3])
 
 
-def _config(transformers: ModuleType, path: str, where: str, num_labels: int | None, options: dict[str, Any]) -> Any:
+def config_of(path: str, where: str, num_labels: int | None, options: dict[str, Any]) -> Any:
+    """The stored configuration with ``options``. Raises UserError that names ``path``."""
+    transformers = _transformers()
     if num_labels is not None and num_labels < 2:
         raise UserError(f"model.path: {path} has one output; a classifier has a logit for each of its classes")
     given = options if num_labels is None else {**options, "num_labels": num_labels}
     try:
-        config, unused = transformers.AutoConfig.from_pretrained(
-            where, trust_remote_code=False, return_unused_kwargs=True, **given
-        )
+        with _quiet(transformers):
+            config, unused = transformers.AutoConfig.from_pretrained(
+                where, trust_remote_code=False, return_unused_kwargs=True, **given
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path: {path}: {_reason(error)}") from error
     if unused:
@@ -201,19 +318,17 @@ def _config(transformers: ModuleType, path: str, where: str, num_labels: int | N
     return config
 
 
-def _special(
-    transformers: ModuleType, path: str, where: str, config: Any, pad_id: int | None, mask_id: int | None
-) -> tuple[int, int]:
+def _special(path: str, where: str, config: Any, pad_id: int | None, mask_id: int | None) -> tuple[int, int]:
     """The ids of padding and of what hides a token."""
     tokenizer, reason = None, ""
     if pad_id is None or mask_id is None:
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+            tokenizer = tokenizer_of(where)
             # Without files, transformers may make up a tokenizer that knows nothing but its own special tokens.
             if len(tokenizer) <= len(tokenizer.all_special_ids):
                 tokenizer, reason = None, " (it has no tokenizer)"
-        except Exception as error:  # a damaged tokenizer raises anything
-            reason = f" (its tokenizer cannot be read: {_reason(error)})"
+        except UserError as error:
+            reason = f" ({str(error).partition(f'{where}: ')[2]})"
     if tokenizer is not None:
         pad_id = tokenizer.pad_token_id if pad_id is None else pad_id
         if mask_id is None:
@@ -225,7 +340,7 @@ def _special(
     return pad_id, mask_id
 
 
-def _fill_head(net: PreTrainedModel, missing: Collection[str], path: str, num_labels: int | None) -> None:
+def fill_head(net: PreTrainedModel, missing: Collection[str], path: str, num_labels: int | None) -> None:
     """Fixed random numbers for the parameters of the head that are not stored.
 
     Raises UserError if others are missing too.

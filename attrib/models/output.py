@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,103 +14,174 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from attrib.models.output_kinds import KINDS, Classes, Link, OutputKind
 from attrib.types import UserError, did_you_mean
 
 Take = str | int | Callable[[Any], Tensor]
+ScoreScale = Literal["probability", "logit"]  # in what a method or metric measures the target's score
+
+WITHOUT = "the output of the net is read in a way that has no probabilities (model.output.read)"
 
 
-def probabilities(logits: Tensor, several: bool = False) -> Tensor:
-    """(N, K) -> (N, K). Classes that exclude each other: softmax; ``several`` labels at once: sigmoids."""
-    return logits.sigmoid() if several else logits.softmax(dim=1)
+def probabilities(logits: Tensor, several: bool = False, link: Link | None = "softmax") -> Tensor:
+    """(N, K) -> (N, K), by the link of the model (``Classifier.link``); ``several`` labels at once: sigmoids.
+
+    Raises UserError for scores that have none.
+    """
+    return logits.sigmoid() if _apart(several, link) else logits.softmax(dim=1)
+
+
+def log_probabilities(logits: Tensor, several: bool = False, link: Link | None = "softmax") -> Tensor:
+    """The logarithms of ``probabilities``, which do not underflow."""
+    if _apart(several, link):
+        return torch.nn.functional.logsigmoid(logits)
+    return logits.log_softmax(dim=1)
+
+
+def _apart(several: bool, link: Link | None) -> bool:
+    """Whether each class is true or not by itself."""
+    if link is None:
+        raise UserError(f"probabilities are asked for, but {WITHOUT}")
+    return several or link == "sigmoid"
 
 
 @dataclass(frozen=True)
 class Output:
-    """``model.output``: how the logits (N, K) come out of what the net returns.
+    """``model.output``: how the scores (N, K) come out of what the net returns.
 
-    take   a field of it ("logits"), an index (0), or a function of it; None: it is the tensor
-    read   "classes": a logit per class. "sigmoid": one logit s, whose sigmoid is the probability of class 1;
-           the logits are then (-s/2, s/2), whose softmax is that sigmoid, so that both classes can be explained
+    take   a field of it ("logits"), an index (0), or a function of it; None: it is what ``read`` wants
+    read   an ``OutputKind``, or the name of one: "classes", "sigmoid", "value", "region", "similarity", "next_token"
     """
 
     take: Take | None = None
-    read: Literal["classes", "sigmoid"] = "classes"
+    read: OutputKind = dataclasses.field(default_factory=Classes)
 
     def __post_init__(self) -> None:
-        if self.read not in ("classes", "sigmoid"):
-            raise UserError(f"model.output: read must be classes or sigmoid, not {self.read!r}")
+        if not isinstance(self.read, OutputKind):
+            object.__setattr__(self, "read", _kind(self.read, {}))
         if self.take is not None and (isinstance(self.take, bool) or not (_is_key(self.take) or callable(self.take))):
             raise UserError(f"model.output: take must be a field, an index or a function, not {self.take!r}")
 
     @classmethod
     def of(cls, given: Output | Mapping[str, Any] | Take | None) -> Output:
-        """From ``{take: ..., read: ...}``, or from what to take alone. Raises UserError."""
+        """From ``{take: ..., read: ..., ...}``, with the fields of the kind, or from what to take alone.
+
+        Raises UserError.
+        """
         if isinstance(given, Output):
             return given
         if not isinstance(given, Mapping):
             return cls(given)
-        unknown = [name for name in given if name not in ("take", "read")]
-        if unknown:
-            raise UserError(f"model.output has no field {unknown[0]!r} (fields: take, read)")
-        return cls(**given)
+        fields = {str(name): value for name, value in given.items()}
+        take, read = fields.pop("take", None), fields.pop("read", "classes")
+        if isinstance(read, OutputKind):
+            if fields:
+                raise UserError(f"model.output has no field {next(iter(fields))!r} (fields: take, read)")
+            return cls(take, read)
+        return cls(take, _kind(read, fields))
 
     @property
     def spec(self) -> dict[str, Any] | None:
         """What enters the model's key; None if the net returns its logits as they are."""
-        if self == Output():
+        if self._as_it_is:
             return None
-        return {"take": self.take if self.take is None or _is_key(self.take) else _name(self.take), "read": self.read}
+        take = self.take if self.take is None or _is_key(self.take) else _name(self.take)
+        return {"take": take, "read": self.read.READ, **self.read.spec}
 
-    def __call__(self, raw: Any) -> Any:
-        """The logits in what the net returned. ``check`` says whether they are some."""
-        if isinstance(self.take, str):
-            raw = _field(raw, self.take)
-        elif isinstance(self.take, int):
-            raw = _item(raw, self.take)
-        elif self.take is not None:
-            raw = self.take(raw)
-        if self.read == "sigmoid":
-            if not isinstance(raw, Tensor | fx.Proxy):
-                raise UserError(f"model.output: a single logit is a tensor (N, 1) or (N,), not {_described(raw)}")
-            logit: Any = raw.reshape(-1, 1)
-            return torch.cat((-logit / 2, logit / 2), 1)
-        return raw
+    @property
+    def _as_it_is(self) -> bool:
+        return self.take is None and type(self.read) is Classes
 
     def attach(self, net: nn.Module) -> None:
-        """Let ``net`` return logits from now on. Its modules keep their paths."""
-        if self == Output():
+        """Let ``net`` return scores from now on. Its modules keep their paths."""
+        if self._as_it_is:
             return
         if isinstance(net, fx.GraphModule):
             raise UserError(
                 "model.output: the output of a torch.fx graph cannot be read differently; give the net that the graph "
                 "was made from, or return the logits in the graph"
             )
-        replace_forward(net, lambda forward, x: self(forward(x)))
+        self.read.prepare(net)
+        replace_forward(net, lambda net, own, x: self.read.scores(net, self._taken(own(x)), x))
+
+    def _taken(self, raw: Any) -> Any:
+        if isinstance(self.take, str):
+            return _field(raw, self.take)
+        if isinstance(self.take, int):
+            return _item(raw, self.take)
+        return raw if self.take is None else self.take(raw)
+
+    @contextmanager
+    def alone(self, net: nn.Module) -> Iterator[list[Tensor]]:
+        """Meanwhile every row that goes through ``net`` is a sample of its own, none a perturbed copy of another.
+
+        Gives a list, to which every pass adds (N, H, W), the class of each pixel.
+        """
+        seen: list[Tensor] = []
+        with self.explaining(net, seen):
+            yield seen
+
+    @contextmanager
+    def explaining(self, net: nn.Module, first: Tensor | list[Tensor]) -> Iterator[None]:
+        """Meanwhile every row is a perturbed copy of the one sample whose pixels have the classes ``first``, (1, H, W).
+
+        It makes a difference to kinds that are ``per_sample`` only.
+        """
+        if not self.read.per_sample:
+            yield
+            return
+        before, net.output_first = net.output_first, first  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            net.output_first = before
 
     def check(self, net: str, logits: Any, rows: int) -> None:
-        """Raises UserError unless they are one logit for each of ``rows`` rows and two classes or more."""
+        """Raises UserError unless they are scores of each of ``rows`` rows for as many classes as there must be."""
         taken = "" if self.take is None else ", of which model.output takes that"
+        wanted = "a classifier returns a tensor (N, K) of logits"
         if not isinstance(logits, Tensor):
             raise UserError(
-                f"{net} returns {_described(logits)}{taken}; a classifier returns a tensor (N, K) of logits. Set "
-                f"model.output to {_advice(logits)}"
+                f"{net} returns {_described(logits)}{taken}; {wanted}. Set model.output to {_advice(logits)}"
             )
         shape = tuple(logits.shape)
+        if logits.ndim == 2 and shape[0] == rows and shape[1] >= self.read.LEAST and logits.is_floating_point():
+            return
         if shape in ((rows,), (rows, 1)):
             raise UserError(
-                f"{net} returns one number a row, {shape}{taken}; a classifier returns a tensor (N, K) of logits. If "
-                "it is the logit of two classes, set model.output to {read: sigmoid}; a value has no classes to explain"
+                f"{net} returns one number a row, {shape}{taken}; {wanted}. If it is the logit of two classes, set "
+                "model.output to {read: sigmoid}; if it is a value, to {read: value}"
             )
-        if logits.ndim != 2 or shape[0] != rows or shape[1] < 2 or not logits.is_floating_point():
-            kind = "" if logits.is_floating_point() else f" of {logits.dtype}"
+        kind = "" if logits.is_floating_point() else f" of {logits.dtype}"
+        others = {
+            3: ". If these are logits of next tokens, set model.output to {read: next_token}; else to",
+            4: ". If this is a map of logits, set model.output to {read: region, region: ...}; else to",
+        }
+        raise UserError(
+            f"{net} returns {shape}{kind} for {rows} rows{taken}; {wanted}"
+            f"{others.get(logits.ndim, '. Set model.output to')} a function that makes one of it"
+        )
+
+
+def _kind(read: Any, fields: Mapping[str, Any]) -> OutputKind:
+    """Raises UserError for a kind or a field that does not exist."""
+    kind = KINDS.get(read) if isinstance(read, str) else None
+    if kind is None:
+        *names, last = KINDS
+        raise UserError(f"model.output: read must be {', '.join(names)} or {last}, not {read!r}")
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    for name in fields:
+        if name not in known:
+            every = ["take", "read", *known]
             raise UserError(
-                f"{net} returns {shape}{kind} for {rows} rows{taken}; a classifier returns a tensor (N, K) of logits. "
-                "Set model.output to a function that makes one of it"
+                f"model.output has no field {name!r}{did_you_mean(name, every)} (fields with read={read}: "
+                f"{', '.join(every)})"
             )
+    return kind(**fields)
 
 
-def replace_forward(net: nn.Module, forward: Callable[[Callable[[Any], Any], Any], Any]) -> None:
-    """From now on ``net(x)`` is ``forward(own, x)``, where ``own`` is its forward as it was.
+def replace_forward(net: nn.Module, forward: Callable[[nn.Module, Callable[[Any], Any], Any], Any]) -> None:
+    """From now on ``net(x)`` is ``forward(net, own, x)``, where ``own`` is its forward as it was.
 
     Its class becomes a subclass of it, as in ``torch.nn.utils.parametrize``: unlike a net around the net this
     keeps the paths of the modules, unlike a hook it can be traced.
@@ -116,7 +189,7 @@ def replace_forward(net: nn.Module, forward: Callable[[Callable[[Any], Any], Any
     base = type(net)
 
     def replaced(self: nn.Module, x: Any) -> Any:
-        return forward(partial(base.forward, self), x)
+        return forward(self, partial(base.forward, self), x)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     net.__class__ = type(base.__name__, (base,), {**names, "forward": replaced})

@@ -159,7 +159,9 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
 
     Raises UserError for layers that the net does not have.
     """
-    found = weighted_layers(original.module, x.to(original.device, original.dtype if x.is_floating_point() else None))
+    with original.output.alone(original.module):
+        like = x.to(original.device, original.dtype if x.is_floating_point() else None)
+        found = weighted_layers(original.module, like)
     chosen = how.chosen(found)
     new = copy.deepcopy(net)
     reinitialise(new, chosen, how.seed)

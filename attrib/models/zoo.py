@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from attrib.models.huggingface_images import hf_image_classifier, hf_image_text, hf_input
 from attrib.types import UserError, did_you_mean
 
 
@@ -53,7 +55,7 @@ def _torchvision_builder(arch: str) -> Callable[..., nn.Module]:
 def torchvision_net(
     arch: str, weights: str | None = None, transform_input: bool | None = None, **options: Any
 ) -> nn.Module:
-    """Any torchvision classifier.
+    """Any torchvision classifier, or segmentation net (fcn_resnet50 and others).
 
     ``weights`` names a set of weights that torchvision downloads ("DEFAULT", "IMAGENET1K_V1");
     None leaves the net random, for a checkpoint to fill.
@@ -69,6 +71,8 @@ def torchvision_net(
         options["transform_input"] = transform_input is not False
     elif transform_input is not None:
         raise UserError(f"model.transform_input: {arch} has none, only googlenet and inception_v3 do")
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options = {"weights_backbone": None, **options}  # else they are downloaded, and then replaced
     entry = None if weights is None else _torchvision_weights(arch, weights)
     net = builder(weights=None, **options)
     if entry is None:
@@ -142,9 +146,11 @@ def _timm_input(arch: str, img_size: Any = None, in_chans: int = 3, **_: Any) ->
     return known
 
 
-_INPUT: dict[Callable[..., nn.Module], Callable[..., dict[str, Any]]] = {
+_INPUT: Mapping[Callable[..., nn.Module], Callable[..., dict[str, Any]]] = {
     torchvision_net: _torchvision_input,
     timm_net: _timm_input,
+    hf_image_classifier: hf_input,
+    hf_image_text: hf_input,
 }
 
 

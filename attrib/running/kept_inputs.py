@@ -37,9 +37,16 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
         if batch.roi is not None and batch.roi.any():
             arrays["roi"] = batch.roi[0].cpu().numpy()
         target = plain(batch.target[0])
-        name = experiment.dataset.names.get(target, "") if isinstance(target, int) else ""
-        kept.add(*plan.key(uid), arrays, name=name, target=target, **info)
+        kept.add(*plan.key(uid), arrays, name=_name(plan, target), target=target, **info)
     kept.flush()
+
+
+def _name(plan: Plan, target: int | list[int]) -> str:
+    """What the dataset or, if it has no name for it, the net calls the class."""
+    if not isinstance(target, int):
+        return ""
+    known = plan.experiment.model.original.class_names or ()
+    return plan.experiment.dataset.names.get(target) or (known[target] if target < len(known) else "")
 
 
 def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 import attrib
 from attrib import keys
 from attrib.experiment.cell import Experiment
+from attrib.models import Classifier
 from attrib.models.variant import Variant
 from attrib.process.git import git_commit
 from attrib.process.signals import Stop
@@ -151,7 +152,8 @@ def spec_of(plan: Plan) -> dict[str, Any]:
         "state_key": plan.state_key,
         "model_key": experiment.model.key,
         "weights": experiment.model.weights,
-        "exam": None if experiment.model.exam is None else keys.spec(asdict(experiment.model.exam)),
+        "exam": exam_of(experiment.model),
+        "output": _output(experiment.model),
         "layers": experiment.layers,
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),
@@ -168,6 +170,21 @@ def spec_of(plan: Plan) -> dict[str, Any]:
         },
         "git": git_commit(),
         **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, plan)}),
+    }
+
+
+def exam_of(model: Classifier) -> dict[str, Any] | None:
+    """What the net did with two inputs, as plain data."""
+    return None if model.exam is None else keys.spec(asdict(model.exam))
+
+
+def _output(model: Classifier) -> dict[str, Any]:
+    """What is explained: how the scores are read, how probabilities are made of them, and the names of the classes."""
+    names = model.class_names
+    return {
+        "read": model.output.read.READ,
+        "probabilities": model.link,
+        "class_names": None if names is None else list(names),
     }
 
 

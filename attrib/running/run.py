@@ -20,7 +20,7 @@ from attrib.process.signals import Interrupted, Stop, watching
 from attrib.running.hooks import Heartbeat, standard_hooks
 from attrib.running.loop import Loop
 from attrib.running.options import Options
-from attrib.running.plan import Plan, check_metrics, make_plan, spec_of
+from attrib.running.plan import Plan, check_metrics, exam_of, make_plan, spec_of
 from attrib.running.runner import AttributionRunner
 from attrib.running.states import load_state
 from attrib.running.summary import Summary
@@ -28,6 +28,8 @@ from attrib.store.files import write_json, writer_name
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
+
+EXAMINED = 8  # samples of a run, among which two different ones are looked for before it begins
 
 
 def run(experiment: Experiment, options: Options) -> Summary:
@@ -109,6 +111,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             runner.visualizer.close()
             runner.file_handler.close()
             record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
+            record["exam"] = exam_of(experiment.model)
             try:
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
             except OSError as error:
@@ -127,8 +130,26 @@ def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
     return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
 
 
+def _examine(plan: Plan) -> None:
+    """The exam on two different samples of the run, so that it stands in spec.json; those that can be read."""
+    model, dataset = plan.experiment.model, plan.experiment.dataset
+    for uid in plan.uids[:EXAMINED]:
+        if model.exam is not None and model.exam.on == "samples":
+            return
+        try:
+            batch = dataset.batch([uid]).to(model.device, model.dtype)
+        except Exception:  # the ledger will say so when its map is due
+            continue
+        model.examine(batch.x, batch.lengths)
+
+
 def _open(plan: Plan) -> None:
-    """Say what the cell is. Raises UserError in the one case in four thousand million that its name is taken."""
+    """Say what the cell is.
+
+    Raises UserError for a net that is refused, and in the one case in four thousand million that its name is taken.
+    """
+    if plan.explains or not (plan.cell.folder / "spec.json").exists():
+        _examine(plan)
     spec = spec_of(plan)
     plan.cell.write_spec(spec)
     if plan.cell.spec["key"] != spec["key"]:

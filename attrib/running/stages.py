@@ -285,9 +285,7 @@ class Scores(Stage):
         found: dict[str, np.ndarray] = {}
         for kind in experiment.method.MAPS:
             maps = _stacked([r[kind] for r in read], batch).to(experiment.model.device, experiment.model.dtype)
-            noise = Noise(batch.uids, experiment.seed, maps.device, maps.dtype).child(self.name)
-            explain = {"explain": self._explain(kind)} if metric.NEEDS_EXPLAIN else {}
-            scores = metric.score(experiment.model, batch, maps, noise, **explain)
+            scores = experiment.of_samples(batch, self._scoring(kind, maps))
             found = {key: value.detach().cpu().double().numpy() for key, value in scores.items()}
             for i in range(len(batch)):
                 values[i] |= {(kind, c): float(found[c][i]) for c in metric.COLUMNS}
@@ -303,6 +301,17 @@ class Scores(Stage):
             self.shared.summary.scores_computed += 1
             self.done.add(uid)
         return _only(batch.uids, found, finite)
+
+    def _scoring(self, kind: str, maps: Tensor) -> Callable[[Batch, slice], Mapping[str, Tensor]]:
+        """The metric, with the maps of this name."""
+        experiment, metric = self.plan.experiment, self._metric
+        explain = {"explain": self._explain(kind)} if metric.NEEDS_EXPLAIN else {}
+
+        def score(batch: Batch, rows: slice) -> Mapping[str, Tensor]:
+            noise = Noise(batch.uids, experiment.seed, maps.device, maps.dtype).child(self.name)
+            return metric.score(experiment.model, batch, maps[rows], noise, **explain)
+
+        return score
 
     def _explain(self, kind: str) -> Explain:
         """What a metric that asks for other maps gets: the method's map of this name."""

@@ -37,7 +37,7 @@ def perturbed(model: Classifier, batch: Batch, kind: Kind, size: float, noise: N
     else:
 
         def loss(logits: Tensor, rows: slice) -> Tensor:
-            return target_loss(logits, batch.target[rows])
+            return target_loss(logits, batch.target[rows], model.link)
 
         change = model.gradient(batch.x, loss)[1].sign()
     return dataclasses.replace(batch, x=batch.x + size * change)

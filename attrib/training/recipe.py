@@ -193,7 +193,12 @@ def _train(
         of_the_data |= {"vocab_size": encoder.size, "pad_id": encoder.pad, "mask_id": encoder.mask}
     node = _net_node(model, of_the_data)
     net = _initial(node, model["input"], encoder, data, seed)
-    Output.of(output_of(model.get("output"), "configs/model: output")).attach(net)
+    output = Output.of(output_of(model.get("output"), "configs/model: output"))
+    if output.read.link_of(net) != "softmax":
+        raise UserError(
+            f"configs/model: output: read={output.read.READ} has no classes that a training could tell apart"
+        )
+    output.attach(net)
     outputs = _outputs(net, samples["train"])
     if outputs < len(classes):
         raise UserError(f"configs/model: the net has {outputs} outputs, the data have {len(classes)} classes")

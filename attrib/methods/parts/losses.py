@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attrib.models.output import log_probabilities
+from attrib.models.output_kinds import Link
 
-def target_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Logits (N, K), target (N,) class index or (N, K) 0/1 -> (N,) loss.
 
-    One label: cross-entropy. Several: mean of -log sigmoid over the positive labels.
+def target_loss(logits: Tensor, target: Tensor, link: Link | None = "softmax") -> Tensor:
+    """Logits (N, K), target (N,) class index or (N, K) 0/1 -> (N,) loss; ``link`` is ``Classifier.link``.
+
+    One label: -log of its probability, the cross-entropy. Several: mean of -log sigmoid over the positive labels.
+    Raises UserError for scores without probabilities.
     """
     if target.ndim == 1:
-        return F.cross_entropy(logits, target, reduction="none")
+        return -log_probabilities(logits, link=link).gather(1, target[:, None])[:, 0]
     positive = target.to(logits.dtype)
-    return -(F.logsigmoid(logits) * positive).sum(1) / positive.sum(1).clamp(min=1)
+    return -(log_probabilities(logits, True, link) * positive).sum(1) / positive.sum(1).clamp(min=1)
 
 
 def target_score(logits: Tensor, target: Tensor) -> Tensor:

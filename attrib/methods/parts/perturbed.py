@@ -16,8 +16,9 @@ from torch import Tensor
 
 from attrib.methods.parts.covariance import Spread
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.models import Classifier
+from attrib.models import Classifier, log_probabilities
 from attrib.models.classifier import is_out_of_memory
+from attrib.models.output_kinds import Link
 from attrib.noise import Noise
 
 Activation = Literal["softmax", "log_softmax", "none"]
@@ -44,11 +45,13 @@ class Outputs:
     activation   what f is: a probability ("softmax"), its logarithm, or a logit ("none")
     target       (B,) or (B, K) as in ``Batch``; with several labels f is the sum of their outputs
     labels       (B, L - 1) further labels, each with an f of its own
+    link         of the model
     """
 
     activation: Activation
     target: Tensor
     labels: Tensor
+    link: Link | None = "softmax"
 
     @property
     def count(self) -> int:
@@ -57,7 +60,7 @@ class Outputs:
 
     def values(self, logits: Tensor, at: Tensor) -> Tensor:
         """Logits (N, K) of the samples ``at`` (N,) -> (N, L) f; for softmax log f, which cannot underflow."""
-        out = logits if self.activation == "none" else logits.log_softmax(1)
+        out = logits if self.activation == "none" else log_probabilities(logits, link=self.link)
         target = self.target[at]
         if target.ndim == 1:
             first = out.gather(1, target[:, None])

@@ -10,12 +10,11 @@ from torch import Tensor
 from attrib.checks import require
 from attrib.decomposition import Decomposer, decompose
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.models import Classifier, probabilities
+from attrib.models import Classifier, ScoreScale, probabilities
 from attrib.types import Batch, UserError
 from attrib.units import Units
 
 Baseline = Literal["zero", "mask"]
-Output = Literal["logit", "probability"]
 Part = Literal["cd", "occlusion", "build_up"]
 
 COMPLETENESS = {
@@ -29,7 +28,7 @@ def check_scores(method: object) -> None:
     """Check the fields ``score``, ``baseline`` and ``output`` of CD and ACD. Raises UserError."""
     name, fields = type(method).__name__, vars(method)
     require(method, "baseline", one_of=get_args(Baseline))
-    require(method, "output", one_of=get_args(Output))
+    require(method, "output", one_of=get_args(ScoreScale))
     if fields["score"] == "cd" and fields["output"] != "logit":
         raise UserError(f"{name}.output is {fields['output']!r}, but contextual decomposition explains logits only")
 
@@ -72,7 +71,7 @@ class UnitScores:
         how: Part = "cd",
         *,
         baseline: Baseline = "zero",
-        output: Output = "logit",
+        output: ScoreScale = "logit",
         output_bias: bool = True,
         as_released: bool = False,
         name: str = "UnitScores",
@@ -86,7 +85,7 @@ class UnitScores:
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
-            self._whole = probabilities(self.logits) if output == "probability" else self.logits
+            self._whole = probabilities(self.logits, link=model.link) if output == "probability" else self.logits
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
         """The R sets ``sets`` (R, n) bool, of the samples ``owner`` (R,) -> scores (R, K)."""
@@ -126,6 +125,6 @@ class UnitScores:
             kept = there[rows].unsqueeze(1 if inputs.mask is None else -1)
             x = torch.where(kept, inputs.x[at], self._removed[at])
             logits = inputs.net(x, *(t[at] for t in inputs.rest))
-            return probabilities(logits) if self._output == "probability" else logits
+            return probabilities(logits, link=self._model.link) if self._output == "probability" else logits
 
         return self._model.chunked(piece, len(owner))
