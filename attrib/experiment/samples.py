@@ -72,14 +72,18 @@ class Samples:
         lowest, highest = (int(bound) for bound in targets.aminmax())
         if lowest < 0:
             unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
-            raise SampleError(f"{unknown[0]} has no label; explain the model's own class with dataset.target=predicted")
+            reason = getattr(self.dataset, "label_problems", {}).get(unknown[0])
+            raise SampleError(
+                f"{unknown[0]} has no label{f' ({reason})' if reason else ''}; explain the model's own class with "
+                "dataset.target=predicted"
+            )
         if self._classes is None:
             self._classes = self.model.logits(batch.x[:1]).shape[1]
         # On a GPU an index out of range would take the whole process down.
         highest = highest if targets.ndim == 1 else targets.shape[1] - 1
         if highest >= self._classes:
             uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
-            raise UserError(
+            raise SampleError(
                 f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
                 "index (dataset.classes) and the model"
             )
