@@ -10,10 +10,13 @@ from attrib.datasets.arrays import ArrayDataset, PixelDataset
 from attrib.datasets.audio import AudioDataset, Interval, WaveTransform, WavFolder
 from attrib.datasets.cars import StanfordCars
 from attrib.datasets.cifar import CIFAR10
+from attrib.datasets.coco import COCO
+from attrib.datasets.cub import CUB200
 from attrib.datasets.digits import Digits, DigitsCanvas
 from attrib.datasets.folder import ImageFolder
 from attrib.datasets.idx import MNIST, FashionMNIST
 from attrib.datasets.imagenet import ImageNet
+from attrib.datasets.imagenet_s import ImageNetS
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.photos import Photos, PhotoViews
 from attrib.datasets.pieces import HuggingFaceEncoder
@@ -26,10 +29,13 @@ from attrib.datasets.tokens import Encoder, WordEncoder
 from attrib.datasets.tones import Tones
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.datasets.vectors import WordVectors, word_vectors
+from attrib.datasets.voc import PascalVOC
 from attrib.datasets.wav import Sound
 
 __all__ = [
     "CIFAR10",
+    "COCO",
+    "CUB200",
     "MNIST",
     "ArrayDataset",
     "AudioDataset",
@@ -44,10 +50,12 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "ImageNet",
+    "ImageNetS",
     "ImageTransform",
     "Images",
     "Interval",
     "MovieSnippets",
+    "PascalVOC",
     "PhotoViews",
     "Photos",
     "PixelDataset",

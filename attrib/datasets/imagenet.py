@@ -31,8 +31,11 @@ class Annotation:
     size: tuple[float, float] | None
 
 
-def read_voc(path: Path) -> Annotation:
-    """A PASCAL VOC annotation; its coordinates are taken as edges of pixels, as InputIBA does.
+def read_voc(path: Path, first: int = 0, difficult: bool = True) -> Annotation:
+    """A PASCAL VOC annotation; ``difficult``: also of objects that are marked so.
+
+    first   number of the first pixel. With 0 the coordinates are taken as edges of pixels, as InputIBA does of
+            ImageNet's; with 1 they are pixels that belong to the box, as VOC's own code has it
 
     Raises SampleError naming the file if it is not one, or if a box is inverted or empty.
     """
@@ -40,9 +43,14 @@ def read_voc(path: Path) -> Annotation:
     try:
         tree = ET.fromstring(path.read_bytes(), ET.XMLParser(target=_NoDoctype()))
         for item in tree.iter("object"):
+            if not difficult and (item.findtext("difficult") or "0").strip() == "1":
+                continue
             name = (item.findtext("name") or "").strip()
             edges = [item.findtext(f"bndbox/{tag}") or "" for tag in ("xmin", "ymin", "xmax", "ymax")]
-            boxes[name] = (*boxes.get(name, ()), parse_box(edges, str(path)))
+            if first:
+                edges[:2] = (str(float(edge) - first) for edge in edges[:2])
+            box = parse_box(edges, str(path))
+            boxes[name] = (*boxes.get(name, ()), box)
         width, height = (float(tree.findtext(f"size/{tag}") or 0) for tag in ("width", "height"))
     except UserError as error:  # one bad annotation concerns one sample
         raise SampleError(str(error)) from error
