@@ -169,10 +169,12 @@ class Classes:
 def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]:
     """Class index -> WordNet id and name, from JSON {"0": ["n01440764", "tench"], ...} or CSV label,wnid,name.
 
-    JSON {"0": "tench", ...} has the name as its id too. Raises UserError naming the field, the file
+    JSON {"0": "tench", ...} has the name as its id too. "imagenet" is ImageNet's, if there is no such file. Raises UserError naming the field, the file
     and what is wrong in it.
     """
     path = Path(path).expanduser()
+    if str(path) == "imagenet" and not path.exists():
+        return imagenet_classes()
     if path.suffix.lower() == ".csv":
         rows = read_rows(path, ("label", "wnid", "name"), field)
         entries = [(where, row["label"], (row["wnid"], row["name"])) for where, row in rows]

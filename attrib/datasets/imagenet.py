@@ -59,6 +59,14 @@ def read_voc(path: Path, first: int = 0, difficult: bool = True) -> Annotation:
     return Annotation(boxes, (width, height) if width > 0 and height > 0 else None)
 
 
+def scaled(boxes: tuple[Box, ...], stated: tuple[float, float] | None, actual: tuple[float, float]) -> tuple[Box, ...]:
+    """Boxes of an image whose annotation states another (width, height)."""
+    if stated is None:
+        return boxes
+    sx, sy = (size / other for size, other in zip(actual, stated, strict=True))
+    return tuple(Box(b.x1 * sx, b.y1 * sy, b.x2 * sx, b.y2 * sy) for b in boxes)
+
+
 class ImageNet(InFiles, ImageDataset):
     """``images/<split>/<wnid>/*.JPEG`` below ``root``, with ``imagenet_class_index.json``.
 
@@ -119,10 +127,7 @@ class ImageNet(InFiles, ImageDataset):
 
     def _scaled(self, annotation: Annotation, uid: str) -> tuple[Box, ...]:
         boxes = annotation.boxes.get(self._wnid(uid), ())
-        if not boxes or annotation.size is None:
-            return boxes
-        sx, sy = (actual / stated for actual, stated in zip(self.size(uid), annotation.size, strict=True))
-        return tuple(Box(b.x1 * sx, b.y1 * sy, b.x2 * sx, b.y2 * sy) for b in boxes)
+        return scaled(boxes, annotation.size, self.size(uid)) if boxes and annotation.size else boxes
 
     def file(self, uid: str) -> str:
         return str(self._images / self._files[uid])
