@@ -227,9 +227,10 @@ def test_cub_boxes_masks_and_parts(tmp_path):
     assert all(torch.equal(roi, box) for roi in boxes.batch(uids).roi)
     assert all(torch.equal(roi, bird) for roi in masks.batch(uids).roi)
     parts = CUB200(str(top), AS_IS, regions="parts").batch(uids).roi
-    near = lambda x, y: torch.tensor(
-        [[(j + 0.5 - x) ** 2 + (i + 0.5 - y) ** 2 <= 1 for j in range(20)] for i in range(14)]
-    )
+
+    def near(x: float, y: float) -> torch.Tensor:
+        return torch.tensor([[(j + 0.5 - x) ** 2 + (i + 0.5 - y) ** 2 <= 1 for j in range(20)] for i in range(14)])
+
     assert torch.equal(parts[0], near(8, 6) | near(12.5, 4.5)), "a tenth of the box's longer side, 10 pixels"
     assert torch.equal(parts[1], near(8, 6)), "the eye cannot be seen"
     eye = CUB200(str(top), AS_IS, regions="parts", parts=["left eye"], radius=0.2)

@@ -1,4 +1,4 @@
-"""Regions of any shape: masks become ``Batch.roi`` by the geometry of the image, and what is wrong with one is named."""
+"""Regions of any shape: masks become ``Batch.roi`` by the image's own geometry; what is wrong with one is named."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_missing_masks_are_counted(tmp_path, caplog):
 def test_contradictory_settings(tmp_path):
     folder(tmp_path)
     (tmp_path / "boxes.csv").write_text("file,x1,y1,x2,y2\ncat/a.jpg,0,0,5,5\n")
-    with pytest.raises(UserError, match="give masks or dataset.boxes, not both"):
+    with pytest.raises(UserError, match=r"give masks or dataset\.boxes, not both"):
         masked(tmp_path, boxes=str(tmp_path / "boxes.csv"))
     with pytest.raises(UserError, match=r"mask_values must be binary or index, not 'colours'"):
         masked(tmp_path, mask_values="colours")

@@ -75,6 +75,8 @@ def _run(content: bytes) -> Any:
         del stack[start:]
         return items
 
+    code: Any
+    argument: Any
     for code, argument, _ in pickletools.genops(content):
         name = code.name
         if name == "STOP":

@@ -169,8 +169,8 @@ class Classes:
 def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]:
     """Class index -> WordNet id and name, from JSON {"0": ["n01440764", "tench"], ...} or CSV label,wnid,name.
 
-    JSON {"0": "tench", ...} has the name as its id too. "imagenet" is ImageNet's, if there is no such file. Raises UserError naming the field, the file
-    and what is wrong in it.
+    JSON {"0": "tench", ...} has the name as its id too. "imagenet" is ImageNet's index, if no file is called so.
+    Raises UserError naming the field, the file and what is wrong in it.
     """
     path = Path(path).expanduser()
     if str(path) == "imagenet" and not path.exists():

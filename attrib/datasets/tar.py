@@ -127,7 +127,7 @@ def _members(shard: Path) -> Iterator[tuple[str, str, _Member]]:
     """Key, extension in lower case, and place of each file in an archive. Raises TarError if it is cut short."""
     with tarfile.open(shard, "r:") as archive, open(shard, "rb") as file:
         for member in archive:
-            archive.members = []  # it would keep all of them
+            archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
             folder, slash, name = member.name.removeprefix("./").rpartition("/")
             stem, dot, extension = name.partition(".")
             if member.isfile() and stem and dot and not member.issparse():
