@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import command, only_cell, pixels, save
 from PIL import Image
+from tiny import command, only_cell, pixels
 
 from attrib.datasets import ArrowShards, ImageFolder, ImageTransform, ParquetShards, TarShards
 from attrib.datasets import shards as shards_module
@@ -179,7 +179,9 @@ def test_where_a_label_may_stand(tmp_path):
     segmentation = TarShards(str(tmp_path), SMALL, label=None, image="seg.png")
     assert segmentation.fingerprint("n2/a") != dataset.fingerprint("n2/a")
     assert segmentation.key != dataset.key
-    with pytest.raises(UserError, match=r"no sample of .*x\.tar has a label by 'lab'; .*: \.jpg, \.cls, \.json, \.seg\.p"):
+    with pytest.raises(
+        UserError, match=r"no sample of .*x\.tar has a label by 'lab'; .*: \.jpg, \.cls, \.json, \.seg\.p"
+    ):
         TarShards(str(tmp_path), SMALL, label="lab")
     with pytest.raises(UserError, match=r"dataset\.classes: with dataset\.label=folder"):
         TarShards(str(tmp_path), SMALL, label="folder")
@@ -215,7 +217,9 @@ def test_bad_members_cost_their_samples_only(tmp_path, caplog):
 
 @pytest.mark.parametrize("cut", ["in a member", "in a header", "between members", "before its end"])
 def test_a_truncated_tar_is_one_failure_and_what_is_whole_goes_on(tmp_path, cut):
-    path = write_tar(tmp_path / "a-0.tar", {f"{i}.{e}": c for i in range(3) for e, c in (("png", png(i)), ("cls", b"1"))})
+    path = write_tar(
+        tmp_path / "a-0.tar", {f"{i}.{e}": c for i in range(3) for e, c in (("png", png(i)), ("cls", b"1"))}
+    )
     write_tar(tmp_path / "a-1.tar", {"9.png": png(9), "9.cls": b"1"})
     with tarfile.open(path) as archive:
         at = {m.name: (m.offset, m.offset_data, m.size) for m in archive}
@@ -259,7 +263,12 @@ def test_names_in_a_tar_lead_nowhere_and_may_be_any_bytes(tmp_path):
 def test_bad_rows_and_shards_cost_what_they_hold(tmp_path):
     parquet(tmp_path)
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = [{"bytes": None, "path": "x/a.jpg"}, None, {"bytes": b"junk", "path": "b.jpg"}, {"bytes": png(5), "path": "c"}]
+    images = [
+        {"bytes": None, "path": "x/a.jpg"},
+        None,
+        {"bytes": b"junk", "path": "b.jpg"},
+        {"bytes": png(5), "path": "c"},
+    ]
     pq.write_table(
         pa.table({"image": pa.array(images, kind), "label": pa.array([0, 1, 2, 9])}),
         tmp_path / "data" / "validation-00002-of-00002.parquet",
@@ -302,7 +311,9 @@ def test_nothing_usable_is_an_error(tmp_path):
 def test_a_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
     dataset = ParquetShards(str(parquet(tmp_path)), SMALL)
     read, groups = pq.ParquetFile.read_row_group, []
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **k: (groups.append(i), read(self, i, **k))[1])
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, i, **k: (groups.append(i), read(self, i, **k))[1]
+    )
     for uid in dataset.uids * 2:
         dataset.image(uid)
     assert len(groups) <= 6
