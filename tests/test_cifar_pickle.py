@@ -166,7 +166,7 @@ def ran(*arguments: Any) -> dict:
 @pytest.mark.parametrize("payload", [Payload(ran, "x"), Payload(eval, "RAN.append('x')"), Payload(os.system, "true")])
 def test_pickles_with_anything_else_are_refused_unrun(tmp_path, protocol, payload):
     (tmp_path / "test_batch").write_bytes(pickle.dumps({"data": payload}, protocol))
-    with pytest.raises(UserError, match="damaged, or holds more than CIFAR's own files: .*; it was not unpickled"):
+    with pytest.raises(UserError, match=r"damaged, or holds more than CIFAR's own files: .*; it was not unpickled"):
         read_pickle(tmp_path / "test_batch")
     assert RAN == []
 
@@ -175,8 +175,9 @@ def test_pickles_with_anything_else_are_refused_unrun(tmp_path, protocol, payloa
     "content",
     [
         b"", b".", b"\x80\x02}", b"\x80\x02}q\x01(U\x04data", b"\x80\x02(.", b"\x80\x02h\x05.", b"\x80\x02K\x01.",
-        b"\x80\x02cos\nsystem\n(U\x04trueoR.", b"\x80\x02cnumpy\ndtype\nU\x02O8\x85R.", b"\x80\x02(i__builtin__\neval\n.",
-        b"\x80\x02cnumpy\nndarray\n\x85R.", b"\x80\x02}K\x01b.", b"\x80\x02]}a\x81.", b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
+        b"\x80\x02cos\nsystem\n(U\x04trueoR.", b"\x80\x02cnumpy\ndtype\nU\x02O8\x85R.", b"\x80\x02}K\x01b.",
+        b"\x80\x02(i__builtin__\neval\n.", b"\x80\x02cnumpy\nndarray\n\x85R.", b"\x80\x02]}a\x81.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93.",
         b"\x80\x02U\x04trueP0\n.", b"\x80\x02\x82\x01.", b"\x80\x02}}}s.", b"\x80\x02TU\xff\xff\xff.", b"garbage",
     ],
 )  # fmt: skip

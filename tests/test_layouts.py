@@ -263,14 +263,10 @@ def test_every_layout_is_tried():
 
 
 def test_nothing_and_two_are_refused_with_what_was_looked_for(tmp_path):
-    with pytest.raises(
-        UserError, match=r"(?s)no known layout fits; name one yourself.*dataset=voc: JPEGImages.*\*\.tar"
-    ):
+    with pytest.raises(UserError, match=r"(?s)no known layout fits; name one yourself.*dataset=voc: JPEG.*\*\.tar"):
         found_images(str(tmp_path), SMALL)
     test_idx.write_set(tmp_path / "idx")
-    with pytest.raises(
-        UserError, match=r"(?s)2 known layouts fit; .*dataset=mnist: .*dataset=fashion_mnist: "
-    ) as error:
+    with pytest.raises(UserError, match=r"(?s)2 known layouts fit; .*=mnist: .*=fashion_mnist: ") as error:
         found_images(str(tmp_path / "idx"), SMALL)
     assert "voc" not in str(error.value), "only those that fit"
     test_shards.web(plain(tmp_path / "mixed"))

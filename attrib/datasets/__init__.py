@@ -7,7 +7,7 @@ methods or the store.
 from __future__ import annotations
 
 from attrib.datasets.arrays import ArrayDataset, PixelDataset
-from attrib.datasets.audio import AudioDataset, Interval, WaveTransform, WavFolder
+from attrib.datasets.audio import AudioDataset, AudioFolder, Interval, WaveTransform, WavFolder
 from attrib.datasets.cars import StanfordCars
 from attrib.datasets.cifar import CIFAR10, CIFAR100
 from attrib.datasets.coco import COCO
@@ -26,6 +26,7 @@ from attrib.datasets.protocols import Dataset, Images, Sounds, Texts, holds_imag
 from attrib.datasets.select import Selection
 from attrib.datasets.shards import ShardedImages
 from attrib.datasets.snippets import MovieSnippets
+from attrib.datasets.sound import Sound
 from attrib.datasets.stl import STL10
 from attrib.datasets.table import TextTable
 from attrib.datasets.tables import ArrowShards, ParquetShards
@@ -36,7 +37,6 @@ from attrib.datasets.tones import Tones
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.datasets.vectors import WordVectors, word_vectors
 from attrib.datasets.voc import PascalVOC
-from attrib.datasets.wav import Sound
 
 __all__ = [
     "CIFAR10",
@@ -48,6 +48,7 @@ __all__ = [
     "ArrayDataset",
     "ArrowShards",
     "AudioDataset",
+    "AudioFolder",
     "Box",
     "Dataset",
     "Digits",
