@@ -20,6 +20,7 @@ from attrib.datasets.imagenet import ImageNet
 from attrib.datasets.imagenet_s import ImageNetS
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.kaggle import KaggleImageNet
+from attrib.datasets.parquet import ArrowShards, ParquetShards
 from attrib.datasets.photos import Photos, PhotoViews
 from attrib.datasets.pieces import HuggingFaceEncoder
 from attrib.datasets.protocols import Dataset, Images, Sounds, Texts, holds_images, holds_sounds, holds_texts
@@ -29,7 +30,6 @@ from attrib.datasets.snippets import MovieSnippets
 from attrib.datasets.sound import Sound
 from attrib.datasets.stl import STL10
 from attrib.datasets.table import TextTable
-from attrib.datasets.tables import ArrowShards, ParquetShards
 from attrib.datasets.tar import TarShards
 from attrib.datasets.text import IMDb, TextDataset
 from attrib.datasets.tokens import Encoder, WordEncoder

@@ -20,8 +20,8 @@ from attrib.datasets.imagenet import ImageNet
 from attrib.datasets.imagenet_s import ImageNetS
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.kaggle import KaggleImageNet
+from attrib.datasets.parquet import ArrowShards, ParquetShards
 from attrib.datasets.stl import STL10
-from attrib.datasets.tables import ArrowShards, ParquetShards
 from attrib.datasets.tar import TarShards
 from attrib.datasets.transform import ImageTransform
 from attrib.datasets.voc import PascalVOC
