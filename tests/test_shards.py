@@ -17,7 +17,6 @@ from PIL import Image
 from tiny import command, only_cell, pixels
 
 from attrib.datasets import ArrowShards, ImageFolder, ImageTransform, ParquetShards, TarShards
-from attrib.datasets import shards as shards_module
 from attrib.store import listing
 from attrib.types import UNREADABLE, SampleError, UserError
 
@@ -255,6 +254,38 @@ def test_names_in_a_tar_lead_nowhere_and_may_be_any_bytes(tmp_path):
     assert TarShards(str(tmp_path), SMALL).uids == (r"../../etc/caf\xe9",)
 
 
+def test_classes_whose_names_are_numbers(tmp_path):
+    """A number in a table is an index; text may be a name, and is refused where it could be both."""
+    names = {str(i): str((i + 1) % 4) for i in range(4)}  # class 0 is called "1"
+    (tmp_path / "classes.json").write_text(json.dumps(names))
+    parquet(tmp_path / "a")
+    numbers = ParquetShards(str(tmp_path / "a"), SMALL, classes=str(tmp_path / "classes.json"))
+    assert [numbers.label(u) for u in numbers.uids] == [0, 1, 2, 3]
+    write_tar(tmp_path / "b.tar", {"0.png": png(0), "0.cls": b"1", "1.png": png(1), "1.json": b'{"label": 1}'})
+    with pytest.raises(UserError, match="no sample of"):
+        TarShards(str(tmp_path / "b.tar"), SMALL, classes=str(tmp_path / "classes.json"))
+    made = TarShards(str(tmp_path / "b.tar"), SMALL, label="json.label", classes=str(tmp_path / "classes.json"))
+    assert [made.label(u) for u in made.uids] == [-1, 1]
+
+
+def test_what_was_read_badly_is_not_remembered(tmp_path, monkeypatch):
+    """A file server that fails once must not cost the samples for ever."""
+    monkeypatch.setattr(listing, "RACY", 0)
+    root, work = str(web(tmp_path / "shards")), str(tmp_path / "work")
+    scan = TarShards.scan
+
+    def failing(self, shard):
+        yield next(scan(self, shard))
+        if shard.name.endswith("1.tar"):
+            raise OSError("the server is gone")
+        yield from list(scan(self, shard))[1:]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TarShards, "scan", failing)
+        assert len(TarShards(root, SMALL, index=work).uids) == 2 + 1 + 1
+    assert len(TarShards(root, SMALL, index=work).uids) == 4
+
+
 # Hugging Face -----------------------------------------------------------------------------------
 
 
@@ -337,5 +368,7 @@ def test_a_run_on_shards_with_a_truncated_one(tmp_path, capfd, monkeypatch):
     cell = only_cell(tmp_path / "work")
     assert {e["uid"] for e in cell.ledger.entries()} >= {"imagenet-val-000001.tar"}
     assert list((tmp_path / "work" / "state" / "index").glob("*.cache"))
-    monkeypatch.setattr(shards_module.ShardedImages, "_scanned", lambda *a: pytest.fail("a shard is read"))
+    scanned, scan = [], TarShards.scan
+    monkeypatch.setattr(TarShards, "scan", lambda self, shard: (scanned.append(shard.name), scan(self, shard))[1])
     assert "maps_present=2" in run(*arguments).out
+    assert scanned == ["imagenet-val-000001.tar"], "the whole one is remembered, the damaged one may have got better"

@@ -79,7 +79,8 @@ class TableShards(ShardedImages):
             elif isinstance(label, (list, dict, float)):
                 yield Found.bad(name, f"{where}: its label is {label!r}, not one class")
             else:
-                yield Found.of(name, "" if label is None else str(label), at + number, content)
+                text = "" if label is None else f"#{label}" if isinstance(label, int) else str(label)
+                yield Found.of(name, text, at + number, content)
 
 
 def _bytes(value: Any) -> tuple[bytes | None, str]:

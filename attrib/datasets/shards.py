@@ -38,7 +38,7 @@ READERS = 4  # shards at once
 _SCHEMA = pa.schema(
     [
         ("name", pa.string()),  # of the sample in its shard, "" if it has none
-        ("label", pa.string()),  # as it is written, "" if there is none
+        ("label", pa.string()),  # as it is written, with # in front if it is a number and no text; "" if there is none
         ("at", pa.int64()),
         ("size", pa.int64()),
         ("digest", pa.binary()),  # of the encoded image
@@ -102,7 +102,9 @@ class ShardedImages(ImageDataset):
         known = given.labels if given else {name: i for i, name in names.items()}
         uids = self._uids(table)
         self._place = {uid: row for row, uid in enumerate(uids)}
-        self._table = table
+        self._at, self._size, self._shard = (table[name].to_numpy() for name in ("at", "size", "shard"))
+        self._digests = table["digest"].combine_chunks()
+        self._marks = {uid: mark for uid, mark in zip(uids, table["mark"].to_pylist(), strict=True) if mark}
         problems = table["problem"].to_pylist()
         if all(problems):
             raise UserError(f"dataset.root: no image in {self._shards[0].parent} can be used: {problems[0]}")
@@ -115,10 +117,10 @@ class ShardedImages(ImageDataset):
             self._labels[uid] = label
             if problem:
                 reasons.pop(uid, None)
-        bad = [(uid, problem) for uid, problem in zip(uids, problems, strict=True) if problem]
-        for what, found in (("cannot be used", bad), ("have no label", list(reasons.items()))):
+        self._problems = {uid: problem for uid, problem in zip(uids, problems, strict=True) if problem}
+        for what, found in (("cannot be used", self._problems), ("have no label", reasons)):
             if found:
-                log.warning("%d of %d samples %s; %s: %s", len(found), len(uids), what, *found[0])
+                log.warning("%d of %d samples %s; %s: %s", len(found), len(uids), what, *next(iter(found.items())))
         super().__init__(uids, transform, names)
         self.label_problems = reasons
         self.key = digest(self.key, *self._settings)
@@ -147,13 +149,13 @@ class ShardedImages(ImageDataset):
         finally:
             pool.shutdown(cancel_futures=True)
         numbered = [t.append_column("shard", pa.array([i] * len(t), pa.int32())) for i, t in enumerate(tables)]
-        return pa.concat_tables(numbered).combine_chunks()
+        return pa.concat_tables(numbered)
 
     def _rows(self, shard: Path) -> pa.Table:
         try:
             now, stamp = time.time_ns(), stamp_of(shard)
         except OSError as error:
-            return _table([Found.bad(shard.name, f"{shown(str(shard))}: cannot be read: {error.strerror}")])
+            return _table([Found.bad(shown(shard.name), f"{shown(str(shard))}: cannot be read: {error.strerror}")])
         path = self._remembered(shard, stamp)
         if path is not None:
             try:
@@ -162,26 +164,28 @@ class ShardedImages(ImageDataset):
                 pass
             except (OSError, ValueError, pa.ArrowException) as error:
                 log.info("%s is not used: %s", path, error)
-        table = _table(list(self._scanned(shard)))
-        with_stamp = settled(stamp, now) and stamp == stamp_of(shard)
-        if path is not None and with_stamp:
+        found, whole = self._scanned(shard)
+        table = _table(found)
+        # What is damaged may only have been read badly, by a file server for instance.
+        if path is not None and whole and settled(stamp, now) and stamp == stamp_of(shard):
             try:
                 write_atomic(path, pack([table]))
             except OSError as error:  # nothing depends on it, so a full or read-only disk does no harm
                 log.info("%s is not written: %s", path, error)
         return table
 
-    def _scanned(self, shard: Path) -> Iterator[Found]:
-        count = 0
+    def _scanned(self, shard: Path) -> tuple[list[Found], bool]:
+        """The rows of a shard, and whether it could be read to its end."""
+        found: list[Found] = []
         try:
-            for found in self.scan(shard):
-                yield found
-                count += 1
+            found.extend(self.scan(shard))
         except UserError:
             raise
         except Exception as error:  # readers of damaged archives raise anything
             reason = f"{error or type(error).__name__}".strip().replace("\n", " ")
-            yield Found.bad(shard.name, f"{shown(str(shard))}: damaged or cut short after {count} images: {reason}")
+            about = f"{shown(str(shard))}: damaged or cut short after {len(found)} images: {reason}"
+            return [*found, Found.bad(shown(shard.name), about)], False
+        return found, True
 
     def _remembered(self, shard: Path, stamp: Stamp) -> Path | None:
         if self._memory is None:
@@ -203,36 +207,30 @@ class ShardedImages(ImageDataset):
 
     # ---- samples ------------------------------------------------------------------------------
 
-    def _row_of(self, uid: str) -> dict[str, Any]:
+    def _check(self, uid: str) -> None:
         """Raises SampleError for an image that cannot be used."""
-        place = self._place[uid]
-        columns = ("at", "size", "digest", "mark", "shard", "problem")
-        found = {name: self._table[name][place].as_py() for name in columns}
-        if found["problem"]:
-            raise SampleError(found["problem"])
-        return found
+        if uid in self._problems:
+            raise SampleError(self._problems[uid])
 
     def open(self, uid: str) -> BinaryIO:
-        found = self._row_of(uid)
-        return io.BytesIO(self.read(self._shards[found["shard"]], found["at"], found["size"]))
+        self._check(uid)
+        row = self._place[uid]
+        return io.BytesIO(self.read(self._shards[self._shard[row]], int(self._at[row]), int(self._size[row])))
 
     def label(self, uid: str) -> int:
         return self._labels[uid]
 
     def fingerprint(self, uid: str) -> str:
         """As of a file with the same content, but from the index."""
+        if uid in self._problems:
+            return UNREADABLE
         if uid not in self.fingerprints:
-            try:
-                found = self._row_of(uid)
-                marks = (found["mark"],) if found["mark"] else ()
-                self.fingerprints[uid] = self._print(uid, found["digest"].hex(), marks)
-            except SampleError:
-                return UNREADABLE
+            content = self._digests[self._place[uid]].as_py().hex()
+            self.fingerprints[uid] = self._print(uid, content, (self._marks[uid],) if uid in self._marks else ())
         return self.fingerprints[uid]
 
     def file(self, uid: str) -> str:
-        shard = self._shards[self._table["shard"][self._place[uid]].as_py()]
-        return f"{shown(str(shard))}: {uid}"
+        return f"{shown(str(self._shards[self._shard[self._place[uid]]]))}: {uid}"
 
 
 def _table(rows: Sequence[Found]) -> pa.Table:
@@ -242,9 +240,13 @@ def _table(rows: Sequence[Found]) -> pa.Table:
 
 def _class(text: str, names: Mapping[int, str], known: Mapping[str, int]) -> int | str:
     """A class index, -1 where none is written, or what is wrong with ``text``."""
-    if not text or text == "-1":
+    if text.removeprefix("#") in ("", "-1"):
         return -1
-    if text in known and not (text.isdecimal() and known[text] != int(text)):
+    if text.startswith("#"):  # the index itself
+        text = text[1:]
+    elif text in known:
+        if text.isdecimal() and known[text] != int(text):
+            return f"its label {text!r} is the index of one class and the name of another, class {known[text]}"
         return known[text]
     if not text.isdecimal():
         return f"its label {text!r} is neither a class index nor a known name"

@@ -1,6 +1,6 @@
 """Times of sets in shards: the first index, later starts, and the memory that the index takes.
 
-python tools/bench/bench_shards.py FOLDER [--samples 50000] [--kind tar|parquet]   (writes the set there if it is missing)
+python tools/bench/bench_shards.py FOLDER [--samples 50000] [--kind tar|parquet]   (writes the set if it is missing)
 """
 
 from __future__ import annotations
