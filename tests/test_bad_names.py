@@ -6,11 +6,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 from tiny import command, only_cell, pixels, save
 
-from attrib.datasets import ImageFolder, ImageTransform
+from attrib.datasets import AudioFolder, ImageFolder, ImageTransform, IMDb, WaveTransform
 from attrib.datasets.files import shown, uids_of
 
 LATIN = os.fsdecode(b"caf\xe9")  # as the operating system hands it over
@@ -39,6 +41,23 @@ def test_uids_stay_unique():
     assert list(uids.values()) == names
     assert all(uid.isascii() and uid.isprintable() for uid in uids)
     assert next(iter(uids)) == r"a\xe9", "the file of that name keeps it"
+
+
+def test_half_a_character_can_be_shown():
+    assert shown("caf\ud83d") == r"caf\ud83d"
+
+
+def test_sounds_and_reviews(tmp_path):
+    for folder in (b"neg", b"pos"):
+        (tmp_path / "imdb" / "test" / os.fsdecode(folder)).mkdir(parents=True)
+        (tmp_path / "imdb" / "test" / os.fsdecode(folder) / f"{LATIN}.txt").write_text("a film")
+    reviews = IMDb(str(tmp_path / "imdb"))
+    assert reviews.uids == (r"test/neg/caf\xe9", r"test/pos/caf\xe9")
+    assert [reviews.text(uid) for uid in reviews.uids] == ["a film"] * 2
+    with open(tmp_path / f"{LATIN}.wav", "wb") as file:
+        soundfile.write(file, np.zeros(800), 8000, format="WAV")
+    sounds = AudioFolder(str(tmp_path), WaveTransform(8000, 800))
+    assert sounds.batch([r"caf\xe9"]).x.shape == (1, 1, 800)
 
 
 def test_a_table_names_such_a_file_in_its_own_encoding(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import save
+from tiny import command, only_cell, save
 from torchvision.transforms import functional as tv
 
 from attrib.datasets import DigitsCanvas, ImageFolder, ImageTransform
@@ -242,3 +242,37 @@ def test_a_missing_and_a_double_row_cost_their_samples_the_label(tmp_path, caplo
     assert "line 4: a second label for b.png, 2 after 1" in dataset.label_problems["b"]
     assert "label 7 is not one of the 3" in dataset.label_problems["c"]
     assert "has no row for e.png" in dataset.label_problems["e"]
+
+
+# A run with one of everything that can be wrong ------------------------------------------------------
+
+
+def test_a_run_names_and_counts_what_is_wrong_and_goes_on(tmp_path, capfd):
+    names = ("good", "odd", "empty", "unlabelled", "twice", "strange")
+    for i, name in enumerate(names):
+        save(tmp_path / "images" / f"{name}.png", i, 40, 40)
+        values = np.zeros((40, 40), np.uint8)
+        values[10:30, 5:20] = 255 * (name != "empty")
+        png(tmp_path / "masks" / f"{name}.png", values[:30] if name == "odd" else values)
+    rows = ("good.png,1", "odd.png,1", "empty.png,1", "twice.png,1", "twice.png,2", "strange.png,99")
+    (tmp_path / "labels.csv").write_text("\n".join(("file,label", *rows)) + "\n")
+    result = command(capfd)(
+        "dataset=image_folder", f"dataset.root={tmp_path / 'images'}", f"dataset.labels={tmp_path / 'labels.csv'}",
+        f"dataset.masks={tmp_path / 'masks'}", "model=small_cnn", "method=random", "metric=[ehr,localisation]",
+        f"run.root={tmp_path / 'work'}", "run.progress=false",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert "maps_computed=2 maps_present=0 scores_computed=2 scores_present=0" in result.out
+    reasons = {
+        (e["uid"], e["stage"].partition(".")[0]): e["reason"] for e in only_cell(tmp_path / "work").ledger.entries()
+    }
+    expected = {
+        ("odd", "load"): r"odd.png: its mask is 30x40 pixels (height x width), not 40x40",
+        ("unlabelled", "load"): "unlabelled has no label (dataset.labels: ",
+        ("twice", "load"): "a second label for twice.png, 2 after 1",
+        ("strange", "load"): "strange has class 99, but the model has 10 classes",
+        ("empty", "ehr"): "no region of interest",
+        ("empty", "localisation"): "no region of interest",
+    }
+    assert reasons.keys() == expected.keys()
+    assert all(text in reasons[place] for place, text in expected.items())

@@ -76,7 +76,10 @@ def image_files(root: Path, field: str = "dataset.root") -> list[str]:
 
 def shown(name: str) -> str:
     r"""A path as it can be printed and stored: bytes that are not UTF-8 become ``\xe9`` and the like."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character of UTF-16, from JSON or from Windows
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def uids_of(files: Sequence[str]) -> dict[str, str]:
@@ -192,7 +195,7 @@ def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]
             raise UserError(f"{where}: {label!r}: {value!r} is not a class index with a WordNet id and a name")
         if int(label) in table:
             raise UserError(f"{where}: class {label} is listed twice")
-        table[int(label)] = (str(value[0]), str(value[1]))
+        table[int(label)] = (str(value[0]), shown(str(value[1])))
     twice = [wnid for wnid, n in Counter(wnid for wnid, _ in table.values()).items() if n > 1]
     if twice:
         raise UserError(f"{field}: {path} has {twice[0]} for two classes")

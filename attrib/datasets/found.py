@@ -33,12 +33,12 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class Layout(NamedTuple):
-    """name: the preset; what: the files that tell it from others; fits: whether they are there; kind, fields: how it is
-    built; sharded: whether it takes ``index``."""
+    """name: the preset; what: the files that tell it from others; fits: whether they are there, None if any will do with
+    the suffix; kind, fields: how it is built; sharded: whether it takes ``index``."""
 
     name: str
     what: str
-    fits: Callable[[Path], bool]
+    fits: Callable[[Path], bool] | None
     kind: Callable[..., ImageDataset]
     fields: Callable[[Path, str | None], dict[str, Any]] = lambda root, split: {"root": str(root)} | _given(split)
     sharded: bool = False
@@ -76,12 +76,13 @@ def _sharded(root: Path, split: str | None) -> dict[str, Any]:
     return {"root": str(root), "split": split}
 
 
-def _of_images(root: Path) -> bool:
+def _suffixes(root: Path) -> set[str]:
+    """Of all visible files at any depth. One walk, because a file server takes minutes for a million files."""
+    found: set[str] = set()
     for _, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
-            return True
-    return False
+        found |= {os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}
+    return found
 
 
 def _folder(root: Path, split: str | None) -> dict[str, Any]:
@@ -114,21 +115,24 @@ LAYOUTS = (
     Layout("fashion_mnist", "train-images-idx3-ubyte",
            _any("train-images-idx3-ubyte*", "FashionMNIST/raw/*-images-idx3-ubyte*"), FashionMNIST),
     Layout("stl10", "test_X.bin", _any("test_X.bin", "stl10_binary/test_X.bin"), STL10),
-    Layout("parquet", "*.parquet", _any("**/*.parquet"), ParquetShards, _sharded, sharded=True),
-    Layout("arrow", "*.arrow", _any("**/*.arrow"), ArrowShards, _sharded, sharded=True),
 )  # fmt: skip
-# Asked only if no other fits: many of the others are folders of images too, and torchvision leaves the archives lying
-# that it has unpacked.
-LAST = (
-    Layout("webdataset", "*.tar", _any("**/*.tar"), TarShards, _sharded, sharded=True),
-    Layout("image_folder", "images, in folders or not", _of_images, ImageFolder, _folder),
-)
+# Asked only if no other fits, by the suffixes of the files: many of the others are folders of images too, and
+# torchvision leaves the archives lying that it has unpacked.
+LAST = {
+    Layout("parquet", "*.parquet", None, ParquetShards, _sharded, True): {".parquet"},
+    Layout("arrow", "*.arrow", None, ArrowShards, _sharded, True): {".arrow"},
+    Layout("webdataset", "*.tar", None, TarShards, _sharded, True): {".tar"},
+    Layout("image_folder", "images, in folders or not", None, ImageFolder, _folder): SUFFIXES,
+}
 
 
 def fitting(root: Path) -> tuple[Layout, ...]:
     """The layouts that a folder may have."""
-    first = tuple(layout for layout in LAYOUTS if layout.fits(root))
-    return first or tuple(layout for layout in LAST if layout.fits(root))
+    first = tuple(layout for layout in LAYOUTS if layout.fits and layout.fits(root))
+    if first:
+        return first
+    there = _suffixes(root)
+    return tuple(layout for layout, suffixes in LAST.items() if there & suffixes)
 
 
 def found_images(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from attrib.datasets.files import InFiles, existing_folder, image_files, parse_box, read_classes, uids_of
+from attrib.datasets.files import InFiles, existing_folder, image_files, parse_box, read_classes, shown, uids_of
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -130,4 +130,4 @@ class ImageNet(InFiles, ImageDataset):
         return scaled(boxes, annotation.size, self.size(uid)) if boxes and annotation.size else boxes
 
     def file(self, uid: str) -> str:
-        return str(self._images / self._files[uid])
+        return shown(str(self._images / self._files[uid]))

@@ -105,7 +105,7 @@ class TarShards(ShardedImages):
         value = json.loads(text).get(field)
         if value is not None and not isinstance(value, (str, int)):
             raise ValueError(f"{field} is {type(value).__name__}")
-        return "" if value is None else f"#{value}" if isinstance(value, int) else value
+        return "" if value is None else f"#{value}" if isinstance(value, int) else shown(value)
 
     def read(self, shard: Path, at: int, size: int) -> bytes:
         with open(shard, "rb") as file:
