@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+import wav_reader
 from contracts import forbid_global_rng
 from scipy.io import wavfile
 
-from attrib.datasets import AudioDataset, Interval, Sound, Tones, WaveTransform, WavFolder
+from attrib.datasets import AudioDataset, AudioFolder, Interval, Sound, Tones, WaveTransform, WavFolder
+from attrib.datasets.sound import read_sound
 from attrib.datasets.tones import EVENTS, LENGTH, LEVEL, RATE
-from attrib.datasets.wav import read_wav
 from attrib.types import UNREADABLE, SampleError, UserError
 
 NET = WaveTransform(8000, 4096, 0.0, 0.1)
@@ -52,7 +54,7 @@ def write(path: Path, samples: np.ndarray, rate: int = 8000, bits: int = 16, cha
 @pytest.mark.parametrize("bits", [8, 16, 24, 32])
 def test_pcm_of_every_width(bits, tmp_path):
     samples = np.concatenate((sine(440), [1.0, -1.0, 0.0]))
-    found = read_wav(write(tmp_path / "a.wav", samples, bits=bits).read_bytes())
+    found = read_sound(write(tmp_path / "a.wav", samples, bits=bits).read_bytes())
     assert found.rate == 8000
     np.testing.assert_allclose(found.samples, samples, rtol=0, atol=2 / 2**bits + 1 / 2 ** (bits - 1))
 
@@ -66,7 +68,7 @@ def test_files_of_scipy(kind, tmp_path):
     if kind is np.int32:
         values = samples * np.iinfo(np.int32).max
     wavfile.write(tmp_path / "a.wav", 22050, values.astype(kind))
-    found = read_wav((tmp_path / "a.wav").read_bytes())
+    found = read_sound((tmp_path / "a.wav").read_bytes())
     assert found.rate == 22050
     np.testing.assert_allclose(found.samples, sine(440) / 2, atol=0.01)  # channels are averaged
 
@@ -88,36 +90,105 @@ VALUES = [0, 0.5, -0.5, -1]
 
 
 def test_chunks_that_mean_nothing_are_passed_over():
-    extensible = struct.pack("<HHI", 22, 16, 4) + struct.pack("<H", 1) + bytes(14)
+    extensible = struct.pack("<HHI", 22, 16, 4) + struct.pack("<H", 1)
+    extensible += bytes.fromhex("000000001000800000aa00389b71")  # the rest of the name of PCM
     files = (
         riff(chunk(b"LIST", b"odd"), form(), chunk(b"fact", b"1234"), chunk(b"data", DATA), chunk(b"id3 ", b"x")),
         riff(form(0xFFFE, more=extensible), chunk(b"data", DATA)),
         riff(form(), b"data\xff\xff\xff\xff" + DATA),  # a stream whose end was not known
     )
     for file in files:
-        assert read_wav(file).samples.tolist() == VALUES
+        assert read_sound(file).samples.tolist() == VALUES
 
 
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"", "empty, damaged or not a WAV file"),
-        (b"ID3\x03" + bytes(40), "not a WAV file"),
-        (riff(), "no sound in it"),
-        (riff(form()), "no sound in it"),
+        (b"", "empty, damaged or not a sound"),
+        (b"ID3\x03" + bytes(40), "not a sound that libsndfile knows"),
+        (riff(), "No 'data' chunk marker"),
+        (riff(form()), "No 'data' chunk marker"),
         (riff(form(), chunk(b"data", b"")), "no sound in it"),
         (riff(form(), chunk(b"data", DATA))[:-3], "cut short: 5 of 8 bytes"),
-        (riff(chunk(b"data", DATA), form()), "sound before its format"),
-        (riff(chunk(b"fmt ", b"short"), chunk(b"data", DATA)), "damaged format"),
-        (riff(form(tag=2, bits=4), chunk(b"data", DATA)), "4 bits of format 2; convert it to PCM"),
-        (riff(form(channels=0), chunk(b"data", DATA)), "0 channels"),
-        (riff(form(rate=4_000_000_000), chunk(b"data", DATA)), "4000000000 samples a second"),
+        (riff(chunk(b"data", DATA), form()), "No 'data' chunk marker"),
+        (riff(chunk(b"fmt ", b"short"), chunk(b"data", DATA)), "Short 'fmt ' chunk"),
+        (riff(form(tag=2, bits=4), chunk(b"data", DATA)), "Malformed 'fmt ' chunk"),
+        (riff(form(channels=0), chunk(b"data", DATA)), "Channel count is zero"),
+        (riff(form(rate=4_000_000_000), chunk(b"data", DATA)), "not a sound that libsndfile knows"),
+        (riff(form(rate=10), chunk(b"data", DATA)), "1 channels, 10 samples a second"),
         (riff(form(tag=3, bits=32), chunk(b"data", struct.pack("<2f", 0, float("nan")))), "NaN"),
     ],
 )
 def test_damage_is_named(data, problem):
     with pytest.raises(ValueError, match=problem):
-        read_wav(data)
+        read_sound(data)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 6])
+@pytest.mark.parametrize("form", ["WAV", "WAVEX"])
+def test_wav_files_sound_as_they_did_before_libsndfile_read_them(subtype, channels, form, tmp_path):
+    """Bit for bit, or stored results would be of other sounds."""
+    samples = np.random.default_rng(channels).uniform(-1, 1, (1001, channels))
+    samples[:3] = [[-1.0], [1.0], [0.0]]
+    if subtype in ("FLOAT", "DOUBLE"):
+        samples[5] = 3.7  # beyond full scale
+    soundfile.write(tmp_path / "a.wav", samples, 22050, subtype, format=form)
+    data = (tmp_path / "a.wav").read_bytes()
+    now, before = read_sound(data), wav_reader.read_wav(data)
+    assert now.rate == before.rate == 22050
+    assert now.samples.dtype == before.samples.dtype == np.float64
+    assert np.array_equal(now.samples, before.samples)
+    assert np.array_equal(NET.wave(now), NET.wave(Sound(*before)))
+
+
+# ---- other formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [("flac", 2.0**-15), ("ogg", 0.05), ("mp3", 0.05), ("wav", 2.0**-15)])
+def test_compressed_sounds_mixed_down_and_resampled(suffix, tolerance, tmp_path):
+    """Two channels of another rate: what the network hears is their mean at its own rate, at the same time."""
+    left = sine(440, 16000, 0.512)
+    (tmp_path / "cat").mkdir()
+    soundfile.write(tmp_path / "cat" / f"a.{suffix}", np.stack((left, np.zeros_like(left)), axis=1), 16000)
+    data = AudioFolder(str(tmp_path), NET)
+    assert data.uids == ("cat/a",)
+    heard = data.wave("cat/a")
+    expected = NET.wave(Sound(left / 2, 16000))
+    assert len(heard) == NET.length
+    assert pitch(heard, 8000) == pytest.approx(440, abs=2)
+    inner = slice(400, -400)  # codecs fade in and out
+    assert np.abs(heard - expected)[inner].max() < tolerance
+
+
+def test_every_format_in_one_folder(tmp_path):
+    for i, suffix in enumerate(("wav", "flac", "ogg", "mp3", "WAV")):
+        soundfile.write(tmp_path / f"{i}.{suffix}", sine(440), 8000, format=suffix.upper())
+    (tmp_path / "notes.txt").write_text("")
+    assert AudioFolder(str(tmp_path), NET).uids == ("0", "1", "2", "3", "4")
+    assert WavFolder(str(tmp_path), NET).uids == ("0", "4")
+    assert AudioFolder(str(tmp_path), NET).key != WavFolder(str(tmp_path), NET).key
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
+@pytest.mark.parametrize("keep", [0, 3, 60])
+def test_a_damaged_file_costs_its_sample_only(suffix, keep, tmp_path):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.{suffix}", sine(440), 8000)
+    path = tmp_path / f"b.{suffix}"
+    path.write_bytes(path.read_bytes()[:keep])
+    data = AudioFolder(str(tmp_path), NET)
+    with pytest.raises(SampleError, match=rf"b\.{suffix}: (empty, damaged or not a sound|no sound|cut short)"):
+        data.batch(["b"])
+    assert data.batch(["a"]).x.shape == (1, 1, NET.length)
+
+
+def test_a_flac_that_is_cut_short_is_not_a_shorter_one(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, 40_000), 8000)
+    path.write_bytes(path.read_bytes()[:30_000])
+    with pytest.raises(SampleError, match=r"a\.flac: (cut short|empty, damaged)"):
+        AudioFolder(str(tmp_path), NET).batch(["a"])
 
 
 # ---- what the network hears ---------------------------------------------------------------------------

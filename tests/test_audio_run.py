@@ -66,7 +66,7 @@ def test_iba_on_sounds_end_to_end(run, folder):
     assert {uid: m["map"].shape for uid, m in maps.items()} == dict.fromkeys(maps, (4096,))
     assert {m["capacity"].shape for m in maps.values()} == {(128,)}
     (failure,) = only_cell(folder / "work").ledger.entries()
-    assert "l2.wav: empty, damaged or not a WAV file" in failure["reason"]
+    assert "l2.wav: empty, damaged or not a sound" in failure["reason"]
 
     # Again: only the damaged one is tried. In single samples and one row at a time: the same numbers.
     assert "maps_computed=0 maps_present=5 scores_computed=0 scores_present=10 failed=1" in run(*method).out

@@ -247,6 +247,16 @@ def test_a_pictures_path_stays_in_its_folder(tmp_path, uid):
     assert "\x00" not in str(path)
 
 
+def test_long_names_that_begin_alike_do_not_share_a_picture(tmp_path):
+    long = "写真" * 40  # 720 characters when quoted
+    paths = [picture_path(tmp_path, uid) for uid in (f"{long}一", f"{long}二", f"{long}一/a", f"{long}二/a")]
+    assert len(set(paths)) == 4
+    for path in paths:
+        assert max(len(part.encode()) for part in path.relative_to(tmp_path).parts) <= 204
+    assert picture_path(tmp_path, "a" * 200).name == "a" * 200 + ".png", "as it always was"
+    assert picture_path(tmp_path, "caf\udce9").name == "caf%E9.png"
+
+
 def test_multirun_goes_on_after_a_failure(run):
     result = run("-m", "method=random,grad_cam,iba", "metric=[ehr]", "model.layers.cam=features.55")
     assert result.status == 2

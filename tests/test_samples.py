@@ -204,9 +204,21 @@ def test_confidence():
     assert stream.confidence(()) == {}
 
 
-def test_a_label_outside_the_models_classes_is_named():
-    with pytest.raises(UserError, match="c has class 2, but the model has 2 classes"):
-        Samples(Data(), Classifier(nn.Linear(2, 2)), UIDS).batch(UIDS)
+def test_a_label_outside_the_models_classes_costs_that_sample_only():
+    stream = Samples(Data(), Classifier(nn.Linear(2, 2)), UIDS, batch=4)
+    with pytest.raises(SampleError, match="c has class 2, but the model has 2 classes"):
+        stream.batch(UIDS)
+    assert [uid for batch in stream for uid in batch.uids] == [u for u in UIDS if u not in "cfi"]
+    assert list(stream.skipped) == ["c", "f", "i"]
+
+
+def test_why_a_sample_has_no_label():
+    data = Data(unlabelled="a")
+    data.label_problems = {"a": "labels.csv has no row for a.png"}
+    with pytest.raises(
+        SampleError, match=r"a has no label \(labels.csv has no row for a.png\); explain the model's own"
+    ):
+        samples(data).batch(("a",))
 
 
 def test_targets_left_alone():

@@ -1,4 +1,4 @@
-"""What all datasets of sounds share: from a recording to what a network hears; and a folder of WAV files."""
+"""What all datasets of sounds share: from a recording to what a network hears; and folders of recordings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from attrib.datasets.files import InFiles, class_folders, existing_folder, read_rows, uids_of
-from attrib.datasets.wav import FASTEST, SLOWEST, Sound, read_wav
+from attrib.datasets.files import InFiles, class_folders, existing_folder, read_rows, shown, uids_of
+from attrib.datasets.sound import FASTEST, SLOWEST, Sound, read_sound
 from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
@@ -166,21 +166,23 @@ class AudioDataset(ABC):
         return float(self.transform.mask(intervals, self.sound(uid)).mean()) if intervals else None
 
 
-class WavFolder(InFiles, AudioDataset):
-    """Recordings, one folder per class: ``<root>/<class>/*.wav``, at any depth. See ``wav`` for the formats.
+class AudioFolder(InFiles, AudioDataset):
+    """Recordings, one folder per class: ``<root>/<class>/*.flac``, at any depth; WAV, FLAC, OGG and MP3.
 
     intervals   CSV file,start,end: the path below the root, and seconds between which the evidence lies;
                 several rows per file, or none
 
     A file directly in root has no label (target -1). A file that cannot be read costs that sample only.
-    Raises UserError if the folder is missing or without WAV files, or the table is wrong.
+    Raises UserError if the folder is missing or without recordings, or the table is wrong.
     """
+
+    SUFFIXES: ClassVar[frozenset[str]] = frozenset({".wav", ".flac", ".ogg", ".oga", ".mp3"})
 
     def __init__(self, root: str, transform: Input, intervals: str | None = None) -> None:
         self._root = existing_folder(root, "dataset.root")
-        files = wav_files(self._root)
+        files = sound_files(self._root, self.SUFFIXES)
         if not files:
-            raise UserError(f"dataset.root: {self._root} holds no *.wav")
+            raise UserError(f"dataset.root: {self._root} holds no *{', *'.join(sorted(self.SUFFIXES))}")
         folders = class_folders(self._root)
         classes = {name: i for i, name in folders.items()}
         self._files = uids_of(files)
@@ -189,11 +191,12 @@ class WavFolder(InFiles, AudioDataset):
         }
         marked = read_intervals(intervals, files) if intervals else {}
         self._intervals = {uid: marked.get(file, ()) for uid, file in self._files.items()}
-        super().__init__(self._files, transform, folders, marked=intervals is not None)
+        names = {i: shown(name) for i, name in folders.items()}
+        super().__init__(self._files, transform, names, marked=intervals is not None)
 
     def sound(self, uid: str) -> Sound:
         with self._blame(uid):
-            return read_wav(self.content(uid))
+            return read_sound(self.content(uid))
 
     def label(self, uid: str) -> int:
         return self._labels[uid]
@@ -212,7 +215,7 @@ class WavFolder(InFiles, AudioDataset):
 
     @contextmanager
     def _blame(self, uid: str) -> Iterator[None]:
-        file = self._root / self._files[uid]
+        file = shown(str(self._root / self._files[uid]))
         try:
             yield
         except OSError as error:
@@ -221,13 +224,22 @@ class WavFolder(InFiles, AudioDataset):
             raise SampleError(f"{file}: {error}") from error
 
 
-def wav_files(root: Path) -> list[str]:
-    """Paths of all WAV files below ``root``, relative to it, with "/", sorted; hidden ones are skipped."""
+class WavFolder(AudioFolder):
+    """``AudioFolder`` of WAV files only."""
+
+    SUFFIXES = frozenset({".wav"})
+
+    def sources(self, uid: str) -> tuple[str, ...]:
+        return super().sources(uid)
+
+
+def sound_files(root: Path, suffixes: Collection[str]) -> list[str]:
+    """Paths of all recordings below ``root``, relative to it, with "/", sorted; hidden ones are skipped."""
     found = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".")]
-        wavs = [name for name in names if name.lower().endswith(".wav") and not name.startswith(".")]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in wavs]
+        sounds = [n for n in names if os.path.splitext(n)[1].lower() in suffixes and not n.startswith(".")]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in sounds]
     return sorted(found)
 
 

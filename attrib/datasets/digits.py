@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn, alone, and among clutter with an exact box."""
+"""Handwritten digits that come with scikit-learn, alone, and among clutter with an exact box or mask."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ class DigitsCanvas(PixelDataset):
     clutter   how many fragments, and
     fragment  their side in pixels
     seed      of places and fragments; the digits keep their places when ``clutter`` changes
+    regions   "boxes" around the digits, or "masks": the pixels of their ink
 
     Raises UserError for a canvas that is too small.
     """
@@ -94,7 +95,10 @@ class DigitsCanvas(PixelDataset):
         fragment: int = 10,
         views: int = 1,
         seed: int = 0,
+        regions: Literal["boxes", "masks"] = "boxes",
     ) -> None:
+        if regions not in ("boxes", "masks"):
+            raise UserError(f"dataset.regions must be boxes or masks, not {regions!r}")
         for field, value, least in (
             ("size", size, 1), ("digit", digit, 1), ("digits", digits, 1),
             ("clutter", clutter, 0), ("fragment", fragment, 1), ("views", views, 1),
@@ -116,13 +120,23 @@ class DigitsCanvas(PixelDataset):
         for uid in self._source.uids:
             self._classes[self._source.label(uid)].append(uid)
         super().__init__(self._base, transform, self._source.names, boxed=True)
-        self.key = digest(self.key, self._source.key, size, digit, digits, clutter, fragment, seed)
+        more = () if regions == "boxes" else (regions,)  # boxes were there first
+        self._regions = regions
+        self.key = digest(self.key, self._source.key, size, digit, digits, clutter, fragment, seed, *more)
 
     def label(self, uid: str) -> int:
         return self._source.label(self._base[uid])
 
     def boxes(self, uid: str) -> tuple[Box, ...]:
         return tuple(placed.box for placed in self._placed(uid, self._noise(uid)))
+
+    def region(self, uid: str) -> np.ndarray | None:
+        if self._regions == "boxes":
+            return None
+        inside = np.zeros((self._size, self._size), dtype=bool)
+        for ink, x, y in self._placed(uid, self._noise(uid)):
+            inside[y : y + ink.shape[0], x : x + ink.shape[1]] |= ink > 0
+        return inside
 
     def pixels(self, uid: str) -> np.ndarray:
         noise = self._noise(uid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import logging
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from attrib.datasets.transform import Box
 from attrib.types import UserError
@@ -47,10 +48,10 @@ def existing_folder(path: str | Path, field: str) -> Path:
     return folder
 
 
-def image_files(root: Path) -> list[str]:
+def image_files(root: Path, field: str = "dataset.root") -> list[str]:
     """Paths of all images below ``root``, relative to it, with "/", sorted; hidden files and folders are skipped.
 
-    Symbolic links are followed, but not back into a folder that contains them. Raises UserError
+    Symbolic links are followed, but not back into a folder that contains them. Raises UserError, naming ``field``,
     for a folder that cannot be listed.
     """
 
@@ -59,7 +60,7 @@ def image_files(root: Path) -> list[str]:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            raise UserError(f"dataset.root: {folder} cannot be listed: {error.strerror}") from error
+            raise UserError(f"{field}: {folder} cannot be listed: {error.strerror}") from error
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -73,12 +74,29 @@ def image_files(root: Path) -> list[str]:
     return sorted(walk(os.fspath(root), "", (os.path.realpath(root),)))
 
 
+def shown(name: str) -> str:
+    r"""A path as it can be printed and stored: bytes that are not UTF-8 become ``\xe9`` and the like."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character of UTF-16, from JSON or from Windows
+        return name.encode("utf-8", "backslashreplace").decode()
+
+
 def uids_of(files: Sequence[str]) -> dict[str, str]:
-    """uid -> file. A uid is the path without its extension; files that would share one keep theirs."""
+    """uid -> file. A uid is the path without its extension; files that would share one keep theirs.
+
+    A name that is not UTF-8 gives the uid that :func:`shown` makes of it, if need be with a digest of its bytes.
+    """
     stems = [posixpath.splitext(f)[0] for f in files]
     count = Counter(stems)
     known = set(files)  # the stem of "a.jpg.png" is the whole name of "a.jpg"
-    return {f if count[stem] > 1 or stem in known else stem: f for f, stem in zip(files, stems, strict=True)}
+    names = [f if count[stem] > 1 or stem in known else stem for f, stem in zip(files, stems, strict=True)]
+    uids = list(map(shown, names))
+    count = Counter(uids)
+    return {
+        uid if uid == name or count[uid] == 1 else f"{uid}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}": file
+        for uid, name, file in zip(uids, names, files, strict=True)
+    }
 
 
 def class_folders(root: Path) -> dict[int, str]:
@@ -106,14 +124,15 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
     """
     path = Path(path).expanduser()
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        # A name of a file may be in any encoding; the operating system's names are read in the same way.
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
             missing = [c for c in columns if c not in header]
             if missing:
                 raise UserError(f"{field}: {path} has no column {', '.join(missing)}; it has {', '.join(header)}")
             rows = [(f"{field}: {path}, line {reader.line_num}", row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise UserError(f"{field}: {path} cannot be read as CSV: {error}") from error
     for where, row in rows:
         for column in columns:
@@ -153,10 +172,12 @@ class Classes:
 def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]:
     """Class index -> WordNet id and name, from JSON {"0": ["n01440764", "tench"], ...} or CSV label,wnid,name.
 
-    JSON {"0": "tench", ...} has the name as its id too. Raises UserError naming the field, the file
-    and what is wrong in it.
+    JSON {"0": "tench", ...} has the name as its id too. "imagenet" is ImageNet's index, if no file is called so.
+    Raises UserError naming the field, the file and what is wrong in it.
     """
     path = Path(path).expanduser()
+    if str(path) == "imagenet" and not path.exists():
+        return imagenet_classes()
     if path.suffix.lower() == ".csv":
         rows = read_rows(path, ("label", "wnid", "name"), field)
         entries = [(where, row["label"], (row["wnid"], row["name"])) for where, row in rows]
@@ -174,7 +195,7 @@ def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]
             raise UserError(f"{where}: {label!r}: {value!r} is not a class index with a WordNet id and a name")
         if int(label) in table:
             raise UserError(f"{where}: class {label} is listed twice")
-        table[int(label)] = (str(value[0]), str(value[1]))
+        table[int(label)] = (str(value[0]), shown(str(value[1])))
     twice = [wnid for wnid, n in Counter(wnid for wnid, _ in table.values()).items() if n > 1]
     if twice:
         raise UserError(f"{field}: {path} has {twice[0]} for two classes")
@@ -190,50 +211,85 @@ def read_classes(path: str | Path, field: str = "dataset.classes") -> Classes:
     return Classes({label: name for label, (_, name) in table.items()}, labels)
 
 
-def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None) -> dict[str, int]:
-    """file -> class index for all ``files``, from CSV file,label. A label is a number, or a name in ``classes``.
+class Labels(NamedTuple):
+    """by_file: file -> class index, -1 where it has none; problems: file -> why not."""
 
-    Raises UserError for a row without its file, a file without its row, a label outside ``classes``, and a number that
-    is the index of one class and the name of another.
+    by_file: Mapping[str, int]
+    problems: Mapping[str, str]
+
+
+def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None) -> Labels:
+    """Labels of ``files``, from CSV file,label. A label is a number, or a name in ``classes``.
+
+    A file without a row, or with two that differ, and a label outside ``classes`` cost that sample its label; there is
+    a warning. Raises UserError if no file gets a label, and for a number that is the index of one class and the name
+    of another.
     """
     field = "dataset.labels"
-    known, labels = set(files), {}
-    for where, row in read_rows(path, ("file", "label"), field):
+    labels: dict[str, int] = {}
+    problems: dict[str, str] = {}
+    for where, row in _rows_of_files(path, ("label",), files, field):
         file, text = row["file"], row["label"].strip()
-        if file not in known:
-            raise UserError(f"{where}: there is no image {file}")
-        if file in labels:
-            raise UserError(f"{where}: a second label for {file}")
-        named = classes.labels.get(text) if classes else None
-        label = int(text) if text.isdecimal() else named
-        if label is None:
-            raise UserError(f"{where}: label {text!r} is neither a class index nor in dataset.classes")
-        if named not in (None, label):
-            raise UserError(
-                f"{where}: label {text!r} is the index of one class and the name of another, class {named}; give the "
-                "classes names in dataset.classes that are not numbers, and use either these or the indices here"
-            )
-        if classes and label not in classes.names:
-            raise UserError(f"{where}: label {label} is not one of the {len(classes.names)} in dataset.classes")
-        labels[file] = label
-    without = [f for f in files if f not in labels]
-    if without:
-        raise UserError(f"{field}: {path} has no label for {len(without)} of {len(files)} images, such as {without[0]}")
-    return labels
+        label = _label(text, classes, where)
+        if isinstance(label, str):
+            problems.setdefault(file, label)
+        elif labels.setdefault(file, label) != label:
+            problems[file] = f"{where}: a second label for {shown(file)}, {label} after {labels[file]}"
+    missing = [f for f in files if f not in labels and f not in problems]
+    problems |= {f: f"{field}: {path} has no row for {shown(f)}" for f in missing}
+    if len(problems) == len(files):
+        raise UserError(next(iter(problems.values())))
+    if problems:
+        log.warning(
+            "%s: %s gives no label to %d of %d images; the first: %s",
+            *(field, path, len(problems), len(files), next(iter(problems.values()))),
+        )
+    return Labels({f: -1 if f in problems else labels[f] for f in files}, problems)
+
+
+def _label(text: str, classes: Classes | None, where: str) -> int | str:
+    """A class index, or what is wrong with ``text``."""
+    named = classes.labels.get(text) if classes else None
+    label = int(text) if text.isdecimal() else named
+    if label is None:
+        return f"{where}: label {shown(text)!r} is neither a class index nor in dataset.classes"
+    if named not in (None, label):
+        raise UserError(
+            f"{where}: label {text!r} is the index of one class and the name of another, class {named}; give the "
+            "classes names in dataset.classes that are not numbers, and use either these or the indices here"
+        )
+    if classes and label not in classes.names:
+        return f"{where}: label {label} is not one of the {len(classes.names)} in dataset.classes"
+    return label
+
+
+def _rows_of_files(
+    path: str | Path, columns: Sequence[str], files: Sequence[str], field: str
+) -> list[tuple[str, dict[str, str]]]:
+    """Like ``read_rows`` of a table with a column ``file``: the rows of ``files``, a warning if there are others.
+
+    Raises UserError if no row is of one of them.
+    """
+    known, rows = set(files), read_rows(path, ("file", *columns), field)
+    strange = [(where, row["file"]) for where, row in rows if row["file"] not in known]
+    if strange:
+        where, file = strange[0]
+        about = f"{where}: there is no image {shown(file)}"
+        if len(strange) == len(rows):
+            raise UserError(f"{about}, nor of any other row")
+        log.warning("%s (%d of %d rows are of images that are not there)", about, len(strange), len(rows))
+    return [(where, row) for where, row in rows if row["file"] in known]
 
 
 def read_boxes(path: str | Path, files: Sequence[str]) -> dict[str, tuple[Box, ...]]:
     """file -> boxes in pixels of the stored image, from CSV file,x1,y1,x2,y2 with any number of rows per file.
 
-    Raises UserError for a row without its file, and for a box that is no rectangle.
+    Raises UserError if no row is of one of ``files``, and for a box that is no rectangle.
     """
-    known = set(files)
     boxes: dict[str, tuple[Box, ...]] = {}
-    for where, row in read_rows(path, ("file", *Box._fields), "dataset.boxes"):
-        file = row["file"]
-        if file not in known:
-            raise UserError(f"{where}: there is no image {file}")
-        boxes[file] = (*boxes.get(file, ()), parse_box([row[c] for c in Box._fields], where))
+    for where, row in _rows_of_files(path, Box._fields, files, "dataset.boxes"):
+        box = parse_box([row[c] for c in Box._fields], where)
+        boxes[row["file"]] = (*boxes.get(row["file"], ()), box)
     return boxes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +19,11 @@ from attrib.datasets.files import (
     read_boxes,
     read_classes,
     read_labels,
+    shown,
     uids_of,
 )
 from attrib.datasets.images import ImageDataset
+from attrib.datasets.masks import MaskFolder, Values
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.types import SampleError, UserError
 
@@ -30,6 +33,8 @@ class ImageFolder(InFiles, ImageDataset):
 
     labels   CSV file,label (the path below root; a class index or a name in ``classes``), for every image
     boxes    CSV file,x1,y1,x2,y2 in pixels of the stored image; several rows per file, or none
+    masks    instead of boxes, a folder with a PNG for every image that has a region; see ``MaskFolder``, also for
+             ``mask_values`` and ``first_class``
     classes  class index, JSON {"0": ["n01440764", "tench"]} or CSV label,wnid,name
     units    a folder with a PNG for every image, of its size and at its path with the suffix .png: 8 or 16 bits,
              pixels of equal numbers are a unit (``attrib.units``), 0 is none
@@ -49,7 +54,12 @@ class ImageFolder(InFiles, ImageDataset):
         boxes: str | None = None,
         classes: str | None = None,
         units: str | None = None,
+        masks: str | None = None,
+        mask_values: Values = "binary",
+        first_class: int = 0,
     ) -> None:
+        if masks and boxes:
+            raise UserError("dataset.masks: give masks or dataset.boxes, not both: a sample has one region")
         self._root = existing_folder(root, "dataset.root")
         self._unit_root = existing_folder(units, "dataset.units") if units else None
         self._top = os.path.abspath(self._root)
@@ -57,8 +67,10 @@ class ImageFolder(InFiles, ImageDataset):
         if not files:
             raise UserError(f"dataset.root: {self._root} holds no images")
         index = read_classes(classes) if classes else None
+        problems: Mapping[str, str] = {}
+        by_file: Mapping[str, int]
         if labels:
-            by_file = read_labels(labels, files, index)
+            by_file, problems = read_labels(labels, files, index)
         else:
             if index is None:
                 folders = class_folders(self._root)
@@ -68,23 +80,32 @@ class ImageFolder(InFiles, ImageDataset):
         self._labels = {uid: by_file[file] for uid, file in self._files.items()}
         boxes_by_file = read_boxes(boxes, files) if boxes else {}
         self._boxes = {uid: boxes_by_file.get(file, ()) for uid, file in self._files.items()}
-        super().__init__(self._files, transform, index.names if index else None, boxed=boxes is not None)
+        self._masks = MaskFolder(masks, files, mask_values, first_class) if masks else None
+        names = {i: shown(name) for i, name in index.names.items()} if index else None
+        super().__init__(self._files, transform, names, boxed=bool(boxes or masks))
+        self.label_problems = {uid: problems[file] for uid, file in self._files.items() if file in problems}
 
     def open(self, uid: str) -> BinaryIO:
         return open(self._root / self._files[uid], "rb")
 
     def sources(self, uid: str) -> tuple[str, ...]:
-        image = os.path.join(self._top, self._files[uid])
-        return (image,) if self._unit_root is None else (image, os.path.abspath(self._unit_file(uid, self._unit_root)))
+        file = self._files[uid]
+        more = [self._masks.path(file)] if self._masks else []
+        more += [self._unit_file(uid, self._unit_root)] if self._unit_root else []
+        return (os.path.join(self._top, file), *map(os.path.abspath, more))
 
     def described(self, uid: str) -> tuple[Any, ...]:
-        return self.label(uid), self.boxes(uid)
+        masks = (self._masks.described(),) if self._masks else ()
+        return self.label(uid), self.boxes(uid), *masks
 
     def label(self, uid: str) -> int:
         return self._labels[uid]
 
     def boxes(self, uid: str) -> tuple[Box, ...]:
         return self._boxes[uid]
+
+    def region(self, uid: str) -> np.ndarray | None:
+        return self._masks.region(self._files[uid], self.label(uid)) if self._masks else None
 
     def units(self, uid: str) -> np.ndarray | None:
         if self._unit_root is None:
@@ -103,7 +124,7 @@ class ImageFolder(InFiles, ImageDataset):
         return (root / self._files[uid]).with_suffix(".png")
 
     def file(self, uid: str) -> str:
-        return str(self._root / self._files[uid])
+        return shown(str(self._root / self._files[uid]))
 
 
 def _class_of_folder(file: str, classes: Classes, root: Path) -> int:

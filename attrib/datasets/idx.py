@@ -52,8 +52,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _file(root: Path, name: str) -> Path:
-    for path in (root / name, root / f"{name}.gz"):
+def _file(root: Path, name: str, kind: str) -> Path:
+    raw = root / kind / "raw"  # where torchvision leaves them
+    for path in (root / name, root / f"{name}.gz", raw / name, raw / f"{name}.gz"):
         if path.is_file():
             return path
     raise UserError(f"dataset.root: {root} has neither {name} nor {name}.gz; data/README.md says where to get them")
@@ -61,6 +62,8 @@ def _file(root: Path, name: str) -> Path:
 
 class IDX(ArrayDataset):
     """``{train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]`` in ``root``, bright on black.
+
+    They may also lie in ``<root>/<name of the class>/raw``, where torchvision leaves them.
 
     split  "test": the files t10k; "val": a fixed tenth of the files train; "train": the other nine
     NAMES  class index -> class name, of all labels that may occur
@@ -73,7 +76,8 @@ class IDX(ArrayDataset):
     def __init__(self, root: str, transform: ImageTransform, split: Literal["train", "val", "test"] = "test") -> None:
         check_split(split)
         folder, stem = existing_folder(root, "dataset.root"), "t10k" if split == "test" else "train"
-        pictures, names = (_file(folder, f"{stem}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+        of = type(self).__name__
+        pictures, names = (_file(folder, f"{stem}-{kind}-ubyte", of) for kind in ("images-idx3", "labels-idx1"))
         pixels, labels = read_idx(pictures, 3), read_idx(names, 1)
         if not pixels.size:
             raise UserError(f"dataset.root: {pictures} holds no images")

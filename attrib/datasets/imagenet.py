@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from attrib.datasets.files import InFiles, existing_folder, image_files, parse_box, read_classes, uids_of
+from attrib.datasets.files import InFiles, existing_folder, image_files, parse_box, read_classes, shown, uids_of
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -31,8 +31,11 @@ class Annotation:
     size: tuple[float, float] | None
 
 
-def read_voc(path: Path) -> Annotation:
-    """A PASCAL VOC annotation; its coordinates are taken as edges of pixels, as InputIBA does.
+def read_voc(path: Path, first: int = 0, difficult: bool = True) -> Annotation:
+    """A PASCAL VOC annotation; ``difficult``: also of objects that are marked so.
+
+    first   number of the first pixel. With 0 the coordinates are taken as edges of pixels, as InputIBA does of
+            ImageNet's; with 1 they are pixels that belong to the box, as VOC's own code has it
 
     Raises SampleError naming the file if it is not one, or if a box is inverted or empty.
     """
@@ -40,15 +43,28 @@ def read_voc(path: Path) -> Annotation:
     try:
         tree = ET.fromstring(path.read_bytes(), ET.XMLParser(target=_NoDoctype()))
         for item in tree.iter("object"):
+            if not difficult and (item.findtext("difficult") or "0").strip() == "1":
+                continue
             name = (item.findtext("name") or "").strip()
             edges = [item.findtext(f"bndbox/{tag}") or "" for tag in ("xmin", "ymin", "xmax", "ymax")]
-            boxes[name] = (*boxes.get(name, ()), parse_box(edges, str(path)))
+            if first:
+                edges[:2] = (str(float(edge) - first) for edge in edges[:2])
+            box = parse_box(edges, str(path))
+            boxes[name] = (*boxes.get(name, ()), box)
         width, height = (float(tree.findtext(f"size/{tag}") or 0) for tag in ("width", "height"))
     except UserError as error:  # one bad annotation concerns one sample
         raise SampleError(str(error)) from error
     except (OSError, ET.ParseError, ValueError, LookupError) as error:
         raise SampleError(f"{path}: cannot be read as a VOC annotation: {error}") from error
     return Annotation(boxes, (width, height) if width > 0 and height > 0 else None)
+
+
+def scaled(boxes: tuple[Box, ...], stated: tuple[float, float] | None, actual: tuple[float, float]) -> tuple[Box, ...]:
+    """Boxes of an image whose annotation states another (width, height)."""
+    if stated is None:
+        return boxes
+    sx, sy = (size / other for size, other in zip(actual, stated, strict=True))
+    return tuple(Box(b.x1 * sx, b.y1 * sy, b.x2 * sx, b.y2 * sy) for b in boxes)
 
 
 class ImageNet(InFiles, ImageDataset):
@@ -111,10 +127,7 @@ class ImageNet(InFiles, ImageDataset):
 
     def _scaled(self, annotation: Annotation, uid: str) -> tuple[Box, ...]:
         boxes = annotation.boxes.get(self._wnid(uid), ())
-        if not boxes or annotation.size is None:
-            return boxes
-        sx, sy = (actual / stated for actual, stated in zip(self.size(uid), annotation.size, strict=True))
-        return tuple(Box(b.x1 * sx, b.y1 * sy, b.x2 * sx, b.y2 * sy) for b in boxes)
+        return scaled(boxes, annotation.size, self.size(uid)) if boxes and annotation.size else boxes
 
     def file(self, uid: str) -> str:
-        return str(self._images / self._files[uid])
+        return shown(str(self._images / self._files[uid]))

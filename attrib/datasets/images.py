@@ -1,4 +1,4 @@
-"""What all image datasets share: decoding, batches, fingerprints, areas of boxes."""
+"""What all image datasets share: decoding, batches, fingerprints, areas of regions."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def union_area(boxes: Sequence[Box]) -> float:
 
 
 class ImageDataset(ABC):
-    """Images that Pillow can read. A subclass says where the bytes are, the label and the boxes.
+    """Images that Pillow can read. A subclass says where the bytes are, the label, and the boxes or the region.
 
-    ``boxed`` says whether samples may have boxes at all (``Batch.roi`` is None otherwise).
+    boxed            whether samples may have boxes or regions at all (``Batch.roi`` is None otherwise)
+    label_problems   uid -> why this sample has no label (-1), where there is more to say than that it has none
     """
 
     modality = "image"
@@ -70,6 +71,7 @@ class ImageDataset(ABC):
         self.names = dict(names or {})
         self.key = digest(short_name(type(self)), transform)
         self._boxed = boxed
+        self.label_problems: dict[str, str] = {}
         self.fingerprints: dict[str, str] = {}
 
     @abstractmethod
@@ -83,6 +85,13 @@ class ImageDataset(ABC):
     def boxes(self, uid: str) -> tuple[Box, ...]:
         """Boxes of the labelled class, in pixels of the stored image. Raises SampleError."""
         return ()
+
+    def region(self, uid: str) -> np.ndarray | None:
+        """(h, w) bool: the labelled object, in pixels of the stored image; it takes the place of the boxes.
+
+        (0, 0) for a sample that has none, None if all samples have boxes at most. Raises SampleError.
+        """
+        return None
 
     def units(self, uid: str) -> np.ndarray | None:
         """(h, w) integers, the user's own units in pixels of the stored image, 0 for none. Raises SampleError."""
@@ -117,14 +126,18 @@ class ImageDataset(ABC):
             try:
                 with self.open(uid) as stream:
                     content = stream.read()
-                units = self.units(uid)
-                more = () if units is None else (hashlib.sha256(units.tobytes()).hexdigest(), units.shape)
                 whole = hashlib.sha256(content).hexdigest()
-                value = digest(whole, self.label(uid), self.boxes(uid), *more, *mark(content))[:16]
+                value = self._print(uid, whole, mark(content))
             except (OSError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
             self.fingerprints[uid] = value
         return self.fingerprints[uid]
+
+    def _print(self, uid: str, content: str, marks: tuple[str, ...]) -> str:
+        """The fingerprint of a sample whose encoded image has the digest ``content``. Raises SampleError."""
+        arrays = (self.units(uid), self.region(uid))
+        more = [part for a in arrays if a is not None for part in (hashlib.sha256(a.tobytes()).hexdigest(), a.shape)]
+        return digest(content, self.label(uid), self.boxes(uid), *more, *marks)[:16]
 
     def batch(self, uids: Sequence[str]) -> Batch:
         rows = [self._row(uid) for uid in uids]
@@ -146,8 +159,15 @@ class ImageDataset(ABC):
 
     def _row(self, uid: str) -> tuple[Tensor, Tensor]:
         image = self.image(uid)
+        region = self.region(uid) if self._boxed else None
         with self._blame(uid):
-            return self.transform.tensor(image), self.transform.mask(self.boxes(uid), image.size)
+            x = self.transform.tensor(image)
+            if region is None or not region.size:
+                return x, self.transform.mask(self.boxes(uid), image.size)
+            if region.shape != image.size[::-1]:
+                shapes = "x".join(map(str, region.shape)), "x".join(map(str, image.size[::-1]))
+                raise SampleError(f"{self.file(uid)}: its mask is {shapes[0]} pixels (height x width), not {shapes[1]}")
+            return x, self.transform.region(region)
 
     def picture(self, uid: str) -> np.ndarray:
         image = self.image(uid)
@@ -160,6 +180,10 @@ class ImageDataset(ABC):
             return Image.open(stream).size
 
     def box_area(self, uid: str) -> float | None:
+        """Share of the stored image that the region or the boxes cover; None without either, or if it is empty."""
+        region = self.region(uid)
+        if region is not None:
+            return float(region.mean()) if region.any() else None
         boxes = self.boxes(uid)
         if not boxes:
             return None

@@ -34,7 +34,7 @@ class Dataset(Protocol):
         ...
 
     def fingerprint(self, uid: str) -> str:
-        """Short digest of the sample's bytes, target and boxes: if it changes, results are recomputed.
+        """Short digest of the sample's bytes, target and region: if it changes, results are recomputed.
 
         Never raises for damaged data; such a sample is reported by ``batch``.
         """
@@ -50,7 +50,7 @@ class Dataset(Protocol):
         ...
 
     def box_area(self, uid: str) -> float | None:
-        """Area of the union of the target's boxes as a fraction of the stored image, None without boxes.
+        """Area of the target's region, or union of its boxes, as a fraction of the stored image; None without.
 
         Of a sound: the marked fraction of its time. Cheap for images: their pixels are not decoded.
         Raises SampleError if the boxes or the image's header cannot be read.

@@ -1,21 +1,26 @@
-"""Texts in a table: CSV or TSV, also compressed."""
+"""Texts in a table: CSV or TSV, also compressed, JSON lines, Parquet."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attrib.datasets.files import existing_folder
-from attrib.datasets.text import TextDataset, check_encoding, decode
+from attrib.datasets.records import (
+    JSON_LINES,
+    SEPARATORS,
+    Record,
+    csv_records,
+    json_records,
+    parquet_names,
+    parquet_records,
+    plain_path,
+    text_of,
+)
+from attrib.datasets.text import TextDataset, check_encoding
 from attrib.datasets.tokens import Encoder
 from attrib.types import SampleError, UserError
-
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 
 
 class _Row(NamedTuple):
@@ -24,51 +29,23 @@ class _Row(NamedTuple):
     problem: str = ""  # why there is no text
 
 
-def _read(path: Path, field: str) -> bytes:
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{field}: {path} cannot be read: {error}") from error
-
-
-def _records(content: str, separator: str, quoting: bool, where: str) -> Iterator[tuple[int, list[str]]]:
-    """(line in which it begins, fields) of each record that is not blank."""
-    if not quoting:  # a record is a line, whatever characters are in it
-        for number, text in enumerate(content.split("\n"), 1):
-            if text.strip():
-                yield number, text.removesuffix("\r").split(separator)
-        return
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:  # quotes that do not match swallow lines, up to csv's limit of 131,072 characters
-        raise UserError(
-            f"{where}, line {line}: {error}; if quotes are ordinary characters in this file, set "
-            "dataset.quoting=false, else shorten the text"
-        ) from error
-
-
 class TextTable(TextDataset):
-    """A text in each row of a table with a header.
+    """A text in each row of a table with a header, or in each object of JSON lines.
 
-    path       .csv or .tsv, also .gz; below ``root`` if that is given; ``{split}`` in it stands for ``split``
+    path       .csv, .tsv or .jsonl, also .gz, or .parquet, where * may stand for the number of a shard; below ``root``
+               if that is given; ``{split}`` in it stands for ``split``
     text       name of the column with the text
     label      column with names in ``classes``, or with class indices: what is a name is never read as an index.
                Empty and -1 are unknown. None: there are no labels
-    id         column that names the samples; None takes the line in which the record begins, so that a line put in
-               between renames all that follow
+    id         column that names the samples; None takes the line in which the record begins, or the row of a Parquet
+               file, counted from 0, so that a line put in between renames all that follow
     separator  None: comma for .csv, tab for .tsv
     quoting    may a field stand in double quotes? None: in .csv yes; in .tsv no, quotes are ordinary characters there
-    classes    class names in the order of their indices
+    classes    class names in the order of their indices; None: those that Hugging Face has written in a Parquet file
 
     A uid is the file's name and the id or line, ``test/000012``, behind the split where a folder alone says it
-    (``{split}/reviews.csv``: ``test/reviews/000012``). A record with too few or too many fields is a sample that cannot
-    be read.
+    (``{split}/reviews.csv``: ``test/reviews/000012``). A record with too few or too many fields, a line that is no
+    JSON, a text that is missing and a Parquet file that is damaged are samples that cannot be read.
 
     Raises UserError, naming field, file and line, for a table that cannot be read or lacks a column, a wrong label,
     an id twice, a NUL character or a field beyond csv's limit.
@@ -98,52 +75,41 @@ class TextTable(TextDataset):
         in_name = "{split}" in Path(path).name
         path = path.replace("{split}", split or "")
         self._file = Path(path).expanduser() if root is None else existing_folder(root, "dataset.root") / path
-        plain = self._file.with_suffix("") if self._file.suffix == ".gz" else self._file
-        separator = SEPARATORS.get(plain.suffix.lower()) if separator is None else separator
-        if separator is None or len(separator) != 1:
-            raise UserError(
-                f"dataset.separator: one character must separate the fields of {self._file}"
-                + (f", not {separator!r}" if separator else "; only .csv and .tsv files need not say which")
-            )
-        where = f"dataset.path: {self._file}"
-        # A folder for each split may hold a file of the same name.
-        prefix = plain.stem if split is None or in_name else f"{split}/{plain.stem}"
-        try:
-            content = decode(_read(self._file, "dataset.path"), encoding, where)
-        except SampleError as error:
-            raise UserError(str(error)) from error
-        if "\0" in content:
-            line = content.count("\n", 0, content.index("\0")) + 1
-            raise UserError(f"{where}, line {line}: a NUL character; is it text, and is it {encoding}?")
+        columns = {"text": text, "label": label, "id": id}
         names = list(classes or ())
-        records = _records(content, separator, separator == "," if quoting is None else quoting, where)
-        _, header = next(records, (0, []))
-        if not header:
-            raise UserError(f"{where} is empty; its first line must name the columns")
-        for field, column in (("text", text), ("label", label), ("id", id)):
-            if column is not None and header.count(column) != 1:
-                what = "no column" if column not in header else "more than one column"
-                raise UserError(f"dataset.{field}: {self._file} has {what} {column!r}; it has {', '.join(header)}")
         self._rows: dict[str, _Row] = {}
         labels: dict[str, str] = {}  # as written -> where first
-        for line, fields in records:
-            at, name = f"{where}, line {line}", f"{line:06d}"
-            if len(fields) == len(header):
-                record = dict(zip(header, fields))
-                written = "" if label is None else record[label].strip()
-                row = _Row(record[text], _class(written, names, at))
-                labels.setdefault(written, at)
-                name = name if id is None else _name(record[id].strip(), at)
-            else:
-                row = _Row("", -1, f"{at}: {len(fields)} fields instead of {len(header)}")
-            uid = f"{prefix}/{name}"
-            if uid in self._rows:
-                raise UserError(f"{at}: a second sample with the id {name}")
-            self._rows[uid] = row
+        for file in self._files():
+            if not names and file.suffix == ".parquet":
+                names = parquet_names(file, label)
+            stem = plain_path(file).stem
+            # A folder for each split may hold a file of the same name.
+            prefix = stem if split is None or in_name else f"{split}/{stem}"
+            for record in _records(file, columns, encoding, separator, quoting):
+                name, row = f"{record.number:06d}", _Row("", -1, record.problem)
+                if not record.problem:
+                    row, written = _row(record, text, label, names)
+                    labels.setdefault(written, record.where)
+                    name = name if id is None else _name(_text(record.fields.get(id)), record.where)
+                uid = f"{prefix}/{name}"
+                if uid in self._rows:
+                    raise UserError(f"{record.where}: a second sample with the id {name}")
+                self._rows[uid] = row
         if not self._rows:
-            raise UserError(f"{where} has no rows")
+            raise UserError(f"dataset.path: {self._file} has no rows")
+        if all(row.problem for row in self._rows.values()):
+            raise UserError(next(iter(self._rows.values())).problem)
         _check_mixture(labels, names)
         super().__init__(self._rows, encoder, dict(enumerate(names)))
+
+    def _files(self) -> list[Path]:
+        """Raises UserError for a pattern that nothing matches."""
+        if "*" not in self._file.name or self._file.suffix != ".parquet":
+            return [self._file]
+        found = sorted(self._file.parent.glob(self._file.name))
+        if not found:
+            raise UserError(f"dataset.path: there is no {self._file}")
+        return found
 
     def text(self, uid: str) -> str:
         row = self._rows[uid]
@@ -153,6 +119,43 @@ class TextTable(TextDataset):
 
     def label(self, uid: str) -> int:
         return self._rows[uid].label
+
+
+def _records(
+    path: Path, columns: Mapping[str, str | None], encoding: str, separator: str | None, quoting: bool | None
+) -> Iterator[Record]:
+    """The rows of a file, by its suffix. Raises UserError."""
+    kind = plain_path(path).suffix.lower()
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise UserError(f"dataset.path: {path} cannot be read: there is no such file")
+        return parquet_records(path, columns)
+    if kind in JSON_LINES and separator is None:
+        return json_records(path, text_of(path, encoding))
+    separator = SEPARATORS.get(kind) if separator is None else separator
+    if separator is None or len(separator) != 1:
+        raise UserError(
+            f"dataset.separator: one character must separate the fields of {path}"
+            + (f", not {separator!r}" if separator else "; only .csv and .tsv files need not say which")
+        )
+    quoted = separator == "," if quoting is None else quoting
+    return csv_records(path, text_of(path, encoding), columns, separator, quoted)
+
+
+def _row(record: Record, text: str, label: str | None, names: Sequence[str]) -> tuple[_Row, str]:
+    """The sample of a record, and its label as it is written."""
+    found, given = record.fields.get(text), None if label is None else record.fields.get(label)
+    if not isinstance(found, str):
+        what = f"{text!r} is {type(found).__name__}" if text in record.fields else f"there is no {text!r}"
+        return _Row("", -1, f"{record.where}: {what}, so it has no text; it has {', '.join(record.fields)}"), ""
+    if isinstance(given, (list, dict, bool)):
+        return _Row("", -1, f"{record.where}: label {given!r} is not one class"), ""
+    written = _text(given)
+    return _Row(found, _class(written, names, record.where)), written
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
 
 
 def _plain(text: str, names: Sequence[str]) -> str:

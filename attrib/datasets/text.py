@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from attrib.datasets.audio import WaveTransform
-from attrib.datasets.files import existing_folder
+from attrib.datasets.files import existing_folder, shown, uids_of
 from attrib.datasets.tokens import Encoded, Encoder
 from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
@@ -135,6 +135,7 @@ class IMDb(TextDataset):
         check_encoding(encoding)
         self._root, self._encoding = existing_folder(root, "dataset.root"), encoding
         labels: dict[str, int] = {}
+        self._files: dict[str, Path] = {}
         for label, folder in enumerate(("neg", "pos")):
             files = sorted((self._root / split / folder).glob("[!.]*.txt"))
             if not files:
@@ -142,19 +143,21 @@ class IMDb(TextDataset):
                     f"dataset.root: no *.txt in {self._root / split / folder}; root must be IMDb's folder "
                     "aclImdb with {train,test}/{neg,pos}/*.txt (data/README.md)"
                 )
-            labels |= {f"{split}/{folder}/{file.stem}": label for file in files}
+            uids = uids_of([file.name for file in files])
+            labels |= {f"{split}/{folder}/{uid}": label for uid in uids}
+            self._files |= {f"{split}/{folder}/{uid}": self._root / split / folder / name for uid, name in uids.items()}
         self._labels = labels
         super().__init__(labels, encoder, SENTIMENT, about=split)
 
     def _file(self, uid: str) -> Path:
-        return self._root / f"{uid}.txt"
+        return self._files[uid]
 
     def text(self, uid: str) -> str:
         try:
             data = self._file(uid).read_bytes()
         except OSError as error:
-            raise SampleError(f"{self._file(uid)}: cannot be read: {error.strerror}") from error
-        return decode(data, self._encoding, str(self._file(uid)))
+            raise SampleError(f"{shown(str(self._file(uid)))}: cannot be read: {error.strerror}") from error
+        return decode(data, self._encoding, shown(str(self._file(uid))))
 
     def label(self, uid: str) -> int:
         return self._labels[uid]

@@ -10,7 +10,7 @@ import numpy as np
 
 from attrib.datasets.arrays import check_split
 from attrib.datasets.audio import AudioDataset, Input, Interval
-from attrib.datasets.wav import Sound
+from attrib.datasets.sound import Sound
 from attrib.noise import Noise
 from attrib.types import UserError
 

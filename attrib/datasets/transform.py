@@ -137,6 +137,16 @@ class ImageTransform:
         known = np.unique(cut[cut > 0])
         return torch.from_numpy(np.where(cut > 0, np.searchsorted(known, cut), -1)).long()
 
+    def region(self, inside: np.ndarray) -> Tensor:
+        """(H, W) bool: a region (h, w) bool of the stored image. The nearest pixel counts. Raises like ``picture``.
+
+        A region that is thinner than the distance between two pixels of the result may vanish.
+        """
+        width, height, left, top = self._geometry(*inside.shape[::-1])
+        image = Image.fromarray(inside.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+        out_h, out_w = self._size
+        return torch.from_numpy(np.array(image.crop((left, top, left + out_w, top + out_h)), dtype=bool))
+
     def mask(self, boxes: Iterable[Box], size: Sequence[int]) -> Tensor:
         """(H, W) bool: the union of boxes that are given in pixels of an image of ``size`` (width, height).
 

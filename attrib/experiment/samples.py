@@ -76,7 +76,11 @@ class Samples:
         if lowest < 0:
             unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
             own = "the model's own class with dataset.target=predicted, or " if self.model.output.read.decides else ""
-            raise SampleError(f"{unknown[0]} has no label; explain {own}one output of all with dataset.target=NUMBER")
+            reason = getattr(self.dataset, "label_problems", {}).get(unknown[0])
+            raise SampleError(
+                f"{unknown[0]} has no label{f' ({reason})' if reason else ''}; explain {own}one output of all with "
+                "dataset.target=NUMBER"
+            )
         if self._classes is None:
             with self.model.explaining(batch.x[:1]):
                 self._classes = self.model.logits(batch.x[:1]).shape[1]
@@ -86,7 +90,7 @@ class Samples:
             if isinstance(self.target, int):
                 raise UserError(f"dataset.target={self.target}, but the model's outputs are 0 to {self._classes - 1}")
             uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
-            raise UserError(
+            raise SampleError(
                 f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
                 "index (dataset.classes) and the model, or explain one output of all with dataset.target=NUMBER"
             )

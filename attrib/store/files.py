@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -13,6 +14,8 @@ from typing import Any, ClassVar
 from urllib.parse import quote
 
 Key = tuple[str, str]  # (uid, fingerprint)
+
+_LONGEST = 200  # characters of a part of a path; a suffix and a temporary name need room too
 
 
 def writer_name(shard: int = 0) -> str:
@@ -41,10 +44,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def picture_path(folder: Path, uid: str, suffix: str = ".png") -> Path:
-    """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it."""
-    parts = [quote(part, safe=" ,+=@()") for part in uid.split("/")]
+    """A uid as a path below ``folder``: uids come from data, so nothing in them may lead out of it.
+
+    File systems allow names of 255 bytes. Of a longer one, a digest stands for what is cut off, so that no two uids
+    share a path.
+    """
+    parts = [quote(part, safe=" ,+=@()", errors="surrogateescape") for part in uid.split("/")]
     parts = [part.replace(".", "%2E") if set(part) <= {"."} else part for part in parts]
-    return folder.joinpath(*(part[:200] for part in parts[:-1]), f"{parts[-1][:200]}{suffix}")
+    parts = [part if len(part) <= _LONGEST else _shortened(part) for part in parts]
+    return folder.joinpath(*parts[:-1], f"{parts[-1]}{suffix}")
+
+
+def _shortened(part: str) -> str:
+    return f"{part[: _LONGEST - 17]}~{hashlib.sha256(part.encode()).hexdigest()[:16]}"
 
 
 class Buffered:

@@ -1,8 +1,4 @@
-"""WAV files: uncompressed sound of 8, 16, 24 or 32 bits, or of floating-point numbers.
-
-A reader of our own, because Python's ``wave`` refuses the extensible headers that most 24-bit files have
-before 3.12, and scipy's raises a process-wide warning about chunks that it does not know.
-"""
+"""The reader of WAV files that attrib had before it read sounds by libsndfile: what the new one must agree with."""
 
 from __future__ import annotations
 
