@@ -94,10 +94,9 @@ def default_layer(net: nn.Module, role: str, input_shape: Sequence[int], like: T
     if role == "cam":
         behind = found[found.index(chosen) + 1 :]
         for cut in behind:
-            same = cut.depth == chosen.depth and cut.gradient.shape == chosen.gradient.shape
-            if not same or grid(cut) != size:
+            if cut.depth != chosen.depth or cut.gradient.shape != chosen.gradient.shape:
                 break
-            chosen = cut
+            chosen = cut if grid(cut) == size else chosen
     rule = {"cam": "the last layer", "bottleneck": "a layer in the middle of the net"}[role]
     passed = f"; places could not be told of {_some(unread)}" if unread else ""
     return DefaultLayer(
@@ -198,7 +197,12 @@ def cuts(net: nn.Module, input_shape: Sequence[int], like: Tensor) -> tuple[list
         for made in by_tensor:
             stack.callback(made[0].register_prehook(keep(made)).remove)
         mixture = Noise(["logits"], device=like.device, dtype=like.dtype).normal(logits.shape[1])
-        torch.autograd.grad(logits, x, mixture)
+        (slope,) = torch.autograd.grad(logits, x, mixture)
+    if not slope.any():
+        raise UserError(
+            f"the logits of {type(net).__name__} do not change with its input (their gradient is zero, as behind a head "
+            "of zeros), so no layer of it can be chosen by default; name one (model.layers)"
+        )
     return [Cut(path, at, kept[made]) for made, (path, at) in by_tensor.items() if made in kept], depth
 
 
