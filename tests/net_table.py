@@ -46,7 +46,7 @@ CACHE = ROOT / "workdirs" / "nets"
 CHEAP: dict[str, Any] = {
     "steps": 2, "samples": 3, "batch": 2, "draws": 2, "epochs": 1, "train_batch": 4, "window": 32, "stride": 32,
     "side": 3, "segments": 4, "tiles": 3, "dataset_size": 4, "sub_dataset_size": 2, "correct": False, "rank": 2,
-    "passes": 1, "readouts": ["bottleneck", "cam"], "search": {"candidates": 1},
+    "passes": 1, "readouts": ["bottleneck", "cam"], "critic_iter": 1, "search": {"layers": 12, "candidates": 1},
 }  # fmt: skip
 FITTED_ON = 6
 TOLERANCE = 1e-6  # of a batch against its samples, relative to the largest number
@@ -274,8 +274,8 @@ Made by `make nets`: {len(rows)} nets against {len(methods)} presets of methods.
 Weights are random, inputs are noise of 64 x 64 where nothing else is said, and methods run with few steps and small
 sets, so the table says whether a net's operations are understood, not how good a map is. "n blocks" means that a net
 is of the library's own kind with fewer and narrower layers. No layer is named for images and sounds: `cam` and
-`bottleneck` are found out ([add-a-model](how-to/add-a-model.md)), and Readout IBA reads these two. Nets that see padding
-get texts of equal length, as in a run."""
+`bottleneck` are found out ([add-a-model](how-to/add-a-model.md)), and Readout IBA reads these two. Nets that see
+padding get texts of equal length, as in a run."""
     return "\n".join([head, *tables(rows, methods), ""])
 
 

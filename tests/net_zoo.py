@@ -80,20 +80,27 @@ def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def _with_small_head(name: str, channels: int) -> Callable[[], nn.Module]:
-    """AlexNet and VGG without the hundred million weights of their heads."""
+def _small_head(net: nn.Module, channels: int) -> nn.Module:
+    """AlexNet or VGG without the hundred million weights of its head."""
+    side = net.avgpool.output_size[0]
+    sizes = (channels * side * side, 32, 32)
+    inside = [(nn.Linear(n, m), nn.ReLU(inplace=True), nn.Dropout()) for n, m in zip(sizes, sizes[1:])]
+    net.classifier = nn.Sequential(*(part for parts in inside for part in parts), nn.Linear(32, K))
+    return net
 
-    def build() -> nn.Module:
-        from torchvision import models
 
-        kind = getattr(models, name)
-        net = kind(weights=None, num_classes=K) if name == "alexnet" else kind(weights=None, init_weights=False)
-        side = net.avgpool.output_size[0]
-        inside = nn.Sequential(nn.Linear(channels * side * side, 32), nn.ReLU(inplace=True), nn.Dropout())
-        net.classifier = nn.Sequential(*inside, nn.Linear(32, K))
-        return net
+def _alexnet() -> nn.Module:
+    from torchvision import models
 
-    return build
+    return _small_head(models.alexnet(weights=None), 256)
+
+
+def vgg16(batch_norm: bool = False) -> nn.Module:
+    """With the layers of VGG16, but an eighth of their channels."""
+    from torchvision.models import vgg
+
+    widths = [size if size == "M" else int(size) // 8 for size in vgg.cfgs["D"]]
+    return _small_head(vgg.VGG(vgg.make_layers(widths, batch_norm), init_weights=False), 64)
 
 
 def _resnet50() -> nn.Module:
@@ -196,6 +203,7 @@ def _hf_text(kind: str, **options: Any) -> Callable[[], nn.Module]:
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {**SIZES, "max_position_embeddings": 16}
+FNET = {name: size for name, size in SIZES.items() if name != "num_attention_heads"}
 PATCHES = {**SIZES, "num_hidden_layers": 3, "image_size": 64}
 
 # ---- nets of users' own -----------------------------------------------------------------------------------
@@ -251,14 +259,14 @@ OWN_TEXT = {"embedding": "embedding", "bottleneck": "embedding"}
 TEXT = (11,)
 
 ZOO = (
-    Entry("torchvision", "alexnet", _with_small_head("alexnet", 256), about="with a small head"),
-    Entry("torchvision", "vgg11_bn", _with_small_head("vgg11_bn", 512), about="with a small head"),
+    Entry("torchvision", "alexnet", _alexnet, about="with a small head"),
+    Entry("torchvision", "vgg16", vgg16, about="narrow"),
+    Entry("torchvision", "vgg16_bn", lambda: vgg16(True), about="narrow"),
     Entry("torchvision", "resnet18", _torchvision("resnet18")),
     Entry("torchvision", "resnet50", _resnet50, about="5 blocks"),
     Entry("torchvision", "densenet", _densenet, about="2 layers a block"),
     Entry("torchvision", "squeezenet1_1", _torchvision("squeezenet1_1")),
     Entry("torchvision", "googlenet", _torchvision("googlenet", init_weights=False)),
-    Entry("torchvision", "inception_v3", _torchvision("inception_v3", init_weights=False), (3, 96, 96)),
     Entry("torchvision", "mobilenet_v2", _torchvision("mobilenet_v2", width_mult=0.25)),
     Entry("torchvision", "mobilenet_v3_small", _torchvision("mobilenet_v3_small")),
     Entry("torchvision", "efficientnet_b0", _torchvision("efficientnet_b0")),
@@ -271,7 +279,7 @@ ZOO = (
     Entry("torchvision", "swin_v2", _swin(2), about="3 stages"),
     Entry("torchvision", "maxvit", _maxvit, about="2 stages"),
     Entry("timm", "tf_efficientnet_lite0", _timm("tf_efficientnet_lite0")),
-    Entry("timm", "resnet26d", _timm("resnet26d")),
+    Entry("timm", "resnet10t", _timm("resnet10t")),
     Entry("timm", "vit", _timm("vit_tiny_patch16_224", img_size=64, **VIT), about="3 blocks"),
     Entry(
         "timm",
@@ -302,7 +310,6 @@ ZOO = (
     Entry("timm", "cait", _timm("cait_xxs24_224", img_size=64, **VIT), about="3 blocks"),
     Entry("timm", "poolformer", _poolformer, about="4 blocks"),
     Entry("timm", "mobilevit_xxs", _timm("mobilevit_xxs")),
-    Entry("timm", "nf_resnet26", _timm("nf_resnet26")),
     Entry("timm", "pvt_v2_b0", _timm("pvt_v2_b0")),
     Entry("transformers", "ViT", _hf_image("ViT", **PATCHES), output="logits", about="3 blocks"),
     Entry(

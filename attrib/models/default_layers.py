@@ -200,8 +200,8 @@ def cuts(net: nn.Module, input_shape: Sequence[int], like: Tensor) -> tuple[list
         (slope,) = torch.autograd.grad(logits, x, mixture)
     if not slope.any():
         raise UserError(
-            f"the logits of {type(net).__name__} do not change with its input (their gradient is zero, as behind a head "
-            "of zeros), so no layer of it can be chosen by default; name one (model.layers)"
+            f"the logits of {type(net).__name__} do not change with its input (their gradient is zero, as behind a "
+            "head of zeros), so no layer of it can be chosen by default; name one (model.layers)"
         )
     return [Cut(path, at, kept[made]) for made, (path, at) in by_tensor.items() if made in kept], depth
 
