@@ -4,8 +4,8 @@ python tests/net_table.py --out docs/nets.md        all of them; what a run that
 python tests/net_table.py --net resnet18 --method iba    one cell, with the traceback of what is wrong
 
 *Works* means that a batch of two equals its samples one by one, that maps have the shape of the input and are finite,
-and that what a method says of its own completeness is small. *Refused* is a sentence of attrib's own. Anything else is
-*wrong*. Methods are tried with few steps, in float64.
+and that what a method says of its own completeness is small. *Zero* is the same, but there is nothing in the map.
+*Refused* is a sentence of attrib's own. Anything else is *wrong*. Methods are tried with few steps, in float64.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ CACHE = ROOT / "workdirs" / "nets"
 CHEAP: dict[str, Any] = {
     "steps": 2, "samples": 3, "batch": 2, "draws": 2, "epochs": 1, "train_batch": 4, "window": 32, "stride": 32,
     "side": 3, "segments": 4, "tiles": 3, "dataset_size": 4, "sub_dataset_size": 2, "correct": False, "rank": 2,
-    "passes": 1, "readouts": ["bottleneck", "cam"], "critic_iter": 1, "search": {"layers": 12, "candidates": 1},
+    "passes": 1, "relu": False, "readouts": ["bottleneck", "cam"], "critic_iter": 1, "search": {"layers": 12, "candidates": 1},
 }  # fmt: skip
 FITTED_ON = 6
 TOLERANCE = 1e-6  # of a batch against its samples, relative to the largest number
 COMPLETE = {"delta": 1e-3, "completeness_error": 1e-3}  # columns of completeness, and how large they may be
-NEGLIGIBLE = 1e-12  # a largest number below this is rounding
+NEGLIGIBLE = 1e-14  # a largest number below this is rounding
 
-Outcome = Literal["works", "refused", "wrong", "other"]  # other: a method of other data
-SYMBOLS: dict[Outcome, str] = {"works": "✓", "refused": "–", "wrong": "**wrong**", "other": ""}
+Outcome = Literal["works", "zero", "refused", "wrong", "other"]  # other: a method of other data
+SYMBOLS: dict[Outcome, str] = {"works": "✓", "zero": "0", "refused": "–", "wrong": "**wrong**", "other": ""}
 Cell = dict[str, str]  # outcome, text
 
 LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "transformers": "transformers", "own": "own nets"}
@@ -113,12 +113,11 @@ class Case:
         if self.entry.modality not in (meant or method.MODALITIES):
             return {"outcome": "other", "text": ""}
         try:
-            self._check(method)
+            return {"outcome": self._check(method), "text": ""}
         except (UserError, SampleError) as refusal:
             return {"outcome": "refused", "text": str(refusal)}
-        return {"outcome": "works", "text": ""}
 
-    def _check(self, method: Any) -> None:
+    def _check(self, method: Any) -> Outcome:
         large, small = self.classifiers
         state: dict[str, Tensor] = {}
         if method.fit is not None:
@@ -136,22 +135,25 @@ class Case:
             one = one if one.lengths is None else one.cut(int(one.lengths.max()))
             singles.append(dict(method.attribute(small, one, state, _noise(one))))
         largest = max(float(found[name].abs().max()) for name in method.MAPS)
-        assert largest > NEGLIGIBLE, f"all maps are zero (largest number {largest:.2g})"
         for name in (*method.MAPS, *method.EXTRAS):
             value = found[name]
             assert value.isfinite().all(), f"{name} is not finite"
-            scale = max(largest, float(value.abs().max())) if value.numel() else 1.0
+            scale = max(largest, float(value.abs().max()), NEGLIGIBLE) if value.numel() else 1.0
+            assert value.shape[0] == len(batch), f"{name} is {tuple(value.shape)} for {len(batch)} samples"
             for i, single in enumerate(singles):
                 part = single[name][0]
                 whole = value[i][: len(part)] if batch.lengths is not None and part.ndim else value[i]
                 worst = float((whole - part).abs().max()) / scale if part.numel() else 0.0
-                assert worst <= TOLERANCE, f"{name} of sample {i} alone differs from that in a batch by {worst:.2g}"
+                assert worst <= TOLERANCE or largest < NEGLIGIBLE, (
+                    f"{name} of sample {i} alone differs from that in a batch by {worst:.2g}"
+                )
         for name in method.MAPS:
             expected = batch.x.shape if batch.lengths is not None else (len(batch), *batch.x.shape[2:])
             assert found[name].shape == expected, f"{name} is {tuple(found[name].shape)}, not {tuple(expected)}"
         for name in set(method.COLUMNS) & set(COMPLETE):
             size = max(1.0, float(found["map"].abs().flatten(1).sum(1).max()))
             assert float(found[name].abs().max()) <= COMPLETE[name] * size, f"{name} is {found[name].tolist()}"
+        return "works" if largest > NEGLIGIBLE else "zero"
 
 
 def _noise(batch: Batch) -> Noise:
@@ -260,20 +262,23 @@ def _plain(reason: str) -> str:
 def document(rows: Mapping[Entry, Mapping[str, Cell]], methods: Sequence[str]) -> str:
     outcomes = [cell["outcome"] for cells in rows.values() for cell in cells.values()]
     counts = {outcome: outcomes.count(outcome) for outcome in SYMBOLS}
+    tried = f"{len(rows)} nets against {len(methods)} presets of methods"
     head = f"""# Which nets work with which methods
 
-Made by `make nets`: {len(rows)} nets against {len(methods)} presets of methods. {counts["works"]} pairs work,
-{counts["refused"]} are refused and {counts["wrong"]} are wrong.
+Made by `make nets`: {tried}.
+{counts["works"]} pairs work, {counts["zero"]} give nothing, {counts["refused"]} are refused, {counts["wrong"]} are wrong.
 
 - ✓ **works**: the method ran on two samples, and a batch of two equals its samples one by one (to 10⁻⁶ of the largest
-  number, in float64), maps have the shape of the input, are finite and not zero, model, inputs and global random
-  numbers are unchanged, and the error of completeness is below 10⁻³ where the method reports one.
+  number, in float64), maps have the shape of the input and are finite, model, inputs and global random numbers are
+  unchanged, and the error of completeness is below 10⁻³ where the method reports one.
+- 0: all that is right, but the map is zero. Behind a LayerNorm, for example, the gradients of a token's channels always
+  add up to zero, so that `reduce: sum` leaves nothing; take `abs_sum`.
 - – **refused**: attrib says why, shortened below (# stands for names and numbers of the net).
 - empty: the method is for other data.
 
 Weights are random, inputs are noise of 64 x 64 where nothing else is said, and methods run with few steps and small
-sets, so the table says whether a net's operations are understood, not how good a map is. "n blocks" means that a net
-is of the library's own kind with fewer and narrower layers. No layer is named for images and sounds: `cam` and
+sets, so the table says whether a net's operations are understood, not how good a map is. "n blocks", "narrow" and
+the like mean that a net is of the library's own kind with fewer or narrower layers. No layer is named for images and sounds: `cam` and
 `bottleneck` are found out ([add-a-model](how-to/add-a-model.md)), and Readout IBA reads these two. Nets that see
 padding get texts of equal length, as in a run."""
     return "\n".join([head, *tables(rows, methods), ""])
@@ -299,7 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             rows[entry] = row(entry, methods)
         outcomes = [cell["outcome"] for cell in rows[entry].values()]
-        counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("works", "refused", "wrong") if outcomes.count(o))
+        counts = ", ".join(
+            f"{outcomes.count(o)} {o}" for o in ("works", "zero", "refused", "wrong") if outcomes.count(o)
+        )
         print(f"{entry.library} {entry.name}: {counts} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
         for method, cell in rows[entry].items():
             if cell["outcome"] == "wrong" or (given.net and given.method):

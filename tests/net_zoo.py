@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,10 @@ class Entry:
                 value.data.copy_(0.1 * torch.randn(value.shape, generator=generator))
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
             self._calibrate(net, generator)
+        elif self.modality == "image" and not any("Norm" in type(module).__name__ for module in net.modules()):
+            for value in net.parameters():  # else little is left of the input behind many layers
+                if value.ndim > 1:
+                    nn.init.kaiming_normal_(value, nonlinearity="relu", generator=generator)
         return net.double().eval()
 
     def _calibrate(self, net: nn.Module, generator: torch.Generator) -> None:
@@ -84,7 +89,7 @@ def _small_head(net: nn.Module, channels: int) -> nn.Module:
     """AlexNet or VGG without the hundred million weights of its head."""
     side = net.avgpool.output_size[0]
     sizes = (channels * side * side, 32, 32)
-    inside = [(nn.Linear(n, m), nn.ReLU(inplace=True), nn.Dropout()) for n, m in zip(sizes, sizes[1:])]
+    inside = [(nn.Linear(n, m), nn.ReLU(inplace=True), nn.Dropout()) for n, m in pairwise(sizes)]
     net.classifier = nn.Sequential(*(part for parts in inside for part in parts), nn.Linear(32, K))
     return net
 
@@ -103,10 +108,30 @@ def vgg16(batch_norm: bool = False) -> nn.Module:
     return _small_head(vgg.VGG(vgg.make_layers(widths, batch_norm), init_weights=False), 64)
 
 
+def _resnet18() -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=K)
+
+
 def _resnet50() -> nn.Module:
     from torchvision.models.resnet import Bottleneck, ResNet
 
-    return ResNet(Bottleneck, [2, 1, 1, 1], num_classes=K)
+    return ResNet(Bottleneck, [2, 1, 1, 1], num_classes=K, width_per_group=16)
+
+
+def _efficientnet() -> nn.Module:
+    from torchvision.models import efficientnet
+
+    blocks, last = efficientnet._efficientnet_conf("efficientnet_b0", width_mult=0.25, depth_mult=0.5)
+    return efficientnet.EfficientNet(blocks, 0.2, last_channel=last, num_classes=K)
+
+
+def _mobilenet_v3() -> nn.Module:
+    from torchvision.models import mobilenetv3
+
+    blocks, last = mobilenetv3._mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.5)
+    return mobilenetv3.MobileNetV3(blocks, last, num_classes=K)
 
 
 def _densenet() -> nn.Module:
@@ -259,19 +284,18 @@ OWN_TEXT = {"embedding": "embedding", "bottleneck": "embedding"}
 TEXT = (11,)
 
 ZOO = (
-    Entry("torchvision", "alexnet", _alexnet, about="with a small head"),
+    Entry("torchvision", "alexnet", _alexnet, about="small head"),
     Entry("torchvision", "vgg16", vgg16, about="narrow"),
     Entry("torchvision", "vgg16_bn", lambda: vgg16(True), about="narrow"),
-    Entry("torchvision", "resnet18", _torchvision("resnet18")),
+    Entry("torchvision", "resnet18", _resnet18, about="4 blocks"),
     Entry("torchvision", "resnet50", _resnet50, about="5 blocks"),
     Entry("torchvision", "densenet", _densenet, about="2 layers a block"),
     Entry("torchvision", "squeezenet1_1", _torchvision("squeezenet1_1")),
     Entry("torchvision", "googlenet", _torchvision("googlenet", init_weights=False)),
-    Entry("torchvision", "mobilenet_v2", _torchvision("mobilenet_v2", width_mult=0.25)),
-    Entry("torchvision", "mobilenet_v3_small", _torchvision("mobilenet_v3_small")),
-    Entry("torchvision", "efficientnet_b0", _torchvision("efficientnet_b0")),
+    Entry("torchvision", "mobilenet_v2", _torchvision("mobilenet_v2", width_mult=0.25), about="narrow"),
+    Entry("torchvision", "mobilenet_v3_small", _mobilenet_v3, about="narrow"),
+    Entry("torchvision", "efficientnet_b0", _efficientnet, about="narrow"),
     Entry("torchvision", "shufflenet_v2_x0_5", _torchvision("shufflenet_v2_x0_5")),
-    Entry("torchvision", "mnasnet0_5", _torchvision("mnasnet0_5")),
     Entry("torchvision", "regnet_y_400mf", _torchvision("regnet_y_400mf")),
     Entry("torchvision", "convnext", _convnext, about="3 stages"),
     Entry("torchvision", "vit", _torchvision_vit, about="3 blocks"),
