@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import net_table
+import net_checks
 import pytest
 import torch
-from net_table import METHODS, Case, cheap, document, footnotes, groups, verdict
+from net_checks import METHODS, Case, cheap, verdict
+from net_table import document, footnotes, groups
 from net_zoo import ZOO, Entry
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ OUTCOMES = {
 @pytest.mark.parametrize("kind", OUTCOMES, ids=lambda kind: kind.__name__)
 def test_what_is_wrong_is_seen(kind, monkeypatch):
     case = Case(next(entry for entry in ZOO if entry.name == "one logit"))
-    monkeypatch.setattr(net_table, "build", lambda node, where: kind())
+    monkeypatch.setattr(net_checks, "build", lambda node, where: kind())
     found = verdict(case, "gradient")
     outcome, text = OUTCOMES[kind]
     assert found["outcome"] == outcome
@@ -110,7 +111,7 @@ def test_the_document():
     assert "## Texts\n\n| column | methods |\n|---|---|\n| A | x |" in text
     assert "1. layer # of Net is \\| odd\n2. ValueError: no" in text
     shown = {"p": {"x": "a", "y": "b", "z": "a"}}
-    assert groups(shown, ["x", "y", "z"]) == [["x", "z"], ["y"]]  # type: ignore[arg-type]
+    assert groups(shown, ["x", "y", "z"]) == [["x", "z"], ["y"]]
 
 
 def test_every_preset_has_a_column():
