@@ -42,14 +42,9 @@ class Classifier:
     samples of a batch interact, is refused. One that sees the padding of texts gets only texts of equal length
     together from then on. ``exam`` is what was found.
 
-<<<<<<< HEAD
     module       maps (N, *input) to logits (N, K) or to other scores, perhaps by way of ``output``
-    layers       role -> module path, e.g. {"bottleneck": "features.17"}; None leaves the role out
-=======
-    module       maps (N, *input) to logits (N, K), perhaps by way of ``output``
     layers       role -> module path, e.g. {"bottleneck": "features.17"}. None leaves the role out, as if it were not
                  named: cam and bottleneck are then found out when they are asked for (``default_layers``)
->>>>>>> 336c371 (Layers for cam and bottleneck are found out where nobody names one; what a net says of its tokens is a second witness)
     rows         how many rows go through the net at a time; halved when memory runs out
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the net is tried on noise images of this shape, and their logits are compared before and

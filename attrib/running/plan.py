@@ -174,7 +174,6 @@ def spec_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-<<<<<<< HEAD
 def exam_of(model: Classifier) -> dict[str, Any] | None:
     """What the net did with two inputs, as plain data."""
     return None if model.exam is None else keys.spec(asdict(model.exam))
@@ -188,13 +187,13 @@ def _output(model: Classifier) -> dict[str, Any]:
         "probabilities": model.link,
         "class_names": None if names is None else list(names),
     }
-=======
+
+
 def _defaults(experiment: Experiment) -> dict[str, Any]:
     """Why those layers were chosen that nobody named."""
     found = experiment.model.original.defaults
     why = {role: found[role].why for role in experiment.layers if role in found}
     return {"default_layers": why} if why else {}
->>>>>>> 336c371 (Layers for cam and bottleneck are found out where nobody names one; what a net says of its tokens is a second witness)
 
 
 def _randomised(variant: Variant, plan: Plan) -> dict[str, Any]:
