@@ -33,7 +33,7 @@ METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "method").glob
 # What makes a method cheap, wherever it has such a field; all else is as in its preset.
 CHEAP: dict[str, Any] = {
     "steps": 2, "samples": 3, "batch": 2, "draws": 2, "epochs": 1, "train_batch": 4, "window": 32, "stride": 32,
-    "side": 3, "segments": 4, "tiles": 3, "dataset_size": 4, "sub_dataset_size": 2, "correct": False, "rank": 2,
+    "side": 3, "segments": 4, "tiles": 3, "dataset_size": 2, "sub_dataset_size": 1, "correct": False, "rank": 2,
     "passes": 1, "relu": False, "readouts": ["bottleneck", "cam"], "critic_iter": 1,
     "search": {"layers": 12, "candidates": 1},
 }  # fmt: skip
@@ -66,6 +66,7 @@ class Case:
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
+        self._judged: list[tuple[Any, Cell]] = []  # presets that differ in their steps only are the same when cheap
         self.batch, self.estimation = self._samples(2, 0), self._samples(FITTED_ON, 1)
 
     @cached_property
@@ -98,10 +99,14 @@ class Case:
         method = build(cheap(node), preset)
         if self.entry.modality not in (meant or method.MODALITIES):
             return {"outcome": "other", "text": ""}
+        if found := next((cell for known, cell in self._judged if known == method), None):
+            return dict(found)
         try:
-            return {"outcome": self._check(method), "text": ""}
+            cell: Cell = {"outcome": self._check(method), "text": ""}
         except (UserError, SampleError) as refusal:
-            return {"outcome": "refused", "text": str(refusal)}
+            cell = {"outcome": "refused", "text": str(refusal)}
+        self._judged.append((method, cell))
+        return dict(cell)
 
     def _check(self, method: Any) -> Outcome:
         large, small = self.classifiers
