@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -19,10 +20,12 @@ import torch
 import yaml
 from contracts import FitSamples, PartialInMemory, untouched
 from net_zoo import PAD, Entry
+from test_pieces import pieces
 from text_nets import texts
 from torch import Tensor
 
 from attrib.config.objects import build
+from attrib.datasets import HuggingFaceEncoder
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
@@ -85,6 +88,8 @@ class Case:
 
     def _samples(self, n: int, seed: int) -> Batch:
         target = torch.ones(n, dtype=torch.long)
+        if self.entry.sentences:
+            return dataclasses.replace(sentences(n, seed), target=target)
         if self.entry.modality == "text":
             return dataclasses.replace(texts(n, seed), target=target)
         generator = torch.Generator().manual_seed(seed)
@@ -128,6 +133,9 @@ class Case:
         largest = max(float(found[name].abs().max()) for name in method.MAPS)
         for name in (*method.MAPS, *method.EXTRAS):
             value = found[name]
+            of = next((map_ for map_ in method.MAPS if name.endswith(f"_{map_}")), None)
+            if of and float(found[of].abs().max()) < NEGLIGIBLE:
+                continue  # the relative error of nothing, say
             assert value.isfinite().all(), f"{name} is not finite"
             scale = max(largest, float(value.abs().max()), NEGLIGIBLE) if value.numel() else 1.0
             assert value.shape[0] == len(batch), f"{name} is {tuple(value.shape)} for {len(batch)} samples"
@@ -149,6 +157,20 @@ class Case:
 
 def _noise(batch: Batch) -> Noise:
     return Noise(batch.uids, 3, dtype=torch.float64)
+
+
+def sentences(n: int, seed: int) -> Batch:
+    """Texts as a tokenizer without a pre-tokenizer makes them, as SentencePiece models such as Llama's do."""
+    with TemporaryDirectory() as folder:
+        encoder = HuggingFaceEncoder(pieces(Path(folder)))
+    words = ["a", "bad", "slow", "film", "is", "so", "bad", "low", "as", "a", "dim", "fad"]
+    rows = [encoder.encode(" ".join(words[(seed + i) % 5 :][: 4 + i % 3])) for i in range(n)]
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    x, of = torch.full((n, int(lengths.max())), PAD), torch.full((n, int(lengths.max())), -1)
+    for i, row in enumerate(rows):
+        x[i, : len(row.ids)], of[i, : len(row.ids)] = torch.tensor(row.ids), torch.tensor(row.words)
+    uids = tuple(f"{seed}/{i}" for i in range(n))
+    return Batch(uids, x, torch.ones(n, dtype=torch.long), lengths=lengths, words=of)
 
 
 def equal(batch: Batch) -> Batch:

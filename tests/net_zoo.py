@@ -32,6 +32,7 @@ class Entry:
     build   the net with random weights
     shape   of an input; of texts the vocabulary and the longest text
     layers  roles that are named; cam and bottleneck are found out where they are not
+    sentences   texts come from a tokenizer without a pre-tokenizer
     """
 
     library: str
@@ -41,6 +42,7 @@ class Entry:
     about: str = ""
     layers: Mapping[str, str] = field(default_factory=dict)
     output: Any = None
+    sentences: bool = False
 
     @property
     def modality(self) -> Literal["image", "text", "audio"]:
@@ -378,7 +380,14 @@ ZOO = (
         "2 layers",
     ),
     Entry("transformers", "GPT-2", _hf_text("GPT2", n_embd=16, n_layer=2, n_head=2, n_positions=16), TEXT, "2 layers"),
-    Entry("transformers", "Llama", _hf_text("Llama", num_key_value_heads=1, **BERT), TEXT, "2 layers"),
+    Entry(
+        "transformers",
+        "Llama",
+        _hf_text("Llama", num_key_value_heads=1, **{**BERT, "max_position_embeddings": 64}),
+        TEXT,
+        "2 layers, words by a tokenizer without a pre-tokenizer",
+        sentences=True,
+    ),
     Entry("own", "LeNet", lambda: LeNet(num_classes=K), (1, 32, 32), "attrib's"),
     Entry("own", "one logit", OneLogit, about="a net of a single logit", output=Output(read="sigmoid")),
     Entry("own", "LSTM", OwnLSTM, TEXT, "of a user", OWN_TEXT),
