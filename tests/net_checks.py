@@ -22,7 +22,7 @@ from contracts import FitSamples, PartialInMemory, untouched
 from net_zoo import PAD, Entry
 from test_pieces import pieces
 from text_nets import texts
-from torch import Tensor
+from torch import Tensor, nn
 
 from attrib.config.objects import build
 from attrib.datasets import HuggingFaceEncoder
@@ -73,9 +73,13 @@ class Case:
         self.batch, self.estimation = self._samples(2, 0), self._samples(FITTED_ON, 1)
 
     @cached_property
+    def net(self) -> nn.Module:
+        return self.entry.net()
+
+    @cached_property
     def classifiers(self) -> tuple[Classifier, Classifier]:
         """One that takes all rows at once, one that takes two at a time."""
-        net, entry = self.entry.net(), self.entry
+        net, entry = self.net, self.entry
         layers = entry.layers or getattr(net, "default_layers", {})
         shape = None if entry.modality == "text" else entry.shape
         large, small = (
@@ -109,9 +113,15 @@ class Case:
         try:
             cell: Cell = {"outcome": self._check(method), "text": ""}
         except (UserError, SampleError) as refusal:
-            cell = {"outcome": "refused", "text": str(refusal)}
+            cell = {"outcome": "refused", "text": self._without_its_name(str(refusal))}
         self._judged.append((method, cell))
         return dict(cell)
+
+    def _without_its_name(self, text: str) -> str:
+        """A message in which the classes of the net and of what it is wrapped in are called the net."""
+        for net in (self.net, getattr(self.net, "net", None)):
+            text = text if net is None else text.replace(type(net).__name__, "the net")
+        return text
 
     def _check(self, method: Any) -> Outcome:
         large, small = self.classifiers

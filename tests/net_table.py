@@ -26,6 +26,7 @@ from net_checks import METHODS, ROOT, Case, Cell, Outcome, verdict
 from net_zoo import ZOO, Entry
 
 CACHE = ROOT / "workdirs" / "nets"
+SHORT = 120  # characters of a reason
 SYMBOLS: dict[Outcome, str] = {"works": "✓", "zero": "0", "refused": "–", "wrong": "**wrong**", "other": ""}
 LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "transformers": "transformers", "own": "own nets"}
 
@@ -38,11 +39,16 @@ def version() -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
-def row(entry: Entry, methods: Sequence[str]) -> dict[str, Cell]:
-    """What became of each method, from the cache as far as the code is the same."""
+def kept(entry: Entry) -> tuple[Path, dict[str, Cell]]:
+    """Where a net's results are, and those that are there."""
     name = "".join(c if c.isalnum() else "-" for c in f"{entry.library}-{entry.name}")
     path = CACHE / version() / f"{name}.json"
-    known: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
+    return path, json.loads(path.read_text()) if path.exists() else {}
+
+
+def row(entry: Entry, methods: Sequence[str]) -> dict[str, Cell]:
+    """What became of each method, from the cache as far as the code is the same."""
+    path, known = kept(entry)
     missing = [method for method in methods if method not in known]
     case = Case(entry) if missing else None
     for method in missing:
@@ -57,19 +63,25 @@ def row(entry: Entry, methods: Sequence[str]) -> dict[str, Cell]:
 # ---- the table --------------------------------------------------------------------------------------------
 
 
+def reason(cell: Cell) -> str:
+    """Shortened, and without what is the net's own."""
+    found = pattern(cell["text"])
+    return found if len(found) < SHORT else found[:SHORT].rpartition(" ")[0] + " ..."
+
+
 def footnotes(rows: Mapping[Entry, Mapping[str, Cell]]) -> dict[str, str]:
     """The shortened reason of each refusal -> its number."""
     numbers: dict[str, str] = {}
     for cells in rows.values():
         for cell in cells.values():
             if cell["outcome"] in ("refused", "wrong"):
-                numbers.setdefault(pattern(cell["text"]), str(len(numbers) + 1))
+                numbers.setdefault(reason(cell), str(len(numbers) + 1))
     return numbers
 
 
 def symbol(cell: Cell, notes: Mapping[str, str]) -> str:
     outcome: Any = cell["outcome"]
-    return SYMBOLS[outcome] + (f" {notes[pattern(cell['text'])]}" if outcome in ("refused", "wrong") else "")
+    return SYMBOLS[outcome] + (f" {notes[reason(cell)]}" if outcome in ("refused", "wrong") else "")
 
 
 def groups(rows: Mapping[Entry, Mapping[str, str]], methods: Sequence[str]) -> list[list[str]]:
@@ -144,12 +156,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the table there instead of printing it")
     parser.add_argument("--net", action="append", help="only nets whose name contains this; may be repeated")
     parser.add_argument("--method", action="append", choices=tuple(METHODS), help="only this preset; may be repeated")
+    parser.add_argument("--known", action="store_true", help="only nets whose results are all there, from earlier runs")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     methods = given.method or list(METHODS)
     entries = [e for e in ZOO if not given.net or any(part in f"{e.library} {e.name}" for part in given.net)]
+    if given.known:
+        entries = [entry for entry in entries if set(methods) <= kept(entry)[1].keys()]
     rows: dict[Entry, dict[str, Cell]] = {}
     for entry in entries:
         start = time.monotonic()
