@@ -29,7 +29,7 @@ test: .venv/installed  ## everything but the slow tests
 fuzz: .venv/installed  ## N=1000 random nets against every method: right, refused (by reason) or wrong (with the seeds)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(N) --jobs 2
 
-nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (20 min; goes on where it was stopped)
+nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (20 min on a free core; goes on where it was stopped)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/net_table.py --out docs/nets.md
 
 test-slow: .venv/installed  ## end-to-end checks of minutes

@@ -147,7 +147,8 @@ Weights are random, inputs are noise of 64 x 64 where nothing else is said, and 
 sets, so the table says whether a net's operations are understood, not how good a map is. "n blocks", "narrow" and the
 like mean that a net is of the library's own kind with fewer or narrower layers. No layer is named for images and
 sounds: `cam` and `bottleneck` are found out ([add-a-model](how-to/add-a-model.md)), and Readout IBA reads these two.
-Nets that see padding get texts of equal length, as in a run."""
+Nets that see padding get texts of equal length, as in a run. Causal graphs are searched in the last
+12 layers with one candidate each, so that "no paths" says nothing of a real search."""
     return "\n".join([head, *tables(rows, methods), ""])
 
 

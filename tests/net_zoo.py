@@ -333,7 +333,7 @@ ZOO = (
     Entry("timm", "mixer", _mixer, about="3 blocks"),
     Entry("timm", "beit", _timm("beit_base_patch16_224", img_size=64, **VIT), about="3 blocks"),
     Entry("timm", "eva02", _timm("eva02_tiny_patch14_224", img_size=56, **VIT), (3, 56, 56), "3 blocks"),
-    Entry("timm", "cait", _timm("cait_xxs24_224", img_size=64, **VIT), about="3 blocks"),
+    Entry("timm", "cait", _timm("cait_xxs24_224", img_size=64, init_values=0.1, **VIT), about="3 blocks"),
     Entry("timm", "poolformer", _poolformer, about="4 blocks"),
     Entry("timm", "mobilevit_xxs", _timm("mobilevit_xxs")),
     Entry("timm", "pvt_v2_b0", _timm("pvt_v2_b0")),
