@@ -15,7 +15,7 @@ from tiny import only_cell, pictures, quickly
 from torch import Tensor, nn
 from torchvision import models
 
-from attrib.methods.baselines import GradCAM
+from attrib.methods.cam import GradCAM
 from attrib.models import AcdCNN, Classifier, LeNet, ToneCNN, resnet18_cifar
 from attrib.models.default_layers import cuts, default_layer
 from attrib.models.zoo import seeded
