@@ -13,7 +13,7 @@ from attrib.methods.cam import GradCAM
 from attrib.methods.iba import IBA
 from attrib.methods.parts.layout import on_image
 from attrib.models import Classifier
-from attrib.models.reading import Reading
+from attrib.models.reading import Reading, described
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -129,6 +129,87 @@ class Turned(nn.Module):
         }[self.how]()
         z = self.layer(z)
         return self.head(z.mean(1) if self.how == "shuffled" else z.flatten(2).mean(2))
+
+
+class Says(Padded):
+    """As timm's nets do, it says how many tokens stand in front of the grid, and how large it is; perhaps wrongly."""
+
+    def __init__(self, grid: tuple[int, int], prefix: int = 1) -> None:
+        super().__init__(1)
+        self.num_prefix_tokens, self.patch_embed = prefix, nn.Identity()
+        self.patch_embed.dynamic_feat_size = lambda image: grid
+
+
+class Config:
+    """As much of a Hugging Face configuration as is read."""
+
+    def __init__(self, **fields) -> None:
+        self.model_type = "vit"
+        vars(self).update(fields)
+
+
+class Configured(nn.Module):
+    """As transformers' nets do, it has a configuration, and its tokens in front are parameters; perhaps others."""
+
+    def __init__(self, shape: tuple[int, int, int] = (1, 1, 8), **fields) -> None:
+        super().__init__()
+        self.config, self.net = Config(**fields), Padded(5)
+        self.cls_token, self.register_tokens = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "path", "said"),
+    [
+        (lambda: Says((6, 4)), "block", r"tokens:6x4\+1"),
+        (lambda: Says((2, 11), prefix=3), "block", r"tokens:2x11\+3"),
+        (lambda: Configured((1, 3, 8), patch_size=(32, 8), num_register_tokens=3), "net.block", "no"),
+        (lambda: Configured((1, 4, 8), patch_size=(8, 32), num_register_tokens=4), "net.block", r"tokens:8x3\+5"),
+    ],
+)
+def test_a_net_that_says_otherwise_than_its_places_is_refused(build, path, said):
+    model = Classifier(seeded(build), {"cam": path})
+    batch = Batch(("a",), torch.randn(1, 3, H, W, generator=torch.Generator().manual_seed(0)), torch.tensor([1]))
+    if said == "no":  # 2 x 12 + 4 are not 29 tokens: it speaks of others
+        assert GradCAM().attribute(model, batch, {}, Noise(batch.uids))["cam"].shape == (1, 4, 6)
+        return
+    with pytest.raises(
+        UserError, match=rf"model\.layers\.cam: .*tokens to be tokens:4x6.*they are {said}\. Set layout"
+    ):
+        GradCAM().attribute(model, batch, {}, Noise(batch.uids))
+    right = "tokens:4x6+1" if path == "block" else "tokens:4x6+5"
+    assert GradCAM(layout=right).attribute(model, batch, {}, Noise(batch.uids))["cam"].shape == (1, 4, 6)
+
+
+def hugging_face(kind: str, **options) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=96)
+    return seeded(
+        lambda: getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes, **options))
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("Dinov2WithRegisters", {"num_register_tokens": 3}, Reading("tokens", (4, 6), 4)),
+        ("Dinov2", {"patch_size": 8}, Reading("tokens", (8, 12), 1)),
+        ("DeiT", {}, Reading("tokens", (4, 6), 2)),
+        ("IJepa", {"patch_size": 16}, Reading("tokens", (4, 6))),
+        ("ViT", {"patch_size": [8, 16]}, Reading("tokens", (8, 6), 1)),
+    ],
+)
+def test_what_a_configuration_says(kind, options, expected):
+    """Without looking at places: of any layer with that many tokens."""
+    net = hugging_face(kind, **options)
+    h, w = expected.grid
+    inside = next(path for path, module in net.named_modules() if isinstance(module, nn.LayerNorm))
+    assert described(net, inside, (h * w + expected.prefix, 16), (H, W)) == expected
+    assert described(net, inside, (h * w + expected.prefix + 1, 16), (H, W)) is None
+    net.config.num_register_tokens = 17  # of which it holds none
+    assert described(net, inside, (h * w + expected.prefix, 16), (H, W)) is None
 
 
 @pytest.mark.parametrize("how", ["transposed", "attention", "channels_before_tokens", "shuffled", "constant"])

@@ -304,8 +304,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
         config=_without(config, "run", "paper"),
     )
     _check_modality(method_node, cell)
-    for role in (*cell.layers, *(method.fit.roles if method.fit else ())):
-        model.path(role)
+    cell.check_layers()
     check_transform(getattr(dataset, "transform", None), config["model"], model, where["model"])
     if isinstance(dataset, TextDataset):
         check_encoder(dataset.encoder, model, config["model"].get("checkpoint"), where["model"])

@@ -147,8 +147,17 @@ class Experiment:
         text = self.method.TEXT_ROLES if self.dataset.modality == "text" else ()
         return self._layers([*self.method.roles, *text])
 
+    def check_layers(self) -> None:
+        """Raises UserError if the model has no layer for a role that the method or its fit reads."""
+        self._layers([*self.layers, *(self.method.fit.roles if self.method.fit else ())])
+
     def _layers(self, roles: Sequence[str]) -> dict[str, str]:
-        return {role: self.model.path(role) for role in roles}
+        return {role: self._path(role) for role in roles}
+
+    def _path(self, role: str) -> str:
+        """One that nobody named may have to be found out, for inputs of this shape."""
+        named = role in self.model.layers or self.dataset.modality == "text"
+        return self.model.path(role, None if named else self.model.input_shape or self._shape)
 
     @cached_property
     def readings(self) -> dict[str, str]:

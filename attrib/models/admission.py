@@ -26,6 +26,7 @@ class Admission:
 
     exam           what was found so far, at first on noise, if at all
     lengths_apart  the net sees the padding of texts, and gets only texts of equal length together
+    shape          of the images or sounds that were seen last; None if there were none
     """
 
     def __init__(self, net: nn.Module, output: Output, exam: Exam | None) -> None:
@@ -38,6 +39,7 @@ class Admission:
         own = getattr(net, "pad_id", None)
         self._pad = own if isinstance(own, int) else None
         self._sample: Tensor | None = None  # the first one, until there is a different one
+        self.shape: tuple[int, ...] | None = None
 
     def see(self, x: Tensor, lengths: Tensor | None, rows: int) -> bool:
         """Samples (N, *input), of texts with their lengths (N,), of which ``rows`` may go through the net at a time.
@@ -45,6 +47,8 @@ class Admission:
         True if the net was changed because of what it did. Raises UserError for a net that is refused.
         """
         is_text = x.ndim == 2 and not x.is_floating_point()
+        if x.ndim in (3, 4) and x.is_floating_point():
+            self.shape = tuple(x.shape[1:])
         if is_text and self._pad is None and lengths is not None:
             self._pad = _behind(x, lengths)
         pad, pairs, found = self._pad if is_text else None, rows > 1 and not self._tight, self.exam

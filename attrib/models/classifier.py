@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
+from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
@@ -42,7 +43,8 @@ class Classifier:
     together from then on. ``exam`` is what was found.
 
     module       maps (N, *input) to logits (N, K) or to other scores, perhaps by way of ``output``
-    layers       role -> module path, e.g. {"bottleneck": "features.17"}; None leaves the role out
+    layers       role -> module path, e.g. {"bottleneck": "features.17"}. None leaves the role out, as if it were not
+                 named: cam and bottleneck are then found out when they are asked for (``default_layers``)
     rows         how many rows go through the net at a time; halved when memory runs out
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the net is tried on noise images of this shape, and their logits are compared before and
@@ -90,6 +92,7 @@ class Classifier:
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
         self._graphs: list[Graph] = []
         self._compared: set[torch.Size] = set()  # shapes of inputs on which a graph gave the net's logits
+        self.defaults: dict[str, DefaultLayer] = {}  # role -> what was found out, where no layer was named
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
             if path not in names:
@@ -255,12 +258,36 @@ class Classifier:
         # Here and below a copy goes in, because a net may change what it is given in place.
         return self.chunked(lambda rows: self.module(x[rows].clone()), len(x))
 
-    def path(self, role: str) -> str:
-        """The module path of a role. Raises UserError if the model does not define it."""
-        if role not in self.layers:
+    def path(self, role: str, shape: tuple[int, ...] | None = None) -> str:
+        """The module path of a role.
+
+        Where none is named, that of ``cam`` and ``bottleneck`` is found out for images or sounds of ``shape``, by
+        default those that the net has been tried on. A randomised copy has the layers of its original.
+
+        Raises UserError for a role that has no layer.
+        """
+        if role in self.layers:
+            return self.layers[role]
+        if role in self.defaults:
+            return self.defaults[role].path
+        if self.original is not self:
+            return self.original.path(role, shape)
+        shape = shape or self.input_shape or self._admission.shape
+        if role not in ROLES or shape is None:
             known = ", ".join(sorted(self.layers)) or "none"
             raise UserError(f"the model has no layer for the role {role!r} (only: {known}); set model.layers.{role}")
-        return self.layers[role]
+
+        def look(path: str) -> Reading | None:
+            try:
+                return self._reading(path, shape, "auto", path)
+            except UserError:
+                return None
+
+        like, passed = torch.empty(0, device=self.device, dtype=self.dtype), self.passed
+        found = self.defaults[role] = default_layer(self.module, role, shape, like, look)
+        self.passed = passed
+        log.info("model.layers.%s=%s, which nobody named: %s", role, found.path, found.why)
+        return found.path
 
     def layer(self, role: str) -> nn.Module:
         return self.module.get_submodule(self.path(role))
@@ -273,7 +300,12 @@ class Classifier:
         """
         if self.original is not self:
             return self.original.reading(role, shape, said)
-        path = self.path(role)
+        path = self.path(role, shape)
+        return self._reading(
+            path, shape, said, f"model.layers.{role}: the layer {path} of {type(self.module).__name__}"
+        )
+
+    def _reading(self, path: str, shape: tuple[int, ...], said: str, what: str) -> Reading:
         among: tuple[Name, ...] = ("channels_first", "channels_last", "tokens", "vector")
         among = ("tokens",) if said == "tokens" else among if len(shape) == 3 else (*among[:2], "vector")
         if (path, shape, among) not in self._readings:
@@ -284,7 +316,7 @@ class Classifier:
                     shape,
                     torch.empty(0, device=self.device, dtype=self.dtype),
                     among,
-                    f"model.layers.{role}: the layer {path} of {type(self.module).__name__}",
+                    what,
                     lambda layer: described(self.module, path, layer, (shape[-2], shape[-1])),
                 )
             finally:

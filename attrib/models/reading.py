@@ -5,6 +5,9 @@ Sizes prove nothing: (7, 7, 768) may be 7 channels of 7 x 768 places or 7 x 7 pl
 one after the other. Every place of the layer answers most to the bands that it looks at, which says where on the image
 it stands. A *reading* is right if the places that it names stand where it says, row by row and column by column.
 Attention mixes places, but a place still answers most to its own part of the image.
+
+What a net says of its tokens itself (the configurations of Hugging Face, the fields of timm's nets) is a second
+witness: it decides where the places do not, and where the two contradict each other, nothing is decided.
 """
 
 from __future__ import annotations
@@ -121,7 +124,8 @@ def find(
     what    the layer, for messages
     described   what the net itself says of a layer (B, *shape), which decides where the places do not
 
-    Raises UserError where no reading, or more than one, explains which places answer.
+    Raises UserError where no reading, or more than one, explains which places answer, and where the net says
+    otherwise of its tokens.
     """
     votes: dict[Reading, int] = {}
     found: dict[Reading, float] = {}
@@ -140,7 +144,7 @@ def find(
         if found[best] >= (ENOUGH_OF_FEW if few else ENOUGH):
             votes[best] = votes.get(best, 0) + 1
             if votes[best] == (2 if few else 1):
-                return best
+                return _agreed(best, described(shape), what)
     # Nothing is told apart by where it stands. A single place (after global pooling, say) stands everywhere.
     for name, space in _space(input_shape, shape, among).items():
         if name != "tokens" and all(shape[axis] == 1 for axis in space):
@@ -161,8 +165,22 @@ def _space(input_shape: Sequence[int], shape: Sequence[int], among: Sequence[Nam
     return {name: space for name, space in known.items() if name in among and len(shape) == len(space) + 1}
 
 
+def _agreed(found: Reading, said: Reading | None, what: str) -> Reading:
+    if said is None or said.name != "tokens" or found.name != "tokens" or said == found:
+        return found
+    raise UserError(
+        f"{what}: changing parts of the input shows its tokens to be {found}, but by what the net says of itself they "
+        f"are {said}. Set layout to the one that is right where the method is configured; else take another layer"
+    )
+
+
 def described(net: nn.Module, path: str, shape: Sequence[int], image: tuple[int, int]) -> Reading | None:
-    """What a module says of its own output (B, *shape): by PyTorch's definition of its class, or as timm's nets do."""
+    """What is known of a layer's output (B, *shape): by PyTorch's definition of its class, or by what the net says.
+
+    timm's nets say how many tokens stand in front of the grid, and how large it is; Hugging Face's configurations give
+    the size of a patch, and their nets hold the tokens in front as parameters. Either counts only if it makes the
+    number of tokens that the layer has.
+    """
     layer = net.get_submodule(path)
     if len(shape) == 3:
         # Subclasses of these two may permute, as timm's LayerNorm2d does.
@@ -170,15 +188,39 @@ def described(net: nn.Module, path: str, shape: Sequence[int], image: tuple[int,
             return Reading("channels_last", (shape[0], shape[1]))
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
             return Reading("channels_first", (shape[1], shape[2]))
-    for parent, module in net.named_modules():
-        prefix, embed = getattr(module, "num_prefix_tokens", None), getattr(module, "patch_embed", None)
-        if len(shape) != 2 or not isinstance(prefix, int) or (parent and not path.startswith(f"{parent}.")):
-            continue
-        size = getattr(embed, "dynamic_feat_size", None)
-        h, w = size(image) if callable(size) else (0, 0)
-        if h * w and h * w + prefix == shape[0]:
-            return Reading("tokens", (h, w), prefix)
-    return None
+    if len(shape) != 2:
+        return None
+    around = (module for parent, module in net.named_modules() if not parent or path.startswith(f"{parent}."))
+    readings = (says(module, image) for module in around for says in (_timm_says, _hugging_face_says))
+    fitting = (r for r in readings if r and r.grid[0] * r.grid[1] + r.prefix == shape[0])
+    return next(fitting, None)
+
+
+def _timm_says(net: nn.Module, image: tuple[int, int]) -> Reading | None:
+    prefix, embed = getattr(net, "num_prefix_tokens", None), getattr(net, "patch_embed", None)
+    size = getattr(embed, "dynamic_feat_size", None)
+    if not isinstance(prefix, int) or not callable(size):
+        return None
+    h, w = size(image)
+    return Reading("tokens", (h, w), prefix) if h * w else None
+
+
+# The parameters that transformers' vision nets put in front of the patches. ``mask_token`` is none: it replaces some.
+_TOKENS_IN_FRONT = ("cls_token", "distillation_token", "register_tokens")
+
+
+def _hugging_face_says(net: nn.Module, image: tuple[int, int]) -> Reading | None:
+    config = getattr(net, "config", None)
+    patch = getattr(config, "patch_size", None) if hasattr(config, "model_type") else None
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        return None
+    h, w = (length // side for length, side in zip(image, sides, strict=True))
+    front = {name.rpartition(".")[2]: value.shape[-2] for name, value in net.named_parameters() if value.ndim == 3}
+    counts = {name: front.get(name, 0) for name in _TOKENS_IN_FRONT}
+    if getattr(config, "num_register_tokens", None) not in (None, counts["register_tokens"]):
+        return None
+    return Reading("tokens", (h, w), sum(counts.values())) if h * w else None
 
 
 @torch.no_grad()

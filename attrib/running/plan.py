@@ -155,6 +155,7 @@ def spec_of(plan: Plan) -> dict[str, Any]:
         "exam": exam_of(experiment.model),
         "output": _output(experiment.model),
         "layers": experiment.layers,
+        **_defaults(experiment),
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),
         "maps": dict(experiment.method.MAPS),
@@ -186,6 +187,13 @@ def _output(model: Classifier) -> dict[str, Any]:
         "probabilities": model.link,
         "class_names": None if names is None else list(names),
     }
+
+
+def _defaults(experiment: Experiment) -> dict[str, Any]:
+    """Why those layers were chosen that nobody named."""
+    found = experiment.model.original.defaults
+    why = {role: found[role].why for role in experiment.layers if role in found}
+    return {"default_layers": why} if why else {}
 
 
 def _randomised(variant: Variant, plan: Plan) -> dict[str, Any]:
