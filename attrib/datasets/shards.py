@@ -95,7 +95,10 @@ class ShardedImages(ImageDataset):
         settings: Sequence[Any] = (),
     ) -> None:
         self._shards = shards_of(root, self.SUFFIX, split)
-        self._settings, self._memory = tuple(settings), Path(index) / "state" / "fingerprints" / "shards" if index else None
+        self._settings, self._memory = (
+            tuple(settings),
+            Path(index) / "state" / "fingerprints" / "shards" if index else None,
+        )
         table = self._indexed()
         given = read_classes(classes) if classes else None
         names = dict(given.names) if given else self._names()
