@@ -236,8 +236,10 @@ def test_a_picture_that_vanishes_during_the_run(job, during):
     assert states.pop("p005") == "failed"
     assert set(states.values()) == {"ok"}
     again = job()
-    assert again.status == 2  # the list of labels names it
-    assert "p005.png" in again.err
+    assert again.status == 0
+    assert "maps_present=5 scores_computed=0 scores_present=5 failed=1" in again.out
+    reasons = [entry["reason"] for entry in only_cell(job.root).ledger.entries()]
+    assert "line 7: there is no image p005.png" in reasons[-1], "the list of labels names it"
     path.write_bytes(picture)
     job.finishes(1)
 

@@ -16,7 +16,7 @@ from torchvision.transforms import functional as tv
 from attrib.datasets import DigitsCanvas, ImageFolder, ImageTransform
 from attrib.metrics import EHR, Localisation
 from attrib.noise import Noise
-from attrib.types import Batch, SampleError, UserError
+from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 SMALL = ImageTransform(16)
 
@@ -235,7 +235,11 @@ def test_a_missing_and_a_double_row_cost_their_samples_the_label(tmp_path, caplo
     dataset = ImageFolder(
         str(tmp_path / "images"), SMALL, labels=str(tmp_path / "labels.csv"), classes=str(tmp_path / "classes.json")
     )
-    assert dataset.batch(dataset.uids).target.tolist() == [0, -1, -1, 1, -1]
+    assert dataset.uids == ("a", "b", "c", "d", "e", "gone")
+    assert dataset.batch(dataset.uids[:5]).target.tolist() == [0, -1, -1, 1, -1]
+    with pytest.raises(SampleError, match=r"line 8: there is no image gone\.png"):
+        dataset.batch(["gone"])
+    assert dataset.fingerprint("gone") == UNREADABLE
     assert "gives no label to 3 of 5 images" in caplog.text
     assert "line 8: there is no image gone.png (1 of 7 rows are of images that are not there)" in caplog.text
     assert list(dataset.label_problems) == ["b", "c", "e"]

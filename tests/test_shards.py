@@ -113,7 +113,7 @@ def test_the_index_is_remembered_until_its_shard_changes(kind, tmp_path, monkeyp
     first = build(str(root), SMALL, index=work)
     shards = sorted(p.name for p in root.rglob(f"*.{'tar' if kind == 'tar' else kind}"))
     assert sorted(scanned) == shards
-    assert len(list((tmp_path / "work" / "state" / "index").iterdir())) == len(shards)
+    assert len(list((tmp_path / "work" / "state" / "fingerprints" / "shards").iterdir())) == len(shards)
     prints = {u: first.fingerprint(u) for u in first.uids}
     monkeypatch.setattr(build, "read", lambda *a: pytest.fail("an image is read"))
     again = build(str(root), SMALL, index=work)
@@ -124,7 +124,7 @@ def test_the_index_is_remembered_until_its_shard_changes(kind, tmp_path, monkeyp
     touched.write_bytes(touched.read_bytes())
     build(str(root), SMALL, index=work)
     assert scanned[len(shards) :] == [shards[0]], "only what has changed"
-    for memory in (tmp_path / "work" / "state" / "index").iterdir():
+    for memory in (tmp_path / "work" / "state" / "fingerprints" / "shards").iterdir():
         memory.write_bytes(b"damaged")
     assert build(str(root), SMALL, index=work).uids == first.uids
     assert build(str(root), SMALL).uids == first.uids, "no work directory, no memory"
@@ -367,7 +367,7 @@ def test_a_run_on_shards_with_a_truncated_one(tmp_path, capfd, monkeypatch):
     assert "maps_computed=2" in result.out, result.err
     cell = only_cell(tmp_path / "work")
     assert {e["uid"] for e in cell.ledger.entries()} >= {"imagenet-val-000001.tar"}
-    assert list((tmp_path / "work" / "state" / "index").glob("*.cache"))
+    assert list((tmp_path / "work" / "state" / "fingerprints" / "shards").glob("*.cache"))
     scanned, scan = [], TarShards.scan
     monkeypatch.setattr(TarShards, "scan", lambda self, shard: (scanned.append(shard.name), scan(self, shard))[1])
     assert "maps_present=2" in run(*arguments).out

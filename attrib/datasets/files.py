@@ -212,10 +212,12 @@ def read_classes(path: str | Path, field: str = "dataset.classes") -> Classes:
 
 
 class Labels(NamedTuple):
-    """by_file: file -> class index, -1 where it has none; problems: file -> why not."""
+    """by_file: file -> class index, -1 where it has none; problems: file -> why not; gone: files that have a row only,
+    and where."""
 
     by_file: Mapping[str, int]
     problems: Mapping[str, str]
+    gone: Mapping[str, str]
 
 
 def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None) -> Labels:
@@ -228,7 +230,8 @@ def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None)
     field = "dataset.labels"
     labels: dict[str, int] = {}
     problems: dict[str, str] = {}
-    for where, row in _rows_of_files(path, ("label",), files, field):
+    rows, gone = _rows_of_files(path, ("label",), files, field)
+    for where, row in rows:
         file, text = row["file"], row["label"].strip()
         label = _label(text, classes, where)
         if isinstance(label, str):
@@ -244,7 +247,7 @@ def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None)
             "%s: %s gives no label to %d of %d images; the first: %s",
             *(field, path, len(problems), len(files), next(iter(problems.values()))),
         )
-    return Labels({f: -1 if f in problems else labels[f] for f in files}, problems)
+    return Labels({f: -1 if f in problems else labels[f] for f in files}, problems, gone)
 
 
 def _label(text: str, classes: Classes | None, where: str) -> int | str:
@@ -265,20 +268,23 @@ def _label(text: str, classes: Classes | None, where: str) -> int | str:
 
 def _rows_of_files(
     path: str | Path, columns: Sequence[str], files: Sequence[str], field: str
-) -> list[tuple[str, dict[str, str]]]:
-    """Like ``read_rows`` of a table with a column ``file``: the rows of ``files``, a warning if there are others.
+) -> tuple[list[tuple[str, dict[str, str]]], dict[str, str]]:
+    """Like ``read_rows`` of a table with a column ``file``: the rows of ``files``; and what is wrong with those of
+    others, of which there is a warning.
 
-    Raises UserError if no row is of one of them.
+    Raises UserError if no row is of one of ``files``.
     """
     known, rows = set(files), read_rows(path, ("file", *columns), field)
-    strange = [(where, row["file"]) for where, row in rows if row["file"] not in known]
-    if strange:
-        where, file = strange[0]
-        about = f"{where}: there is no image {shown(file)}"
-        if len(strange) == len(rows):
+    gone = {f: f"{where}: there is no image {shown(f)}" for where, row in rows if (f := row["file"]) not in known}
+    if "" in gone:
+        raise UserError(f"{gone['']}, its name is empty")
+    good = [(where, row) for where, row in rows if row["file"] in known]
+    if gone:
+        about, count = next(iter(gone.values())), len(rows) - len(good)
+        if not good:
             raise UserError(f"{about}, nor of any other row")
-        log.warning("%s (%d of %d rows are of images that are not there)", about, len(strange), len(rows))
-    return [(where, row) for where, row in rows if row["file"] in known]
+        log.warning("%s (%d of %d rows are of images that are not there)", about, count, len(rows))
+    return good, gone
 
 
 def read_boxes(path: str | Path, files: Sequence[str]) -> dict[str, tuple[Box, ...]]:
@@ -287,7 +293,7 @@ def read_boxes(path: str | Path, files: Sequence[str]) -> dict[str, tuple[Box, .
     Raises UserError if no row is of one of ``files``, and for a box that is no rectangle.
     """
     boxes: dict[str, tuple[Box, ...]] = {}
-    for where, row in _rows_of_files(path, Box._fields, files, "dataset.boxes"):
+    for where, row in _rows_of_files(path, Box._fields, files, "dataset.boxes")[0]:
         box = parse_box([row[c] for c in Box._fields], where)
         boxes[row["file"]] = (*boxes.get(row["file"], ()), box)
     return boxes

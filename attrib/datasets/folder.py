@@ -31,7 +31,8 @@ from attrib.types import SampleError, UserError
 class ImageFolder(InFiles, ImageDataset):
     """All images below ``root``.
 
-    labels   CSV file,label (the path below root; a class index or a name in ``classes``), for every image
+    labels   CSV file,label (the path below root; a class index or a name in ``classes``), for every image; a row
+             without its image is a sample that cannot be read
     boxes    CSV file,x1,y1,x2,y2 in pixels of the stored image; several rows per file, or none
     masks    instead of boxes, a folder with a PNG for every image that has a region; see ``MaskFolder``, also for
              ``mask_values`` and ``first_class``
@@ -68,16 +69,18 @@ class ImageFolder(InFiles, ImageDataset):
             raise UserError(f"dataset.root: {self._root} holds no images")
         index = read_classes(classes) if classes else None
         problems: Mapping[str, str] = {}
+        gone: Mapping[str, str] = {}
         by_file: Mapping[str, int]
         if labels:
-            by_file, problems = read_labels(labels, files, index)
+            by_file, problems, gone = read_labels(labels, files, index)
         else:
             if index is None:
                 folders = class_folders(self._root)
                 index = Classes(folders, {name: i for i, name in folders.items()})
             by_file = {file: _class_of_folder(file, index, self._root) for file in files}
-        self._files = uids_of(files)
-        self._labels = {uid: by_file[file] for uid, file in self._files.items()}
+        self._files = uids_of(sorted({*files, *gone}))
+        self._gone = {uid: gone[file] for uid, file in self._files.items() if file in gone}
+        self._labels = {uid: by_file.get(file, -1) for uid, file in self._files.items()}
         boxes_by_file = read_boxes(boxes, files) if boxes else {}
         self._boxes = {uid: boxes_by_file.get(file, ()) for uid, file in self._files.items()}
         self._masks = MaskFolder(masks, files, mask_values, first_class) if masks else None
@@ -86,6 +89,8 @@ class ImageFolder(InFiles, ImageDataset):
         self.label_problems = {uid: problems[file] for uid, file in self._files.items() if file in problems}
 
     def open(self, uid: str) -> BinaryIO:
+        if uid in self._gone:  # nor is it looked for: a table may name anything
+            raise SampleError(self._gone[uid])
         return open(self._root / self._files[uid], "rb")
 
     def sources(self, uid: str) -> tuple[str, ...]:

@@ -33,8 +33,14 @@ _WNID = re.compile(r"n\d{8}")
 
 
 class Layout(NamedTuple):
-    """name: the preset; what: the files that tell it from others; fits: whether they are there, None if any with the
-    suffix will do; kind, fields: how it is built; sharded: whether it takes ``index``."""
+    """A way in which sets lie on disk.
+
+    name      of the preset
+    what      the files that tell it from others
+    fits      whether they are there; None: any file with the suffix will do
+    kind, fields   how it is built
+    sharded   whether it takes ``index``
+    """
 
     name: str
     what: str

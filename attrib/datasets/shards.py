@@ -1,7 +1,7 @@
 """Images that lie many to a file: tar archives of WebDataset, Parquet and Arrow tables of Hugging Face.
 
 Where each image lies, its label and its digest are found by reading every shard once. A work directory remembers that
-below ``state/index/``, a file for each shard, under the shard's path, size and both times of change (see
+below ``state/fingerprints/shards/``, a file for each shard, under the shard's path, size and both times of change (see
 ``attrib.running.fingerprints``, which treats single files in the same way), so that later starts read no image.
 """
 
@@ -95,7 +95,10 @@ class ShardedImages(ImageDataset):
         settings: Sequence[Any] = (),
     ) -> None:
         self._shards = shards_of(root, self.SUFFIX, split)
-        self._settings, self._memory = tuple(settings), Path(index) / "state" / "index" if index else None
+        self._settings, self._memory = (
+            tuple(settings),
+            Path(index) / "state" / "fingerprints" / "shards" if index else None,
+        )
         table = self._indexed()
         given = read_classes(classes) if classes else None
         names = dict(given.names) if given else self._names()
