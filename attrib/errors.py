@@ -1,4 +1,4 @@
-"""The two kinds of failure, and the hint that a message about an unknown name ends with."""
+"""The two kinds of failure, and what makes a message fit to be printed."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ class SampleError(Exception):
 
     It goes to the failure ledger and the run goes on; see ``attrib.running.run``.
     """
+
+
+def printable(text: str) -> str:
+    """Without the control characters by which a text could move the cursor or write to the terminal's title.
+
+    For everything that comes from files: names, classes, reasons. Characters that no encoding can write (of a file name
+    that is no UTF-8) go too.
+
+    >>> printable("two\\tlines \\x1b[2J")
+    'two lines \ufffd[2J'
+    """
+    return "".join(c if c.isprintable() else " " if c in "\t\n" else "\ufffd" for c in text)

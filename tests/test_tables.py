@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import time
 
 import numpy as np
@@ -129,7 +130,13 @@ def test_samples_that_went_are_counted_nowhere(root):
     made.write_samples([], {})
     assert set(tables.rows(root)["method"]) == {"grad_cam", "ig"}
     (made.folder / "samples.json").write_text("{")
-    with pytest.raises(UserError, match=r"iba0000/samples\.json"):
+    broken: list[str] = []
+    assert set(tables.rows(root, broken)["method"]) == {"grad_cam", "ig"}
+    (line,) = broken
+    assert re.search(r"iba0000/samples\.json does not map", line)
+    for other in ("grad_cam", "ig"):
+        (root / f"photos.net.{other}.{other:.4}0000" / "samples.json").write_text("{")
+    with pytest.raises(UserError, match=r"samples\.json"):
         tables.rows(root)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from rich.text import Text
 from tqdm import tqdm
 
 from attrib.cli import common, parsers
+from attrib.errors import printable
+from attrib.process import exit_status
 from attrib.store.cell import cells
 from attrib.store.damaged import DAMAGED
-from attrib.store.workers import clock, counted, printable
+from attrib.store.workers import clock, counted
 from attrib.types import UserError
 from attrib.upkeep import cache, export, repair
 from attrib.upkeep.status_table import duration
@@ -101,7 +104,7 @@ def damages(root: Path) -> list[repair.Damage]:
     """Reads everything, with a bar on a terminal."""
     listed = repair.checks(root)
     bar = tqdm(listed, desc="reading", unit=" files", disable=not sys.stderr.isatty(), leave=False)
-    found = [damage for path, check in bar if (damage := check(path)) is not None and path.exists()]
+    found = [damage for path, check in bar if (damage := check(path)) is not None and os.path.lexists(path)]
     print(f"{counted(len(listed), 'file')} read, {len(found)} damaged")
     for damage in found:
         print(f"  {printable(f'{damage.path}: {damage.problem}')}")
@@ -156,7 +159,7 @@ def do_export(args: argparse.Namespace) -> int:
         print(f"  left out: {printable(reason)}")
     if len(done.skipped) > 20:
         print(f"  and {len(done.skipped) - 20} more")
-    return 1 if done.skipped else 0
+    return exit_status.report_broken(done.broken) or (1 if done.skipped else 0)
 
 
 def do_prune(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from attrib import report
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
+from attrib.process import exit_status
 from attrib.types import UserError
 
 
@@ -21,6 +22,7 @@ def _report(args: argparse.Namespace, command: str) -> int:
     out = args.out or args.root / "report.html"
     if not 0 < args.confidence < 1:
         raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
-    report.write(args.root, out, samples=args.samples, confidence=args.confidence, command=command)
+    broken: list[str] = []
+    report.write(args.root, out, samples=args.samples, confidence=args.confidence, command=command, broken=broken)
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
-    return 0
+    return exit_status.report_broken(broken)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
 from attrib.config.places import checked_folder
+from attrib.process import exit_status
 from attrib.results import formats, tables
 from attrib.running.options import Options
 from attrib.types import UserError
@@ -23,14 +24,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    text = draw(args)
+    broken: list[str] = []
+    text = draw(args, broken)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text, encoding="utf-8")
         print(f"wrote {args.out}")
     else:
         print(text, end="")
-    return 0
+    return exit_status.report_broken(broken)
 
 
 def conditions(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -45,8 +47,8 @@ def conditions(texts: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def draw(args: argparse.Namespace) -> str:
-    """The text of the table; "" if it went straight to the terminal."""
+def draw(args: argparse.Namespace, broken: list[str]) -> str:
+    """The text of the table; "" if it went straight to the terminal. ``broken`` gets what could not be read."""
     kind = args.format or SUFFIXES.get(args.out.suffix.lower() if args.out else "", None if args.out else "terminal")
     if kind is None:
         raise UserError(f"--out {args.out}: no format has this suffix; use {', '.join(SUFFIXES)} or --format")
@@ -61,7 +63,7 @@ def draw(args: argparse.Namespace) -> str:
         return draw_paper(args, kind)
     if len(args.root) > 1 or args.commands:
         raise UserError("expected one work directory; overrides and --commands go with paper=NAME")
-    frame = tables.rows(args.root[0] if args.root else Options.root)
+    frame = tables.rows(args.root[0] if args.root else Options.root, broken)
     if args.where:
         frame = tables.where(frame, conditions(args.where))
     if args.rows:

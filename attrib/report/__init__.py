@@ -19,6 +19,7 @@ import pandas as pd
 import attrib
 from attrib import sanity
 from attrib.drawing import pictures
+from attrib.errors import printable
 from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
@@ -31,23 +32,42 @@ from attrib.store.files import write_atomic
 IMAGE_BYTES = 11_000_000  # of all galleries together, so that the page stays below 15 MB
 
 
-def write(root: Path | str, out: Path | str, *, samples: int = 12, confidence: float = 0.95, command: str = "") -> Path:
-    """Write the page of a work directory. Raises UserError if there is nothing to show."""
+def write(
+    root: Path | str,
+    out: Path | str,
+    *,
+    samples: int = 12,
+    confidence: float = 0.95,
+    command: str = "",
+    broken: list[str] | None = None,
+) -> Path:
+    """Write the page of a work directory. Raises UserError if there is nothing to show. ``broken``: see ``page``."""
     out = Path(out)
-    write_atomic(out, page(root, samples=samples, confidence=confidence, command=command).encode())
+    text = page(root, samples=samples, confidence=confidence, command=command, broken=broken)
+    write_atomic(out, text.encode(errors="replace"))
     return out
 
 
-def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, command: str = "") -> str:
-    """The HTML. ``samples``: rows of each gallery, fewer where the pictures would make the page too large."""
-    root = Path(root)
-    cells = labels.labelled(root)
-    frame = tables.rows(root)
+def page(
+    root: Path | str,
+    *,
+    samples: int = 12,
+    confidence: float = 0.95,
+    command: str = "",
+    broken: list[str] | None = None,
+) -> str:
+    """The HTML. ``samples``: rows of each gallery, fewer where the pictures would make the page too large.
+
+    ``broken`` gets a line for each file that cannot be read; the page names them, too.
+    """
+    root, broken = Path(root), [] if broken is None else broken
+    cells = labels.labelled(root, broken)
+    frame = tables.rows(root, broken)
     every, frame = frame, sanity.without_randomised(cells, frame)  # randomised nets have a section of their own
     summary = tables.summary(frame, confidence)
     tests = tables.all_paired(frame, confidence=confidence)
     summary["tie"] = tables.ties(summary, tests, confidence)
-    scores = labels.metrics(item.cell for item in cells)
+    scores = labels.metrics(item.cell for item in cells)  # what is damaged of them is known by now
     styles = {c: curves.style(i) for i, c in enumerate(dict.fromkeys(summary["contender"]))}
 
     wides = formats.wide(summary)
@@ -85,12 +105,19 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    causal = graphs.graphs(root, IMAGE_BYTES // 3)
+    records = [run for item in cells for run in provenance.runs(item.cell, broken)]
+    broken += [f"{root / 'graphs' / one.title}: {problem}" for one in causal for problem in one.problems]
+    if (state := root / "state").exists() and not state.is_dir():
+        broken.append(f"{state}: not a folder")
+    broken[:] = dict.fromkeys(broken)
     return environment.get_template("page.html.jinja").render(
         title=f"{root.resolve().name}: attribution report",
         facts=headline.facts(frame),
         blocks=blocks,
         checks=agreement.checks(cells, every, styles, confidence),
-        graphs=graphs.graphs(root, IMAGE_BYTES // 3),
+        graphs=causal,
+        broken=[printable(line) for line in broken],
         styles=styles,
         long=formats.long_table(summary, confidence),
         level=formats.percent(confidence),
@@ -99,7 +126,7 @@ def page(root: Path | str, *, samples: int = 12, confidence: float = 0.95, comma
         failures=provenance.failures(every),
         costs=provenance.costs(cells),
         provenance=provenance.provenance(cells),
-        runs=[run for item in cells for run in provenance.runs(item.cell)],
+        runs=records,
         specs=[(c.cell.folder.name, json.dumps(c.spec, indent=2, ensure_ascii=False)) for c in cells],
         drawn={
             "date": time.strftime("%Y-%m-%d %H:%M %Z"),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
 
 from attrib import sanity
 from attrib.drawing import pictures
@@ -16,6 +15,7 @@ from attrib.report.curves import Style, style
 from attrib.results import formats, labels
 from attrib.results import tables as views
 from attrib.sanity import MEASURES, CellPair, SanityVerdict
+from attrib.store.inputs import drawable, stored_array
 from attrib.types import UserError
 
 SAMPLES = 3  # whose maps are drawn ...
@@ -190,9 +190,10 @@ def _strips(pairs: Sequence[CellPair], styles: Mapping[str, Style]) -> dict[str,
 
 
 def _map(item: labels.Labelled, key: tuple[str, str], name: str) -> np.ndarray | None:
+    map = stored_array(item.cell.maps, key, name)
     try:
-        return item.cell.maps.read(key, [name])[name]
-    except (KeyError, OSError, SafetensorError):
+        return None if map is None else drawable(map)
+    except ValueError:
         return None
 
 

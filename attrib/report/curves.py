@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from attrib.drawing import pictures
 from attrib.results.labels import Labelled, ScoreFolder
-from attrib.store.cell import Arrays
+from attrib.store.cell import READING, Arrays
 from attrib.store.files import Key
+from attrib.store.reading import regular
 
 MOST_CURVES = 2_000  # samples whose curves are read, per method: more would not change the band visibly
 MOST_LOSSES = 24
@@ -52,6 +53,7 @@ def _read(arrays: Arrays, wanted: Iterable[Key], name: str) -> tuple[list[np.nda
     found, damaged = [], 0
     for path, records in by_file.items():
         try:
+            regular(path)
             with safe_open(path, framework="numpy") as file:
                 for record in records:
                     value = file.get_tensor(f"{record.position}/{name}")
@@ -59,7 +61,7 @@ def _read(arrays: Arrays, wanted: Iterable[Key], name: str) -> tuple[list[np.nda
                         found.append(value)
                     else:
                         damaged += 1
-        except (SafetensorError, OSError):
+        except READING:
             damaged += len(records)
     return found, damaged
 
@@ -86,6 +88,8 @@ def means(
             if not folder.curves:
                 continue
             arrays = item.cell.curves(folder.folder)
+            arrays.index()
+            item.broken.extend(arrays.broken)
             own = mine[mine["metric"] == folder.label]
             for (map_name, contender), group in own.groupby(["map", "contender"], observed=True, sort=False):
                 wanted = list(dict.fromkeys(zip(group["uid"], group["fingerprint"])))

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
 
 from attrib.drawing import pictures, spectrogram
 from attrib.results.labels import Labelled
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
+from attrib.store.inputs import NO_INPUT, drawable, kept_input, stored_array
+from attrib.store.inputs import known as known_inputs
 
 LONGEST = 224  # pixels of a thumbnail's longer side
 
@@ -58,7 +59,7 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
     keys_of = [current_keys(c, frame) for c in cells]
     current = {key for known in keys_of for key in known.values()}
-    pictured = list(dict.fromkeys(key[0] for store in inputs for key in store.index() if key in current))
+    pictured = list(dict.fromkeys(key[0] for store in inputs for key in known_inputs(store) if key in current))
     stored = list(dict.fromkeys(uid for known in keys_of for uid in known))
     uids = pictured or sorted(stored)
     if not uids or samples < 1:
@@ -101,33 +102,6 @@ def current_keys(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
     return known | {u: (u, f) for u, f in rows.itertuples(index=False, name=None) if (u, f) in index}
 
 
-def stored_array(arrays: Arrays, key: Key, name: str) -> np.ndarray | None:
-    try:
-        return arrays.read(key, [name])[name]
-    except (KeyError, OSError, SafetensorError):
-        return None
-
-
-# What is kept of an input: image, wave or word numbers; region of interest; names, tokens and the like.
-_Input = tuple[np.ndarray | None, np.ndarray | None, Mapping[str, Any]]
-NO_INPUT: _Input = (None, None, {})
-
-
-def kept_input(stores: Sequence[Arrays], key: Key) -> _Input:
-    """What is kept of the input with this uid and fingerprint."""
-    store = next((store for store in stores if key in store.index()), None)
-    return (
-        NO_INPUT
-        if store is None
-        else (stored_array(store, key, _content(store, key)), stored_array(store, key, "roi"), store.index()[key].info)
-    )
-
-
-def _content(store: Arrays, key: Key) -> str:
-    info = store.index()[key].info
-    return "words" if "tokens" in info else "wave" if "rate" in info else "image"
-
-
 def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
     keys = dict.fromkeys(known[uid] for _, known, *_ in columns if uid in known)
     inputs_of = {key: kept_input(inputs, key) for key in keys}  # more than one where cells are about other data
@@ -148,7 +122,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
             tiles.append(_tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item)))
     image = None if "tokens" in info else image
     if image is not None:
-        image = spectrogram.draw(image, info["rate"], roi=roi) if "rate" in info else pictures.outlined(image, roi)
+        image = spectrogram.draw(image, int(info["rate"]), roi=roi) if "rate" in info else pictures.outlined(image, roi)
     drawn = "" if image is None else pictures.data_uri(image, photo=_photo(image), longest=LONGEST)
     name, target = str(info.get("name") or ""), info.get("target")
     if target is not None:
@@ -170,10 +144,14 @@ def _tile(
     problem: str,
     sound: bool,
 ) -> Tile:
+    try:
+        map = drawable(map)
+    except ValueError as error:
+        return Tile(scores=scores, problem=problem or str(error))
     sign, tokens = "±" if signed else "", [str(t) for t in info.get("tokens", ())]
     if sound and map.ndim == 1:
         if image is not None and image.shape == map.shape:
-            drawn = spectrogram.draw(image, info["rate"], map, roi, signed)
+            drawn = spectrogram.draw(image, int(info["rate"]), map, roi, signed)
         else:  # the map alone, below silence
             drawn = spectrogram.draw(np.zeros(map.shape), len(map), map, None, signed)
         uri = pictures.data_uri(drawn, photo=True, longest=LONGEST)

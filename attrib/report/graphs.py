@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 from attrib.causal.subnetwork import summary
 from attrib.drawing import pictures
 from attrib.results import formats
+from attrib.store.reading import content, document
+from attrib.store.schemas import CausalGraph, GraphLayer
 
 LONGEST = 1100  # pixels of a picture's longer side
 
@@ -45,11 +48,11 @@ def _graphs(folder: Path, budget: int) -> GraphSection:
     rows: list[dict[str, str]] = []
     for path in sorted(folder.glob("class_*.json"), key=lambda p: (len(p.name), p.name)):
         try:
-            about = json.loads(path.read_text())["graph"]
-            caption = f"{about['class']} {about['name']}".strip()
-            rows.append({"class": caption, "samples": str(about["samples"]), **_layers(about["layers"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path.name}: {type(error).__name__}: {error}")
+            about = document(path, CausalGraph).graph
+            caption = f"{about.class_} {about.name}".strip()
+            rows.append({"class": caption, "samples": str(about.samples), **_layers(about.layers)})
+        except OSError as error:
+            problems.append(f"{path.name}: {str(error).removeprefix(f'{path}: ')}")
             continue
         image = _picture(path.with_suffix(".png"), problems)
         if image and used + len(image) > budget and images:
@@ -59,28 +62,28 @@ def _graphs(folder: Path, budget: int) -> GraphSection:
             images.append((caption, image))
     tables = [_sizes(rows)] if rows else []
     for name, draw in (("effect.csv", _effect), ("bootstrap.csv", _bootstrap)):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             try:
-                tables.append(draw(pd.read_csv(folder / name)))
-            except (OSError, ValueError, KeyError) as error:
+                tables.append(draw(pd.read_csv(io.BytesIO(content(folder / name)))))
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 problems.append(f"{name}: {type(error).__name__}: {error}")
     return GraphSection(folder.name, images, left, tables, stability, problems)
 
 
 def _picture(path: Path, problems: list[str]) -> str:
-    if not path.exists():
+    if not os.path.lexists(path):
         return ""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content(path))) as image:
             return pictures.data_uri(np.asarray(image.convert("RGB")), longest=LONGEST)
-    except (OSError, SyntaxError) as error:  # PIL raises both for damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL, for damaged files
         problems.append(f"{path.name}: {type(error).__name__}: {error}")
         return ""
 
 
-def _layers(layers: Sequence[dict]) -> dict[str, str]:
+def _layers(layers: Sequence[GraphLayer]) -> dict[str, str]:
     mark = {"fallback": "*"}
-    return {layer["path"]: f"{layer['causes']}/{layer['candidates']}{mark.get(layer['how'], '')}" for layer in layers}
+    return {layer.path: f"{layer.causes}/{layer.candidates}{mark.get(layer.how, '')}" for layer in layers}
 
 
 def _sizes(rows: Sequence[dict[str, str]]) -> formats.TextTable:

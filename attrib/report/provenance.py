@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from attrib.results import formats
 from attrib.results.labels import AXES, Labelled
 from attrib.store.cell import Cell
+from attrib.store.reading import document
+from attrib.store.schemas import Environment
 
 MOST_UIDS = 50  # uids listed per kind of failure
 
@@ -36,9 +39,11 @@ def costs(cells: Sequence[Labelled]) -> list[dict[str, Any]]:
     found = []
     for item in cells:
         infos = [record.info for record in item.maps().values()]
-        seconds = np.array([i["seconds"] for i in infos if "seconds" in i], dtype=float)
-        rows = np.array([i["rows"] for i in infos if "rows" in i], dtype=float)
-        memory = max((i["memory"] for i in infos if "memory" in i), default=math.nan)
+        seconds, rows, memories = (
+            np.array([i[name] for i in infos if i.get(name) is not None], dtype=float)
+            for name in ("seconds", "rows", "memory")
+        )
+        memory = memories.max(initial=-math.inf) if memories.size else math.nan
         found.append(
             {
                 **{axis: getattr(item, axis) for axis in AXES},
@@ -77,27 +82,34 @@ def provenance(cells: Sequence[Labelled]) -> list[tuple[str, list[str]]]:
     return [*shown, ("Versions", [v for values in versions.values() for v in dict.fromkeys(values)])]
 
 
-def runs(cell: Cell) -> list[dict[str, Any]]:
+def runs(cell: Cell, broken: list[str]) -> list[dict[str, Any]]:
     """Every run of a cell: its counts and its environment, as far as it wrote them."""
     found = []
     for folder in sorted((cell.folder / "runs").glob("*")):
-        about = _json(folder / "environment.json")
+        about = _document(folder / "environment.json", broken)
+        try:
+            known = msgspec.convert(about, Environment)
+        except msgspec.ValidationError as error:
+            known = Environment()
+            broken.append(f"{folder / 'environment.json'}: {error}")
         found.append(
             {
                 "cell": cell.folder.name,
                 "run": folder.name,
-                "counts": _json(folder / "summary.json"),
-                "command": shlex.join(about.get("command", ())),
-                "machine": about.get("machine", ""),
+                "counts": _document(folder / "summary.json", broken),
+                "command": shlex.join(known.command),
+                "machine": known.machine,
                 "environment": json.dumps(about, indent=2, ensure_ascii=False) if about else "",
             }
         )
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _document(path: Path, broken: list[str]) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return document(path, dict[str, Any])
+    except (FileNotFoundError, NotADirectoryError):
         return {}  # a killed run has no summary
-    return value if isinstance(value, dict) else {}
+    except OSError as error:
+        broken.append(str(error))
+        return {}

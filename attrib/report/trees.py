@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,12 @@ import pandas as pd
 
 from attrib.agglomeration.trees import Node, Tree
 from attrib.drawing import pictures
-from attrib.report.gallery import NO_INPUT, current_keys, kept_input, stored_array
+from attrib.report.gallery import current_keys
 from attrib.results.labels import Labelled
 from attrib.store.cell import Arrays
+from attrib.store.inputs import kept_input, stored_array
+from attrib.store.inputs import known as known_inputs
+from attrib.store.reading import parsed
 from attrib.types import UserError
 
 NAME = "tree"  # of the document
@@ -75,7 +77,7 @@ def hierarchies(
             continue
         inputs = [Arrays(root / "state" / f"pictures.{item.spec['pictures']}")]
         known = current_keys(item, frame)
-        pictured = [uid for uid, key in known.items() if key in inputs[0].index()]
+        pictured = [uid for uid, key in known.items() if key in known_inputs(inputs[0])]
         for uid in (pictured or sorted(known))[:samples]:
             one = _hierarchy(item, uid, known[uid], inputs)
             used += one.size
@@ -87,16 +89,16 @@ def hierarchies(
 
 def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[Arrays]) -> Hierarchy:
     stored = stored_array(item.cell.maps, key, NAME)
-    content, _, info = kept_input(inputs, key) if any(key in store.index() for store in inputs) else NO_INPUT
+    content, _, info = kept_input(inputs, key)
     name, target = str(info.get("name") or ""), info.get("target")
     name = f"{name} ({target})" if name else "" if target is None else f"class {target}"
     try:
         if stored is None:
             raise UserError("no tree stored")
-        tree = Tree.from_json(json.loads(stored.tobytes()))
+        tree = Tree.from_json(parsed(stored.tobytes(), dict[str, Any]))
         if not tree.nodes:
             raise UserError("a text without words has no tree")
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, OverflowError, AttributeError, IndexError) as error:
         return Hierarchy(item.method, uid, name, problem=str(error))
     palette = _Palette(tree.nodes)
     if len(tree.shape) == 1:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from attrib import keys
 from attrib.store.cell import Cell, Record, cells, counts
 from attrib.store.files import Key
+from attrib.store.reading import document, fits
+from attrib.store.schemas import MetricNote, Spec
 from attrib.types import UserError
 
 AXES = ("dataset", "model", "method")
@@ -30,6 +32,7 @@ class Labelled:
 
     ``samples``: the uids the cell is about now, with the fingerprint that counts or None, if any does;
     None if the cell has no samples.json (no run filled it); all that it holds counts then.
+    ``broken``: files of the work directory that turned out to be damaged, one list for all its cells.
     """
 
     cell: Cell
@@ -38,6 +41,7 @@ class Labelled:
     model: str
     method: str
     samples: Mapping[str, str | None] | None = None
+    broken: list[str] = field(default_factory=list, compare=False)
 
     def about(self, uid: str) -> bool:
         return self.samples is None or uid in self.samples
@@ -48,17 +52,31 @@ class Labelled:
 
     def maps(self) -> dict[Key, Record]:
         """The stored maps that count."""
-        return {key: record for key, record in self.cell.maps.index().items() if self.counts(*key)}
+        try:
+            index = self.cell.maps.index()
+        except OSError as error:
+            self.broken.append(f"{self.cell.maps.folder}: {error}")
+            return {}
+        self.broken.extend(line for line in self.cell.maps.broken if line not in self.broken)
+        return {key: record for key, record in index.items() if self.counts(*key)}
 
 
-def labelled(root: Path | str) -> list[Labelled]:
-    """Every cell of a work directory with its labels.
+def labelled(root: Path | str, broken: list[str] | None = None) -> list[Labelled]:
+    """Every cell of a work directory with its labels; one of which spec.json or samples.json is damaged is left out.
 
     A label is the name from the configuration. Where one name stands for several things, the fields
     that differ follow: ``iba (beta=1)``, ``iba (beta=10)``. No two cells have all three labels in common.
-    Raises UserError if there is no cell.
+    Raises UserError if there is no cell, or none that can be read.
     """
-    found = [(cell, _spec(cell)) for cell in cells(Path(root))]
+    broken = [] if broken is None else broken
+    found = []
+    for cell in cells(Path(root)):
+        try:
+            found.append((cell, _spec(cell), cell.about()))
+        except (UserError, OSError) as error:
+            broken.append(str(error))
+    if not found and broken:
+        raise UserError(f"no cell of {root} can be read: {broken[0]}")
     if not found:
         raise UserError(
             f"{root} holds no results: no <dataset>.<model>.<method>.<key>/spec.json there. "
@@ -66,28 +84,29 @@ def labelled(root: Path | str) -> list[Labelled]:
         )
     columns = []
     for axis in AXES:
-        described = [_describe(spec, axis) for _, spec in found]
-        columns.append(_labels([(spec["names"][axis], *what) for (_, spec), what in zip(found, described)]))
+        described = [_describe(spec, axis) for _, spec, _ in found]
+        columns.append(_labels([(spec["names"][axis], *what) for (_, spec, _), what in zip(found, described)]))
     # Cells may also differ in what depends on the model or the data: the layers that are read, the fitted state.
     places = ["\0".join(names) for names in zip(*columns)]
-    others = [{**spec["layers"], "state": str(spec["state_key"])[:8]} for _, spec in found]
-    key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, _ in found]
+    others = [{**spec["layers"], "state": str(spec["state_key"])[:8]} for _, spec, _ in found]
+    key8 = [cell.folder.name.rsplit(".", 1)[-1] for cell, *_ in found]
     for i, label in enumerate(_labels(list(zip(places, key8, others)))):
         columns[2][i] = (columns[2][i] + label.removeprefix(places[i])).replace(") (", ", ")
     return [
-        Labelled(cell, spec, dataset, model, method, cell.about())
-        for (cell, spec), dataset, model, method in zip(found, *columns, strict=True)
+        Labelled(cell, spec, dataset, model, method, about, broken)
+        for (cell, spec, about), dataset, model, method in zip(found, *columns, strict=True)
     ]
 
 
 def _spec(cell: Cell) -> dict[str, Any]:
+    """Raises UserError or OSError."""
+    spec, path = cell.spec, cell.folder / "spec.json"
+    if missing := sorted(_SPEC - spec.keys()):
+        raise UserError(f"{path} does not say its {', '.join(missing)}")
     try:
-        spec = cell.spec
-        missing = [axis for axis in AXES if not isinstance(spec["names"][axis], str)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{cell.folder / 'spec.json'} is not the description of a cell: {error!r}") from error
-    if missing := [*missing, *sorted(_SPEC - spec.keys())]:
-        raise UserError(f"{cell.folder / 'spec.json'} does not say its {', '.join(missing)}")
+        fits(spec, Spec)
+    except ValueError as error:
+        raise UserError(f"{path} is not the description of a cell: {error}") from error
     return spec
 
 
@@ -100,7 +119,8 @@ def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
     if axis == "method":
         fields = {**spec["method"], "seed": spec["seed"]}
         return keys.digest(fields), fields
-    fields = dict(spec["config"].get(axis) or {})  # experiments made in Python have no configuration
+    config = spec["config"].get(axis)
+    fields = dict(config) if isinstance(config, Mapping) else {}  # experiments made in Python have no configuration
     if axis == "model":
         fields.pop("layers", None)  # which of them a method uses is the method's business
         fields["weights"] = str(spec["weights"])[:8]
@@ -149,17 +169,22 @@ class ScoreFolder:
     lost: bool = False
 
 
-def metrics(cell_list: Iterable[Cell]) -> dict[str, list[ScoreFolder]]:
-    """Cell name -> its folders of scores, labelled alike in all cells."""
-    found: list[tuple[str, str, dict[str, Any]]] = []
+def metrics(cell_list: Iterable[Cell], broken: list[str] | None = None) -> dict[str, list[ScoreFolder]]:
+    """Cell name -> its folders of scores, labelled alike in all cells. A damaged metric.json adds to ``broken``."""
+    found: list[tuple[str, str, MetricNote]] = []
     for cell in cell_list:
         for folder in cell.metrics():
             try:
-                described = json.loads((cell.folder / "scores" / folder / "metric.json").read_text())
-            except (OSError, ValueError):
-                described = {}  # killed before it was written; the scores are shown without a direction
-            found.append((cell.folder.name, folder, {"name": folder.rsplit(".", 1)[0], **described}))
-    things = [(d["name"], keys.digest(d.get("spec", folder)), d.get("spec") or {}) for _, folder, d in found]
+                note = document(cell.folder / "scores" / folder / "metric.json", MetricNote)
+            except OSError as error:
+                note = MetricNote()  # the scores are shown without a direction
+                if broken is not None and not isinstance(error, FileNotFoundError):  # else killed before it was written
+                    broken.append(str(error))
+            found.append((cell.folder.name, folder, note))
+    things = [
+        (d.name or folder.rsplit(".", 1)[0], keys.digest(folder if d.spec is None else d.spec), d.spec or {})
+        for _, folder, d in found
+    ]
     labels = _labels(things)
     seen = set()
     result: dict[str, list[ScoreFolder]] = {}
@@ -167,7 +192,7 @@ def metrics(cell_list: Iterable[Cell]) -> dict[str, list[ScoreFolder]]:
         if (name, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
         seen.add((name, label))
-        result.setdefault(name, []).append(ScoreFolder(folder, label, d.get("columns", {}), d.get("curves", {})))
+        result.setdefault(name, []).append(ScoreFolder(folder, label, d.columns, d.curves))
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from attrib.errors import printable
 from attrib.results import stats
 from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
 from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError
+
+log = logging.getLogger(__name__)
 
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
 WHERE = (*AXES, "metric", "map", "column")
@@ -32,7 +36,7 @@ _ITEM = ["uid", "map", "column"]
 # Reading ------------------------------------------------------------------------------------------------
 
 
-def rows(root: Path | str) -> pd.DataFrame:
+def rows(root: Path | str, broken: list[str] | None = None) -> pd.DataFrame:
     """Everything known about every sample: one row per (cell, map, metric, column, uid).
 
     ``dataset``, ``model``, ``method`` and ``metric`` are labels (see :func:`labelled`). ``state`` is
@@ -51,15 +55,30 @@ def rows(root: Path | str) -> pd.DataFrame:
     its failed and pending samples under an empty metric, map and column. ``contender`` is the method,
     with its map where a method has several. ``seconds``, ``rows``, ``memory`` and ``device`` are what the
     map took (:mod:`attrib.running.costs`; NaN and "" where nothing is noted), ``time`` is Unix time.
+
+    What cannot be read is left out, and ``broken`` gets a line for each such file; without that list it is a warning.
     Raises UserError if ``root`` holds no cell.
     """
-    listed = labelled(root)
-    by_cell = metrics(item.cell for item in listed)
+    found: list[str] = []
+    try:
+        return _rows(root, found)
+    finally:
+        if broken is not None:
+            broken += (line for line in dict.fromkeys(found) if line not in broken)
+        elif found:
+            log.warning("%d files of %s cannot be read, the first: %s", len(found), root, printable(found[0]))
+
+
+def _rows(root: Path | str, broken: list[str]) -> pd.DataFrame:
+    listed = labelled(root, broken)
+    by_cell = metrics((item.cell for item in listed), broken)
     parts = []
     for item in listed:
         maps = _maps(item)
         due = _due(item, maps)
         entries = _entries(item)
+        broken += item.cell.ledger.broken
+        broken += [f"{path}: not a folder" for path in item.cell.misplaced()]
         name = item.cell.folder.name
         own = by_cell.get(name) or [ScoreFolder("", "", {}, {})]
         for scores in (*own, *lost(entries["stage"], name, by_cell)):
@@ -77,7 +96,8 @@ def rows(root: Path | str) -> pd.DataFrame:
             )
     frame = pd.concat(parts, ignore_index=True)
     if frame.empty:
-        raise UserError(f"the cells in {root} hold no scores, maps or failures yet")
+        unread = f"; {len(broken)} files cannot be read, the first: {broken[0]}" if broken else ""
+        raise UserError(f"the cells in {root} hold no scores, maps or failures yet{unread}")
     several = frame["map"].where(frame["map"] != "").groupby(frame["method"]).transform("nunique") > 1
     named = several & (frame["map"] != "")
     frame["contender"] = frame["method"].where(~named, frame["method"] + " · " + frame["map"])
@@ -92,7 +112,7 @@ def _metric_rows(
     item: Labelled, scores: ScoreFolder, maps: pd.DataFrame, due: pd.DataFrame, entries: pd.DataFrame
 ) -> pd.DataFrame:
     empty = pd.DataFrame(columns=[*_ITEM, "fingerprint"])
-    table = item.cell.scores(scores.folder).table().to_pandas() if scores.folder else empty
+    table = _stored(item, scores.folder) if scores.folder else empty
     table = table[_counting(item, table)]
     if table.empty:
         names = itertools.product(item.spec["maps"], scores.columns) if scores.columns else [("", "")]
@@ -117,6 +137,13 @@ def _metric_rows(
         pending = pending[table.columns]
         table = pd.concat([table, pending] if len(pending) else [table]).drop_duplicates(_ITEM, keep="first")
     return table.merge(maps, how="left", on=["uid", "fingerprint"])
+
+
+def _stored(item: Labelled, folder: str) -> pd.DataFrame:
+    stored = item.cell.scores(folder)
+    found = stored.table().to_pandas()
+    item.broken.extend(stored.broken)
+    return found
 
 
 def _unanswered(entries: pd.DataFrame, wanted: pd.DataFrame, ok: pd.DataFrame, maps: pd.DataFrame) -> pd.DataFrame:

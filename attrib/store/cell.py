@@ -16,7 +16,9 @@ target, boxes), so data that changed on disk is computed anew.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +35,8 @@ from safetensors.numpy import save as to_safetensors
 from attrib.store.files import Buffered, Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.store.listing import Folder, Memory, Stamp, stamp_of
+from attrib.store.reading import LISTING, UnreadableError, document, parsed, regular
+from attrib.store.schemas import SampleList, SampleNote
 from attrib.types import UNREADABLE, UserError
 
 __all__ = [
@@ -51,7 +55,13 @@ __all__ = [
 ]
 
 
-class DamagedError(OSError):
+MOST_ROWS = 10_000_000  # of one file: a writer puts four thousand samples in it
+
+# What libraries raise for a file that is not what it should be.
+READING = (SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
+
+
+class DamagedError(UnreadableError):
     """A chunk is not what was written."""
 
 
@@ -154,9 +164,9 @@ class Arrays(Buffered):
             with safe_open(path, framework="numpy") as file:
                 samples = described(file)
             return stamp, [((s["uid"], s["fingerprint"]), _note(s["crc"], s["info"])) for s in samples]
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if blame:
-                self.broken.append(f"{path}: {error}")
+        except READING as error:
+            if blame and not isinstance(error, FileNotFoundError):
+                self.broken.append(_line(path, error))
             return None
 
     def _unread(self) -> Folder:
@@ -195,12 +205,15 @@ class Arrays(Buffered):
             if name not in crc:
                 raise KeyError(f"{record.path} holds {', '.join(crc)} of {key[0]}, but not {name}")
         try:
+            regular(record.path)
             with safe_open(record.path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(f"{record.position}/{name}") for name in names}
-        except SafetensorError as error:
+        except FileNotFoundError:
+            raise
+        except READING as error:
             raise _damaged(record.path, str(error)) from error
         for name, value in arrays.items():
-            if zlib.crc32(value.data) != crc[name]:
+            if zlib.crc32(_packed(value).data) != crc[name]:
                 raise _damaged(record.path, f"wrong checksum of {name} of {key[0]}")
         return arrays
 
@@ -210,13 +223,22 @@ class Arrays(Buffered):
         self._index = {key: record for key, record in (self._index or {}).items() if record.chunk != chunk}
 
 
-def described(chunk: Any) -> list[dict[str, Any]]:
-    """What an open chunk says of its samples, in their order. Raises ValueError, KeyError or TypeError if damaged."""
-    about = chunk.metadata()
+def described(chunk: Any) -> list[SampleNote]:
+    """What an open chunk says of its samples, in their order. Raises ValueError or KeyError if damaged."""
+    about = chunk.metadata() or {}
     crc = zlib.crc32(about["samples"].encode())
     if int(about.get("crc", crc)) != crc:  # earlier versions wrote none
         raise ValueError("wrong checksum of what it says of its samples")
-    return json.loads(about["samples"])
+    return parsed(about["samples"], list[SampleNote])
+
+
+def _line(path: Path, error: Exception) -> str:
+    return f"{path}: {_reason(path, error)}"
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What an error says, without the file."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def _damaged(path: Path, what: str) -> DamagedError:
@@ -255,6 +277,7 @@ class ScoreRows(Buffered):
         self.files = Folder(self.folder, self.SUFFIX, "rows.cache", self.SCHEMA)
         self._stamps: dict[str, Stamp] | None = None  # of the files that were read
         self._rows = self.NAMED.empty_table()  # theirs, in the order of the files' names
+        self._odd: dict[str, str] = {}  # files of which a part is no rows -> what is wrong
 
     def add(self, uid: str, fingerprint: str, values: Mapping[tuple[str, str], float]) -> None:
         """All scores of one sample at once, keyed by (map, column)."""
@@ -290,8 +313,11 @@ class ScoreRows(Buffered):
             try:
                 tables.append(self._read_file(name))
                 self._stamps[name] = stamp
-            except (pa.ArrowException, OSError) as error:
-                self.broken.append(f"{self.folder / name}: {error}")
+            except FileNotFoundError:
+                continue  # deleted meanwhile
+            except READING as error:
+                self.broken.append(_line(self.folder / name, error))
+        self.broken += self._odd.values()
         if len(tables) > 1:
             rows = pa.concat_tables(tables)
             # A sample may stand in several files; which is taken must not depend on what was remembered.
@@ -306,24 +332,43 @@ class ScoreRows(Buffered):
             self._rows = self._rows.filter(pc.invert(pc.is_in(self._rows["file"], pa.array(names))))
             for name in names:
                 del self._stamps[name]
+                self._odd.pop(name, None)
 
     def _read_file(self, name: str) -> pa.Table:
-        table = pq.read_table(self.folder / name, partitioning=None, page_checksum_verification=True)
-        # Not left to read_table(schema=...), which fills a column it does not find with nulls.
-        if not table.schema.equals(self.SCHEMA):
-            raise pa.ArrowInvalid("not the columns of a score file")
-        return table.add_column(0, self.NAMED.field("file"), [[name] * len(table)])
+        """The rows of a file; those of samples with a row that is none are left out, and ``_odd`` says so."""
+        table = read_rows(self.folder / name)
+        bad = [pc.is_null(table[field]) for field in self.SCHEMA.names]
+        bad.append(pc.invert(pc.fill_null(pc.is_finite(table["time"]), True)))
+        odd = functools.reduce(pc.or_, bad)
+        if count := pc.sum(odd).as_py():
+            self._odd[name] = f"{self.folder / name}: {count} rows that are none (a field is null)"
+            table = table.filter(pc.invert(pc.is_in(table["uid"], table["uid"].filter(odd))))
+        return table.add_column(0, self.NAMED.field("file"), pa.array([name] * len(table), pa.string()))
 
     def _remember(self) -> None:
         assert self._stamps is not None
         counted = pc.value_counts(self._rows["file"])
         counts = dict(zip(counted.field("values").to_pylist(), counted.field("counts").to_pylist(), strict=True))
-        stamps = {name: self._stamps[name] for name in counts}
-        self.files.remember(Memory(stamps, list(counts.values()), self._rows.drop_columns("file")))
+        stamps = {name: self._stamps[name] for name in counts if name not in self._odd}
+        rows = self._rows.filter(pc.invert(pc.is_in(self._rows["file"], pa.array(list(self._odd), pa.string()))))
+        self.files.remember(Memory(stamps, [counts[name] for name in stamps], rows.drop_columns("file")))
 
     def present(self) -> set[Key]:
         table = self.table()
         return set(zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist(), strict=True))
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A file of score rows, or some ``columns`` of it. Raises one of ``READING``."""
+    regular(path)
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if file.metadata.num_rows > MOST_ROWS:
+            raise UnreadableError(f"{path}: claims {file.metadata.num_rows} rows")
+        table = file.read(list(columns) if columns else None)
+    # Not left to read_table(schema=...), which fills a column it does not find with nulls.
+    if not (columns or table.schema.equals(ScoreRows.SCHEMA)):
+        raise pa.ArrowInvalid("not the columns of a score file")
+    return table
 
 
 class Cell:
@@ -336,7 +381,8 @@ class Cell:
 
     @property
     def spec(self) -> dict[str, Any]:
-        return json.loads((self.folder / "spec.json").read_text())
+        """Raises UnreadableError, or FileNotFoundError."""
+        return document(self.folder / "spec.json", dict[str, Any])
 
     def write_spec(self, spec: Mapping[str, Any]) -> None:
         """Once: every writer of a cell would write the same."""
@@ -362,19 +408,19 @@ class Cell:
 
         Empty where nobody has written it. Raises UserError if the file is damaged.
         """
-        if not self._samples_path.exists():
+        if not os.path.lexists(self._samples_path):
             return {}
         try:
-            return dict(json.loads(self._samples_path.read_text()))
-        except (ValueError, TypeError) as error:
+            return document(self._samples_path, SampleList, LISTING)
+        except OSError as error:
             raise UserError(
-                f"{self._samples_path} does not map samples to fingerprints ({error}); "
+                f"{self._samples_path} does not map samples to fingerprints ({_reason(self._samples_path, error)}); "
                 "delete it, the next run of the cell writes it anew"
             ) from error
 
     def about(self) -> dict[str, str | None] | None:
         """As ``samples``, but None where nobody has written it: then all that is stored counts, see ``counts``."""
-        return self.samples() if self._samples_path.exists() else None
+        return self.samples() if os.path.lexists(self._samples_path) else None
 
     @property
     def _samples_path(self) -> Path:
@@ -391,6 +437,11 @@ class Cell:
         """Names of the score folders that exist."""
         return sorted(p.name for p in (self.folder / "scores").glob("*") if p.is_dir())
 
+    def misplaced(self) -> list[Path]:
+        """What lies in the place of the cell's folders of scores and failures, but is no folder."""
+        places = [self.folder / "scores", self.folder / "failures", *(self.folder / "scores").glob("[!.]*")]
+        return [path for path in places if os.path.lexists(path) and not path.is_dir()]
+
 
 def counts(about: Mapping[str, str | None] | None, uid: str, fingerprint: str) -> bool:
     """Whether a stored result is of a sample as it is now. ``about``: see ``Cell.about``."""
@@ -398,5 +449,9 @@ def counts(about: Mapping[str, str | None] | None, uid: str, fingerprint: str) -
 
 
 def cells(root: Path) -> list[Cell]:
-    """Every cell below a work directory, in the order of their names."""
-    return [Cell(p.parent) for p in sorted(Path(root).glob("*/spec.json"))]
+    """Every cell below a work directory, in the order of their names: a folder with a spec.json, whatever that is."""
+    try:
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [Cell(Path(root, name)) for name in folders if os.path.lexists(Path(root, name, "spec.json"))]

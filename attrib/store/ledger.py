@@ -6,7 +6,9 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+
+from attrib.store.reading import LISTING, content, parsed
+from attrib.store.schemas import Entry
 
 
 class Ledger:
@@ -22,7 +24,8 @@ class Ledger:
     def __init__(self, folder: Path, writer: str = "") -> None:
         self.folder = Path(folder)
         self.path = self.folder / (f"failures/{writer}.jsonl" if writer else "failures.jsonl")
-        self._known: set[tuple[str, ...]] | None = None
+        self._known: set[tuple[str, str, str, str]] | None = None
+        self.broken: list[str] = []  # what could not be read when the entries were last asked for
 
     def add(self, uid: str, fingerprint: str, stage: str, reason: str) -> None:
         """``stage`` is "load", "maps" or the metric's folder of scores, ``<name>.<key8>``.
@@ -30,7 +33,7 @@ class Ledger:
         What the ledger said already when this object first wrote is not said again.
         """
         if self._known is None:
-            self._known = {tuple(entry[name] for name in self.FIELDS) for entry in self.entries()}
+            self._known = {(e["uid"], e["fingerprint"], e["stage"], e["reason"]) for e in self.entries()}
         fields = (uid, fingerprint, stage, reason[: self.MAX_REASON])
         if fields in self._known:
             return
@@ -46,13 +49,43 @@ class Ledger:
         finally:
             os.close(handle)
 
-    def entries(self) -> list[dict[str, Any]]:
-        """What all writers noted, in the order of time."""
-        found = []
-        for path in (self.folder / "failures.jsonl", *sorted(self.folder.glob("failures/[!.]*.jsonl"))):
-            for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-                try:
-                    found.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue  # blank, or torn by a kill
+    @property
+    def files(self) -> list[Path]:
+        """Those of all writers."""
+        first = self.folder / "failures.jsonl"
+        return [*([first] if os.path.lexists(first) else []), *sorted(self.folder.glob("failures/[!.]*.jsonl"))]
+
+    def entries(self) -> list[Entry]:
+        """What all writers noted, in the order of time; files and lines that are none are left out, see ``broken``."""
+        found: list[Entry] = []
+        self.broken = []
+        for path in self.files:
+            entries, problem = read_ledger(path)
+            found += entries
+            self.broken += [f"{path}: {problem}"] if problem else []
         return sorted(found, key=lambda entry: entry["time"])
+
+
+def read_ledger(path: Path) -> tuple[list[Entry], str]:
+    """The entries of one file, and what is wrong with it ("": nothing). A line that a kill cut off is no mistake."""
+    try:
+        lines = content(path, LISTING).split(b"\n")
+    except FileNotFoundError:
+        return [], ""
+    except OSError as error:
+        return [], str(error).removeprefix(f"{path}: ")
+    found, odd, why = [], 0, ""
+    for line in lines:
+        try:
+            if line.strip():
+                found.append(parsed(line, Entry))
+        except ValueError as error:
+            if _torn(line):
+                continue
+            odd, why = odd + 1, why or f"{line[:80].decode(errors='replace')}: {error}"
+    return found, f"{odd} {'line' if odd == 1 else 'lines'} that are no entries, the first: {why}" if odd else ""
+
+
+def _torn(line: bytes) -> bool:
+    """Whether the end is missing: an entry ends with a bracket."""
+    return line.lstrip().startswith(b"{") and not line.rstrip().endswith(b"}")

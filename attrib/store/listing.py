@@ -20,12 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from attrib.store.files import write_atomic
+from attrib.store.reading import LISTING, content, regular
 
 log = logging.getLogger(__name__)
 
 Stamp = tuple[int, int, int]  # size in bytes; time of the last change of content and of anything, in ns
 
 FORMAT = b"attrib 1"  # another number for another layout: a memory of another version is not used
+NO_STAMP: Stamp = (-1, -1, -1)  # of what is no file that can be read
 RACY = 2_000_000_000  # ns; a change this close to another may leave the times as they are (FAT counts in 2 s)
 SHARE = 50  # a patient listing waits this many times as long as the last one took
 FEW = 64  # so many chunks are read sooner than a memory of them is written
@@ -34,8 +36,8 @@ _CHUNKS = pa.schema([("name", pa.string()), *((field, pa.int64()) for field in (
 
 
 def stamp_of(path: str | os.PathLike | os.DirEntry) -> Stamp:
-    """Raises OSError."""
-    found = path.stat() if isinstance(path, os.DirEntry) else os.stat(path)
+    """Raises OSError, also for what is no regular file."""
+    found = regular(path)
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
@@ -129,6 +131,8 @@ class Folder:
                             found[entry.name] = stamp_of(entry)
                         except FileNotFoundError:
                             continue  # deleted meanwhile
+                        except OSError:
+                            found[entry.name] = NO_STAMP  # whoever reads it will hear why
         except FileNotFoundError:
             return {}
         return dict(sorted(found.items()))
@@ -139,13 +143,17 @@ class Folder:
         """What is remembered of chunks that are as they were."""
         nothing = Memory({}, [], self.schema.empty_table())
         try:
-            chunks, table = unpack(self.memory.read_bytes(), (_CHUNKS, self.schema))
+            chunks, table = unpack(content(self.memory, LISTING), (_CHUNKS, self.schema))
         except FileNotFoundError:
             return nothing
         except (OSError, ValueError, pa.ArrowException) as error:
             log.info("%s is not used: %s", self.memory, error)
             return nothing
+        if any(column.null_count for part in (chunks, table) for column in part.columns):
+            return nothing
         names, counts = chunks["name"].to_pylist(), chunks["rows"].to_numpy()
+        if (counts < 0).any():
+            return nothing
         stamps = zip(*(chunks[field].to_pylist() for field in ("size", "mtime", "ctime")), strict=True)
         known, now = dict(zip(names, stamps, strict=True)), self.stamps()
         self.remembered = len(known)

@@ -8,7 +8,6 @@ A worker writes ``progress.json`` every ten seconds while it lives (``attrib.run
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import re
@@ -17,7 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from msgspec import UNSET
+
+from attrib.errors import printable
+from attrib.store.reading import document, regular
+from attrib.store.schemas import Environment, Progress, RunConfig, RunOptions, RunSummary
+
+T = TypeVar("T")
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 120.0  # seconds without one after which a worker on another machine counts as dead
@@ -34,6 +41,7 @@ class Worker:
     state    running; finished: it left nothing over; stopped: it was told to, and left work; failed: it ended with an
              error; dead: no sign of life for a while and no summary, or its process is gone from this machine
     why      one line about the state, "" where there is nothing to say
+    broken   files of it that cannot be read, each with the reason
     shard, shards, limit   its part of the cell, -1 and 0 where it does not say
     stage, done, total     what it does (did) last, in samples; ``failed`` samples in the whole run
     rate     samples per second of the stage, over the last minutes; None before the first batch
@@ -63,6 +71,7 @@ class Worker:
     host: str = ""
     pid: int = 0
     job: str = ""
+    broken: tuple[str, ...] = ()
 
     @property
     def eta(self) -> float | None:
@@ -116,53 +125,67 @@ def asked(found: Sequence[Worker]) -> set[str] | None:
 
 def _worker(cell: str, folder: Path, now: float, silent: float) -> Worker | None:
     named = _WRITER.fullmatch(folder.name)
-    progress, summary = read_object(folder / PROGRESS), read_object(folder / SUMMARY)
-    if named is None and not progress and not summary:
+    broken: list[str] = []
+    progress = _read(folder / PROGRESS, Progress, broken)
+    summary = _read(folder / SUMMARY, RunSummary, broken)
+    if named is None and progress is None and summary is None and not broken:
         return None
     born, seen = _times(folder)
+    said, end = progress or Progress(), summary or RunSummary()
+    shard, pid = (int(named["shard"]), int(named["pid"])) if named else (-1, 0)
     worker = Worker(
         cell,
         folder.name,
         folder,
         RUNNING,
-        shard=_whole(progress.get("shard"), int(named["shard"]) if named else -1),
-        shards=_whole(progress.get("shards")),
-        limit=_whole(progress.get("limit")) or None,
-        stage=_text(progress.get("stage")),
-        done=_whole(progress.get("done")),
-        total=_whole(progress.get("total")),
-        failed=_whole(summary.get("failed"), _whole(progress.get("failed"))),
-        rate=_number(progress.get("rate")) or None,
+        shard=shard if said.shard is None else said.shard,
+        shards=said.shards or 0,
+        limit=said.limit or None,
+        stage=printable(said.stage),
+        done=said.done,
+        total=said.total,
+        failed=said.failed if end.failed is None else end.failed,
+        rate=said.rate or None,
         age=max(0.0, now - seen),
-        seconds=_number(summary.get("seconds")) or max(0.0, seen - born),
-        metrics=_texts(progress.get("metrics")),
-        host=_text(progress.get("host")),
-        pid=_whole(progress.get("pid"), int(named["pid"]) if named else 0),
-        job=_text(progress.get("job")),
+        seconds=end.seconds or max(0.0, seen - born),
+        metrics=None if said.metrics is None else tuple(map(printable, said.metrics)),
+        host=printable(said.host),
+        pid=pid if said.pid is None else said.pid,
+        job=printable(said.job or ""),
     )
-    if "shards" not in progress:  # of a version without signs of life, or killed before the first
-        options = read_object(folder / "config.json").get("run")
-        options = options if isinstance(options, Mapping) else {}
-        shards, limit = _whole(options.get("shards")), _whole(options.get("limit")) or None
-        machine = _text(read_object(folder / "environment.json").get("machine"))
-        worker = replace(worker, shards=shards, limit=limit, host=worker.host or machine.split(",")[0])
-    if summary:
-        left = None if summary.get("left") is None else _whole(summary.get("left"))
-        signal = _text(summary.get("stopped"))
-        if summary.get("finished"):
-            state, why = (STOPPED, "") if left else (FINISHED, "")
-        elif signal or "stopped" not in summary:  # which earlier versions do not say
-            state, why = STOPPED, signal
+    if said.shards is None:  # of a version without signs of life, or killed before the first
+        options = (_read(folder / "config.json", RunConfig, broken) or RunConfig()).run or RunOptions()
+        machine = printable((_read(folder / "environment.json", Environment, broken) or Environment()).machine)
+        host = worker.host or machine.split(",")[0]
+        worker = replace(worker, shards=options.shards or 0, limit=options.limit or None, host=host)
+    worker = replace(worker, broken=tuple(broken))
+    if summary is not None:
+        signal = None if summary.stopped is UNSET else summary.stopped
+        if summary.finished:
+            state, why = (STOPPED, "") if summary.left else (FINISHED, "")
+        elif signal or summary.stopped is UNSET:  # which earlier versions do not say
+            state, why = STOPPED, printable(signal or "")
         else:
             state, why = FAILED, "ended by an error"
-        return replace(worker, state=state, why=why, left=left)
-    here = _lives(progress, worker.host, worker.pid)
+        return replace(worker, state=state, why=why, left=summary.left)
+    here = _lives(said.process, worker.host, worker.pid)
     if here is False:
         return replace(worker, state=DEAD, why="its process is gone")
     if worker.age > silent and here is None:
         return replace(worker, state=DEAD, why="no sign of life")
     why = "its process is there, but it is silent" if worker.age > silent else ""
     return replace(worker, why=why, seconds=max(0.0, now - born))
+
+
+def _read(path: Path, kind: type[T], broken: list[str]) -> T | None:
+    """None if it is not there, or is something else, which is then a line in ``broken``."""
+    try:
+        return document(path, kind)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        broken.append(str(error))
+        return None
 
 
 def _times(folder: Path) -> tuple[float, float]:
@@ -210,9 +233,9 @@ def slurm_job(environment: Mapping[str, str]) -> dict[str, Any]:
     return about | ({"restarts": int(restarts)} if restarts.isdigit() else {})
 
 
-def _lives(progress: Mapping[str, Any], host: str, pid: int) -> bool | None:
-    """Whether the worker's process is on this machine and alive; None if it is not for us to say."""
-    own, said = identity(), _text(progress.get("process"))
+def _lives(said: str | None, host: str, pid: int) -> bool | None:
+    """Whether the worker's process, which calls itself ``said``, is here and alive; None if it is not for us to say."""
+    own = identity()
     if own and said:
         if own.split()[:2] != said.split()[:2]:
             return None
@@ -223,7 +246,7 @@ def _lives(progress: Mapping[str, Any], host: str, pid: int) -> bool | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return None  # there is a process of that number
 
@@ -250,16 +273,13 @@ def clock(root: Path) -> float:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty if the file is not there, or is something else."""
-    try:
-        found = json.loads(path.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return _read(path, dict[str, Any], []) or {}
 
 
 def tail(path: Path, most: int = 65536) -> list[str]:
     """The lines, printable and not empty, of a text file's last ``most`` bytes; none if there is no file."""
     try:
+        regular(path)
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - most))
@@ -273,24 +293,3 @@ def tail(path: Path, most: int = 65536) -> list[str]:
 def counted(number: int, what: str) -> str:
     """``1 cell``, ``2 cells``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def printable(text: str) -> str:
-    """Without the control characters by which a text could move the cursor or write to the terminal's title."""
-    return "".join(c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in text)
-
-
-def _whole(value: Any, default: int = 0) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and 0 <= value < float("inf") else 0.0
-
-
-def _text(value: Any) -> str:
-    return printable(value) if isinstance(value, str) else ""
-
-
-def _texts(value: Any) -> tuple[str, ...] | None:
-    return tuple(map(_text, value)) if isinstance(value, list) else None

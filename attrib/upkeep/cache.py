@@ -20,6 +20,8 @@ from typing import Any
 
 from attrib.store.cell import Arrays, Cell, cells, counts
 from attrib.store.damaged import DAMAGED
+from attrib.store.reading import fits
+from attrib.store.schemas import Needs
 from attrib.store.workers import RUNNING, SILENT, clock, counted, read_object, workers
 from attrib.types import UserError
 from attrib.upkeep.status import no_cells
@@ -154,7 +156,7 @@ def _cell(cell: Cell, now: float) -> StoredItem:
         index = cell.maps.index()
         chunks = len({record.path for record in index.values()})
         words = [f"{counted(len(index), 'map')} in {counted(chunks, 'chunk')}"]
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         words = [f"maps cannot be read: {error}"]
     if cell.maps.broken:
         words.append(f"{len(cell.maps.broken)} damaged")
@@ -176,13 +178,15 @@ def references(root: Path) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
     for cell in cells(root):
         spec = read_object(cell.folder / "spec.json")
-        if not {"key", "pictures", "state_key"} <= spec.keys():
+        try:
+            fits(spec, Needs)
+        except ValueError as error:
             raise UserError(
-                f"{cell.folder / 'spec.json'} cannot be read, so it is not known which states it needs; "
+                f"{cell.folder / 'spec.json'} cannot be read ({error}), so it is not known which states it needs; "
                 "`attrib cache repair` moves it away, and the next run of the cell writes it anew"
-            )
+            ) from error
         if spec["state_key"]:
-            found.setdefault(str(spec["state_key"])[:8], []).append(cell.folder.name)
+            found.setdefault(spec["state_key"][:8], []).append(cell.folder.name)
         found.setdefault(f"pictures.{spec['pictures']}", []).append(cell.folder.name)
         if not spec.get("config") or _selects_by_confidence(spec["config"]):
             found.setdefault("confidence", []).append(cell.folder.name)

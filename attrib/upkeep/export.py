@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,9 @@ from attrib.drawing.pictures import heat, overlay, png, words_page
 from attrib.drawing.spectrogram import draw
 from attrib.store.cell import Arrays, Cell, cells, counts
 from attrib.store.files import Key, picture_path, write_atomic
+from attrib.store.inputs import KeptInput, drawable, kept_input
+from attrib.store.reading import fits
+from attrib.store.schemas import Spec
 from attrib.store.workers import read_object
 from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
@@ -27,12 +29,13 @@ FORMATS = ("png", "npy", "npz")
 class Exported:
     """``files`` written. ``bare``: pictures of the map alone, because its input is not among those kept for the report.
 
-    ``skipped``: sample, and why nothing was written for it.
+    ``skipped``: sample, and why nothing was written for it. ``broken``: files that could not be read.
     """
 
     files: int = 0
     bare: int = 0
     skipped: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ def export(
     root, out = Path(root), Path(out)
     if kind not in FORMATS:
         raise UserError(f"unknown format {kind}: choose one of {', '.join(FORMATS)}")
-    jobs = list(_jobs(root, out, kind, filters, maps, uids))
+    result = Exported()
+    jobs = list(_jobs(root, out, kind, filters, maps, uids, result.broken))
     if not jobs:
         raise UserError(f"nothing in {root} is selected; `attrib cache list` shows its cells")
     taken: dict[Path, _Job] = {}
-    result = Exported()
     for job in jobs:
         other = taken.setdefault(job.path, job)
         if other is not job:
@@ -90,9 +93,12 @@ def export(
             spec = read_object(job.cell.folder / "spec.json")
             folder = f"pictures.{spec.get('pictures')}"
             store = inputs.setdefault(folder, Arrays(root / "state" / folder))
-            data, bare = _picture(
-                arrays[job.name], str(spec.get("modality", "image")), _input(store, job.key), job.key[0]
-            )
+            try:
+                known = kept_input([store], job.key)
+                data, bare = _picture(arrays[job.name], str(spec.get("modality", "image")), known, job.key[0])
+            except ValueError as error:
+                result.skipped.append(f"{job.key[0]}: {error}; export it as npy")
+                continue
         else:
             data, bare = _packed(arrays, job.name), False
         if data is None:
@@ -106,16 +112,31 @@ def export(
 
 
 def _jobs(
-    root: Path, out: Path, kind: str, filters: Sequence[str], maps: Sequence[str], uids: Sequence[str]
+    root: Path,
+    out: Path,
+    kind: str,
+    filters: Sequence[str],
+    maps: Sequence[str],
+    uids: Sequence[str],
+    broken: list[str],
 ) -> Iterable[_Job]:
     found = [cell for cell in cells(root) if matches(cell.folder.name, filters)]
     if not found:
         raise UserError(no_cells(root) if not filters else f"no cell in {root} matches {' and '.join(filters)}")
     for cell in found:
-        said = cell.about()
-        spec = read_object(cell.folder / "spec.json")
+        try:
+            spec = cell.spec
+            fits(spec, Spec)
+            said, index = cell.about(), cell.maps.index()
+        except ValueError as error:
+            broken.append(f"{cell.folder / 'spec.json'}: {error}")
+            continue
+        except (UserError, OSError) as error:
+            broken.append(str(error))
+            continue
+        broken += cell.maps.broken
         suffix = ".html" if kind == "png" and spec.get("modality") == "text" else f".{kind}"
-        for (uid, fingerprint), record in sorted(cell.maps.index().items()):
+        for (uid, fingerprint), record in sorted(index.items()):
             if not counts(said, uid, fingerprint) or (
                 uids and not any(fnmatch.fnmatchcase(uid, pattern) for pattern in uids)
             ):
@@ -131,30 +152,20 @@ def _jobs(
                     yield _Job(cell, (uid, fingerprint), name, picture_path(folder, uid, suffix))
 
 
-def _input(store: Arrays, key: Key) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What the report keeps of a sample; empty if it keeps nothing."""
-    record = store.index().get(key)
-    if record is None:
-        return {}, {}
-    try:
-        return store.read(key), dict(record.info)
-    except (KeyError, OSError):
-        return {}, {}
+def _picture(map: np.ndarray, modality: str, known: KeptInput, uid: str) -> tuple[bytes | None, bool]:
+    """A file's content, and whether it shows the map alone; None if there is nothing to draw it on.
 
-
-def _picture(
-    map: np.ndarray, modality: str, known: tuple[dict[str, np.ndarray], dict[str, Any]], uid: str
-) -> tuple[bytes | None, bool]:
-    """A file's content, and whether it shows the map alone; None if there is nothing to draw it on."""
-    arrays, info = known
+    Raises ValueError if the map does not fit its input.
+    """
+    map, info = drawable(map), known.info
     if modality == "text":
         return (words_page(uid, info["tokens"], map).encode() if "tokens" in info else None), False
     if modality == "audio":
-        if "wave" not in arrays:
+        if known.content is None or "rate" not in info:
             return None, False
-        return png(draw(arrays["wave"], info["rate"], map, arrays.get("roi"))), False
-    if "image" in arrays:
-        return png(overlay(arrays["image"], map, arrays.get("roi"))), False
+        return png(draw(known.content, int(info["rate"]), map, known.roi)), False
+    if known.content is not None:
+        return png(overlay(known.content, map, known.roi)), False
     return (png(heat(map)), True) if map.ndim == 2 else (None, False)
 
 

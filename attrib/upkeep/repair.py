@@ -5,27 +5,40 @@ A damaged chunk is no loss: its samples count as missing, and the next run compu
 
 from __future__ import annotations
 
-import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from attrib.store.cell import Arrays, Cell, ScoreRows, cells, counts, described
+from attrib.store.cell import READING, Arrays, Cell, ScoreRows, cells, counts, described, read_rows
 from attrib.store.damaged import DAMAGED, recover
 from attrib.store.damaged import put_aside as move_aside
 from attrib.store.files import Key, write_atomic, writer_name
-from attrib.store.ledger import Ledger
-from attrib.store.workers import read_object
+from attrib.store.ledger import Ledger, read_ledger
+from attrib.store.reading import DOCUMENT, LISTING, document, parsed, regular
+from attrib.store.schemas import (
+    CausalGraph,
+    Confidences,
+    Environment,
+    MetricNote,
+    Progress,
+    RunConfig,
+    RunSummary,
+    SampleList,
+    SampleNote,
+    Spec,
+)
+from attrib.store.workers import PROGRESS, SUMMARY
 from attrib.types import UserError
 from attrib.upkeep.cache import FITTED, SHARED, check_inside, remove
 from attrib.upkeep.status import no_cells
-
-_READ = (SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,10 @@ class Damage:
     samples: tuple[Key, ...] | None = None
 
 
+LONGEST_HEADER = 100_000_000  # of a chunk, in bytes: what the safetensors library itself allows
+FOLDERS = ("maps", "scores", "failures", "runs")
+
+exists = os.path.lexists  # also of a link to nothing
 FileCheck = Callable[[Path], Damage | None]
 
 
@@ -49,15 +66,20 @@ def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
     found: list[tuple[Path, FileCheck]] = []
     for cell in cells(root):
         folder = cell.folder
-        found += [(folder / "spec.json", _object), *[(p, _samples) for p in [folder / "samples.json"] if p.exists()]]
+        found += [(folder / "spec.json", _spec), *[(p, _samples) for p in [folder / "samples.json"] if exists(p)]]
+        found += [(path, _folder) for name in FOLDERS if exists(path := folder / name)]
+        found += [(path, _folder) for path in sorted((folder / "scores").glob("[!.]*"))]
         found += [(path, chunk) for path in _chunks(folder / "maps")]
         for name in cell.metrics():
             scores = folder / "scores" / name
-            found += [(path, _object) for path in [scores / "metric.json"] if path.exists()]
+            found += [(path, _metric) for path in [scores / "metric.json"] if exists(path)]
             found += [(path, chunk) for path in _chunks(scores)]
             found += [(path, rows) for path in sorted(scores.glob("[!.]*.parquet"))]
-        found += [(path, _ledger) for path in (folder / "failures.jsonl", *sorted(folder.glob("failures/[!.]*.jsonl")))]
+        found += [(path, _ledger) for path in Ledger(folder).files]
+        found += [(path, check) for name, check in _RUN for path in sorted(folder.glob(f"runs/*/{name}"))]
+    found += [(path, _graph) for path in sorted(root.glob("graphs/*/class_*.json"))]
     state = root / "state"
+    found += [(state, _folder)] if exists(state) else []
     for path in sorted(state.glob("[!.]*")):
         if path.is_dir():
             found += [(one, chunk) for one in (_chunks(path) if SHARED.fullmatch(path.name) else ())]
@@ -67,23 +89,24 @@ def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
             found.append((path, _confidence))
     if not found:
         raise UserError(no_cells(root))
-    return [(path, check) for path, check in found if path.exists()]
+    return found
 
 
 def chunk(path: Path) -> Damage | None:
     """A chunk of arrays: every array of every sample against its checksum."""
     try:
+        regular(path)
         with safe_open(path, framework="numpy") as file:
             samples = described(file)
             bad, problem = [], ""
             for i, sample in enumerate(samples):
                 for name, crc in sample["crc"].items():
-                    if zlib.crc32(file.get_tensor(f"{i}/{name}").data) != crc:
+                    if zlib.crc32(np.ascontiguousarray(file.get_tensor(f"{i}/{name}")).data) != crc:
                         bad.append(str(sample["uid"]))
                         problem = problem or f"wrong checksum of {name} of {sample['uid']}"
             keys = tuple((str(s["uid"]), str(s["fingerprint"])) for s in samples)
-    except _READ as error:
-        return Damage(path, str(error), _header(path))
+    except READING as error:
+        return Damage(path, str(error).removeprefix(f"{path}: "), _header(path))
     more = f" and {len(set(bad)) - 1} more" if len(set(bad)) > 1 else ""
     return Damage(path, problem + more, keys) if bad else None
 
@@ -91,75 +114,96 @@ def chunk(path: Path) -> Damage | None:
 def _header(path: Path) -> tuple[Key, ...] | None:
     """The samples of a chunk of which only the beginning can be read."""
     try:
+        size = regular(path).st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
+            if length > min(size, LONGEST_HEADER):
                 return None
-            metadata = json.loads(file.read(length))["__metadata__"]
-        return tuple((str(s["uid"]), str(s["fingerprint"])) for s in json.loads(metadata["samples"]))
-    except (*_READ, RecursionError, MemoryError):
+            metadata = parsed(file.read(length), dict[str, Any])["__metadata__"]
+        return tuple((s["uid"], s["fingerprint"]) for s in parsed(metadata["samples"], list[SampleNote]))
+    except READING:
         return None
 
 
 def rows(path: Path) -> Damage | None:
     """A file of score rows: every page against its checksum."""
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-        if table.schema.equals(ScoreRows.SCHEMA):
+        table = read_rows(path)
+        odd = sum(column.null_count for column in table.columns)
+        odd += int(np.isinf(table["time"].to_numpy()).sum())
+        if not odd:
             return None
-        problem = "not the columns of a score file"
-    except _READ as error:
-        problem = str(error)
+        problem = f"{odd} fields of rows are null, or no time"
+    except READING as error:
+        problem = str(error).removeprefix(f"{path}: ")
     try:
-        names = ["uid", "fingerprint"]
-        table = pq.read_table(path, columns=names, partitioning=None, page_checksum_verification=True)
+        table = read_rows(path, ["uid", "fingerprint"])
         keys = dict.fromkeys(zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist()))
-    except _READ:
+    except READING:
         return Damage(path, problem)
     return Damage(path, problem, tuple((str(uid), str(fingerprint)) for uid, fingerprint in keys))
 
 
+def _document(path: Path, kind: Any, most: int = DOCUMENT) -> Damage | None:
+    try:
+        document(path, kind, most)
+    except FileNotFoundError:
+        return None if not os.path.lexists(path) else Damage(path, "a link to nothing")
+    except OSError as error:
+        return Damage(path, str(error).removeprefix(f"{path}: "))
+    return None
+
+
 def _object(path: Path) -> Damage | None:
-    return None if read_object(path) else Damage(path, "not a JSON object")
+    return _document(path, dict[str, Any])
+
+
+def _spec(path: Path) -> Damage | None:
+    return _document(path, Spec)
+
+
+def _metric(path: Path) -> Damage | None:
+    return _document(path, MetricNote)
+
+
+def _graph(path: Path) -> Damage | None:
+    return _document(path, CausalGraph)
+
+
+_RUN: tuple[tuple[str, FileCheck], ...] = (
+    (PROGRESS, lambda path: _document(path, Progress)),
+    (SUMMARY, lambda path: _document(path, RunSummary)),
+    ("config.json", lambda path: _document(path, RunConfig)),
+    ("environment.json", lambda path: _document(path, Environment)),
+)
 
 
 def _confidence(path: Path) -> Damage | None:
     """A JSON object, which is empty where no sample could be read."""
-    try:
-        whole = isinstance(json.loads(path.read_text()), dict)
-    except (OSError, ValueError, RecursionError):
-        whole = False
-    return None if whole else Damage(path, "not a JSON object")
+    return _document(path, Confidences, LISTING)
 
 
 def _samples(path: Path) -> Damage | None:
-    try:
-        Cell(path.parent).samples()
-    except UserError:
-        return Damage(path, "does not map samples to fingerprints")
-    except OSError as error:
-        return Damage(path, str(error))
-    return None
+    return _document(path, SampleList, LISTING)
+
+
+def _folder(path: Path) -> Damage | None:
+    return None if path.is_dir() else Damage(path, "not a folder")
 
 
 def _ledger(path: Path) -> Damage | None:
-    """Lines cut off by a kill are no damage; a line that is JSON, but not an entry, would stop every reader."""
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not {*Ledger.FIELDS, "time"} <= entry.keys():
-            return Damage(path, f"a line that is no entry: {line[:80]}")
-    return None
+    """Lines cut off by a kill are no damage."""
+    _, problem = read_ledger(path)
+    return Damage(path, problem) if problem else None
 
 
 def _state(path: Path) -> Damage | None:
     """A fitted state has no checksums: only whether it is whole."""
     try:
+        regular(path)
         with safe_open(path, framework="pt") as file:
             list(file.keys())
-    except _READ as error:
+    except READING as error:
         return Damage(path, str(error))
     return None
 
@@ -205,7 +249,7 @@ def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
     for path in sorted(folder.glob("[!.]*.parquet")):
         if path.is_symlink() or rows(path) is not None:
             continue
-        table = pq.read_table(path, partitioning=None)
+        table = read_rows(path)
         keep = [key not in lost for key in zip(table["uid"].to_pylist(), table["fingerprint"].to_pylist())]
         if all(keep):
             continue

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from attrib.errors import printable
+from attrib.process.exit_status import DAMAGED
 from attrib.process.signals import LEFT
 from attrib.store.cell import Cell, Record, ScoreRows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
-from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, printable, read_object, workers
+from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, read_object, workers
 from attrib.types import UNREADABLE, UserError
 from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
 
@@ -119,11 +121,16 @@ class Status:
 
     @property
     def exit(self) -> int:
-        """DONE; WORKED_ON: work is left, and every cell with work left has a running worker; LEFT: one has none."""
+        """DONE; WORKED_ON: work is left, and every cell with work left has a running worker; LEFT: one has none.
+
+        DAMAGED: nothing is left, but a file cannot be read.
+        """
         due = [cell for cell in self.cells if cell.left]
         if any(not cell.running for cell in due):
             return LEFT
-        return WORKED_ON if due or any(cell.running for cell in self.cells) else DONE
+        if due or any(cell.running for cell in self.cells):
+            return WORKED_ON
+        return DAMAGED if any(cell.broken for cell in self.cells) else DONE
 
     def record(self, lines: int = 5) -> dict[str, Any]:
         """For scripts: what JSON can hold."""
@@ -213,7 +220,8 @@ class Observer:
     def _cell(self, cell: Cell, now: float) -> CellStatus:
         broken: list[str] = []
         said = _tried(cell.about, None, broken, cell.folder / "samples.json")
-        if not read_object(cell.folder / "spec.json"):
+        unsaid: dict[str, Any] = {}
+        if not _tried(lambda: cell.spec, unsaid, broken, cell.folder / "spec.json") and not broken:
             broken.append(f"{cell.folder / 'spec.json'}: not the description of a cell")
         readable = not broken
 
@@ -227,6 +235,7 @@ class Observer:
         due = mapped if said is None else set(said)
         failures = _failures(cell.ledger, said, broken)
         runs = workers(cell.folder, now, self._silent)
+        broken += [line for worker in runs for line in worker.broken]
         running = [worker for worker in runs if worker.state == RUNNING]
         lost = {uid: failure for uid, failure in _merged(failures).items() if uid in due and uid not in mapped}
         unseen = 0 if said is None else sum(1 for u, f in said.items() if f is None and u not in mapped)
@@ -238,6 +247,7 @@ class Observer:
         wanted = asked(runs)
         unread: list[str] = []
         stored = _tried(cell.metrics, unread, broken, cell.folder)
+        broken += [f"{path}: not a folder" for path in cell.misplaced()]
         for name in dict.fromkeys((*stored, *sorted(wanted or ()), *failures)):
             if name in ("load", "maps"):
                 continue
@@ -326,8 +336,8 @@ def _tried(read: Callable[[], T], otherwise: T, broken: list[str], what: Path) -
         return read()
     except UserError as error:
         broken.append(str(error))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        broken.append(f"{what}: {type(error).__name__}: {error}")
+    except OSError as error:
+        broken.append(f"{what}: {str(error).removeprefix(f'{what}: ')}")
     return otherwise
 
 
@@ -336,17 +346,12 @@ def _failures(
 ) -> dict[str, dict[str, Failure]]:
     """stage -> uid -> the newest entry that is about the sample as it is now."""
     found: dict[str, dict[str, Failure]] = {}
-    unread: list[dict[str, Any]] = []
-    for entry in _tried(ledger.entries, unread, broken, ledger.folder / "failures"):
-        if not isinstance(entry, dict):
-            continue
-        uid, fingerprint, stage = entry.get("uid"), entry.get("fingerprint"), entry.get("stage")
-        if not (isinstance(uid, str) and isinstance(stage, str)):
-            continue
-        if said is None or (uid in said and (said[uid] is None or fingerprint in (said[uid], UNREADABLE))):
-            when = entry.get("time")
-            when = float(when) if isinstance(when, (int, float)) else 0.0
-            found.setdefault(stage, {})[uid] = Failure(uid, stage, str(entry.get("reason", "")), when)
+    entries = ledger.entries()
+    broken += ledger.broken
+    for entry in entries:
+        uid, stage = entry["uid"], entry["stage"]
+        if said is None or (uid in said and (said[uid] is None or entry["fingerprint"] in (said[uid], UNREADABLE))):
+            found.setdefault(stage, {})[uid] = Failure(uid, stage, entry["reason"], entry["time"])
     return found
 
 
@@ -360,7 +365,7 @@ def _merged(failures: Mapping[str, Mapping[str, Failure]]) -> dict[str, Failure]
 
 
 def _recorded(infos: Iterable[Mapping[str, Any]]) -> float | None:
-    seconds = [s for info in infos if isinstance(s := info.get("seconds"), (int, float))]
+    seconds = [s for info in infos if (s := info.get("seconds")) is not None]
     return sum(seconds) / len(seconds) if seconds else None
 
 

@@ -9,7 +9,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from attrib.store.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, counted, printable
+from attrib.errors import printable
+from attrib.store.workers import DEAD, FAILED, FINISHED, RUNNING, STOPPED, Worker, counted
 from attrib.upkeep.status import CellStatus, StageStatus, Status
 
 STYLES = {RUNNING: "green", FINISHED: "dim", STOPPED: "yellow", FAILED: "red", DEAD: "red"}
