@@ -299,6 +299,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "a file of 40 GB": _sparse,
     "an empty file": Path.touch,
 }
+WRITTEN = len(DEFECTS)  # so many are of what is written; those that follow, of what lies in its place
 DEFECTS |= {f"{kind} as {place}": _instead(place, make) for place in PLACES for kind, make in KINDS.items()}
 
 

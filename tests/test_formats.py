@@ -1,10 +1,14 @@
 """Tables as people get them: rounding, CSV, Markdown, LaTeX, the terminal, and the mistakes of a command line."""
 
+import csv
+import io
 import math
+import re
 import time
 
 import pandas as pd
 import pytest
+import rich.console
 from synthetic import UIDS, add_entry, add_rows, cell, iba, metric_folder
 from tiny import tool
 
@@ -142,3 +146,34 @@ def test_ehr_is_spelt_out_where_it_is_first_met(root, capsys, words):
     assert capsys.readouterr().out.count("effective heat ratio") == 1
     assert formats.spelt_out(["ehr ↑", "ehr · old"]) == formats.spelt_out(["EHR"]) != ()
     assert formats.spelt_out(["insertion ↑", "heather"]) == ()
+
+
+# ---- texts that come from files ---------------------------------------------------------------------
+
+EVIL = "=HYPERLINK(1)\x1b]0;title\x07\u202e\x85\u2028\r\nnext | & $x$ % #"
+
+
+def test_names_steer_no_terminal_and_end_no_line():
+    table = formats.TextTable(EVIL, ["method", EVIL], [[EVIL, "1"]], notes=[EVIL])
+    for write in (formats.to_markdown, formats.to_latex):
+        text = write(table)
+        assert all(c.isprintable() or c == "\n" for c in text)
+    for line in formats.to_latex(table).splitlines():
+        assert line.startswith("%") or "next" not in line or line.startswith("  ")
+    assert sum(line.startswith("%") for line in formats.to_latex(table).splitlines()) == 2
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=300, color_system=None)
+    console.print(formats.to_terminal(table))
+    assert not {"\x07", "\u202e", "\x1b]"} & set(re.findall(r"\x1b\]|.", console.file.getvalue()))
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", " =1", "\t=1", "\r=1", "\x00=1"])
+def test_no_cell_of_a_csv_is_a_formula(text):
+    frame = pd.DataFrame({"uid": [text, "plain"], "value": [-1.5, 2.0], "kind": pd.Categorical([text, "a-b"])})
+    (_, first, second) = csv.reader(io.StringIO(formats.to_csv(frame)))
+    assert not re.match(r"\W*[=+\-@]", first[0].replace("'", "x"))
+    assert (first[1], second) == ("-1.5", ["plain", "2.0", "a-b"])
+
+
+def test_a_csv_without_such_texts_is_as_it_was():
+    frame = pd.DataFrame({"uid": ["val/1", "a,b"], "value": [0.1, float("nan")], "n": [1, 2]})
+    assert formats.to_csv(frame) == frame.to_csv(index=False)

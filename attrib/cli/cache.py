@@ -179,7 +179,7 @@ def do_prune(args: argparse.Namespace) -> int:
     for folder, found in chunks.items():
         count, whole = (sum(n[i] for n in found.values()) for i in (0, 1))
         chunked = f"{counted(len(found), 'chunk')} of {whole} written anew"
-        print(f"maps of {counted(count, 'sample')} in {folder.name} ({chunked})")
+        print(f"maps of {counted(count, 'sample')} in {printable(folder.name)} ({chunked})")
     total = sum(item.measure.size for item in doomed)
     if not ask(f"delete {size(total)} in {counted(len(doomed), 'place')}{' and these maps' if chunks else ''}?", args):
         print("nothing was deleted")
@@ -193,7 +193,7 @@ def do_prune(args: argparse.Namespace) -> int:
     for cell in cells(root):
         if cell.folder in chunks:
             gone = repair.drop(root, cell, cache.stale_maps(cell))
-            print(f"{counted(gone, 'map')} dropped from {cell.folder.name}")
+            print(f"{counted(gone, 'map')} dropped from {printable(cell.folder.name)}")
     if chunks:
         repair.reindex(root)
     print(f"{size(total)} deleted")

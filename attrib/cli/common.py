@@ -18,9 +18,18 @@ from attrib.process.signals import LEFT, Interrupted, Stop, watching
 from attrib.types import UserError
 
 
+class _Printable(logging.Formatter):
+    """For a terminal, which what a file name or a class says must not steer."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return exit_status.lines(super().format(record))
+
+
 def prepare() -> None:
     """For a process that computes: log lines on the terminal, and memory that is kept once it was got."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(levelname)s %(message)s"))
     logging.getLogger("attrib").setLevel(logging.INFO)
     keep_freed_memory()
 

@@ -50,7 +50,7 @@ def cell(composition: Composition) -> Outcome:
                 settings = options(composition.values["run"])
                 made = experiment(composition.values, composition.files)
                 if settings.dry:
-                    print(make_plan(made, settings))
+                    print(exit_status.lines(str(make_plan(made, settings))))
                     return Outcome(0, None, "dry")
             from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
 
@@ -62,7 +62,7 @@ def cell(composition: Composition) -> Outcome:
             print(text, flush=True)
             return Outcome(LEFT, None, text)
     text = f"{made.names['dataset']} {made.names['model']} {made.names['method']}: {summary}"
-    print(text, flush=True)
+    print(exit_status.lines(text), flush=True)
     if summary.stopped:
         print(summary.ending, flush=True)
         return Outcome(LEFT, summary, summary.ending)

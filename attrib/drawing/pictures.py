@@ -165,7 +165,8 @@ def words_page(uid: str, tokens: Sequence[str], map: np.ndarray) -> str:
         f'<span style="background:{word.ground};color:{word.ink};padding:1px 3px">{escape(word.text)}</span>'
         for word in words(tokens, map)
     )
-    return f"<!doctype html><meta charset=utf-8><title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
+    policy = "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    return f"<!doctype html><meta charset=utf-8>{policy}<title>{escape(uid)}</title><p>{' '.join(spans)}</p>\n"
 
 
 def coloured(unit: np.ndarray, signed: bool) -> np.ndarray:

@@ -22,6 +22,7 @@ from attrib.config.objects import build, completed
 from attrib.papers.presets import FULL, Preset, TableEntry, configuration
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
+from attrib.store.workers import read_object
 from attrib.types import UserError
 
 MOST = 12  # commands shown below a table
@@ -49,7 +50,7 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
     UNREAD where the published value has not been read in the paper yet; else PASS if the difference is within the
     tolerance, or FAIL. ``why`` explains MISSING. Raises UserError for a preset that reads what its runs do not have.
     """
-    held = [_Held.of(cell) for cell in cells(Path(root))]
+    held = [_Held.of(item) for item in labels.labelled(root)] if cells(Path(root)) else []
     wanted = {job: _wanted(preset, job) for job in preset.jobs}
     found = {job: _newest(held, what) for job, what in wanted.items()}
     summary, names = _numbers(Path(root), [item.cell for item in found.values() if item], confidence)
@@ -140,15 +141,14 @@ class _Held:
     configs: Sequence[Mapping[str, Any]]
 
     @classmethod
-    def of(cls, cell: Cell) -> _Held:
-        spec = cell.spec
-        runs = (_json(path) for path in sorted(cell.folder.glob("runs/*/config.json")))
-        return cls(cell, spec, [spec["config"], *runs])
+    def of(cls, item: labels.Labelled) -> _Held:
+        runs = (read_object(path) for path in sorted(item.cell.folder.glob("runs/*/config.json")))
+        return cls(item.cell, item.spec, [item.spec["config"], *runs])
 
     def scores(self, name: str, metric: Any) -> str | None:
         """The folder of a metric's scores; None if there is none."""
         for folder in self.cell.metrics():
-            about = _json(self.cell.folder / "scores" / folder / "metric.json")
+            about = read_object(self.cell.folder / "scores" / folder / "metric.json")
             if folder.rpartition(".")[0] == name and (metric is None or about.get("spec") == _plain(metric)):
                 return folder
         return None
@@ -178,14 +178,6 @@ def _identity(config: Mapping[str, Any], spec: Mapping[str, Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}  # of a run that was killed while it began
-    return value if isinstance(value, dict) else {}
 
 
 def _numbers(root: Path, found: Sequence[Cell], confidence: float) -> tuple[dict[Any, Any], dict[Any, str]]:

@@ -21,7 +21,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, UserError):
         print(f"error: {lines(str(error))}", file=sys.stderr, flush=True)
         return USER
-    traceback.print_exception(error)
+    print(lines("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     return UNEXPECTED
 
 

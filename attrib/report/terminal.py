@@ -10,14 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from attrib.drawing import pictures
+from attrib.errors import printable
 from attrib.report.gallery import Gallery, gallery
 from attrib.results import labels, tables
 from attrib.types import UserError
-
-
-def _printable(text: str) -> str:
-    """Without the control characters by which a text could move the cursor or write to the terminal's title."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def coloured(words: Sequence[pictures.Word]) -> Text:
@@ -25,7 +21,7 @@ def coloured(words: Sequence[pictures.Word]) -> Text:
     line = Text()
     for i, word in enumerate(words):
         style = Style(dim=True) if word.special else Style(color=word.ink, bgcolor=word.ground)
-        line.append(" " if i else "").append(_printable(word.text), style)
+        line.append(" " if i else "").append(printable(word.text), style)
     return line
 
 
@@ -52,10 +48,10 @@ def _table(block: Gallery) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for sample in block.samples:
         table.add_row()
-        table.add_row("", Text(_printable(f"{sample.name}  {sample.uid}"), style="bold"))
+        table.add_row("", Text(printable(f"{sample.name}  {sample.uid}"), style="bold"))
         for (label, _, _), tile in zip(block.columns, sample.tiles):
             scores = "  ".join(f"{name} {value}" for name, value in tile.scores)
-            words = coloured(tile.words) if tile.words else Text(_printable(tile.problem))
-            table.add_row(Text(_printable(label)), words)
-            table.add_row("", Text(_printable(scores), style="dim"))
+            words = coloured(tile.words) if tile.words else Text(printable(tile.problem))
+            table.add_row(Text(printable(label)), words)
+            table.add_row("", Text(printable(scores), style="dim"))
     return table

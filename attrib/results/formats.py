@@ -17,6 +17,8 @@ import rich.box
 import rich.table
 import rich.text
 
+from attrib.errors import printable
+
 # Layout -------------------------------------------------------------------------------------------------
 
 
@@ -310,9 +312,32 @@ def _notes(table: pd.DataFrame) -> tuple[str, ...]:
 # Writing ------------------------------------------------------------------------------------------------
 
 
+FORMULA = "=+-@"  # what a cell begins with that a spreadsheet would compute
+
+
 def to_csv(frame: pd.DataFrame) -> str:
-    """Full precision, one header line."""
-    return frame.to_csv(index=False)
+    """Full precision, one header line.
+
+    A text that a spreadsheet would take for a formula gets a ' in front; control characters go.
+    """
+    shown = frame.copy()
+    for name in shown.columns:
+        if not pd.api.types.is_numeric_dtype(shown[name]):
+            values = shown[name].astype(object)
+            shown[name] = values.map({value: _csv(value) for value in values.unique()})
+    return shown.to_csv(index=False)
+
+
+def _csv(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip()[:1] in FORMULA and text.strip() else text
+
+
+def one_line(text: Any) -> str:
+    """A text from a file or a name, fit for any line: no control characters, and nothing that ends the line."""
+    return printable(" ".join(str(text).split()))
 
 
 def to_markdown(table: TextTable) -> str:
@@ -330,7 +355,7 @@ def to_markdown(table: TextTable) -> str:
 
 
 def _md(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]~#$])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_|<>\[\]~#$])", r"\\\1", one_line(text))
 
 
 _TEX = {
@@ -357,33 +382,36 @@ def to_latex(table: TextTable) -> str:
     def line(texts: Iterable[str]) -> str:
         return "  " + " & ".join(texts) + r" \\"
 
-    lines = [f"% {' '.join(table.title.split())}; needs \\usepackage{{booktabs}}"]
+    lines = [f"% {one_line(table.title)}; needs \\usepackage{{booktabs}}"]
     lines.append(rf"\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}")
     lines += [r"  \toprule", line(map(_tex, table.header)), r"  \midrule"]
     for i, row in enumerate(table.body):
         lines.append(line(rf"\textbf{{{_tex(t)}}}" if (i, j) in table.bold else _tex(t) for j, t in enumerate(row)))
     lines += [r"  \bottomrule", r"\end{tabular}"]
-    lines += [f"% {' '.join(note.split())}" for note in (*table.notes, *table.code)]
+    lines += [f"% {one_line(note)}" for note in (*table.notes, *table.code)]
     return "\n".join(lines) + "\n"
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in " ".join(str(text).split()))
+    return "".join(_TEX.get(c, c) for c in one_line(text))
 
 
 def to_terminal(table: TextTable) -> rich.table.Table:
-    """For rich.console.Console.print. Texts are never read as markup."""
+    """For rich.console.Console.print. Texts are never read as markup, and steer no terminal."""
     drawn = rich.table.Table(
-        title=rich.text.Text(table.title, style="bold") if table.title else None,
-        caption=rich.text.Text("\n".join(table.notes)) if table.notes else None,
+        title=rich.text.Text(one_line(table.title), style="bold") if table.title else None,
+        caption=rich.text.Text("\n".join(map(one_line, table.notes))) if table.notes else None,
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
     for j, name in enumerate(table.header):
-        drawn.add_column(rich.text.Text(name), justify="left" if j < table.left else "right", overflow="fold")
+        drawn.add_column(rich.text.Text(one_line(name)), justify="left" if j < table.left else "right", overflow="fold")
     for i, row in enumerate(table.body):
         drawn.add_row(
-            *(rich.text.Text(t, style="bold green" if (i, j) in table.bold else "") for j, t in enumerate(row))
+            *(
+                rich.text.Text(one_line(t), style="bold green" if (i, j) in table.bold else "")
+                for j, t in enumerate(row)
+            )
         )
     return drawn

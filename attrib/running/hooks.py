@@ -18,6 +18,7 @@ from tqdm import tqdm
 from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.drawing.pictures import overlay, png, words_page
 from attrib.drawing.spectrogram import draw
+from attrib.errors import printable
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.store.files import picture_path, write_atomic, write_json
@@ -44,7 +45,7 @@ class ProgressHook(Hook):
             self._stage = loop.stage
             self._bar = tqdm(
                 total=loop.total,
-                desc=f"{loop.plan.experiment.names['method']}: {loop.stage}",
+                desc=printable(f"{loop.plan.experiment.names['method']}: {loop.stage}"),
                 unit=" samples",
                 mininterval=0.2 if sys.stderr.isatty() else 30,
                 dynamic_ncols=True,

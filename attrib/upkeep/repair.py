@@ -76,7 +76,8 @@ def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
             found += [(path, chunk) for path in _chunks(scores)]
             found += [(path, rows) for path in sorted(scores.glob("[!.]*.parquet"))]
         found += [(path, _ledger) for path in Ledger(folder).files]
-        found += [(path, check) for name, check in _RUN for path in sorted(folder.glob(f"runs/*/{name}"))]
+        runs = sorted(folder.glob("runs/[!.]*/"))
+        found += [(run / name, check) for run in runs for name, check in _RUN if exists(run / name)]
     found += [(path, _graph) for path in sorted(root.glob("graphs/*/class_*.json"))]
     state = root / "state"
     found += [(state, _folder)] if exists(state) else []
