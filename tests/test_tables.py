@@ -415,3 +415,23 @@ def test_means_that_are_equal_up_to_rounding_are_both_best(root):
     best = table.loc[(table["column"] == "ehr") & table["best"], "method"]
     assert set(best) == set(METHODS[:2])
     assert table.loc[table["column"] == "ehr", "mean"].nunique() == 3
+
+
+def test_the_same_rows_in_other_files_are_the_same_table(tmp_path):
+    """Sixty samples by one process, or by three shards whose files have any names and order."""
+    rng, drawn = np.random.default_rng(0), []
+    values, offsets = ({f"v/{i:02d}": rng.normal(size=2) for i in range(60)} for _ in range(2))
+    for name, cut in {"one": [range(60)], "three": [range(2, 60, 3), range(0, 60, 3), range(1, 60, 3)]}.items():
+        root = tmp_path / name
+        for method, shift in (("a", 0.0), ("b", 0.3)):
+            made = cell(root, f"photos.net.{method}.{method * 8}", method=method)
+            metric_folder(made, "m.11111111", {"x": "higher", "y": "lower"})
+            for k, part in enumerate(cut):
+                uids = [f"v/{i:02d}" for i in (part if name == "one" else reversed(part))]
+                scores = {uid: values[uid] + shift * offsets[uid] for uid in uids}
+                rows = [(uid, "f", "map", c, scores[uid][j], 1.0) for uid in uids for j, c in enumerate("xy")]
+                add_rows(made, "m.11111111", rows, writer=f"w{9 - k}")
+        frame = tables.rows(root)
+        drawn.append((tables.summary(frame), tables.all_paired(frame), tables.ranks(frame)))
+    for one, three in zip(*drawn):
+        pd.testing.assert_frame_equal(one, three, check_exact=True)

@@ -1,4 +1,4 @@
-"""Stopping when told to: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 end a run between two batches, with everything flushed.
+"""Stopping when told to: SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 end a run between two batches, with everything flushed.
 
 ``with watching(grace) as stop:`` watches; ``stop()`` is True once a signal came. What a signal may end is said by the
 regions around the code:
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 LEFT = 75  # EX_TEMPFAIL: exit status of a tool that was told to stop and has work left
 GRACE = 20.0
 AGAIN = 1.0  # seconds after which an exception that some code has swallowed is raised again
@@ -104,7 +104,7 @@ class Stop:
     # ---- handlers -----------------------------------------------------------------------------
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        """The handler of all four signals."""
+        """The handler of all these signals."""
         if os.getpid() != self._process:  # a child that was forked meanwhile: none of its work is ours
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -169,7 +169,7 @@ def _say(line: str) -> None:
 
 @contextmanager
 def watching(grace: float = GRACE) -> Iterator[Stop]:
-    """Watch for the four signals; at the end the handlers are those from before.
+    """Watch for the signals; at the end the handlers are those from before.
 
     Inside another ``watching`` it is that one's ``Stop``, with this ``grace`` and ``finishing`` again. Outside the main
     thread, where Python lets nobody install handlers, it is one that is never told.

@@ -1,7 +1,8 @@
 """Statistics of per-sample scores: intervals of means, paired tests, effect sizes, corrections, ranks.
 
 Numpy and scipy only. Everything is a function of its arguments: random draws come from a local generator with a fixed
-seed, so that a table drawn twice is the same table.
+seed, so that a table drawn twice is the same table. Samples have no order, so everything is sorted before it is drawn
+from or added up, and no unit of measurement is too small or too large for a square (:func:`in_unit`).
 
 Scores are the results of arithmetic, and rounding must not decide which of two equal ones is larger: 4/9 - 3/9 and
 3/9 - 2/9 are the same number, but not the same float. One rule serves all tests and ranks. A score is known up to
@@ -115,11 +116,13 @@ def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> M
     x = x[np.isfinite(x)]
     if x.size < 2:
         return MeanInterval(x.size, float(x.mean()) if x.size else math.nan, math.nan, math.nan)
-    mean = float(x.mean())
-    if _constant(x):
+    constant = _constant(x)
+    x, unit = in_unit(np.sort(x))
+    mean = float(x.mean()) * unit
+    if constant:
         return MeanInterval(x.size, mean, mean, mean)
     lo, hi = _abc(x, confidence) if x.size > LARGE_BOOTSTRAP else _bootstrap(x, confidence, seed)
-    return MeanInterval(x.size, mean, lo, hi)
+    return MeanInterval(x.size, mean, lo * unit, hi * unit)
 
 
 def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> Paired:
@@ -154,9 +157,18 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: i
     d = np.where(np.abs(a - b) <= error, 0.0, a - b)
     error[d == 0] = 0
     d = np.copysign(equalised(np.abs(d), error), d)
+    order = np.lexsort((error, d, np.abs(d)))
+    d, error = d[order], error[order]
     mean = interval(d, confidence, seed=seed)
-    p = _sign_flip(d, seed, float(np.linalg.norm(error)))
+    d, unit = in_unit(d)
+    p = _sign_flip(d, seed, float(np.linalg.norm(error / unit)))
     return Paired(mean.n, mean.mean, mean.lo, mean.hi, p, _effect(d), _rank_biserial(d))
+
+
+def in_unit(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """``x`` (n,) over the power of two below its largest size, and that power: exact, and squares stay finite."""
+    _, exponent = math.frexp(float(np.abs(x).max(initial=0.0)))
+    return np.ldexp(x, 1 - exponent), math.ldexp(1.0, exponent - 1)
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -269,23 +281,27 @@ def _abc(x: np.ndarray, confidence: float) -> tuple[float, float]:
 
 
 def _sign_flip(d: np.ndarray, seed: int, error: float = 0.0) -> float:
-    """Two-sided p of the mean of ``d`` (n,), whose sum is known up to ``error``, under random signs; NaN for n = 0."""
+    """Two-sided p of the mean of ``d`` (n,), whose sum is known up to ``error``, under random signs; NaN for n = 0.
+
+    Under these only the sizes count, so that neither the order nor the sign of ``d`` changes p.
+    """
     if d.size == 0:
         return math.nan
     if not d.any():
         return 1.0
     if d.size > LARGE_PERMUTATION:
-        return float(2 * stats.norm.sf(abs(d.sum()) / math.sqrt((d**2).sum())))
+        return float(2 * stats.norm.sf(abs(math.fsum(d)) / math.sqrt(math.fsum(d**2))))
+    size = np.sort(np.abs(d))
     # Rounding in the sums must not break ties with the observed value.
-    least = abs(d.sum()) - max(error, ROUNDING * np.abs(d).sum())
+    least = abs(math.fsum(d)) - max(error, ROUNDING * size.sum())
     if d.size <= EXACT:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=d.size)))
-        return float((np.abs(signs @ d) >= least).mean())
+        return float((np.abs(signs @ size) >= least).mean())
     rng, hits, left = np.random.default_rng(seed), 0, RESAMPLES
     while left:
         count = min(left, max(1, _BATCH // d.size))
         coins = rng.integers(0, 2, (count, d.size), dtype=np.int8).astype(np.float64)
-        hits += int((np.abs(2 * (coins @ d) - d.sum()) >= least).sum())
+        hits += int((np.abs(2 * (coins @ size) - size.sum()) >= least).sum())
         left -= count
     return (hits + 1) / (RESAMPLES + 1)
 

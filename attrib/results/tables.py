@@ -136,12 +136,13 @@ def _metric_rows(
         pending = due.merge(wanted, how="cross").assign(value=np.nan, time=np.nan, state="pending", stage="", reason="")
         pending = pending[table.columns]
         table = pd.concat([table, pending] if len(pending) else [table]).drop_duplicates(_ITEM, keep="first")
-    return table.merge(maps, how="left", on=["uid", "fingerprint"])
+    return table.sort_values("uid", kind="stable").merge(maps, how="left", on=["uid", "fingerprint"])
 
 
 def _stored(item: Labelled, folder: str) -> pd.DataFrame:
     stored = item.cell.scores(folder)
-    found = stored.table().to_pandas()
+    # Which writer did a sample is nothing that a table may show; a sample's own rows stay in the order of its columns.
+    found = stored.table().to_pandas().sort_values("uid", kind="stable", ignore_index=True)
     item.broken.extend(stored.broken)
     return found
 
@@ -252,10 +253,10 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
                 "mean": mean.mean,
                 "lo": mean.lo,
                 "hi": mean.hi,
-                "seconds": group["seconds"].mean(),
-                "rows": group["rows"].mean(),
+                "seconds": group["seconds"].sort_values().mean(),
+                "rows": group["rows"].sort_values().mean(),
                 "memory": group["memory"].max(),
-                "device": " + ".join(d for d in dict.fromkeys(group["device"]) if d),
+                "device": " + ".join(sorted(d for d in group["device"].unique() if d)),
             }
         )
     table = pd.DataFrame(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -19,7 +18,9 @@ from attrib.fit import Fit, State
 from attrib.models import Classifier
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
-from attrib.store.files import write_atomic, write_json
+from attrib.store.files import sync_folder, write_atomic, write_json
+from attrib.store.reading import LISTING, document, regular
+from attrib.store.schemas import Confidences
 from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ class _Partial:
 
 
 def _read(path: Path) -> State | None:
-    if not path.exists():
-        return None
     try:
+        regular(path)
         return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError) as error:
         log.warning("%s cannot be read (%s); fitting it again", path, error)
         return None
 
@@ -95,18 +97,29 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
 
 
 def _publish(path: Path, data: bytes) -> None:
-    """Write the file unless it is there by now; a damaged one is replaced."""
+    """Write the file unless it is there by now; a damaged one is replaced, in one step.
+
+    A link is refused where the file is there, so that the first of several jobs decides. On a file system without links
+    the last one does, and whoever has read the file of another before goes on with numbers of its own: no job is hurt,
+    but shards of a net that does not repeat itself may differ by its noise.
+    """
     if _read(path) is not None:
         return
-    path.unlink(missing_ok=True)
     mine = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     write_atomic(mine, data)
     try:
-        os.link(mine, path)
+        if os.path.lexists(path):  # and is damaged
+            os.replace(mine, path)
+        else:
+            os.link(mine, path)
     except FileExistsError:
         pass
+    except OSError as error:
+        log.info("%s cannot be linked (%s); it is renamed", path, error)
+        os.replace(mine, path)
     finally:
-        mine.unlink()
+        mine.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def load_confidence(
@@ -142,7 +155,9 @@ def load_confidence(
 def _known(path: Path) -> dict[str, list]:
     """uid -> [fingerprint, confidence]."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except ValueError as error:
+        return {uid: list(known) for uid, known in document(path, Confidences, LISTING).items()}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
         log.warning("%s cannot be read (%s); asking the model again", path, error)
         return {}

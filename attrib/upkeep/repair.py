@@ -227,6 +227,9 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
     for path in (place, *(damage.path for damage in damages)):
         check_inside(root, path)
     before = set(place.iterdir()) if place.is_dir() else set()
+    # Rows go before the damaged curves that belong to them are moved: a repair that is killed in between is repeated.
+    for folder in dict.fromkeys(d.path.parent for d in damages if d.path.parent.parent.name == "scores"):
+        _forget(folder, [d for d in damages if d.path.parent == folder and d.path.suffix == ".safetensors"])
     for damage in damages:
         if damage.path.suffix == ".safetensors" and damage.path.parent != root / "state":
             arrays = Arrays(damage.path.parent, writer_name())
@@ -234,19 +237,27 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
             saved += held - len(recover(arrays, damage.path, root))
         else:
             move_aside(damage.path, root)
-    for folder in dict.fromkeys(d.path.parent for d in damages if d.path.parent.parent.name == "scores"):
-        _forget(folder, [d.samples for d in damages if d.path.parent == folder and d.path.suffix == ".safetensors"])
     for path in set(place.iterdir()) - before if delete else ():
         remove(root, path)
     return saved
 
 
-def _forget(folder: Path, known: Sequence[tuple[Key, ...] | None]) -> None:
-    """Drop the rows of samples whose curves were lost: of all without curves, if it is not known which those are."""
-    stored = Arrays(folder).index()
-    lost = {key for keys in known if keys is not None for key in keys if key not in stored}
-    if any(keys is None for keys in known):
-        lost |= {key for key in ScoreRows(folder).present() if key not in stored}
+def _forget(folder: Path, damages: Sequence[Damage]) -> None:
+    """Drop the rows of samples whose curves are lost with these chunks: of all without whole curves, if one does not say
+    which those are.
+    """
+    curves, damaged = Arrays(folder), {damage.path for damage in damages}
+    whole: set[Key] = set()
+    for key, record in curves.index().items():
+        if record.path in damaged:
+            try:
+                curves.read(key)
+            except OSError:
+                continue
+        whole.add(key)
+    lost = {key for damage in damages for key in damage.samples or () if key not in whole}
+    if any(damage.samples is None for damage in damages):
+        lost |= {key for key in ScoreRows(folder).present() if key not in whole}
     for path in sorted(folder.glob("[!.]*.parquet")):
         if path.is_symlink() or rows(path) is not None:
             continue
