@@ -1,4 +1,4 @@
-"""Stopping when told to: SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 end a run between two batches, with everything flushed.
+"""Stopping when told to: SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 end a run between two batches, all flushed.
 
 ``with watching(grace) as stop:`` watches; ``stop()`` is True once a signal came. What a signal may end is said by the
 regions around the code:

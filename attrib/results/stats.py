@@ -272,6 +272,7 @@ def _bootstrap(x: np.ndarray, confidence: float, seed: int) -> tuple[float, floa
 
 def _abc(x: np.ndarray, confidence: float) -> tuple[float, float]:
     """DiCiccio & Efron 1992, for a mean: the bias correction equals the acceleration a, curvature is 0."""
+    x = np.sort(x)
     d = x - x.mean()
     squares = (d**2).sum()
     sigma, a = math.sqrt(squares) / x.size, (d**3).sum() / (6 * squares**1.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
 from attrib.running.options import Options
 from attrib.running.states import load_confidence
-from attrib.store.cell import Arrays, Cell, cells
+from attrib.store.cell import FORMAT, Arrays, Cell, cells
 from attrib.store.files import Key
 from attrib.types import UNREADABLE, UserError
 
@@ -100,12 +100,18 @@ def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: 
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:
         scores = metric_folder(experiment, name)
-        scored = cell.scores(scores).present()
+        scored = whole_scores(cell, scores, experiment.metrics[name].CURVES)
         found.scored[name] = {u for u in uids if found.key(u) in scored}
         seconds = _mean_seconds(c.curves(scores) for c in alike)
         if seconds is not None:
             found.score_seconds[name] = seconds
     return found
+
+
+def whole_scores(cell: Cell, folder: str, curves: Collection[str]) -> Set[Key]:
+    """The samples whose rows are stored and, if the metric has ``curves``, those too: curves alone may be lost."""
+    scored = cell.scores(folder).present()
+    return scored & cell.curves(folder).index().keys() if curves and scored else scored
 
 
 def check_metrics(plan: Plan) -> None:
@@ -145,6 +151,7 @@ def spec_of(plan: Plan) -> dict[str, Any]:
     """What stands in a cell's spec.json: enough to know what its numbers are."""
     experiment = plan.experiment
     return {
+        "format": FORMAT,
         "names": dict(experiment.names),
         "key": experiment.cell_key(plan.state_key),
         "dataset_key": experiment.dataset_key,

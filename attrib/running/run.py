@@ -25,6 +25,7 @@ from attrib.running.runner import AttributionRunner
 from attrib.running.states import load_state
 from attrib.running.summary import Summary
 from attrib.store.files import write_json, writer_name
+from attrib.store.reading import UnreadableError
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,10 @@ def _open(plan: Plan) -> None:
         _examine(plan)
     spec = spec_of(plan)
     plan.cell.write_spec(spec)
-    if plan.cell.spec["key"] != spec["key"]:
+    try:
+        there = plan.cell.spec.get("key")
+    except UnreadableError as error:
+        raise UserError(f"{error}; if it is damaged, `attrib cache repair` moves it away") from error
+    if there != spec["key"]:
         raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
     plan.cell.write_samples(plan.selected, plan.fingerprints)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,8 @@ class Scores(Stage):
         self._curves, self._rows = plan.cell.curves(folder), plan.cell.scores(folder)
         self.buffers = (self._curves, self._rows)  # a sample whose rows are there has its curves too
         self._targets: dict[str, Any] = {}
-        self._on_disk, self._looked = set[Key](), 0.0
+        self._on_disk: Set[Key] = set()
+        self._looked = 0.0
         self.shared.summary.scores_present += len(self.done)
 
     def todo(self) -> list[str]:
@@ -319,7 +320,10 @@ class Scores(Stage):
 
     def present(self, uids: Sequence[str]) -> set[str]:
         if time.monotonic() - self._looked > LOOK_EVERY:
-            self._on_disk, self._looked = self._rows.present(), time.monotonic()
+            on_disk: Set[Key] = self._rows.present()
+            if self._metric.CURVES:
+                on_disk = on_disk & self._curves.index().keys()
+            self._on_disk, self._looked = on_disk, time.monotonic()
         return {u for u in uids if self.plan.key(u) in self._on_disk}
 
 

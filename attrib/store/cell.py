@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 
+FORMAT = 1  # of a cell's folder, see docs/work-directory.md; a cell that does not say has this one, too
 MOST_ROWS = 10_000_000  # of one file: a writer puts four thousand samples in it
 
 # What libraries raise for a file that is not what it should be.
@@ -381,8 +382,14 @@ class Cell:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Raises UnreadableError, or FileNotFoundError."""
-        return document(self.folder / "spec.json", dict[str, Any])
+        """Raises UnreadableError, also for a cell of a later format, or FileNotFoundError."""
+        path = self.folder / "spec.json"
+        spec = document(path, dict[str, Any])
+        if isinstance(found := spec.get("format", FORMAT), int) and found > FORMAT:
+            raise UnreadableError(
+                f"{path}: format {found}, but this version of attrib reads {FORMAT}; take a newer one"
+            )
+        return spec
 
     def write_spec(self, spec: Mapping[str, Any]) -> None:
         """Once: every writer of a cell would write the same."""

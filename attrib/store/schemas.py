@@ -78,6 +78,7 @@ class Axes(TypedDict):
 class Spec(TypedDict, total=False):
     """spec.json, see ``attrib.running.plan.spec_of``: what tables and the report read of it."""
 
+    format: Annotated[int, Meta(ge=1)]  # absent in cells of before it was counted, which are of format 1
     names: Axes
     dataset_key: str
     model_key: str

@@ -243,8 +243,9 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
 
 
 def _forget(folder: Path, damages: Sequence[Damage]) -> None:
-    """Drop the rows of samples whose curves are lost with these chunks: of all without whole curves, if one does not say
-    which those are.
+    """Drop the rows of samples whose curves are lost with these chunks.
+
+    If a chunk does not say any more which those are: of all samples without whole curves.
     """
     curves, damaged = Arrays(folder), {damage.path for damage in damages}
     whole: set[Key] = set()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from attrib.process.signals import LEFT
 from attrib.store.cell import Cell, Record, ScoreRows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
+from attrib.store.reading import document
+from attrib.store.schemas import MetricNote
 from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, read_object, workers
 from attrib.types import UNREADABLE, UserError
 from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
@@ -252,7 +254,10 @@ class Observer:
             if name in ("load", "maps"):
                 continue
             rows = self._rows.setdefault(cell.folder / name, cell.scores(name))
-            scored = counted(_tried(rows.present, set(), broken, rows.folder)) & due
+            stored_rows: Set[Key] = _tried(rows.present, set(), broken, rows.folder)
+            if _curves(cell, name, broken):
+                stored_rows = stored_rows & _tried(cell.curves(name).index, nothing, broken, rows.folder).keys()
+            scored = counted(stored_rows) & due
             broken += rows.broken
             bad = {uid: f for uid, f in failures.get(name, {}).items() if uid in due and uid not in scored}
             todo = len(due - scored - bad.keys() - lost.keys())
@@ -281,6 +286,17 @@ def _most(cell: str, stage: StageStatus, olders: Iterable[tuple[int, Older]]) ->
     done, older = max(olders, key=lambda pair: pair[0], default=(0, None))
     if older is not None and done > stage.done:
         yield MovedClass(cell, stage.name, older, done)
+
+
+def _curves(cell: Cell, name: str, broken: list[str]) -> bool:
+    """Whether the metric keeps curves, without which a score does not count as done."""
+    try:
+        return bool(document(cell.folder / "scores" / name / "metric.json", MetricNote).curves)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        broken.append(str(error))
+        return False
 
 
 def _score_seconds(cell: Cell, name: str) -> float | None:
