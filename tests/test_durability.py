@@ -1,10 +1,11 @@
-"""What must not be lost: curves that a repair moves while it is killed, states on disks without links, newer formats."""
+"""What must not be lost: curves while a repair is killed, states on disks without links, what is stored today."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import safetensors.torch
 import torch
 from half_done import UIDS, cell
 
+from attrib import report
 from attrib.process.signals import SIGNALS
+from attrib.results import tables
 from attrib.running.states import _publish, _read
 from attrib.store.cell import FORMAT, Arrays, Cell, ScoreRows
 from attrib.store.files import write_atomic, write_json
@@ -109,7 +112,13 @@ def test_a_state_is_published_where_links_are_refused(tmp_path, monkeypatch, cod
 def test_a_damaged_state_is_replaced_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "01234567.safetensors"
     path.write_bytes(b"damaged")
-    monkeypatch.setattr(os, "unlink", lambda *_, **__: pytest.fail("for a moment there would be no state"))
+    unlink = os.unlink
+
+    def watched(one, **options):
+        assert Path(one) != path, "for a moment there would be no state"
+        unlink(one, **options)
+
+    monkeypatch.setattr(os, "unlink", watched)
     _publish(path, safetensors.torch.save({"a": torch.ones(2)}))
     assert torch.equal(_read(path)["a"], torch.ones(2))
 
@@ -133,3 +142,23 @@ def test_a_cell_of_a_later_format_is_refused_and_others_are_shown(tmp_path):
     with pytest.raises(UnreadableError, match=r"spec\.json: format 2, .*take a newer one"):
         Cell(made.folder).spec  # noqa: B018
     assert any("format 2" in line for line in Observer(tmp_path).look().cells[0].broken)
+
+
+def test_a_work_directory_of_format_1_is_read(tmp_path):
+    """tests/stored was written by the version before cells had a format; it is never written anew."""
+    root = Path(shutil.copytree(Path(__file__).parent / "stored", tmp_path / "work"))
+    broken: list[str] = []
+    summary = tables.summary(tables.rows(root, broken)).set_index(["method", "column"])
+    assert broken == []
+    assert damages(root) == []
+    assert summary["n"].tolist() == [3, 3, 3, 3, 3, 3]
+    assert summary.loc[("iba", "ehr"), "mean"] == pytest.approx(0.6139574743)
+    made = Cell(root / "photos.net.iba.iba0000")
+    assert "format" not in made.spec
+    (key, *_) = made.maps.index()
+    assert set(made.maps.read(key)) == {"map", "loss"}
+    assert made.curves("ehr.11111111").read(key)["map/ehr"].shape == (11,)
+    assert [(e["uid"], e["stage"]) for e in made.ledger.entries()] == [("val/001", "ehr.11111111")]
+    (status,) = Observer(root, ["iba"]).look().cells
+    assert [(stage.done, stage.todo) for stage in status.stages] == [(3, 0)] * 3
+    assert "val/000" in report.page(root)
