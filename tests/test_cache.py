@@ -540,15 +540,15 @@ def test_export_stays_in_its_folder(tmp_path):
     assert len(list(out.rglob("*.npy"))) == 2 * len(odd)
 
 
-def test_two_names_for_one_file(tmp_path, capsys):
+def test_two_long_names_that_begin_alike_are_two_files(tmp_path, capsys):
     made = Cell(tmp_path / "work" / NAME, "w")
     made.write_spec(SPEC)
     for uid in ("x" * 250, "x" * 260):
         made.maps.add(uid, "f", {"map": np.ones((2, 2))})
     made.maps.flush()
-    assert main("export", tmp_path / "work", tmp_path / "out", "--format", "npy") == 1
-    assert "is already the file of" in capsys.readouterr().out
-    assert len(list((tmp_path / "out").rglob("*.npy"))) == 1
+    assert main("export", tmp_path / "work", tmp_path / "out", "--format", "npy") == 0
+    assert "2 files" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").rglob("*.npy"))) == 2
 
 
 def test_export_says_what_is_not_there(root, tmp_path, capsys):

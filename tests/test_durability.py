@@ -158,7 +158,7 @@ def test_a_work_directory_of_format_1_is_read(tmp_path):
     assert "format" not in made.spec
     (key, *_) = made.maps.index()
     assert set(made.maps.read(key)) == {"map", "loss"}
-    assert made.curves("ehr.11111111").read(key)["map/ehr"].shape == (11,)
+    assert made.curves("ehr.11111111").read(key)["map/ehr_curve"].shape == (11,)
     assert [(e["uid"], e["stage"]) for e in made.ledger.entries()] == [("val/001", "ehr.11111111")]
     (status,) = Observer(root, ["iba"]).look().cells
     assert [(stage.done, stage.todo) for stage in status.stages] == [(3, 0)] * 3
