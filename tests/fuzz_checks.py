@@ -377,7 +377,7 @@ def check_causal_paths(case: Case) -> None:
     method = CausalPaths(layer="conv", graph=graphs)
     state = case.fitted(method)
     x, target = case.estimation.x[:4], case.target
-    structure = Structure(case.classifiers[0].module, x)
+    structure = Structure.of(case.classifiers[0], x)
     (graph,) = graphs_of(case.estimation[[0]], structure, state)
 
     def logit(net: torch.nn.Module) -> Tensor:

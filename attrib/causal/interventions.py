@@ -1,42 +1,97 @@
 """Interventions on edges that leave the net's weights alone: its logits if the weights w of one cause were u.
 
-A weighted layer is linear in its input, so setting the edges from candidate c to the effects E to u changes the layer's
-output by (u - w)[E, c] applied to channel c alone. The net runs once up to the layer; from there all candidates of all
-samples go through the rest of the net together, ``Classifier.rows`` at a time.
+A weighted layer is linear in its weight, so setting the edges from candidate c to the effects E to u changes its
+output by (u - w)[E, c] applied to c alone. The net runs once up to the layer; from there all candidates of all samples
+go through the rest of its graph together, ``Classifier.rows`` at a time.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
-from attrib.causal.structure import Structure, WeightedLayer, WeightedModule, groups, weighted_module
+from attrib.causal.layers import Edges, Weighted, WeightedLayer
+from attrib.causal.structure import Structure
 from attrib.models import Classifier
-from attrib.models.split import Split, hooked, split
-from attrib.types import UserError
+from attrib.models.graph import Graph, check_same
 
-M = TypeVar("M", bound=nn.Module)
+
+class Cut:
+    """A net's graph in two, at a weighted layer: up to it, and what reads its result."""
+
+    def __init__(self, graph: Graph, at: Weighted) -> None:
+        behind = {at.node}
+        for node in graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+        # What does not depend on the values of the input is not handed over but computed again.
+        before = graph.fed - behind
+        rear = _needed(graph, [graph.nodes[-1]], before | {at.node})
+        used = {n for node in rear for n in node.all_input_nodes}
+        rest = [n for n in graph.nodes if n in used and n in before]
+        self._rear = _part(graph, [at.node, *rest], rear, None)
+        self._front = until(graph, (at.reads, at.node, *rest))
+
+    def front(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(N, *input) -> what the layer reads, what it gives, and what else ``rear`` needs."""
+        return tuple(self._front(x))
+
+    def rear(self, z: Tensor, rest: Sequence[Tensor]) -> Tensor:
+        """Logits (N, K) with the layer's output replaced by z."""
+        return self._rear(z, *rest)
+
+
+def until(graph: Graph, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """A net that gives what these nodes do, and computes nothing else."""
+    return _part(graph, [graph.input], _needed(graph, nodes, {graph.input}), nodes)
+
+
+def _needed(graph: Graph, ends: Sequence[fx.Node], given: frozenset[fx.Node] | set[fx.Node]) -> list[fx.Node]:
+    """The nodes that ``ends`` are computed by from those that are given, themselves among them, in order."""
+    found: set[fx.Node] = set()
+    waiting = [node for node in ends if node not in given]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [n for n in node.all_input_nodes if n not in given]
+    return [node for node in graph.nodes if node in found]
+
+
+def _part(
+    graph: Graph, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node] | None
+) -> fx.GraphModule:
+    """A net of copies of the nodes; with ``outputs`` None, the graph's own output is among them."""
+    new = fx.Graph()
+    copies = {node: new.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+    for node in nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+    if outputs is not None:
+        new.output(tuple(copies[node] for node in outputs))
+    return fx.GraphModule(graph.net, new)
 
 
 class Site(NamedTuple):
-    """A weighted layer with its input and output for n samples."""
+    """A weighted layer with its input and output for n samples, each of which has as many rows there."""
 
     layer: WeightedLayer
-    module: WeightedModule
-    x: Tensor  # (n, *in), the layer's input
-    z: Tensor  # (n, *out), its output
-    rest: tuple[Tensor, ...]  # see ``Front``
-    cut: Split
+    call: Weighted
+    n: int
+    x: Tensor  # (n * rows, *in), what the layer reads
+    z: Tensor  # (n * rows, *out), what it gives
+    rest: tuple[Tensor, ...]  # what else the net behind it needs
+    cut: Cut
 
-    @property
-    def axis(self) -> int:
-        """The dimension of the channels in x and in z."""
-        return self.z.ndim - 1 if isinstance(self.module, nn.Linear) else 1
+    def logits(self, samples: Tensor, z: Tensor) -> Tensor:
+        """(m, K) behind z (m * rows, *out), for samples (m,) int64."""
+        return self.cut.rear(z, [self.of(t, samples) for t in self.rest])
+
+    def of(self, t: Tensor, samples: Tensor | slice) -> Tensor:
+        """The rows of samples, of all rows."""
+        return t.unflatten(0, (self.n, -1))[samples].flatten(0, 1)
 
 
 class Sites:
@@ -44,86 +99,30 @@ class Sites:
 
     def __init__(self, model: Classifier, structure: Structure) -> None:
         self.model, self.structure = model, structure
-        self._cuts: dict[str, Split] = {}
+        self._cuts: dict[str, Cut] = {}
 
     @torch.no_grad()
     def at(self, path: str, x: Tensor) -> Site:
-        """The layer for inputs x (n, *input); computes nothing behind it, unless the net cannot be cut there.
+        """The layer for inputs x (N, *input); computes nothing behind it.
 
-        Raises UserError for a layer that is not linear in its weight.
+        Raises UserError where the rows of a sample do not lie next to each other.
         """
-        layer, module = self.structure.layer(path), weighted_module(self.model.module, path)
+        layer, call, graph = self.structure.layer(path), self.structure.call(path), self.structure.graph
         if path not in self._cuts:
-            self._cuts[path] = split(self.model.module, path, x)
+            cut = Cut(graph, call)
+            two = torch.cat((x[:1], x[-1:]))
+            read, z, *rest = cut.front(two)
+            tried, samples = Site(layer, call, 2, read, z, tuple(rest), cut), torch.tensor([1, 0, 1], device=x.device)
+            check_same(self.model.module, tried.logits(samples, tried.of(z, samples)), graph(two)[samples])
+            self._cuts[path] = cut
         cut = self._cuts[path]
-
-        def piece(rows: slice) -> tuple[Tensor, ...]:
-            read: list[Tensor] = []
-            with hooked(module, lambda _module, inputs, _output: read.append(inputs[0].clone())):
-                z, rest = cut.front(x[rows].clone())
-            return (read[0], z, *rest)
-
-        read, z, *rest = self.model.chunked(piece, len(x))
-        _check(path, module, read[:1], z[:1])
-        return Site(layer, module, read, z, tuple(rest), cut)
+        read, z, *rest = self.model.chunked(lambda rows: cut.front(x[rows]), len(x))
+        return Site(layer, call, len(x), read, z, tuple(rest), cut)
 
 
-def reweighted(module: M, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> M:
-    """A copy of a layer, with its stride and padding, that has these weights and none of its hooks."""
-    made = copy.copy(module)
-    parameters = {"weight": nn.Parameter(weight, False), "bias": None if bias is None else nn.Parameter(bias, False)}
-    made.__dict__ |= {"_parameters": parameters, "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-    if not isinstance(module, nn.Linear):
-        made.__dict__["groups"] = groups
-    return made
-
-
-def _check(path: str, module: WeightedModule, x: Tensor, z: Tensor) -> None:
-    """Raises UserError for a layer that is not linear in its weight, such as one that standardises it first."""
-    once, twice = (reweighted(module, k * module.weight, None, groups(module))(x) for k in (1, 2))
-    own = once
-    if module.bias is not None:
-        bias = module.bias if isinstance(module, nn.Linear) else module.bias.reshape(-1, *(1 for _ in z.shape[2:]))
-        own = once + bias
-    if not torch.allclose(own, z, rtol=1e-3, atol=1e-3 * z.abs().max().item()) or not torch.allclose(
-        twice, 2 * once, rtol=1e-3, atol=1e-3 * z.abs().max().item()
-    ):
-        raise UserError(
-            f"layer {path} ({type(module).__name__}) is not linear in its weight, so no edge of it can be set; "
-            "search only the layers behind it (layers: the last so many)"
-        )
-
-
-class Edges(NamedTuple):
-    """From one candidate to some outputs of a layer."""
-
-    effects: Tensor  # (E,) int64, those of the given outputs that the candidate is connected with
-    weight: Tensor  # (E, span, *kernel)
-
-
-def edges(module: WeightedModule, unit: tuple[int, int], effects: Tensor) -> Edges:
-    """The edges from a candidate to the output channels ``effects`` (E,) int64.
-
-    In a grouped convolution a channel reaches its own group only. Raises UserError for a candidate in two groups.
-    """
-    start, stop = unit
-    if not isinstance(module, nn.Linear) and module.groups > 1:
-        inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
-        group = start // inputs
-        if (stop - 1) // inputs != group:
-            raise UserError(
-                f"the inputs {start} to {stop - 1} of a grouped convolution are one candidate, but belong to two "
-                "groups; search only the layers behind it (layers: the last so many)"
-            )
-        effects = effects[effects // outputs == group]
-        start, stop = start - group * inputs, stop - group * inputs
-    return Edges(effects, module.weight[effects, start:stop])
-
-
-def change(site: Site, unit: tuple[int, int], found: Edges, u: float, rows: slice) -> Tensor:
-    """How the layer's output at ``found.effects`` changes for some of the samples, (rows, E, *places)."""
-    x = site.x.narrow(site.axis, unit[0], unit[1] - unit[0])[rows]
-    return reweighted(site.module, u - found.weight)(x)
+def edges(site: Site, unit: int, effects: Tensor) -> Edges:
+    """The edges from a candidate, by its number, to the output channels ``effects`` (E,) int64."""
+    return site.call.edges(site.layer.units[unit].features, effects)
 
 
 @torch.no_grad()
@@ -135,22 +134,20 @@ def intervene(
     units     candidates, by their number in the layer
     effects   (E,) int64, output channels of the layer; the edges from a candidate to all of them become u
     """
-    n, axis = len(site.z), site.axis
+    n, axis, each = site.n, site.call.axis, len(site.z) // site.n
 
     def piece(rows: slice) -> Tensor:
-        index = torch.arange(rows.start, rows.stop, device=site.z.device)
-        sample = index % n
-        z = site.z[sample]
+        samples = torch.arange(rows.start, rows.stop, device=site.z.device) % n
+        z = site.of(site.z, samples)
         for number in range(rows.start // n, (rows.stop - 1) // n + 1):
             start, stop = max(rows.start, number * n), min(rows.stop, (number + 1) * n)
-            unit = site.layer.units[units[number]]
-            found = edges(site.module, unit, effects)
-            if not len(found.effects):
+            mine = edges(site, units[number], effects)
+            if not len(mine.effects):
                 continue
-            delta = change(site, unit, found, u, slice(start - number * n, stop - number * n))
-            z[start - rows.start : stop - rows.start].index_add_(axis, found.effects, delta)
-        logits = site.cut.rear(z, tuple(t[sample] for t in site.rest))
-        return logits[:, target].clone()
+            x = site.of(site.x, slice(start - number * n, stop - number * n)).index_select(axis, mine.features)
+            part = z[(start - rows.start) * each : (stop - rows.start) * each]
+            part.index_add_(axis, mine.effects, site.call(x, mine.change(u)))
+        return site.logits(samples, z)[:, target].clone()
 
     return model.chunked(piece, len(units) * n).reshape(len(units), n)
 
@@ -161,25 +158,21 @@ def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: flo
     The gradient of the logit with respect to the layer's weights, times (u - w): one forward and backward pass for
     all candidates. ``Search.candidates`` are chosen by it.
     """
-    module, n = site.module, len(site.z)
-    weight = module.weight
 
     def piece(rows: slice) -> Tensor:
+        samples = torch.arange(rows.start, rows.stop, device=site.z.device)
         with torch.enable_grad():
-            leaf = site.z[rows].detach().requires_grad_()
-            logits = site.cut.rear(leaf.clone(), tuple(t[rows] for t in site.rest))
+            leaf = site.of(site.z, samples).detach().requires_grad_()
+            logits = site.logits(samples, leaf)
             (at_z,) = torch.autograd.grad(logits[:, target].sum(), leaf)
-            free = weight.detach().clone().requires_grad_()
-            layer = reweighted(module, weight, None, groups(module))
-            layer.__dict__["_parameters"] = {"weight": free, "bias": None}
-            (grad,) = torch.autograd.grad((layer(site.x[rows]) * at_z).sum(), free)
+            free = site.call.weight.clone().requires_grad_()
+            y = site.call(site.of(site.x, samples), free, site.call.groups)
+            (grad,) = torch.autograd.grad((y * at_z).sum(), free)
         return grad[None]
 
-    total = model.chunked(piece, n).sum(0) / n
-    effect = total * (u - weight)
+    gradient = model.chunked(piece, site.n).sum(0) / site.n
     found = []
-    for unit in site.layer.units:
-        chosen = edges(module, unit, effects)
-        start = unit[0] % weight.shape[1]  # a grouped convolution's weight has the channels of one group
-        found.append(effect[chosen.effects, start : start + unit[1] - unit[0]].sum())
+    for unit in range(len(site.layer.units)):
+        mine = edges(site, unit, effects)
+        found.append((gradient[mine.effects[:, None], mine.columns] * mine.change(u)).sum())
     return torch.stack(found)
