@@ -14,15 +14,51 @@ import torch
 from torch import Tensor, fx
 
 from attrib.causal.layers import Edges, Weighted, WeightedLayer
-from attrib.causal.structure import Structure
+from attrib.causal.structure import ADVICE, Structure
 from attrib.models import Classifier
 from attrib.models.graph import Graph, check_same
+from attrib.noise import Noise
+from attrib.types import UserError
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch are in a tensor: in the middle of an axis that is ``outer`` * N * inner long."""
+
+    axis: int
+    outer: int
+
+    def first(self, t: Tensor, n: int) -> Tensor:
+        """(..., outer * n * inner, ...) -> (n, ..., outer, inner, ...)."""
+        return t.unflatten(self.axis, (self.outer, n, -1)).movedim(self.axis + 1, 0)
+
+    def back(self, t: Tensor) -> Tensor:
+        """The inverse of ``first``."""
+        return t.movedim(0, self.axis + 1).flatten(self.axis, self.axis + 2)
+
+    @classmethod
+    def of(cls, node: fx.Node, both: Tensor, one: Tensor, other: Tensor) -> Rows | None:
+        """Found out from what the node gives for two samples, for the one twice, and for the other twice."""
+        largest = both.abs().max().item() if both.numel() else 0.0
+        for axis in sorted(node.meta["free"]):
+            each, odd = divmod(both.shape[axis], 2)
+            for outer in range(1, each + 1):
+                if odd or each % outer:
+                    continue
+                rows = cls(axis, outer)
+                made = torch.stack((rows.first(one, 2)[0], rows.first(other, 2)[1]))
+                if torch.allclose(made, rows.first(both, 2), rtol=0, atol=1e-4 * largest, equal_nan=True):
+                    return rows
+        return None
 
 
 class Cut:
-    """A net's graph in two, at a weighted layer: up to it, and what reads its result."""
+    """A net's graph in two, at a weighted layer: up to it, and what reads its result.
 
-    def __init__(self, graph: Graph, at: Weighted) -> None:
+    What is handed over has its rows first, whatever the net does with them. ``x`` (N, *input) are samples to try.
+    Raises UserError where the rows cannot be found.
+    """
+
+    def __init__(self, graph: Graph, at: Weighted, x: Tensor) -> None:
         behind = {at.node}
         for node in graph.nodes:
             if not behind.isdisjoint(node.all_input_nodes):
@@ -32,16 +68,34 @@ class Cut:
         rear = _needed(graph, [graph.nodes[-1]], before | {at.node})
         used = {n for node in rear for n in node.all_input_nodes}
         rest = [n for n in graph.nodes if n in used and n in before]
+        handed = (at.reads, at.node, *rest)
         self._rear = _part(graph, [at.node, *rest], rear, None)
-        self._front = until(graph, (at.reads, at.node, *rest))
+        self._front = until(graph, handed)
+        self.rows = [self._found(graph, node, *values) for node, *values in zip(handed, *self._tried(x), strict=True)]
+
+    def _tried(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        one, other = x[:1], next((x[i : i + 1] for i in range(1, len(x)) if not torch.equal(x[i], x[0])), x[:1].flip(-1))
+        if x.is_floating_point():
+            one, other = (Noise([uid], device=x.device, dtype=x.dtype).normal(*x.shape[1:]) for uid in ("one", "other"))
+        return [self._front(torch.cat(pair)) for pair in ((one, other), (one, one), (other, other))]
+
+    @staticmethod
+    def _found(graph: Graph, node: fx.Node, *values: Tensor) -> Rows:
+        found = Rows.of(node, *(value.double() for value in values))
+        if found is None:
+            raise UserError(
+                f"a causal graph needs to know which numbers of {graph.where(node)} belong to which sample, and what it "
+                f"gives for two samples does not tell; {ADVICE}"
+            )
+        return found
 
     def front(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(N, *input) -> what the layer reads, what it gives, and what else ``rear`` needs."""
-        return tuple(self._front(x))
+        """(N, *input) -> what the layer reads, what it gives, and what else ``rear`` needs, N rows each."""
+        return tuple(rows.first(t, len(x)) for rows, t in zip(self.rows, self._front(x), strict=True))
 
     def rear(self, z: Tensor, rest: Sequence[Tensor]) -> Tensor:
         """Logits (N, K) with the layer's output replaced by z."""
-        return self._rear(z, *rest)
+        return self._rear(*(rows.back(t) for rows, t in zip(self.rows[1:], (z, *rest), strict=True)))
 
 
 def until(graph: Graph, nodes: Sequence[fx.Node]) -> fx.GraphModule:
@@ -75,23 +129,23 @@ def _part(
 
 
 class Site(NamedTuple):
-    """A weighted layer with its input and output for n samples, each of which has as many rows there."""
+    """A weighted layer with its input and output for n samples."""
 
     layer: WeightedLayer
     call: Weighted
-    n: int
-    x: Tensor  # (n * rows, *in), what the layer reads
-    z: Tensor  # (n * rows, *out), what it gives
-    rest: tuple[Tensor, ...]  # what else the net behind it needs
+    x: Tensor  # (n, ...), what the layer reads
+    z: Tensor  # (n, ...), what it gives
+    rest: tuple[Tensor, ...]  # (n, ...) each, what else the net behind it needs
     cut: Cut
 
     def logits(self, samples: Tensor, z: Tensor) -> Tensor:
-        """(m, K) behind z (m * rows, *out), for samples (m,) int64."""
-        return self.cut.rear(z, [self.of(t, samples) for t in self.rest])
+        """(m, K) behind z (m, ...), for samples (m,) int64."""
+        return self.cut.rear(z, [t[samples] for t in self.rest])
 
-    def of(self, t: Tensor, samples: Tensor | slice) -> Tensor:
-        """The rows of samples, of all rows."""
-        return t.unflatten(0, (self.n, -1))[samples].flatten(0, 1)
+    def given(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+        """What the layer would give for some rows of its input with this weight, without its bias."""
+        reads, gives, *_ = self.cut.rows
+        return gives.first(self.call(reads.back(x), weight, groups), len(x))
 
 
 class Sites:
@@ -105,19 +159,18 @@ class Sites:
     def at(self, path: str, x: Tensor) -> Site:
         """The layer for inputs x (N, *input); computes nothing behind it.
 
-        Raises UserError where the rows of a sample do not lie next to each other.
+        Raises UserError where the rows of samples cannot be told apart.
         """
         layer, call, graph = self.structure.layer(path), self.structure.call(path), self.structure.graph
         if path not in self._cuts:
-            cut = Cut(graph, call)
+            cut = Cut(graph, call, x)
             two = torch.cat((x[:1], x[-1:]))
-            read, z, *rest = cut.front(two)
-            tried, samples = Site(layer, call, 2, read, z, tuple(rest), cut), torch.tensor([1, 0, 1], device=x.device)
-            check_same(self.model.module, tried.logits(samples, tried.of(z, samples)), graph(two)[samples])
+            _, z, *rest = cut.front(two)
+            check_same(self.model.module, cut.rear(z[[1, 0, 1]], [t[[1, 0, 1]] for t in rest]), graph(two)[[1, 0, 1]])
             self._cuts[path] = cut
         cut = self._cuts[path]
         read, z, *rest = self.model.chunked(lambda rows: cut.front(x[rows]), len(x))
-        return Site(layer, call, len(x), read, z, tuple(rest), cut)
+        return Site(layer, call, read, z, tuple(rest), cut)
 
 
 def edges(site: Site, unit: int, effects: Tensor) -> Edges:
@@ -134,19 +187,19 @@ def intervene(
     units     candidates, by their number in the layer
     effects   (E,) int64, output channels of the layer; the edges from a candidate to all of them become u
     """
-    n, axis, each = site.n, site.call.axis, len(site.z) // site.n
+    n, axis = len(site.z), site.call.axis
 
     def piece(rows: slice) -> Tensor:
         samples = torch.arange(rows.start, rows.stop, device=site.z.device) % n
-        z = site.of(site.z, samples)
+        z = site.z[samples]
         for number in range(rows.start // n, (rows.stop - 1) // n + 1):
             start, stop = max(rows.start, number * n), min(rows.stop, (number + 1) * n)
             mine = edges(site, units[number], effects)
             if not len(mine.effects):
                 continue
-            x = site.of(site.x, slice(start - number * n, stop - number * n)).index_select(axis, mine.features)
-            part = z[(start - rows.start) * each : (stop - rows.start) * each]
-            part.index_add_(axis, mine.effects, site.call(x, mine.change(u)))
+            x = site.x[start - number * n : stop - number * n].index_select(axis, mine.features)
+            part = z[start - rows.start : stop - rows.start]
+            part.index_add_(axis, mine.effects, site.given(x, mine.change(u)))
         return site.logits(samples, z)[:, target].clone()
 
     return model.chunked(piece, len(units) * n).reshape(len(units), n)
@@ -162,15 +215,15 @@ def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: flo
     def piece(rows: slice) -> Tensor:
         samples = torch.arange(rows.start, rows.stop, device=site.z.device)
         with torch.enable_grad():
-            leaf = site.of(site.z, samples).detach().requires_grad_()
+            leaf = site.z[samples].detach().requires_grad_()
             logits = site.logits(samples, leaf)
             (at_z,) = torch.autograd.grad(logits[:, target].sum(), leaf)
             free = site.call.weight.clone().requires_grad_()
-            y = site.call(site.of(site.x, samples), free, site.call.groups)
+            y = site.given(site.x[samples], free, site.call.groups)
             (grad,) = torch.autograd.grad((y * at_z).sum(), free)
         return grad[None]
 
-    gradient = model.chunked(piece, site.n).sum(0) / site.n
+    gradient = model.chunked(piece, len(site.z)).sum(0) / len(site.z)
     found = []
     for unit in range(len(site.layer.units)):
         mine = edges(site, unit, effects)

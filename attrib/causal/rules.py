@@ -103,7 +103,7 @@ class Through:
 
     def _pooled(self, node: fx.Node, args: Any, given: list[Tensor]) -> Tensor:
         places = int(re.findall(r"(\d)d", operation(node))[0])
-        return self._origins.over(given[0], range(-places, 0), self._mixing(node))
+        return self._origins.over(given[0], range(-places, 0), self._mixing(node, shared=True))
 
     def _filtered(self, node: fx.Node, args: Any, given: list[Tensor]) -> Tensor | None:
         """A constant filter over each channel."""
@@ -136,7 +136,7 @@ class Through:
 
 # The operations -> what becomes of the origins. Where they only move, the call itself says it.
 _RULES: dict[frozenset[str], Callable[[Through, fx.Node, Any, list[Tensor]], Tensor | None]] = {
-    ELEMENTWISE: Through._each,
+    ELEMENTWISE | {"rrelu_with_noise_functional"}: Through._each,
     frozenset((
         "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm", "_fused_rms_norm",
         "log_softmax", *BATCH_NORM,

@@ -176,7 +176,7 @@ class Structure:
             paths = sorted({path for path, _ in origin})
             if paths != [INPUT]:
                 along = f"{of.path} reads {', '.join(paths)} along another axis than that of its channels"
-                return WeightedLayer(of.path, alone, refused=f"{along}; {_ADVICE}")
+                return WeightedLayer(of.path, alone, refused=f"{along}; {ADVICE}")
             return WeightedLayer(of.path, tuple(Unit(u.features, ((INPUT, j),)) for j, u in enumerate(alone)))
         found = [Unit(torch.tensor(mine), tuple(sorted(origin))) for origin, mine in groups.items()]
         return WeightedLayer(of.path, tuple(found), self._places(of, [unit.features for unit in found]))
@@ -201,15 +201,14 @@ class Structure:
     def _features(self, ids: Tensor, axis: int) -> list[frozenset[int]]:
         """The origins that are there, over all places, for each channel along the axis."""
         rows = small(ids).movedim(axis, 0).flatten(1)
-        rows = rows.expand(ids.shape[axis], -1)
-        return [frozenset(map(int, row.unique())) for row in rows]
+        return [frozenset(map(int, set(row))) for row in rows.expand(ids.shape[axis], -1).tolist()]
 
     def _refusal(self, mixing: str, reader: str) -> str:
         return (
             f"{mixing}, on the way to {reader}: which of its input channels make each output channel is not known, so "
-            f"no causal graph goes through it; {_ADVICE}"
+            f"no causal graph goes through it; {ADVICE}"
         )
 
 
 _FLATTENING = frozenset(("reshape", "_reshape_alias", "squeeze", "unsqueeze"))
-_ADVICE = "search only the layers behind it (layers: the last so many)"
+ADVICE = "search only the layers behind it (layers: the last so many)"
