@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from attrib.causal import Search, Sites, Structure, find, intervene
 from attrib.causal.graph import FIRST
-from attrib.causal.layers import Unit
 from attrib.causal.interventions import estimate
+from attrib.causal.layers import Unit
 from attrib.causal.subnetwork import logits, random_graph, weights
 from attrib.models import Classifier
 from attrib.noise import Noise

@@ -20,6 +20,8 @@ from attrib.models.graph import Graph, check_same
 from attrib.noise import Noise
 from attrib.types import UserError
 
+_KEPT = "attrib.causal.cuts"  # where a graph's notes hold its cuts
+
 
 class Rows(NamedTuple):
     """Where the rows of a batch are in a tensor: in the middle of an axis that is ``outer`` * N * inner long."""
@@ -74,7 +76,8 @@ class Cut:
         self.rows = [self._found(graph, node, *values) for node, *values in zip(handed, *self._tried(x), strict=True)]
 
     def _tried(self, x: Tensor) -> list[tuple[Tensor, ...]]:
-        one, other = x[:1], next((x[i : i + 1] for i in range(1, len(x)) if not torch.equal(x[i], x[0])), x[:1].flip(-1))
+        unlike = (row[None] for row in x if not torch.equal(row, x[0]))
+        one, other = x[:1], next(unlike, x[:1].flip(-1))
         if x.is_floating_point():
             one, other = (Noise([uid], device=x.device, dtype=x.dtype).normal(*x.shape[1:]) for uid in ("one", "other"))
         return [self._front(torch.cat(pair)) for pair in ((one, other), (one, one), (other, other))]
@@ -84,8 +87,8 @@ class Cut:
         found = Rows.of(node, *(value.double() for value in values))
         if found is None:
             raise UserError(
-                f"a causal graph needs to know which numbers of {graph.where(node)} belong to which sample, and what it "
-                f"gives for two samples does not tell; {ADVICE}"
+                f"a causal graph needs to know which numbers of {graph.where(node)} belong to which sample, and what "
+                f"it gives for two samples does not tell; {ADVICE}"
             )
         return found
 
@@ -138,6 +141,18 @@ class Site(NamedTuple):
     rest: tuple[Tensor, ...]  # (n, ...) each, what else the net behind it needs
     cut: Cut
 
+    @property
+    def features(self) -> Tensor:
+        """(n, ...) what the layer reads, without the axes that only keep rows and places apart."""
+        axis = self.cut.rows[0].axis
+        return self.x.squeeze((axis + 1, axis + 2))
+
+    @property
+    def output(self) -> Tensor:
+        """(n, ...) what it gives, likewise."""
+        axis = self.cut.rows[1].axis
+        return self.z.squeeze((axis + 1, axis + 2))
+
     def logits(self, samples: Tensor, z: Tensor) -> Tensor:
         """(m, K) behind z (m, ...), for samples (m,) int64."""
         return self.cut.rear(z, [t[samples] for t in self.rest])
@@ -149,11 +164,11 @@ class Site(NamedTuple):
 
 
 class Sites:
-    """A net cut at its weighted layers; each cut is made once."""
+    """A net cut at its weighted layers; each cut is made once per graph."""
 
     def __init__(self, model: Classifier, structure: Structure) -> None:
         self.model, self.structure = model, structure
-        self._cuts: dict[str, Cut] = {}
+        self._cuts: dict[str, Cut] = structure.graph.net.meta.setdefault(_KEPT, {})
 
     @torch.no_grad()
     def at(self, path: str, x: Tensor) -> Site:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, from_state
-from attrib.causal.interventions import until
+from attrib.causal.interventions import Sites
 from attrib.causal.layers import Weighted, WeightedLayer
 from attrib.causal.rules import bound
 from attrib.causal.structure import OUTPUT, Structure
@@ -172,11 +172,11 @@ class CausalPaths(Method):
         path = structure.at(model.path(self.layer))
         call, layer = structure.call(path), structure.layer(path)
         reading = _Reading(call, layer, self.as_released)
-        node = self._before(structure, layer).node if self.as_released else call.reads
-        front = until(structure.graph, [node])
-        with torch.no_grad():
-            given = model.chunked(lambda rows: front(batch.x[rows])[0], len(batch))
-        features = given if self.as_released else reading.features(given)
+        sites = Sites(model, structure)
+        if self.as_released:
+            features = sites.at(self._before(structure, layer), batch.x).output
+        else:
+            features = reading.features(sites.at(path, batch.x).features)
         rows = []
         for uid, graph, mine in zip(batch.uids, graphs, features, strict=True):
             found = graph.layers.get(path)
@@ -193,14 +193,14 @@ class CausalPaths(Method):
         return {"places": small[:, 0], **named, **self._effects(model, structure, graphs, batch)}
 
     @staticmethod
-    def _before(structure: Structure, layer: WeightedLayer) -> Weighted:
+    def _before(structure: Structure, layer: WeightedLayer) -> str:
         """The convolution whose channels, one by one, are all that the layer reads."""
         if len(layer.sources) == 1 and layer.sources[0] in structure.paths:
             before = structure.call(layer.sources[0])
             channels = tuple(((before.path, j),) for j in range(len(before.weight)))
             single = all(len(unit.features) == 1 for unit in layer.units)
             if single and before.weight.ndim == 4 and channels == tuple(unit.origin for unit in layer.units):
-                return before
+                return before.path
         raise UserError(f"as_released: {layer.path} does not read just one convolution; take another layer")
 
     def _effects(
