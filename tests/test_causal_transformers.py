@@ -122,7 +122,7 @@ def test_the_residual_stream_keeps_channels_apart(case):
 
 
 def test_whole_graphs(case):
-    name, model, x, structure = case
+    _, model, x, structure = case
     graph = find(Sites(model, structure), x, 1, Search(z=-100.0, candidates=3))
     assert list(graph.layers) == list(reversed(structure.paths))
     assert any(found.how == FIRST for found in graph.layers.values())

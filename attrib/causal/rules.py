@@ -184,7 +184,7 @@ def _moved(node: fx.Node, args: Any, kwargs: Any) -> Any:
 def _results(node: fx.Node, ids: Tensor) -> Any:
     if "shape" in node.meta:
         return Origin(ids.expand(node.meta["shape"]))
-    shapes = {user.args[1]: user.meta["shape"] for user in node.users if "shape" in user.meta}
+    shapes: dict[Any, Any] = {user.args[1]: user.meta["shape"] for user in node.users if "shape" in user.meta}
     return [Origin(ids.expand(shapes[i])) if i in shapes else None for i in range(max(shapes) + 1)]
 
 
