@@ -317,15 +317,15 @@ def test_random_graphs_have_the_same_size(kind):
 # ---- what is refused ---------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
+class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.mix = nn.Conv2d(3, 4, 4, stride=4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.stem, self.mix = nn.Conv2d(3, 4, 4, stride=4), nn.LSTM(4, 4, batch_first=True)
         self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)
-        x = self.mix(x, x, x)[0].mean(1)
+        x = self.mix(x)[0].mean(1)
         return self.head(F.relu(self.hidden(x)))
 
 
@@ -353,10 +353,10 @@ class Branching(nn.Module):
 
 
 def test_an_operation_that_is_not_known_is_named():
-    model = Classifier(seeded(Attention()), dtype=torch.float64)
+    model = Classifier(seeded(Recurrent()), dtype=torch.float64)
     x = Noise(["x"], dtype=torch.float64).normal(4, 3, 8, 8)[0]
     sites = Sites(model, Structure.of(model, x))
-    with pytest.raises(UserError, match=r"getitem.*on the way to hidden.*layers: the last so many"):
+    with pytest.raises(UserError, match=r"lstm of mix \(LSTM\), on the way to hidden.*layers: the last so many"):
         find(sites, x, 1, Search(z=0.0))
     found = find(sites, x, 1, Search(z=0.0, layers=2))  # what is behind it
     assert list(found.layers) == ["head", "hidden"]

@@ -99,7 +99,7 @@ def test_effects_of_heads_and_neurons(case, u):
 
 def test_a_head_is_a_slice_that_comes_from_its_queries_keys_and_values(case):
     name, _, _, structure = case
-    path, heads, neuron, _ = PLACES[name]
+    path, _, neuron, _ = PLACES[name]
     for number, unit in enumerate(structure.layer(path).units):
         size = len(unit.features)
         assert unit.features.tolist() == list(range(number * size, (number + 1) * size))
