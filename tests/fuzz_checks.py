@@ -377,7 +377,7 @@ def check_causal_paths(case: Case) -> None:
     method = CausalPaths(layer="conv", graph=graphs)
     state = case.fitted(method)
     x, target = case.estimation.x[:4], case.target
-    structure = Structure(case.classifiers[0].module, x)
+    structure = Structure.of(case.classifiers[0], x)
     (graph,) = graphs_of(case.estimation[[0]], structure, state)
 
     def logit(net: torch.nn.Module) -> Tensor:
@@ -386,17 +386,25 @@ def check_causal_paths(case: Case) -> None:
 
     reference = logit(case.net)
     for path, layer in graph.layers.items():
-        if getattr(case.net.get_submodule(path), "groups", 1) > 1:
+        module = case.net.get_submodule(path)
+        if getattr(module, "groups", 1) > 1:
             continue
         tested = (~layer.effect.isnan()).nonzero()[:, 0].tolist()
         for unit in tested[:2]:
             net = copy.deepcopy(case.net)
-            start, stop = structure.layer(path).units[unit]
-            net.get_submodule(path).weight.data[layer.effects.nonzero()[:, 0], start:stop] = 0
+            name = structure.call(path).parameter.rpartition(".")[2]
+            weight = getattr(net.get_submodule(path), name).data
+            if isinstance(module, torch.nn.ConvTranspose2d):
+                weight = weight.transpose(0, 1)
+            weight[layer.effects.nonzero(), structure.layer(path).units[unit].features] = 0
             fall, most = logit(net) - reference, float(reference.abs()) + 1
             same(layer.effect[unit], fall, "another effect of an intervention", most, f"{path}, unit {unit}:")
     batch = Batch(case.batch.uids, case.batch.x, torch.full_like(case.batch.target, target))
-    case.explain(method, batch, state)
+    try:
+        case.explain(method, batch, state)
+    except SampleError:
+        if structure.at(case.layers["conv"]) in graph.reached:
+            raise
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
@@ -426,6 +434,8 @@ def must_be_refused(case: Case, method: str) -> str:
         "relu"
     ):
         return "the net has no ReLU"
+    if method == "causal_paths" and case.given.program.again:
+        return "a layer runs twice"
     if method in CAMS and case.cam in case.given.program.again:
         return "the layer runs twice"
     return ""

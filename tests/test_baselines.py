@@ -602,3 +602,21 @@ def test_a_net_may_write_into_its_input(method):
     found, expected = (explain(method, net(relu_net()), batch, layers)["map"] for net in (Overwrites, Normalises))
     same(found, expected)
     assert torch.equal(batch.x, before)
+
+
+def test_a_sum_that_cancels_everywhere_is_refused():
+    class Normed(nn.Module):
+        """Behind a LayerNorm over channels, the gradients of a place add up to zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(3 * 8 * 10, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(nn.functional.layer_norm(x.movedim(1, -1), (3,)).flatten(1))
+
+    with pytest.raises(UserError, match=r"reduce=sum leaves nothing: .*method.reduce=abs_sum"):
+        explain(Gradient(), Normed(), pictures())
+    assert (explain(Gradient(reduce="abs_sum"), Normed(), pictures())["map"] > 0).all()
+    assert explain(InputXGradient(), Normed(), pictures())["map"].any()

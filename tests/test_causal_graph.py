@@ -17,7 +17,7 @@ from attrib.causal import CausalGraphs, Search, Sites, Structure, find, from_sta
 from attrib.causal.drawing import draw, draw_stability
 from attrib.causal.exchange import connections, to_json
 from attrib.causal.graph import FALLEN_BACK, FIRST, NONE_FOUND, NOT_REACHED, TESTED, adjusted, select
-from attrib.causal.interventions import edges, estimate
+from attrib.causal.interventions import estimate
 from attrib.causal.stability import bootstrap, jaccard, soft
 from attrib.causal.subnetwork import logits, weights
 from attrib.models import Classifier, LeNet
@@ -46,7 +46,7 @@ def x(golden) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def sites(model, x) -> Sites:
-    return Sites(model, Structure(model.module, x))
+    return Sites(model, Structure.of(model, x))
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +109,17 @@ def test_pieces(model, sites):
     y = [intervene(model, site, [4], both, target)[0, 0].item() for target in range(10)]
     np.testing.assert_allclose(y, piece["mi_yhat"], atol=1e-4)
     for layer, kernel in (("fc1", (5, 5)), ("conv2", (5, 5))):
-        module = model.module.get_submodule(layer)
-        units = sites.structure.layer(layer).units
-        mine = torch.stack([edges(module, unit, both).weight.reshape(2, *kernel) for unit in units], 1)
+        module, call = model.module.get_submodule(layer), sites.structure.call(layer)
+        units = [unit.features for unit in sites.structure.layer(layer).units]
+        mine = torch.stack([call.edges(unit, both).weight.reshape(2, *kernel) for unit in units], 1)
         other = piece[f"iw_{layer}"]
         rows = [
             int(np.abs(module.weight.numpy().reshape(len(module.weight), -1) - w.ravel()).sum(1).argmin())
             for w in other
         ]
-        mine = torch.stack([edges(module, unit, torch.tensor(rows)).weight.reshape(2, *kernel) for unit in units], 1)
+        mine = torch.stack([call.edges(unit, torch.tensor(rows)).weight.reshape(2, *kernel) for unit in units], 1)
         np.testing.assert_allclose(mine, other, atol=1e-6)
-    flat = [i for unit in (1, 3) for i in range(*sites.structure.layer("fc1").units[unit])]
+    flat = [i for unit in (1, 3) for i in sites.structure.layer("fc1").units[unit].features.tolist()]
     assert flat == piece["adjust"].tolist()
 
 
@@ -189,7 +189,7 @@ def test_rows_do_not_matter_and_no_weight_changes(golden, model, x, graph):
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     for rows in (7, 33):
         other = Classifier(model.module, rows=rows)
-        found = find(Sites(other, Structure(other.module, x)), x, 1, Search())
+        found = find(Sites(other, Structure.of(other, x)), x, 1, Search())
         for path, layer in graph.layers.items():
             assert torch.equal(layer.causes, found.layers[path].causes)
             torch.testing.assert_close(layer.effect, found.layers[path].effect, rtol=0, atol=1e-5, equal_nan=True)

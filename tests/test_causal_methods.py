@@ -46,7 +46,7 @@ def batch(golden) -> Batch:
 
 @pytest.fixture(scope="module")
 def graphs(model, batch) -> dict[int, ClassGraph]:
-    sites = Sites(model, Structure(model.module, batch.x))
+    sites = Sites(model, Structure.of(model, batch.x))
     return {target: find(sites, batch.x, target, Search()) for target in (1, 7)}
 
 
@@ -182,7 +182,7 @@ def test_paths_add_up(model, batch, graphs, state):
     torch.testing.assert_close(parts[0]["map"] + parts[1]["map"], whole, rtol=1e-4, atol=1e-5)
     # By hand: the gates of the net as it is, but the causal weights only.
     net, x = model.module, batch.x[:1].clone().requires_grad_()
-    kept_weights = weights(Structure(net, batch.x), [graphs[1]], "keep edges")
+    kept_weights = weights(Structure.of(model, batch.x), [graphs[1]], "keep edges")
     masked = {name.removesuffix(".weight"): weight for name, weight in kept_weights.items()}
     z = x
     for name, module in net.named_children():
@@ -201,7 +201,7 @@ def test_paths_add_up(model, batch, graphs, state):
 
 
 def test_the_table(model, batch, graphs):
-    structure = Structure(model.module, batch.x)
+    structure = Structure.of(model, batch.x)
     targets = torch.tensor([1] * 8 + [7] * 2)
     data = [Batch(batch.uids[i : i + 4], batch.x[i : i + 4], targets[i : i + 4]) for i in range(0, 10, 4)]
     frame = effect(model, structure, graphs, data, draws=3)
@@ -226,7 +226,7 @@ def test_the_table(model, batch, graphs):
 
 
 def test_masked_weights_are_made_again_where_there_is_no_room(model, batch, graphs, monkeypatch):
-    structure, data = Structure(model.module, batch.x), [batch[[0, 1]], batch[[8, 9]]]
+    structure, data = Structure.of(model, batch.x), [batch[[0, 1]], batch[[8, 9]]]
     made = []
     monkeypatch.setattr(subnetwork, "weights", lambda *args: made.append(args[2]) or weights(*args))
     frames, counts = [], []
@@ -240,7 +240,7 @@ def test_masked_weights_are_made_again_where_there_is_no_room(model, batch, grap
 
 def test_the_columns_of_the_method_are_those_of_the_table(model, batch, graphs, state):
     found = explained(CausalPaths(draws=2), model, batch, state)
-    structure = Structure(model.module, batch.x)
+    structure = Structure.of(model, batch.x)
     frame = effect(model, structure, graphs, [batch], draws=2).query("`class` == 1")
     for net, change in (("kept", "keep nodes"), ("removed", "remove nodes")):
         for prefix, network in (("", "causal"), ("random_", "random")):

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from contracts import seeded
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from attrib.causal import Search, Sites, Structure, find, intervene
 from attrib.causal.graph import FIRST
 from attrib.causal.interventions import estimate
+from attrib.causal.layers import Unit
 from attrib.causal.subnetwork import logits, random_graph, weights
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -91,20 +93,31 @@ def prepared(kind: type[nn.Module], rows: int = 64) -> tuple[Classifier, Tensor]
     return Classifier(net, rows=rows, dtype=torch.float64), x
 
 
-def plainly(net: nn.Module, path: str, units: list[tuple[int, int]], effects: Tensor, u: float, x: Tensor) -> Tensor:
-    """(units, n, K) by setting the weights of a copy. A grouped convolution has weights within its groups only."""
+def edge_mask(net: nn.Module, path: str, features: Tensor, effects: Tensor) -> Tensor:
+    """Which weights of a layer lead from these inputs to these outputs; a grouped convolution's within a group only."""
+    layer = net.get_submodule(path)
+    mask, inputs = torch.zeros_like(layer.weight, dtype=torch.bool), layer.weight.shape[1]
+    groups = getattr(layer, "groups", 1)
+    for e in effects.tolist():
+        for i in features.tolist():
+            if isinstance(layer, nn.ConvTranspose2d):
+                assert groups == 1
+                mask[i, e] = True
+            elif isinstance(layer, Conv1D):
+                mask[i, e] = True
+            elif groups == 1:
+                mask[e, i] = True
+            elif i // inputs == e // (layer.out_channels // groups):
+                mask[e, i % inputs] = True
+    return mask
+
+
+def plainly(net: nn.Module, path: str, units: list[Unit], effects: Tensor, u: float, x: Tensor) -> Tensor:
+    """(units, n, K) by setting the weights of a copy."""
     rows = []
-    for start, stop in units:
+    for unit in units:
         changed = copy.deepcopy(net)
-        layer = changed.get_submodule(path)
-        groups = getattr(layer, "groups", 1)
-        for e in effects.tolist():
-            for i in range(start, stop):
-                inputs = layer.weight.shape[1]
-                if groups == 1:
-                    layer.weight.data[e, i] = u
-                elif i // inputs == e // (layer.out_channels // groups):
-                    layer.weight.data[e, i % inputs] = u
+        changed.get_submodule(path).weight.data[edge_mask(net, path, unit.features, effects)] = u
         rows.append(torch.cat([changed(one[None]) for one in x])[None])
     return torch.cat(rows)
 
@@ -114,9 +127,9 @@ def plainly(net: nn.Module, path: str, units: list[tuple[int, int]], effects: Te
 @torch.no_grad()
 def test_interventions_are_those_of_set_weights(kind, u):
     model, x = prepared(kind, rows=7)
-    sites = Sites(model, Structure(model.module, x))
+    sites = Sites(model, Structure.of(model, x))
     for path in sites.structure.paths:
-        outputs = len(model.module.get_submodule(path).weight)
+        outputs = sites.structure.outputs(path)
         effects = torch.arange(outputs)[torch.tensor([i % 3 != 1 for i in range(outputs)])]
         site = sites.at(path, x)
         expected = plainly(model.module, path, list(site.layer.units), effects, u, x)
@@ -134,7 +147,7 @@ def test_nothing_set_or_set_to_itself_changes_nothing(kind):
     for parameter in model.module.parameters():
         if parameter.ndim > 1:
             parameter.fill_(0.2)
-    sites, whole = Sites(model, Structure(model.module, x)), model.logits(x)
+    sites, whole = Sites(model, Structure.of(model, x)), model.logits(x)
     for path in sites.structure.paths:
         site, outputs = sites.at(path, x), len(model.module.get_submodule(path).weight)
         units = range(len(site.layer.units))
@@ -147,23 +160,14 @@ def test_nothing_set_or_set_to_itself_changes_nothing(kind):
 def test_the_estimate_is_a_derivative(kind):
     """Moving the weights a little towards u changes the logit by as much of the estimate."""
     model, x = prepared(kind)
-    sites, step = Sites(model, Structure(model.module, x)), 1e-6
+    sites, step = Sites(model, Structure.of(model, x)), 1e-6
     for path in sites.structure.paths:
         site = sites.at(path, x)
         module = model.module.get_submodule(path)
         effects = torch.arange(len(module.weight))[::2]
         found = estimate(model, site, effects, 2, u=0.1)
         moved = copy.deepcopy(model.module)
-        start, stop = site.layer.units[-1]
-        goal = copy.deepcopy(moved.get_submodule(path))
-        plain = nn.Module()
-        plain.layer = goal
-        mask = torch.zeros_like(module.weight, dtype=torch.bool)
-        groups, inputs = getattr(module, "groups", 1), module.weight.shape[1]
-        for e in effects.tolist():
-            for i in range(start, stop):
-                if groups == 1 or i // inputs == e // (module.out_channels // groups):
-                    mask[e, i % inputs] = True
+        mask = edge_mask(moved, path, site.layer.units[-1].features, effects)
         weight = moved.get_submodule(path).weight
         weight.data += step * mask * (0.1 - weight.data)
         with torch.no_grad():
@@ -174,51 +178,54 @@ def test_the_estimate_is_a_derivative(kind):
 # ---- what feeds what ---------------------------------------------------------------------------------
 
 
-def fed(kind: type[nn.Module]) -> dict[str, list[tuple[str, int, int]]]:
+def fed(kind: type[nn.Module]) -> dict[str, list[tuple[list[int], tuple]]]:
     model, x = prepared(kind)
-    structure = Structure(model.module, x)
+    structure = Structure.of(model, x)
     return {
-        path: [(s.path, s.offset, s.span) for s in structure.layer(path).sources]
+        path: [(unit.features.tolist(), unit.origin) for unit in structure.layer(path).units]
         for path in (*structure.paths, "output")
     }
 
 
+def of(count: int, *paths: str, span: int = 1, at: int = 0) -> list[tuple[list[int], tuple]]:
+    """So many channels of these layers, from a feature on, with ``span`` features each."""
+    return [
+        ([*range(at + j * span, at + (j + 1) * span)], tuple((path, j) for path in sorted(paths))) for j in range(count)
+    ]
+
+
 def test_sources():
-    plain = fed(Plain)
-    assert plain == {
-        "0": [("input", 0, 1)], "3": [("0", 0, 1)], "8": [("3", 0, 4)], "10": [("8", 0, 1)], "output": [("10", 0, 1)],
+    assert fed(Plain) == {
+        "0": of(3, "input"), "3": of(4, "0"), "8": of(6, "3", span=4), "10": of(7, "8"), "output": of(3, "10"),
     }  # fmt: skip
     assert fed(Grouped) == {
-        "stem": [("input", 0, 1)], "depth": [("stem", 0, 1)], "down": [("depth", 0, 1)], "up": [("down", 0, 1)],
-        "group": [("depth", 0, 1), ("up", 0, 1)], "head": [("group", 0, 1)], "output": [("head", 0, 1)],
+        "stem": of(3, "input"), "depth": of(6, "stem"), "down": of(6, "depth"), "up": of(2, "down"),
+        "group": of(6, "depth", "up"), "head": of(9, "group"), "output": of(3, "head"),
     }  # fmt: skip
     residual = fed(Residual)
-    assert residual["a"] == [("stem", 0, 1)]
-    assert residual["short"] == residual["wide"] == [("b", 0, 1), ("stem", 0, 1)]
-    assert residual["last"] == [("b", 0, 1), ("stem", 0, 1), ("short", 4, 1), ("wide", 4, 1)]
+    assert residual["a"] == of(4, "stem")
+    assert residual["short"] == residual["wide"] == of(4, "b", "stem")
+    assert residual["last"] == of(4, "b", "stem") + of(5, "short", "wide", at=4)
     permuted = fed(Permuted)
-    assert permuted["up"] == [("depth", 0, 1)]
-    assert permuted["head"] == [("down", 0, 1), ("stem", 0, 1)]
+    assert permuted["up"] == of(4, "depth")
+    assert permuted["head"] == of(4, "down", "stem")
+
+
+def structure_of(net: nn.Module, x: Tensor) -> Structure:
+    return Structure.of(Classifier(seeded(net), dtype=torch.float64), x)
 
 
 def test_one_channel_is_a_channel():
-    x = torch.zeros(2, 1, 8, 8)
-    perceptron = Structure(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), x).layer("1")
-    assert perceptron.units == ((0, 64),)
-    assert [(s.path, s.channels, s.places) for s in perceptron.sources] == [("input", 1, (8, 8))]
-    narrow = Structure(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)), x).layer("3")
-    assert [(s.path, s.channels, s.places, narrow.refused) for s in narrow.sources] == [("0", 1, (6, 6), "")]
+    x = Noise(["x"], dtype=torch.float64).normal(2, 1, 8, 8)[0]
+    perceptron = structure_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), x).layer("1")
+    assert [(unit.features.tolist(), unit.origin) for unit in perceptron.units] == of(1, "input", span=64)
+    assert perceptron.places == (8, 8)
+    narrow = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    layer = structure_of(narrow, x).layer("3")
+    assert (layer.sources, layer.places, layer.refused, len(layer.units)) == (("0",), (6, 6), "", 1)
     pooled = nn.Sequential(nn.Conv2d(1, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3))
-    assert [(s.path, s.span) for s in Structure(pooled, x).layer("3").sources] == [("0", 1)]
-
-
-class Named(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(192, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(input=x.flatten(1))
+    (unit,) = structure_of(pooled, x).layer("3").units
+    assert (unit.features.tolist(), unit.origin) == ([0], (("0", 0),))
 
 
 @pytest.mark.parametrize(
@@ -226,10 +233,8 @@ class Named(nn.Module):
 )
 def test_architectures(name, layers):
     models = pytest.importorskip("torchvision.models")
-    with torch.device("meta"):
-        net = getattr(models, name)(weights=None, num_classes=10)
-    net = net.eval()
-    structure = Structure(net, torch.zeros(1, 3, 64, 64, device="meta"))
+    model = Classifier(getattr(models, name)(weights=None, num_classes=10))
+    structure, net = Structure.of(model, torch.zeros(1, 3, 64, 64)), model.module
     assert len(structure.paths) == layers
     first, *others = (structure.layer(path) for path in structure.paths)
     assert first.first
@@ -237,13 +242,14 @@ def test_architectures(name, layers):
         assert not layer.first
         assert not layer.refused
         module = net.get_submodule(layer.path)
-        assert layer.units[-1][1] == (module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+        inputs = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+        assert sorted(torch.cat([unit.features for unit in layer.units]).tolist()) == list(range(inputs))
     assert len(structure.layer("output").units) == 10
     if name == "resnet18":
-        sources = {s.path for s in structure.layer("layer2.0.conv1").sources}
+        sources = set(structure.layer("layer2.0.conv1").sources)
         assert sources == {"conv1", "layer1.0.conv2", "layer1.1.conv2"}
     if name == "vgg11_bn":
-        assert structure.layer("classifier.0").sources[0].places == (7, 7)
+        assert structure.layer("classifier.0").places == (7, 7)
 
 
 # ---- whole graphs ------------------------------------------------------------------------------------
@@ -253,19 +259,20 @@ def test_architectures(name, layers):
 def test_graphs_hang_together(kind):
     """Every cause that is no pixel is a node of the layers that it comes from, and no node is there without one."""
     model, x = prepared(kind)
-    structure = Structure(model.module, x)
+    structure = Structure.of(model, x)
     graph = find(Sites(model, structure), x, 1, Search(z=0.1, fallback=None))
     assert list(graph.layers) == list(reversed(structure.paths))
     expected = {path: torch.zeros_like(found.effects) for path, found in graph.layers.items()}
-    for source in structure.layer("output").sources:
-        expected[source.path][1] = True
+    for path, channel in structure.layer("output").units[1].origin:
+        expected[path][channel] = True
     for path, found in graph.layers.items():
         layer = structure.layer(path)
         assert torch.equal(found.effects, expected[path])
         assert (found.how == FIRST) == (layer.first and bool(found.effects.any()))
-        for source in layer.sources:
-            if source.path in expected:
-                expected[source.path] |= layer.channels(source, found.causes)
+        for number in found.causes.nonzero()[:, 0].tolist():
+            for source, channel in layer.units[number].origin:
+                if source in expected:
+                    expected[source][channel] = True
     few = find(Sites(model, structure), x, 1, Search(z=0.1, fallback=None, layers=2))
     assert list(few.layers) == list(graph.layers)[:2]
     for path, found in few.layers.items():
@@ -275,7 +282,7 @@ def test_graphs_hang_together(kind):
 @pytest.mark.parametrize("kind", NETS)
 def test_keeping_everything_is_the_net_and_removing_everything_is_its_biases(kind):
     model, x = prepared(kind)
-    structure = Structure(model.module, x)
+    structure = Structure.of(model, x)
     graph = find(Sites(model, structure), x, 1, Search())
     ones = {
         p: f._replace(effects=torch.ones_like(f.effects), causes=torch.ones_like(f.causes), how=1)
@@ -295,7 +302,7 @@ def test_keeping_everything_is_the_net_and_removing_everything_is_its_biases(kin
 @pytest.mark.parametrize("kind", NETS)
 def test_random_graphs_have_the_same_size(kind):
     model, x = prepared(kind)
-    structure = Structure(model.module, x)
+    structure = Structure.of(model, x)
     graph = find(Sites(model, structure), x, 1, Search(z=0.1))
     drawn = [random_graph(structure, graph, Noise([f"draw {i}"])) for i in range(6)]
     top = next(iter(graph.layers))
@@ -310,15 +317,15 @@ def test_random_graphs_have_the_same_size(kind):
 # ---- what is refused ---------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
+class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.mix = nn.Conv2d(3, 4, 4, stride=4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.stem, self.mix = nn.Conv2d(3, 4, 4, stride=4), nn.LSTM(4, 4, batch_first=True)
         self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).flatten(2).transpose(1, 2)
-        x = self.mix(x, x, x)[0].mean(1)
+        x = self.mix(x)[0].mean(1)
         return self.head(F.relu(self.hidden(x)))
 
 
@@ -346,10 +353,10 @@ class Branching(nn.Module):
 
 
 def test_an_operation_that_is_not_known_is_named():
-    model = Classifier(seeded(Attention()), dtype=torch.float64)
+    model = Classifier(seeded(Recurrent()), dtype=torch.float64)
     x = Noise(["x"], dtype=torch.float64).normal(4, 3, 8, 8)[0]
-    sites = Sites(model, Structure(model.module, x))
-    with pytest.raises(UserError, match=r"getitem.*on the way to hidden.*layers: the last so many"):
+    sites = Sites(model, Structure.of(model, x))
+    with pytest.raises(UserError, match=r"lstm of mix \(LSTM\), on the way to hidden.*layers: the last so many"):
         find(sites, x, 1, Search(z=0.0))
     found = find(sites, x, 1, Search(z=0.0, layers=2))  # what is behind it
     assert list(found.layers) == ["head", "hidden"]
@@ -359,10 +366,9 @@ def test_an_operation_that_is_not_known_is_named():
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (nn.Sequential(nn.Flatten(), Scaled(192, 3)), r"layer 1 \(Scaled\) is not linear in its weight"),
+        (nn.Sequential(nn.Flatten(), Scaled(192, 3)), "no convolution or linear layer whose weight is a parameter"),
         (Twice(), "layer same runs 2 times"),
-        (Named(), "layer head is given its input by name"),
-        (Branching(), "needs a net that torch.fx can trace"),
+        (Branching(), "torch cannot export Branching"),
         (nn.Sequential(nn.Flatten(), nn.ReLU()), "has no convolution or linear layer"),
     ],
 )
@@ -371,7 +377,7 @@ def test_nets_that_are_refused(net, message):
     model = Classifier(seeded(net), dtype=torch.float64)
 
     def cut_everywhere() -> None:
-        sites = Sites(model, Structure(model.module, x))
+        sites = Sites(model, Structure.of(model, x))
         for path in sites.structure.paths:
             sites.at(path, x)
 

@@ -1,7 +1,8 @@
 """Causal graphs of trained nets: the neurons without which a class's logit falls, found by interventions on edges.
 
 The reference is the code of N. Béreux, *Interventional-Explanations* (tests/golden). ``structure`` reads from the
-traced graph which channels feed which layer, ``interventions`` computes logits under interventions, ``graph`` searches
+net's graph which channels feed which layer (``layers`` are its weighted layers, ``origins`` sets of channels, ``rules``
+what each operation does to them), ``interventions`` computes logits under interventions, ``graph`` searches
 the graph of a class and fits those of several, ``subnetwork`` keeps or removes a graph's paths, ``stability`` compares
 graphs, ``exchange`` writes them as JSON and ``drawing`` draws them.
 """

@@ -28,8 +28,10 @@ def draw(structure: Structure, graph: ClassGraph, name: str = "") -> Figure:
     inner = [path for path in structure.paths if path in used]
     others = sorted(path for path in used if path not in inner and path not in (INPUT, OUTPUT))
     columns = [*others, *([INPUT] if INPUT in used else []), *inner, OUTPUT]
-    sizes = {path: len(structure.module_of(path).weight) for path in inner}
-    sizes |= {s.path: s.channels for path in inner for s in structure.layer(path).sources if s.path not in sizes}
+    sizes = {path: structure.outputs(path) for path in inner}
+    for path, channel in (origin for layer in inner for unit in structure.layer(layer).units for origin in unit.origin):
+        if path not in inner:
+            sizes[path] = max(sizes.get(path, 0), channel + 1)
     sizes[OUTPUT] = len(structure.layer(OUTPUT).units)
     place = {path: x for x, path in enumerate(columns)}
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from attrib.causal.graph import FALLEN_BACK, FIRST, NONE_FOUND, NOT_REACHED, TESTED, ClassGraph
-from attrib.causal.interventions import edges
 from attrib.causal.structure import OUTPUT, Structure
 
 HOW = {
@@ -37,23 +36,16 @@ class Edge(NamedTuple):
 
 def connections(structure: Structure, graph: ClassGraph) -> Iterator[Edge]:
     """All edges, from the logit down. A candidate that several layers produce together has edges from each of them."""
-    logit = structure.layer(OUTPUT)
-    for source in logit.sources:
-        start = source.units().index(logit.units[graph.target]) if logit.units[graph.target] in source.units() else None
-        if start is not None:
-            yield Edge(source.path, start, OUTPUT, graph.target, graph.target, math.nan, math.nan)
+    for source, start in structure.layer(OUTPUT).units[graph.target].origin:
+        yield Edge(source, start, OUTPUT, graph.target, graph.target, math.nan, math.nan)
     for path, found in graph.reached.items():
-        layer, module = structure.layer(path), structure.module_of(path)
-        effects = found.effects.nonzero()[:, 0].to(module.weight.device)
-        numbers = [{unit: j for j, unit in enumerate(source.units())} for source in layer.sources]
+        call, units = structure.call(path), structure.layer(path).units
+        effects = found.effects.nonzero()[:, 0]
         for unit in found.causes.nonzero()[:, 0].tolist():
-            ends = edges(module, layer.units[unit], effects).effects.tolist()
-            for source, number in zip(layer.sources, numbers, strict=True):
-                start = number.get(layer.units[unit])
-                if start is None:
-                    continue
+            ends = call.edges(units[unit].features, effects).effects.tolist()
+            for source, start in units[unit].origin:
                 for end in ends:
-                    yield Edge(source.path, start, path, end, unit, float(found.effect[unit]), float(found.p[unit]))
+                    yield Edge(source, start, path, end, unit, float(found.effect[unit]), float(found.p[unit]))
 
 
 def to_json(structure: Structure, graph: ClassGraph, names: dict[int, str] | None = None) -> dict[str, Any]:

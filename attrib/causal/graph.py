@@ -106,15 +106,17 @@ class Nodes:
 
     def of(self, path: str) -> Tensor:
         """The nodes of a layer, (out,) bool."""
-        weight = self._structure.module_of(path).weight
-        return self._found.get(path, torch.zeros(len(weight), dtype=torch.bool))
+        if path not in self._found:
+            self._found[path] = torch.zeros(self._structure.outputs(path), dtype=torch.bool)
+        return self._found[path]
 
     def reach(self, path: str, units: Tensor) -> None:
-        """Make the chosen units (U,) bool of a layer nodes of the layers that they come from."""
+        """Make what the chosen units (U,) bool of a layer come from nodes of those layers."""
         layer = self._structure.layer(path)
-        for source in layer.sources:
-            found = layer.channels(source, units)
-            self._found[source.path] = self._found[source.path] | found if source.path in self._found else found
+        for number in units.nonzero()[:, 0].tolist():
+            for source, channel in layer.units[number].origin:
+                if source in self._structure.paths:
+                    self.of(source)[channel] = True
 
 
 def adjusted(p: Tensor, correction: str) -> Tensor:
@@ -164,7 +166,7 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
     layers: dict[str, GraphLayer] = {}
     scope = structure.scope(search.layers)
     for path in reversed(scope):
-        layer, effects = structure.layer(path), nodes.of(path)
+        layer, effects = structure.layer(path), nodes.of(path).clone()
         m = len(layer.units)
         chosen = torch.zeros(m, dtype=torch.bool)
         nothing = torch.full((m,), torch.nan, dtype=torch.float64)
@@ -197,7 +199,7 @@ def _tested(
     """
     site = sites.at(path, x)
     outputs = effects.nonzero()[:, 0].to(site.z.device)
-    connected = [i for i, unit in enumerate(site.layer.units) if len(edges(site.module, unit, outputs).effects)]
+    connected = [i for i in range(len(site.layer.units)) if len(edges(site, i, outputs).effects)]
     if most is not None and len(connected) > most:
         expected = estimate(sites.model, site, outputs, target, u)[connected]
         connected = sorted(connected[i] for i in expected.argsort(stable=True)[:most].tolist())
@@ -313,7 +315,7 @@ class CausalGraphs(Fit):
         for done, (target, uids) in enumerate(chosen.items()):
             x = data.batch(uids).x
             if sites is None:
-                sites = Sites(model, Structure(model.module, x))
+                sites = Sites(model, Structure.of(model, x))
                 graphs = from_state(sites.structure, stored) if stored else {}
             if target not in graphs:
                 graphs[target] = find(sites, x, target, self.search)

@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from attrib.causal.graph import FIRST, ClassGraph, GraphLayer, Nodes
-from attrib.causal.interventions import edges
 from attrib.causal.structure import Structure
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -46,16 +45,13 @@ def masks(structure: Structure, graph: ClassGraph, edges_only: bool) -> dict[str
     for path, part in graph.reached.items():
         if part.how == FIRST and not edges_only:
             continue  # its candidates are the channels of the image
-        module, layer = structure.module_of(path), structure.layer(path)
-        weight = module.weight
-        chosen = torch.zeros_like(weight, dtype=torch.bool)
-        outputs = part.effects if edges_only else torch.ones_like(part.effects)
-        effects = outputs.nonzero()[:, 0].to(weight.device)
+        call, units = structure.call(path), structure.layer(path).units
+        chosen = torch.zeros_like(call.weight, dtype=torch.bool)
+        effects = (part.effects if edges_only else torch.ones_like(part.effects)).nonzero()[:, 0]
         for unit in part.causes.nonzero()[:, 0].tolist():
-            start, stop = layer.units[unit]
-            mine = edges(module, (start, stop), effects).effects
-            first = start % weight.shape[1]  # a grouped convolution's weight has the channels of one group
-            chosen[mine, first : first + stop - start] = True
+            mine = call.edges(units[unit].features, effects)
+            rows, columns = mine.linked.nonzero().T
+            chosen[mine.effects[rows], mine.columns[columns]] = True
         found[path] = chosen
     return found
 
@@ -68,7 +64,7 @@ def weights(structure: Structure, graphs: Sequence[ClassGraph], change: Change) 
             union[path] = union[path] | mask if path in union else mask
     keep = change.startswith("keep")
     return {
-        f"{path}.weight": structure.module_of(path).weight.detach() * (mask if keep else ~mask)
+        structure.call(path).parameter: structure.call(path).masked(mask if keep else ~mask)
         for path, mask in union.items()
     }
 
@@ -76,7 +72,8 @@ def weights(structure: Structure, graphs: Sequence[ClassGraph], change: Change) 
 @torch.no_grad()
 def logits(model: Classifier, changed: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """(N, *input) -> (N, K), the logits of the net with these weights instead of its own, for this call only."""
-    return model.chunked(lambda rows: functional_call(model.module, dict(changed), (x[rows].clone(),)), len(x))
+    net = model.graph(x).net
+    return model.chunked(lambda rows: functional_call(net, dict(changed), (x[rows],)), len(x))
 
 
 def random_graph(structure: Structure, graph: ClassGraph, noise: Noise) -> ClassGraph:
@@ -87,11 +84,10 @@ def random_graph(structure: Structure, graph: ClassGraph, noise: Noise) -> Class
     nodes = Nodes(structure, graph.target)
     layers = {}
     for path, found in graph.layers.items():
-        effects, causes = nodes.of(path), found.causes
+        effects, causes = nodes.of(path).clone(), found.causes
         if found.how != FIRST and found.causes.any() and effects.any():
-            layer, module = structure.layer(path), structure.module_of(path)
-            outputs = effects.nonzero()[:, 0].to(module.weight.device)
-            able = [i for i, unit in enumerate(layer.units) if len(edges(module, unit, outputs).effects)]
+            call, units, outputs = structure.call(path), structure.layer(path).units, effects.nonzero()[:, 0]
+            able = [i for i, unit in enumerate(units) if len(call.edges(unit.features, outputs).effects)]
             order = noise.permutation(len(able))[0][: int(found.causes.sum())]
             causes = torch.zeros_like(causes)
             causes[torch.tensor(able)[order.cpu()]] = True

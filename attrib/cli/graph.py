@@ -102,7 +102,7 @@ def write(cell: Experiment, options: Options, wanted: Wanted, stop: Stop) -> Pat
     state = load_state(root, key, fit, model, estimation, stop)
     folder = Path(wanted.out or root / "graphs" / f"{cell.names['dataset']}.{cell.names['model']}.{key[:8]}")
     chosen = fit.choose(model, estimation, lambda _: None) if "stability" in wanted.do else {}
-    structure = Structure(model.module, estimation.batch(estimation.uids[:1]).x)
+    structure = Structure.of(model, estimation.batch(estimation.uids[:1]).x)
     graphs, names = from_state(structure, state), dict(cell.dataset.names)
     if "graphs" in wanted.do:
         for target, graph in graphs.items():

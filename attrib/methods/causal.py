@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, from_state
-from attrib.causal.interventions import edges, reweighted
-from attrib.causal.structure import INPUT, OUTPUT, Structure
-from attrib.causal.subnetwork import Change, logits, random_graph, weights
+from attrib.causal.interventions import Sites
+from attrib.causal.layers import Weighted, WeightedLayer
+from attrib.causal.rules import bound
+from attrib.causal.structure import OUTPUT, Structure
+from attrib.causal.subnetwork import Change, logits, masks, random_graph, weights
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.models import Classifier
-from attrib.models.split import hooked
+from attrib.models.graph import call as called
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 
@@ -42,99 +43,67 @@ def graphs_of(batch: Batch, structure: Structure, state: State) -> list[ClassGra
     return found
 
 
-@torch.no_grad()
-def _recorded(model: Classifier, paths: tuple[str, ...], x: Tensor) -> tuple[Tensor, ...]:
-    """(N, *input) -> the input of the first of these layers, and the output of the second if there is one."""
-
-    def piece(rows: slice) -> tuple[Tensor, ...]:
-        found: dict[str, Tensor] = {}
-
-        def read(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            found[paths[0]] = inputs[0].clone()
-
-        def gives(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[paths[1]] = output.clone()
-
-        with ExitStack() as stack:
-            for path, hook in zip(paths, (read, gives), strict=False):
-                stack.enter_context(hooked(model.module.get_submodule(path), hook))
-            model.module(x[rows].clone())
-        return tuple(found[path] for path in paths)
-
-    return model.chunked(piece, len(x))
-
-
 @dataclass(frozen=True)
 class _Reading:
-    """A convolution or linear layer, the image features that it reads, and how it weighs them."""
+    """A layer, the features of an image that it reads, and how it weighs them."""
 
-    structure: Structure
-    path: str
+    call: Weighted
+    layer: WeightedLayer
     as_released: bool
-
-    @property
-    def module(self) -> nn.Conv2d | nn.Linear:
-        """Raises UserError for any other layer."""
-        module = self.structure.module_of(self.path)
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
-            raise self._without_places()
-        return module
 
     def _without_places(self) -> UserError:
         return UserError(
-            f"layer {self.path} reads no image features: a map needs a convolution, or the first linear layer"
+            f"layer {self.layer.path} reads no image features: a map needs a convolution, a linear layer that sees "
+            "places or tokens, or the one behind them"
         )
 
     def features(self, x: Tensor) -> Tensor:
-        """The layer's input (B, *in) as (B, units, h, w). Raises UserError if it has no places in an image."""
-        layer = self.structure.layer(self.path)
-        if isinstance(self.module, nn.Conv2d):
+        """What the layer reads of B samples as (B, channels, h, w); (B, features) where it is flattened.
+
+        Raises UserError if it has no places in an image.
+        """
+        if self.call.weight.ndim == 4:
             return x
-        if x.ndim == 4:
+        if self.call.weight.ndim == 2 and x.ndim == 4:
             return x.movedim(-1, 1)
-        places = {source.places for source in layer.sources}
-        if x.ndim == 2 and len(places) == 1 and len(*places) == 2:
-            return x.unflatten(1, (len(layer.units), *next(iter(places))))
+        if self.call.weight.ndim == 2 and x.ndim == 2 and len(self.layer.places) == 2:
+            return x
         raise self._without_places()
 
     def responses(self, features: Tensor, found: GraphLayer) -> list[tuple[int, Tensor]]:
         """Each node of the layer with its map (h', w'), which is >= 0 and sums to 1.
 
-        features   (units, h, w) of one sample
+        features   (channels, h, w) of one sample, or (features,)
 
-        The channel of each cause is cross-correlated with its kernel, at all places that the kernel touches, or
-        multiplied place by place with the weights of a linear layer. Then softmax over the places, and the mean
-        over the causes.
+        The channels of each cause are cross-correlated with their kernels, at all places that the kernels touch, or
+        multiplied place by place with the weights of a linear layer, and added up. Then softmax over the places, and
+        the mean over the causes.
         """
-        module, layer = self.module, self.structure.layer(self.path)
-        nodes, causes = (part.nonzero()[:, 0].to(features.device) for part in (found.effects, found.causes))
-        reached = [edges(module, layer.units[c], nodes) for c in causes.tolist()]
-        if not reached:
+        causes = [self.layer.units[c].features for c in found.causes.nonzero()[:, 0].tolist()]
+        if not causes:
             return []
-        weight = module.weight.new_zeros(len(causes), len(nodes), *reached[0].weight.shape[1:])
-        linked = torch.zeros(weight.shape[:2], dtype=torch.bool, device=features.device)
-        for row, edge in enumerate(reached):
-            at = torch.searchsorted(nodes, edge.effects)
-            weight[row, at], linked[row, at] = edge.weight, True
+        owner = torch.cat([torch.full_like(mine, i) for i, mine in enumerate(causes)]).to(features.device)
+        edges = self.call.edges(torch.cat(causes), found.effects.nonzero()[:, 0])
         maps = []
-        for j, node in enumerate(nodes.tolist()):
-            of = linked[:, j]
-            if not of.any():
-                continue  # in a grouped convolution: its group has no cause
-            x, w = features[causes[of]], weight[of, j]
-            if isinstance(module, nn.Linear):
-                v = x * w.reshape(len(w), *(x.shape[1:] if w.shape[1] > 1 else (1, 1)))
+        for row, node in enumerate(edges.effects.tolist()):
+            of = edges.linked[row]  # in a grouped convolution: those of its group
+            x, w = features[edges.features[of]], edges.weight[row, of]
+            if features.ndim == 1:
+                v = (x * w).reshape(-1, *self.layer.places)
             else:
-                v = self._slid(x, w.squeeze(1), module)
+                slid = x * w[:, None, None] if w.ndim == 1 else self._slid(x, w)
+                kinds, at = owner[of].unique(return_inverse=True)
+                v = slid.new_zeros(len(kinds), *slid.shape[1:]).index_add_(0, at, slid)
             maps.append((node, v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])))
         return maps
 
-    def _slid(self, x: Tensor, w: Tensor, module: nn.Conv2d) -> Tensor:
+    def _slid(self, x: Tensor, w: Tensor) -> Tensor:
         """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch."""
         if self.as_released:
             w = w.flip(1, 2)
-        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return F.conv2d(x[None], w[:, None], padding=reach, dilation=module.dilation, groups=len(w))[0]
+        dilation = bound(self.call.node)["dilation"]
+        reach = [d * (k - 1) for d, k in zip(dilation, w.shape[1:], strict=True)]
+        return F.conv2d(x[None], w[:, None], padding=reach, dilation=dilation, groups=len(w))[0]
 
 
 @dataclass(frozen=True)
@@ -198,18 +167,16 @@ class CausalPaths(Method):
         return self.graph
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        structure = Structure(model.module, batch.x)
+        structure = Structure.of(model, batch.x)
         graphs = graphs_of(batch, structure, state)
         path = structure.at(model.path(self.layer))
-        reading = _Reading(structure, path, self.as_released)
-        paths: tuple[str, ...] = (path,)
+        call, layer = structure.call(path), structure.layer(path)
+        reading = _Reading(call, layer, self.as_released)
+        sites = Sites(model, structure)
         if self.as_released:
-            before = [source.path for source in structure.layer(path).sources]
-            if len(before) != 1 or before[0] == INPUT or structure.layer(path).sources[0].span > 1:
-                raise UserError(f"as_released: {path} does not read just one convolution; take another layer")
-            paths = (path, *before)
-        recorded = _recorded(model, paths, batch.x)
-        features = recorded[-1] if self.as_released else reading.features(recorded[0])
+            features = sites.at(self._before(structure, layer), batch.x).output
+        else:
+            features = reading.features(sites.at(path, batch.x).features)
         rows = []
         for uid, graph, mine in zip(batch.uids, graphs, features, strict=True):
             found = graph.layers.get(path)
@@ -224,6 +191,17 @@ class CausalPaths(Method):
         large = F.interpolate(small, batch.x.shape[-2:], mode="bilinear", align_corners=False)
         named = {name: large[:, i] for i, name in enumerate(self.MAPS)}
         return {"places": small[:, 0], **named, **self._effects(model, structure, graphs, batch)}
+
+    @staticmethod
+    def _before(structure: Structure, layer: WeightedLayer) -> str:
+        """The convolution whose channels, one by one, are all that the layer reads."""
+        if len(layer.sources) == 1 and layer.sources[0] in structure.paths:
+            before = structure.call(layer.sources[0])
+            channels = tuple(((before.path, j),) for j in range(len(before.weight)))
+            single = all(len(unit.features) == 1 for unit in layer.units)
+            if single and before.weight.ndim == 4 and channels == tuple(unit.origin for unit in layer.units):
+                return before.path
+        raise UserError(f"as_released: {layer.path} does not read just one convolution; take another layer")
 
     def _effects(
         self, model: Classifier, structure: Structure, graphs: Sequence[ClassGraph], batch: Batch
@@ -247,14 +225,11 @@ class CausalPaths(Method):
 def _strength(structure: Structure, graph: ClassGraph, path: str) -> Tensor:
     """(out,) for each node of the layer its largest effect: the lowest mean change of the logit when a layer above
     loses the node; NaN for the logits themselves, which have no layer above."""
-    lowest = torch.full((len(structure.module_of(path).weight),), torch.nan, dtype=torch.float64)
+    lowest = torch.full((structure.outputs(path),), torch.nan, dtype=torch.float64)
     for above, found in graph.reached.items():
-        layer = structure.layer(above)
-        numbers = {unit: i for i, unit in enumerate(layer.units)}
-        for source in layer.sources:
-            if source.path == path:
-                effect = found.effect[[numbers[unit] for unit in source.units()]]
-                lowest = torch.fmin(lowest, effect)
+        for unit, effect in zip(structure.layer(above).units, found.effect, strict=True):
+            mine = [channel for source, channel in unit.origin if source == path]
+            lowest[mine] = torch.fmin(lowest[mine], effect)
     return lowest
 
 
@@ -285,7 +260,7 @@ class CausalGradient(Method):
         return self.graph
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        structure = Structure(model.module, batch.x)
+        structure = Structure.of(model, batch.x)
         maps = torch.zeros_like(batch.x)
         for target, graph in {graph.target: graph for graph in graphs_of(batch, structure, state)}.items():
             mine = (batch.target == target).nonzero()[:, 0]
@@ -296,22 +271,23 @@ class CausalGradient(Method):
 def _gradient(model: Classifier, structure: Structure, graph: ClassGraph, x: Tensor) -> Tensor:
     """(N, *input) the gradient of the logit of the graph's class along the graph's edges."""
 
-    def along(weight: Tensor) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            kept = reweighted(module, weight, None, getattr(module, "groups", 1))(inputs[0])
-            return kept + (output - kept).detach()
+    kept = {}
+    for path, mask in masks(structure, graph, edges_only=True).items():
+        call = structure.call(path)
+        kept[call.node] = call, call.weight * mask
 
-        return hook
-
-    masked = weights(structure, [graph], "keep edges")
+    def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = called(node)(*args, **kwargs)
+        if node not in kept:
+            return y
+        call, weight = kept[node]
+        along = call(call.read(args, kwargs), weight, call.groups)
+        return along + (y - along).detach()
 
     def piece(rows: slice) -> Tensor:
-        with torch.enable_grad(), ExitStack() as stack:
-            for name, weight in masked.items():
-                layer = model.module.get_submodule(name.removesuffix(".weight"))
-                stack.enter_context(hooked(layer, along(weight)))
+        with torch.enable_grad():
             leaf = x[rows].detach().requires_grad_()
-            logit = model.module(leaf.clone())[:, graph.target]
+            logit = structure.graph.propagate(leaf, rule)[:, graph.target]
             return torch.autograd.grad(logit.sum(), leaf)[0]
 
     return model.chunked(piece, len(x))

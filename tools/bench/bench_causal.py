@@ -35,7 +35,7 @@ def plain(net: nn.Module, structure: Structure, graph: ClassGraph, x: Tensor, sh
         y = torch.empty(len(found.causes), count)
         start = time.perf_counter()
         for i, unit in enumerate(structure.layer(path).units):
-            inputs = torch.arange(*unit)
+            inputs = unit.features
             for j in range(count):
                 weight = module.weight.data.clone()
                 module.weight.data[effects, inputs] = found.u
@@ -67,7 +67,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for rows in args.rows:
         model = Classifier(net, rows=rows)
-        structure = Structure(model.module, x)
+        structure = Structure.of(model, x)
         best, graph = float("inf"), None
         for _ in range(3):
             start = time.perf_counter()

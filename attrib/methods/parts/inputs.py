@@ -125,13 +125,26 @@ class Inputs:
         return value.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (value.ndim - 2)), 0)
 
     def reduce(self, attribution: Tensor, how: Reduce) -> Tensor:
-        """Over channels: (B, C, *places) -> (B, *places); of texts (B, T, E) -> (B, T), zero on padding."""
+        """Over channels: (B, C, *places) -> (B, *places); of texts (B, T, E) -> (B, T), zero on padding.
+
+        Raises UserError where the channels of all places of a sample cancel, so that their sum is rounding.
+        """
         channels = 1 if self.mask is None else -1
         attribution = self.real(attribution.detach())
-        if how == "sum":
-            return attribution.sum(channels)
-        attribution = attribution.abs()
-        return attribution.sum(channels) if how == "abs_sum" else attribution.amax(channels)
+        if how == "abs_max":
+            return attribution.abs().amax(channels)
+        sizes = attribution.abs().sum(channels)
+        if how == "abs_sum":
+            return sizes
+        total = attribution.sum(channels)
+        rounding = 100 * torch.finfo(total.dtype).eps * sizes.flatten(1).amax(1)
+        if ((total.flatten(1).abs().amax(1) <= rounding) & (rounding > 0)).any():
+            raise UserError(
+                "reduce=sum leaves nothing: the channels of each place cancel, as gradients do behind a LayerNorm (the "
+                "embedding of BERT or GPT-2). Set method.reduce=abs_sum, or take method=input_x_gradient or "
+                "method=integrated_gradients"
+            )
+        return total
 
     def constant(self, value: float) -> Tensor:
         """x with ``value`` in the place of every number; padding is left as it is."""

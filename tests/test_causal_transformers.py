@@ -1,0 +1,153 @@
+"""Heads and neurons of transformers as causes: every effect against the original net with its edges set by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from contracts import seeded
+from torch import Tensor, nn
+
+from attrib.causal import Search, Sites, Structure, find, intervene
+from attrib.causal.graph import FIRST
+from attrib.causal.subnetwork import logits, weights
+from attrib.models import Classifier
+from attrib.models.huggingface import HuggingFaceClassifier
+from attrib.noise import Noise
+from attrib.types import UserError
+
+transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+TINY = {"vocab_size": 30, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+WIDE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+TEXTS = {
+    "Bert": WIDE,
+    "DistilBert": {"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 12},
+    "GPT2": {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": 12},
+    "Llama": {**WIDE, "num_key_value_heads": 1},
+}
+SMALL = {"img_size": 16, "embed_dim": 8, "num_classes": 3}
+BLOCKS = {**SMALL, "patch_size": 4, "depth": 2, "num_heads": 2, "mlp_ratio": 1.5}
+PICTURES = {
+    "vit_tiny_patch16_224": BLOCKS,
+    "deit_tiny_distilled_patch16_224": BLOCKS,
+    "swin_tiny_patch4_window7_224": {**SMALL, "patch_size": 2, "depths": (2, 1), "num_heads": (2, 4), "window_size": 4},
+}
+# The output projection of the last attention, its heads, and the second layer of the last MLP with its neurons.
+PLACES = {
+    "Bert": ("net.bert.encoder.layer.1.attention.output.dense", 2, "net.bert.encoder.layer.1.output.dense", 12),
+    "DistilBert": (
+        "net.distilbert.transformer.layer.1.attention.out_lin", 2, "net.distilbert.transformer.layer.1.ffn.lin2", 12,
+    ),
+    "GPT2": ("net.transformer.h.1.attn.c_proj", 2, "net.transformer.h.1.mlp.c_proj", 12),
+    "Llama": ("net.model.layers.1.self_attn.o_proj", 2, "net.model.layers.1.mlp.down_proj", 12),
+    "vit_tiny_patch16_224": ("blocks.1.attn.proj", 2, "blocks.1.mlp.fc2", 12),
+    "deit_tiny_distilled_patch16_224": ("blocks.1.attn.proj", 2, "blocks.1.mlp.fc2", 12),
+    "swin_tiny_patch4_window7_224": ("layers.0.blocks.1.attn.proj", 2, "layers.0.blocks.1.mlp.fc2", 32),
+}  # fmt: skip
+NETS = [*TEXTS, *PICTURES]
+
+
+def prepared(name: str, rows: int = 64) -> tuple[Classifier, Tensor]:
+    """With texts of different lengths, and a class that no single head decides."""
+    if name in TEXTS:
+        config = getattr(transformers, f"{name}Config")(**TINY, **TEXTS[name])
+        net: nn.Module = HuggingFaceClassifier(
+            getattr(transformers, f"{name}ForSequenceClassification")(config), pad_id=0, mask_id=1
+        )
+        x = torch.randint(2, 30, (4, 7), generator=torch.Generator().manual_seed(0))
+        x[1, 5:] = x[2, 3:] = 0
+    else:
+        net = timm.create_model(name, **PICTURES[name])
+        x = Noise(["x"], dtype=torch.float64).normal(4, 3, 16, 16)[0]
+    return Classifier(seeded(net.eval()), rows=rows, dtype=torch.float64), x
+
+
+@pytest.fixture(scope="module", params=NETS)
+def case(request) -> tuple[str, Classifier, Tensor, Structure]:
+    model, x = prepared(request.param)
+    return request.param, model, x, Structure.of(model, x)
+
+
+def by_hand(net: nn.Module, path: str, features: Tensor, effects: Tensor, u: float, x: Tensor) -> Tensor:
+    """(n, K) one by one, with the weights of a copy set."""
+    changed = copy.deepcopy(net)
+    module = changed.get_submodule(path)
+    weight = module.weight.data.T if type(module).__name__ == "Conv1D" else module.weight.data
+    weight[effects[:, None], features] = u
+    with torch.no_grad():
+        return torch.cat([changed(row[None]) for row in x])
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3])
+def test_effects_of_heads_and_neurons(case, u):
+    name, model, x, structure = case
+    head, heads, neuron, neurons = PLACES[name]
+    sites = Sites(model, structure)
+    for path, count in ((head, heads), (neuron, neurons)):
+        site, outputs = sites.at(path, x), structure.outputs(path)
+        assert len(site.layer.units) == count
+        assert not site.layer.refused
+        effects, some = torch.arange(outputs)[::2], [0, count - 1]
+        for target in range(2):
+            found = intervene(model, site, some, effects, target, u)
+            for row, unit in zip(found, some, strict=True):
+                expected = by_hand(model.module, path, site.layer.units[unit].features, effects, u, x)[:, target]
+                torch.testing.assert_close(row, expected, rtol=0, atol=1e-10)
+                assert (expected - model.logits(x)[:, target]).abs().max() > 1e-8, (path, unit)
+
+
+def test_a_head_is_a_slice_that_comes_from_its_queries_keys_and_values(case):
+    name, _, _, structure = case
+    path, _, neuron, _ = PLACES[name]
+    for number, unit in enumerate(structure.layer(path).units):
+        size = len(unit.features)
+        assert unit.features.tolist() == list(range(number * size, (number + 1) * size))
+        kinds = {source.rpartition(".")[2] for source, _ in unit.origin}
+        assert kinds in (
+            {"query", "key", "value"}, {"q_lin", "k_lin", "v_lin"}, {"c_attn"}, {"q_proj", "k_proj", "v_proj"}, {"qkv"},
+        )  # fmt: skip
+    above = {source for unit in structure.layer(neuron).units for source, _ in unit.origin}
+    assert len(above) == (2 if name == "Llama" else 1)  # its MLP has a gate
+
+
+def test_the_residual_stream_keeps_channels_apart(case):
+    name, _, _, structure = case
+    reads = {"Llama": "net.model.layers.1.mlp.up_proj", "GPT2": "net.transformer.h.1.mlp.c_fc"}.get(name)
+    reads = reads or PLACES[name][2].replace("fc2", "fc1").replace("lin2", "lin1").replace(".output.", ".intermediate.")
+    units = structure.layer(reads).units
+    assert all(unit.features.tolist() == [j] for j, unit in enumerate(units))
+    assert all({channel for _, channel in unit.origin} == {j} for j, unit in enumerate(units))
+    assert PLACES[name][0] in structure.layer(reads).sources
+
+
+def test_whole_graphs(case):
+    _, model, x, structure = case
+    graph = find(Sites(model, structure), x, 1, Search(z=-100.0, candidates=3))
+    assert list(graph.layers) == list(reversed(structure.paths))
+    assert any(found.how == FIRST for found in graph.layers.values())
+    full = {
+        path: found._replace(effects=torch.ones_like(found.effects), causes=torch.ones_like(found.causes), how=1)
+        for path, found in graph.layers.items()
+    }
+    kept = logits(model, weights(structure, [graph._replace(layers=full)], "keep edges"), x)
+    torch.testing.assert_close(kept, model.logits(x), rtol=0, atol=1e-10)
+    few = find(Sites(Classifier(model.module, rows=3, dtype=torch.float64), structure), x, 1, Search(z=0.1, layers=3))
+    again = find(Sites(model, structure), x, 1, Search(z=0.1, layers=3))
+    for path, found in again.layers.items():
+        torch.testing.assert_close(few.layers[path].effect, found.effect, rtol=0, atol=1e-10, equal_nan=True)
+
+
+def test_one_head_is_no_candidate_among_others_but_a_softmax_over_channels_is_refused():
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.hidden, self.head = nn.Conv2d(3, 4, 4, stride=4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.hidden(self.stem(x).mean((2, 3)).softmax(1)).relu())
+
+    model = Classifier(seeded(Weighed()), dtype=torch.float64)
+    x = Noise(["x"], dtype=torch.float64).normal(4, 3, 8, 8)[0]
+    with pytest.raises(UserError, match=r"softmax of its forward \(Weighed\), on the way to hidden"):
+        find(Sites(model, Structure.of(model, x)), x, 1, Search(z=0.0))
