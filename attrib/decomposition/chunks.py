@@ -45,7 +45,7 @@ def decompose(
 
     samples     (R,) the row of x that each mask belongs to; masks are then (R, *places), in any order, and their
                 number may differ between samples
-    decomposer  ``Decomposer(model.module)`` if None
+    decomposer  ``Decomposer(model)`` if None
     logits      (N, K) ``model.logits(x)``, if they are known already
     both        propagate the irrelevant part of every mask on its own, with the rounding of the authors' code, at
                 2 to 3 times the cost. Where max-pooling has several equal maxima (a constant background), that
@@ -58,7 +58,7 @@ def decompose(
     Raises SampleError, which gives the error, if it is above the tolerance; UserError for an operation without a
     rule; ValueError for masks that do not fit the samples.
     """
-    decomposer = decomposer or Decomposer(model.module)
+    decomposer = decomposer or Decomposer(model)
     shape: torch.Size | None = None
     if samples is None:
         shape = masks.shape[:2]
@@ -76,7 +76,7 @@ def decompose(
 
         return model.chunked(piece, len(chosen))
 
-    logits = (model.logits(x) if logits is None else logits) - decomposer.constant
+    logits = (model.logits(x) if logits is None else logits) - decomposer.constant(x)
     everything = torch.arange(len(samples), device=x.device)
     relevant, whole = parts(everything, both)
     irrelevant = whole - relevant

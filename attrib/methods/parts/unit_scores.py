@@ -81,7 +81,7 @@ class UnitScores:
         self.error = torch.zeros(len(batch), dtype=model.dtype, device=model.device)
         self.logits = model.logits(batch.x)
         if how == "cd":
-            self._decomposer = Decomposer(model.module, output_bias=output_bias)
+            self._decomposer = Decomposer(model, output_bias=output_bias)
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
