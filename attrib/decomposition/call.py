@@ -56,7 +56,7 @@ class Call:
             raise self.refuse("of several arguments that depend on the input")
         return self.pairs[0]
 
-    def given(self, **changes: Any) -> Call:
+    def given(self, /, **changes: Any) -> Call:
         """The same call with other arguments."""
         return replace(self, args={**self.args, **changes})
 

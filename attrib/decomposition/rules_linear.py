@@ -20,7 +20,7 @@ from attrib.models.activations import LINEAR
 
 # The arguments, by position, in which an operation is linear; fillings of borders count as arguments.
 LINEAR_IN: Mapping[str, tuple[int, ...]] = {
-    **LINEAR, "adaptive_avg_pool3d": (0,), "div": (0,), "pad": (0, 3), "constant_pad_nd": (0, 2), "index_fill": (0, 3),
+    **LINEAR, "adaptive_avg_pool3d": (0,), "copy": (0, 1), "fill": (0, 1), "div": (0,), "pad": (0, 3), "constant_pad_nd": (0, 2), "index_fill": (0, 3),
 }  # fmt: skip
 
 
