@@ -18,9 +18,12 @@ from attrib.decomposition.call import Call, lifted
 from attrib.decomposition.values import PlainValue, TensorPair, leaves
 from attrib.models.activations import LINEAR
 
-# The arguments, by position, in which an operation is linear; fillings of borders count as arguments.
+# The arguments, by position, in which an operation is linear; fillings of borders count as arguments. Those that look
+# at the memory behind a tensor are left out: a part need not lie in memory as the whole does.
 LINEAR_IN: Mapping[str, tuple[int, ...]] = {
-    **LINEAR, "adaptive_avg_pool3d": (0,), "copy": (0, 1), "fill": (0, 1), "div": (0,), "pad": (0, 3), "constant_pad_nd": (0, 2), "index_fill": (0, 3),
+    **{name: positions for name, positions in LINEAR.items() if not name.startswith("as_strided")},
+    "adaptive_avg_pool3d": (0,), "copy": (0, 1), "fill": (0, 1), "pad": (0, 3), "constant_pad_nd": (0, 2),
+    "index_fill": (0, 3), "div": (0,),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attrib.decomposition.call import Call
-from attrib.decomposition.rules_linear import times
+from attrib.decomposition.rules_linear import linear, times
 from attrib.decomposition.values import TensorPair
 
 
@@ -79,3 +79,8 @@ def gated(call: Call) -> Any:
 
     opened = shapley(Call(sigmoid, {"self": gate}, call.node, call.where, call.rows))
     return call.rows.pair(value.relevant * opened.relevant, value.whole * opened.whole)
+
+
+def divide(call: Call) -> Any:
+    """By a constant, or by what counts as one (``plan``); a quotient that is rounded has the rule of a function."""
+    return linear(call) if call.args.get("rounding_mode") is None else shapley(call)
