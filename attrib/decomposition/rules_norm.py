@@ -27,8 +27,8 @@ def batch_norm(call: Call) -> Any:
     layer norm per channel.
     """
     pair = _input(call)
-    names = ("running_mean", "running_var", "weight", "bias", "eps")
-    mean, variance, weight, bias, eps = (call.args.get(name) for name in names)
+    eps: float = call.args["eps"]
+    mean, variance, weight, bias = (call.args.get(n) for n in ("running_mean", "running_var", "weight", "bias"))
     if mean is None or variance is None or call.args.get("training", False):
         if 0 in call.node.all_input_nodes[0].meta["rows"]:
             raise call.refuse("with the statistics of the batch")

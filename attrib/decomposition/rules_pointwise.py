@@ -72,7 +72,8 @@ def ratio(call: Call) -> TensorPair:
 def gated(call: Call) -> Any:
     """``glu``: one half times the sigmoid of the other, by the rules of these two."""
     pair, dim = call.pair, call.args["dim"]
-    value, gate = (pair.linear(lambda part, _, i=i: part.chunk(2, dim)[i]) for i in (0, 1))
+    value = pair.linear(lambda part, _: part.chunk(2, dim)[0])
+    gate = pair.linear(lambda part, _: part.chunk(2, dim)[1])
 
     def sigmoid(self: Tensor) -> Tensor:
         return self.sigmoid()

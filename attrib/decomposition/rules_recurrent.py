@@ -209,14 +209,16 @@ def recurrent(call: Call) -> tuple[TensorPair, ...]:
     z = z if call.args["batch_first"] else z.linear(lambda part, _: part.transpose(0, 1))
     weights = [list(params[i : i + size]) for i in range(0, len(params), size)]
     given = [_started(call, state) for state in (hx if call.name == "lstm" else [hx])]
-    starts = [
-        _State(*(state.linear(lambda part, _, i=i: part[i]) for state in (given[0], given[-1])))
-        for i in range(len(weights))
-    ]
+    starts = [_State(*(_layer(state, i) for state in (given[0], given[-1]))) for i in range(len(weights))]
     out, states = _all_layers(z, _Layers(_STEPS[call.name], weights, ways, starts), None)
     out = out if call.args["batch_first"] else out.linear(lambda part, _: part.transpose(0, 1))
     h = _joined([state.h for state in states], torch.stack)
     return (out, h, _joined([state.c for state in states], torch.stack)) if call.name == "lstm" else (out, h)
+
+
+def _layer(states: TensorPair, number: int) -> TensorPair:
+    """(D, rows, H) -> (rows, H)."""
+    return states.linear(lambda part, _: part[number])
 
 
 def _started(call: Call, state: Any) -> TensorPair:
@@ -234,7 +236,8 @@ def padded_recurrent(call: Call) -> TensorPair:
         raise call.refuse("whose sequence does not depend on the input, or whose weights do")
     lengths = lifted(lambda value: value.clamp(min=1), lengths)
     if isinstance(lengths, Tensor):  # of a net that does not look for padding
-        lengths = PlainValue(lengths, lambda own=lengths: own)
+        same = lengths
+        lengths = PlainValue(same, lambda: same)
     ways = 2 if call.args["both_ways"] else 1
     size = len(weights) // (ways * call.args["layers"])
     each = [list(weights[i : i + size]) for i in range(0, len(weights), size)]

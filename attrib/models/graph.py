@@ -297,6 +297,8 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
                 copies[node] = graph.placeholder("x")
             else:
                 target, own = str(spec.target), spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+                if not own and (name := _name_of(net, program.constants[target])):
+                    target, own = name, True
                 value = _attribute(net, target) if own else program.constants[target]
                 copies[node] = _constant(root, graph, target if own else f"constant.{node.name}", value, not own)
         elif node.op == "get_attr":
@@ -309,7 +311,7 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
             copies[node] = copies.get(node.args[0])
             continue
         elif operation(node) == "copy":
-            copies[node] = _copied(graph, copies, node)
+            copies[node] = _copied(graph, copies, node, rows)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].target = _REPLACED.get(node.target, node.target)
@@ -319,7 +321,17 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
     return fx.GraphModule(root, graph)
 
 
-def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node) -> fx.Node:
+def _name_of(net: nn.Module, value: Any) -> str | None:
+    """The name of a weight that a layer keeps in a list, too (``nn.LSTM``), and that comes as a constant therefore."""
+    found = (name for name, own in net.named_parameters() if isinstance(value, Tensor) and _same_memory(own, value))
+    return next(found, None)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node, rows: Any) -> fx.Node:
     """What ``aten.copy(to, value)`` gives, by calls that have a derivative: it has none."""
     to, value = node.args[:2]
     assert isinstance(to, fx.Node)
@@ -329,7 +341,7 @@ def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node) -> fx.No
         sizes = [_known(n) for n in wanted.shape]
         shape = [_size(graph, copies[to], at) if n is None else n for at, n in enumerate(sizes)]
         found = graph.call_function(torch.ops.aten.expand.default, (found, shape))
-        _describe(found, node)
+        _describe(found, node, rows)
     if given.dtype != wanted.dtype:
         found = graph.call_function(torch.ops.aten._to_copy.default, (found,), {"dtype": wanted.dtype})
     return found
