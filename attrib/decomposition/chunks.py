@@ -53,7 +53,7 @@ def decompose(
     checks      for how many masks per sample the irrelevant part is also propagated on its own, to measure
                 ``error``: those that cover nearest to half of the input. (Without it the parts always add up,
                 whatever the rules are.)
-    tolerance   the largest ``error`` that is accepted; by default 1e-9 in float64 and 1e-4 otherwise
+    tolerance   the largest ``error`` that is accepted; by default 1e-9 for a net that computes in float64 throughout, else 1e-4
 
     Raises SampleError, which gives the error, if it is above the tolerance; UserError for an operation without a
     rule; ValueError for masks that do not fit the samples.
@@ -89,7 +89,7 @@ def decompose(
         of = samples[rows]
         error = error.scatter_reduce(0, of, (total - logits[of]).abs().amax(1), "amax")
     error = error / logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
-    limit = tolerance if tolerance is not None else _TOLERANCE.get(logits.dtype, _TOLERANCE_ELSE)
+    limit = tolerance if tolerance is not None else _TOLERANCE.get(decomposer.precision(x), _TOLERANCE_ELSE)
     worst = int(error.nan_to_num(torch.inf).argmax())
     if not error[worst] <= limit:
         raise SampleError(

@@ -81,6 +81,12 @@ class Decomposer:
         value: Tensor = operator.attrgetter(str(bias.target))(graph.net)
         return value
 
+    def precision(self, x: Tensor) -> torch.dtype:
+        """The coarsest floating type that the net computes in: Llama's norms round to float32 in a float64 net, too."""
+        graph, _ = self._graph(x)
+        types = {node.meta["dtype"] for node in graph.fed if "dtype" in node.meta}
+        return max((t for t in types if t.is_floating_point), key=lambda t: torch.finfo(t).eps)
+
     # ---- public ----------------------------------------------------------------------------------
 
     def decompose(self, x: Tensor, masks: Tensor) -> LogitParts:
