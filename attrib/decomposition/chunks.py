@@ -53,7 +53,8 @@ def decompose(
     checks      for how many masks per sample the irrelevant part is also propagated on its own, to measure
                 ``error``: those that cover nearest to half of the input. (Without it the parts always add up,
                 whatever the rules are.)
-    tolerance   the largest ``error`` that is accepted; by default 1e-9 for a net that computes in float64 throughout, else 1e-4
+    tolerance   the largest ``error`` that is accepted; by default 1e-9 for a net that computes in float64
+                throughout, else 1e-4
 
     Raises SampleError, which gives the error, if it is above the tolerance; UserError for an operation without a
     rule; ValueError for masks that do not fit the samples.

@@ -33,12 +33,8 @@ def check_scores(method: object) -> None:
     """Check the fields ``score``, ``baseline``, ``output`` and ``rules`` of CD and ACD. Raises UserError."""
     name, fields = type(method).__name__, vars(method)
     require(method, "baseline", one_of=get_args(Baseline))
-<<<<<<< HEAD
     require(method, "output", one_of=get_args(ScoreScale))
-=======
-    require(method, "output", one_of=get_args(Output))
     require(method, "rules", one_of=get_args(Rules))
->>>>>>> b8abfc3 (CD-T's rules as a field; documentation)
     if fields["score"] == "cd" and fields["output"] != "logit":
         raise UserError(f"{name}.output is {fields['output']!r}, but contextual decomposition explains logits only")
 
