@@ -213,7 +213,7 @@ def test_training_with_the_penalty_makes_a_feature_irrelevant() -> None:
 
 def test_an_incomplete_rule_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tanh were linear. The parts add up even so; one mask per sample that goes both ways shows it."""
-    monkeypatch.setitem(table.MODULES, nn.Tanh, table.linear)
+    monkeypatch.setitem(table.RULES, "tanh", lambda call: call.linear())
     net = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3)), 0.5).eval()
     x, masks = blobs(2)
     model = Classifier(net, dtype=torch.float64)
@@ -231,10 +231,11 @@ def test_nets_that_cannot_be_decomposed() -> None:
     x, masks = blobs(2)
     with pytest.raises(UserError, match="eval mode"):
         Decomposer(nn.Linear(3, 3))
-    with pytest.raises(UserError, match=r"torch\.fx can trace"):
-        decompose(Classifier(Branch()), x, masks)
-    with pytest.raises(UserError, match=r"last operation must be an nn\.Linear"):
-        Decomposer(nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval(), output_bias=False)
+    with pytest.raises(UserError, match="torch cannot export Branch"):
+        Decomposer(Branch().eval()).decompose(x, masks)
+    last = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
+    with pytest.raises(UserError, match=r"last operation must be an nn\.Linear .*, not relu of 1 \(ReLU\)"):
+        Decomposer(last, output_bias=False).constant(torch.rand(2, 3))
     model = Classifier(everything(), dtype=torch.float64)
     with pytest.raises(ValueError, match="do not fit"):
         decompose(model, x, masks[..., :7])
@@ -246,7 +247,7 @@ def test_the_last_bias_can_be_left_out() -> None:
     x, masks = blobs(2)
     net = everything().double()
     model = Classifier(net, dtype=torch.float64)
-    found = decompose(model, x, masks, decomposer=Decomposer(model.module, output_bias=False))
+    found = decompose(model, x, masks, decomposer=Decomposer(model, output_bias=False))
     assert torch.allclose(found.relevant + found.irrelevant, (net(x) - net.fc.bias)[:, None].expand(-1, 5, -1))
     assert torch.allclose(found.logits, net(x) - net.fc.bias)
     share = decompose(model, x, masks).relevant - found.relevant

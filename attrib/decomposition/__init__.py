@@ -1,4 +1,4 @@
-"""Contextual decomposition: what a part of the input contributes to the logits, for any net that torch.fx can trace."""
+"""Contextual decomposition: what a part of the input contributes to the logits, for any net that torch can export."""
 
 from attrib.decomposition.chunks import Decomposition, decompose
 from attrib.decomposition.graph import Decomposer

@@ -45,7 +45,7 @@ def decompose(
 
     samples     (R,) the row of x that each mask belongs to; masks are then (R, *places), in any order, and their
                 number may differ between samples
-    decomposer  ``Decomposer(model.module)`` if None
+    decomposer  ``Decomposer(model)`` if None
     logits      (N, K) ``model.logits(x)``, if they are known already
     both        propagate the irrelevant part of every mask on its own, with the rounding of the authors' code, at
                 2 to 3 times the cost. Where max-pooling has several equal maxima (a constant background), that
@@ -53,12 +53,13 @@ def decompose(
     checks      for how many masks per sample the irrelevant part is also propagated on its own, to measure
                 ``error``: those that cover nearest to half of the input. (Without it the parts always add up,
                 whatever the rules are.)
-    tolerance   the largest ``error`` that is accepted; by default 1e-9 in float64 and 1e-4 otherwise
+    tolerance   the largest ``error`` that is accepted; by default 1e-9 for a net that computes in float64
+                throughout, else 1e-4
 
     Raises SampleError, which gives the error, if it is above the tolerance; UserError for an operation without a
     rule; ValueError for masks that do not fit the samples.
     """
-    decomposer = decomposer or Decomposer(model.module)
+    decomposer = decomposer or Decomposer(model)
     shape: torch.Size | None = None
     if samples is None:
         shape = masks.shape[:2]
@@ -76,7 +77,7 @@ def decompose(
 
         return model.chunked(piece, len(chosen))
 
-    logits = (model.logits(x) if logits is None else logits) - decomposer.constant
+    logits = (model.logits(x) if logits is None else logits) - decomposer.constant(x)
     everything = torch.arange(len(samples), device=x.device)
     relevant, whole = parts(everything, both)
     irrelevant = whole - relevant
@@ -89,7 +90,7 @@ def decompose(
         of = samples[rows]
         error = error.scatter_reduce(0, of, (total - logits[of]).abs().amax(1), "amax")
     error = error / logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
-    limit = tolerance if tolerance is not None else _TOLERANCE.get(logits.dtype, _TOLERANCE_ELSE)
+    limit = tolerance if tolerance is not None else _TOLERANCE.get(decomposer.precision(x), _TOLERANCE_ELSE)
     worst = int(error.nan_to_num(torch.inf).argmax())
     if not error[worst] <= limit:
         raise SampleError(

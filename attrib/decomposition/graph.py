@@ -2,91 +2,90 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
 
-from attrib.decomposition.call import Call
-from attrib.decomposition.rules_linear import TURNED
-from attrib.decomposition.table import SIZES, function_name, rule_of
-from attrib.decomposition.values import LogitParts, MaskedRows, PlainValue, RowsMergedError, TensorPair
-from attrib.models.split import CannotSplitError, trace
+from attrib.decomposition.call import Call, evaluated, named
+from attrib.decomposition.plan import Plan
+from attrib.decomposition.table import RULES, Rule
+from attrib.decomposition.values import LogitParts, MaskedRows, PlainValue, TensorPair, leaves
+from attrib.models import Classifier
+from attrib.models.graph import Graph, call, check_same, operation
 from attrib.types import UserError
 
 
 class Decomposer:
     """Contextual decomposition of one net; its rules are in ``rules_*.py``.
 
-    module       a net (N, *input) -> (N, K) in eval mode; its parameters are used, not copied
+    net          a Classifier, whose graph is used; or a net (N, *input) -> (N, K) in eval mode, whose graph is made for
+                 the first inputs of a kind. Parameters are used, not copied
     output_bias  False leaves the bias of the last layer out of both parts, as the authors' code does for LSTMs;
                  then relevant + irrelevant = logits - bias
+    rules        the rule of each operation
 
-    Raises UserError if the net is in training mode or torch.fx cannot trace it; its methods raise UserError for an
-    operation without a rule.
+    Raises UserError if the net is in training mode; its methods raise UserError for a net that torch cannot export,
+    and for an operation without a rule.
     """
 
-    def __init__(self, module: nn.Module, *, output_bias: bool = True) -> None:
-        if module.training:
-            raise UserError(f"contextual decomposition is for nets in eval mode; call {type(module).__name__}.eval()")
-        tensors = [*module.parameters(), *module.buffers()]
-        own = copy.deepcopy(module, {id(t): t for t in tensors})  # tracing stores constants in the module
-        try:
-            self.net = fx.GraphModule(own, trace(own))
-        except CannotSplitError as reason:
-            raise UserError(f"contextual decomposition needs a net that torch.fx can trace: {reason}") from reason
-        nodes = list(self.net.graph.nodes)
-        self._nodes = nodes
-        self._in_place = {node for node in nodes if self._writes(node)}
-        self._content = self._reads_numbers(nodes)
-        last = {source: node for node in nodes for source in node.all_input_nodes}
-        self._done: dict[fx.Node, list[fx.Node]] = {}
-        for source, node in last.items():
-            self._done.setdefault(node, []).append(source)
-        self._unbiased: fx.Node | None = None
-        self.constant = torch.zeros(())  # the logits less the sum of the parts, (K,) or 0
-        if not output_bias:
-            self._unbiased, self.constant = self._output_layer()
+    def __init__(
+        self, net: nn.Module | Classifier, *, output_bias: bool = True, rules: Mapping[str, Rule] = RULES
+    ) -> None:
+        if isinstance(net, nn.Module) and net.training:
+            raise UserError(f"contextual decomposition is for nets in eval mode; call {type(net).__name__}.eval()")
+        self._net, self._output_bias, self._rules = net, output_bias, rules
+        self._graphs: list[Graph] = []
+        self._plans: dict[Graph, Plan] = {}
 
     # ---- what the graph alone says --------------------------------------------------------------
 
-    def _writes(self, node: fx.Node) -> bool:
-        """Whether a node changes its first argument in place."""
-        if node.op == "call_module":
-            return bool(getattr(self.net.get_submodule(str(node.target)), "inplace", False))
-        if node.op not in ("call_function", "call_method"):
-            return False
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        if name.endswith("_") and not name.endswith("__"):
-            return True
-        try:
-            names = [] if isinstance(node.target, str) else list(inspect.signature(node.target).parameters)
-        except (TypeError, ValueError):  # functions that are written in C++ have no signature
-            names = []
-        return bool((dict(zip(names, node.args)) | node.kwargs).get("inplace", False))
+    def _graph(self, x: Tensor) -> tuple[Graph, Plan]:
+        if isinstance(self._net, Classifier):
+            found = self._net.graph(x)
+        else:
+            fitting = (graph for graph in self._graphs if graph.fits(x))
+            found = next(fitting, None) or self._captured(self._net, x)
+        if not found.any_rows:
+            raise UserError(
+                f"contextual decomposition sends any number of rows through the net at once, but {found.name} computes "
+                "something that depends on how many there are"
+            )
+        if found not in self._plans:
+            self._plans[found] = Plan.of(found)
+        return found, self._plans[found]
 
-    @staticmethod
-    def _reads_numbers(nodes: list[fx.Node]) -> set[fx.Node]:
-        """The nodes that depend on the values of the input, and not on its shape alone."""
-        found: set[fx.Node] = {next(node for node in nodes if node.op == "placeholder")}
-        for node in nodes:
-            named = function_name(node.target) if node.op in ("call_function", "call_method") else ""
-            size = named in SIZES or (named == "getattr" and node.args[1] not in TURNED)
-            if not size and any(source in found for source in node.all_input_nodes):
-                found.add(node)
+    @torch.no_grad()
+    def _captured(self, net: nn.Module, x: Tensor) -> Graph:
+        found = Graph.of(net, x)
+        check_same(net, found(x.clone()), net(x.clone()))
+        self._graphs.append(found)
         return found
 
-    def _output_layer(self) -> tuple[fx.Node, Tensor]:
-        (last,) = self._nodes[-1].all_input_nodes
-        module = self.net.get_submodule(str(last.target)) if last.op == "call_module" else None
-        if not isinstance(module, nn.Linear) or module.bias is None:
-            raise UserError(f"output_bias=False: the net's last operation must be an nn.Linear with a bias, not {last}")
-        return last, module.bias
+    def constant(self, x: Tensor) -> Tensor:
+        """The logits less the sum of the parts: the bias (K,) that ``output_bias=False`` leaves out, or 0."""
+        if self._output_bias:
+            return torch.zeros((), dtype=x.dtype if x.is_floating_point() else None, device=x.device)
+        graph, _ = self._graph(x)
+        last = graph.output
+        given = named(last, last.args, last.kwargs) if operation(last) == "linear" else {}
+        bias = given.get("bias")
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+            raise UserError(
+                f"output_bias=False: the net's last operation must be an nn.Linear with a bias, not {last.name} of "
+                f"{graph.where(last)}"
+            )
+        value: Tensor = operator.attrgetter(str(bias.target))(graph.net)
+        return value
+
+    def precision(self, x: Tensor) -> torch.dtype:
+        """The coarsest floating type that the net computes in: Llama's norms round to float32 in a float64 net, too."""
+        graph, _ = self._graph(x)
+        types = {node.meta["dtype"] for node in graph.fed if "dtype" in node.meta}
+        return max((t for t in types if t.is_floating_point), key=lambda t: torch.finfo(t).eps)
 
     # ---- public ----------------------------------------------------------------------------------
 
@@ -123,9 +122,10 @@ class Decomposer:
             return self.split(x, x[samples] * masks.to(x.dtype), samples, both)
 
         def start(rows: MaskedRows) -> tuple[PlainValue, MaskedRows]:
-            return PlainValue(x[samples], x if rows.index is not None else x[samples]), replace(rows, mask=masks)
+            whole = x if rows.index is not None else x[samples]
+            return PlainValue(whole, lambda: x[samples]), replace(rows, mask=masks)
 
-        return self._rows(start, len(x), samples, both)
+        return self._rows(start, x, samples, both)
 
     def split(self, x: Tensor, relevant: Tensor, samples: Tensor, both: bool = False) -> tuple[Tensor, Tensor]:
         """As ``rows``, for any relevant part (R, *input) of the inputs, which need not be a masked input."""
@@ -135,84 +135,69 @@ class Decomposer:
                 return rows.sum(relevant, x[samples] - relevant), rows
             return rows.pair(relevant, x if rows.index is not None else x[samples]), rows
 
-        return self._rows(start, len(x), samples, both)
+        return self._rows(start, x, samples, both)
 
     def _rows(
         self,
         start: Callable[[MaskedRows], tuple[TensorPair | PlainValue, MaskedRows]],
-        n: int,
+        x: Tensor,
         samples: Tensor,
         both: bool,
     ) -> tuple[Tensor, Tensor]:
-        each = MaskedRows(len(samples), None, both)  # every row has a whole of its own
-        if both or len(samples) == n:
-            out = self._run(*start(each))
+        graph, plan = self._graph(x)
+        if both or len(samples) == len(x) or not plan.apart:
+            out = self._run(graph, plan, *start(MaskedRows(len(samples), None, both)))  # a whole for every row
             return out.relevant, out.whole
-        try:
-            out = self._run(*start(MaskedRows(n, samples)))
-        except RowsMergedError:
-            out = self._run(*start(each))
-            return out.relevant, out.whole
+        out = self._run(graph, plan, *start(MaskedRows(len(x), samples)))
         return out.relevant, out.whole[samples]
 
     # ---- the interpreter ---------------------------------------------------------------------------
 
-    def _run(self, start: TensorPair | PlainValue, rows: MaskedRows) -> TensorPair:
-        values: dict[fx.Node, Any] = {}
-        for node in self._nodes:
-            if node.op == "placeholder":
-                values[node] = node.args[0] if values else start
-            elif node.op == "get_attr":
-                values[node] = _attribute(self.net, str(node.target))
-            else:
-                args, kwargs = (map_arg(given, lambda source: values[source]) for given in (node.args, node.kwargs))
-                if node.op == "output":
-                    break
-                values[node] = value = self._call(node, args, kwargs, rows).value()
-                if node in self._in_place and isinstance(value, (TensorPair, Tensor)):
-                    changed = node  # nodes that read the changed tensor later, under any of its names, read this value
-                    while changed in self._in_place:
-                        changed = changed.all_input_nodes[0]
-                        if changed in values:
-                            values[changed] = value
-            for source in self._done.get(node, ()):
-                del values[source]
-        if not isinstance(args[0], TensorPair):
-            raise UserError("contextual decomposition: the net's output does not depend on its input")
-        return args[0]
+    def _run(self, graph: Graph, plan: Plan, start: TensorPair | PlainValue, rows: MaskedRows) -> TensorPair:
+        unbiased = None if self._output_bias else graph.output
 
-    def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], rows: MaskedRows) -> Call:
-        module = self.net.get_submodule(str(node.target)) if node.op == "call_module" else None
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        run: Callable[..., Any]
-        if module is not None:
-            run, name, path = module, type(module).__name__, str(node.target)
-        else:
-            run = _method(node.target) if isinstance(node.target, str) else node.target
-            name, path = function_name(node.target), stack[-1][0] if stack else ""
-        if node in self._in_place:
-            run = _on_a_copy(run)
-        return Call(
-            run, args, kwargs, name, path, rows, rule_of, module, node,
-            biased=node is not self._unbiased, content=any(n in self._content for n in node.all_input_nodes),
-        )  # fmt: skip
+        def value(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if node not in graph.fed:  # sizes, and what is made of them
+                return PlainValue(
+                    _run(node, args, kwargs, lambda p: p.whole, _whole),
+                    lambda: _run(node, args, kwargs, lambda p: p.relevant, _part),
+                )
+            if node.target is operator.getitem and isinstance(args[0], tuple):
+                return args[0][args[1]]
+            embeds = operation(node) == "embedding" and not plan.ids.isdisjoint(node.all_input_nodes)
+            if node in plan.constant or not (embeds or leaves((args, kwargs), TensorPair)):
+                whole = _run(node, args, kwargs, lambda p: p.whole, _whole)
+                return PlainValue(whole, lambda: rows.repeat(whole, next(iter(node.meta["rows"]), None)))
+            rule = self._rules.get(operation(node))
+            given = Call(
+                call(node), named(node, args, kwargs), node, graph.where(node), rows, biased=node is not unbiased
+            )
+            if rule is None:
+                raise given.refuse("yet; add one to attrib/decomposition/table.py, or take another method")
+            return rule(given)
+
+        out = graph.propagate(start, value)
+        if not isinstance(out, TensorPair):
+            raise UserError(
+                "contextual decomposition: the net's output does not depend on its input, or on token ids in another "
+                "way than through an embedding"
+            )
+        return out
 
 
-def _attribute(net: nn.Module, target: str) -> Any:
-    for name in target.split("."):
-        net = getattr(net, name)
-    return net
+def _run(
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    pair: Callable[[TensorPair], Any],
+    plain: Callable[[PlainValue], Any],
+) -> Any:
+    return call(node)(*evaluated(args, pair, plain), **evaluated(kwargs, pair, plain))
 
 
-def _method(name: str) -> Callable[..., Any]:
-    return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
+def _whole(value: PlainValue) -> Any:
+    return value.whole
 
 
-def _on_a_copy(run: Callable[..., Any]) -> Callable[..., Any]:
-    """An operation that writes into its first argument, applied to a copy of it."""
-
-    def copied(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = map_aggregate((args, kwargs), lambda v: v.clone() if isinstance(v, Tensor) else v)
-        return run(*args, **kwargs)
-
-    return copied
+def _part(value: PlainValue) -> Any:
+    return value.part

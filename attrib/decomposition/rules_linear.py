@@ -7,86 +7,66 @@ Extract Interactions from LSTMs*, ICLR 2018 ("Murdoch 2018" below); for convolut
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules import conv
+from torch import Tensor
 
-from attrib.decomposition.call import Call
+from attrib.decomposition.call import Call, lifted
 from attrib.decomposition.values import PlainValue, TensorPair, leaves
+from attrib.models.activations import LINEAR
+
+# The arguments, by position, in which an operation is linear; fillings of borders count as arguments. Those that look
+# at the memory behind a tensor are left out: a part need not lie in memory as the whole does.
+LINEAR_IN: Mapping[str, tuple[int, ...]] = {
+    **{name: positions for name, positions in LINEAR.items() if not name.startswith("as_strided")},
+    "adaptive_avg_pool3d": (0,), "copy": (0, 1), "fill": (0, 1), "pad": (0, 3), "constant_pad_nd": (0, 2),
+    "index_fill": (0, 3), "div": (0,),
+}  # fmt: skip
 
 
 def linear(call: Call) -> Any:
-    """Each part on its own (Singh 2019, eq. 1 without bias): sums, means, reshaping, average pooling."""
-    return call.linear()
+    """Each part on its own (Singh 2019, eq. 1 without bias): sums, means, reshaping, average pooling.
+
+    Where several arguments are joined or written into one another, constants among them are irrelevant: class tokens,
+    borders that are not zero, values that are filled in (no paper defines it).
+    """
+    schema = call.node.target._schema.arguments  # type: ignore[union-attr]
+    names = [schema[at].name for at in LINEAR_IN[call.name]]
+    if len(leaves([call.args[name] for name in names], TensorPair)) < len(call.pairs):
+        raise call.refuse("of which more than the input depends on the input's values")
+    return call.joined(*names)
 
 
-def facts(call: Call) -> Any:
-    """What does not depend on a tensor's values: its size and type, and tensors of zeros like it."""
-    part, whole = call.relevant(), call.whole()
-    return PlainValue(part, whole)
-
-
-TURNED = frozenset({"T", "mT", "H", "mH"})
-_FACTS = frozenset({"shape", "ndim", "dtype", "device", "is_cuda"})
-
-
-def attribute(call: Call) -> Any:
-    """``x.shape`` and other facts of a tensor; ``x.mT``; the maxima of ``x.max(1).values``."""
-    container, name = call.args[:2]
-    if isinstance(container, tuple) and name == "values":
-        return container[0]
-    if name in TURNED:
-        return call.linear()
-    if name not in _FACTS:
-        raise call.refuse(f"of {name!r}")
-    return facts(call)
-
-
-def item(call: Call) -> Any:
-    """An element of a tuple, or linear indexing of a tensor."""
-    container, key = call.args
-    if isinstance(container, (tuple, list, dict)):
-        return container[key]
-    return call.linear()
-
-
-def affine_module(call: Call) -> TensorPair:
+def affine(call: Call) -> TensorPair:
     """Convolution and linear layers: weights on each part, the bias in proportion (Singh 2019, eq. 1-2).
 
     Where both parts are zero, each gets half of the bias, as in the authors' code. Also for transposed
     convolution, which the paper does not name: it is affine in the same way.
     """
-    module = call.module
-    assert isinstance(module, (nn.Linear, conv._ConvNd))
-    bias = module.bias
-    if bias is None:
-        return call.linear()
-    shift = bias if isinstance(module, nn.Linear) else channels(bias, call.pairs[0].whole)
-    if call.rows.both:  # with the rounding of the authors' code, which decides between equal maxima later on
-        pair = replace(call, run=lambda *args, **kwargs: module(*args, **kwargs) - shift).linear()
+    bias = call.args["bias"]
+    if bias is None or isinstance(bias, TensorPair):
+        product = multiply(call.given(bias=None))
+        return product if bias is None else plus(call, product, bias)
+    shift = bias if call.name == "linear" else lifted(lambda b: channels(b, call.pairs[0].whole), bias)
+    if call.rows.both and not isinstance(bias, PlainValue):
+        # With the rounding of the authors' code, which decides between equal maxima later on.
+        product = multiply(replace(call, run=lambda **args: call.run(**args) - shift))
     else:
-        without = {"bias": torch.zeros_like(bias)}
-        pair = replace(call, run=lambda *args, **kwargs: functional_call(module, without, args, kwargs)).linear()
-    return call.with_bias(pair, shift)
+        product = multiply(call.given(bias=None))
+    return call.with_bias(product, shift)
 
 
-def affine_function(call: Call) -> TensorPair:
-    """``F.conv2d(x, weight, bias, ...)`` and the like, as ``affine_module``."""
-    names = ("input", "weight", "bias")
-    given = dict(zip(names, call.args)) | {k: v for k, v in call.kwargs.items() if k in names}
-    if leaves(given.get("weight"), TensorPair) or leaves(given.get("bias"), TensorPair):
-        raise call.refuse("with weights that depend on the input")
-    bias = given.get("bias")
-    if bias is None:
-        return call.linear()
-    args = tuple(None if i == 2 else value for i, value in enumerate(call.args))
-    kwargs = {k: v for k, v in call.kwargs.items() if k != "bias"}
-    pair = replace(call, args=args, kwargs=kwargs).linear()
-    return call.with_bias(pair, bias if call.name == "linear" else channels(bias, pair.whole))
+def add_product(call: Call) -> TensorPair:
+    """``addmm`` and the like: beta self + alpha (product of the two others), as ``affine``."""
+    first, beta = call.args["self"], call.args.get("beta", 1)
+    like = call.pairs[0].whole
+    product = multiply(call.given(self=torch.zeros((), dtype=like.dtype, device=like.device)))
+    if isinstance(first, TensorPair):
+        return plus(call, product, times(first, beta))
+    return plus(call, product, lifted(lambda value: value * beta, first))
 
 
 def channels(bias: Tensor, like: Tensor) -> Tensor:
@@ -100,25 +80,43 @@ def add(call: Call) -> TensorPair:
     A constant that is added to a pair is a bias (position embeddings; no paper defines it): it is shared out in
     proportion, and where both parts are zero, each gets half.
     """
-    names = dict(zip(("input", "other"), call.args)) | call.kwargs
-    first, second = names["input"], names["other"]
-    constant = second if isinstance(first, TensorPair) else first
-    if isinstance(constant, TensorPair) or (isinstance(constant, (int, float)) and constant == 0):
+    if len(call.pairs) == 2:
         return call.linear()
-    (pair,) = call.pairs
-    zero = torch.zeros((), dtype=pair.whole.dtype, device=pair.whole.device)
-    alone = tuple(zero if value is constant else value for value in call.args)
-    named = {name: zero if value is constant else value for name, value in call.kwargs.items()}
-    moved = replace(call, args=alone, kwargs=named).linear()
-    bias = call.evaluate(lambda _: zero, lambda p: p.whole)
-    if not isinstance(constant, PlainValue):
-        return call.with_bias(moved, bias)
-    own = call.with_bias(moved, call.evaluate(lambda _: zero, lambda p: p.part))  # a bias for every row
-    return own if call.rows.both else call.rows.pair(own.relevant, moved.whole + bias)
+    like = call.pairs[0].whole
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    (name,) = (n for n in ("self", "other") if not isinstance(call.args[n], TensorPair))
+    constant = call.args[name]
+    moved = call.given(**{name: 0 if isinstance(constant, float | int) else zero}).linear()
+    if isinstance(constant, float | int) and constant == 0:
+        return moved
+    alone = call.given(**{n: zero for n in ("self", "other") if n != name})
+    return call.with_bias(moved, lifted(lambda value: alone.given(**{name: value}).whole(), constant))
+
+
+def plus(call: Call, pair: TensorPair, other: Any) -> TensorPair:
+    """The sum of a pair and another, or of a pair and a constant, which is a bias."""
+    if not isinstance(other, TensorPair):
+        return call.with_bias(pair, other)
+    return summed(pair, other)
+
+
+def summed(a: TensorPair, b: TensorPair) -> TensorPair:
+    """The sum of two pairs, part by part."""
+    if a.other is not None and b.other is not None:
+        return a.rows.sum(a.relevant + b.relevant, a.other + b.other)
+    return a.rows.pair(a.relevant + b.relevant, a.whole + b.whole)
+
+
+def times(pair: TensorPair, factor: Any) -> TensorPair:
+    """The product of a pair and a constant: a number, a tensor or a plain value."""
+    own, whole = (factor.part, factor.whole) if isinstance(factor, PlainValue) else (factor, factor)
+    if pair.other is not None:
+        return pair.rows.sum(pair.relevant * own, pair.other * own)
+    return pair.rows.pair(pair.relevant * own, pair.whole * whole)
 
 
 def multiply(call: Call) -> Any:
-    """Product, matrix product, einsum: linear with a constant; of two pairs, relevant times relevant is relevant.
+    """Product, matrix product: linear with a constant; of two pairs, relevant times relevant is relevant.
 
     A product with an irrelevant factor is irrelevant, as that of gates and cells in Murdoch 2018, section 3.2.2.
     Squeeze-and-excitation is such a product; no paper on CD covers it.
@@ -126,49 +124,12 @@ def multiply(call: Call) -> Any:
     return call.linear() if len(call.pairs) == 1 else call.each()
 
 
-def divide(call: Call) -> Any:
-    """Division by a constant, or by a number that is computed from sizes."""
-    if leaves(call.args[1:], TensorPair) or leaves(call.kwargs, TensorPair):
-        raise call.refuse("by a number that depends on the input's values")
-    return call.linear()
-
-
-def concatenate(call: Call) -> TensorPair:
-    """Part by part. A constant among the tensors (a class token; no paper defines it) is irrelevant."""
-    return call.joined()
-
-
-def fill(call: Call) -> TensorPair:
-    """``masked_fill``: part by part; the constant that is filled in is irrelevant (no paper defines it)."""
-    if leaves((call.args[1:], call.kwargs), TensorPair):
-        raise call.refuse("with a mask or value that depends on the input's values")
-    (pair,) = call.pairs
-    named = dict(zip(("mask", "value"), call.args[1:])) | call.kwargs
-    mask = named["mask"]
-    part = mask.part if isinstance(mask, PlainValue) else mask
-    return call.rows.pair(pair.relevant.masked_fill(part, 0.0), call.whole())
-
-
-def pad(call: Call) -> TensorPair:
-    """``F.pad``, padding modules: part by part; a border that is not zero is irrelevant (no paper defines it)."""
-    (pair,) = call.pairs
-    border = call.at(torch.zeros_like(pair.whole))
-    relevant = call.relevant() - pair.spread(border)
-    if call.rows.both:
-        return call.rows.sum(relevant, call.at(pair.irrelevant))
-    return call.rows.pair(relevant, call.whole())
-
-
-def embedding(call: Call) -> Any:
-    """A token's vector is relevant as far as the mask says (Murdoch 2018, section 3.2.1).
-
-    An embedding of anything but the token ids (positions) stays a constant.
-    """
+def embedding(call: Call) -> TensorPair:
+    """A token's vector is relevant as far as the mask says (Murdoch 2018, section 3.2.1)."""
+    mask, ids = call.rows.mask, call.args["indices"]
+    if mask is None or ids.part.shape != mask.shape:
+        shape = None if mask is None else tuple(mask.shape)
+        raise call.refuse(f"of ids {tuple(ids.part.shape)} with masks {shape}")
     part, whole = call.relevant(), call.whole()
-    mask = call.rows.mask
-    if mask is None or not call.content:
-        return PlainValue(part, whole)
-    if part.shape[:-1] != mask.shape:
-        raise call.refuse(f"of ids {tuple(part.shape[:-1])} with masks {tuple(mask.shape)}")
     relevant = part * mask[..., None].to(part.dtype)
     return call.rows.sum(relevant, part - relevant) if call.rows.both else call.rows.pair(relevant, whole)

@@ -1,16 +1,15 @@
-"""Rules for activations and softmax. Papers: see ``rules_linear``."""
+"""Rules for activations and other functions that are not linear. Papers: see ``rules_linear``."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import fx
+from torch import Tensor
 
 from attrib.decomposition.call import Call
-from attrib.decomposition.values import PlainValue, TensorPair
-
-# Operations that may stand between attention weights and their product with the values.
-_ON_THE_WAY = frozenset({"dropout", "contiguous", "to", "type_as", "float", "reshape", "view", "transpose", "permute"})
-_PRODUCTS = frozenset({"matmul", "bmm", "einsum"})
+from attrib.decomposition.rules_linear import linear, times
+from attrib.decomposition.values import TensorPair
 
 
 def activation(call: Call) -> TensorPair:
@@ -22,56 +21,67 @@ def activation(call: Call) -> TensorPair:
     return call.each()
 
 
+def clipped(call: Call) -> TensorPair:
+    """``hardtanh``, which is also how torch writes ReLU6: an activation if it begins at zero."""
+    return activation(call) if call.args["min_val"] == 0 else shapley(call)
+
+
 def shapley(call: Call) -> TensorPair:
     """f(relevant + irrelevant) - f(0) by the Shapley values of the two parts; f(0) as a bias in proportion.
 
     relevant -> (f(relevant) - f(0) + f(whole) - f(irrelevant)) / 2. For tanh this is Murdoch 2018, section 3.2.2. No
     paper defines a rule for functions with f(0) != 0 outside an LSTM's gates (sigmoid, hardsigmoid, softplus), nor
-    for softmax as a function of all its inputs, nor for the other elementwise functions that have this rule.
+    for softmax as a function of all its inputs, nor for the other functions that have this rule. It holds for every
+    function that is defined for all numbers, also of several arguments (the larger of two), whose parts are the
+    players together.
     """
-    (pair,) = call.pairs
-    zero, whole, at_relevant = call.at(torch.zeros_like(pair.whole)), call.whole(), call.relevant()
-    spread = TensorPair(at_relevant, whole, call.rows).spread
-    relevant = (at_relevant - spread(zero) + spread(whole) - call.at(pair.irrelevant)) / 2
-    return call.with_bias(call.rows.pair(relevant, whole - zero), zero, spread=True)
+    like = TensorPair(call.relevant(), call.whole(), call.rows)
+    zero = call.evaluate(lambda p: torch.zeros_like(p.whole), lambda p: p.whole)
+    relevant = (like.relevant - like.spread(zero) + like.spread(like.whole) - call.irrelevant()) / 2
+    return call.with_bias(call.rows.pair(relevant, like.whole - zero), like.plain(zero))
+
+
+def first_of_several(call: Call) -> tuple[TensorPair, None]:
+    """``shapley`` of a function that also returns what it needs for its gradient."""
+    return shapley(call.first()), None
 
 
 def power(call: Call) -> TensorPair:
-    """``shapley``, for exponents under which every number has a power: the parts may be negative, or zero."""
-    exponent = call.args[1] if len(call.args) > 1 else call.kwargs.get("exponent")
-    if not isinstance(exponent, (int, float)) or exponent < 0 or exponent != int(exponent):
-        raise call.refuse("with an exponent that is not one of 0, 1, 2 ...")
+    """``shapley`` where every number has such a power: the parts may be negative, or zero. Else ``ratio``."""
+    base, exponent = call.args["self"], call.args["exponent"]
+    if not isinstance(exponent, TensorPair):
+        whole_number = isinstance(exponent, int | float) and exponent >= 0 and exponent == int(exponent)
+        return shapley(call) if whole_number else ratio(call)
+    if not isinstance(base, int | float) or base <= 0:
+        raise call.refuse("with an exponent that depends on the input, of a base that is not a positive number")
     return shapley(call)
 
 
-def softmax(call: Call) -> TensorPair | PlainValue:
-    """Attention weights are those of the whole, so that attention is linear in its values; else ``shapley``.
+def ratio(call: Call) -> TensorPair:
+    """Each part times f(whole) / whole, which counts as a constant; f(0) as a bias in proportion.
 
-    No paper on CD defines a rule. That attention weights count as constants is the rule of Ali et al., *XAI for
-    Transformers: Better Explanations through Conservative Propagation*, ICML 2022, section 3.2.
+    For functions that are not defined for all numbers (roots, logarithms), since a part may be where the whole cannot
+    be. No paper on CD defines it; LRP passes relevance through elementwise functions in the same proportion.
     """
-    if call.node is not None and _weighs(call.node):
-        (pair,) = call.pairs
-        whole = call.whole()
-        return PlainValue(pair.repeated(whole), whole)
-    return shapley(call)
+    pair, whole = call.pair, call.whole()
+    zero = pair.whole == 0
+    factor = torch.where(zero, 0.0, whole / torch.where(zero, 1.0, pair.whole))
+    return call.with_bias(times(pair, pair.plain(factor)), pair.plain(torch.where(zero, whole, 0.0)))
 
 
-def _weighs(node: fx.Node) -> bool:
-    """Whether a node is read by matrix products alone, as their left factor."""
+def gated(call: Call) -> Any:
+    """``glu``: one half times the sigmoid of the other, by the rules of these two."""
+    pair, dim = call.pair, call.args["dim"]
+    value = pair.linear(lambda part, _: part.chunk(2, dim)[0])
+    gate = pair.linear(lambda part, _: part.chunk(2, dim)[1])
 
-    def reads(user: fx.Node) -> bool:
-        name = _name(user)
-        if name in _PRODUCTS:
-            return True
-        return name in _ON_THE_WAY and _weighs(user)
+    def sigmoid(self: Tensor) -> Tensor:
+        return self.sigmoid()
 
-    return bool(node.users) and all(reads(user) for user in node.users)
+    opened = shapley(Call(sigmoid, {"self": gate}, call.node, call.where, call.rows))
+    return call.rows.pair(value.relevant * opened.relevant, value.whole * opened.whole)
 
 
-def _name(node: fx.Node) -> str:
-    if node.op == "call_module":
-        net = node.graph.owning_module
-        assert net is not None  # the graph is that of a Decomposer's net
-        return type(net.get_submodule(str(node.target))).__name__.lower()
-    return node.target if isinstance(node.target, str) else node.target.__name__
+def divide(call: Call) -> Any:
+    """By a constant, or by what counts as one (``plan``); a quotient that is rounded has the rule of a function."""
+    return linear(call) if call.args.get("rounding_mode") is None else shapley(call)

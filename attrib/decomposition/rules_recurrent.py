@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from attrib.decomposition.call import Call
-from attrib.decomposition.values import PlainValue, TensorPair, proportion
+from attrib.decomposition.call import Call, lifted
+from attrib.decomposition.rules_linear import summed
+from attrib.decomposition.values import PlainValue, TensorPair, leaves, proportion
 
 
 class _Three(NamedTuple):
@@ -55,7 +56,7 @@ class _Step(NamedTuple):
     def gates(self, h: TensorPair, part: slice) -> TensorPair:
         weight = self.h_weight[part]
         back = h.linear(lambda value, _: F.linear(value, weight))
-        return _plus(self.x.linear(lambda value, _: value[:, part]), back)
+        return summed(self.x.linear(lambda value, _: value[:, part]), back)
 
 
 def _lstm_step(step: _Step, state: _State) -> _State:
@@ -86,7 +87,7 @@ def _gru_step(step: _Step, state: _State) -> _State:
     reset = h.rows.pair(
         r.relevant * (back.relevant + inner) + r.bias * back.relevant, r.whole * (back.whole + inner) - r.bias * inner
     )
-    news = _plus(step.x.linear(lambda value, _: value[:, n_]), reset)
+    news = summed(step.x.linear(lambda value, _: value[:, n_]), reset)
     n = _three(news, step.x_bias[n_] + r.bias * inner, torch.tanh)
     relevant = -z.relevant * (n.relevant + n.bias) + (1 - z.bias) * (n.relevant + step.inside * n.bias)
     relevant = relevant + (z.relevant + z.bias) * h.relevant
@@ -106,7 +107,7 @@ def _rnn_step(f: Callable[[Tensor], Tensor]) -> Callable[[_Step, _State], _State
 
 
 _STEPS: dict[str, Callable[[_Step, _State], _State]] = {
-    "LSTM": _lstm_step, "GRU": _gru_step, "RNN_TANH": _rnn_step(torch.tanh), "RNN_RELU": _rnn_step(torch.relu),
+    "lstm": _lstm_step, "gru": _gru_step, "rnn_tanh": _rnn_step(torch.tanh), "rnn_relu": _rnn_step(torch.relu),
 }  # fmt: skip
 
 
@@ -119,16 +120,24 @@ def _inside(z: TensorPair, first: bool) -> Tensor:
     return torch.where(relevant + rest == 0, mask[..., None].to(share.dtype), share)
 
 
-def _direction(z: TensorPair, inside: Tensor, module: nn.RNNBase, suffix: str) -> tuple[TensorPair, _State]:
+class _Layers(NamedTuple):
+    """All layers and directions of a call. D = layers * directions, layer by layer."""
+
+    step: Callable[[_Step, _State], _State]
+    weights: list[list[Tensor]]  # D times: of the input, of the state, and with biases those of both
+    ways: int  # directions
+    starts: list[_State] | None = None  # D states before the first step; None: zeros
+
+
+def _direction(z: TensorPair, inside: Tensor, layers: _Layers, number: int) -> tuple[TensorPair, _State]:
     """One direction of one layer: (rows, T, E) -> (rows, T, H) and the state after the last step."""
-    x_weight, h_weight = (getattr(module, f"weight_{of}_{suffix}") for of in ("ih", "hh"))
-    zero = x_weight.new_zeros(len(x_weight))
-    x_bias, h_bias = (getattr(module, f"bias_{of}_{suffix}", zero) for of in ("ih", "hh"))
+    x_weight, h_weight, *biases = layers.weights[number]
+    x_bias, h_bias = biases or [x_weight.new_zeros(len(x_weight))] * 2
     x = z.linear(lambda part, _: F.linear(part, x_weight))
-    start = x.linear(lambda part, _: part.new_zeros(len(part), module.hidden_size))
-    state, outputs = _State(start, start), []
+    zero = x.linear(lambda part, _: part.new_zeros(len(part), h_weight.shape[1]))
+    state, outputs = layers.starts[number] if layers.starts else _State(zero, zero), []
     for t in range(z.whole.shape[1]):
-        state = _STEPS[module.mode](_Step(_at(x, t), inside[:, t], x_bias, h_weight, h_bias), state)
+        state = layers.step(_Step(_at(x, t), inside[:, t], x_bias, h_weight, h_bias), state)
         outputs.append(state.h)
     return _joined(outputs, lambda values: torch.stack(values, 1)), state
 
@@ -160,20 +169,18 @@ def _by_length(z: TensorPair, lengths: PlainValue, function: Callable[[Tensor, T
     return z.rows.pair(relevant, function(z.whole, lengths.whole))
 
 
-def _layers(z: TensorPair, module: nn.RNNBase, lengths: PlainValue | None) -> tuple[TensorPair, list[_State]]:
-    """All layers and directions: (rows, T, E) -> (rows, T, H * directions), states in torch's order."""
-    states = []
-    for layer in range(module.num_layers):
-        ways, inside = [], _inside(z, layer == 0)
-        for suffix in ("", "_reverse")[: 2 if module.bidirectional else 1]:
-            back = bool(suffix)
-            start = (
-                (_turned(z, lengths), _turn(inside, None if lengths is None else lengths.part)) if back else (z, inside)
-            )
-            h, state = _direction(*start, module, f"l{layer}{suffix}")
-            ways.append(_turned(h, lengths) if back else h)
+def _all_layers(z: TensorPair, layers: _Layers, lengths: PlainValue | None) -> tuple[TensorPair, list[_State]]:
+    """(rows, T, E) -> (rows, T, H * directions), and the D states after the last step."""
+    states: list[_State] = []
+    while len(states) < len(layers.weights):
+        outputs, inside = [], _inside(z, not states)
+        for back in (False, True)[: layers.ways]:
+            if back:
+                turned = _turned(z, lengths), _turn(inside, None if lengths is None else lengths.part)
+            h, state = _direction(*(turned if back else (z, inside)), layers, len(states))
+            outputs.append(_turned(h, lengths) if back else h)
             states.append(state)
-        z = _joined(ways, lambda values: torch.cat(values, -1))
+        z = _joined(outputs, lambda values: torch.cat(values, -1))
     return z, states
 
 
@@ -184,38 +191,57 @@ def _joined(pairs: list[TensorPair], function: Callable[[list[Tensor]], Tensor])
     return rows.pair(relevant, function([p.whole for p in pairs]))
 
 
-def _plus(a: TensorPair, b: TensorPair) -> TensorPair:
-    return _joined([a, b], lambda values: values[0] + values[1])
-
-
-def recurrent(call: Call) -> Any:
-    """``nn.LSTM``, ``nn.GRU``, ``nn.RNN``: sequences (rows, T, E) or (T, rows, E), from a state of zeros.
+def recurrent(call: Call) -> tuple[TensorPair, ...]:
+    """LSTM, GRU, plain recurrence: sequences (rows, T, E) or (T, rows, E).
 
     With several layers and in both directions. In deeper layers a step's input is partly relevant; the product of
-    bias with bias is then shared out by the magnitudes of its parts (no paper defines it).
+    bias with bias is then shared out by the magnitudes of its parts (no paper defines it). A state that it begins with
+    has the parts that it comes with; a constant one is irrelevant.
     """
-    module, (z, *others) = call.module_as(nn.RNNBase), call.args
-    if not isinstance(z, TensorPair) or any(o is not None for o in (*others, *call.kwargs.values())):
-        raise call.refuse("with an initial state, or packed by hand; use attrib.models.Recurrent for padded texts")
-    if getattr(module, "proj_size", 0) or z.whole.ndim != 3:
-        raise call.refuse("with projections, or without a batch dimension")
-    z = z if module.batch_first else z.linear(lambda part, _: part.transpose(0, 1))
-    out, states = _layers(z, module, None)
-    out = out if module.batch_first else out.linear(lambda part, _: part.transpose(0, 1))
+    z, params, hx = call.args.get("input"), call.args["params"], call.args["hx"]
+    if not isinstance(z, TensorPair) or leaves(params, TensorPair):
+        raise call.refuse("packed by hand, or with weights that depend on the input; see attrib.models.Recurrent")
+    size, ways = 4 if call.args["has_biases"] else 2, 2 if call.args["bidirectional"] else 1
+    if len(params) != size * ways * call.args["num_layers"]:
+        raise call.refuse("with projections")
+    if z.whole.ndim != 3:
+        raise call.refuse("without a batch dimension")
+    z = z if call.args["batch_first"] else z.linear(lambda part, _: part.transpose(0, 1))
+    weights = [list(params[i : i + size]) for i in range(0, len(params), size)]
+    given = [_started(call, state) for state in (hx if call.name == "lstm" else [hx])]
+    starts = [_State(*(_layer(state, i) for state in (given[0], given[-1]))) for i in range(len(weights))]
+    out, states = _all_layers(z, _Layers(_STEPS[call.name], weights, ways, starts), None)
+    out = out if call.args["batch_first"] else out.linear(lambda part, _: part.transpose(0, 1))
     h = _joined([state.h for state in states], torch.stack)
-    if module.mode != "LSTM":
-        return out, h
-    return out, (h, _joined([state.c for state in states], torch.stack))
+    return (out, h, _joined([state.c for state in states], torch.stack)) if call.name == "lstm" else (out, h)
+
+
+def _layer(states: TensorPair, number: int) -> TensorPair:
+    """(D, rows, H) -> (rows, H)."""
+    return states.linear(lambda part, _: part[number])
+
+
+def _started(call: Call, state: Any) -> TensorPair:
+    """(D, rows, H) the states that a call begins with."""
+    if isinstance(state, TensorPair):
+        return state
+    part, whole = (state.part, state.whole) if isinstance(state, PlainValue) else (state, state)
+    return call.rows.pair(torch.zeros_like(part), whole)
 
 
 def padded_recurrent(call: Call) -> TensorPair:
     """``attrib.models.Recurrent``: padded sequences (rows, T, E) and their lengths; the output is zero on padding."""
-    named = dict(zip(("z", "lengths"), call.args)) | call.kwargs
-    z, lengths = named["z"], named["lengths"]
-    if not isinstance(z, TensorPair) or not isinstance(lengths, PlainValue):
-        raise call.refuse("whose sequence does not depend on the input, or whose lengths do")
-    lengths = PlainValue(lengths.part.clamp(min=1), lengths.whole.clamp(min=1))
-    out, _ = _layers(z, call.module_as(nn.RNNBase), lengths)
+    z, lengths, weights = call.args["z"], call.args["lengths"], call.args["weights"]
+    if not isinstance(z, TensorPair) or leaves(weights, TensorPair):
+        raise call.refuse("whose sequence does not depend on the input, or whose weights do")
+    lengths = lifted(lambda value: value.clamp(min=1), lengths)
+    if isinstance(lengths, Tensor):  # of a net that does not look for padding
+        same = lengths
+        lengths = PlainValue(same, lambda: same)
+    ways = 2 if call.args["both_ways"] else 1
+    size = len(weights) // (ways * call.args["layers"])
+    each = [list(weights[i : i + size]) for i in range(0, len(weights), size)]
+    out, _ = _all_layers(z, _Layers(_lstm_step, each, ways), lengths)
 
     def real(value: Tensor, length: Tensor) -> Tensor:
         padding = torch.arange(value.shape[1], device=value.device) >= length[:, None]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
-
-
-class RowsMergedError(Exception):
-    """The net has merged the rows with another dimension, so that samples and rows can no longer be matched."""
 
 
 class LogitParts(NamedTuple):
@@ -52,30 +49,39 @@ class MaskedRows:
             return tuple(self.paired(function, x, y) for x, y in zip(a, b, strict=True))
         return a
 
-    def dim(self, whole: Tensor, part: Tensor) -> int | None:
-        """The dimension along which ``whole`` has samples and ``part`` has rows; None if both have the same shape."""
+    def axis(self, whole: Tensor, part: Tensor) -> int | None:
+        """The axis along which ``whole`` has samples and ``part`` has rows; None if both have the same shape."""
         if self.index is None or whole.shape == part.shape:
             return None
-        different = [d for d, (a, b) in enumerate(zip(whole.shape, part.shape)) if a != b]
-        if whole.ndim != part.ndim or len(different) != 1:
-            raise RowsMergedError
-        (d,) = different
-        # If the size is another (say, the windows of an image have become rows), samples and rows cannot be matched.
-        if whole.shape[d] != self.samples or part.shape[d] != len(self.index):
-            raise RowsMergedError
-        return d
+        (found,) = (at for at, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b)
+        return found
+
+    def repeat(self, value: Tensor, axis: int | None) -> Tensor:
+        """A tensor with samples along an axis, as one with rows there.
+
+        Of each sample there may be several places in a row (the windows of an image, say).
+        """
+        if self.index is None or axis is None:
+            return value
+        if self.samples == 1 and value.shape[axis] == 1:
+            return value.expand(*value.shape[:axis], len(self.index), *value.shape[axis + 1 :])
+        apart = value.unflatten(axis, (self.samples, -1))
+        return apart.index_select(axis, self.index).flatten(axis, axis + 1)
 
 
-@dataclass(frozen=True)
 class PlainValue:
-    """A value that is not divided into two parts: token ids, sizes, and what is computed from them.
+    """A value that is not divided into two parts: token ids, sizes, masks, and what is computed from them.
 
-    part   for the R rows
-    whole  for the S samples; the same values, but tensors may have another size
+    whole  for the S samples
+    part   for the R rows: the same values, but tensors may have another size. Computed when it is asked for
     """
 
-    part: Any
-    whole: Any
+    def __init__(self, whole: Any, part: Callable[[], Any]) -> None:
+        self.whole, self._part = whole, part
+
+    @cached_property
+    def part(self) -> Any:
+        return self._part()
 
 
 @dataclass(frozen=True)
@@ -97,14 +103,12 @@ class TensorPair:
         return self.spread(self.whole) - self.relevant if self.other is None else self.other
 
     def spread(self, value: Tensor) -> Tensor:
-        """A tensor with samples where ``whole`` has them, in a form that broadcasts against the rows."""
-        d, index = self.rows.dim(self.whole, self.relevant), self.rows.index
-        return value if d is None or index is None or self.rows.samples == 1 else value.index_select(d, index)
+        """A tensor with samples where ``whole`` has them, as one with rows there."""
+        return self.rows.repeat(value, self.rows.axis(self.whole, self.relevant))
 
-    def repeated(self, value: Tensor) -> Tensor:
-        """As ``spread``, but with all R rows, for operations that do not broadcast."""
-        d, index = self.rows.dim(self.whole, self.relevant), self.rows.index
-        return value if d is None or index is None else value.index_select(d, index)
+    def plain(self, value: Tensor) -> PlainValue:
+        """As a plain value: a tensor with samples where ``whole`` has them."""
+        return PlainValue(value, lambda: self.spread(value))
 
     def linear(self, function: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> TensorPair:
         """Both parts through ``function(part, spread)``, which must be linear in ``part``.
@@ -118,11 +122,7 @@ class TensorPair:
 
     def picked(self, places: Tensor, dim: int = -1) -> TensorPair:
         """``gather`` of both parts at places (of the samples) that are chosen by the whole."""
-        own = self.repeated(places)
-        relevant = self.relevant.gather(dim, own)
-        if self.other is not None:
-            return self.rows.sum(relevant, self.other.gather(dim, own))
-        return self.rows.pair(relevant, self.whole.gather(dim, places))
+        return self.linear(lambda part, spread: part.gather(dim, spread(places)))
 
 
 def leaves(value: Any, kind: type) -> list[Any]:

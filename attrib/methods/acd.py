@@ -9,13 +9,15 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import torch
 
-from attrib.agglomeration import Agglomeration, Rules, agglomerate, drive
+from attrib.agglomeration import Agglomeration, agglomerate, drive
+from attrib.agglomeration import Rules as MergeRules
 from attrib.agglomeration.trees import Tree, grow
 from attrib.checks import require
 from attrib.fit import State
+from attrib.keys import ADDED
 from attrib.methods import Explanation, Method
 from attrib.methods.parts.inputs import EMBEDDING
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, UnitScores, check_scores
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, UnitScores, check_scores
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
@@ -38,7 +40,7 @@ class ACD(Method):
     against      the class whose score is subtracted: its number; "other", the most probable class beside the
                  target; or None
     level        the level that the map shows: 0 is the single units, k what has been merged up to level k
-    output, baseline, output_bias   see ``CD``
+    output, baseline, output_bias, rules   see ``CD``
     as_released  for "cd": round as the authors' code does, 2 to 3 times slower. On a flat background a pooling
                  window has several equal maxima, of which that rounding picks one; otherwise the first is taken
     """
@@ -63,6 +65,7 @@ class ACD(Method):
     baseline: Baseline = "zero"
     output_bias: bool = True
     as_released: bool = False
+    rules: Rules = field(default="singh", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require(self, "score", one_of=get_args(Part))
@@ -97,12 +100,13 @@ class ACD(Method):
             output=self.output,
             output_bias=self.output_bias,
             as_released=self.as_released,
+            rules=self.rules,
             name="ACD",
         )
         logits = scores.logits.double().cpu().numpy()
         asked = [self._asked(batch, i, own) for i, own in enumerate(logits)]
         shapes = [self._shape(batch, n) for n in units.n.tolist()]
-        rules = Rules(self.percentile, self.steps, self.absolute, self.smooth)
+        rules = MergeRules(self.percentile, self.steps, self.absolute, self.smooth)
         some = [i for i, shape in enumerate(shapes) if shape != (0,)]  # a text may have no word at all
         device = batch.x.device
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.fit import State
+from attrib.keys import ADDED
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, UnitScores, check_scores
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, UnitScores, check_scores
 from attrib.models import Classifier, ScoreScale, probabilities
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -37,6 +38,9 @@ class CD(Method):
     baseline     for occlusion and build-up, what replaces a removed unit: "zero", or a text's "mask" token
     steps        for integrated gradients, points on the line from zero to the input, including both ends
     output_bias  for "cd", whether to add the bias of the last layer; the authors' code for texts does not
+    rules        for "cd": "singh", those of the papers above, or "cd_t", those of Hsu et al., *Efficient Automated
+                 Circuit Discovery in Transformers using Contextual Decomposition*, ICLR 2025, which differ in
+                 activations and in the bias of layer norms (``attrib.decomposition.rules_transformer``)
     """
 
     NAME: ClassVar[str] = "attrib.methods.cd.CD"
@@ -52,6 +56,7 @@ class CD(Method):
     baseline: Baseline = "zero"
     steps: int = 100
     output_bias: bool = True
+    rules: Rules = field(default="singh", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require(self, "score", one_of=get_args(Score))
@@ -90,6 +95,7 @@ class CD(Method):
             baseline=self.baseline,
             output=self.output,
             output_bias=self.output_bias,
+            rules=self.rules,
             name="CD",
         )
         values = torch.zeros(len(batch), units.most, dtype=model.dtype, device=batch.x.device)

@@ -66,9 +66,10 @@ class Graph:
     fed    the nodes whose value depends on the values of the input, not on its shape alone
 
     ``meta`` of a node holds ``module``, the path and class of the innermost module that makes the call; of a tensor
-    also ``shape`` and ``dtype`` for the example that the net was read with, and ``free``, the axes whose size may be
-    another; ``size``, whether it is a number that is read of a shape; and of a ``get_attr`` node ``constant``, whether
-    it is a number of the net's code, not of its state. Parameters and buffers are targets by their names in the net.
+    also ``shape`` and ``dtype`` for the example that the net was read with, ``free``, the axes whose size may be
+    another, and ``rows``, those of them whose size is a multiple of the number of rows; ``size``, whether it is a
+    number that is read of a shape; and of a ``get_attr`` node ``constant``, whether it is a number of the net's code,
+    not of its state. Parameters and buffers are targets by their names in the net.
     """
 
     def __init__(self, net: fx.GraphModule, name: str) -> None:
@@ -249,9 +250,13 @@ def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
 
 def _free(program: ExportedProgram) -> bool:
     """Whether the number of rows is free."""
+    return _known(_given(program).meta["val"].shape[0]) is None
+
+
+def _given(program: ExportedProgram) -> fx.Node:
+    """The node of the net's input."""
     names = program.graph_signature.user_inputs
-    (given,) = (node for node in program.graph.nodes if node.name in names)
-    return _known(given.meta["val"].shape[0]) is None
+    return next(node for node in program.graph.nodes if node.name in names)
 
 
 def _taken_apart() -> dict[Any, Callable[..., Any]]:
@@ -284,6 +289,7 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
     root, graph = nn.Module(), fx.Graph()
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     copies: dict[fx.Node, Any] = {}
+    rows = _given(program).meta["val"].shape[0]
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = kinds[node.name]
@@ -291,6 +297,8 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
                 copies[node] = graph.placeholder("x")
             else:
                 target, own = str(spec.target), spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+                if not own and (name := _name_of(net, program.constants[target])):
+                    target, own = name, True
                 value = _attribute(net, target) if own else program.constants[target]
                 copies[node] = _constant(root, graph, target if own else f"constant.{node.name}", value, not own)
         elif node.op == "get_attr":
@@ -303,17 +311,27 @@ def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
             copies[node] = copies.get(node.args[0])
             continue
         elif operation(node) == "copy":
-            copies[node] = _copied(graph, copies, node)
+            copies[node] = _copied(graph, copies, node, rows)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].target = _REPLACED.get(node.target, node.target)
         if copies[node].op != "get_attr":
-            _describe(copies[node], node)
+            _describe(copies[node], node, rows)
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph)
 
 
-def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node) -> fx.Node:
+def _name_of(net: nn.Module, value: Any) -> str | None:
+    """The name of a weight that a layer keeps in a list, too (``nn.LSTM``), and that comes as a constant therefore."""
+    found = (name for name, own in net.named_parameters() if isinstance(value, Tensor) and _same_memory(own, value))
+    return next(found, None)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node, rows: Any) -> fx.Node:
     """What ``aten.copy(to, value)`` gives, by calls that have a derivative: it has none."""
     to, value = node.args[:2]
     assert isinstance(to, fx.Node)
@@ -323,7 +341,7 @@ def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node) -> fx.No
         sizes = [_known(n) for n in wanted.shape]
         shape = [_size(graph, copies[to], at) if n is None else n for at, n in enumerate(sizes)]
         found = graph.call_function(torch.ops.aten.expand.default, (found, shape))
-        _describe(found, node)
+        _describe(found, node, rows)
     if given.dtype != wanted.dtype:
         found = graph.call_function(torch.ops.aten._to_copy.default, (found,), {"dtype": wanted.dtype})
     return found
@@ -364,7 +382,7 @@ def _logits(program: ExportedProgram, node: fx.Node) -> fx.Node:
     return found[0]
 
 
-def _describe(copy: fx.Node, node: fx.Node) -> None:
+def _describe(copy: fx.Node, node: fx.Node, rows: Any) -> None:
     """What methods ask of a node, in place of torch's own notes, which may hold tensors and the environment."""
     value, stack = node.meta.get("val"), list((node.meta.get("nn_module_stack") or {}).values())
     copy.meta = {"module": _called(stack)}
@@ -373,11 +391,17 @@ def _describe(copy: fx.Node, node: fx.Node) -> None:
         sizes = [n if isinstance(n, int) else n.node.hint for n in value.shape]
         copy.meta |= {"shape": tuple(sizes), "dtype": value.dtype}
         copy.meta["free"] = frozenset(at for at, n in enumerate(value.shape) if _known(n) is None)
+        copy.meta["rows"] = tuple(at for at, n in enumerate(value.shape) if _counts(n, rows))
 
 
 def _known(size: Any) -> int | None:
     """A size that is the same for all inputs; None if it is not."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def _counts(size: Any, rows: Any) -> bool:
+    """Whether a size depends on the number of rows."""
+    return _known(size) is None and _known(rows) is None and rows.node.expr in size.node.expr.free_symbols
 
 
 def _called(stack: list[Any]) -> tuple[str, str]:

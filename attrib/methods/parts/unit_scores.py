@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.decomposition import Decomposer, decompose
+from attrib.decomposition.table import RULES, TRANSFORMER_RULES, Rule
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier, ScoreScale, probabilities
 from attrib.types import Batch, UserError
@@ -16,19 +18,23 @@ from attrib.units import Units
 
 Baseline = Literal["zero", "mask"]
 Part = Literal["cd", "occlusion", "build_up"]
+Rules = Literal["singh", "cd_t"]
 
 COMPLETENESS = {
     "completeness_error": "largest |relevant + irrelevant - logit| of any unit, as a share of the largest |logit|"
 }
 
+_RULES: Mapping[Rules, Mapping[str, Rule]] = {"singh": RULES, "cd_t": TRANSFORMER_RULES}
+
 _MASK_BYTES = 2**26  # of the masks that are made at a time
 
 
 def check_scores(method: object) -> None:
-    """Check the fields ``score``, ``baseline`` and ``output`` of CD and ACD. Raises UserError."""
+    """Check the fields ``score``, ``baseline``, ``output`` and ``rules`` of CD and ACD. Raises UserError."""
     name, fields = type(method).__name__, vars(method)
     require(method, "baseline", one_of=get_args(Baseline))
     require(method, "output", one_of=get_args(ScoreScale))
+    require(method, "rules", one_of=get_args(Rules))
     if fields["score"] == "cd" and fields["output"] != "logit":
         raise UserError(f"{name}.output is {fields['output']!r}, but contextual decomposition explains logits only")
 
@@ -56,7 +62,8 @@ class UnitScores:
                  logits when the set is removed; "build_up": the logits when all other units are removed
     output       what occlusion and build-up are of: "logit" or "probability"
     baseline     of these two: what is put in the place of a removed unit, see ``removed``
-    output_bias, as_released   of "cd": see ``Decomposer``; and round as the authors' code does, see ``decompose``
+    output_bias, rules, as_released   of "cd": see ``Decomposer`` and ``CD``; and round as the authors' code does, see
+                 ``decompose``
     name         the method, for messages
 
     logits  (B, K) of the whole samples
@@ -74,6 +81,7 @@ class UnitScores:
         output: ScoreScale = "logit",
         output_bias: bool = True,
         as_released: bool = False,
+        rules: Rules = "singh",
         name: str = "UnitScores",
     ) -> None:
         self._model, self._batch, self._units, self._how, self._output = model, batch, units, how, output
@@ -81,7 +89,7 @@ class UnitScores:
         self.error = torch.zeros(len(batch), dtype=model.dtype, device=model.device)
         self.logits = model.logits(batch.x)
         if how == "cd":
-            self._decomposer = Decomposer(model.module, output_bias=output_bias)
+            self._decomposer = Decomposer(model, output_bias=output_bias, rules=_RULES[rules])
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
