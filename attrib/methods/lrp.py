@@ -98,9 +98,9 @@ class LRP(Method):
             relevance[row] = again[0]
             if still:
                 raise SampleError(
-                    f"{batch.uids[row]}: LRP did not conserve the relevance: numbers in the net are too large, or their "
-                    f"sums too close to zero, for {str(again.dtype).removeprefix('torch.')} and epsilon={self.epsilon}; "
-                    "try run.dtype=float64, or a larger method.epsilon"
+                    f"{batch.uids[row]}: LRP did not conserve the relevance: numbers in the net are too large, or "
+                    f"their sums too close to zero, for {str(again.dtype).removeprefix('torch.')} and "
+                    f"epsilon={self.epsilon}; try run.dtype=float64, or a larger method.epsilon"
                 )
         inputs = Inputs(relevance, batch.target, model.module, mask=batch.mask)
         delta = target_score(logits, batch.target) - inputs.real(relevance).flatten(1).sum(1)

@@ -324,6 +324,30 @@ class Classifier:
             log.info("layer %s is read as %s", path, self._readings[path, shape, among])
         return self._readings[path, shape, among]
 
+    def read(
+        self,
+        name: str,
+        front: Callable[[Classifier, Tensor], Tensor],
+        shape: tuple[int, ...],
+        among: tuple[Name, ...],
+    ) -> Reading:
+        """``reading`` for what is no layer: ``front(model, x)`` gives it, (N, *layer); ``name`` is for messages."""
+        if self.original is not self:
+            return self.original.read(name, front, shape, among)
+        if (name, shape, among) not in self._readings:
+            passed = self.passed
+            try:
+                self._readings[name, shape, among] = find(
+                    lambda rows: self.chunked(lambda at: front(self, rows[at]), len(rows)),
+                    shape,
+                    torch.empty(0, device=self.device, dtype=self.dtype),
+                    among,
+                    f"the {name} of {type(self.module).__name__}",
+                )
+            finally:
+                self.passed = passed
+        return self._readings[name, shape, among]
+
     def graph(self, x: Tensor) -> Graph:
         """The net as a graph of ATen calls, for inputs of x's shape (N, *input) and any number of rows.
 

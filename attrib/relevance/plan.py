@@ -39,7 +39,7 @@ _MIXED = frozenset((
     "rsub", "index_add", "scatter_add", "index_put",
 ))  # fmt: skip
 _COMPLEX = frozenset(("real", "imag", "view_as_real", "view_as_complex", "_conj", "_fft_r2c", "_fft_c2c", "_fft_c2r"))
-_MOVES = frozenset(LINEAR) - _MIXED - _COMPLEX - {"neg"}
+_MOVES = frozenset(LINEAR) - _MIXED - _COMPLEX - {"neg"} | {"pad"}
 # Moves that may put other numbers beside or in the place of those that they move.
 _FILLS = frozenset((
     "cat", "stack", "where", "masked_fill", "pad", "constant_pad_nd", "slice_scatter", "select_scatter",
@@ -179,6 +179,9 @@ class Plan:
                 return Step("fill" if name in _FILLS else "move", sources)
         elif name in _MIXED:
             if set(sources) <= set(self._linear_arguments(node, name)):
+                return Step("share", sources)
+        elif name in ("addcmul", "addcdiv", "lerp"):
+            if not set(node.args[2 if name != "addcmul" or node.args[1] in sources else 1 :]) & set(sources):
                 return Step("share", sources)
         elif len(sources) == 1 and (name == "neg" or name in ELEMENTWISE - _NOT_ONE_VALUE):
             return Step("pass", sources)

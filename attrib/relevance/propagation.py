@@ -83,7 +83,7 @@ def _layer(graph: Graph, node: fx.Node, step: Step, args: tuple[Any, ...]) -> La
     """A layer with weights, with the batch norm behind it if there is one."""
     assert step.at is not None
     name = operation(node)
-    function: Callable[..., Tensor] = call(node)
+    function: Any = call(node)
     at, weight_at, bias_at = step.at
     weight, bias = args[weight_at], None if bias_at is None else args[bias_at]
     if name in CONVOLUTIONS:
@@ -95,7 +95,7 @@ def _layer(graph: Graph, node: fx.Node, step: Step, args: tuple[Any, ...]) -> La
 
     else:
         beyond = []
-        product: Callable[..., Tensor] = {"addmm": torch.mm, "baddbmm": torch.bmm}.get(name, function)
+        product: Any = {"addmm": torch.mm, "baddbmm": torch.bmm}.get(name, function)
 
         def compute(x: Tensor, weight: Tensor) -> Tensor:
             return product(x, weight) if at < weight_at else product(weight, x)
