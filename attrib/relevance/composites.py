@@ -34,9 +34,9 @@ class Line:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Line:
         """Of a line of YAML: layer, operation, first, rule, and the rule's parameters. Raises UserError."""
+        if not isinstance(given, Mapping) or "rule" not in given:
+            raise UserError(f"a line of a composite needs a rule, such as {{layer: Conv*, rule: zplus}}: {given!r}")
         values = {key: value for key, value in given.items() if key != "rule"}
-        if "rule" not in given:
-            raise UserError(f"a line of a composite needs a rule: {dict(given)}")
         patterns = {key: values.pop(key) for key in _PATTERNS if key in values}
         for key, value in patterns.items():
             if not isinstance(value, bool if key == "first" else str):

@@ -70,7 +70,7 @@ class Rule(Protocol):
 
 def stable(value: Tensor, by: float) -> Tensor:
     """The value moved away from zero; 1 where it is zero after that."""
-    moved = value + torch.where(value < 0, -by, by)
+    moved = torch.where(value < 0, value - by, value + by)
     return moved if by else torch.where(moved == 0, 1.0, moved)
 
 
