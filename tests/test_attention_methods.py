@@ -77,7 +77,10 @@ class Own(nn.Module):
         self.head, self.kept = nn.Linear(8, 3), []
 
     def forward(self, x):
-        z = torch.cat((self.first.expand(len(x), -1, -1), self.patch(x).flatten(2).transpose(1, 2)), 1) + self.places
+        z = (
+            torch.cat((self.first.expand(x.shape[0], -1, -1), self.patch(x).flatten(2).transpose(1, 2)), 1)
+            + self.places
+        )
         kept = []
         for qkv, mlp in zip(self.qkv, self.mlp):
             q, k, v = qkv(z).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
@@ -147,7 +150,7 @@ class Other(Own):
         self.kind, self.mix = kind, nn.Linear(2, 2)
 
     def forward(self, x):
-        first = self.first.expand(len(x), -1, -1)
+        first = self.first.expand(x.shape[0], -1, -1)
         z = torch.cat((first, self.patch(x).flatten(2).transpose(1, 2)), 1) + self.places
         start = z
         for qkv, mlp in zip(self.qkv, self.mlp):

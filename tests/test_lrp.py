@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from transformer_nets import TEXT, batch_of
+from transformer_nets import classifier as transformer
 from zennit import composites as zennit_composites
 from zennit import rules as zennit_rules
 from zennit.attribution import Gradient as ZennitGradient
@@ -322,6 +324,43 @@ def test_a_sum_that_is_not_conserved_is_noticed(monkeypatch):
     monkeypatch.setattr(Propagation, "relevance", lossy)
     with pytest.raises(SampleError, match="0: LRP did not conserve the relevance"):
         LRP().attribute(model, images(), {}, Noise(("0", "1", "2")))
+
+
+def test_a_net_for_one_number_of_rows_alone():
+    class Fixed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.reshape(len(x), 3, 16, 16))
+
+    net, batch = Fixed(cnn()), images()
+    found, other = (
+        LRP().attribute(Classifier(net, dtype=torch.float64, rows=rows), batch, {}, None)["map"] for rows in (64, 2)
+    )
+    same(other, found)
+    same(LRP().attribute(Classifier(cnn(), dtype=torch.float64), batch, {}, None)["map"], found)
+
+
+@pytest.mark.parametrize("name", [*TEXT, "vit", "deit", "swin"])
+def test_transformers_lose_nothing(name, monkeypatch):
+    """What is missing, of the most that flowed through one call: measured by what the rules say that they keep."""
+    right, missing = Propagation.relevance, []
+
+    def watched(self, x, start):
+        found = right(self, x, start)
+        score = start(found.logits).sum(dtype=torch.float64)
+        lost = score - found.relevance.sum(dtype=torch.float64) - found.ledger.kept
+        missing.append(float(lost.abs() / max(found.ledger.size, score.abs())))
+        return found
+
+    monkeypatch.setattr(Propagation, "relevance", watched)
+    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        batch = batch_of(name).to("cpu", dtype)
+        found = LRP(composite="epsilon").attribute(transformer(name, dtype), batch, {}, None)
+        assert missing.pop() < limit
+        scores = transformer(name, dtype).logits(batch.x).gather(1, batch.target[:, None])[:, 0]
+        total = found["map"].flatten(1).sum(1) + found["delta"]
+        torch.testing.assert_close(
+            total, scores, rtol=0, atol=1e3 * torch.finfo(dtype).eps * float(found["map"].abs().sum())
+        )
 
 
 # ---- lines, and what is refused ------------------------------------------------------------------------

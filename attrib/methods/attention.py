@@ -57,11 +57,13 @@ class Attention(Method):
         return {"map": _MAPS[self.follow]}
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        attentions = Attentions(model.graph(batch.x))
-        _check_rows(attentions, batch.x)
+        graph = model.graph(batch.x)
+        found_once = Attentions(graph)
+        _check_rows(model, batch.x)
 
         def piece(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            passed = attentions(batch.x[rows])
+            x = batch.x[rows]
+            passed = (found_once if graph.fits(x) else Attentions(model.graph(x)))(x)
             read = read_tokens(passed)
             weights = [weight.detach() for weight in passed.weights]
             if self.follow == "gradient":
@@ -87,15 +89,13 @@ class Attention(Method):
         return {"map": found * batch.mask}
 
 
-def _check_rows(attentions: Attentions, x: Tensor) -> None:
+def _check_rows(model: Classifier, x: Tensor) -> None:
     """Raises UserError unless the matrices of a batch are those of its rows, one after the other."""
-    rows = x[[0, -1]]
-    whole = attentions(rows, grad=False).weights
-    last = attentions(rows[1:], grad=False).weights
+    whole, last = (Attentions(model.graph(rows))(rows, grad=False).weights for rows in (x[[0, -1]], x[-1:]))
     for both, one in zip(whole, last, strict=True):
         if not torch.allclose(both[1:], one, rtol=1e-3, atol=1e-4):
             raise UserError(
-                "this method needs attention with the samples of a batch one after the other in its matrices"
+                "this method needs attention whose matrices hold the samples of a batch one after the other"
             )
 
 

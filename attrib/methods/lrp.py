@@ -15,7 +15,7 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
-from attrib.models.graph import check_same
+from attrib.models.graph import Graph, check_same
 from attrib.noise import Noise
 from attrib.relevance.composites import Composite
 from attrib.relevance.plan import Plan, output_of
@@ -77,13 +77,18 @@ class LRP(Method):
             raise UserError(f"LRP: {error}") from error
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        graph = model.graph(batch.x)
-        start = graph.input if batch.mask is None else output_of(graph, model.path(EMBEDDING))
-        propagation = Propagation(Plan(graph, start), self._composite(), self.epsilon)
+        composite, whole = self._composite(), model.graph(batch.x)
+
+        def propagation(graph: Graph) -> Propagation:
+            start = graph.input if batch.mask is None else output_of(graph, model.path(EMBEDDING))
+            return Propagation(Plan(graph, start), composite, self.epsilon)
+
+        for_all = propagation(whole)
 
         def piece(rows: slice) -> tuple[Tensor, ...]:
-            target = batch.target[rows]
-            found = propagation.relevance(batch.x[rows], lambda logits: _of_target(logits, target))
+            x, target = batch.x[rows], batch.target[rows]
+            by = for_all if whole.fits(x) else propagation(model.graph(x))
+            found = by.relevance(x, lambda logits: _of_target(logits, target))
             score = target_score(found.logits, target)
             missing = score.sum(dtype=torch.float64) - found.relevance.sum(dtype=torch.float64) - found.ledger.kept
             # Rounding, of all rows of the piece together.

@@ -59,10 +59,10 @@ class Attentions:
     def _check_line(self, softmaxes: Sequence[fx.Node]) -> None:
         """Every layer must attend to what the one before gives, and to nothing else."""
         graph = self._graph
-        nearest = _dominators(graph)
+        ways = _Ways(graph)
         before: fx.Node | None = None
         for softmax, product in zip(softmaxes, self._products, strict=True):
-            stream = _common(nearest, [n for n in (softmax, product.args[1]) if isinstance(n, fx.Node)])
+            stream = ways.common([n for n in (softmax, product.args[1]) if isinstance(n, fx.Node)])
             if before is not None and before not in _ancestors(graph, stream):
                 raise UserError(
                     f"{_REFUSED}: what {graph.where(product)} attends to is not what the attention before it gives "
@@ -198,27 +198,31 @@ def _ends(graph: Graph, node: fx.Node) -> bool:
     return node is graph.output
 
 
-def _dominators(graph: Graph) -> dict[fx.Node, fx.Node]:
-    """Every node that depends on the input -> the last node that all ways from the input to it go through."""
-    found = {graph.input: graph.input}
-    for node in graph.nodes:
-        if node in graph.fed and node is not graph.input:
-            found[node] = _common(found, [used for used in node.all_input_nodes if used in graph.fed])
-    return found
+class _Ways:
+    """The ways that numbers take from the input, or from the embeddings of ids, through the net; not those of masks."""
 
+    def __init__(self, graph: Graph) -> None:
+        self._before: dict[fx.Node, fx.Node] = {}  # the last node that all ways to a node go through
+        self._depth = {graph.input: 0}
+        ids = not _is_float(graph.input)
+        for node in graph.nodes:
+            used = [n for n in node.all_input_nodes if n in self._depth and (n is not graph.input or not ids)]
+            if ids and operation(node) == "embedding" and node in graph.fed:
+                used = [graph.input]
+            if used and node.op == "call_function" and not node.meta["size"]:
+                self._before[node] = self.common(used)
+                self._depth[node] = self._depth[self._before[node]] + 1
 
-def _common(nearest: dict[fx.Node, fx.Node], nodes: Sequence[fx.Node]) -> fx.Node:
-    """The last node that all ways to all of these go through."""
-    lines = [_line(nearest, node) for node in nodes]
-    others = [set(line) for line in lines[1:]]
-    return next(node for node in lines[0] if all(node in other for other in others))
-
-
-def _line(nearest: dict[fx.Node, fx.Node], node: fx.Node) -> list[fx.Node]:
-    line = [node]
-    while nearest[line[-1]] is not line[-1]:
-        line.append(nearest[line[-1]])
-    return line
+    def common(self, nodes: Sequence[fx.Node]) -> fx.Node:
+        """The last node that all ways to all of these go through."""
+        found, *others = (node for node in nodes if node in self._depth)
+        for other in others:
+            while found is not other:
+                if self._depth[found] >= self._depth[other]:
+                    found = self._before[found]
+                else:
+                    other = self._before[other]
+        return found
 
 
 def _ancestors(graph: Graph, node: fx.Node) -> set[fx.Node]:
