@@ -352,7 +352,8 @@ def test_transformers_lose_nothing(name, monkeypatch):
         return found
 
     monkeypatch.setattr(Propagation, "relevance", watched)
-    for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+    exact = 1e-7 if name == "llama" else 1e-9  # Llama's own norm is in float32, whatever its weights are
+    for dtype, limit in ((torch.float64, exact), (torch.float32, 1e-4)):
         batch = batch_of(name).to("cpu", dtype)
         found = LRP(composite="epsilon").attribute(transformer(name, dtype), batch, {}, None)
         assert missing.pop() < limit

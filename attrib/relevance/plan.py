@@ -254,7 +254,7 @@ def output_of(graph: Graph, path: str) -> fx.Node:
     """The node of what the module at ``path`` gives. Raises UserError unless it is one that the net reads once."""
     inside = [n for n in graph.nodes if n in graph.fed and f"{n.meta['module'][0]}.".startswith(f"{path}.")]
     read = [node for node in inside if any(user not in inside for user in node.users)]
-    if len(read) != 1 or "dtype" not in read[0].meta or not read[0].meta["dtype"].is_floating_point:
+    if len(read) != 1 or not operation(read[0]) or not getattr(read[0].meta.get("dtype"), "is_floating_point", False):
         raise UserError(
             f"{path} of {graph.name} does not give one tensor that the rest of the net reads; take another layer"
         )

@@ -164,8 +164,9 @@ class Propagation:
                 with torch.no_grad():
                     result = call(node)(*args, **kwargs)
                 result = begin(result) if node is plan.start else result
-            if node in self._far:
-                far[node] = result
+            for user in (node, *node.users):
+                if user in self._far and (user is node or user.target is operator.getitem):
+                    far[user] = result if user is node else result[user.args[1]]
             return result
 
         with torch.enable_grad():
