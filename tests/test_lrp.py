@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from nets import small_cnn, small_cnn_images
 from torch import nn
 from transformer_nets import TEXT, batch_of
 from transformer_nets import classifier as transformer
@@ -20,10 +22,12 @@ from zennit.torchvision import ResNetCanonizer
 
 from attrib.methods.lrp import LRP
 from attrib.models import Classifier
+from attrib.models.randomise import reinitialise, weighted_layers
 from attrib.noise import Noise
 from attrib.relevance.composites import Composite
 from attrib.relevance.plan import Plan
 from attrib.relevance.propagation import Propagation
+from attrib.sanity.measures import spearman
 from attrib.types import Batch, SampleError, UserError
 
 LOW, HIGH = -6.0, 6.0
@@ -362,6 +366,28 @@ def test_transformers_lose_nothing(name, monkeypatch):
         torch.testing.assert_close(
             total, scores, rtol=0, atol=1e3 * torch.finfo(dtype).eps * float(found["map"].abs().sum())
         )
+
+
+def maps_of(net: nn.Module, method: LRP, batch: Batch) -> torch.Tensor:
+    return method.attribute(Classifier(net, dtype=torch.float64), batch, {}, None)["map"]
+
+
+def likeness(one: torch.Tensor, other: torch.Tensor) -> float:
+    return sum(spearman(a.numpy(), b.numpy()) for a, b in zip(one, other)) / len(one)
+
+
+@pytest.mark.parametrize("composite", ["epsilon", "epsilon_plus_flat", "epsilon_alpha2_beta1"])
+def test_maps_depend_on_the_weights(composite):
+    """Adebayo et al. (2018): from the last layer alone to all of them, new weights make other maps."""
+    x = small_cnn_images("est_images")[0][:12].double()
+    net, method = small_cnn().double(), LRP(composite=composite)
+    batch = Batch(tuple(map(str, range(12))), x, net(x).argmax(1))
+    original, layers = maps_of(net, method, batch), weighted_layers(net, x)
+    assert likeness(original, maps_of(small_cnn().double(), method, batch)) > 0.999
+    for count in (1, 3, len(layers)):
+        new = copy.deepcopy(net)
+        reinitialise(new, layers[:count], seed=0)
+        assert abs(likeness(original, maps_of(new, method, batch))) < 0.5
 
 
 # ---- lines, and what is refused ------------------------------------------------------------------------
