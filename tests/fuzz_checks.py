@@ -29,9 +29,12 @@ from attrib.methods.causal import CausalPaths, graphs_of
 from attrib.methods.cd import CD
 from attrib.methods.fisher import FunctionalInformation
 from attrib.methods.iba import IBA
+from attrib.methods.lrp import LRP
 from attrib.methods.parts.covariance import Covariance
 from attrib.methods.parts.layout import resize
 from attrib.models import Classifier
+from attrib.models.graph import operation
+from attrib.relevance.plan import Plan
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
 
@@ -353,6 +356,24 @@ def check_iba(case: Case) -> None:
     expected = references.first_bits(case.net, case.bottleneck, place, case.batch.x, case.estimation.x, 5.0)
     what = f"{case.bottleneck}, {place}:"
     same(found["capacity"], expected, "another capacity than the formula's", what=what, atol=SINGLE)
+
+
+LRP_LINEAR = ("move", "fill", "share", "layer", "scale")
+LRP_CONES = ("relu", "leaky_relu", "abs", "neg", "div")  # f(c x) = c f(x) for c > 0
+
+
+def check_lrp(case: Case) -> None:
+    """Nothing is lost, by any composite. Of linear operations, ReLUs and maxima LRP-0 is input times gradient."""
+    for composite in ("epsilon_plus_flat", "epsilon_alpha2_beta1", "epsilon"):
+        try:
+            found = case.explain(LRP(composite=composite, epsilon=0.0 if composite == "epsilon" else 1e-6))
+        except SampleError as error:
+            raise WrongError("relevance is lost, and somebody is told", str(error)) from error
+    x, graph = case.batch.x, case.classifiers[0].graph(case.batch.x)
+    plan = Plan(graph, graph.input)
+    passing = [(node, step.kind) for node, step in plan.steps.items() if step.kind not in LRP_LINEAR]
+    if all((kind == "pass" and operation(node) in LRP_CONES) or node in plan.merged for node, kind in passing):
+        same(found["map"], summed(x * references.gradient(case.net, x, case.batch.target)), OTHER, atol=SINGLE)
 
 
 def check_cd(case: Case) -> None:

@@ -324,6 +324,30 @@ class Classifier:
             log.info("layer %s is read as %s", path, self._readings[path, shape, among])
         return self._readings[path, shape, among]
 
+    def read(
+        self,
+        name: str,
+        front: Callable[[Classifier, Tensor], Tensor],
+        shape: tuple[int, ...],
+        among: tuple[Name, ...],
+    ) -> Reading:
+        """``reading`` for what is no layer: ``front(model, x)`` gives it, (N, *layer); ``name`` is for messages."""
+        if self.original is not self:
+            return self.original.read(name, front, shape, among)
+        if (name, shape, among) not in self._readings:
+            passed = self.passed
+            try:
+                self._readings[name, shape, among] = find(
+                    lambda rows: self.chunked(lambda at: front(self, rows[at]), len(rows)),
+                    shape,
+                    torch.empty(0, device=self.device, dtype=self.dtype),
+                    among,
+                    f"the {name} of {type(self.module).__name__}",
+                )
+            finally:
+                self.passed = passed
+        return self._readings[name, shape, among]
+
     def graph(self, x: Tensor) -> Graph:
         """The net as a graph of ATen calls, for inputs of x's shape (N, *input) and any number of rows.
 
@@ -345,7 +369,7 @@ class Classifier:
 
     @torch.no_grad()
     def _compare(self, graph: Graph, x: Tensor) -> None:
-        for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))):
+        for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))) if graph.any_rows else (x,):
             check_same(self.module, graph(rows.clone()), self.module(rows.clone()))
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:

@@ -1,0 +1,119 @@
+"""Layer-wise relevance propagation (Bach et al., 2015), for any net whose calls have a rule (``attrib.relevance``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from attrib.checks import require
+from attrib.fit import State
+from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
+from attrib.methods.parts.losses import target_score
+from attrib.models import Classifier
+from attrib.models.graph import Graph, check_same
+from attrib.noise import Noise
+from attrib.relevance.composites import Composite
+from attrib.relevance.plan import Plan, output_of
+from attrib.relevance.propagation import Propagation
+from attrib.types import Batch, SampleError, UserError
+
+
+@dataclass(frozen=True)
+class LRP(Method):
+    """The target's logit is shared out among the units of each layer, from the last one back to the input.
+
+    Every call of the net has a rule (``attrib.relevance``). A layer with weights (a convolution, a linear layer, a
+    product with a constant matrix) has the one that the composite says, with the batch norm behind it merged into it.
+    For the others: the identity rule for activations, layer, group and RMS norms (and batch norms behind no layer),
+    shares in proportion to the summands for sums, residuals, averages and interpolation, all of it to the largest
+    for max-poolings; in attention those of AttnLRP (Achtibat et al., 2024): half of it to each factor of a product,
+    and the Taylor expansion of the softmax. On a transformer ``composite="epsilon"`` is therefore AttnLRP.
+
+    composite  epsilon_plus_flat, epsilon_alpha2_beta1, epsilon_gamma_box, epsilon ...: as zennit's of these names
+    rules      lines in front of the composite's, of which the first that fits a layer counts:
+               {layer: "features.*", operation: "conv*", first: false, rule: gamma, gamma: 0.25}. ``layer`` is a pattern
+               of the module's path or class; the rules are epsilon, gamma, zplus, alpha_beta, flat, w_square and zbox
+    epsilon    what denominators of the epsilon rule, of sums, averages and products are moved away from zero by
+    gamma      of epsilon_gamma_box
+    low, high  of epsilon_gamma_box: the least and the largest value of a pixel after normalisation, one number or one
+               for each channel
+
+    The relevance of a text is that of the layer with the role "embedding". Relevance is conserved, but for what
+    biases, constants (position embeddings, class tokens), the softmax's expansion and stabilisers keep: ``delta`` is
+    that part, and it is checked that it is no other. A net with a call that has no rule is refused by name.
+    """
+
+    NAME: ClassVar[str] = "attrib.methods.lrp.LRP"
+    VERSION: ClassVar[int] = 1
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the logit less delta"}
+    EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "part of the logit that biases and constants keep, logit units"}
+    COLUMNS: ClassVar[Mapping[str, str]] = {"delta": "none"}
+    composite: str = "epsilon_plus_flat"
+    rules: Sequence[Mapping[str, Any]] = ()
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+    low: float | Sequence[float] | None = None
+    high: float | Sequence[float] | None = None
+    reduce: Reduce = "sum"
+
+    def __post_init__(self) -> None:
+        require(self, "epsilon", "gamma", at_least=0)
+        require(self, "reduce", one_of=get_args(Reduce))
+        self._composite()
+
+    def _composite(self) -> Composite:
+        try:
+            return Composite.of(
+                self.composite, self.rules, epsilon=self.epsilon, gamma=self.gamma, low=self.low, high=self.high
+            )
+        except UserError as error:
+            raise UserError(f"LRP: {error}") from error
+
+    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        composite, whole = self._composite(), model.graph(batch.x)
+
+        def propagation(graph: Graph) -> Propagation:
+            start = graph.input if batch.mask is None else output_of(graph, model.path(EMBEDDING))
+            return Propagation(Plan(graph, start), composite, self.epsilon)
+
+        for_all = propagation(whole)
+
+        def piece(rows: slice) -> tuple[Tensor, ...]:
+            x, target = batch.x[rows], batch.target[rows]
+            by = for_all if whole.fits(x) else propagation(model.graph(x))
+            found = by.relevance(x, lambda logits: _of_target(logits, target))
+            score = target_score(found.logits, target)
+            missing = score.sum(dtype=torch.float64) - found.relevance.sum(dtype=torch.float64) - found.ledger.kept
+            # Rounding, of all rows of the piece together.
+            limit = torch.finfo(score.dtype).eps ** 0.5 * found.ledger.size
+            wrong = ~(missing.abs() <= limit)
+            return found.relevance, found.logits, wrong.expand(len(score))
+
+        relevance, logits, wrong = model.chunked(piece, len(batch.x))
+        check_same(model.module, logits, model.logits(batch.x))
+        for row in wrong.nonzero()[:, 0].tolist():
+            again, _, still = piece(slice(row, row + 1))
+            relevance[row] = again[0]
+            if still:
+                raise SampleError(
+                    f"{batch.uids[row]}: LRP did not conserve the relevance: numbers in the net are too large, or "
+                    f"their sums too close to zero, for {str(again.dtype).removeprefix('torch.')} and "
+                    f"epsilon={self.epsilon}; try run.dtype=float64, or a larger method.epsilon"
+                )
+        inputs = Inputs(relevance, batch.target, model.module, mask=batch.mask)
+        delta = target_score(logits, batch.target) - inputs.real(relevance).flatten(1).sum(1)
+        return {"map": inputs.reduce(relevance, self.reduce), "delta": delta}
+
+
+def _of_target(logits: Tensor, target: Tensor) -> Tensor:
+    """(N, K) the relevance of the logits: the target's is its logit, that of the others 0."""
+    if target.ndim == 1:
+        return torch.zeros_like(logits).scatter(1, target[:, None], logits.gather(1, target[:, None]))
+    return torch.where(target.bool(), logits, 0)

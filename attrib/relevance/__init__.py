@@ -1,0 +1,1 @@
+"""Layer-wise relevance propagation by graph: one small rule per operation."""

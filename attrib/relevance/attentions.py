@@ -1,0 +1,235 @@
+"""Where a net attends: the matrices of its attention, found in its graph, and the tokens that its logits read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attrib.models.graph import Graph, call, operation
+from attrib.types import UserError
+
+_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
+# What may stand between a softmax and the product with the values: numbers are hidden, scaled, or lie otherwise.
+_BETWEEN = ("masked_fill", "reshape", "expand", "_to_copy", "clone", "contiguous", "where", "unsqueeze", "squeeze")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A pass of N rows through the net.
+
+    weights  of every layer, from the first to the last: (N, heads, T, T), rows attend to columns
+    values   of the first layer, what it attends to, as tokens (N, T, C)
+    mixed    what the last layer gives, as tokens (N, T, C)
+    logits   (N, K)
+
+    Gradients flow from the logits to the weights and to ``mixed``.
+    """
+
+    weights: Sequence[Tensor]
+    values: Tensor
+    mixed: Tensor
+    logits: Tensor
+
+
+class Attentions:
+    """The layers of self-attention of a graph, in order.
+
+    It does not matter by which kernel the net attends: in the graph each is a product whose left factor is a softmax.
+    Raises UserError for a net without any, or whose attention is of another kind: in windows, between other tokens
+    than the layer before, or with something else between the softmax and the product.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        found = {softmax: node for node in graph.nodes if (softmax := _attends(graph, node)) is not None}
+        for node in graph.nodes:
+            if node in graph.fed and operation(node) in _SOFTMAX and node not in found and not _ends(graph, node):
+                raise UserError(
+                    f"{_REFUSED}: the softmax in {graph.where(node)} is not the left factor of a product alone. {_ELSE}"
+                )
+        self._products = list(found.values())
+        if not self._products:
+            raise UserError(f"{_REFUSED}: {graph.name} has none (a product whose left factor is a softmax). {_ELSE}")
+        self._check_line(list(found))
+
+    def _check_line(self, softmaxes: Sequence[fx.Node]) -> None:
+        """Every layer must attend to what the one before gives, and to nothing else."""
+        graph = self._graph
+        ways = _Ways(graph)
+        before: fx.Node | None = None
+        for softmax, product in zip(softmaxes, self._products, strict=True):
+            stream = ways.common([n for n in (softmax, product.args[1]) if isinstance(n, fx.Node)])
+            if before is not None and before not in _ancestors(graph, stream):
+                raise UserError(
+                    f"{_REFUSED}: what {graph.where(product)} attends to is not what the attention before it gives "
+                    f"alone, as in a decoder that also reads an encoder. {_ELSE}"
+                )
+            before = product
+
+    def __call__(self, x: Tensor, grad: bool = True) -> Passed:
+        """Of inputs (N, *input)."""
+        weights: list[Tensor] = []
+        ends: list[Tensor] = []
+        products = set(self._products)
+
+        def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if node not in products:
+                return call(node)(*args, **kwargs)
+            weight, value = args[:2]
+            heads = self._of_heads(node, weight, len(x))
+            if grad and not weight.requires_grad:
+                heads = heads.detach().requires_grad_()
+            if weights and heads.shape[-1] != weights[0].shape[-1]:
+                raise UserError(
+                    f"{_REFUSED}: {self._graph.where(node)} attends to {heads.shape[-1]} tokens, and the attention "
+                    f"before it to {weights[0].shape[-1]}. {_ELSE}"
+                )
+            weights.append(heads)
+            mixed = call(node)(heads.reshape(weight.shape), value, *args[2:], **kwargs)
+            if not ends:
+                ends.append(_tokens(value, len(x)))
+            if node is self._products[-1]:  # the way to the logits goes through the tokens
+                ends.append(_tokens(mixed, len(x)))
+                mixed = ends[1].unflatten(2, (-1, mixed.shape[-1])).transpose(1, 2).reshape(mixed.shape)
+            return mixed
+
+        with torch.set_grad_enabled(grad):
+            logits = self._graph.propagate(x, rule)
+        return Passed(weights, ends[0], ends[1], logits)
+
+    def _of_heads(self, node: fx.Node, weight: Tensor, rows: int) -> Tensor:
+        """(N, heads, T, T). Raises UserError for what is no matrix for each row and head."""
+        *leading, queries, keys = weight.shape
+        where = self._graph.where(node)
+        if queries != keys:
+            raise UserError(f"{_REFUSED}: in {where} {queries} tokens attend to {keys}, not to one another. {_ELSE}")
+        if len(leading) == 2 and leading[0] == rows:
+            return weight
+        if len(leading) == 1 and leading[0] % rows == 0:
+            return weight.reshape(rows, -1, queries, keys)
+        raise UserError(
+            f"{_REFUSED} over the whole input: {where} attends with matrices of {tuple(weight.shape)} for {rows} "
+            f"input(s), in windows for example, so what one token has of another cannot be followed. {_ELSE}"
+        )
+
+
+_REFUSED = "this method needs self-attention"
+_ELSE = "Take method=lrp_epsilon or method=integrated_gradients"
+
+
+def read_tokens(passed: Passed) -> Tensor:
+    """(N, T) the tokens that the logits read of the last layer, as shares that sum to 1; zeros if they read none.
+
+    Behind the last attention tokens meet no more until the net reads some of them: those from which a gradient comes.
+    Each has the same share: of a class token all, of a mean over T tokens 1 / T.
+    """
+    logits = passed.logits
+    # No sum of logits is the same for all inputs with these weights, as that of log-probabilities may be.
+    weight = torch.cos(torch.arange(1, logits.shape[1] + 1, device=logits.device, dtype=logits.dtype))
+    (gradient,) = torch.autograd.grad((logits * weight).sum(), passed.mixed, retain_graph=True)
+    size = gradient.abs().amax(2)
+    read = (size > torch.finfo(size.dtype).eps * size.amax(1, keepdim=True)).to(logits.dtype)
+    return read / read.sum(1, keepdim=True).clamp(min=1)
+
+
+def rollout(weights: Sequence[Tensor]) -> Tensor:
+    """(N, heads, T, T) each -> (N, T, T): attention through all layers, half of each going past it as a residual does.
+
+    Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, section 3.
+    """
+    found = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    identity = found
+    for weight in weights:
+        found = (0.5 * weight.mean(1) + 0.5 * identity) @ found
+    return found
+
+
+def gradient_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """(N, heads, T, T) each -> (N, T, T): R + mean over heads of the positive part of gradient * weight, times R.
+
+    Chefer, Gur & Wolf, *Generic Attention-model Explainability*, ICCV 2021, eq. 5 and 6. Less the identity that R
+    begins with: what attention adds.
+    """
+    identity = torch.eye(weights[0].shape[-1], dtype=weights[0].dtype, device=weights[0].device)
+    found = identity
+    for weight, gradient in zip(weights, gradients, strict=True):
+        found = found + (gradient * weight).clamp(min=0).mean(1) @ found
+    return found - identity
+
+
+# ---- reading the graph ---------------------------------------------------------------------------------
+
+
+def _tokens(value: Tensor, rows: int) -> Tensor:
+    """What is attended to, (N, heads, T, D) or (N * heads, T, D) -> (N, T, heads * D)."""
+    return value.reshape(rows, -1, *value.shape[-2:]).transpose(1, 2).flatten(2)
+
+
+def _attends(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """The softmax that is the left factor of a product."""
+    if operation(node) not in ("matmul", "bmm") or node.args[1] not in graph.fed:
+        return None
+    at = node.args[0]
+    while isinstance(at, fx.Node) and operation(at) in _BETWEEN:
+        sources = [used for used in at.all_input_nodes if used in graph.fed and _is_float(used)]
+        if len(sources) != 1:
+            return None
+        at = sources[0]
+    if not isinstance(at, fx.Node) or operation(at) not in _SOFTMAX:
+        return None
+    return at if at.args[1] in (-1, len(at.meta["shape"]) - 1) else None
+
+
+def _is_float(node: fx.Node) -> bool:
+    dtype = node.meta.get("dtype")
+    return dtype is not None and dtype.is_floating_point
+
+
+def _ends(graph: Graph, node: fx.Node) -> bool:
+    """Whether a softmax makes the probabilities that the net returns."""
+    while node is not graph.output and len(node.users) == 1:
+        (node,) = node.users
+        if operation(node) not in (*_BETWEEN, "log", "clamp"):
+            return False
+    return node is graph.output
+
+
+class _Ways:
+    """The ways that numbers take from the input, or from the embeddings of ids, through the net; not those of masks."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._before: dict[fx.Node, fx.Node] = {}  # the last node that all ways to a node go through
+        self._depth = {graph.input: 0}
+        ids = not _is_float(graph.input)
+        for node in graph.nodes:
+            used = [n for n in node.all_input_nodes if n in self._depth and (n is not graph.input or not ids)]
+            if ids and operation(node) == "embedding" and node in graph.fed:
+                used = [graph.input]
+            if used and node.op == "call_function" and not node.meta["size"]:
+                self._before[node] = self.common(used)
+                self._depth[node] = self._depth[self._before[node]] + 1
+
+    def common(self, nodes: Sequence[fx.Node]) -> fx.Node:
+        """The last node that all ways to all of these go through."""
+        found, *others = (node for node in nodes if node in self._depth)
+        for other in others:
+            while found is not other:
+                if self._depth[found] >= self._depth[other]:
+                    found = self._before[found]
+                else:
+                    other = self._before[other]
+        return found
+
+
+def _ancestors(graph: Graph, node: fx.Node) -> set[fx.Node]:
+    found, open_ = set(), [node]
+    while open_:
+        at = open_.pop()
+        if at not in found:
+            found.add(at)
+            open_ += at.all_input_nodes
+    return found

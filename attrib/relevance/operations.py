@@ -1,0 +1,114 @@
+"""LRP's rules for calls that are no layers with weights.
+
+Each takes the call's sources and the relevance of its result, and gives that of the sources, and what the call keeps,
+as a number in float64: the share of constants and stabilisers, computed from the formula of the rule and not as what is
+missing, so that both together can be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attrib.relevance.rules import Layer, Rule, share_out, stable, sum_of
+
+Sources = tuple[Tensor, ...]
+Back = Callable[[Sources, Tensor], tuple[Sequence[Tensor], Tensor]]
+
+
+def by_rule(rule: Rule, layer: Layer) -> Back:
+    """A layer with weights."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        found, kept = share_out(rule, layer, sources[0], relevance)
+        return [found], kept
+
+    return back
+
+
+def _vjp(compute: Callable[..., Tensor], sources: tuple[Tensor, ...], grad: Callable[[Tensor], Tensor]) -> Any:
+    with torch.enable_grad():
+        leaves = [source.detach().requires_grad_() for source in sources]
+        result = compute(*leaves)
+    return torch.autograd.grad(result, leaves, grad(result.detach()))
+
+
+def shared(compute: Callable[..., Tensor], epsilon: float, factor: float = 1.0) -> Back:
+    """In proportion to what each source contributes to a result that is linear in them, or (factor) in each."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        kept: list[Tensor] = []
+
+        def quotient(result: Tensor) -> Tensor:
+            # Linear up to a constant, which keeps its share.
+            constant = compute(*map(torch.zeros_like, sources)) if factor == 1 else 0
+            found = relevance / stable(result, epsilon)
+            kept.append((relevance - found * (result - constant)).sum(dtype=torch.float64))
+            return factor * found
+
+        grads = _vjp(compute, sources, quotient)
+        return [source * grad for source, grad in zip(sources, grads, strict=True)], kept[0]
+
+    return back
+
+
+def moved(compute: Callable[..., Tensor]) -> Back:
+    """Numbers move, and their relevance with them. What is not of the sources keeps its own."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        found = _vjp(compute, sources, lambda result: relevance)
+        return found, relevance.sum(dtype=torch.float64) - sum_of(r.sum(dtype=torch.float64) for r in found)
+
+    return back
+
+
+def _summed_to(relevance: Tensor, source: Tensor) -> Tensor:
+    return relevance if relevance.shape == source.shape else relevance.sum_to_size(source.shape)
+
+
+def _nothing(relevance: Tensor) -> Tensor:
+    return relevance.new_zeros((), dtype=torch.float64)
+
+
+def passed(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """All of it to the one source: the identity rule."""
+    return [_summed_to(relevance, sources[0])], _nothing(relevance)
+
+
+def scaled(by: Tensor | float) -> Back:
+    """All of it to the source of a product with a constant, which keeps it where it is zero."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        through = torch.where(torch.as_tensor(by, device=relevance.device) == 0, 0.0, relevance)
+        return [_summed_to(through, sources[0])], (relevance - through).sum(dtype=torch.float64)
+
+    return back
+
+
+def halved(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """Half of it to each factor of an element-wise product: the uniform rule."""
+    return [_summed_to(relevance / 2, source) for source in sources], _nothing(relevance)
+
+
+def gated(dim: int) -> Back:
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        return [torch.cat((relevance, relevance), dim) / 2], _nothing(relevance)
+
+    return back
+
+
+def of_softmax(compute: Callable[..., Tensor], dim: int) -> Back:
+    """x_i (R_i - s_i sum_j R_j), the Taylor expansion at x; its bias keeps the rest (Achtibat et al., 2024, eq. 13)."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        (x,) = sources
+        s = compute(x)
+        x = torch.where(s == 0, 0.0, x)  # what is hidden, perhaps by minus infinity, has no weight and gets nothing
+        found = x * (relevance - s * relevance.sum(dim, keepdim=True))
+        kept = relevance * (1 - x + (x * s).sum(dim, keepdim=True))
+        return [found], kept.sum(dtype=torch.float64)
+
+    return back

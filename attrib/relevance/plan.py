@@ -1,0 +1,261 @@
+"""What becomes of relevance at each call of a net: read off its graph once, before any number is computed.
+
+From the logits back to the input, every call that gets relevance is given a *step*: the kind of rule, and the nodes
+to which the rule passes relevance on. Calls that get none, such as the statistics of a norm, are computed and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import fx
+
+from attrib.models.activations import BATCH_NORM, ELEMENTWISE, LINEAR
+from attrib.models.graph import OF_SHAPE, Graph, operation
+from attrib.types import UserError
+
+Kind = Literal["move", "fill", "share", "layer", "product", "pass", "scale", "softmax", "norm", "glu"]
+
+# Layers: which arguments are the input, the weight and the bias, and how many dimensions behind the bias'.
+CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2,
+                 "conv_transpose3d": 3}  # fmt: skip
+# Products of two values that may both depend on the input.
+_PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "mul", "div", "linear", *CONVOLUTIONS)
+# What is largest takes all, and what is selected: numbers move, and none is computed.
+_WINNERS = frozenset((
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "amax", "amin", "max", "min", "maximum",
+    "minimum", "topk", "sort", "median", "kthvalue", "cummax", "cummin",
+))  # fmt: skip
+# Sums of several numbers, or a change of sign: not only moves. In ``LINEAR``.
+_MIXED = frozenset((
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "mean", "sum", "cumsum", "grid_sampler_2d", "grid_sampler_3d", "col2im", "add", "sub",
+    "rsub", "index_add", "scatter_add", "index_put",
+))  # fmt: skip
+_COMPLEX = frozenset(("real", "imag", "view_as_real", "view_as_complex", "_conj", "_fft_r2c", "_fft_c2c", "_fft_c2r"))
+_MOVES = frozenset(LINEAR) - _MIXED - _COMPLEX - {"neg"} | {"pad"}
+# Moves that may put other numbers beside or in the place of those that they move.
+_FILLS = frozenset((
+    "cat", "stack", "where", "masked_fill", "pad", "constant_pad_nd", "slice_scatter", "select_scatter",
+    "diagonal_scatter", "as_strided_scatter", "scatter", "tril", "triu", "copy", "fill",
+))  # fmt: skip
+_NORMS = frozenset(("layer_norm", "rms_norm", "group_norm"))
+_SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
+# What statistics are made of, and what brings them to the shape of what they were taken of.
+_REDUCTIONS = frozenset(("mean", "sum", "var", "std", "linalg_vector_norm", "norm", "amax", "amin", "var_mean"))
+_OF_STATISTICS = _REDUCTIONS | frozenset((
+    "pow", "square", "abs", "sqrt", "rsqrt", "reciprocal", "add", "sub", "mul", "div", "clamp", "clamp_min",
+    "maximum", "_to_copy", "expand", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "detach",
+))  # fmt: skip
+_NOT_ONE_VALUE = frozenset(("add", "sub", "rsub", "mul", "div", "where", "masked_fill", "addcmul", "addcdiv", "lerp",
+                            "fill", "copy", "maximum", "minimum", "_to_copy", "clone"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of the relevance of a call: the rule, and the nodes that get it.
+
+    at     of a layer: which arguments are its input, its weight and its bias (None: it has none)
+    first  of a layer: whether there is none with weights between it and the input
+    merged the batch norm that is computed with the layer
+    """
+
+    kind: Kind
+    sources: tuple[fx.Node, ...]
+    at: tuple[int, int, int | None] | None = None
+    first: bool = False
+    merged: fx.Node | None = None
+
+
+class Plan:
+    """The steps of a graph, from ``start``, the node whose relevance is wanted, to its logits.
+
+    Raises UserError, which names the module, for a call that gets relevance and has no rule.
+    """
+
+    def __init__(self, graph: Graph, start: fx.Node) -> None:
+        self.graph, self.start = graph, start
+        self._carries = self._carriers()
+        if graph.output not in self._carries:
+            raise UserError(f"LRP: no relevance flows from the logits of {graph.name} to {graph.where(start)}")
+        self.steps: dict[fx.Node, Step] = {}
+        self._merged = dict(self._mergers())
+        self.merged = frozenset(self._merged.values())  # the batch norms that are computed with the layer before them
+        needed = {graph.output}
+        for node in reversed(graph.nodes):
+            if node in needed and node is not start:
+                self.steps[node] = self._step(node)
+                needed.update(self.steps[node].sources)
+
+    # ---- what depends on the start ----------------------------------------------------------------
+
+    def _carriers(self) -> set[fx.Node]:
+        """The nodes through which the input's numbers reach others: not those of its shape, no choices, no places."""
+        found = {self.start}
+        for node in self.graph.nodes:
+            if node.op != "call_function" or node.meta["size"] or operation(node) in OF_SHAPE:
+                continue
+            dtype = node.meta.get("dtype")
+            if not found.isdisjoint(node.all_input_nodes) and (
+                dtype is None or dtype.is_floating_point or dtype.is_complex
+            ):
+                found.add(node)
+        return found
+
+    def _sources(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return tuple(used for used in node.all_input_nodes if used in self._carries)
+
+    @cached_property
+    def _weighted(self) -> set[fx.Node]:
+        """The nodes behind a layer with weights."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node in self._carries and (self._layer(node) or not found.isdisjoint(self._sources(node))):
+                found.add(node)
+        return found
+
+    def _layer(self, node: fx.Node) -> tuple[int, int, int | None] | None:
+        """Where a layer with weights has its input, weight and bias; None if the node is none."""
+        name, sources = operation(node), self._sources(node)
+        if len(sources) != 1 or node.kwargs:
+            return None
+        places: tuple[tuple[int, int, int | None], ...] = ()
+        if name in CONVOLUTIONS or name == "linear":
+            places = ((0, 1, 2),)
+        elif name in ("addmm", "baddbmm"):
+            places = ((1, 2, 0), (2, 1, 0))
+        elif name in ("matmul", "mm", "bmm", "mv"):
+            places = ((0, 1, None), (1, 0, None))
+        for x, weight, bias in places:
+            if node.args[x] is sources[0] and node.args[weight] is not sources[0]:
+                given = bias is not None and bias < len(node.args) and node.args[bias] is not None
+                return x, weight, bias if given else None
+        return None
+
+    def _mergers(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """The layers whose output goes to a batch norm with fixed statistics and nowhere else, with that."""
+        for node in self.graph.nodes:
+            if operation(node) in BATCH_NORM and self._fixed(node):
+                before = node.args[0]
+                assert isinstance(before, fx.Node)
+                channels = operation(before) in CONVOLUTIONS or len(before.meta["shape"]) == 2  # are its dimension 1
+                if before in self._carries and channels and self._layer(before) and len(before.users) == 1:
+                    yield before, node
+
+    @staticmethod
+    def _fixed(node: fx.Node) -> bool:
+        """Whether a batch norm uses the statistics of training."""
+        training = BATCH_NORM[operation(node)]
+        return training is None or not node.args[training]
+
+    # ---- the steps ----------------------------------------------------------------------------------
+
+    def _step(self, node: fx.Node) -> Step:
+        name, sources = operation(node), self._sources(node)
+        if at := self._layer(node):
+            first = sources[0] not in self._weighted
+            return Step("layer", sources, at, first, self._merged.get(node))
+        if not name:  # getitem
+            return Step("move", sources)
+        if name in BATCH_NORM or name in _NORMS:
+            first_argument = node.args[0]
+            if sources == (first_argument,):
+                return Step("norm", sources)
+        elif name in _SOFTMAX:
+            return Step("softmax", sources)
+        elif name == "glu":
+            return Step("glu", sources)
+        elif name in _PRODUCTS:
+            if found := self._product(node, name, sources):
+                return found
+        elif name in _WINNERS or name in _MOVES:
+            if name not in LINEAR or set(sources) <= set(self._linear_arguments(node, name)):
+                return Step("fill" if name in _FILLS else "move", sources)
+        elif name in _MIXED:
+            if set(sources) <= set(self._linear_arguments(node, name)):
+                return Step("share", sources)
+        elif name in ("addcmul", "addcdiv", "lerp"):
+            if not set(node.args[2 if name != "addcmul" or node.args[1] in sources else 1 :]) & set(sources):
+                return Step("share", sources)
+        elif len(sources) == 1 and (name == "neg" or name in ELEMENTWISE - _NOT_ONE_VALUE):
+            return Step("pass", sources)
+        raise UserError(
+            f"LRP has no rule for {name} in {self.graph.where(node)}: it is neither a layer with weights, nor a sum, a "
+            "choice, a product, a norm, a softmax or a function of one value. Take method=integrated_gradients or "
+            "method=gradient_shap, which need the gradient alone"
+        )
+
+    @staticmethod
+    def _linear_arguments(node: fx.Node, name: str) -> Iterator[fx.Node]:
+        for at in LINEAR.get(name, (0,)):
+            if at < len(node.args):
+                value = node.args[at]
+                yield from (
+                    v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)
+                )
+
+    def _product(self, node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> Step | None:
+        if name not in ("mul", "div"):
+            factors = tuple(arg for arg in node.args[:3] if isinstance(arg, fx.Node))
+            alone = len(factors) == 2 and all(factor in self._carries for factor in factors)
+            return Step("product", factors) if alone and not node.kwargs else None
+        if len(sources) == 1:
+            return Step("scale" if name == "mul" and node.args[0] is not node.args[1] else "pass", sources)
+        a, b = sources
+        common = next((n for n in self._dominators[a] if n in self._dominators[b]), None)
+        if common is not None and common.meta["shape"] == node.meta["shape"]:
+            return Step("pass", (common,))
+        if self._statistic(b, a):
+            return Step("pass", (a,))
+        if name == "mul" and self._statistic(a, b):
+            return Step("pass", (b,))
+        return Step("product", sources)
+
+    @cached_property
+    def _dominators(self) -> dict[fx.Node, list[fx.Node]]:
+        """Each node -> itself, and the nodes, nearest first, of which it is an element-wise function."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if node not in self._carries:
+                continue
+            sources = self._sources(node)
+            found[node] = [node]
+            if node is not self.start and operation(node) in ELEMENTWISE and sources:
+                first, *others = (found[used] for used in sources)
+                shape = node.meta.get("shape")
+                found[node] += [n for n in first if n.meta.get("shape") == shape and all(n in o for o in others)]
+        return found
+
+    def _statistic(self, node: fx.Node, of: fx.Node) -> bool:
+        """Whether a node is computed of statistics of another alone, as the deviation that a norm divides by is."""
+        ends = {of}
+        if operation(of) == "sub":  # centred: the statistics may be of what it was before
+            ends.update(used for used in of.all_input_nodes[:1] if used in self._carries)
+        reduced, open_, seen = False, [node], set()
+        while open_:
+            at = open_.pop()
+            if at in ends or at in seen:
+                continue
+            seen.add(at)
+            if at is self.start or (operation(at) or "getitem") not in _OF_STATISTICS | {"getitem"}:
+                return False
+            reduced = reduced or operation(at) in _REDUCTIONS
+            open_ += self._sources(at)
+        return reduced
+
+
+def output_of(graph: Graph, path: str) -> fx.Node:
+    """The node of what the module at ``path`` gives. Raises UserError unless it is one that the net reads once."""
+    inside = [n for n in graph.nodes if n in graph.fed and f"{n.meta['module'][0]}.".startswith(f"{path}.")]
+    read = [node for node in inside if any(user not in inside for user in node.users)]
+    if len(read) != 1 or not operation(read[0]) or not getattr(read[0].meta.get("dtype"), "is_floating_point", False):
+        raise UserError(
+            f"{path} of {graph.name} does not give one tensor that the rest of the net reads; take another layer"
+        )
+    return read[0]

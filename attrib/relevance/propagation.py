@@ -1,0 +1,232 @@
+"""Relevance from the logits of a net back to its input."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attrib.models.activations import BATCH_NORM
+from attrib.models.graph import Graph, call, operation
+from attrib.relevance.composites import Composite
+from attrib.relevance.operations import Back, by_rule, gated, halved, moved, of_softmax, passed, scaled, shared
+from attrib.relevance.plan import CONVOLUTIONS, Plan, Step
+from attrib.relevance.rules import Layer
+
+
+class Ledger:
+    """What calls keep of the relevance (``kept``), and the most that flowed through one call (``size``)."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | float = 0.0
+        self.size: Tensor | float = 0.0
+
+    def enter(self, relevance: Tensor, kept: Tensor) -> None:
+        self.kept = self.kept + kept
+        self.size = torch.maximum(torch.as_tensor(self.size), relevance.abs().sum(dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What propagation found, of N rows.
+
+    relevance  of the plan's start, (N, *start)
+    value      of the start itself
+    logits     (N, K)
+    ledger     what was kept on the way, of all rows together
+    """
+
+    relevance: Tensor
+    value: Tensor
+    logits: Tensor
+    ledger: Ledger
+
+
+class _Stepped(torch.autograd.Function):
+    """A call whose gradient is relevance, and goes back by a rule."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Tensor], back: Back, ledger: Ledger, *sources: Tensor) -> Tensor:
+        ctx.save_for_backward(*sources)
+        ctx.back, ctx.ledger = back, ledger
+        # Autograd keeps no book of a result that is an input.
+        result = compute(*sources)
+        return result.clone() if any(result is source for source in sources) else result
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Tensor) -> tuple[Tensor | None, ...]:
+        found, kept = ctx.back(ctx.saved_tensors, relevance[0])
+        ctx.ledger.enter(relevance[0], kept)
+        return None, None, None, *found
+
+
+# ---- layers --------------------------------------------------------------------------------------------
+
+
+def _constant(graph: Graph, given: Any) -> Any:
+    """A parameter or buffer of the net, or whatever else a call is given."""
+    return operator.attrgetter(str(given.target))(graph.net) if isinstance(given, fx.Node) else given
+
+
+def _affine(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies its channels by, and then adds."""
+    weight, bias, mean, variance = (_constant(graph, given) for given in norm.args[1:5])
+    scale = (variance + norm.args[-1]).rsqrt() * (1 if weight is None else weight)
+    return scale, (0 if bias is None else bias) - mean * scale
+
+
+def _layer(graph: Graph, node: fx.Node, step: Step, args: tuple[Any, ...]) -> Layer:
+    """A layer with weights, with the batch norm behind it if there is one."""
+    assert step.at is not None
+    name = operation(node)
+    function: Any = call(node)
+    at, weight_at, bias_at = step.at
+    weight, bias = args[weight_at], None if bias_at is None else args[bias_at]
+    if name in CONVOLUTIONS:
+        beyond = [1] * CONVOLUTIONS[name]
+        bias = None if bias is None else bias.view(-1, *beyond)
+
+        def compute(x: Tensor, weight: Tensor) -> Tensor:
+            return function(x, weight, None, *args[3:])
+
+    else:
+        beyond = []
+        product: Any = {"addmm": torch.mm, "baddbmm": torch.bmm}.get(name, function)
+
+        def compute(x: Tensor, weight: Tensor) -> Tensor:
+            return product(x, weight) if at < weight_at else product(weight, x)
+
+    if step.merged is not None:
+        scale, shift = _affine(graph, step.merged)
+        if name.startswith("conv_transpose"):  # (in, out / groups, ...), the groups one after the other
+            groups = args[6] if len(args) > 6 else 1
+            grouped = weight.unflatten(0, (groups, -1))
+            weight = (grouped * scale.view(groups, 1, -1, *beyond)).flatten(0, 1)
+        elif name in CONVOLUTIONS or name == "linear":
+            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        elif at < weight_at:
+            weight = weight * scale
+        else:
+            weight = weight * scale.unsqueeze(-1)
+        shift = shift.view(-1, *beyond)
+        bias = shift if bias is None else bias * scale.view(-1, *beyond) + shift
+    return Layer(compute, weight, bias)
+
+
+# ---- the net -------------------------------------------------------------------------------------------
+
+
+def _values(given: Any, value: Any) -> Iterator[tuple[fx.Node, Any]]:
+    """The nodes among a call's arguments, with their values."""
+    if isinstance(given, fx.Node):
+        yield given, value
+    elif isinstance(given, list | tuple):
+        for one, other in zip(given, value, strict=True):
+            yield from _values(one, other)
+    elif isinstance(given, dict):
+        for key, one in given.items():
+            yield from _values(one, value[key])
+
+
+class Propagation:
+    """Relevance by a plan and a composite.
+
+    epsilon  the stabiliser of all that is no layer: sums, averages, products of matrices
+    """
+
+    def __init__(self, plan: Plan, composite: Composite, epsilon: float) -> None:
+        self._plan, self._composite, self._epsilon = plan, composite, epsilon
+        far = [
+            source for node, step in plan.steps.items() for source in step.sources if source not in node.all_input_nodes
+        ]
+        self._far = frozenset(far)  # get relevance of calls that they are no arguments of
+
+    def relevance(self, x: Tensor, start: Callable[[Tensor], Tensor]) -> Relevance:
+        """Of inputs (N, *input); ``start`` makes the relevance of the logits (N, K) of these."""
+        plan, ledger = self._plan, Ledger()
+        far: dict[fx.Node, Tensor] = {}
+        leaves: list[Tensor] = []
+
+        def begin(value: Tensor) -> Tensor:
+            leaves.append(value.detach().requires_grad_())
+            if plan.start in self._far:
+                far[plan.start] = leaves[0]
+            return leaves[0]
+
+        def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if node in plan.steps:
+                result = self._stepped(node, args, kwargs, far, ledger)
+            else:
+                with torch.no_grad():
+                    result = call(node)(*args, **kwargs)
+                result = begin(result) if node is plan.start else result
+            for user in (node, *node.users):
+                if user in self._far and (user is node or user.target is operator.getitem):
+                    far[user] = result if user is node else result[user.args[1]]
+            return result
+
+        with torch.enable_grad():
+            logits = plan.graph.propagate(begin(x.clone()) if plan.start is plan.graph.input else x, rule)
+            (found,) = torch.autograd.grad(logits, leaves, start(logits.detach()))
+        return Relevance(found, leaves[0].detach(), logits.detach(), ledger)
+
+    def _stepped(
+        self,
+        node: fx.Node,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        far: dict[fx.Node, Tensor],
+        ledger: Ledger,
+    ) -> Any:
+        step, function = self._plan.steps[node], call(node)
+        if step.kind == "move":
+            return function(*args, **kwargs)
+        values = dict(_values((node.args, node.kwargs), (args, kwargs)))
+
+        def compute(*sources: Tensor) -> Tensor:
+            new = values | dict(zip(step.sources, sources, strict=True))
+            new_args, new_kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+            return function(*new_args, **new_kwargs)
+
+        if step.kind == "layer":
+            layer = _layer(self._plan.graph, node, step, args)
+            rule = self._composite.rule(node, step.first)
+            return _Stepped.apply(layer, by_rule(rule, layer), ledger, values[step.sources[0]])
+        if step.kind == "norm" and operation(node) in BATCH_NORM:  # of several results the first counts
+            x = values[step.sources[0]]
+            if node not in self._plan.merged:
+                x = _Stepped.apply(lambda *x: compute(*x)[0], passed, ledger, x)
+            return x, None, None
+        sources = [values[source] if source in values else far[source] for source in step.sources]
+        back: Back
+        match step.kind:
+            case "norm" | "pass":
+                if step.sources[0] not in values:
+                    result = function(*args, **kwargs).detach()
+
+                    def compute(*_: Tensor) -> Tensor:
+                        return result
+
+                back = passed
+            case "scale":
+                (factor,) = (
+                    value for given, value in zip(node.args[:2], args[:2], strict=True) if given is not step.sources[0]
+                )
+                back = scaled(factor)
+            case "fill":
+                back = moved(compute)
+            case "share":
+                back = shared(compute, self._epsilon)
+            case "softmax":
+                back = of_softmax(compute, args[1])
+            case "glu":
+                back = gated(args[1] if len(args) > 1 else -1)
+            case "product":
+                compute = function
+                elementwise = operation(node) in ("mul", "div")
+                back = halved if elementwise else shared(function, self._epsilon, 0.5)
+        return _Stepped.apply(compute, back, ledger, *sources)
