@@ -33,7 +33,7 @@ from attrib.methods.lrp import LRP
 from attrib.methods.parts.covariance import Covariance
 from attrib.methods.parts.layout import resize
 from attrib.models import Classifier
-from attrib.models.graph import operation
+from attrib.models.calls import operation
 from attrib.relevance.plan import Plan
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition

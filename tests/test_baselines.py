@@ -620,3 +620,37 @@ def test_a_sum_that_cancels_everywhere_is_refused():
         explain(Gradient(), Normed(), pictures())
     assert (explain(Gradient(reduce="abs_sum"), Normed(), pictures())["map"] > 0).all()
     assert explain(InputXGradient(), Normed(), pictures())["map"].any()
+
+
+class Stops(nn.Module):
+    """A net that stops the gradient of a part of what it computes."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.net, self.function = relu_net(), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.function(x))
+
+
+class _TwiceBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.tensor([1.0, 2.0, 3.0], dtype=grad.dtype).view(1, 3, 1, 1)
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        mean = x.mean(1, keepdim=True)
+    return x - mean
+
+
+@pytest.mark.parametrize("function", [lambda x: x + x.mul(2).detach(), without_gradient, _TwiceBack.apply])
+@pytest.mark.parametrize("method", [GuidedBackprop(), Deconvolution()])
+def test_nets_that_stop_gradients_are_refused_where_rules_replace_them(method, function):
+    with pytest.raises(UserError, match="Stops stops gradients"):
+        explain(method, Stops(function), pictures())

@@ -7,7 +7,8 @@ from torch import nn
 
 from attrib.models import BiLSTM, Classifier, DeepLSTM
 from attrib.models.attention import scaled_dot_product_attention
-from attrib.models.graph import Graph, call, operation, taken_apart
+from attrib.models.calls import call, operation
+from attrib.models.graph import Graph, taken_apart
 from attrib.types import UserError
 
 

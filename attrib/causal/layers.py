@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from attrib.causal.origins import Channel
 from attrib.causal.rules import INPUT, bound, schema
-from attrib.models.graph import Graph, call, operation
+from attrib.models.calls import call, operation
+from attrib.models.graph import Graph
 
 # The operation -> its arguments that are what the layer reads, its weight and its bias.
 _WEIGHTED = {

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attrib.causal.origins import Origin, Origins, expanded
 from attrib.models.activations import BATCH_NORM, ELEMENTWISE
-from attrib.models.graph import Graph, call, operation
+from attrib.models.calls import call, operation
+from attrib.models.graph import Graph
 
 INPUT = "input"
 

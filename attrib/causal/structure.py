@@ -36,7 +36,8 @@ from attrib.causal.origins import Channel, Origin, Origins, small
 from attrib.causal.rules import INPUT, Through
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE
-from attrib.models.graph import Graph, operation
+from attrib.models.calls import operation
+from attrib.models.graph import Graph
 from attrib.types import UserError
 
 OUTPUT = "output"

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from attrib.decomposition.values import MaskedRows, PlainValue, TensorPair, leaves, proportion
-from attrib.models.graph import operation
+from attrib.models.calls import operation
 from attrib.types import UserError
 
 

@@ -15,7 +15,8 @@ from attrib.decomposition.plan import Plan
 from attrib.decomposition.table import RULES, Rule
 from attrib.decomposition.values import LogitParts, MaskedRows, PlainValue, TensorPair, leaves
 from attrib.models import Classifier
-from attrib.models.graph import Graph, call, check_same, operation
+from attrib.models.calls import call, operation
+from attrib.models.graph import Graph, check_same
 from attrib.types import UserError
 
 

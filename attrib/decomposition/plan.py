@@ -12,7 +12,8 @@ from torch import fx
 from attrib.decomposition.call import named
 from attrib.decomposition.table import READ_WHOLE
 from attrib.models.activations import ELEMENTWISE
-from attrib.models.graph import Graph, operation
+from attrib.models.calls import operation
+from attrib.models.graph import Graph
 
 # Operations that may stand between attention weights and their product with the values.
 _ON_THE_WAY = frozenset((

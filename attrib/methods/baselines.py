@@ -187,6 +187,7 @@ class SmoothGrad(Method):
 def _through_relus(rule: Rule, what: str, reduce: Reduce, model: Classifier, batch: Batch) -> Tensor:
     """(B, H, W): the gradient by a rule for ReLUs. Raises UserError on a net without any."""
     net, inputs = hookable(model, RELU_LIKE), Inputs.of(model, batch)
+    model.check_gradient(batch.x)
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
         if not net.found(batch.x[rows]):

@@ -20,7 +20,7 @@ from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.models import Classifier
-from attrib.models.graph import call as called
+from attrib.models.calls import call as called
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 

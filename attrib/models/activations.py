@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from attrib.models.graph import operation
+from attrib.models.calls import operation
 
 # Each number of the result is a function of the number at its place (of several inputs: of the numbers).
 ELEMENTWISE = frozenset((

@@ -92,6 +92,7 @@ class Classifier:
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
         self._graphs: list[Graph] = []
         self._compared: set[torch.Size] = set()  # shapes of inputs on which a graph gave the net's logits
+        self._differentiated: set[torch.Size] = set()  # ... and the net's gradients
         self.defaults: dict[str, DefaultLayer] = {}  # role -> what was found out, where no layer was named
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
@@ -371,6 +372,30 @@ class Classifier:
     def _compare(self, graph: Graph, x: Tensor) -> None:
         for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))) if graph.any_rows else (x,):
             check_same(self.module, graph(rows.clone()), self.module(rows.clone()))
+
+    def check_gradient(self, x: Tensor) -> None:
+        """Raises UserError unless gradients flow through the graph as through the net, for images or sounds x.
+
+        They do not where the net stops them (``detach``, ``torch.no_grad``) or has a way back of its own
+        (``torch.autograd.Function``).
+        """
+        graph, shape = self.graph(x), x.shape[1:]
+        if shape in self._differentiated:
+            return
+        found = []
+        for net in (graph, self.module):
+            with torch.enable_grad():
+                leaf = x[:1].detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(net(leaf.clone()).square().sum(), leaf)
+            found.append(gradient)
+        got, expected = found
+        if not torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().amax().item(), equal_nan=True):
+            raise UserError(
+                f"{type(self.module).__name__} stops gradients (detach, torch.no_grad) or has a way back of its own "
+                "(torch.autograd.Function), which a method with rules for the way back cannot follow. Take a method "
+                "that needs the gradient alone, such as integrated_gradients"
+            )
+        self._differentiated.add(shape)
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:

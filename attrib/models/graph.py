@@ -8,52 +8,21 @@ stays one call; all else that torch composes of simpler operations is taken apar
 
 from __future__ import annotations
 
-import logging
 import operator
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, default_decompositions, export
-from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from attrib.models.attention import scaled_dot_product_attention
-from attrib.models.device_memory import is_out_of_memory
+from attrib.models.calls import OF_SHAPE, REPLACED, attribute, call, constant, operation
+from attrib.models.capture import as_written, captured
 from attrib.types import UserError
 
-# Composite operations that stay whole, because there are rules for them.
-KEPT = frozenset((
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "layer_norm",
-    "group_norm", "rms_norm", "softmax", "log_softmax", "matmul", "max_pool1d", "max_pool2d", "max_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "reshape", "pad", "lstm", "gru",
-    "rnn_tanh", "rnn_relu",
-))  # fmt: skip
-
-# The result depends on the shape of the input alone.
-OF_SHAPE = frozenset((
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "zero",
-    "arange",
-))  # fmt: skip
-
 Rule = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
-
-
-def operation(node: fx.Node) -> str:
-    """The name of the operation that a node calls, without ``aten::``; "" if it calls none."""
-    schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else schema.name.removeprefix("aten::")
-
-
-def call(node: fx.Node) -> Callable[..., Any]:
-    """What a node calls."""
-    assert callable(node.target)
-    return node.target
 
 
 class Graph:
@@ -82,23 +51,9 @@ class Graph:
     def of(cls, net: nn.Module, x: Tensor) -> Graph:
         """The graph of ``net`` for inputs of the shape (but for the rows), type and device of x (N, *input).
 
-        Raises UserError for a net whose way through its code depends on the values of its input.
+        Raises UserError for a net that torch cannot export.
         """
-        name = type(net).__name__
-        example = x[:1].expand(5 if x.shape[1:2] == (3,) else 3, *x.shape[1:]).clone()  # not another axis' size
-        try:
-            program = _exported(net, example)
-            if not _free(program):
-                program = _exported(net, x)
-        except Exception as error:  # tracing runs arbitrary user code
-            if is_out_of_memory(error):
-                raise
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise UserError(
-                f"this method needs the graph of the net, and torch cannot export {name}: {reason}. Take a method that "
-                "needs the gradient alone, such as integrated_gradients"
-            ) from error
-        return cls(_inlined(net, program), name)
+        return cls(captured(net, x), type(net).__name__)
 
     def of_copy(self, net: nn.Module) -> Graph:
         """The graph of a net that differs from this one's in its parameters and buffers alone."""
@@ -108,7 +63,7 @@ class Graph:
             if node.op == "get_attr":
                 target = str(node.target)
                 source = self.net if node.meta["constant"] else net
-                copies[node] = _constant(root, graph, target, _attribute(source, target), node.meta["constant"])
+                copies[node] = constant(root, graph, target, attribute(source, target), node.meta["constant"])
             else:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         return Graph(fx.GraphModule(root, graph), self.name)
@@ -166,7 +121,7 @@ def _propagate(
             values[node] = next(given)
             depends.add(node)
         elif node.op == "get_attr":
-            values[node] = _attribute(net, str(node.target))
+            values[node] = attribute(net, str(node.target))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
@@ -179,11 +134,6 @@ def _propagate(
             if last[used] is node:
                 del values[used]
     raise AssertionError("a graph has an output")
-
-
-def of_sizes(node: fx.Node) -> bool:
-    """Whether a call reads a size, or computes with sizes."""
-    return not operation(node) or operation(node) == "sym_size"
 
 
 def taken_apart(
@@ -203,11 +153,11 @@ def taken_apart(
         args, kwargs = tree_unflatten(again, spec)
         return call(node)(*args, **kwargs)
 
-    with _as_written():
+    with as_written():
         net = make_fx(torch.func.functionalize(function, remove="mutations"))(*(tensor(flat[i]) for i in at))
     net.graph.eliminate_dead_code()
     for part in net.graph.nodes:
-        part.target = _REPLACED.get(part.target, _without_writing(part))
+        part.target = REPLACED.get(part.target, _without_writing(part))
     nodes = list(net.graph.nodes)
     last = {used: part for part in nodes for used in part.all_input_nodes}
     return _propagate(nodes, net, [flat[i] for i in at], rule, last)
@@ -220,201 +170,6 @@ def _without_writing(node: fx.Node) -> Any:
     packet = getattr(torch.ops.aten, operation(node).removesuffix("_"))
     name = getattr(node.target, "_overloadname", "default")
     return getattr(packet, name if name in packet.overloads() else packet.overloads()[0])
-
-
-# ---- the capture -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _as_written() -> Iterator[None]:
-    """No fused calls for whole layers, which torch takes in eval mode, and no notes of torch's on the user's screen."""
-    fast, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch")
-    level = log.level
-    torch.backends.mha.set_fastpath_enabled(False)
-    log.setLevel(logging.CRITICAL)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        log.setLevel(level)
-
-
-def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
-    free = {0: Dim.AUTO} if example.is_floating_point() else dict.fromkeys(range(example.ndim), Dim.AUTO)
-    with _as_written():
-        program = export(net, (example,), dynamic_shapes=(free,), strict=False)
-        return program.run_decompositions(_taken_apart())
-
-
-def _free(program: ExportedProgram) -> bool:
-    """Whether the number of rows is free."""
-    return _known(_given(program).meta["val"].shape[0]) is None
-
-
-def _given(program: ExportedProgram) -> fx.Node:
-    """The node of the net's input."""
-    names = program.graph_signature.user_inputs
-    return next(node for node in program.graph.nodes if node.name in names)
-
-
-def _taken_apart() -> dict[Any, Callable[..., Any]]:
-    """The composite operations that are not kept, and what each consists of."""
-    found = {op: parts for op, parts in default_decompositions().items() if _composite(op) and _name(op) not in KEPT}
-    return {**found, torch.ops.aten.scaled_dot_product_attention.default: scaled_dot_product_attention}
-
-
-def _name(op: Any) -> str:
-    return op._schema.name.removeprefix("aten::")
-
-
-def _composite(op: Any) -> bool:
-    kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return hasattr(op, "_schema") and kernel(op.name(), "CompositeImplicitAutograd")
-
-
-# The same number at every place: nothing is lost if they are passed over.
-_NOTHING = frozenset(("alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy"))
-_REPLACED = {
-    torch.ops.aten.view.default: torch.ops.aten.reshape.default,  # whatever the strides of a rule's result are
-    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
-    torch.ops.aten.unsafe_split.Tensor: torch.ops.aten.split.Tensor,
-    torch.ops.aten.unsafe_chunk.default: torch.ops.aten.chunk.default,
-}
-
-
-def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
-    """The program as a graph that reads the net's own parameters."""
-    root, graph = nn.Module(), fx.Graph()
-    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    copies: dict[fx.Node, Any] = {}
-    rows = _given(program).meta["val"].shape[0]
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            spec = kinds[node.name]
-            if spec.kind == InputKind.USER_INPUT:
-                copies[node] = graph.placeholder("x")
-            else:
-                target, own = str(spec.target), spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
-                if not own and (name := _name_of(net, program.constants[target])):
-                    target, own = name, True
-                value = _attribute(net, target) if own else program.constants[target]
-                copies[node] = _constant(root, graph, target if own else f"constant.{node.name}", value, not own)
-        elif node.op == "get_attr":
-            value = getattr(program.graph_module, str(node.target))
-            copies[node] = _constant(root, graph, f"constant.{node.name}", value, True)
-        elif node.op == "output":
-            graph.output(copies[_logits(program, node)])
-            continue
-        elif operation(node) == "_assert_tensor_metadata" or (operation(node) in _NOTHING):
-            copies[node] = copies.get(node.args[0])
-            continue
-        elif operation(node) == "copy":
-            copies[node] = _copied(graph, copies, node, rows)
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].target = _REPLACED.get(node.target, node.target)
-        if copies[node].op != "get_attr":
-            _describe(copies[node], node, rows)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(root, graph)
-
-
-def _name_of(net: nn.Module, value: Any) -> str | None:
-    """The name of a weight that a layer keeps in a list, too (``nn.LSTM``), and that comes as a constant therefore."""
-    found = (name for name, own in net.named_parameters() if isinstance(value, Tensor) and _same_memory(own, value))
-    return next(found, None)
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _copied(graph: fx.Graph, copies: dict[fx.Node, Any], node: fx.Node, rows: Any) -> fx.Node:
-    """What ``aten.copy(to, value)`` gives, by calls that have a derivative: it has none."""
-    to, value = node.args[:2]
-    assert isinstance(to, fx.Node)
-    assert isinstance(value, fx.Node)
-    wanted, given, found = to.meta["val"], value.meta["val"], copies[value]
-    if len(given.shape) != len(wanted.shape) or any(map(_differ, given.shape, wanted.shape)):
-        sizes = [_known(n) for n in wanted.shape]
-        shape = [_size(graph, copies[to], at) if n is None else n for at, n in enumerate(sizes)]
-        found = graph.call_function(torch.ops.aten.expand.default, (found, shape))
-        _describe(found, node, rows)
-    if given.dtype != wanted.dtype:
-        found = graph.call_function(torch.ops.aten._to_copy.default, (found,), {"dtype": wanted.dtype})
-    return found
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return str(one) != str(other)
-
-
-def _size(graph: fx.Graph, of: fx.Node, at: int) -> fx.Node:
-    found = graph.call_function(torch.ops.aten.sym_size.int, (of, at))
-    found.meta = {"module": of.meta["module"], "size": True}
-    return found
-
-
-def _constant(root: nn.Module, graph: fx.Graph, target: str, value: Any, constant: bool) -> fx.Node:
-    """A node that reads a value, which ``root`` keeps at the same place as the net does."""
-    at, *_, last = root, *target.split(".")
-    for name in target.split(".")[:-1]:
-        if not hasattr(at, name):
-            setattr(at, name, nn.Module())
-        at = getattr(at, name)
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        at.register_buffer(last, value)
-    else:
-        setattr(at, last, value)
-    node = graph.get_attr(target)
-    node.meta = {"module": ("", ""), "size": False, "constant": constant}
-    return node
-
-
-def _logits(program: ExportedProgram, node: fx.Node) -> fx.Node:
-    specs, given = program.graph_signature.output_specs, node.args[0]
-    assert isinstance(given, Sequence)
-    found = [out for out, spec in zip(given, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
-    if len(found) != 1 or not isinstance(found[0], fx.Node):
-        raise UserError("this method needs the graph of a net that returns one tensor; set model.output")
-    return found[0]
-
-
-def _describe(copy: fx.Node, node: fx.Node, rows: Any) -> None:
-    """What methods ask of a node, in place of torch's own notes, which may hold tensors and the environment."""
-    value, stack = node.meta.get("val"), list((node.meta.get("nn_module_stack") or {}).values())
-    copy.meta = {"module": _called(stack)}
-    copy.meta["size"] = isinstance(value, int | torch.SymInt)
-    if isinstance(value, Tensor):
-        sizes = [n if isinstance(n, int) else n.node.hint for n in value.shape]
-        copy.meta |= {"shape": tuple(sizes), "dtype": value.dtype}
-        copy.meta["free"] = frozenset(at for at, n in enumerate(value.shape) if _known(n) is None)
-        copy.meta["rows"] = tuple(at for at, n in enumerate(value.shape) if _counts(n, rows))
-
-
-def _known(size: Any) -> int | None:
-    """A size that is the same for all inputs; None if it is not."""
-    return size if isinstance(size, int) else size.node.maybe_as_int()
-
-
-def _counts(size: Any, rows: Any) -> bool:
-    """Whether a size depends on the number of rows."""
-    return _known(size) is None and _known(rows) is None and rows.node.expr in size.node.expr.free_symbols
-
-
-def _called(stack: list[Any]) -> tuple[str, str]:
-    """The path and class of the innermost module that makes a call."""
-    if not stack:
-        return "", ""
-    path, kind = stack[-1]
-    kind = kind if isinstance(kind, str) else kind.__qualname__
-    return path.partition("@")[0], kind.rpartition(".")[2]
-
-
-def _attribute(net: nn.Module, path: str) -> Any:
-    return operator.attrgetter(path)(net)
 
 
 def _fed(nodes: tuple[fx.Node, ...]) -> set[fx.Node]:

@@ -28,7 +28,11 @@ def last_step(z: Tensor, lengths: Tensor) -> Tensor:
     return z.gather(1, (lengths - 1)[:, None, None].expand(-1, -1, z.size(2))).squeeze(1)
 
 
-@torch.library.custom_op("attrib::padded_lstm", mutates_args=())
+@torch.library.custom_op(
+    "attrib::padded_lstm",
+    mutates_args=(),
+    schema="(Tensor z, Tensor lengths, Tensor[] weights, int layers, bool both_ways) -> Tensor",
+)
 def padded_lstm(z: Tensor, lengths: Tensor, weights: list[Tensor], layers: int, both_ways: bool) -> Tensor:
     """What ``Recurrent`` gives in eval mode, as one call in the graph of a net, for texts of any length."""
     zero = z.new_zeros((1 + both_ways) * layers, len(z), weights[1].shape[1])

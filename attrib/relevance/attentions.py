@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attrib.models.graph import Graph, call, operation
+from attrib.models.calls import call, operation
+from attrib.models.graph import Graph
 from attrib.types import UserError
 
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from attrib.models.graph import operation
+from attrib.models.calls import operation
 from attrib.relevance.rules import AlphaBeta, Epsilon, Flat, Gamma, Rule, ZBox, ZPlus, rule_of
 from attrib.types import UserError, did_you_mean
 

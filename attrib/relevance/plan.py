@@ -14,7 +14,8 @@ from typing import Literal
 from torch import fx
 
 from attrib.models.activations import BATCH_NORM, ELEMENTWISE, LINEAR
-from attrib.models.graph import OF_SHAPE, Graph, operation
+from attrib.models.calls import OF_SHAPE, operation
+from attrib.models.graph import Graph
 from attrib.types import UserError
 
 Kind = Literal["move", "fill", "share", "layer", "product", "pass", "scale", "softmax", "norm", "glu"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from attrib.models.activations import BATCH_NORM
-from attrib.models.graph import Graph, call, operation
+from attrib.models.calls import call, operation
+from attrib.models.graph import Graph
 from attrib.relevance.composites import Composite
 from attrib.relevance.operations import Back, by_rule, gated, halved, moved, of_softmax, passed, scaled, shared
 from attrib.relevance.plan import CONVOLUTIONS, Plan, Step

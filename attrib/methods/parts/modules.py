@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from attrib.methods.parts.propagation import hookable
 from attrib.models import Classifier
 from attrib.models.activations import RELU_LIKE
-from attrib.models.graph import operation
+from attrib.models.calls import operation
 from attrib.types import UserError
 
 # Calls that compute nothing.

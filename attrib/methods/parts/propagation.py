@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from attrib.models import Classifier
 from attrib.models.activations import ELEMENTWISE, LINEAR
-from attrib.models.graph import call, operation, taken_apart
+from attrib.models.calls import call, operation
+from attrib.models.graph import taken_apart
 
 Kinds = Mapping[str, Callable[[fx.Node], int | None]]
 Rule = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

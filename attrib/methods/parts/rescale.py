@@ -29,7 +29,8 @@ from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import replaced
 from attrib.models import Classifier
 from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR, RECURRENT
-from attrib.models.graph import OF_SHAPE, call, of_sizes, operation, taken_apart
+from attrib.models.calls import OF_SHAPE, call, of_sizes, operation
+from attrib.models.graph import taken_apart
 from attrib.types import SampleError, UserError
 
 EPS = 1e-10  # inputs that differ by less have met; captum's number

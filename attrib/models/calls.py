@@ -1,0 +1,60 @@
+"""What the calls in a net's graph are: names of operations, and small things that several rooms ask of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# The result depends on the shape of the input alone.
+OF_SHAPE = frozenset((
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "zero",
+    "arange",
+))  # fmt: skip
+
+REPLACED = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,  # whatever the strides of a rule's result are
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.unsafe_split.Tensor: torch.ops.aten.split.Tensor,
+    torch.ops.aten.unsafe_chunk.default: torch.ops.aten.chunk.default,
+}
+
+
+def operation(node: fx.Node) -> str:
+    """The name of the operation that a node calls, without ``aten::``; "" if it calls none."""
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else schema.name.removeprefix("aten::")
+
+
+def call(node: fx.Node) -> Callable[..., Any]:
+    """What a node calls."""
+    assert callable(node.target)
+    return node.target
+
+
+def of_sizes(node: fx.Node) -> bool:
+    """Whether a call reads a size, or computes with sizes."""
+    return not operation(node) or operation(node) == "sym_size"
+
+
+def constant(root: nn.Module, graph: fx.Graph, target: str, value: Any, of_code: bool) -> fx.Node:
+    """A node that reads a value, which ``root`` keeps at the same place as the net does."""
+    at, *_, last = root, *target.split(".")
+    for name in target.split(".")[:-1]:
+        if not hasattr(at, name):
+            setattr(at, name, nn.Module())
+        at = getattr(at, name)
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        at.register_buffer(last, value)
+    else:
+        setattr(at, last, value)
+    node = graph.get_attr(target)
+    node.meta = {"module": ("", ""), "size": False, "constant": of_code}
+    return node
+
+
+def attribute(net: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(net)
