@@ -22,7 +22,8 @@ from attrib.errors import printable
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.store.files import picture_path, write_atomic, write_json
-from attrib.store.workers import BEAT, PROGRESS, identity, slurm_job
+from attrib.store.temporary import identity
+from attrib.store.workers import BEAT, PROGRESS, slurm_job
 from attrib.types import Batch, SampleError
 
 if TYPE_CHECKING:

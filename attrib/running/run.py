@@ -26,6 +26,8 @@ from attrib.running.states import load_state
 from attrib.running.summary import Summary
 from attrib.store.files import write_json, writer_name
 from attrib.store.reading import UnreadableError
+from attrib.store.temporary import sweep
+from attrib.store.workers import SUMMARY, clock
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
             except OSError as error:
                 raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
             check_metrics(plan)
+            _tidy(plan, Path(options.root))
         stop.defer()  # once there is a summary, the caller gets it
         try:
             summary = _run(plan, options, start, stop)
@@ -129,6 +132,15 @@ def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
     if any(plan.cell.folder.glob("maps/[!.]*.safetensors")):
         return UserError(f"{what}.{lost} What was stored is safe; run the same command again")
     return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
+
+
+def _tidy(plan: Plan, root: Path) -> None:
+    """Remove the temporary files of dead writers, in the cell only if a run of it ended without a word."""
+    now = clock(root)
+    sweep(root, deep=False, now=now)
+    sweep(root / "state", now=now)
+    if any(not (run / SUMMARY).exists() for run in plan.cell.folder.glob("runs/[!.]*/")):
+        sweep(plan.cell.folder, now=now)
 
 
 def _examine(plan: Plan) -> None:

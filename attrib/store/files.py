@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
 
+from attrib.store.temporary import temporary
+
 Key = tuple[str, str]  # (uid, fingerprint)
 
 _LONGEST = 200  # characters of a part of a path; a suffix and a temporary name need room too
@@ -27,18 +29,22 @@ def writer_name(shard: int = 0) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing, also when the machine dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process number alone is not unique: containers on two machines often have the same.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    unfinished = temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_synced(unfinished, data)
+        os.replace(unfinished, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # then the next run removes it
+            unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
