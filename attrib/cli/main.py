@@ -72,8 +72,13 @@ def main(*before: str) -> None:
         from attrib.cli.completion import complete
 
         complete()
+    arguments = [*before, *sys.argv[1:]]
+    if arguments and arguments[0] in GROUPS["compute"]:
+        from attrib.process.signals import polite_start
+
+        polite_start()  # imports take seconds
     try:
-        status = dispatch([*before, *sys.argv[1:]])
+        status = dispatch(arguments)
     except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BrokenPipeError:  # such as | head

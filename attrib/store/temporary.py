@@ -60,7 +60,7 @@ def is_dead(name: str, age: float) -> bool:
     found = TEMPORARY.fullmatch(name)
     if found is None:
         return False
-    machine, number, start = _own(os.getpid()).split("-")
+    machine, _, start = _own(os.getpid()).split("-")
     if found["machine"] != machine or start == "0":
         return age > ELSEWHERE
     said = identity(int(found["pid"]))

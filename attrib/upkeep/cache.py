@@ -22,7 +22,7 @@ from attrib.store.cell import Arrays, Cell, cells, counts
 from attrib.store.damaged import DAMAGED
 from attrib.store.reading import fits
 from attrib.store.schemas import Needs
-from attrib.store.temporary import TEMPORARY
+from attrib.store.temporary import TEMPORARY, is_dead
 from attrib.store.workers import RUNNING, SILENT, clock, counted, read_object, workers
 from attrib.types import UserError
 from attrib.upkeep.status import no_cells
@@ -111,12 +111,14 @@ def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None
     return Measure(size, files, max(0.0, now - newest) if newest else 0.0, tuple(strange))
 
 
-def temporaries(root: Path, older: float, now: float) -> list[StoredItem]:
-    """Files under a temporary name that have not changed for ``older`` seconds: their writer was killed."""
+def temporaries(root: Path, now: float, *, dead: bool) -> list[StoredItem]:
+    """Files under a temporary name. ``dead``: only those that nobody writes any more."""
     found = []
     for path, about in walk(root):
-        if stat.S_ISREG(about.st_mode) and TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
+        if stat.S_ISREG(about.st_mode) and TEMPORARY.fullmatch(path.name):
             age = max(0.0, now - about.st_mtime)
+            if dead and not is_dead(path.name, age):
+                continue
             found.append(StoredItem("temporary", (path,), Measure(about.st_size, 1, age), "unfinished file"))
     return found
 
@@ -148,7 +150,7 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Sto
             )
         else:
             found.append(StoredItem("other", (path,), size, "a link" if path.is_symlink() else ""))
-    return found + temporaries(root, 0.0, now)
+    return found + temporaries(root, now, dead=False)
 
 
 def _cell(cell: Cell, now: float) -> StoredItem:
