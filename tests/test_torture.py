@@ -11,7 +11,9 @@ import pytest
 from tiny import ROOT
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="the failing disk needs Linux and gcc")
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("gcc") is None, reason="the failing disk needs Linux and gcc"
+)
 def test_thirty_faults_of_a_disk_do_no_harm(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--count", "30", "--folder", str(tmp_path)]

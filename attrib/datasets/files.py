@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attrib.datasets.transform import Box
-from attrib.types import UserError
+from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,15 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
             if row[column] is None:
                 raise UserError(f"{where}: no value for {column}")
     return rows
+
+
+def note(known: dict[str, str], uid: str, found: str, file: str) -> None:
+    """Remember the fingerprint of what was read of a sample.
+
+    Raises SampleError if this process knows another one: the file changed while it was at work.
+    """
+    if known.setdefault(uid, found) != found:
+        raise SampleError(f"{file}: changed while this process was at work; the next run explains what it holds then")
 
 
 class InFiles(ABC):

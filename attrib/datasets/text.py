@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 
 from attrib.datasets.audio import WaveTransform
-from attrib.datasets.files import existing_folder, shown, uids_of
+from attrib.datasets.files import existing_folder, note, shown, uids_of
 from attrib.datasets.tokens import Encoded, Encoder
 from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
@@ -83,7 +83,10 @@ class TextDataset(ABC):
         return other
 
     def _encoded(self, uid: str) -> Encoded:
-        return self._need().encode(self.text(uid))
+        encoder, text = self._need(), self.text(uid)
+        if type(self).fingerprint is TextDataset.fingerprint:
+            note(self._fingerprints, uid, digest(text, self.label(uid))[:16], uid)
+        return encoder.encode(text)
 
     def _need(self) -> Encoder:
         if self.encoder is None:

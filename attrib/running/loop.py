@@ -88,6 +88,7 @@ class Loop(BaseLoop):
 
         What writing raises between batches is the disk's fault, not a sample's.
         """
+        self.plan.cell.check()
         samples, budget = stage.begin(todo), stage.budget
         self.stage, self.total, seen = stage.name, len(todo), 0
         order = self._apart(self._by_length(todo), budget.most)
@@ -113,6 +114,7 @@ class Loop(BaseLoop):
                     budget.succeeded += len(uids)
                     if uids != batch.uids:
                         batch = batch[[batch.uids.index(uid) for uid in uids]]
+                self.plan.cell.check()  # before hooks write
                 step = Step(self.stage, uids, arrays, time.perf_counter() - start, seen, self.total)
                 self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
                 self._iteration += 1

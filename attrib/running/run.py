@@ -14,6 +14,7 @@ import logging
 import time
 from pathlib import Path
 
+from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.process.signals import Interrupted, Stop, watching
@@ -95,7 +96,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         heartbeat = Heartbeat(plan, options)
         runner.register_hook(heartbeat)
         heartbeat.start()
-        failure: OSError | None = None
+        failure: OSError | GoneError | None = None
         try:
             with stop.finishing():
                 if plan.explains:
@@ -104,7 +105,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             finished = summary.stopped is None
         except Interrupted:
             summary.stopped = stop.name
-        except OSError as error:
+        except (OSError, GoneError) as error:
             failure = error
         finally:
             summary.left = loop.left + loop.unwritten
@@ -117,9 +118,12 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
             record["exam"] = exam_of(experiment.model)
             try:
+                cell.check()
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
-            except OSError as error:
+            except (OSError, GoneError) as error:
                 failure = failure or error
+        if isinstance(failure, GoneError):
+            raise failure
         if failure is not None:
             raise _refused(plan, failure, loop.unwritten) from failure
     return summary
@@ -135,12 +139,12 @@ def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
 
 
 def _tidy(plan: Plan, root: Path) -> None:
-    """Remove the temporary files of dead writers, in the cell only if a run of it ended without a word."""
+    """Remove the temporary files of dead writers, deep in the cell only if a run of it ended without a word."""
     now = clock(root)
     sweep(root, deep=False, now=now)
     sweep(root / "state", now=now)
-    if any(not (run / SUMMARY).exists() for run in plan.cell.folder.glob("runs/[!.]*/")):
-        sweep(plan.cell.folder, now=now)
+    silent = any(not (run / SUMMARY).exists() for run in plan.cell.folder.glob("runs/[!.]*/"))
+    sweep(plan.cell.folder, deep=silent, now=now)
 
 
 def _examine(plan: Plan) -> None:
@@ -172,3 +176,4 @@ def _open(plan: Plan) -> None:
     if there != spec["key"]:
         raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
     plan.cell.write_samples(plan.selected, plan.fingerprints)
+    plan.cell.begin()

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from attrib.errors import GoneError
 from attrib.store.files import Buffered, Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.store.listing import Folder, Memory, Stamp, stamp_of
@@ -102,9 +103,9 @@ class Arrays(Buffered):
     REMEMBERED = pa.schema([("uid", pa.string()), ("fingerprint", pa.string()), ("noted", pa.string())])
 
     def __init__(
-        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256, background: bool = False
+        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256, **options: Any
     ) -> None:
-        super().__init__(folder, writer, seconds=seconds, count=count, background=background)
+        super().__init__(folder, writer, seconds=seconds, count=count, **options)
         self.files = self._unread()
         self._index: dict[Key, Record] | None = None
         self._chunks: dict[str, tuple[Stamp, list[_Noted]]] = {}  # what was read
@@ -282,8 +283,10 @@ class ScoreRows(Buffered):
     NAMED = pa.schema([("file", pa.string()), *SCHEMA])
     SUFFIX = ".parquet"
 
-    def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096) -> None:
-        super().__init__(folder, writer, seconds=seconds, count=count)
+    def __init__(
+        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096, **options: Any
+    ) -> None:
+        super().__init__(folder, writer, seconds=seconds, count=count, **options)
         self.files = Folder(self.folder, self.SUFFIX, "rows.cache", self.SCHEMA)
         self._stamps: dict[str, Stamp] | None = None  # of the files that were read
         self._rows = self.NAMED.empty_table()  # theirs, in the order of the files' names
@@ -386,8 +389,25 @@ class Cell:
 
     def __init__(self, folder: Path, writer: str = "", *, flush_seconds: float = 5.0) -> None:
         self.folder, self.writer, self._flush_seconds = Path(folder), writer, flush_seconds
-        self.maps = Arrays(self.folder / "maps", writer, seconds=flush_seconds, background=True)
-        self.ledger = Ledger(self.folder, writer)
+        self._begun = False
+        self.maps = Arrays(self.folder / "maps", writer, background=True, **self._how)
+        self.ledger = Ledger(self.folder, writer, self.check)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"seconds": self._flush_seconds, "before": self.check}
+
+    def begin(self) -> None:
+        """From now on the cell is described, and whatever is written looks first whether it still is."""
+        self._begun = True
+
+    def check(self) -> None:
+        """Raises GoneError if the folder was deleted since ``begin``: half a cell must not take its place."""
+        if self._begun and not os.path.lexists(self.folder / "spec.json"):
+            raise GoneError(
+                f"{self.folder} was deleted, or its spec.json was, while this process was at work; nothing more is "
+                "written. The same command computes what is missing"
+            )
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -444,10 +464,10 @@ class Cell:
 
     def scores(self, metric: str) -> ScoreRows:
         """``metric`` is the folder's name, ``<name>.<key8>``."""
-        return ScoreRows(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+        return ScoreRows(self.folder / "scores" / metric, self.writer, **self._how)
 
     def curves(self, metric: str) -> Arrays:
-        return Arrays(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+        return Arrays(self.folder / "scores" / metric, self.writer, **self._how)
 
     def metrics(self) -> list[str]:
         """Names of the score folders that exist."""

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,14 +82,25 @@ class Buffered:
 
     A fast method therefore writes few files, and a slow one (more than ``seconds`` a sample)
     flushes after each sample. With ``background`` a thread writes while the next samples are gathered.
+    ``before`` is called before each file and may refuse it.
     """
 
     SUFFIX: ClassVar[str]
     MOST: ClassVar[int] = 64 * 2**20  # bytes of arrays that wait to be written
 
-    def __init__(self, folder: Path, writer: str, *, seconds: float, count: int, background: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        writer: str,
+        *,
+        seconds: float,
+        count: int,
+        background: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.writer = Path(folder), writer
         self._seconds, self._count, self._background = seconds, count, background
+        self._before = before
         self._pending: dict[Key, Any] = {}
         self._bytes = 0
         self._writing: dict[Key, Any] = {}  # what the thread writes
@@ -148,6 +159,7 @@ class Buffered:
                 self._job, self._writing = None, {}
 
     def _write(self, samples: Mapping[Key, Any]) -> None:
+        self._before()
         write_atomic(self._next(), self._encoded(samples))
 
     def _next(self) -> Path:
