@@ -23,7 +23,7 @@ import pytest
 import tiny_methods
 import torch
 from mmengine.hooks import Hook
-from tiny import only_cell, pictures, quickly
+from tiny import command, only_cell, pictures, quickly
 
 from attrib.process import exit_status
 from attrib.results import tables
@@ -316,3 +316,22 @@ def test_a_folder_that_is_deleted_under_a_run_ends_it_and_is_not_half_written(jo
     assert not list(job.root.glob("*/maps/*")), "maps without a description of what they are"
     assert not list(job.root.glob("tiny.*"))
     job.finishes(6)
+
+
+def test_names_that_are_not_utf_8(job, capfd):
+    """Of a sample, of the data's folder and of the work directory."""
+    odd = job.folder / os.fsdecode(b"\xe9t\xe9")
+    shutil.copytree(job.images.parent, odd, ignore=shutil.ignore_patterns("work", "whole", os.path.basename(odd)))
+    os.rename(odd / "images" / "p002.png", odd / "images" / os.fsdecode(b"p\xff2.png"))
+    for name in ("labels.csv", "boxes.csv"):
+        table = odd / name
+        table.write_bytes(table.read_bytes().replace(b"p002.png", b"p\xff2.png"))
+    work = odd / "work"
+    words = (*COMMON, "run.png=true", f"dataset.root='{odd / 'images'}'", f"run.root='{work}'")
+    assert command(capfd)(*words).status == 0
+    again = command(capfd)(*words)
+    assert "maps_computed=0 maps_present=6 scores_computed=0 scores_present=6 failed=0" in again.out
+    broken: list[str] = []
+    assert len(tables.rows(work, broken)) == 6
+    assert not broken
+    assert "p\\xff2" in set(tables.rows(work)["uid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import platform
@@ -65,6 +66,8 @@ class AttributionRunner(Runner):
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
                 self.file_handler = handler
+                if isinstance(handler.stream, io.TextIOWrapper):
+                    handler.stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
                 handler.handleError = _lost_line(handler)  # type: ignore[method-assign]
             else:
                 handler.setLevel(logging.ERROR)

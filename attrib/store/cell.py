@@ -374,7 +374,8 @@ class ScoreRows(Buffered):
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A file of score rows, or some ``columns`` of it. Raises one of ``READING``."""
     regular(path)
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    # Opened here: pyarrow takes no path that is not UTF-8.
+    with open(path, "rb") as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
         if file.metadata.num_rows > MOST_ROWS:
             raise UnreadableError(f"{path}: claims {file.metadata.num_rows} rows")
         table = file.read(list(columns) if columns else None)
