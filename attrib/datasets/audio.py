@@ -18,6 +18,7 @@ import torch
 from attrib.datasets.files import InFiles, class_folders, existing_folder, note, read_rows, shown, uids_of
 from attrib.datasets.sound import FASTEST, SLOWEST, Sound, read_sound
 from attrib.keys import digest, short_name
+from attrib.store.reading import LISTING, content
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 
@@ -211,7 +212,7 @@ class AudioFolder(InFiles, AudioDataset):
         return self._intervals[uid]
 
     def content(self, uid: str) -> bytes:
-        return (self._root / self._files[uid]).read_bytes()
+        return content(self._root / self._files[uid], LISTING)
 
     def sources(self, uid: str) -> tuple[str, ...]:
         return (os.path.abspath(self._root / self._files[uid]),)

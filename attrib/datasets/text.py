@@ -14,6 +14,7 @@ from attrib.datasets.audio import WaveTransform
 from attrib.datasets.files import existing_folder, note, shown, uids_of
 from attrib.datasets.tokens import Encoded, Encoder
 from attrib.keys import digest, short_name
+from attrib.store.reading import content
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 SENTIMENT = {0: "negative", 1: "positive"}
@@ -157,7 +158,7 @@ class IMDb(TextDataset):
 
     def text(self, uid: str) -> str:
         try:
-            data = self._file(uid).read_bytes()
+            data = content(self._file(uid))
         except OSError as error:
             raise SampleError(f"{shown(str(self._file(uid)))}: cannot be read: {error.strerror}") from error
         return decode(data, self._encoding, shown(str(self._file(uid))))
