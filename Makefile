@@ -6,7 +6,7 @@ N ?= 1000
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test test-slow test-slurm test-wheel test-torchtext fuzz nets lint bench clean
+.PHONY: demo test test-slow test-slurm test-wheel test-torchtext fuzz torture nets lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ test: .venv/installed  ## everything but the slow tests
 
 fuzz: .venv/installed  ## N=1000 random nets against every method: right, refused (by reason) or wrong (with the seeds)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(N) --jobs 2
+
+torture: .venv/installed  ## N=500 faults of a disk at every place of a run, a training, a repair, an export: none does harm (needs gcc)
+	$(TEST_ENV) PYTHONPATH=.:tests $(BIN)/python tests/torture.py --count $(if $(filter file,$(origin N)),500,$(N)) \
+	  --folder $$(mktemp -d)
 
 nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (20 min on a free core; goes on where it was stopped)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/net_table.py --out docs/nets.md

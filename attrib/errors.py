@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class GoneError(UserError):
+    """The folder that a run writes to was deleted under it."""
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The hint that a message about an unknown name ends with; "" where no known name is near.
 

@@ -15,6 +15,8 @@ from torch import Tensor
 # Metadata of a dataclass's field that was added when results had been stored: at its default, with which everything is
 # computed as before, it does not enter keys.
 ADDED: Mapping[str, Any] = MappingProxyType({"key": "unless default"})
+# Metadata of a field that changes no number, such as a limit: it never enters keys.
+HOW: Mapping[str, Any] = MappingProxyType({"key": "never"})
 
 
 def stable_name(kind: type) -> str:
@@ -62,7 +64,8 @@ def spec(thing: Any) -> Any:
         fields = {
             f.name: spec(getattr(thing, f.name))
             for f in dataclasses.fields(thing)
-            if ADDED.items() - f.metadata.items() or getattr(thing, f.name) != f.default
+            if f.metadata.get("key") != "never"
+            and (ADDED.items() - f.metadata.items() or getattr(thing, f.name) != f.default)
         }
         return {
             "class": stable_name(kind),

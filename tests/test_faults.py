@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -22,8 +23,9 @@ import pytest
 import tiny_methods
 import torch
 from mmengine.hooks import Hook
-from tiny import only_cell, pictures, quickly
+from tiny import command, only_cell, pictures, quickly
 
+from attrib.process import exit_status
 from attrib.results import tables
 
 COMMON = ("dataset=tiny", "model=small_cnn", "method=eventful", "metric=[ehr]", "run.progress=false", "run.batch=2")
@@ -143,7 +145,7 @@ def test_killed_between_writing_and_renaming(job, during, monkeypatch):
     assert left.stat().st_size == 100
     assert job.stored == 2
     job.finishes(4)
-    assert left.exists()  # it may be another process's that lives: attrib cache deletes old ones
+    assert not left.exists()
 
 
 def test_node_down(job, during):
@@ -287,3 +289,49 @@ def test_no_folder_at_all(job):
     assert "Traceback" not in result.err
     job.root.unlink()
     job.finishes(6)
+
+
+def test_a_picture_that_is_replaced_and_put_back_leaves_no_map_of_the_other(job, during):
+    path = job.images / "p005.png"
+    own, other = path.read_bytes(), (job.images / "p000.png").read_bytes()
+    during("p000", lambda: path.write_bytes(other))
+    first = job("run.batch=1")
+    assert "maps_computed=5 " in first.out
+    (entry,) = only_cell(job.root).ledger.entries()
+    assert "p005.png: changed while this process was at work" in entry["reason"]
+    path.write_bytes(own)
+    job.finishes(1)
+
+
+@pytest.mark.parametrize("what", ["root", "cell"])
+@pytest.mark.parametrize("uid", ["p000", "p005"])
+def test_a_folder_that_is_deleted_under_a_run_ends_it_and_is_not_half_written(job, during, what, uid):
+    def delete() -> None:
+        shutil.rmtree(job.root if what == "root" else only_cell(job.root).folder)
+
+    during(uid, delete)
+    found = job("run.png=true")
+    assert found.status == exit_status.GONE
+    assert "was deleted" in found.err
+    assert not list(job.root.glob("*/maps/*")), "maps without a description of what they are"
+    assert not list(job.root.glob("tiny.*"))
+    job.finishes(6)
+
+
+def test_names_that_are_not_utf_8(job, capfd):
+    """Of a sample, of the data's folder and of the work directory."""
+    odd = job.folder / os.fsdecode(b"\xe9t\xe9")
+    shutil.copytree(job.images.parent, odd, ignore=shutil.ignore_patterns("work", "whole", os.path.basename(odd)))
+    os.rename(odd / "images" / "p002.png", odd / "images" / os.fsdecode(b"p\xff2.png"))
+    for name in ("labels.csv", "boxes.csv"):
+        table = odd / name
+        table.write_bytes(table.read_bytes().replace(b"p002.png", b"p\xff2.png"))
+    work = odd / "work"
+    words = (*COMMON, "run.png=true", f"dataset.root='{odd / 'images'}'", f"run.root='{work}'")
+    assert command(capfd)(*words).status == 0
+    again = command(capfd)(*words)
+    assert "maps_computed=0 maps_present=6 scores_computed=0 scores_present=6 failed=0" in again.out
+    broken: list[str] = []
+    assert len(tables.rows(work, broken)) == 6
+    assert not broken
+    assert "p\\xff2" in set(tables.rows(work)["uid"])

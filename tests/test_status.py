@@ -21,6 +21,7 @@ from attrib.running import hooks
 from attrib.running.hooks import Heartbeat
 from attrib.running.options import Options
 from attrib.store.cell import Cell
+from attrib.store.temporary import identity
 from attrib.store.workers import (
     DEAD,
     FAILED,
@@ -30,7 +31,6 @@ from attrib.store.workers import (
     Worker,
     clock,
     current,
-    identity,
     tail,
     workers,
 )

@@ -125,7 +125,7 @@ def do_repair(args: argparse.Namespace) -> int:
     if not args.dry:
         cache.refuse_while_running(args.root)
     found = damages(args.root)
-    left = cache.temporaries(args.root, cache.DAY, clock(args.root))
+    left = cache.temporaries(args.root, clock(args.root), dead=True)
     if left:
         table([line(item, args.root, item.about) for item in left], HEADER)
     what = [f"{'delete' if args.delete else 'move away'} {counted(len(found), 'damaged file')}"] if found else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -72,8 +73,16 @@ def main(*before: str) -> None:
         from attrib.cli.completion import complete
 
         complete()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    arguments = [*before, *sys.argv[1:]]
+    if arguments and arguments[0] in GROUPS["compute"]:
+        from attrib.process.signals import polite_start
+
+        polite_start()  # imports take seconds
     try:
-        status = dispatch([*before, *sys.argv[1:]])
+        status = dispatch(arguments)
     except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BrokenPipeError:  # such as | head

@@ -15,9 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from attrib.datasets.files import InFiles, class_folders, existing_folder, read_rows, shown, uids_of
+from attrib.datasets.files import InFiles, class_folders, existing_folder, note, read_rows, shown, uids_of
 from attrib.datasets.sound import FASTEST, SLOWEST, Sound, read_sound
 from attrib.keys import digest, short_name
+from attrib.store.reading import LISTING, content
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 
@@ -138,12 +139,14 @@ class AudioDataset(ABC):
     def fingerprint(self, uid: str) -> str:
         if uid not in self.fingerprints:
             try:
-                content = hashlib.sha256(self.content(uid)).hexdigest()
-                value = digest(content, self.label(uid), self.intervals(uid))[:16]
+                value = self._print(uid, self.content(uid))
             except (OSError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
             self.fingerprints[uid] = value
         return self.fingerprints[uid]
+
+    def _print(self, uid: str, content: bytes) -> str:
+        return digest(hashlib.sha256(content).hexdigest(), self.label(uid), self.intervals(uid))[:16]
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """x (B, 1, L) float32, normalised; target (B,); roi (B, L) bool. Raises SampleError."""
@@ -196,7 +199,11 @@ class AudioFolder(InFiles, AudioDataset):
 
     def sound(self, uid: str) -> Sound:
         with self._blame(uid):
-            return read_sound(self.content(uid))
+            content = self.content(uid)
+            sound = read_sound(content)
+        if type(self).fingerprint is AudioDataset.fingerprint and type(self).content is AudioFolder.content:
+            note(self.fingerprints, uid, self._print(uid, content), shown(str(self._root / self._files[uid])))
+        return sound
 
     def label(self, uid: str) -> int:
         return self._labels[uid]
@@ -205,7 +212,7 @@ class AudioFolder(InFiles, AudioDataset):
         return self._intervals[uid]
 
     def content(self, uid: str) -> bytes:
-        return (self._root / self._files[uid]).read_bytes()
+        return content(self._root / self._files[uid], LISTING)
 
     def sources(self, uid: str) -> tuple[str, ...]:
         return (os.path.abspath(self._root / self._files[uid]),)

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from attrib.datasets.arrays import check_split
-from attrib.datasets.files import InFiles, existing_folder, parse_box
+from attrib.datasets.files import InFiles, existing_folder, opened, parse_box
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -90,7 +90,7 @@ class StanfordCars(InFiles, ImageDataset):
         self.key = digest(self.key, split)
 
     def open(self, uid: str) -> BinaryIO:
-        return open(self._images / self._files[uid], "rb")
+        return opened(self._images / self._files[uid])
 
     def label(self, uid: str) -> int:
         return self._labels[uid]

@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from attrib.datasets.transform import Box
-from attrib.types import UserError
+from attrib.store.reading import regular
+from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,21 @@ def read_rows(path: str | Path, columns: Sequence[str], field: str) -> list[tupl
             if row[column] is None:
                 raise UserError(f"{where}: no value for {column}")
     return rows
+
+
+def opened(path: str | Path) -> BinaryIO:
+    """A regular file: a FIFO would wait for ever, and a device has no end. Raises OSError."""
+    regular(path)
+    return open(path, "rb")
+
+
+def note(known: dict[str, str], uid: str, found: str, file: str) -> None:
+    """Remember the fingerprint of what was read of a sample.
+
+    Raises SampleError if this process knows another one: the file changed while it was at work.
+    """
+    if known.setdefault(uid, found) != found:
+        raise SampleError(f"{file}: changed while this process was at work; the next run explains what it holds then")
 
 
 class InFiles(ABC):
@@ -292,11 +308,10 @@ def read_boxes(path: str | Path, files: Sequence[str]) -> dict[str, tuple[Box, .
 
     Raises UserError if no row is of one of ``files``, and for a box that is no rectangle.
     """
-    boxes: dict[str, tuple[Box, ...]] = {}
+    boxes: dict[str, list[Box]] = {}
     for where, row in _rows_of_files(path, Box._fields, files, "dataset.boxes")[0]:
-        box = parse_box([row[c] for c in Box._fields], where)
-        boxes[row["file"]] = (*boxes.get(row["file"], ()), box)
-    return boxes
+        boxes.setdefault(row["file"], []).append(parse_box([row[c] for c in Box._fields], where))
+    return {file: tuple(found) for file, found in boxes.items()}
 
 
 def parse_box(edges: Sequence[str], where: str) -> Box:

@@ -16,6 +16,7 @@ from attrib.datasets.files import (
     class_folders,
     existing_folder,
     image_files,
+    opened,
     read_boxes,
     read_classes,
     read_labels,
@@ -91,7 +92,7 @@ class ImageFolder(InFiles, ImageDataset):
     def open(self, uid: str) -> BinaryIO:
         if uid in self._gone:  # nor is it looked for: a table may name anything
             raise SampleError(self._gone[uid])
-        return open(self._root / self._files[uid], "rb")
+        return opened(self._root / self._files[uid])
 
     def sources(self, uid: str) -> tuple[str, ...]:
         file = self._files[uid]
@@ -117,7 +118,7 @@ class ImageFolder(InFiles, ImageDataset):
             return None
         file = self._unit_file(uid, self._unit_root)
         try:
-            with Image.open(file) as image:
+            with opened(file) as stream, Image.open(stream) as image:
                 found, size = np.asarray(image), image.size
         except (OSError, SyntaxError, ValueError) as error:
             raise SampleError(f"{file}: cannot be read as an image of units: {error}") from error

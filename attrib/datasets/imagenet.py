@@ -9,11 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from attrib.datasets.files import InFiles, existing_folder, image_files, parse_box, read_classes, shown, uids_of
+from attrib.datasets.files import (
+    InFiles,
+    existing_folder,
+    image_files,
+    opened,
+    parse_box,
+    read_classes,
+    shown,
+    uids_of,
+)
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
+from attrib.store.reading import content
 from attrib.types import SampleError, UserError
+
+LARGEST = 16 * 2**20  # bytes of an annotation; a hundred thousand boxes
 
 
 class _NoDoctype(ET.TreeBuilder):
@@ -39,9 +51,9 @@ def read_voc(path: Path, first: int = 0, difficult: bool = True) -> Annotation:
 
     Raises SampleError naming the file if it is not one, or if a box is inverted or empty.
     """
-    boxes: dict[str, tuple[Box, ...]] = {}
+    boxes: dict[str, list[Box]] = {}
     try:
-        tree = ET.fromstring(path.read_bytes(), ET.XMLParser(target=_NoDoctype()))
+        tree = ET.fromstring(content(path, LARGEST), ET.XMLParser(target=_NoDoctype()))
         for item in tree.iter("object"):
             if not difficult and (item.findtext("difficult") or "0").strip() == "1":
                 continue
@@ -49,14 +61,15 @@ def read_voc(path: Path, first: int = 0, difficult: bool = True) -> Annotation:
             edges = [item.findtext(f"bndbox/{tag}") or "" for tag in ("xmin", "ymin", "xmax", "ymax")]
             if first:
                 edges[:2] = (str(float(edge) - first) for edge in edges[:2])
-            box = parse_box(edges, str(path))
-            boxes[name] = (*boxes.get(name, ()), box)
+            boxes.setdefault(name, []).append(parse_box(edges, str(path)))
         width, height = (float(tree.findtext(f"size/{tag}") or 0) for tag in ("width", "height"))
     except UserError as error:  # one bad annotation concerns one sample
         raise SampleError(str(error)) from error
     except (OSError, ET.ParseError, ValueError, LookupError) as error:
         raise SampleError(f"{path}: cannot be read as a VOC annotation: {error}") from error
-    return Annotation(boxes, (width, height) if width > 0 and height > 0 else None)
+    return Annotation(
+        {name: tuple(found) for name, found in boxes.items()}, (width, height) if width > 0 and height > 0 else None
+    )
 
 
 def scaled(boxes: tuple[Box, ...], stated: tuple[float, float] | None, actual: tuple[float, float]) -> tuple[Box, ...]:
@@ -102,7 +115,7 @@ class ImageNet(InFiles, ImageDataset):
         return self._files[uid].partition("/")[0]
 
     def open(self, uid: str) -> BinaryIO:
-        return open(self._images / self._files[uid], "rb")
+        return opened(self._images / self._files[uid])
 
     def label(self, uid: str) -> int:
         return self._labels[self._wnid(uid)]

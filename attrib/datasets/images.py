@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import numpy as np
@@ -14,21 +17,31 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from attrib.datasets.depth import depth_of, eight_bits, mark
+from attrib.datasets.files import note
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest, short_name
 from attrib.types import UNREADABLE, Batch, SampleError
 
+Arrays = tuple[np.ndarray | None, np.ndarray | None]  # units and region
 
-def decode(stream: BinaryIO) -> Image.Image:
+
+def decode(stream: BinaryIO, most: int | None = None) -> Image.Image:
     """An RGB image as stored: EXIF orientation and transparency are ignored.
 
     That is ImageNet's convention and torchvision's: boxes refer to the pixels as they are stored,
     and the colours beneath transparent pixels show. Of more than 8 bits the highest 8 count, see ``depth``.
 
+    most   pixels; a larger image is refused before it is decoded
+
     Raises whatever Pillow raises, and ValueError for images whose numbers have no fixed range, such as floating-point
     ones, and for those that Pillow misreads.
     """
     image: Image.Image = Image.open(stream)
+    if most is not None and math.prod(image.size) > most:
+        width, height = image.size
+        raise ValueError(
+            f"{width} x {height} pixels, more than {most}; +dataset.transform.max_pixels={width * height} admits it"
+        )
     depth = depth_of(image)
     image.load()
     if image.mode == "F":
@@ -102,9 +115,44 @@ class ImageDataset(ABC):
         return uid
 
     def image(self, uid: str) -> Image.Image:
-        """The stored image, RGB. Raises SampleError."""
+        """The stored image, RGB. Raises SampleError, also for one that is not what its fingerprint was made of."""
+        content, image = self._decoded(uid)
+        self._note(uid, content, (self.units(uid), self.region(uid)))
+        return image
+
+    def _decoded(self, uid: str) -> tuple[bytes, Image.Image]:
         with self._blame(uid), self.open(uid) as stream:
-            return decode(stream)
+            content = self._content(stream)
+            return content, decode(io.BytesIO(content), self.transform.max_pixels)
+
+    def _content(self, stream: BinaryIO) -> bytes:
+        """All of a stream. Raises ValueError for a file that is longer than any image of so many pixels."""
+        size, most = 0, 2**20 + 16 * self.transform.max_pixels
+        with suppress(AttributeError, OSError):  # not every stream is a file
+            size = os.fstat(stream.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{size} bytes are no image of {self.transform.max_pixels} pixels or fewer")
+        return stream.read()
+
+    def _few_boxes(self, uid: str) -> tuple[Box, ...]:
+        """``boxes``. Raises SampleError if there are too many."""
+        found, most = self.boxes(uid), self.transform.max_boxes
+        if len(found) > most:
+            raise SampleError(
+                f"{self.file(uid)}: {len(found)} boxes, more than {most}; +dataset.transform.max_boxes={len(found)} "
+                "admits them"
+            )
+        return found
+
+    def _note(self, uid: str, content: bytes, arrays: Arrays) -> None:
+        """Take the fingerprint of what was decoded, or compare it. Raises SampleError."""
+        if self._prints_content():
+            found = self._print(uid, hashlib.sha256(content).hexdigest(), mark(content), arrays)
+            note(self.fingerprints, uid, found, self.file(uid))
+
+    def _prints_content(self) -> bool:
+        """Whether the fingerprint is made by ``_print``: a subclass may have another one."""
+        return type(self).fingerprint is ImageDataset.fingerprint
 
     @contextmanager
     def _blame(self, uid: str) -> Iterator[None]:
@@ -125,49 +173,47 @@ class ImageDataset(ABC):
         if uid not in self.fingerprints:
             try:
                 with self.open(uid) as stream:
-                    content = stream.read()
+                    content = self._content(stream)
                 whole = hashlib.sha256(content).hexdigest()
-                value = self._print(uid, whole, mark(content))
-            except (OSError, SampleError):
+                value = self._print(uid, whole, mark(content), (self.units(uid), self.region(uid)))
+            except (OSError, ValueError, SampleError):
                 return UNREADABLE  # not remembered: the file server may come back
             self.fingerprints[uid] = value
         return self.fingerprints[uid]
 
-    def _print(self, uid: str, content: str, marks: tuple[str, ...]) -> str:
-        """The fingerprint of a sample whose encoded image has the digest ``content``. Raises SampleError."""
-        arrays = (self.units(uid), self.region(uid))
+    def _print(self, uid: str, content: str, marks: tuple[str, ...], arrays: Arrays) -> str:
+        """The fingerprint of a sample whose encoded image has the digest ``content``; arrays: units and region."""
         more = [part for a in arrays if a is not None for part in (hashlib.sha256(a.tobytes()).hexdigest(), a.shape)]
-        return digest(content, self.label(uid), self.boxes(uid), *more, *marks)[:16]
+        return digest(content, self.label(uid), self._few_boxes(uid), *more, *marks)[:16]
 
     def batch(self, uids: Sequence[str]) -> Batch:
         rows = [self._row(uid) for uid in uids]
-        units = [found for uid in uids if (found := self._units(uid)) is not None]
+        units = [found for _, _, found in rows if found is not None]
         return Batch(
             uids=tuple(uids),
-            x=torch.stack([x for x, _ in rows]),
+            x=torch.stack([x for x, _, _ in rows]),
             target=torch.tensor([self.label(uid) for uid in uids], dtype=torch.long),
-            roi=torch.stack([mask for _, mask in rows]) if self._boxed else None,
+            roi=torch.stack([mask for _, mask, _ in rows]) if self._boxed else None,
             units=torch.stack(units) if len(units) == len(uids) else None,
         )
 
-    def _units(self, uid: str) -> Tensor | None:
-        found = self.units(uid)
-        if found is None:
-            return None
-        with self._blame(uid):
-            return self.transform.units(found)
-
-    def _row(self, uid: str) -> tuple[Tensor, Tensor]:
-        image = self.image(uid)
-        region = self.region(uid) if self._boxed else None
+    def _row(self, uid: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        units, region = self.units(uid), self.region(uid)
+        if type(self).image is ImageDataset.image:
+            content, image = self._decoded(uid)
+            self._note(uid, content, (units, region))
+        else:
+            image = self.image(uid)
+        region = region if self._boxed else None
         with self._blame(uid):
             x = self.transform.tensor(image)
+            own = None if units is None else self.transform.units(units)
             if region is None or not region.size:
-                return x, self.transform.mask(self.boxes(uid), image.size)
+                return x, self.transform.mask(self._few_boxes(uid), image.size), own
             if region.shape != image.size[::-1]:
                 shapes = "x".join(map(str, region.shape)), "x".join(map(str, image.size[::-1]))
                 raise SampleError(f"{self.file(uid)}: its mask is {shapes[0]} pixels (height x width), not {shapes[1]}")
-            return x, self.transform.region(region)
+            return x, self.transform.region(region), own
 
     def picture(self, uid: str) -> np.ndarray:
         image = self.image(uid)
@@ -184,7 +230,7 @@ class ImageDataset(ABC):
         region = self.region(uid)
         if region is not None:
             return float(region.mean()) if region.any() else None
-        boxes = self.boxes(uid)
+        boxes = self._few_boxes(uid)
         if not boxes:
             return None
         width, height = self.size(uid)

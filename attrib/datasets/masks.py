@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from attrib.datasets.files import existing_folder, image_files, log, shown
+from attrib.datasets.files import existing_folder, image_files, log, opened, shown
 from attrib.types import SampleError, UserError
 
 Values = Literal["binary", "index"]
@@ -21,7 +21,7 @@ def read_values(path: Path) -> np.ndarray:
     Raises SampleError naming the file.
     """
     try:
-        with Image.open(path) as image:
+        with opened(path) as stream, Image.open(stream) as image:
             if image.mode in ("P", "L", "1", "I", "RGB") or image.mode.startswith("I;16"):
                 return np.asarray(image).astype(np.int64)
             mode = image.mode

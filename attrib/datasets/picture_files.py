@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from attrib.datasets.files import InFiles, shown
+from attrib.datasets.files import InFiles, opened, shown
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import ImageTransform
 from attrib.types import SampleError, UserError
@@ -50,7 +50,7 @@ class PictureFiles(InFiles, ImageDataset):
         return self._paths[uid]
 
     def open(self, uid: str) -> BinaryIO:
-        return open(self.path(uid), "rb")
+        return opened(self.path(uid))
 
     def label(self, uid: str) -> int:
         return self._labels.get(uid, -1)

@@ -229,8 +229,14 @@ class ShardedImages(ImageDataset):
             return UNREADABLE
         if uid not in self.fingerprints:
             content = self._digests[self._place[uid]].as_py().hex()
-            self.fingerprints[uid] = self._print(uid, content, (self._marks[uid],) if uid in self._marks else ())
+            arrays = self.units(uid), self.region(uid)
+            self.fingerprints[uid] = self._print(
+                uid, content, (self._marks[uid],) if uid in self._marks else (), arrays
+            )
         return self.fingerprints[uid]
+
+    def _prints_content(self) -> bool:
+        return type(self).fingerprint is ShardedImages.fingerprint
 
     def file(self, uid: str) -> str:
         return f"{shown(str(self._shards[self._shard[self._place[uid]]]))}: {uid}"

@@ -11,9 +11,10 @@ from typing import Any, Self
 import torch
 
 from attrib.datasets.audio import WaveTransform
-from attrib.datasets.files import existing_folder, shown, uids_of
+from attrib.datasets.files import existing_folder, note, shown, uids_of
 from attrib.datasets.tokens import Encoded, Encoder
 from attrib.keys import digest, short_name
+from attrib.store.reading import content
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 SENTIMENT = {0: "negative", 1: "positive"}
@@ -83,7 +84,10 @@ class TextDataset(ABC):
         return other
 
     def _encoded(self, uid: str) -> Encoded:
-        return self._need().encode(self.text(uid))
+        encoder, text = self._need(), self.text(uid)
+        if type(self).fingerprint is TextDataset.fingerprint:
+            note(self._fingerprints, uid, digest(text, self.label(uid))[:16], uid)
+        return encoder.encode(text)
 
     def _need(self) -> Encoder:
         if self.encoder is None:
@@ -154,7 +158,7 @@ class IMDb(TextDataset):
 
     def text(self, uid: str) -> str:
         try:
-            data = self._file(uid).read_bytes()
+            data = content(self._file(uid))
         except OSError as error:
             raise SampleError(f"{shown(str(self._file(uid)))}: cannot be read: {error.strerror}") from error
         return decode(data, self._encoding, shown(str(self._file(uid))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from attrib.keys import HOW
 from attrib.types import UserError
 
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -50,6 +51,8 @@ class ImageTransform:
                    then the centre; "none": images must have ``size`` already
     resize_size    for "crop"; by default round(longer side of ``size`` / 0.875), 256 for 224
     interpolation  "bilinear" or "bicubic", antialiased, by Pillow
+    max_pixels     larger stored images cost their sample, as they would take the machine's memory
+    max_boxes      and so do images with more boxes
 
     Equal, bit for bit, to torchvision's Resize, CenterCrop, ToTensor and Normalize of a PIL image.
     """
@@ -61,6 +64,8 @@ class ImageTransform:
     resize: str = "squash"
     resize_size: int | None = None
     interpolation: str = "bilinear"
+    max_pixels: int = field(default=100_000_000, metadata=HOW)
+    max_boxes: int = field(default=1000, metadata=HOW)
 
     def __post_init__(self) -> None:
         # One form for each meaning, so that 224 and [224, 224] have the same key.
@@ -74,6 +79,9 @@ class ImageTransform:
             raise UserError(f'transform.resize must be "squash", "crop" or "none", not {self.resize!r}')
         if self.interpolation not in _INTERPOLATION:
             raise UserError(f'transform.interpolation must be "bilinear" or "bicubic", not {self.interpolation!r}')
+        for name in ("max_pixels", "max_boxes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"transform.{name} must be at least 1, not {getattr(self, name)}")
         resize_size = self.resize_size
         if self.resize == "crop":
             resize_size = round(max(size) / 0.875) if resize_size is None else resize_size

@@ -6,21 +6,27 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-from attrib.errors import printable
+from attrib.errors import GoneError, printable
 from attrib.process.signals import LEFT
 from attrib.types import UserError
 
 SHOWN = 10  # files named of those that cannot be read
 
-UNEXPECTED, USER, FAILED, DAMAGED = 1, 2, 3, 4  # beside 0 and LEFT; docs/how-to/cluster.md says what each means
-WORST = (USER, UNEXPECTED, FAILED, LEFT, 0)  # what a person should hear of first comes first
+UNEXPECTED, USER, FAILED, DAMAGED, GONE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+)  # beside 0 and LEFT; docs/how-to/cluster.md says what each means
+WORST = (USER, UNEXPECTED, GONE, FAILED, LEFT, 0)  # what a person should hear of first comes first
 
 
 def report_error(error: Exception) -> int:
     """Print what went wrong at once, not at the end of a grid. Returns the exit status that it stands for."""
     if isinstance(error, UserError):
         print(f"error: {lines(str(error))}", file=sys.stderr, flush=True)
-        return USER
+        return GONE if isinstance(error, GoneError) else USER
     print(lines("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     return UNEXPECTED
 

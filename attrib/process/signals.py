@@ -17,6 +17,7 @@ killed, and loses what it had not flushed (``run.flush``).
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -157,8 +158,30 @@ class Stop:
             return
         number = signal.Signals[self.name]
         handler = self._previous[number]
-        if callable(handler) and handler is not signal.default_int_handler and _owner(handler) is None:
+        if handler is signal.default_int_handler or _is_start(handler):
+            return
+        if callable(handler) and _owner(handler) is None:
             handler(number, inspect.currentframe())
+
+
+def polite_start() -> None:
+    """Until something watches, a signal ends the process with LEFT: nothing was begun, so nothing is lost."""
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, functools.partial(_not_begun, os.getpid()))
+
+
+def _not_begun(process: int, number: int, _: FrameType | None) -> None:
+    if os.getpid() != process:  # a child
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    _say(f"stopped by {signal.Signals(number).name}; the same command goes on")
+    os._exit(LEFT)
+
+
+def _is_start(handler: Handler) -> bool:
+    return isinstance(handler, functools.partial) and handler.func is _not_begun
 
 
 def _say(line: str) -> None:

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.drawing.pictures import overlay, png, words_page
 from attrib.drawing.spectrogram import draw
-from attrib.errors import printable
+from attrib.errors import GoneError, printable
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.store.files import picture_path, write_atomic, write_json
-from attrib.store.workers import BEAT, PROGRESS, identity, slurm_job
+from attrib.store.temporary import identity
+from attrib.store.workers import BEAT, PROGRESS, slurm_job
 from attrib.types import Batch, SampleError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Heartbeat(Hook):
     WINDOW = 300.0  # seconds over which the rate is taken, longer where a batch takes longer
 
     def __init__(self, plan: Plan, options: Options, *, seconds: float = BEAT) -> None:
+        self._cell = plan.cell
         self.path = plan.cell.folder / "runs" / plan.cell.writer / PROGRESS
         self._seconds = seconds
         self._about = {
@@ -147,7 +149,10 @@ class Heartbeat(Hook):
             now = {"stage": self._stage, "done": self._done, "total": self._total, "failed": self._failed}
         rate = (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else None
         try:
+            self._cell.check()
             write_json(self.path, {**self._about, **now, "rate": rate, "time": time.time()})
+        except GoneError:
+            return  # the loop says so
         except OSError as error:
             if not self._warned:
                 self._warned = True

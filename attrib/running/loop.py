@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from mmengine.runner import BaseLoop, Runner
@@ -16,6 +18,7 @@ from attrib.running.options import Options
 from attrib.running.plan import Plan
 from attrib.running.stages import Maps, Scores, Shared, Stage, own_scores
 from attrib.running.summary import Step
+from attrib.store.workers import RUNNING, clock, workers
 
 
 class Loop(BaseLoop):
@@ -85,9 +88,11 @@ class Loop(BaseLoop):
 
         What writing raises between batches is the disk's fault, not a sample's.
         """
+        self.plan.cell.check()
         samples, budget = stage.begin(todo), stage.budget
         self.stage, self.total, seen = stage.name, len(todo), 0
-        for portion in budget.portions(self._by_length(todo)):
+        order = self._apart(self._by_length(todo), budget.most)
+        for portion in budget.portions(order):
             for batch, unread in samples.load(budget.chunks(portion)):
                 if self.stop():
                     return
@@ -109,6 +114,7 @@ class Loop(BaseLoop):
                     budget.succeeded += len(uids)
                     if uids != batch.uids:
                         batch = batch[[batch.uids.index(uid) for uid in uids]]
+                self.plan.cell.check()  # before hooks write
                 step = Step(self.stage, uids, arrays, time.perf_counter() - start, seen, self.total)
                 self.runner.call_hook("after_test_iter", batch_idx=self._iteration, data_batch=batch, outputs=step)
                 self._iteration += 1
@@ -117,6 +123,22 @@ class Loop(BaseLoop):
                     stage.flush_if_due()
                 if self.stop():
                     return  # before the next batch is waited for
+
+    def _apart(self, uids: Sequence[str], size: int) -> Sequence[str]:
+        """The samples in another order of batches where another process is at work on the same ones.
+
+        The order depends on the process, and each looks whether a sample is done before it begins it, so they share the
+        work. Alone, samples come in the order in which they lie on disk. The first batch, of the longest texts, stays.
+        """
+        cell, mine = self.plan.cell, (self.options.shard, self.options.shards)
+        found = workers(cell.folder, clock(Path(self.options.root)))
+        others = [w for w in found if w.state == RUNNING and w.name != cell.writer]
+        if not any((w.shard, w.shards) == mine or w.shards != mine[1] for w in others):
+            return uids
+        batches = [uids[start : start + size] for start in range(0, len(uids), size)]
+        rest = batches[1:] if holds_texts(self.plan.experiment.dataset) else batches
+        random.Random(cell.writer).shuffle(rest)
+        return [uid for batch in (*batches[: len(batches) - len(rest)], *rest) for uid in batch]
 
     def _by_length(self, uids: Sequence[str]) -> Sequence[str]:
         """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.

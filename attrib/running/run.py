@@ -14,6 +14,7 @@ import logging
 import time
 from pathlib import Path
 
+from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.process.signals import Interrupted, Stop, watching
@@ -26,6 +27,8 @@ from attrib.running.states import load_state
 from attrib.running.summary import Summary
 from attrib.store.files import write_json, writer_name
 from attrib.store.reading import UnreadableError
+from attrib.store.temporary import sweep
+from attrib.store.workers import SUMMARY, clock
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
             except OSError as error:
                 raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
             check_metrics(plan)
+            _tidy(plan, Path(options.root))
         stop.defer()  # once there is a summary, the caller gets it
         try:
             summary = _run(plan, options, start, stop)
@@ -92,7 +96,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         heartbeat = Heartbeat(plan, options)
         runner.register_hook(heartbeat)
         heartbeat.start()
-        failure: OSError | None = None
+        failure: OSError | GoneError | None = None
         try:
             with stop.finishing():
                 if plan.explains:
@@ -101,7 +105,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             finished = summary.stopped is None
         except Interrupted:
             summary.stopped = stop.name
-        except OSError as error:
+        except (OSError, GoneError) as error:
             failure = error
         finally:
             summary.left = loop.left + loop.unwritten
@@ -114,9 +118,12 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
             record["exam"] = exam_of(experiment.model)
             try:
+                cell.check()
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
-            except OSError as error:
+            except (OSError, GoneError) as error:
                 failure = failure or error
+        if isinstance(failure, GoneError):
+            raise failure
         if failure is not None:
             raise _refused(plan, failure, loop.unwritten) from failure
     return summary
@@ -129,6 +136,15 @@ def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
     if any(plan.cell.folder.glob("maps/[!.]*.safetensors")):
         return UserError(f"{what}.{lost} What was stored is safe; run the same command again")
     return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
+
+
+def _tidy(plan: Plan, root: Path) -> None:
+    """Remove the temporary files of dead writers, deep in the cell only if a run of it ended without a word."""
+    now = clock(root)
+    sweep(root, deep=False, now=now)
+    sweep(root / "state", now=now)
+    silent = any(not (run / SUMMARY).exists() for run in plan.cell.folder.glob("runs/[!.]*/"))
+    sweep(plan.cell.folder, deep=silent, now=now)
 
 
 def _examine(plan: Plan) -> None:
@@ -160,3 +176,4 @@ def _open(plan: Plan) -> None:
     if there != spec["key"]:
         raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
     plan.cell.write_samples(plan.selected, plan.fingerprints)
+    plan.cell.begin()

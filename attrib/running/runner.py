@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import platform
@@ -65,6 +66,9 @@ class AttributionRunner(Runner):
         for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
                 self.file_handler = handler
+                if isinstance(handler.stream, io.TextIOWrapper):
+                    handler.stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+                handler.handleError = _lost_line(handler)  # type: ignore[method-assign]
             else:
                 handler.setLevel(logging.ERROR)
         return logger
@@ -86,6 +90,19 @@ class AttributionRunner(Runner):
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         return self.attribution
+
+
+def _lost_line(handler: logging.FileHandler) -> Any:
+    """What a log says of a line that its file does not take: so, once, and no traceback for each."""
+    said = False
+
+    def lost(record: logging.LogRecord) -> None:
+        nonlocal said
+        if not said:
+            said = True
+            print(f"{handler.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+
+    return lost
 
 
 @functools.cache

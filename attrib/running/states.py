@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +18,10 @@ from attrib.fit import Fit, State
 from attrib.models import Classifier
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
-from attrib.store.files import sync_folder, write_atomic, write_json
+from attrib.store.files import sync_folder, write_atomic, write_json, write_synced
 from attrib.store.reading import LISTING, document, regular
 from attrib.store.schemas import Confidences
+from attrib.store.temporary import temporary
 from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
@@ -105,21 +106,27 @@ def _publish(path: Path, data: bytes) -> None:
     """
     if _read(path) is not None:
         return
-    mine = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    write_atomic(mine, data)
+    mine = temporary(path)
     try:
+        write_synced(mine, data)
         if os.path.lexists(path):  # and is damaged
             os.replace(mine, path)
         else:
-            os.link(mine, path)
+            _link(mine, path)
+    finally:
+        with contextlib.suppress(OSError):  # then the next run removes it
+            mine.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _link(mine: Path, path: Path) -> None:
+    try:
+        os.link(mine, path)
     except FileExistsError:
         pass
     except OSError as error:
         log.info("%s cannot be linked (%s); it is renamed", path, error)
         os.replace(mine, path)
-    finally:
-        mine.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def load_confidence(

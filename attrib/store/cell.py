@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,6 +33,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from attrib.errors import GoneError
 from attrib.store.files import Buffered, Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.store.listing import Folder, Memory, Stamp, stamp_of
@@ -80,7 +82,7 @@ class Record(NamedTuple):
 
     @property
     def crc(self) -> Mapping[str, int]:
-        return json.loads(self.noted)[0]
+        return _read_note(self.noted)[0]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +90,7 @@ class Record(NamedTuple):
 
     @property
     def info(self) -> Mapping[str, Any]:
-        return json.loads(self.noted)[1]
+        return _read_note(self.noted)[1]
 
 
 _Noted = tuple[Key, str]  # a sample, and what is noted beside it
@@ -101,9 +103,9 @@ class Arrays(Buffered):
     REMEMBERED = pa.schema([("uid", pa.string()), ("fingerprint", pa.string()), ("noted", pa.string())])
 
     def __init__(
-        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256, background: bool = False
+        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 256, **options: Any
     ) -> None:
-        super().__init__(folder, writer, seconds=seconds, count=count, background=background)
+        super().__init__(folder, writer, seconds=seconds, count=count, **options)
         self.files = self._unread()
         self._index: dict[Key, Record] | None = None
         self._chunks: dict[str, tuple[Stamp, list[_Noted]]] = {}  # what was read
@@ -256,6 +258,14 @@ def _note(crc: Mapping[str, int], info: Mapping[str, Any]) -> str:
     return json.dumps([dict(crc), info], separators=(",", ":"))
 
 
+def _read_note(noted: str) -> Any:
+    """The fast parser; it takes no NaN and no half characters, which work directories may hold."""
+    try:
+        return msgspec.json.decode(noted)
+    except msgspec.DecodeError:
+        return json.loads(noted)
+
+
 class ScoreRows(Buffered):
     """Score rows: (uid, fingerprint, map, column, value, time), one Parquet file per flush."""
 
@@ -273,8 +283,10 @@ class ScoreRows(Buffered):
     NAMED = pa.schema([("file", pa.string()), *SCHEMA])
     SUFFIX = ".parquet"
 
-    def __init__(self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096) -> None:
-        super().__init__(folder, writer, seconds=seconds, count=count)
+    def __init__(
+        self, folder: Path, writer: str = "", *, seconds: float = 5.0, count: int = 4096, **options: Any
+    ) -> None:
+        super().__init__(folder, writer, seconds=seconds, count=count, **options)
         self.files = Folder(self.folder, self.SUFFIX, "rows.cache", self.SCHEMA)
         self._stamps: dict[str, Stamp] | None = None  # of the files that were read
         self._rows = self.NAMED.empty_table()  # theirs, in the order of the files' names
@@ -362,7 +374,8 @@ class ScoreRows(Buffered):
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A file of score rows, or some ``columns`` of it. Raises one of ``READING``."""
     regular(path)
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    # Opened here: pyarrow takes no path that is not UTF-8.
+    with open(path, "rb") as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
         if file.metadata.num_rows > MOST_ROWS:
             raise UnreadableError(f"{path}: claims {file.metadata.num_rows} rows")
         table = file.read(list(columns) if columns else None)
@@ -377,8 +390,25 @@ class Cell:
 
     def __init__(self, folder: Path, writer: str = "", *, flush_seconds: float = 5.0) -> None:
         self.folder, self.writer, self._flush_seconds = Path(folder), writer, flush_seconds
-        self.maps = Arrays(self.folder / "maps", writer, seconds=flush_seconds, background=True)
-        self.ledger = Ledger(self.folder, writer)
+        self._begun = False
+        self.maps = Arrays(self.folder / "maps", writer, background=True, **self._how)
+        self.ledger = Ledger(self.folder, writer, self.check)
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return {"seconds": self._flush_seconds, "before": self.check}
+
+    def begin(self) -> None:
+        """From now on the cell is described, and whatever is written looks first whether it still is."""
+        self._begun = True
+
+    def check(self) -> None:
+        """Raises GoneError if the folder was deleted since ``begin``: half a cell must not take its place."""
+        if self._begun and not os.path.lexists(self.folder / "spec.json"):
+            raise GoneError(
+                f"{self.folder} was deleted, or its spec.json was, while this process was at work; nothing more is "
+                "written. The same command computes what is missing"
+            )
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -435,10 +465,10 @@ class Cell:
 
     def scores(self, metric: str) -> ScoreRows:
         """``metric`` is the folder's name, ``<name>.<key8>``."""
-        return ScoreRows(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+        return ScoreRows(self.folder / "scores" / metric, self.writer, **self._how)
 
     def curves(self, metric: str) -> Arrays:
-        return Arrays(self.folder / "scores" / metric, self.writer, seconds=self._flush_seconds)
+        return Arrays(self.folder / "scores" / metric, self.writer, **self._how)
 
     def metrics(self) -> list[str]:
         """Names of the score folders that exist."""

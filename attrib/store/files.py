@@ -8,11 +8,13 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
+
+from attrib.store.temporary import temporary
 
 Key = tuple[str, str]  # (uid, fingerprint)
 
@@ -27,18 +29,22 @@ def writer_name(shard: int = 0) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a whole file or nothing, also when the machine dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process number alone is not unique: containers on two machines often have the same.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    unfinished = temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_synced(unfinished, data)
+        os.replace(unfinished, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # then the next run removes it
+            unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -76,14 +82,25 @@ class Buffered:
 
     A fast method therefore writes few files, and a slow one (more than ``seconds`` a sample)
     flushes after each sample. With ``background`` a thread writes while the next samples are gathered.
+    ``before`` is called before each file and may refuse it.
     """
 
     SUFFIX: ClassVar[str]
     MOST: ClassVar[int] = 64 * 2**20  # bytes of arrays that wait to be written
 
-    def __init__(self, folder: Path, writer: str, *, seconds: float, count: int, background: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        writer: str,
+        *,
+        seconds: float,
+        count: int,
+        background: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.writer = Path(folder), writer
         self._seconds, self._count, self._background = seconds, count, background
+        self._before = before
         self._pending: dict[Key, Any] = {}
         self._bytes = 0
         self._writing: dict[Key, Any] = {}  # what the thread writes
@@ -142,6 +159,7 @@ class Buffered:
                 self._job, self._writing = None, {}
 
     def _write(self, samples: Mapping[Key, Any]) -> None:
+        self._before()
         write_atomic(self._next(), self._encoded(samples))
 
     def _next(self) -> Path:

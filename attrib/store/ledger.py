@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from attrib.store.reading import LISTING, content, parsed
@@ -15,14 +16,14 @@ class Ledger:
     """What could not be computed, and why: a history, nothing is ever taken out of it.
 
     Each writer appends to a file of its own, ``failures/<writer>.jsonl`` (without a name, ``failures.jsonl``),
-    because file servers lose lines where two machines append to one file.
+    because file servers lose lines where two machines append to one file. ``before``: see ``Buffered``.
     """
 
     MAX_REASON = 1500  # keeps a line below the size that one write() delivers whole
     FIELDS = ("uid", "fingerprint", "stage", "reason")
 
-    def __init__(self, folder: Path, writer: str = "") -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, writer: str = "", before: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._before = Path(folder), before
         self.path = self.folder / (f"failures/{writer}.jsonl" if writer else "failures.jsonl")
         self._known: set[tuple[str, str, str, str]] | None = None
         self.broken: list[str] = []  # what could not be read when the entries were last asked for
@@ -37,6 +38,7 @@ class Ledger:
         fields = (uid, fingerprint, stage, reason[: self.MAX_REASON])
         if fields in self._known:
             return
+        self._before()
         self._known.add(fields)
         entry = {**dict(zip(self.FIELDS, fields, strict=True)), "time": time.time()}
         self.path.parent.mkdir(parents=True, exist_ok=True)

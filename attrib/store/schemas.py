@@ -5,6 +5,7 @@ Fields that are not named here are allowed, so that an older program reads what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -166,6 +167,12 @@ class Environment(Struct):
 
 
 # ---- causal graphs ----------------------------------------------------------------------------------
+
+
+GRAPH_TABLES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # file -> columns of text, and of numbers
+    "effect.csv": (("class", "change", "network"), ("logit", "accuracy", "others")),
+    "bootstrap.csv": (("layer",), ("nodes", "edges", "nodes_reference", "edges_reference")),
+}
 
 
 class GraphLayer(Struct):

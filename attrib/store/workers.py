@@ -11,7 +11,6 @@ import contextlib
 import os
 import platform
 import re
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from msgspec import UNSET
 from attrib.errors import printable
 from attrib.store.reading import document, regular
 from attrib.store.schemas import Environment, Progress, RunConfig, RunOptions, RunSummary
+from attrib.store.temporary import identity, temporary
 
 T = TypeVar("T")
 
@@ -204,24 +204,6 @@ def _times(folder: Path) -> tuple[float, float]:
 # ---- processes --------------------------------------------------------------------------------------
 
 
-def identity(pid: int | str = "self") -> str | None:
-    """What tells a process of this machine from every other: boot, namespace of process numbers, number, start.
-
-    A number alone comes again, and containers of one machine have the same numbers. None where there is no such
-    process, or no /proc.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = os.readlink(f"/proc/{pid}/ns/pid") if pid == "self" else os.readlink("/proc/self/ns/pid")
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        number = os.getpid() if pid == "self" else int(pid)
-    except (OSError, ValueError):
-        return None
-    if fields[0] in "ZX":
-        return None  # dead, and nobody has asked for its exit status
-    return f"{boot} {space} {number} {fields[19]}"
-
-
 def slurm_job(environment: Mapping[str, str]) -> dict[str, Any]:
     """The Slurm job as squeue names it, 123_4 for task 4 of an array, and how often it was requeued."""
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
@@ -256,7 +238,7 @@ def clock(root: Path) -> float:
 
     Where nothing can be written, this machine's time.
     """
-    probe = root / f".clock.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    probe = temporary(root / "clock")
     try:
         with open(probe, "wb") as file:
             file.write(b"\n")

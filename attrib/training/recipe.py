@@ -32,6 +32,7 @@ from attrib.models.output import Output
 from attrib.models.zoo import seeded
 from attrib.process.git import git_commit
 from attrib.store.files import write_atomic, write_json
+from attrib.store.temporary import sweep
 from attrib.training.batches import LoadedSamples
 from attrib.training.data import Splits, TrainingData, readable, splits, text_baseline, text_encoder
 from attrib.training.loop import Hyperparameters, evaluate, fit
@@ -149,6 +150,7 @@ def train(config: ConfigNode) -> TrainingResult:
         if options.restart:
             for name in ("result.json", "state.safetensors", "model.safetensors", "metrics.jsonl", "config.json"):
                 (folder / name).unlink(missing_ok=True)
+        sweep(folder)  # of a training that was killed
         if (folder / "config.json").exists():
             check_same(folder, config)
         else:

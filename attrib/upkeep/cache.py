@@ -22,6 +22,7 @@ from attrib.store.cell import Arrays, Cell, cells, counts
 from attrib.store.damaged import DAMAGED
 from attrib.store.reading import fits
 from attrib.store.schemas import Needs
+from attrib.store.temporary import TEMPORARY, is_dead
 from attrib.store.workers import RUNNING, SILENT, clock, counted, read_object, workers
 from attrib.types import UserError
 from attrib.upkeep.status import no_cells
@@ -31,7 +32,6 @@ NOT_OURS = "is a link, lies on another file system, or was not written by attrib
 _CELL = re.compile(r"[^./]+\.[^./]+\.[^./]+\.[0-9a-f]{8}")
 FITTED = re.compile(r"(?P<key>[0-9a-f]{8})\.(?:(?P<partial>partial\.)?safetensors|json)")
 SHARED = re.compile(r"(?P<kind>pictures|confidence)\.(?P<key>[0-9a-f]{8})(?:\.json)?")
-_TEMPORARY = re.compile(r"\..+\.(?:\d+-)?[0-9a-f]{8,16}\.tmp")
 _CHUNKS = (".safetensors", ".parquet", ".cache", ".json", ".tmp")
 # What a cell's folder may hold, and the suffixes of what lies there; None: anything, users' hooks write there too.
 _PARTS: Mapping[str, tuple[str, ...] | None] = {
@@ -111,12 +111,14 @@ def measured(paths: Iterable[Path], now: float, suffixes: tuple[str, ...] | None
     return Measure(size, files, max(0.0, now - newest) if newest else 0.0, tuple(strange))
 
 
-def temporaries(root: Path, older: float, now: float) -> list[StoredItem]:
-    """Files under a temporary name that have not changed for ``older`` seconds: their writer was killed."""
+def temporaries(root: Path, now: float, *, dead: bool) -> list[StoredItem]:
+    """Files under a temporary name. ``dead``: only those that nobody writes any more."""
     found = []
     for path, about in walk(root):
-        if stat.S_ISREG(about.st_mode) and _TEMPORARY.fullmatch(path.name) and now - about.st_mtime >= older:
+        if stat.S_ISREG(about.st_mode) and TEMPORARY.fullmatch(path.name):
             age = max(0.0, now - about.st_mtime)
+            if dead and not is_dead(path.name, age):
+                continue
             found.append(StoredItem("temporary", (path,), Measure(about.st_size, 1, age), "unfinished file"))
     return found
 
@@ -131,7 +133,7 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Sto
         raise UserError(no_cells(root))
     found += _states(root, uses, now)
     for path in sorted(root.iterdir()):
-        if path == state or (path / "spec.json").exists() or _TEMPORARY.fullmatch(path.name):
+        if path == state or (path / "spec.json").exists() or TEMPORARY.fullmatch(path.name):
             continue
         size = measured([path], now)
         if path.is_dir() and not path.is_symlink() and _CELL.fullmatch(path.name):
@@ -148,7 +150,7 @@ def inventory(root: Path | str, uses: Mapping[str, tuple[str, ...]]) -> list[Sto
             )
         else:
             found.append(StoredItem("other", (path,), size, "a link" if path.is_symlink() else ""))
-    return found + temporaries(root, 0.0, now)
+    return found + temporaries(root, now, dead=False)
 
 
 def _cell(cell: Cell, now: float) -> StoredItem:
@@ -209,7 +211,7 @@ def _states(root: Path, uses: Mapping[str, tuple[str, ...]], now: float) -> list
     groups: dict[tuple[str, str], list[Path]] = {}
     others = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if _TEMPORARY.fullmatch(path.name):
+        if TEMPORARY.fullmatch(path.name):
             continue
         if (fitted := FITTED.fullmatch(path.name)) and not path.is_dir():
             kind = "partial" if fitted["partial"] else "state"
@@ -235,7 +237,7 @@ def foreign(folder: Path) -> list[Path]:
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.is_file():
-            if path.is_symlink() or not (path.name in _FILES or _TEMPORARY.fullmatch(path.name)):
+            if path.is_symlink() or not (path.name in _FILES or TEMPORARY.fullmatch(path.name)):
                 found.append(path)
             continue
         suffixes = _PARTS.get(path.name, (".json", ".tmp"))  # else a folder of documents

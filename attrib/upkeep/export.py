@@ -18,6 +18,7 @@ from attrib.store.files import Key, picture_path, write_atomic
 from attrib.store.inputs import KeptInput, drawable, kept_input
 from attrib.store.reading import fits
 from attrib.store.schemas import Spec
+from attrib.store.temporary import sweep
 from attrib.store.workers import read_object
 from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
@@ -70,6 +71,7 @@ def export(
     root, out = Path(root), Path(out)
     if kind not in FORMATS:
         raise UserError(f"unknown format {kind}: choose one of {', '.join(FORMATS)}")
+    sweep(out)  # of an export that was killed
     result = Exported()
     jobs = list(_jobs(root, out, kind, filters, maps, uids, result.broken))
     if not jobs:

@@ -5,6 +5,7 @@ A damaged chunk is no loss: its samples count as missing, and the next run compu
 
 from __future__ import annotations
 
+import io
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
@@ -22,8 +24,9 @@ from attrib.store.damaged import DAMAGED, recover
 from attrib.store.damaged import put_aside as move_aside
 from attrib.store.files import Key, write_atomic, writer_name
 from attrib.store.ledger import Ledger, read_ledger
-from attrib.store.reading import DOCUMENT, LISTING, document, parsed, regular
+from attrib.store.reading import DOCUMENT, LISTING, content, document, parsed, regular
 from attrib.store.schemas import (
+    GRAPH_TABLES,
     CausalGraph,
     Confidences,
     Environment,
@@ -79,6 +82,8 @@ def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
         runs = sorted(folder.glob("runs/[!.]*/"))
         found += [(run / name, check) for run in runs for name, check in _RUN if exists(run / name)]
     found += [(path, _graph) for path in sorted(root.glob("graphs/*/class_*.json"))]
+    tables = [path for name in GRAPH_TABLES for path in sorted(root.glob(f"graphs/*/{name}"))]
+    found += [(path, _graph_table) for path in tables]
     state = root / "state"
     found += [(state, _folder)] if exists(state) else []
     for path in sorted(state.glob("[!.]*")):
@@ -169,6 +174,16 @@ def _metric(path: Path) -> Damage | None:
 
 def _graph(path: Path) -> Damage | None:
     return _document(path, CausalGraph)
+
+
+def _graph_table(path: Path) -> Damage | None:
+    texts, numbers = GRAPH_TABLES[path.name]
+    try:
+        frame = pd.read_csv(io.BytesIO(content(path)))
+        frame[list(texts)], frame[list(numbers)].astype(float)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Damage(path, f"{type(error).__name__}: {error}")
+    return None
 
 
 _RUN: tuple[tuple[str, FileCheck], ...] = (
