@@ -42,6 +42,10 @@ class Selection:
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"select.{name} must be between 0 and 1, not {value}")
 
+    def listed(self, dataset: Dataset) -> tuple[str, ...]:
+        """What ``list`` leaves, sorted. Raises UserError like ``apply``."""
+        return dataset.uids if self.list is None else tuple(sorted(_listed(self.list, dataset.uids)))
+
     def apply(self, dataset: Dataset, confidence: Confidence) -> tuple[str, ...]:
         """The selected uids, sorted.
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from attrib import keys
+from attrib.classes import listed
 from attrib.datasets import Dataset, Selection
 from attrib.experiment.samples import Samples, Target, example
+from attrib.experiment.targets import matched
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
@@ -90,11 +92,46 @@ class Experiment:
             )
 
     def samples(self, uids: Sequence[str], batch: int) -> Samples:
-        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
+        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch, classes=self.classes)
 
     def stored_samples(self, uids: Sequence[str], batch: int) -> Samples:
         """For work on stored maps, which say themselves what they explain."""
         return Samples(self.dataset, self.model, uids, target=None, batch=batch)
+
+    @cached_property
+    def classes(self) -> Mapping[int, int] | None:
+        """Class of the dataset -> class of the net; None where the numbers are the same, or not asked for.
+
+        Raises UserError for a class of the samples that the net does not have.
+        """
+        return self._matched(self.dataset, self.select, "dataset")
+
+    @cached_property
+    def _estimation_classes(self) -> Mapping[int, int] | None:
+        assert self.estimation is not None
+        return self._matched(self.estimation, self.estimation_select, "dataset.estimation")
+
+    def _matched(self, dataset: Dataset, select: Selection, where: str) -> Mapping[int, int] | None:
+        if self.target != "label":
+            return None
+        names, outputs = dataset.names, self.model.known_outputs
+        if self.model.classes is None and outputs is not None and max(names, default=-1) >= outputs:
+            raise UserError(
+                f"{where}: the data have classes up to {max(names)} ({listed(names.values())}), the net has {outputs}, "
+                "and nothing says what those are called; name them as model.classes, or explain "
+                "dataset.target=predicted"
+            )
+        return matched(dataset, self.model.classes, select.listed(dataset), where)
+
+    def class_name(self, index: int) -> str:
+        """What the net or, where it has no names and as many classes, the dataset calls a class; "" if neither does."""
+        model, names = self.model.original, self.dataset.names
+        if model.classes is not None:
+            return model.classes.shown(index) if index < len(model.classes) else ""
+        known = model.known_outputs
+        theirs = known is not None and max(names, default=-1) >= known
+        numbered = getattr(self.dataset, "numbering", "given") == "given" or self.target == "label"
+        return names.get(index, "") if numbered and not theirs else ""
 
     def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:
         """What the method says of a batch, with random numbers of the samples' own."""
@@ -120,26 +157,31 @@ class Experiment:
         """What the method's state is fitted on."""
         if self.estimation is None:
             raise UserError(f"{self.names['method']} needs an estimation set: dataset.estimation")
-        whole = Samples(self.estimation, self.model, self.estimation.uids, target=self.target, batch=batch)
-        return Samples(
-            self.estimation,
-            self.model,
-            self.estimation_select.apply(self.estimation, whole.confidence),
-            target=self.target if self.method.fit is None or self.method.fit.TARGETS else None,
-            batch=batch,
-        )
+        fit, select = self.method.fit, self.estimation_select
+        wanted = fit is None or fit.TARGETS
+        classes = self._estimation_classes if wanted or select.min_confidence is not None else None
+
+        def of(uids: Sequence[str], target: Target | None) -> Samples:
+            assert self.estimation is not None
+            return Samples(self.estimation, self.model, uids, target=target, batch=batch, classes=classes)
+
+        chosen = select.apply(self.estimation, of(self.estimation.uids, self.target).confidence)
+        return of(chosen, self.target if wanted else None)
 
     # ---- keys ---------------------------------------------------------------------------------
 
     @cached_property
     def dataset_key(self) -> str:
         """Which samples, explained for which class. A list file counts by its content."""
-        return keys.digest(self.dataset.key, self.target, _selection_spec(self.select))
+        more = [] if self.classes is None else [{"classes": sorted(self.classes.items())}]
+        return keys.digest(self.dataset.key, self.target, _selection_spec(self.select), *more)
 
     @cached_property
     def pictures_key(self) -> str:
         """Of the inputs kept for the report, which bear the name of the class that the model is asked for."""
-        return keys.digest(self.dataset_key, self.model.original.key)[:8]
+        names = self.model.original.class_names
+        more = [] if names is None else [names]
+        return keys.digest(self.dataset_key, self.model.original.key, *more)[:8]
 
     @property
     def layers(self) -> dict[str, str]:
@@ -181,7 +223,9 @@ class Experiment:
         layers = self._layers([*fit.roles, *text])
         key = (model or self.model).key
         readings = self._readings(getattr(fit, "laid", {}))  # few fits lay anything out
-        more = [readings] if readings else []
+        more: list[Any] = [readings] if readings else []
+        if samples.target is not None and samples.classes is not None:
+            more.append({"classes": sorted(samples.classes.items())})
         return keys.digest(fit, key, layers, samples.dataset.key, content, samples.target, *more)
 
     def cell_key(self, state_key: str | None, model: Classifier | None = None) -> str:

@@ -41,6 +41,7 @@ class Samples:
     target   which class is explained: the dataset's label, the class the model predicts (of a copy with
              randomised layers: the class that the original predicts), or the one with this number; None leaves
              the dataset's target as it is, for work that needs none or knows it already
+    classes  class of the dataset -> class of the net, see ``targets.matched``; None: the numbers are the same
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
@@ -52,6 +53,7 @@ class Samples:
         *,
         target: Target | None = "label",
         batch: int = 8,
+        classes: Mapping[int, int] | None = None,
     ) -> None:
         number = isinstance(target, int) and not isinstance(target, bool) and target >= 0
         if not number and target not in ("label", "predicted", None):
@@ -59,13 +61,14 @@ class Samples:
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
         self.dataset, self.model, self.target = dataset, model, target
-        self.uids, self._size = tuple(uids), batch
+        self.uids, self._size, self.classes = tuple(uids), batch, classes
         self.skipped: dict[str, str] = {}  # uid -> reason, of what iterating could not read
-        self._classes: int | None = None
 
     def _ready(self, batch: Batch) -> Batch:
         if isinstance(self.target, int):
             batch = dataclasses.replace(batch, target=torch.full((len(batch),), self.target))
+        elif self.target == "label" and self.classes is not None:
+            batch = dataclasses.replace(batch, target=self._of_the_net(batch))
         targets = batch.target.cpu()
         batch = batch.to(self.model.device, self.model.dtype)
         if self.target is None:
@@ -81,20 +84,28 @@ class Samples:
                 f"{unknown[0]} has no label{f' ({reason})' if reason else ''}; explain {own}one output of all with "
                 "dataset.target=NUMBER"
             )
-        if self._classes is None:
-            with self.model.explaining(batch.x[:1]):
-                self._classes = self.model.logits(batch.x[:1]).shape[1]
+        classes = self.model.outputs(batch.x)
         # On a GPU an index out of range would take the whole process down.
         highest = highest if targets.ndim == 1 else targets.shape[1] - 1
-        if highest >= self._classes:
+        if highest >= classes:
             if isinstance(self.target, int):
-                raise UserError(f"dataset.target={self.target}, but the model's outputs are 0 to {self._classes - 1}")
+                raise UserError(f"dataset.target={self.target}, but the model's outputs are 0 to {classes - 1}")
             uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
             raise SampleError(
-                f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
+                f"{uid} has class {highest}, but the model has {classes} classes; check the dataset's class "
                 "index (dataset.classes) and the model, or explain one output of all with dataset.target=NUMBER"
             )
         return batch
+
+    def _of_the_net(self, batch: Batch) -> Tensor:
+        """The labels (B,) as numbers of the net's classes. Raises SampleError for one that the net does not know."""
+        assert self.classes is not None
+        labels = batch.target.tolist()
+        for uid, label in zip(batch.uids, labels):
+            if label >= 0 and label not in self.classes:
+                name = self.dataset.names.get(label)
+                raise SampleError(f"{uid} has class {label}{f' ({name})' if name else ''}, which the net does not know")
+        return torch.tensor([label if label < 0 else self.classes[label] for label in labels])
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """Raises SampleError if one of them cannot be read or has no target."""

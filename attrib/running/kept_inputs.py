@@ -42,11 +42,10 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
 
 
 def _name(plan: Plan, target: int | list[int]) -> str:
-    """What the dataset or, if it has no name for it, the net calls the class."""
+    """What the class is called."""
     if not isinstance(target, int):
         return ""
-    known = plan.experiment.model.original.class_names or ()
-    return plan.experiment.dataset.names.get(target) or (known[target] if target < len(known) else "")
+    return plan.experiment.class_name(target)
 
 
 def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
