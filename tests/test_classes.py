@@ -60,7 +60,7 @@ def explained(made: Experiment) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "text, index",
+    ("text", "index"),
     [("zebra", 4), ("Zebra", 4), ("tabby", 0), ("tabby cat", 0), ("TABBY_CAT", 0), ("Great-White_shark", 1), ("3", 3)],
 )
 def test_a_name_is_found_without_case_by_any_of_its_spellings(text, index):
@@ -141,11 +141,10 @@ def test_nets_without_names_take_the_places_of_the_folders_as_before(tmp_path):
 def test_only_another_order_of_classes_makes_another_key(tmp_path):
     plain = cell(folders(tmp_path, "dog", "zebra"), None).dataset_key
     assert cell(tmp_path, names("Dog", "zebra", "x", "y", "z")).dataset_key == plain
-    keys = {cell(tmp_path, names(*order, "y", "z")).dataset_key for order in (("zebra", "dog"), ("zebra", "x", "dog"))}
+    orders = ("zebra", "dog", "x", "y", "z"), ("zebra", "x", "dog", "y", "z")
+    keys = {cell(tmp_path, names(*order)).dataset_key for order in orders}
     assert len({plain, *keys}) == 3
-    predicted = [
-        cell(tmp_path, given, target="predicted").dataset_key for given in (names("zebra", "dog", "x", "y", "z"), None)
-    ]
+    predicted = [cell(tmp_path, given, target="predicted").dataset_key for given in (names(*orders[0]), None)]
     assert predicted[0] == predicted[1], "nothing is asked of the labels"
 
 
@@ -155,7 +154,7 @@ def test_names_in_a_table_of_labels(tmp_path):
     table.write_text("file,label\na/a.png,zebra\nb/a.png,tabby\n")
     made = cell(tmp_path / "images", names(), labels=str(table))
     assert explained(made) == [4, 0]
-    with pytest.raises(UserError, match="its labels are names .*model.classes.*dataset.classes"):
+    with pytest.raises(UserError, match=r"its labels are names .*model.classes.*dataset.classes"):
         explained(cell(tmp_path / "images", None, labels=str(table)))
     table.write_text("file,label\na/a.png,1\nb/a.png,4\n")
     assert explained(cell(tmp_path / "images", names(), labels=str(table))) == [1, 4]
@@ -174,7 +173,7 @@ def test_a_net_of_five_classes_does_not_bear_the_names_of_a_thousand(tmp_path):
     folders(tmp_path, "n01440764", "n01491361")
     predicted = cell(tmp_path, None, target="predicted", classes="imagenet")
     assert [predicted.class_name(i) for i in range(5)] == [""] * 5
-    with pytest.raises(UserError, match="classes up to 999 .*the net has 5, and nothing says"):
+    with pytest.raises(UserError, match=r"classes up to 999 .*the net has 5, and nothing says"):
         cell(tmp_path, None, classes="imagenet").dataset_key  # noqa: B018
     assert cell(tmp_path, None, outputs=1000, target="predicted", classes="imagenet").class_name(2).startswith("great")
 
@@ -199,9 +198,9 @@ def test_model_classes_and_the_checkpoint(tmp_path):
     table.write_text('{"0": ["n2", "zebra"], "1": ["n1", "cat"]}')
     assert said(classes=str(table)).find("n1") == 1
     table.write_text('{"0": "zebra", "2": "cat"}')
-    with pytest.raises(UserError, match="model: classes: .* must name every class of the net, 0 to 2"):
+    with pytest.raises(UserError, match=r"model: classes: .* must name every class of the net, 0 to 2"):
         said(classes=str(table))
-    with pytest.raises(UserError, match="model.classes names 2 classes, but the net has 5"):
+    with pytest.raises(UserError, match=r"model.classes names 2 classes, but the net has 5"):
         Classifier(net(5), input_shape=(3, 8, 8), classes=ClassNames(("a", "b"), "model.classes"))
 
 
