@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,22 @@ def listed(names: Iterable[str]) -> str:
     """The first of many names, for a message."""
     every = list(names)
     return ", ".join(every[:_LISTED]) + (f" and {len(every) - _LISTED} more" if len(every) > _LISTED else "")
+
+
+def shown_target(name: str, target: int | Sequence[int] | None) -> str:
+    """What a sample is explained for, for people: ``zebra (340)``; several labels or a contrast are (K,) numbers."""
+    if target is None:
+        return name
+    if isinstance(target, int):
+        return f"{name} ({target})" if name else f"class {target}"
+    numbers = joined(target, lambda i: str(i))
+    return f"{name} ({numbers})" if name else f"classes {numbers}"
+
+
+def joined(target: Sequence[int], word: Callable[[int], str]) -> str:
+    """A word for each label, and for the class that is subtracted of a contrast."""
+    plus, minus = (", ".join(word(i) for i, v in enumerate(target) if v * sign > 0) for sign in (1, -1))
+    return f"{plus} \N{MINUS SIGN} {minus}" if minus else plus
 
 
 def _plain(name: str) -> str:
@@ -81,6 +97,9 @@ class ClassNames:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __str__(self) -> str:
+        return listed(self.shown(i) for i in range(len(self)))
 
     def shown(self, index: int) -> str:
         """The first of a class's names, as far as it tells the class from all others."""

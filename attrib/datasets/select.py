@@ -21,7 +21,8 @@ class Selection:
     list            text file: a uid or relative file name per line; blank lines are skipped
     max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box are
                     left out
-    min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6)
+    min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6); of several
+                    labels, the sigmoid of each
     count           the ``count`` samples with the smallest hash of (seed, uid), which mixes the classes
 
     A sample that a rule cannot judge because it cannot be read stays, so that the run reports it.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from attrib import keys
-from attrib.classes import listed
+from attrib.classes import ClassNames, listed
 from attrib.datasets import Dataset, Selection
-from attrib.experiment.samples import Samples, Target, example
-from attrib.experiment.targets import matched
+from attrib.experiment.samples import Samples, example
+from attrib.experiment.targets import Contrast, Target, matched, parsed, rules_of
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
@@ -31,7 +31,7 @@ class Experiment:
     """A dataset, a model, a method and metrics. How it is run (``plan.Options``) is not part of it.
 
     names    labels for people and folders: {"dataset": "photos", "model": ..., "method": ...}
-    target   which class is explained, see ``samples.Samples``
+    target   which class is explained, see ``samples.Samples`` and ``targets``; here also by name
     estimation   what the method's state is fitted on; None if it has none
     config   the resolved configuration it was built from, kept for the record
     """
@@ -41,7 +41,7 @@ class Experiment:
     model: Classifier
     method: Method
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    target: Target = "label"
+    target: Target | Any = "label"
     select: Selection = field(default_factory=Selection)
     estimation: Dataset | None = None
     estimation_select: Selection = field(default_factory=Selection)
@@ -60,7 +60,41 @@ class Experiment:
                     f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "
                     f"{holds}; {advice.get(name, 'README.md lists the methods for it')}"
                 )
+        object.__setattr__(self, "target", parsed(self.target, self._known_classes))
         self._check_output()
+        if isinstance(self.target, Contrast):
+            self._check_contrast(self.target)
+
+    @property
+    def _known_classes(self) -> ClassNames | None:
+        """Among which a name in ``target`` is found: the net's, or the dataset's if these are numbered as the net's."""
+        names = self.dataset.names
+        if self.model.original.classes is not None or sorted(names) != list(range(len(names) or -1)):
+            return self.model.original.classes
+        if self.model.known_outputs not in (None, len(names)):
+            return None
+        return ClassNames.of([names[i] for i in range(len(names))], f"dataset {self.names['dataset']}")
+
+    def _check_contrast(self, contrast: Contrast) -> None:
+        """Raises UserError for a method or metric for which the difference of two scores makes no sense."""
+
+        def able(part: Method | Metric) -> bool:
+            return bool(getattr(part, "CONTRASTS", False)) and not getattr(part, "NEEDS_PROBABILITIES", False)
+
+        why = "needs the probability of a class, or knows one class only"
+        if not able(self.method):
+            raise UserError(
+                f"dataset.target={contrast}: method {self.names['method']} {why}; {_set(self.method, 'method')}take a "
+                "method that explains the score itself, such as gradient, integrated_gradients, occlusion, lime, "
+                "grad_cam or cd"
+            )
+        fit = [name for name, metric in self.metrics.items() if able(metric)]
+        for name, metric in self.metrics.items():
+            if name not in fit:
+                raise UserError(
+                    f"dataset.target={contrast}: metric {name} {why}; {_set(metric, f'metric.{name}')}take "
+                    f"metric=[{','.join(fit)}]"
+                )
 
     def _check_output(self) -> None:
         """Raises UserError for whatever asks for probabilities, or for the net's decision, where there is none."""
@@ -85,9 +119,10 @@ class Experiment:
                         f"{where}.select.min_confidence asks for the probability of the target, and with {read} there "
                         "are none; set it to null"
                     )
-        if self.target == "predicted" and not model.output.read.decides:
+        asked = [rule for rule in rules_of(self.target) if rule in ("predicted", "second")]
+        if asked and not model.output.read.decides:
             raise UserError(
-                f"dataset.target=predicted: with {read} the net decides for no class; say what is explained by number "
+                f"dataset.target={asked[0]}: with {read} the net decides for no class; say what is explained by number "
                 "(dataset.target=0), or take the dataset's labels (dataset.target=label)"
             )
 
@@ -112,7 +147,7 @@ class Experiment:
         return self._matched(self.estimation, self.estimation_select, "dataset.estimation")
 
     def _matched(self, dataset: Dataset, select: Selection, where: str) -> Mapping[int, int] | None:
-        if self.target != "label":
+        if "label" not in rules_of(self.target):
             return None
         names, outputs = dataset.names, self.model.known_outputs
         if self.model.classes is None and outputs is not None and max(names, default=-1) >= outputs:
@@ -130,7 +165,7 @@ class Experiment:
             return model.classes.shown(index) if index < len(model.classes) else ""
         known = model.known_outputs
         theirs = known is not None and max(names, default=-1) >= known
-        numbered = getattr(self.dataset, "numbering", "given") == "given" or self.target == "label"
+        numbered = getattr(self.dataset, "numbering", "given") == "given" or "label" in rules_of(self.target)
         return names.get(index, "") if numbered and not theirs else ""
 
     def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:

@@ -3,10 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from attrib.classes import ClassNames, Numbering, listed
 from attrib.datasets import Dataset
 from attrib.types import UserError
+
+Named = Literal["label", "predicted", "second"]
+Rule = Named | int
+RULES: tuple[Named, ...] = ("label", "predicted", "second")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Why this class and not that one: the score of ``of`` minus that of ``against``."""
+
+    NAME: ClassVar[str] = "attrib.experiment.targets.Contrast"
+    of: Rule
+    against: Rule
+
+    def __str__(self) -> str:
+        return f"{{of: {self.of}, against: {self.against}}}"
+
+
+Target = Rule | Contrast
+
+
+def rules_of(target: Target | None) -> tuple[Rule, ...]:
+    if isinstance(target, Contrast):
+        return target.of, target.against
+    return () if target is None else (target,)
+
+
+def parsed(given: Any, classes: ClassNames | None = None) -> Target:
+    """``dataset.target``: ``label``, ``predicted``, ``second``, the number or name of a class, or a contrast of two.
+
+    classes   among which a name is found
+
+    Raises UserError.
+    """
+    if isinstance(given, Contrast):
+        given = {"of": given.of, "against": given.against}
+    if not isinstance(given, Mapping):
+        return _rule(given, classes)
+    if set(given) != {"of", "against"}:
+        raise UserError(
+            f"dataset.target: a contrast has the fields of and against, such as {{of: predicted, against: second}}, "
+            f"not {', '.join(map(str, given)) or 'none'}"
+        )
+    of, against = (_rule(given[name], classes) for name in ("of", "against"))
+    if of == against:
+        raise UserError(f"dataset.target: of and against are both {of}, so their difference is 0")
+    return Contrast(of, against)
+
+
+def _rule(given: Any, classes: ClassNames | None) -> Rule:
+    for name in RULES:
+        if given == name:
+            return name
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+        return given
+    what = "label, predicted or second, or the number or name of a class"
+    if not isinstance(given, str):
+        raise UserError(f"dataset.target must be {what}, not {given!r}")
+    if classes is None:
+        if given.isdecimal():
+            return int(given)
+        raise UserError(
+            f"dataset.target must be {what}, not {given!r}; the net's classes have no names (model.classes gives them)"
+        )
+    found = classes.find(given)
+    if isinstance(found, str):
+        raise UserError(f"dataset.target: {found} ({classes.source}: {classes})")
+    return found
 
 
 def labels_of(dataset: Dataset, uids: Sequence[str]) -> set[int] | None:
@@ -51,7 +121,7 @@ def matched(
         raise UserError(
             f"{where}: {next(iter(wrong.values()))}. {len(wrong)} of {some} classes of the data are not the net's:\n"
             f"  data: {listed(names[i] for i in wrong)}\n"
-            f"  net ({classes.source}): {listed(classes.shown(i) for i in range(len(classes)))}\n"
+            f"  net ({classes.source}): {classes}\n"
             "Call them what the net does (WordNet id, name or number), give their numbers as dataset.classes, explain "
             "dataset.target=predicted, leave their samples out (dataset.select.list), or set model.classes: to the "
             "net's own names, or to none if both number their classes alike"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attrib.classes import joined
 from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.experiment.samples import Samples
 from attrib.running.plan import Plan
@@ -43,9 +44,10 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
 
 def _name(plan: Plan, target: int | list[int]) -> str:
     """What the class is called."""
-    if not isinstance(target, int):
-        return ""
-    return plan.experiment.class_name(target)
+    name = plan.experiment.class_name
+    if isinstance(target, int):
+        return name(target)
+    return joined(target, lambda i: name(i) or str(i)) if any(name(i) for i, v in enumerate(target) if v) else ""
 
 
 def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
