@@ -22,7 +22,8 @@ class Batch:
 
     uids     B stable names such as ``val/n01440764/000293``, never positions
     x        (B, *input): image (B, C, H, W), sound (B, C, L), text (B, T) token ids
-    target   (B,) class index, or (B, K) for multi-label
+    target   (B,) class index, or (B, K) for multi-label: 1 for the labels, else 0; of a contrast, the class that is
+             subtracted is -1
     roi      (B, H, W) bool, of sounds (B, L), region of interest; a sample without one is all False
     lengths  (B,) number of real tokens, special ones included; text only
     words    (B, T) number 0, 1, 2 ... of the word that a token belongs to, -1 for special tokens and

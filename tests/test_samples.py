@@ -87,7 +87,7 @@ def test_reads_two_ahead_and_no_more():
 
 
 def test_wrong_settings():
-    with pytest.raises(UserError, match=r"dataset\.target must be label or predicted, not 'truth'"):
+    with pytest.raises(UserError, match=r"dataset\.target must be label, predicted or second.*, not 'truth'"):
         samples(Data(), target="truth")
     with pytest.raises(UserError, match=r"run\.batch must be at least 1, not 0"):
         samples(Data(), batch=0)

@@ -103,7 +103,8 @@ def write(cell: Experiment, options: Options, wanted: Wanted, stop: Stop) -> Pat
     folder = Path(wanted.out or root / "graphs" / f"{cell.names['dataset']}.{cell.names['model']}.{key[:8]}")
     chosen = fit.choose(model, estimation, lambda _: None) if "stability" in wanted.do else {}
     structure = Structure.of(model, estimation.batch(estimation.uids[:1]).x)
-    graphs, names = from_state(structure, state), dict(cell.dataset.names)
+    graphs = from_state(structure, state)
+    names = {target: cell.class_name(target) for target in graphs}
     if "graphs" in wanted.do:
         for target, graph in graphs.items():
             write_json(folder / f"class_{target}.json", to_json(structure, graph, names))

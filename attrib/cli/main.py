@@ -21,6 +21,7 @@ GROUPS = {
         "compare-trees": "do hierarchies hold still when the input is perturbed?",
     },
     "look": {
+        "dataset": "what a dataset holds, and whether its labels mean what the network's classes mean",
         "table": "means, intervals, paired tests, ranks; a paper's table beside ours",
         "report": "one self-contained HTML page",
         "show": "coloured words on the terminal",

@@ -90,6 +90,17 @@ def run() -> Parser:
     return _composing("run", about, [(heading, "run/default.yaml")])
 
 
+def dataset() -> Parser:
+    about = (
+        "What a dataset holds: samples, classes, regions, sizes, ten thumbnails, and the net's accuracy on a hundred\n"
+        "samples, with a warning if the labels seem to be in another order than the net's classes. Takes the\n"
+        "overrides of attrib run."
+    )
+    p = _composing("dataset", about, [], grid=False, shows=False)
+    p.add_argument("--out", type=Path, help="the HTML page (<run.root>/dataset.<name>.html)")
+    return p
+
+
 def train() -> Parser:
     about = "Train a network by a recipe (train=NAME), or go on with a training that was stopped."
     return _composing("train", about, [("Settings", "train.yaml")])
@@ -312,6 +323,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "status": status,
     "cache": cache,
     "sanity": sanity,
+    "dataset": dataset,
     "graph": graph,
     "compare-trees": compare_trees,
     "prepare-imagenet": prepare_imagenet,

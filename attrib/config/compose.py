@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import hydra
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -39,6 +39,7 @@ __all__ = [
     "resolved",
 ]
 
+TARGETS = "dataset.targets"
 HIDDEN = ("_target_", "_convert_", "name")  # fields of presets that nobody sets on a command line
 
 
@@ -58,6 +59,27 @@ def parse_overrides(overrides: Sequence[str], where: str = "command line") -> di
     return found
 
 
+def _one_target_each(given: Mapping[str, Override]) -> dict[str, Override]:
+    """With ``dataset.targets`` as a sweep of ``dataset.target``. Raises UserError."""
+    values = given[TARGETS].value()
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{given[TARGETS].input_line}: give a list, such as {TARGETS}=[label,predicted]")
+    if "dataset.target" in given:
+        raise UserError(f"{given[TARGETS].input_line} and {given['dataset.target'].input_line}: give one of them")
+    sweep = parse_overrides([f"dataset.target={','.join(map(_spelled, values))}"])["dataset.target"]
+    return {("dataset.target" if key == TARGETS else key): sweep if key == TARGETS else o for key, o in given.items()}
+
+
+def _spelled(value: Any) -> str:
+    """A value as it is written in an override."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_spelled(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, int):
+        return str(value)
+    text = value.text if isinstance(value, QuotedString) else str(value)
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """What follows a subcommand that composes configurations.
@@ -73,8 +95,14 @@ class CommandLine:
 
     @classmethod
     def of(cls, overrides: Sequence[str], folder: Path | None = None, multirun: bool = False) -> CommandLine:
-        """Raises UserError for what is not an override, and for several values without ``-m``."""
-        line = cls(multirun, checked_folder(folder), parse_overrides(overrides))
+        """Raises UserError for what is not an override, and for several values without ``-m``.
+
+        ``dataset.targets=[label,predicted]`` stands for ``-m dataset.target=label,predicted``.
+        """
+        given = parse_overrides(overrides)
+        if TARGETS in given:
+            given, multirun = _one_target_each(given), True
+        line = cls(multirun, checked_folder(folder), given)
         for override in line.overrides.values():
             if override.is_sweep_override() and not multirun:
                 raise UserError(f"{override.input_line} has several values; add -m to run them one after the other")

@@ -15,7 +15,7 @@ from torch import nn
 
 from attrib import keys
 from attrib.config.fields import checked_value, hints_of, is_node
-from attrib.config.trained import NOT_OF_THE_NET, check_encoder, check_transform, with_checkpoint
+from attrib.config.trained import NOT_OF_THE_NET, check_encoder, check_transform, names_of_classes, with_checkpoint
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import example, parse_device
@@ -228,6 +228,7 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         spec={**_without(arguments, "weights", "pretrained", "path"), **getattr(net, "spec", {})},
         input_shape=shape,
         output=output_of(node.get("output"), f"{where}: output"),
+        classes=names_of_classes(node, target(arguments, where), where),
     )
     if not how.layers:
         return model

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from attrib.classes import ClassNames
 from attrib.datasets import Encoder, ImageTransform, WordEncoder
+from attrib.datasets.files import read_class_table
 from attrib.metadata import read_metadata, resolve
 from attrib.models import Classifier, HuggingFaceImageClassifier, HuggingFaceImageText
 from attrib.models.huggingface_images import hf_input
+from attrib.models.zoo import classes_of
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
 
 # Of a model YAML; the rest builds the net.
-NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match", "randomise", "output")
+NOT_OF_THE_NET = ("name", "layers", "input", "checkpoint", "match", "randomise", "output", "classes")
 
 
 def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -52,6 +55,36 @@ def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if other:
         log.info("%s: as %s was trained: %s", where, path, ", ".join(other))
     return {**config, "model": {**model, **plain}}
+
+
+def names_of_classes(node: Mapping[str, Any], builder: Callable[..., Any], where: str) -> ClassNames | None:
+    """What ``model.classes``, else the checkpoint, else the library of the loaded weights says.
+
+    builder   what the net is built by
+
+    None: nobody but the net itself, if it does. Raises UserError.
+    """
+    given, checkpoint = node.get("classes"), node.get("checkpoint")
+    field = f"{where}: classes"
+    if given == "none":
+        return ClassNames((), "model.classes")
+    if isinstance(given, list):
+        return ClassNames.of([str(name) for name in given], "model.classes")
+    if given not in (None, "imagenet"):
+        table = read_class_table(str(given), field)
+        if sorted(table) != list(range(len(table))):
+            raise UserError(f"{field}: {given} must name every class of the net, 0 to {max(table, default=0)}")
+        wnids, names = zip(*(table[i] for i in range(len(table))), strict=True)
+        return ClassNames(names, "model.classes", wnids)
+    known = read_metadata(str(checkpoint)).get("classes") if checkpoint else None
+    if isinstance(known, list) and known and all(isinstance(name, str) for name in known):
+        return ClassNames.of(known, f"the checkpoint {checkpoint}")
+    if given is not None:  # a preset says so of its usual weights: a checkpoint that knows better comes first
+        return ClassNames.imagenet("model.classes")
+    if checkpoint:  # not the weights that the library loads
+        return None
+    fields = {k: v for k, v in node.items() if k not in NOT_OF_THE_NET and not k.startswith("_")}
+    return classes_of(builder, **fields)
 
 
 def _plain(value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
+from attrib.classes import Numbering
 from attrib.datasets.files import InFiles, class_folders, existing_folder, note, read_rows, shown, uids_of
 from attrib.datasets.sound import FASTEST, SLOWEST, Sound, read_sound
 from attrib.keys import digest, short_name
@@ -106,6 +107,7 @@ class AudioDataset(ABC):
         self.uids = tuple(sorted(uids))
         self.transform = transform
         self.names = dict(names or {})
+        self.numbering: Numbering = "given"  # see ``attrib.classes``
         self.key = digest(short_name(type(self)), transform, about)
         self._marked = marked
         self.fingerprints: dict[str, str] = {}
@@ -196,6 +198,7 @@ class AudioFolder(InFiles, AudioDataset):
         self._intervals = {uid: marked.get(file, ()) for uid, file in self._files.items()}
         names = {i: shown(name) for i, name in folders.items()}
         super().__init__(self._files, transform, names, marked=intervals is not None)
+        self.numbering = "folders"
 
     def sound(self, uid: str) -> Sound:
         with self._blame(uid):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import json
 import logging
 import math
@@ -13,10 +12,11 @@ import posixpath
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from attrib.classes import imagenet_classes
 from attrib.datasets.transform import Box
 from attrib.store.reading import regular
 from attrib.types import SampleError, UserError
@@ -24,20 +24,6 @@ from attrib.types import SampleError, UserError
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-
-def imagenet_classes() -> dict[int, tuple[str, str]]:
-    """Class index -> WordNet id and name, from the tables that timm ships. Raises UserError."""
-    spec = importlib.util.find_spec("timm")
-    places = (spec.submodule_search_locations if spec else None) or [""]
-    tables = Path(places[0]) / "data" / "_info"
-    try:
-        wnids = (tables / "imagenet_synsets.txt").read_text(encoding="utf-8").split()
-        lines = (tables / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"timm's ImageNet tables are not installed ({error}); give --classes") from error
-    names = dict(line.split("\t", 1) for line in lines)
-    return {i: (wnid, names[wnid]) for i, wnid in enumerate(wnids)}
 
 
 def existing_folder(path: str | Path, field: str) -> Path:
@@ -183,6 +169,7 @@ class Classes:
 
     names: Mapping[int, str]
     labels: Mapping[str, int]
+    wnids: Mapping[int, str] = field(default_factory=dict)
 
 
 def read_class_table(path: str | Path, field: str) -> dict[int, tuple[str, str]]:
@@ -224,7 +211,8 @@ def read_classes(path: str | Path, field: str = "dataset.classes") -> Classes:
     counts = Counter(name for _, name in table.values())  # ImageNet has two classes called "crane"
     labels = {name: label for label, (_, name) in table.items() if counts[name] == 1}
     labels |= {wnid: label for label, (wnid, _) in table.items()}
-    return Classes({label: name for label, (_, name) in table.items()}, labels)
+    wnids = {label: wnid for label, (wnid, _) in table.items()}
+    return Classes({label: name for label, (_, name) in table.items()}, labels, wnids)
 
 
 class Labels(NamedTuple):
@@ -234,6 +222,18 @@ class Labels(NamedTuple):
     by_file: Mapping[str, int]
     problems: Mapping[str, str]
     gone: Mapping[str, str]
+
+
+def names_in_labels(path: str | Path) -> Classes | None:
+    """The classes that a CSV file,label names, numbered by their places in the alphabet; None if it has numbers.
+
+    Raises UserError like ``read_rows``.
+    """
+    rows = read_rows(path, ("label",), "dataset.labels")
+    names = sorted({text for _, row in rows if (text := row["label"].strip())})
+    if not names or any(name.isdecimal() for name in names):
+        return None
+    return Classes(dict(enumerate(names)), {name: i for i, name in enumerate(names)})
 
 
 def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None) -> Labels:

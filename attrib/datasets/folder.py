@@ -10,12 +10,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from attrib.classes import Numbering
 from attrib.datasets.files import (
     Classes,
     InFiles,
     class_folders,
     existing_folder,
     image_files,
+    names_in_labels,
     opened,
     read_boxes,
     read_classes,
@@ -43,7 +45,8 @@ class ImageFolder(InFiles, ImageDataset):
 
     Without ``labels`` the first folder below root is the class: its WordNet id or name in
     ``classes``, else its position among the sorted folder names. An image directly in root has no
-    label (target -1).
+    label (target -1). Without ``classes`` the class of the net that a folder's name, or a name in
+    ``labels``, means is looked up when the samples meet the net (``numbering``).
 
     Raises UserError, naming field, file and line, if the folder is missing or without images, or a table is wrong.
     """
@@ -71,13 +74,16 @@ class ImageFolder(InFiles, ImageDataset):
         index = read_classes(classes) if classes else None
         problems: Mapping[str, str] = {}
         gone: Mapping[str, str] = {}
+        numbering: Numbering = "given"
         by_file: Mapping[str, int]
         if labels:
+            if index is None and (written := names_in_labels(labels)):
+                index, numbering = written, "labels"
             by_file, problems, gone = read_labels(labels, files, index)
         else:
             if index is None:
                 folders = class_folders(self._root)
-                index = Classes(folders, {name: i for i, name in folders.items()})
+                index, numbering = Classes(folders, {name: i for i, name in folders.items()}), "folders"
             by_file = {file: _class_of_folder(file, index, self._root) for file in files}
         self._files = uids_of(sorted({*files, *gone}))
         self._gone = {uid: gone[file] for uid, file in self._files.items() if file in gone}
@@ -87,6 +93,7 @@ class ImageFolder(InFiles, ImageDataset):
         self._masks = MaskFolder(masks, files, mask_values, first_class) if masks else None
         names = {i: shown(name) for i, name in index.names.items()} if index else None
         super().__init__(self._files, transform, names, boxed=bool(boxes or masks))
+        self.numbering, self.wnids = numbering, index.wnids if index else {}
         self.label_problems = {uid: problems[file] for uid, file in self._files.items() if file in problems}
 
     def open(self, uid: str) -> BinaryIO:

@@ -109,6 +109,7 @@ class ImageNet(InFiles, ImageDataset):
                 raise UserError(f"dataset.classes: folder {self._images / wnid} is not in the class index")
         self._files, self._labels = uids_of(files), index.labels
         super().__init__(self._files, transform, index.names, boxed=self._annotations.is_dir())
+        self.wnids = index.wnids
         self.key = digest(self.key, split)
 
     def _wnid(self, uid: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from attrib.classes import imagenet_classes
 from attrib.datasets.arrays import check_split
-from attrib.datasets.files import existing_folder, image_files, imagenet_classes, shown, uids_of
+from attrib.datasets.files import existing_folder, image_files, shown, uids_of
 from attrib.datasets.masks import read_values
 from attrib.datasets.picture_files import PictureFiles
 from attrib.datasets.transform import ImageTransform
@@ -63,6 +64,7 @@ class ImageNetS(PictureFiles):
             transform,
             {i: name for i, (_, name) in table.items()},
         )
+        self.wnids = {i: wnid for i, (wnid, _) in table.items()}
         self.key = digest(self.key, split, len(wnids))
 
     def region(self, uid: str) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from attrib.classes import Numbering
 from attrib.datasets.depth import depth_of, eight_bits, mark
 from attrib.datasets.files import note
 from attrib.datasets.transform import Box, ImageTransform
@@ -68,6 +69,8 @@ class ImageDataset(ABC):
 
     boxed            whether samples may have boxes or regions at all (``Batch.roi`` is None otherwise)
     label_problems   uid -> why this sample has no label (-1), where there is more to say than that it has none
+    numbering        what the numbers of the classes are, see ``attrib.classes``
+    wnids            class index -> WordNet id, where known
     """
 
     modality = "image"
@@ -85,6 +88,8 @@ class ImageDataset(ABC):
         self.key = digest(short_name(type(self)), transform)
         self._boxed = boxed
         self.label_problems: dict[str, str] = {}
+        self.numbering: Numbering = "given"
+        self.wnids: Mapping[int, str] = {}
         self.fingerprints: dict[str, str] = {}
 
     @abstractmethod

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from attrib.classes import imagenet_classes
 from attrib.datasets.arrays import check_split
-from attrib.datasets.files import existing_folder, image_files, imagenet_classes, parse_box, read_rows, shown, uids_of
+from attrib.datasets.files import existing_folder, image_files, parse_box, read_rows, shown, uids_of
 from attrib.datasets.imagenet import Annotation, read_voc, scaled
 from attrib.datasets.picture_files import PictureFiles
 from attrib.datasets.transform import Box, ImageTransform
@@ -62,6 +63,7 @@ class KaggleImageNet(PictureFiles):
             {i: name for i, (_, name) in table.items()},
         )
         self.label_problems = reasons
+        self.wnids = {i: wnid for i, (wnid, _) in table.items()}
         self.key = digest(self.key, split)
 
     def _read(self, path: Path) -> dict[str, str]:

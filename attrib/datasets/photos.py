@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from attrib.datasets.files import imagenet_classes
+from attrib.classes import imagenet_classes
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -97,9 +97,12 @@ class Photos(ImageDataset):
     def __init__(self, transform: ImageTransform, packages: Sequence[str] = PACKAGES) -> None:
         self._photos = _photos(packages)
         names = {p.label: p.name for p in self._photos.values()}
+        wnids: dict[int, str] = {}
         with suppress(UserError):  # no timm: only the photographs' own classes have names then
             names = {index: name.split(",")[0] for index, (_, name) in imagenet_classes().items()} | names
+            wnids = {index: wnid for index, (wnid, _) in imagenet_classes().items()}
         super().__init__(self._photos, transform, names, boxed=True)
+        self.wnids = wnids
 
     def open(self, uid: str) -> BinaryIO:
         photo = self._photos[uid]
@@ -159,6 +162,7 @@ class PhotoViews(ImageDataset):
         self._photos = Photos(transform, packages)
         self._views = {f"{photo}/view-{i:02d}": (photo, view(i)) for photo in self._photos.uids for i in range(views)}
         super().__init__(self._views, transform, self._photos.names)
+        self.wnids = self._photos.wnids
 
     def open(self, uid: str) -> BinaryIO:
         return self._photos.open(self._views[uid][0])

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from attrib.datasets.files import existing_folder, image_files, imagenet_classes, parse_box, read_class_table, read_rows
+from attrib.classes import imagenet_classes
+from attrib.datasets.files import existing_folder, image_files, parse_box, read_class_table, read_rows
 from attrib.datasets.transform import Box
 from attrib.keys import stable_hash
 from attrib.store.files import write_atomic, write_json

@@ -21,7 +21,8 @@ class Selection:
     list            text file: a uid or relative file name per line; blank lines are skipped
     max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box are
                     left out
-    min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6)
+    min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6); of several
+                    labels, the sigmoid of each
     count           the ``count`` samples with the smallest hash of (seed, uid), which mixes the classes
 
     A sample that a rule cannot judge because it cannot be read stays, so that the run reports it.
@@ -41,6 +42,10 @@ class Selection:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"select.{name} must be between 0 and 1, not {value}")
+
+    def listed(self, dataset: Dataset) -> tuple[str, ...]:
+        """What ``list`` leaves, sorted. Raises UserError like ``apply``."""
+        return dataset.uids if self.list is None else tuple(sorted(_listed(self.list, dataset.uids)))
 
     def apply(self, dataset: Dataset, confidence: Confidence) -> tuple[str, ...]:
         """The selected uids, sorted.

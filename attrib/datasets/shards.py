@@ -102,6 +102,8 @@ class ShardedImages(ImageDataset):
         table = self._indexed()
         given = read_classes(classes) if classes else None
         names = dict(given.names) if given else self._names()
+        written = {} if names else _written(table["label"].to_pylist())
+        names = names or written
         known = given.labels if given else {name: i for i, name in names.items()}
         uids = self._uids(table)
         self._place = {uid: row for row, uid in enumerate(uids)}
@@ -126,6 +128,7 @@ class ShardedImages(ImageDataset):
                 log.warning("%d of %d samples %s; %s: %s", len(found), len(uids), what, *next(iter(found.items())))
         super().__init__(uids, transform, names)
         self.label_problems = reasons
+        self.numbering, self.wnids = "labels" if written else "given", given.wnids if given else {}
         self.key = digest(self.key, *self._settings)
 
     # ---- what a subclass says -----------------------------------------------------------------
@@ -245,6 +248,13 @@ class ShardedImages(ImageDataset):
 def _table(rows: Sequence[Found]) -> pa.Table:
     columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
     return pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA)], schema=_SCHEMA)
+
+
+def _written(labels: Sequence[str]) -> dict[int, str]:
+    """Names of classes by their places in the alphabet; none if there are numbers among the labels."""
+    names = sorted({text for text in labels if text.removeprefix("#") not in ("", "-1")})
+    numbers = any(text.startswith("#") or text.isdecimal() for text in names)
+    return {} if numbers else dict(enumerate(names))
 
 
 def _class(text: str, names: Mapping[int, str], known: Mapping[str, int]) -> int | str:

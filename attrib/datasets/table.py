@@ -41,7 +41,8 @@ class TextTable(TextDataset):
                file, counted from 0, so that a line put in between renames all that follow
     separator  None: comma for .csv, tab for .tsv
     quoting    may a field stand in double quotes? None: in .csv yes; in .tsv no, quotes are ordinary characters there
-    classes    class names in the order of their indices; None: those that Hugging Face has written in a Parquet file
+    classes    class names in the order of their indices; None: those that Hugging Face has written in a Parquet file,
+               else the net's, if the column has only names
 
     A uid is the file's name and the id or line, ``test/000012``, behind the split where a folder alone says it
     (``{split}/reviews.csv``: ``test/reviews/000012``). A record with too few or too many fields, a line that is no
@@ -77,6 +78,7 @@ class TextTable(TextDataset):
         self._file = Path(path).expanduser() if root is None else existing_folder(root, "dataset.root") / path
         columns = {"text": text, "label": label, "id": id}
         names = list(classes or ())
+        written_names: list[str] = []
         self._rows: dict[str, _Row] = {}
         labels: dict[str, str] = {}  # as written -> where first
         for file in self._files():
@@ -85,7 +87,10 @@ class TextTable(TextDataset):
             stem = plain_path(file).stem
             # A folder for each split may hold a file of the same name.
             prefix = stem if split is None or in_name else f"{split}/{stem}"
-            for record in _records(file, columns, encoding, separator, quoting):
+            records = list(_records(file, columns, encoding, separator, quoting))
+            if not names and label is not None:
+                names = written_names = _names_in(records, label)
+            for record in records:
                 name, row = f"{record.number:06d}", _Row("", -1, record.problem)
                 if not record.problem:
                     row, written = _row(record, text, label, names)
@@ -101,6 +106,7 @@ class TextTable(TextDataset):
             raise UserError(next(iter(self._rows.values())).problem)
         _check_mixture(labels, names)
         super().__init__(self._rows, encoder, dict(enumerate(names)))
+        self.numbering = "labels" if written_names else "given"
 
     def _files(self) -> list[Path]:
         """Raises UserError for a pattern that nothing matches."""
@@ -140,6 +146,12 @@ def _records(
         )
     quoted = separator == "," if quoting is None else quoting
     return csv_records(path, text_of(path, encoding), columns, separator, quoted)
+
+
+def _names_in(records: Sequence[Record], label: str) -> list[str]:
+    """The names in a column of labels, in alphabetical order; none if a number is among them."""
+    names = {_text(record.fields.get(label)) for record in records if not record.problem} - {"", "-1"}
+    return [] if any(name.removesuffix(".0").isdecimal() for name in names) else sorted(names)
 
 
 def _row(record: Record, text: str, label: str | None, names: Sequence[str]) -> tuple[_Row, str]:

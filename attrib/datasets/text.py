@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from attrib.classes import Numbering
 from attrib.datasets.audio import WaveTransform
 from attrib.datasets.files import existing_folder, note, shown, uids_of
 from attrib.datasets.tokens import Encoded, Encoder
@@ -62,6 +63,7 @@ class TextDataset(ABC):
         self.uids = tuple(sorted(uids))
         self.encoder = encoder
         self.names = dict(names or {})
+        self.numbering: Numbering = "given"  # see ``attrib.classes``
         self._about = about
         self._fingerprints: dict[str, str] = {}
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from attrib import keys
+from attrib.classes import ClassNames, listed
 from attrib.datasets import Dataset, Selection
-from attrib.experiment.samples import Samples, Target, example
+from attrib.experiment.samples import Samples, example
+from attrib.experiment.targets import Contrast, Target, matched, parsed, rules_of
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
@@ -29,7 +31,7 @@ class Experiment:
     """A dataset, a model, a method and metrics. How it is run (``plan.Options``) is not part of it.
 
     names    labels for people and folders: {"dataset": "photos", "model": ..., "method": ...}
-    target   which class is explained, see ``samples.Samples``
+    target   which class is explained, see ``samples.Samples`` and ``targets``; here also by name
     estimation   what the method's state is fitted on; None if it has none
     config   the resolved configuration it was built from, kept for the record
     """
@@ -39,7 +41,7 @@ class Experiment:
     model: Classifier
     method: Method
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    target: Target = "label"
+    target: Target | Any = "label"
     select: Selection = field(default_factory=Selection)
     estimation: Dataset | None = None
     estimation_select: Selection = field(default_factory=Selection)
@@ -58,7 +60,41 @@ class Experiment:
                     f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "
                     f"{holds}; {advice.get(name, 'README.md lists the methods for it')}"
                 )
+        object.__setattr__(self, "target", parsed(self.target, self._known_classes))
         self._check_output()
+        if isinstance(self.target, Contrast):
+            self._check_contrast(self.target)
+
+    @property
+    def _known_classes(self) -> ClassNames | None:
+        """Among which a name in ``target`` is found: the net's, or the dataset's if these are numbered as the net's."""
+        names = self.dataset.names
+        if self.model.original.classes is not None or sorted(names) != list(range(len(names) or -1)):
+            return self.model.original.classes
+        if self.model.known_outputs not in (None, len(names)):
+            return None
+        return ClassNames.of([names[i] for i in range(len(names))], f"dataset {self.names['dataset']}")
+
+    def _check_contrast(self, contrast: Contrast) -> None:
+        """Raises UserError for a method or metric for which the difference of two scores makes no sense."""
+
+        def able(part: Method | Metric) -> bool:
+            return bool(getattr(part, "CONTRASTS", False)) and not getattr(part, "NEEDS_PROBABILITIES", False)
+
+        why = "needs the probability of a class, or knows one class only"
+        if not able(self.method):
+            raise UserError(
+                f"dataset.target={contrast}: method {self.names['method']} {why}; {_set(self.method, 'method')}take a "
+                "method that explains the score itself, such as gradient, integrated_gradients, occlusion, lime, "
+                "grad_cam or cd"
+            )
+        fit = [name for name, metric in self.metrics.items() if able(metric)]
+        for name, metric in self.metrics.items():
+            if name not in fit:
+                raise UserError(
+                    f"dataset.target={contrast}: metric {name} {why}; {_set(metric, f'metric.{name}')}take "
+                    f"metric=[{','.join(fit)}]"
+                )
 
     def _check_output(self) -> None:
         """Raises UserError for whatever asks for probabilities, or for the net's decision, where there is none."""
@@ -83,18 +119,54 @@ class Experiment:
                         f"{where}.select.min_confidence asks for the probability of the target, and with {read} there "
                         "are none; set it to null"
                     )
-        if self.target == "predicted" and not model.output.read.decides:
+        asked = [rule for rule in rules_of(self.target) if rule in ("predicted", "second")]
+        if asked and not model.output.read.decides:
             raise UserError(
-                f"dataset.target=predicted: with {read} the net decides for no class; say what is explained by number "
+                f"dataset.target={asked[0]}: with {read} the net decides for no class; say what is explained by number "
                 "(dataset.target=0), or take the dataset's labels (dataset.target=label)"
             )
 
     def samples(self, uids: Sequence[str], batch: int) -> Samples:
-        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch)
+        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch, classes=self.classes)
 
     def stored_samples(self, uids: Sequence[str], batch: int) -> Samples:
         """For work on stored maps, which say themselves what they explain."""
         return Samples(self.dataset, self.model, uids, target=None, batch=batch)
+
+    @cached_property
+    def classes(self) -> Mapping[int, int] | None:
+        """Class of the dataset -> class of the net; None where the numbers are the same, or not asked for.
+
+        Raises UserError for a class of the samples that the net does not have.
+        """
+        return self._matched(self.dataset, self.select, "dataset")
+
+    @cached_property
+    def _estimation_classes(self) -> Mapping[int, int] | None:
+        assert self.estimation is not None
+        return self._matched(self.estimation, self.estimation_select, "dataset.estimation")
+
+    def _matched(self, dataset: Dataset, select: Selection, where: str) -> Mapping[int, int] | None:
+        if "label" not in rules_of(self.target):
+            return None
+        names, outputs = dataset.names, self.model.known_outputs
+        if self.model.classes is None and outputs is not None and max(names, default=-1) >= outputs:
+            raise UserError(
+                f"{where}: the data have classes up to {max(names)} ({listed(names.values())}), the net has {outputs}, "
+                "and nothing says what those are called; name them as model.classes, or explain "
+                "dataset.target=predicted"
+            )
+        return matched(dataset, self.model.classes, select.listed(dataset), where)
+
+    def class_name(self, index: int) -> str:
+        """What the net or, where it has no names and as many classes, the dataset calls a class; "" if neither does."""
+        model, names = self.model.original, self.dataset.names
+        if model.classes is not None:
+            return model.classes.shown(index) if index < len(model.classes) else ""
+        known = model.known_outputs
+        theirs = known is not None and max(names, default=-1) >= known
+        numbered = getattr(self.dataset, "numbering", "given") == "given" or "label" in rules_of(self.target)
+        return names.get(index, "") if numbered and not theirs else ""
 
     def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:
         """What the method says of a batch, with random numbers of the samples' own."""
@@ -120,26 +192,31 @@ class Experiment:
         """What the method's state is fitted on."""
         if self.estimation is None:
             raise UserError(f"{self.names['method']} needs an estimation set: dataset.estimation")
-        whole = Samples(self.estimation, self.model, self.estimation.uids, target=self.target, batch=batch)
-        return Samples(
-            self.estimation,
-            self.model,
-            self.estimation_select.apply(self.estimation, whole.confidence),
-            target=self.target if self.method.fit is None or self.method.fit.TARGETS else None,
-            batch=batch,
-        )
+        fit, select = self.method.fit, self.estimation_select
+        wanted = fit is None or fit.TARGETS
+        classes = self._estimation_classes if wanted or select.min_confidence is not None else None
+
+        def of(uids: Sequence[str], target: Target | None) -> Samples:
+            assert self.estimation is not None
+            return Samples(self.estimation, self.model, uids, target=target, batch=batch, classes=classes)
+
+        chosen = select.apply(self.estimation, of(self.estimation.uids, self.target).confidence)
+        return of(chosen, self.target if wanted else None)
 
     # ---- keys ---------------------------------------------------------------------------------
 
     @cached_property
     def dataset_key(self) -> str:
         """Which samples, explained for which class. A list file counts by its content."""
-        return keys.digest(self.dataset.key, self.target, _selection_spec(self.select))
+        more = [] if self.classes is None else [{"classes": sorted(self.classes.items())}]
+        return keys.digest(self.dataset.key, self.target, _selection_spec(self.select), *more)
 
     @cached_property
     def pictures_key(self) -> str:
         """Of the inputs kept for the report, which bear the name of the class that the model is asked for."""
-        return keys.digest(self.dataset_key, self.model.original.key)[:8]
+        names = self.model.original.class_names
+        more = [] if names is None else [names]
+        return keys.digest(self.dataset_key, self.model.original.key, *more)[:8]
 
     @property
     def layers(self) -> dict[str, str]:
@@ -190,7 +267,9 @@ class Experiment:
         layers = self._layers([*fit.roles, *text])
         key = (model or self.model).key
         readings = self._readings(getattr(fit, "laid", {}))  # few fits lay anything out
-        more = [readings] if readings else []
+        more: list[Any] = [readings] if readings else []
+        if samples.target is not None and samples.classes is not None:
+            more.append({"classes": sorted(samples.classes.items())})
         return keys.digest(fit, key, layers, samples.dataset.key, content, samples.target, *more)
 
     def cell_key(self, state_key: str | None, model: Classifier | None = None) -> str:

@@ -7,19 +7,18 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attrib.datasets import Dataset
+from attrib.experiment.targets import Contrast, Rule, Target, parsed, rules_of
 from attrib.models import Classifier, probabilities
 from attrib.models.classifier import is_out_of_memory, release_memory
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
 
-Target = Literal["label", "predicted"] | int
 PATIENCE = 2.0  # seconds that whoever stops early gives to what is being read: on a dead file server it may hang
 
 Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
@@ -39,8 +38,10 @@ class Samples:
     """Some samples of a dataset as a model wants them, in batches.
 
     target   which class is explained: the dataset's label, the class the model predicts (of a copy with
-             randomised layers: the class that the original predicts), or the one with this number; None leaves
-             the dataset's target as it is, for work that needs none or knows it already
+             randomised layers: the class that the original predicts), the one it would predict next ("second"), the
+             one with this number, or a contrast of two of these, see ``targets``; None leaves the dataset's target as
+             it is, for work that needs none or knows it already
+    classes  class of the dataset -> class of the net, see ``targets.matched``; None: the numbers are the same
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
@@ -52,49 +53,128 @@ class Samples:
         *,
         target: Target | None = "label",
         batch: int = 8,
+        classes: Mapping[int, int] | None = None,
     ) -> None:
-        number = isinstance(target, int) and not isinstance(target, bool) and target >= 0
-        if not number and target not in ("label", "predicted", None):
-            raise UserError(f"dataset.target must be label or predicted, not {target!r}, or the number of a class")
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
-        self.dataset, self.model, self.target = dataset, model, target
-        self.uids, self._size = tuple(uids), batch
+        self.dataset, self.model = dataset, model
+        self.target = None if target is None else parsed(target, model.classes)
+        self.uids, self._size, self.classes = tuple(uids), batch, classes
         self.skipped: dict[str, str] = {}  # uid -> reason, of what iterating could not read
-        self._classes: int | None = None
 
     def _ready(self, batch: Batch) -> Batch:
-        if isinstance(self.target, int):
-            batch = dataclasses.replace(batch, target=torch.full((len(batch),), self.target))
-        targets = batch.target.cpu()
+        labelled = "label" in rules_of(self.target)
+        if labelled:
+            batch = dataclasses.replace(batch, target=self._labels(batch))
+        labels = batch.target.cpu()
         batch = batch.to(self.model.device, self.model.dtype)
         if self.target is None:
             return batch
-        if self.target == "predicted":
-            return dataclasses.replace(batch, target=self.model.original.logits(batch.x).argmax(1))
-        lowest, highest = (int(bound) for bound in targets.aminmax())
-        if lowest < 0:
-            unknown = [uid for uid, t in zip(batch.uids, targets.reshape(len(batch), -1).amin(1).tolist()) if t < 0]
-            own = "the model's own class with dataset.target=predicted, or " if self.model.output.read.decides else ""
-            reason = getattr(self.dataset, "label_problems", {}).get(unknown[0])
+        if self.target in ("predicted", "second"):
+            return dataclasses.replace(batch, target=self._chosen(batch, self.target))
+        classes = self.model.outputs(batch.x)
+        for rule in rules_of(self.target):
+            if isinstance(rule, int) and rule >= classes:
+                raise UserError(f"dataset.target={rule}, but the model's outputs are 0 to {classes - 1}")
+        if labelled:
+            self._check_labels(batch.uids, labels, classes)
+        if not isinstance(self.target, Contrast):
+            return dataclasses.replace(batch, target=self._chosen(batch, self.target))
+        return dataclasses.replace(batch, target=self._contrast(batch, self.target, classes))
+
+    def _chosen(self, batch: Batch, rule: Rule) -> Tensor:
+        """The classes (B,) that a rule means; the labels may be (B, K)."""
+        if rule == "label":
+            return batch.target
+        if isinstance(rule, int):
+            return torch.full((len(batch),), rule, device=batch.x.device)
+        logits = self.model.original.logits(batch.x)
+        if rule == "predicted":
+            return logits.argmax(1)
+        if logits.shape[1] < 2:
+            raise UserError("dataset.target=second: the model has one output only")
+        # The first of equals is the prediction, as argmax has it.
+        return logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1)
+
+    def _contrast(self, batch: Batch, contrast: Contrast, classes: int) -> Tensor:
+        """(B, K) with 1 for one class and -1 for the other. Raises SampleError where they are the same."""
+        both = [self._chosen(batch, rule) for rule in (contrast.of, contrast.against)]
+        if any(chosen.ndim != 1 for chosen in both):
+            raise UserError(f"dataset.target={contrast}: the samples have several labels each, not one")
+        for uid, of, against in zip(batch.uids, *(chosen.tolist() for chosen in both)):
+            if of == against:
+                raise SampleError(f"{uid}: {contrast.of} and {contrast.against} are the same class, {of}")
+        of, against = (torch.nn.functional.one_hot(chosen, classes) for chosen in both)
+        return of - against
+
+    def _check_labels(self, uids: Sequence[str], targets: Tensor, classes: int) -> None:
+        """Raises SampleError for one without label, or whose class the model does not have.
+
+        On a GPU an index out of range would take the whole process down.
+        """
+        decides = self.model.output.read.decides
+        own = "the model's own class with dataset.target=predicted, or " if decides else ""
+        instead = f"; explain {own}one output of all with dataset.target=NUMBER"
+        if targets.ndim == 2:
+            self._check_several(uids, targets, classes, instead)
+            return
+        if int(targets.min()) < 0:
+            uid = uids[int(targets.argmin())]
+            reason = getattr(self.dataset, "label_problems", {}).get(uid)
+            raise SampleError(f"{uid} has no label{f' ({reason})' if reason else ''}{instead}")
+        if int(targets.max()) >= classes:
+            uid = uids[int(targets.argmax())]
             raise SampleError(
-                f"{unknown[0]} has no label{f' ({reason})' if reason else ''}; explain {own}one output of all with "
-                "dataset.target=NUMBER"
-            )
-        if self._classes is None:
-            with self.model.explaining(batch.x[:1]):
-                self._classes = self.model.logits(batch.x[:1]).shape[1]
-        # On a GPU an index out of range would take the whole process down.
-        highest = highest if targets.ndim == 1 else targets.shape[1] - 1
-        if highest >= self._classes:
-            if isinstance(self.target, int):
-                raise UserError(f"dataset.target={self.target}, but the model's outputs are 0 to {self._classes - 1}")
-            uid = batch.uids[int(targets.argmax()) if targets.ndim == 1 else 0]
-            raise SampleError(
-                f"{uid} has class {highest}, but the model has {self._classes} classes; check the dataset's class "
+                f"{uid} has class {int(targets.max())}, but the model has {classes} classes; check the dataset's class "
                 "index (dataset.classes) and the model, or explain one output of all with dataset.target=NUMBER"
             )
-        return batch
+
+    def _check_several(self, uids: Sequence[str], targets: Tensor, classes: int, instead: str) -> None:
+        """Of labels (B, K). Raises SampleError."""
+        if targets.shape[1] != classes:
+            raise SampleError(
+                f"{uids[0]} has labels for {targets.shape[1]} classes, but the model has {classes}; the target of a "
+                "sample with several labels has a 1 or a 0 for each class of the model"
+            )
+        for uid, row in zip(uids, targets):
+            for label in ((row != 0) & (row != 1)).nonzero().flatten().tolist():
+                value, names = row[label].item(), self.model.classes
+                what = "" if names is None else f" ({names.shown(label)})"
+                why = "unknown (-1)" if value == -1 else f"{value:.3g}, not 1 or 0"
+                raise SampleError(f"{uid}: its label of class {label}{what} is {why}{instead}")
+            if not row.any():
+                raise SampleError(f"{uid} has no label: none of its {classes} labels is 1{instead}")
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """The labels as numbers of the net's classes (B,), or a 1 for each of them (B, K).
+
+        Raises SampleError for a class that the net does not know.
+        """
+        given = batch.target
+        if given.ndim == 2:
+            wide = len(self.model.classes or ())
+            fewer = given.shape[1] < wide and given.shape[1] == len(self.dataset.names)
+            if self.classes is None and not fewer:
+                return given
+            made = given.new_zeros(len(given), wide)
+            for label in range(given.shape[1]):
+                there = given[:, label] != 0
+                if there.any():
+                    found = self._of_the_net(batch.uids[int(there.int().argmax())], label)
+                    made[:, found] = torch.where(there, given[:, label], made[:, found])
+            return made
+        if self.classes is None:
+            return given
+        numbers = zip(batch.uids, given.tolist())
+        return torch.tensor([label if label < 0 else self._of_the_net(uid, label) for uid, label in numbers])
+
+    def _of_the_net(self, uid: str, label: int) -> int:
+        if self.classes is None:
+            return label
+        if label not in self.classes:
+            name = self.dataset.names.get(label)
+            raise SampleError(f"{uid} has class {label}{f' ({name})' if name else ''}, which the net does not know")
+        return self.classes[label]
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """Raises SampleError if one of them cannot be read or has no target."""
@@ -206,12 +286,20 @@ class Samples:
                 yield batch
 
     def confidence(self, uids: Sequence[str]) -> Mapping[str, float]:
-        """The (original) model's softmax probability of the target, of the samples that can be read."""
+        """The (original) model's probability of the target, of the samples that can be read.
+
+        Of several labels: that of the least probable, by sigmoids. Of a contrast: that of the class it is for.
+        """
         found: dict[str, float] = {}
         for batch, _ in self.load(self.chunks(uids)):
             if batch is not None:
-                probability = probabilities(self.model.original.logits(batch.x), link=self.model.link)
-                picked = probability.gather(1, batch.target[:, None])[:, 0]
+                target = batch.target.argmax(1) if isinstance(self.target, Contrast) else batch.target
+                logits, several = self.model.original.logits(batch.x), target.ndim == 2
+                probability = probabilities(logits, several, self.model.link)
+                if several:
+                    picked = probability.masked_fill(target != 1, torch.inf).amin(1)
+                else:
+                    picked = probability.gather(1, target[:, None])[:, 0]
                 found |= dict(zip(batch.uids, picked.tolist()))
         return found
 

@@ -93,6 +93,14 @@ class Method(Protocol):
         return False
 
     @property
+    def CONTRASTS(self) -> bool:  # noqa: N802
+        """Whether the target may be a difference of the scores of two classes: in ``Batch.target`` (B, K) one is -1.
+
+        Never where it asks for probabilities.
+        """
+        return False
+
+    @property
     def fit(self) -> Fit | None:
         """How its state is made from an estimation set; None if it needs no state."""
         return None

@@ -45,6 +45,7 @@ class Random(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Random"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MAPS: ClassVar[Mapping[str, str]] = {"map": "uniform on [0, 1), no information"}
 
@@ -60,6 +61,7 @@ class Gradient(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Gradient"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed"}
@@ -84,6 +86,7 @@ class InputXGradient(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.InputXGradient"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed"}
@@ -115,6 +118,7 @@ class IntegratedGradients(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.IntegratedGradients"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
@@ -157,6 +161,7 @@ class SmoothGrad(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.SmoothGrad"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "change of the logit per unit of input, signed, mean over noise"}
@@ -217,6 +222,7 @@ class GuidedBackprop(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GuidedBackprop"
     VERSION: ClassVar[int] = 3
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
 
@@ -240,6 +246,7 @@ class Deconvolution(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Deconvolution"
     VERSION: ClassVar[int] = 2
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "signal at the input, signed"}
     reduce: Reduce = "sum"
 
@@ -263,6 +270,7 @@ class DeepLiftShap(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.DeepLiftShap"
     VERSION: ClassVar[int] = 3
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units, >= 0"}
     COLUMNS: ClassVar[Mapping[str, str]] = {"delta": "lower"}
@@ -309,6 +317,7 @@ class Occlusion(Method):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Occlusion"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "fall of the logit, signed"}

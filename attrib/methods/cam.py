@@ -119,6 +119,7 @@ class GradCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GradCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
 
     def cam(self, at: Activations) -> Tensor:
         return (at.gradient().mean((2, 3), keepdim=True) * at.grid).sum(1)
@@ -143,6 +144,7 @@ class GradCAMPlusPlus(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.GradCAMPlusPlus"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "arbitrary units, >= 0 unless relu=false, upsampled from the layer"}
 
     def cam(self, at: Activations) -> Tensor:
@@ -163,6 +165,7 @@ class LayerCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.LayerCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
 
     def cam(self, at: Activations) -> Tensor:
         return (at.gradient().relu() * at.grid).sum(1)
@@ -184,6 +187,7 @@ class XGradCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.XGradCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
 
     def cam(self, at: Activations) -> Tensor:
         a, dims = at.grid, (2, 3)
@@ -211,6 +215,7 @@ class HiResCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.HiResCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed unless relu=true, upsampled from the layer"}
     relu: bool = False
 
@@ -240,6 +245,7 @@ class ScoreCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.ScoreCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {
         "map": "units of the activations, >= 0 unless relu=false, upsampled from the layer"
     }
@@ -280,6 +286,7 @@ class AblationCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.AblationCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
 
     @torch.no_grad()
     def cam(self, at: Activations) -> Tensor:
@@ -318,6 +325,7 @@ class EigenCAM(_CAM):
 
     NAME: ClassVar[str] = "attrib.methods.cam.EigenCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {
         "map": "units of the activations, signed unless relu=true, upsampled from the layer"
     }
@@ -351,6 +359,7 @@ class GuidedGradCAM(Method):
 
     NAME: ClassVar[str] = "attrib.methods.cam.GuidedGradCAM"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient times Grad-CAM, signed"}
     layer: str = "cam"
     layout: str = "auto"

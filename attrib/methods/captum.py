@@ -90,6 +90,7 @@ class Captum(Method):
 
     NAME: ClassVar[str] = "attrib.methods.captum.Captum"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "as captum defines it, signed; upsampled from a layer"}
 

@@ -45,6 +45,7 @@ class CD(Method):
 
     NAME: ClassVar[str] = "attrib.methods.cd.CD"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {

@@ -183,6 +183,7 @@ class ExtremalPerturbation(Method):
 
     NAME: ClassVar[str] = "attrib.methods.extremal.ExtremalPerturbation"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "sum of the masks of all areas, 0 .. number of areas"}
     EXTRAS: ClassVar[Mapping[str, str]] = {
         "masks": "mask of each area on its lattice, before it is upsampled, (A, h, w), 0 .. 1",

@@ -144,6 +144,10 @@ class FunctionalInformation(Method):
         return self.activation != "none" or isinstance(self.labels, int)
 
     @property
+    def CONTRASTS(self) -> bool:  # noqa: N802
+        return not self.covariance.per_class
+
+    @property
     def fit(self) -> Covariance | None:
         return self.covariance if self.covariance.fitted else None
 

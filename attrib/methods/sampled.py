@@ -50,6 +50,7 @@ class GradientShap(Method):
 
     NAME: ClassVar[str] = "attrib.methods.sampled.GradientShap"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums about to the change of the logit"}
@@ -105,6 +106,7 @@ class Rise(Method):
 
     NAME: ClassVar[str] = "attrib.methods.sampled.Rise"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "mean score where the pixel is seen, upsampled from cells"}
     samples: int = 4000
     cells: int = 7

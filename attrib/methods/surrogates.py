@@ -196,6 +196,7 @@ class Lime(_Removal):
 
     NAME: ClassVar[str] = "attrib.methods.surrogates.Lime"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; a word's or tile's weight is its sum"}
     kernel_width: float = 0.25
     alpha: float = 1.0
@@ -234,6 +235,7 @@ class KernelShap(_Removal):
 
     NAME: ClassVar[str] = "attrib.methods.surrogates.KernelShap"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
 
     def masks(self, units: Units, noise: Noise) -> Masks:

@@ -48,6 +48,7 @@ class Degradation(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.degradation.Degradation"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {

@@ -47,6 +47,7 @@ class Eraser(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.eraser.Eraser"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("text",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"comprehensiveness": "higher", "sufficiency": "lower"}
 

@@ -70,6 +70,7 @@ class Infidelity(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.infidelity.Infidelity"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"infidelity": "lower", "infidelity_unscaled": "lower"}
 

@@ -68,6 +68,7 @@ class InsertionDeletion(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {
         "insertion": "higher",

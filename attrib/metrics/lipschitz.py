@@ -45,6 +45,7 @@ class Lipschitz(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.lipschitz.Lipschitz"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     NEEDS_EXPLAIN: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"lipschitz": "lower", "max_sensitivity": "lower"}

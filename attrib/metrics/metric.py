@@ -53,6 +53,14 @@ class Metric(Protocol):
         return False
 
     @property
+    def CONTRASTS(self) -> bool:  # noqa: N802
+        """Whether the target may be a difference of the scores of two classes: in ``Batch.target`` (B, K) one is -1.
+
+        Never where it asks for probabilities.
+        """
+        return False
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The layers that it may read; of those that the model has, the paths enter the key of its scores."""
         return ()

@@ -93,7 +93,8 @@ def target_score(logits: Tensor, target: Tensor, output: ScoreScale, link: Link 
     """(R, K) logits and the target's (R,) class or (R, K) labels -> (R,) float64; ``link`` is ``Classifier.link``.
 
     One class: its probability, or its logit. Several labels: the mean over the positive ones of their
-    sigmoid probability (labels do not compete), or logit; NaN where none is positive.
+    sigmoid probability (labels do not compete), or logit; NaN where none is positive. A contrast, in which another
+    class is -1: the difference of the two logits.
     """
     logits = logits.to(torch.float64)
     if target.ndim == 1:
@@ -101,7 +102,7 @@ def target_score(logits: Tensor, target: Tensor, output: ScoreScale, link: Link 
         return scores.gather(1, target.long()[:, None]).squeeze(1)
     scores = probabilities(logits, True, link) if output == "probability" else logits
     positive = target > 0
-    return (scores * positive).sum(dim=1) / positive.sum(dim=1)
+    return (scores * target.sign()).sum(dim=1) / positive.sum(dim=1)
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ class SensitivityN(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
     CURVES: ClassVar[Mapping[str, str]] = {

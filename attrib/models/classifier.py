@@ -6,11 +6,13 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
@@ -51,6 +53,7 @@ class Classifier:
                  after the preparation
     output       how the scores come out of what the net returns: an ``Output``, its fields (``{"read": "value"}``), or
                  a field, index or function
+    classes      what the classes are called; empty: nobody knows; None: what the module says (``class_names``)
     variant      of a copy with randomised layers: which ones; else None
     original     of a copy with randomised layers: the classifier it was made from. Where the experiment goes by
                  predictions (of the class to explain, of the samples to select), it goes by the original's.
@@ -72,6 +75,7 @@ class Classifier:
         variant: Variant | None = None,
         original: Classifier | None = None,
         output: Output | Mapping[str, Any] | Take | None = None,
+        classes: ClassNames | None = None,
     ) -> None:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
@@ -86,7 +90,11 @@ class Classifier:
         self.weights = tensor_digest(tensors(module))
         read = {} if self.output.spec is None else {"output": self.output.spec}
         self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
+        self._outputs: int | None = None  # K, once it is known
         self.module, exam = self._prepare(module, input_shape)
+        self._given_classes = classes
+        if self._outputs is not None:
+            self.check_classes(self._outputs)
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
@@ -125,6 +133,7 @@ class Classifier:
                 ) from error
             with torch.no_grad(), self.output.alone(net):
                 before = net(probe.clone())
+            self._outputs = before.shape[1]
         seen: set[int] = set()
         for path, child in list(net.named_modules(remove_duplicate=False)):
             if getattr(child, "inplace", False):
@@ -173,10 +182,44 @@ class Classifier:
         """How probabilities are made of the scores, see ``output.probabilities``; None if there are none."""
         return self.output.read.link_of(self.module)
 
+    @cached_property
+    def classes(self) -> ClassNames | None:
+        """What the K classes are called, as far as ``model.classes``, the net or ``model.output`` knows."""
+        if self.original is not self:
+            return self.original.classes
+        if self._given_classes is not None:
+            return self._given_classes if len(self._given_classes) else None
+        names = self.output.read.class_names(self.module)
+        if names is None or self._outputs not in (None, len(names)):  # of another net that this one was made from
+            return None
+        return ClassNames.of(names, f"what {type(self.module).__name__} says of its classes")
+
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the K classes as the net or ``model.output`` knows them."""
-        return self.output.read.class_names(self.module)
+        """The names of the K classes, see ``classes``."""
+        return None if self.classes is None else self.classes.names
+
+    def check_classes(self, outputs: int) -> None:
+        """Raises UserError if ``model.classes`` names more or fewer than K classes."""
+        given = self._given_classes
+        if given and len(given) != outputs:
+            raise UserError(
+                f"{given.source} names {len(given)} classes, but the net has {outputs}; set model.classes to the names "
+                "of the net's, or to none"
+            )
+
+    @property
+    def known_outputs(self) -> int | None:
+        """K, if it is known by now."""
+        return self._outputs
+
+    def outputs(self, x: Tensor) -> int:
+        """K. Only the first row of x (N, *input) is looked at, and only once."""
+        if self._outputs is None:
+            with self.explaining(x[:1]):
+                self._outputs = self.logits(x[:1]).shape[1]
+            self.check_classes(self._outputs)
+        return self._outputs
 
     @contextmanager
     def explaining(self, x: Tensor, target: Tensor | None = None) -> Iterator[None]:

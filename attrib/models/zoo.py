@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrib.classes import ClassNames
 from attrib.models.huggingface_images import hf_image_classifier, hf_image_text, hf_input
 from attrib.types import UserError, did_you_mean
 
@@ -163,3 +164,35 @@ def input_of(builder: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
     """
     known = _INPUT.get(builder)
     return known(**arguments) if known else {}
+
+
+def _torchvision_classes(arch: str, weights: str | None = None, **_: Any) -> ClassNames | None:
+    names = None if weights is None else _torchvision_weights(arch, weights).meta.get("categories")
+    return None if names is None else ClassNames.of(names, f"torchvision's weights of {arch}")
+
+
+def _timm_classes(arch: str, pretrained: bool = False, num_classes: int | None = None, **_: Any) -> ClassNames | None:
+    import timm
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    about = timm.get_pretrained_cfg(arch) if pretrained and timm.is_model(arch.partition(".")[0]) else None
+    if about is None or num_classes not in (None, about.num_classes):  # another head than the weights were made for
+        return None
+    subset = None if about.label_names else infer_imagenet_subset(about.to_dict())
+    names = about.label_names or (ImageNetInfo(subset).label_descriptions() if subset else None)
+    return None if names is None else ClassNames.of(list(map(str, names)), f"timm's {arch}")
+
+
+_CLASSES: Mapping[Callable[..., nn.Module], Callable[..., ClassNames | None]] = {
+    torchvision_net: _torchvision_classes,
+    timm_net: _timm_classes,
+}
+
+
+def classes_of(builder: Callable[..., Any], **arguments: Any) -> ClassNames | None:
+    """What the classes of the net that ``builder(**arguments)`` returns are called, as far as its library says so.
+
+    It says so of the weights that it loads; weights from elsewhere may have other classes.
+    """
+    known = _CLASSES.get(builder)
+    return known(**arguments) if known else None

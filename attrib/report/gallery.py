@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from attrib.classes import shown_target
 from attrib.drawing import pictures, spectrogram
 from attrib.results.labels import Labelled
 from attrib.store.cell import Arrays
@@ -124,9 +125,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
     if image is not None:
         image = spectrogram.draw(image, int(info["rate"]), roi=roi) if "rate" in info else pictures.outlined(image, roi)
     drawn = "" if image is None else pictures.data_uri(image, photo=_photo(image), longest=LONGEST)
-    name, target = str(info.get("name") or ""), info.get("target")
-    if target is not None:
-        name = f"{name} ({target})" if name else f"class {target}"
+    name = shown_target(str(info.get("name") or ""), info.get("target"))
     return Sample(uid, name, drawn, tiles, image is not None and max(image.shape) < 64)
 
 

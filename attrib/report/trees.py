@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from attrib.agglomeration.trees import Node, Tree
+from attrib.classes import shown_target
 from attrib.drawing import pictures
 from attrib.report.gallery import current_keys
 from attrib.results.labels import Labelled
@@ -90,8 +91,7 @@ def hierarchies(
 def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[Arrays]) -> Hierarchy:
     stored = stored_array(item.cell.maps, key, NAME)
     content, _, info = kept_input(inputs, key)
-    name, target = str(info.get("name") or ""), info.get("target")
-    name = f"{name} ({target})" if name else "" if target is None else f"class {target}"
+    name = shown_target(str(info.get("name") or ""), info.get("target"))
     try:
         if stored is None:
             raise UserError("no tree stored")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from attrib.classes import joined
 from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.experiment.samples import Samples
 from attrib.running.plan import Plan
@@ -42,11 +43,11 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
 
 
 def _name(plan: Plan, target: int | list[int]) -> str:
-    """What the dataset or, if it has no name for it, the net calls the class."""
-    if not isinstance(target, int):
-        return ""
-    known = plan.experiment.model.original.class_names or ()
-    return plan.experiment.dataset.names.get(target) or (known[target] if target < len(known) else "")
+    """What the class is called."""
+    name = plan.experiment.class_name
+    if isinstance(target, int):
+        return name(target)
+    return joined(target, lambda i: name(i) or str(i)) if any(name(i) for i, v in enumerate(target) if v) else ""
 
 
 def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -137,7 +137,8 @@ def load_confidence(
     Written now and then, so that selecting from a large dataset may be stopped and go on. Raises Interrupted then.
     """
     stop = stop or Stop()
-    key = keys.digest(samples.model.original.key, samples.dataset.key, samples.target)
+    more = [] if samples.classes is None else [sorted(samples.classes.items())]
+    key = keys.digest(samples.model.original.key, samples.dataset.key, samples.target, *more)
     path = root / "state" / f"confidence.{key[:8]}.json"
     known = _known(path)
     fingerprints = (prints or Fingerprints(root)).of(samples.dataset, uids)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from attrib.config.objects import build, output_of, with_input
+from attrib.config.trained import NOT_OF_THE_NET
 from attrib.datasets import Dataset
 from attrib.datasets.vectors import word_vectors
 from attrib.experiment.samples import parse_device
@@ -91,7 +92,7 @@ def _classes(dataset: Dataset, *targets: torch.Tensor) -> list[str]:
 
 def _net_node(model: ConfigNode, of_the_data: Mapping[str, Any]) -> dict[str, Any]:
     """What builds the net; an argument that is null takes its value from ``of_the_data``."""
-    node = {k: v for k, v in model.items() if k not in ("name", "layers", "input", "checkpoint", "match", "output")}
+    node = {k: v for k, v in model.items() if k not in NOT_OF_THE_NET}
     return {k: of_the_data.get(k) if v is None else v for k, v in node.items()}
 
 

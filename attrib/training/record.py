@@ -20,7 +20,7 @@ PARTS = ("train", "validation", "test")
 # The fields that do not change the trained weights: paths, names, and what is only for the attribution to come.
 _WITHOUT_EFFECT = {
     "dataset": ("name", "root", "target", "select", "estimation", "encoder", "split", "path", "archive"),
-    "model": ("name", "layers", "checkpoint", "match"),
+    "model": ("name", "layers", "checkpoint", "match", "classes"),
     "train": ("name", "root", "device", "progress", "restart", "hooks", "vis_backends", "baseline"),
 }
 

@@ -22,7 +22,10 @@ def target_loss(logits: Tensor, target: Tensor, link: Link | None = "softmax") -
 
 
 def target_score(logits: Tensor, target: Tensor) -> Tensor:
-    """Logits (N, K), target as above -> (N,) the target's logit; several labels: the sum of theirs."""
+    """Logits (N, K), target as above -> (N,) the target's logit; several labels: the sum of theirs.
+
+    Where the target is -1 the logit is subtracted: a contrast is one class of 1 and one of -1.
+    """
     if target.ndim == 1:
         return logits.gather(1, target[:, None])[:, 0]
-    return torch.where(target.bool(), logits, 0).sum(1)
+    return torch.where(target.bool(), logits * target.sign(), 0).sum(1)

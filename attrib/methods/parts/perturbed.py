@@ -43,7 +43,7 @@ class Outputs:
     """The functions f of the input that are explained: one for the target, and one for each further label.
 
     activation   what f is: a probability ("softmax"), its logarithm, or a logit ("none")
-    target       (B,) or (B, K) as in ``Batch``; with several labels f is the sum of their outputs
+    target       (B,) or (B, K) as in ``Batch``; with several labels f is the sum of their outputs, minus those of -1
     labels       (B, L - 1) further labels, each with an f of its own
     link         of the model
     """
@@ -67,7 +67,7 @@ class Outputs:
         elif self.activation == "softmax":
             first = out.masked_fill(~target.bool(), -torch.inf).logsumexp(1, keepdim=True)
         else:
-            first = (out * target.bool()).sum(1, keepdim=True)
+            first = (out * target.sign()).sum(1, keepdim=True)
         return torch.cat((first, out.gather(1, self.labels[at])), 1)
 
     def draws(self, values: Tensor, grad: Tensor) -> Draws:

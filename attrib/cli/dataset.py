@@ -1,0 +1,44 @@
+"""``attrib dataset``: what a dataset holds, and whether its labels mean what the net's classes mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrib.cli import common
+from attrib.cli.parsers import PARSERS
+from attrib.config.compose import CommandLine, Composition, compose
+from attrib.config.objects import experiment, options_of
+from attrib.process.signals import Stop
+from attrib.report.dataset import file_name, look, page
+from attrib.store.files import write_atomic
+
+
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["dataset"]().parse(argv)
+    common.prepare()
+
+    def work(stop: Stop) -> int:
+        line = CommandLine.of(args.overrides, args.config_dir)
+        # What explains and scores the samples makes no difference, and must not get in the way.
+        about = {k: o for k, o in line.overrides.items() if k.split(".")[0] not in ("method", "metric", "paper")}
+        line = dataclasses.replace(line, overrides=about)
+        overrides = [*line.cells()[0], "method=random", "metric=[]"]
+        return _written(compose("run", overrides, line.folder), args.out)
+
+    return common.watched(work)
+
+
+def _written(composition: Composition, out: Path | None) -> int:
+    options = options_of(composition.values["run"])
+    cell = experiment(composition.values, composition.files)
+    found = look(cell, options.read)
+    for name, value in found.facts:
+        print(f"{name:24} {value}")
+    for problem in found.problems:
+        print(f"WARNING {problem}")
+    file = Path(options.root) / file_name(cell) if out is None else out
+    write_atomic(file, page(found).encode())
+    print(f"wrote {file}")
+    return 0

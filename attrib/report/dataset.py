@@ -1,0 +1,175 @@
+"""What a dataset holds and what the net makes of it: a page to look at before the first run."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+
+from attrib.datasets import Selection, holds_images, holds_sounds, holds_texts
+from attrib.drawing import pictures, spectrogram
+from attrib.experiment.cell import Experiment
+from attrib.experiment.samples import Samples
+from attrib.experiment.targets import labels_of, matched
+from attrib.report.label_order import LabelOrder, label_order
+from attrib.types import UserError
+
+TRIED = 100  # samples that the net is tried on
+SHOWN = 10
+
+
+class ClassRow(NamedTuple):
+    """number, name: of the dataset's class; net: the net's class."""
+
+    number: int
+    name: str
+    net: str
+    samples: int | None
+
+
+class Thumbnail(NamedTuple):
+    uid: str
+    label: str
+    predicted: str
+    image: str  # a data: URI
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a dataset, and ``problems`` in plain words."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    classes: Sequence[ClassRow]
+    order: LabelOrder | None
+    thumbnails: Sequence[Thumbnail]
+    problems: Sequence[str]
+
+
+def look(cell: Experiment, batch: int = 8) -> Found:
+    """Reads a hundred samples, mixed over the classes, and asks the net for their classes. Raises UserError."""
+    dataset, model, problems = cell.dataset, cell.model, []
+    tried = Selection(count=TRIED).apply(dataset, lambda uids: {})
+    mapping: Mapping[int, int] | None = None
+    comparable = True
+    try:
+        mapping = matched(dataset, model.classes, dataset.uids)
+    except UserError as error:
+        problems.append(str(error))
+        comparable = False
+    samples = Samples(dataset, model, tried, target=None, batch=batch)
+    truth: dict[str, int] = {}
+    said: dict[str, int] = {}
+    shares: list[float] = []  # of the images that regions cover
+    bad: dict[str, str] = {}
+    several = 0
+    for found, unread in samples.load(samples.chunks()):
+        bad |= dict(unread)
+        if found is None:
+            continue
+        said |= dict(zip(found.uids, model.logits(found.x).argmax(1).tolist()))
+        if found.roi is not None:
+            shares += [share for share in found.roi.flatten(1).double().mean(1).tolist() if share > 0]
+        if found.target.ndim == 1:
+            truth |= dict(zip(found.uids, found.target.tolist()))
+        else:
+            several += len(found)
+    if bad:
+        uid, reason = next(iter(bad.items()))
+        problems.append(f"{len(bad)} of {len(tried)} samples cannot be read; the first: {uid}: {reason}")
+    labelled = {uid: label for uid, label in truth.items() if label >= 0}
+    if len(labelled) < len(truth):
+        problems.append(f"{len(truth) - len(labelled)} of {len(truth)} samples have no label")
+    order = None
+    if comparable and labelled and model.output.read.decides:
+        own = {uid: label if mapping is None else mapping.get(label, -1) for uid, label in labelled.items()}
+        order = label_order(np.array(list(own.values())), np.array([said[uid] for uid in own]))
+        if order.warning:
+            problems.append(f"the net's accuracy is {order.accuracy:.0%} of {order.n}; {order.warning}")
+    facts = [("samples", f"{len(dataset.uids):,}"), *_sizes(cell, tried), _regions(len(said), shares)]
+    if several:
+        facts.append(("labels", "several each"))
+    if order is not None:
+        facts.append(("accuracy of the net", f"{order.accuracy:.0%} of {order.n} samples (chance: {order.chance:.1%})"))
+    known = "no names" if model.classes is None else f"{len(model.classes)}, named by {model.classes.source}"
+    facts.append(("classes of the net", known))
+    rows = _classes(cell, mapping, comparable)
+    facts.append(("classes of the data", str(len(rows)) if rows else "no names"))
+    good = [uid for uid in tried if uid in said]
+    shown = good[:: max(1, len(good) // SHOWN)][:SHOWN]
+    thumbnails = [_thumbnail(cell, uid, truth.get(uid), said[uid]) for uid in shown]
+    return Found(cell.names["dataset"], facts, rows, order, thumbnails, problems)
+
+
+def _sizes(cell: Experiment, uids: Sequence[str]) -> list[tuple[str, str]]:
+    size = getattr(cell.dataset, "size", None)
+    if size is None:
+        return []
+    found = []
+    for uid in uids:
+        try:
+            found.append(size(uid))
+        except Exception:  # named among the problems
+            continue
+    if not found:
+        return []
+    (w0, h0), (w1, h1) = np.min(found, axis=0), np.max(found, axis=0)
+    whole = f"{w0} x {h0}" if (w0, h0) == (w1, h1) else f"{w0} to {w1} x {h0} to {h1}"
+    return [("pixels (width x height)", f"{whole}, in {len(found)} samples")]
+
+
+def _regions(read: int, shares: Sequence[float]) -> tuple[str, str]:
+    if not shares:
+        return "boxes or masks", "none"
+    return "boxes or masks", f"{len(shares)} of {read} samples; they cover {np.median(shares):.0%} (median)"
+
+
+def _classes(cell: Experiment, mapping: Mapping[int, int] | None, comparable: bool) -> list[ClassRow]:
+    """One for each class of the samples, or for each that has a name."""
+    dataset, net = cell.dataset, cell.model.classes
+    there = labels_of(dataset, dataset.uids)
+    label = getattr(dataset, "label", None)
+    counts = Counter(label(uid) for uid in dataset.uids) if there is not None and label is not None else None
+    rows = []
+    for i in sorted(dataset.names if there is None else there - {-1}):
+        number = i if mapping is None else mapping.get(i, -1)
+        known = comparable and net is not None and 0 <= number < len(net)
+        shown = f"{number} {net.shown(number)}" if known and net is not None else str(number) if comparable else "?"
+        rows.append(ClassRow(i, dataset.names.get(i, ""), shown, None if counts is None else counts[i]))
+    return rows
+
+
+def _thumbnail(cell: Experiment, uid: str, label: int | None, predicted: int) -> Thumbnail:
+    dataset, net = cell.dataset, cell.model.classes
+    own = "" if label is None else "no label" if label < 0 else f"{dataset.names.get(label, '')} ({label})".strip()
+    said = f"{net.shown(predicted)} ({predicted})" if net is not None else f"class {predicted}"
+    roi = dataset.batch([uid]).roi
+    region = None if roi is None else roi[0].numpy()
+    if holds_texts(dataset):
+        return Thumbnail(uid, own, said, "", " ".join(dataset.tokens(uid))[:300])
+    if holds_sounds(dataset):
+        drawn = spectrogram.draw(dataset.wave(uid), dataset.rate, roi=region)
+        return Thumbnail(uid, own, said, pictures.data_uri(drawn))
+    assert holds_images(dataset)
+    image = pictures.outlined(dataset.picture(uid), region)
+    return Thumbnail(uid, own, said, pictures.data_uri(image, photo=max(image.shape) > 64, longest=224))
+
+
+def page(found: Found) -> str:
+    """Self-contained HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("dataset.html.jinja").render(found=found)
+
+
+def file_name(cell: Experiment) -> str:
+    return f"dataset.{re.sub(r'[^A-Za-z0-9_-]', '-', cell.names['dataset'])}.html"

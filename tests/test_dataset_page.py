@@ -1,0 +1,99 @@
+"""``attrib dataset``: what a set holds, and whether its labels mean what the net's classes mean."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from tiny import command, pictures, save
+
+from attrib.report.label_order import label_order
+
+N, K = 100, 10
+
+
+def drawn(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and predictions that are right in about four of five."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, K, N)
+    return labels, np.where(random.random(N) < 0.8, labels, random.integers(0, K, N))
+
+
+def test_a_net_that_is_mostly_right_is_not_warned_of():
+    labels, predicted = drawn()
+    found = label_order(labels, predicted)
+    assert found.accuracy == np.mean(labels == predicted)
+    expected = sum(np.mean(labels == k) * np.mean(predicted == k) for k in range(K))
+    assert found.chance == pytest.approx(expected)
+    assert found.warning == ""
+
+
+def test_labels_moved_by_one_are_named():
+    labels, predicted = drawn()
+    right = np.mean(labels == predicted)
+    assert f"labels moved by +1 would be right in {right:.0%}" in label_order(labels, predicted + 1).warning
+    assert "labels moved by -1" in label_order(labels + 1, predicted).warning
+
+
+def test_labels_in_another_order_are_named():
+    labels, predicted = drawn()
+    order = np.random.default_rng(5).permutation(K)
+    assert "labels in another order would be right in" in label_order(labels, order[predicted]).warning
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_chance_is_no_order(classes):
+    """Among a thousand classes some order fits any hundred samples: it must not be believed."""
+    for seed in range(5):
+        labels, predicted = np.random.default_rng(seed).integers(0, classes, (2, N))
+        assert "near chance" in label_order(labels, predicted).warning
+
+
+def test_one_class_says_nothing_of_an_order():
+    one = np.full(20, 3)
+    assert label_order(one, one).warning == ""
+    assert label_order(one, one + 1).warning == "none is right"
+    assert label_order(one, np.where(np.arange(20) < 5, 3, 4)).warning == ""
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_the_page_shows_samples_classes_and_regions(tmp_path, capfd):
+    images, out = pictures(tmp_path, 12), tmp_path / "w" / "dataset.tiny.html"
+    ended = command(capfd, "dataset")(
+        "dataset=tiny", f"dataset.root={images}", "model=small_cnn", f"run.root={tmp_path / 'w'}", "method=iba"
+    )
+    assert ended.status == 0, ended.err
+    for fact in ("samples +12", "40 x 40, in 12 samples", "boxes or masks +12 of 12", "accuracy of the net +"):
+        assert re.search(fact, ended.out), fact
+    html = out.read_text()
+    assert html.count('<img src="data:image/') == 10
+    assert "http" not in html
+    assert "p003" in html
+
+
+def test_classes_that_the_net_does_not_know_are_shown_not_refused(tmp_path, capfd):
+    for name in ("dog", "zebra"):
+        save(tmp_path / "mine" / name / "<b>.png")
+    ended = command(capfd, "dataset")(
+        "dataset=image_folder", f"dataset.root={tmp_path / 'mine'}", "model=small_cnn", f"run.root={tmp_path}",
+        "+model.classes=[a,b,c,d,e,f,g,h,zebra,j]", f"--out={tmp_path / 'page.html'}",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert "WARNING dataset: 'dog' is none of the net's classes" in ended.out
+    assert "accuracy" not in ended.out
+    html = (tmp_path / "page.html").read_text()
+    assert "<b>" not in html
+    assert "dog (0)" in html
+
+
+def test_samples_that_cannot_be_read_are_counted(tmp_path, capfd):
+    images = pictures(tmp_path, 4)
+    (images / "p001.png").write_bytes(b"no image")
+    ended = command(capfd, "dataset")(
+        "dataset=tiny", f"dataset.root={images}", "model=small_cnn", f"run.root={tmp_path / 'w'}"
+    )
+    assert ended.status == 0, ended.err
+    assert "1 of 4 samples cannot be read; the first: p001" in ended.out
