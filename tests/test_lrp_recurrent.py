@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attrib.methods.lrp import LRP
 from attrib.models import AcdLSTM, BiLSTM, Classifier, DeepLSTM
+from attrib.models.graph import Graph
 from attrib.relevance.composites import Composite
 from attrib.relevance.plan import Plan, output_of
 from attrib.relevance.propagation import Propagation
@@ -165,7 +166,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_nothing_is_lost(kind, options, composite):
-    """``relevance`` sees to it; states that the layer begins with, and biases, keep their share. Time may come first."""
+    """``relevance`` checks it: states that the layer begins with, and biases, keep their share; time may come first."""
     if (options, kind) in (("projection", "gru"), ("projection", "rnn"), ("relu", "gru"), ("relu", "lstm")):
         pytest.skip("no such layer")
     net = Sequences(kind, batch_first=True, **OPTIONS[options]).double().eval()
@@ -177,12 +178,12 @@ def test_nothing_is_lost(kind, options, composite):
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_an_own_line_reaches_the_layers_inside(kind):
-    """z+ in the cell: no unit gets relevance of another sign than that of the step's output."""
+    """z+ in the cell: a number that adds to no unit gets nothing."""
     net = Sequences(kind, batch_first=True).double().eval()
     own = Composite.of("epsilon", [{"operation": kind, "rule": "zplus"}], epsilon=0.0)
     found, plain = relevance(net, rows(), own).relevance, relevance(net, rows()).relevance
-    w = net.layer.weight_ih_l0[2 * H :]
-    against = (rows().x[:, 0, :, None] * w.T[None, None]).amax(-1) <= 0  # adds to no unit
+    w = net.layer.weight_ih_l0[2 * H : 3 * H]
+    against = (rows().x[:, 0, :, :, None] * w.T).amax(-1) <= 0
     assert against.any()
     assert not found[:, 0][against].any()
     assert plain[:, 0][against].any()
@@ -201,7 +202,6 @@ def texts() -> Batch:
 
 SIZES = dict(vocab_size=12, embedding_dim=E, hidden_dim=H, pad_id=1)
 NETS = {
-    "acd": lambda: AcdLSTM(12, E, H, num_classes=2, pad_id=1),
     "deep": lambda: DeepLSTM(**SIZES, mask_id=0, num_classes=2),
     "both ways": lambda: BiLSTM(**SIZES, n_layers=2, mask_id=0, num_classes=2),
     "mean": lambda: BiLSTM(**SIZES, pooling="mean", mask_id=0, num_classes=2),
@@ -221,19 +221,17 @@ def test_padding_changes_nothing(name):
 
 def test_padded_texts_are_the_papers():
     torch.manual_seed(1)
-    net, batch = NETS["acd"]().double().eval(), texts()
-    lstm = next(m for m in net.modules() if isinstance(m, nn.LSTM))
-    fc = next(m for m in net.modules() if isinstance(m, nn.Linear))
-    found = relevance(net, batch, path="embedding").relevance
+    net, batch = AcdLSTM(12, E, H, num_classes=2, pad_id=1).double().eval(), texts()
+    found = relevance(net, batch, path="embed").relevance
     with torch.no_grad():
         for i, length in enumerate(batch.lengths.tolist()):
-            x = net.embedding(batch.x[i, :length])
-            last = nn.LSTM.forward(lstm, x[None])[0][0, -1]
+            x = net.embed(batch.x[i, :length])
+            last = nn.LSTM.forward(net.lstm, x[None])[0][0, -1]
             r_out = torch.zeros(length, H, dtype=torch.float64)
             logit = net(batch.x[i : i + 1])[0, batch.target[i]]
-            z = last * fc.weight[batch.target[i]]
-            r_out[-1] = z / (z.sum() + fc.bias[batch.target[i]]) * logit
-            same(found[i, :length], lstm_by_hand(lstm, x, r_out))
+            z = last * net.hidden_to_label.weight[batch.target[i]]
+            r_out[-1] = z / (z.sum() + net.hidden_to_label.bias[batch.target[i]]) * logit
+            same(found[i, :length], lstm_by_hand(net.lstm, x, r_out))
 
 
 # ---- log_softmax ---------------------------------------------------------------------------------------
@@ -298,5 +296,6 @@ def test_weights_that_depend_on_the_input_are_refused():
             out = torch._VF.lstm(x[:, 0], (zero, zero), weights, True, 1, 0.0, False, False, True)[0]
             return self.fc(out.flatten(1))
 
+    graph = Graph.of(Hyper("lstm", batch_first=True).double().eval(), rows().x)
     with pytest.raises(UserError, match=r"LRP has no rule for lstm in its forward \(Hyper\)"):
-        relevance(Hyper("lstm", batch_first=True).double().eval(), rows())
+        Plan(graph, graph.input)

@@ -210,8 +210,8 @@ class Plan:
             return Step("pass", sources)
         raise UserError(
             f"LRP has no rule for {name} in {self.graph.where(node)}: it is neither a layer with weights, nor a sum, a "
-            "choice, a product, a norm, a softmax, a recurrent layer or a function of one value. Take method=integrated_gradients or "
-            "method=gradient_shap, which need the gradient alone"
+            "choice, a product, a norm, a softmax, a recurrent layer or a function of one value. Take "
+            "method=integrated_gradients or method=gradient_shap, which need the gradient alone"
         )
 
     @staticmethod
