@@ -78,6 +78,11 @@ def passed(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tenso
     return [_summed_to(relevance, sources[0])], _nothing(relevance)
 
 
+def held(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """A constant in the place of a source keeps all of it."""
+    return [torch.zeros_like(source) for source in sources], relevance.sum(dtype=torch.float64)
+
+
 def scaled(by: Tensor | float) -> Back:
     """All of it to the source of a product with a constant, which keeps it where it is zero."""
 
@@ -109,6 +114,22 @@ def of_softmax(compute: Callable[..., Tensor], dim: int) -> Back:
         x = torch.where(s == 0, 0.0, x)  # what is hidden, perhaps by minus infinity, has no weight and gets nothing
         found = x * (relevance - s * relevance.sum(dim, keepdim=True))
         kept = relevance * (1 - x + (x * s).sum(dim, keepdim=True))
+        return [found], kept.sum(dtype=torch.float64)
+
+    return back
+
+
+def of_log_softmax(compute: Callable[..., Tensor], dim: int, epsilon: float) -> Back:
+    """x_i (q_i - s_i sum_j q_j) with q = R / log s, the Taylor expansion at x, as of the softmax."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        (x,) = sources
+        result = compute(x)
+        s, finite = result.exp(), result.isfinite()
+        x = torch.where(finite, x, 0.0)  # what is hidden by minus infinity gets nothing
+        quotient = torch.where(finite, relevance / stable(result, epsilon), 0.0)
+        found = x * (quotient - s * quotient.sum(dim, keepdim=True))
+        kept = relevance - quotient * (x - (x * s).sum(dim, keepdim=True))
         return [found], kept.sum(dtype=torch.float64)
 
     return back

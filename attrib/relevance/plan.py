@@ -16,9 +16,11 @@ from torch import fx
 from attrib.models.activations import BATCH_NORM, ELEMENTWISE, LINEAR
 from attrib.models.calls import OF_SHAPE, operation
 from attrib.models.graph import Graph
+from attrib.relevance.recurrent import RECURRENT, given
 from attrib.types import UserError
 
-Kind = Literal["move", "fill", "share", "layer", "product", "pass", "scale", "softmax", "norm", "glu"]
+Kind = Literal["move", "fill", "share", "layer", "product", "pass", "scale", "softmax", "log_softmax", "norm", "glu",
+               "recurrent"]  # fmt: skip
 
 # Layers: which arguments are the input, the weight and the bias, and how many dimensions behind the bias'.
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2,
@@ -48,6 +50,7 @@ _FILLS = frozenset((
 ))  # fmt: skip
 _NORMS = frozenset(("layer_norm", "rms_norm", "group_norm"))
 _SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
+_LOG_SOFTMAX = frozenset(("log_softmax", "_log_softmax"))
 # What statistics are made of, and what brings them to the shape of what they were taken of.
 _REDUCTIONS = frozenset(("mean", "sum", "var", "std", "linalg_vector_norm", "norm", "amax", "amin", "var_mean"))
 _OF_STATISTICS = _REDUCTIONS | frozenset((
@@ -77,6 +80,8 @@ class Step:
 class Plan:
     """The steps of a graph, from ``start``, the node whose relevance is wanted, to its logits.
 
+    normaliser  a log_softmax that makes the net's logits, with only moves behind it; relevance begins in front of it
+
     Raises UserError, which names the module, for a call that gets relevance and has no rule.
     """
 
@@ -88,11 +93,23 @@ class Plan:
         self.steps: dict[fx.Node, Step] = {}
         self._merged = dict(self._mergers())
         self.merged = frozenset(self._merged.values())  # the batch norms that are computed with the layer before them
+        self.normaliser = self._normaliser()
         needed = {graph.output}
         for node in reversed(graph.nodes):
             if node in needed and node is not start:
                 self.steps[node] = self._step(node)
                 needed.update(self.steps[node].sources)
+
+    def _normaliser(self) -> fx.Node | None:
+        at = self.graph.output
+        while at is not self.start and sum(not user.meta.get("size") for user in at.users) == 1:
+            if operation(at) in _LOG_SOFTMAX:
+                return at
+            sources = self._sources(at)
+            if operation(at) not in _MOVES - _FILLS or len(sources) != 1:
+                break
+            (at,) = sources
+        return None
 
     # ---- what depends on the start ----------------------------------------------------------------
 
@@ -117,7 +134,8 @@ class Plan:
         """The nodes behind a layer with weights."""
         found: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if node in self._carries and (self._layer(node) or not found.isdisjoint(self._sources(node))):
+            layer = operation(node) in RECURRENT or self._layer(node)
+            if node in self._carries and (layer or not found.isdisjoint(self._sources(node))):
                 found.add(node)
         return found
 
@@ -170,6 +188,11 @@ class Plan:
                 return Step("norm", sources)
         elif name in _SOFTMAX:
             return Step("softmax", sources)
+        elif name in _LOG_SOFTMAX:
+            return Step("log_softmax", sources)
+        elif name in RECURRENT:
+            if set(sources) <= set(given(node)):
+                return Step("recurrent", sources)
         elif name == "glu":
             return Step("glu", sources)
         elif name in _PRODUCTS:
@@ -188,8 +211,8 @@ class Plan:
             return Step("pass", sources)
         raise UserError(
             f"LRP has no rule for {name} in {self.graph.where(node)}: it is neither a layer with weights, nor a sum, a "
-            "choice, a product, a norm, a softmax or a function of one value. Take method=integrated_gradients or "
-            "method=gradient_shap, which need the gradient alone"
+            "choice, a product, a norm, a softmax, a recurrent layer or a function of one value. Take "
+            "method=integrated_gradients or method=gradient_shap, which need the gradient alone"
         )
 
     @staticmethod

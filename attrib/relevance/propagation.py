@@ -5,17 +5,30 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from attrib.models.activations import BATCH_NORM
-from attrib.models.calls import call, operation
+from attrib.models.calls import call, of_sizes, operation
 from attrib.models.graph import Graph
 from attrib.relevance.composites import Composite
-from attrib.relevance.operations import Back, by_rule, gated, halved, moved, of_softmax, passed, scaled, shared
+from attrib.relevance.operations import (
+    Back,
+    by_rule,
+    gated,
+    halved,
+    moved,
+    of_log_softmax,
+    of_softmax,
+    passed,
+    scaled,
+    shared,
+)
 from attrib.relevance.plan import CONVOLUTIONS, Plan, Step
+from attrib.relevance.recurrent import recurrent
 from attrib.relevance.rules import Layer
 
 
@@ -63,6 +76,19 @@ class _Stepped(torch.autograd.Function):
         found, kept = ctx.back(ctx.saved_tensors, relevance[0])
         ctx.ledger.enter(relevance[0], kept)
         return None, None, None, *found
+
+
+def _tell(ledger: Ledger, compute: Callable[..., Tensor], back: Back, *sources: Tensor) -> Tensor:
+    found: Tensor = _Stepped.apply(compute, back, ledger, *sources)
+    return found
+
+
+@dataclass(frozen=True)
+class _Normalised:
+    """Log-probabilities as the logits before log_softmax, and what it takes off them."""
+
+    logits: Tensor
+    off: Tensor
 
 
 # ---- layers --------------------------------------------------------------------------------------------
@@ -147,7 +173,11 @@ class Propagation:
         self._far = frozenset(far)  # get relevance of calls that they are no arguments of
 
     def relevance(self, x: Tensor, start: Callable[[Tensor], Tensor]) -> Relevance:
-        """Of inputs (N, *input); ``start`` makes the relevance of the logits (N, K) of these."""
+        """Of inputs (N, *input); ``start`` chooses the relevance of the logits (N, K) among them: others are 0.
+
+        Where a log_softmax makes the logits, relevance is that of the logits in front of it, and the logarithm of the
+        sum, which is the same for all classes, keeps the rest.
+        """
         plan, ledger = self._plan, Ledger()
         far: dict[fx.Node, Tensor] = {}
         leaves: list[Tensor] = []
@@ -159,7 +189,16 @@ class Propagation:
             return leaves[0]
 
         def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if node in plan.steps:
+            if node is plan.normaliser:
+                off = args[0].detach().logsumexp(args[1], keepdim=True)
+                result = _Normalised(args[0], off.expand_as(args[0]))
+            elif (both := next((arg for arg in args if isinstance(arg, _Normalised)), None)) is not None:
+                parts = (
+                    call(node)(*(part if arg is both else arg for arg in args), **kwargs)
+                    for part in (both.logits, both.off)
+                )
+                return next(parts) if of_sizes(node) else _Normalised(*parts)
+            elif node in plan.steps:
                 result = self._stepped(node, args, kwargs, far, ledger)
             else:
                 with torch.no_grad():
@@ -172,7 +211,12 @@ class Propagation:
 
         with torch.enable_grad():
             logits = plan.graph.propagate(begin(x.clone()) if plan.start is plan.graph.input else x, rule)
-            (found,) = torch.autograd.grad(logits, leaves, start(logits.detach()))
+            before, off = (logits.logits, logits.off) if isinstance(logits, _Normalised) else (logits, None)
+            (found,) = torch.autograd.grad(before, leaves, start(before.detach()))
+        logits = before
+        if off is not None:
+            logits = before - off
+            ledger.enter(start(logits.detach()), -start(off).sum(dtype=torch.float64))
         return Relevance(found, leaves[0].detach(), logits.detach(), ledger)
 
     def _stepped(
@@ -202,6 +246,9 @@ class Propagation:
             if node not in self._plan.merged:
                 x = _Stepped.apply(lambda *x: compute(*x)[0], passed, ledger, x)
             return x, None, None
+        if step.kind == "recurrent":
+            rule = self._composite.rule(node, first=False)  # it also reads its own states
+            return recurrent(node, args, step.sources, rule, self._epsilon, partial(_tell, ledger))
         sources = [values[source] if source in values else far[source] for source in step.sources]
         back: Back
         match step.kind:
@@ -224,6 +271,8 @@ class Propagation:
                 back = shared(compute, self._epsilon)
             case "softmax":
                 back = of_softmax(compute, args[1])
+            case "log_softmax":
+                back = of_log_softmax(compute, args[1], self._epsilon)
             case "glu":
                 back = gated(args[1] if len(args) > 1 else -1)
             case "product":
