@@ -189,6 +189,7 @@ class Propagation:
             return leaves[0]
 
         def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result: Any
             if node is plan.normaliser:
                 off = args[0].detach().logsumexp(args[1], keepdim=True)
                 result = _Normalised(args[0], off.expand_as(args[0]))
