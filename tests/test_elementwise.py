@@ -16,7 +16,7 @@ from torchvision import models
 from attrib.methods import Method
 from attrib.methods.baselines import Deconvolution, DeepLiftShap, Gradient, GuidedBackprop
 from attrib.methods.parts.propagation import guided, hookable
-from attrib.methods.parts.rescale import check_complete
+from attrib.methods.parts.rescale import check_complete, deep_lift
 from attrib.models import Classifier
 from attrib.models.activations import RELU_LIKE
 from attrib.noise import Noise
@@ -316,6 +316,13 @@ RELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda z: z * (z > 0),
     "float mask": lambda z: (z > 0).to(z.dtype) * z,
     "where": lambda z: torch.where(z > 0, z, torch.zeros_like(z)),
+    "where negative": lambda z: torch.where(z < 0, torch.zeros_like(z), z),
+    "where not positive": lambda z: torch.where(z <= 0, 0.0, z),
+    "masked": lambda z: z.masked_fill(z < 0, 0.0),
+    "not negative": lambda z: z * ~(z <= 0),
+    "written": lambda z: z.clone().index_put_((z < 0,), torch.zeros((), dtype=z.dtype)),
+    "fmax": lambda z: torch.fmax(z, torch.zeros((), dtype=z.dtype)),
+    "leaky": lambda z: F.leaky_relu(z, 0.0),
     "view": lambda z: F.relu(z.clone().transpose(1, 2), inplace=True).transpose(1, 2),
 }
 CEILINGS = {
@@ -457,3 +464,27 @@ def test_the_net_with_hooks_gives_the_logits():
     same(hookable(model, RELU_LIKE)(batch.x, guided), expected)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
     assert explain(Gradient(), net, batch)["map"].abs().max() > 0
+
+
+def test_numbers_that_nearly_meet_have_their_derivative():
+    """The quotient of two differences that are mostly rounding is noise: 1e-3 and more in float32."""
+    x = pictures().x
+    baseline = x + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    net = made(torch.sigmoid)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model = Classifier(net, dtype=dtype)
+        leaf = x.to(dtype)
+        start = baseline.to(dtype)
+        found[dtype] = (deep_lift(model, leaf, start, torch.tensor([0, 1]))[0] / (leaf - start)).double()
+    torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=0, atol=1e-4)
+
+
+def test_a_place_that_is_found_by_a_maximum_is_refused_by_name():
+    class Picks(nn.Module):
+        def forward(self, z):
+            _, at = z.max(1, keepdim=True)
+            return z.gather(1, at)
+
+    with pytest.raises(UserError, match="DeepLIFT has no rule for gather"):
+        explain(DeepLiftShap(samples=1), made(Picks()), pictures())

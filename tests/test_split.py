@@ -505,3 +505,40 @@ def test_graph_split_says_why_it_cannot():
         GraphSplit(Two(), "layer")
     with pytest.raises(CannotSplitError, match="cannot trace Unwilling: "):
         trace(type("Unwilling", (Base,), {"forward": lambda self, x: self.head(x) if x.sum() > 0 else x})())
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def _stopped(z):
+    with torch.no_grad():
+        return z * 3
+
+
+@pytest.mark.parametrize(("function", "factor"), [(_Doubled.apply, 2), (lambda z: z + _stopped(z), 1)])
+def test_a_net_with_a_way_back_of_its_own_is_cut_by_hooks(function, factor):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(function(self.conv(x)).mean((2, 3)))
+
+    net = Own().eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    cut = split(net, "conv", x)
+    assert isinstance(cut, HookSplit)
+    z, rest = cut.front(x)
+    leaf = z.detach().requires_grad_()
+    (got,) = torch.autograd.grad(cut.rear(leaf.clone(), rest)[:, 0].sum(), leaf)
+    expected = factor * net.fc.weight[0].detach().view(1, 4, 1, 1).expand_as(z) / z[0, 0].numel()
+    torch.testing.assert_close(got, expected)

@@ -269,7 +269,7 @@ class DeepLiftShap(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.DeepLiftShap"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units, >= 0"}

@@ -13,8 +13,9 @@ from attrib.models.calls import operation
 # Each number of the result is a function of the number at its place (of several inputs: of the numbers).
 ELEMENTWISE = frozenset((
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "ceil", "celu", "clamp", "clamp_max",
-    "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmod", "frac", "gelu",
-    "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "leaky_relu", "log", "log10", "log1p",
+    "clamp_min", "cos", "cosh", "elu", "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmax", "fmin", "fmod", "frac",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "heaviside", "hypot", "leaky_relu", "log", "log10",
+    "log1p",
     "log2", "log_sigmoid_forward", "logit", "maximum", "minimum", "mish", "nan_to_num", "pow", "_prelu_kernel",
     "reciprocal", "relu", "relu6", "remainder", "round", "rrelu_with_noise_functional", "rsqrt", "selu", "sgn",
     "sigmoid", "sign",
@@ -92,13 +93,39 @@ def _clamped(node: fx.Node) -> int | None:
     return 0 if _is_zero(low) and (high is None or (not isinstance(high, fx.Node) and high > 0)) else None
 
 
+def _negated(node: Any, x: Any) -> bool:
+    """Whether a node is x < 0 or x <= 0, or the opposite of x > 0 or x >= 0."""
+    if not isinstance(node, fx.Node):
+        return False
+    if operation(node) in ("logical_not", "bitwise_not"):
+        return _compared(node.args[0], x, ("gt", "ge"))
+    return _compared(node, x, ("lt", "le"))
+
+
+def _compared(node: Any, x: Any, how: tuple[str, ...]) -> bool:
+    return isinstance(node, fx.Node) and operation(node) in how and node.args[0] is x and _is_zero(node.args[1])
+
+
 def _positive(node: Any, x: Any) -> bool:
     """Whether a node is x > 0 or x >= 0, perhaps as a number."""
     while isinstance(node, fx.Node) and operation(node) == "_to_copy":
         node = node.args[0]
-    return (
-        isinstance(node, fx.Node) and operation(node) in ("gt", "ge") and node.args[0] is x and _is_zero(node.args[1])
-    )
+    if isinstance(node, fx.Node) and operation(node) in ("logical_not", "bitwise_not"):
+        return _compared(node.args[0], x, ("lt", "le"))
+    return _compared(node, x, ("gt", "ge"))
+
+
+def _where(node: fx.Node) -> int | None:
+    which, one, other = node.args
+    if _positive(which, one) and _is_zero(other):
+        return 1
+    return 2 if _negated(which, other) and _is_zero(one) else None
+
+
+def _overwrites_negative(node: fx.Node) -> bool:
+    """Whether it is x[x < 0] = 0."""
+    at: Any = node.args[1]
+    return len(at) == 1 and _negated(at[0], node.args[0]) and _is_zero(node.args[2]) and len(node.args) < 4
 
 
 def _either(node: fx.Node, fits: Callable[[Any, Any], bool]) -> int | None:
@@ -122,5 +149,9 @@ RELU_LIKE: dict[str, Callable[[fx.Node], int | None]] = {
     "threshold": lambda node: 0 if _is_zero(node.args[1]) and _is_zero(node.args[2]) else None,
     "maximum": lambda node: _either(node, lambda other, x: _is_zero(other)),
     "mul": lambda node: _either(node, lambda other, x: _positive(other, x)),
-    "where": lambda node: 1 if _positive(node.args[0], node.args[1]) and _is_zero(node.args[2]) else None,
+    "fmax": lambda node: _either(node, lambda other, x: _is_zero(other)),
+    "where": _where,
+    "masked_fill": lambda node: 0 if _negated(node.args[1], node.args[0]) and _is_zero(node.args[2]) else None,
+    "index_put": lambda node: 0 if _overwrites_negative(node) else None,
+    "leaky_relu": lambda node: 0 if len(node.args) > 1 and node.args[1] == 0 else None,
 }

@@ -60,17 +60,16 @@ def captured(net: nn.Module, x: Tensor) -> fx.GraphModule:
 @contextmanager
 def as_written() -> Iterator[None]:
     """No fused calls for whole layers, which torch takes in eval mode, and no notes of torch's on the user's screen."""
-    fast, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch")
-    level = log.level
+    fast, level = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
-    log.setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # torch's loggers have handlers and levels of their own
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        log.setLevel(level)
+        logging.disable(level)
 
 
 def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:

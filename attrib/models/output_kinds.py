@@ -129,6 +129,7 @@ class Region(OutputKind):
     region: Any = None
     reduce: Literal["sum", "mean"] = "sum"
     _mask: Tensor | None = dataclasses.field(init=False, default=None, repr=False)
+    _pixels: int = dataclasses.field(init=False, default=0, repr=False)  # in the mask
 
     def __post_init__(self) -> None:
         region = self.region
@@ -148,6 +149,8 @@ class Region(OutputKind):
                     "([x1, y1, x2, y2]), a mask or predicted"
                 )
             object.__setattr__(self, "region", tuple(region))
+        if self._mask is not None:
+            object.__setattr__(self, "_pixels", int(self._mask.sum()))
 
     @property
     def per_sample(self) -> bool:
@@ -187,7 +190,7 @@ class Region(OutputKind):
                     f"model.output: the mask has {_size(mask)} pixels, and the map that the net returns {_size(raw)} "
                     "(height x width); give a mask of the map"
                 )
-            total, count = (raw * mask).sum((2, 3)), int(self._mask.sum())
+            total, count = (raw * mask).sum((2, 3)), self._pixels
         else:
             x1, y1, x2, y2 = self.region
             if not traced and (x2 > raw.shape[3] or y2 > raw.shape[2]):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
@@ -103,6 +103,8 @@ class GraphSplit:
             if any(i in behind for i in node.all_input_nodes):
                 behind.add(node)
         rear_nodes = [n for n in graph.nodes if n in behind and n is not cut]
+        if not any(n.op == "output" for n in rear_nodes):
+            raise UserError(f"nothing that {type(module).__name__} returns depends on {path}; take another layer")
         inputs = {i for n in rear_nodes for i in n.all_input_nodes}
         rest = [n for n in graph.nodes if n in inputs and n not in behind and n in needs_input]
         # Parameters and what is computed from them alone are not handed over but computed again.
@@ -282,7 +284,15 @@ def split(module: nn.Module, path: str, x: Tensor) -> Split:
     probe = x[:1].clone()
     _check_layer(module, path, probe)
     try:
-        return _checked(GraphSplit(module, path), module, probe)
+        cut = _checked(GraphSplit(module, path), module, probe)
+        if _same_gradients(cut, HookSplit(module, path), probe):
+            return cut
+        log.info(
+            "%s stops gradients or has a way back of its own, which torch.fx does not see; using hooks at %s instead, "
+            "which is slower",
+            type(module).__name__,
+            path,
+        )
     except CannotSplitError as reason:
         log.info("%s; using hooks at %s instead, which is slower", reason, path)
     try:
@@ -291,6 +301,38 @@ def split(module: nn.Module, path: str, x: Tensor) -> Split:
         raise UserError(
             f"layer {path} of {type(module).__name__}: {reason}; take another layer (set model.layers.<role>)"
         ) from reason
+
+
+def _same_gradients(cut: Split, other: Split, x: Tensor) -> bool:
+    """Whether gradients flow through a cut net as through another: in its rear, and in its front if x has numbers."""
+    found: list[list[Tensor | None]] = []
+    for way in (cut, other):
+        leaf = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
+        gradients = [_gradient(lambda value, way=way: way.front(value).z, leaf)]
+        z, rest = way.front(x.clone())
+        found.append(
+            [*gradients, _gradient(lambda z, way=way, rest=rest: way.rear(z, rest), z.detach().requires_grad_())]
+        )
+    return all(_near(one, two) for one, two in zip(*found, strict=True))
+
+
+def _gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | None:
+    """Of a sum with different weights; None where autograd finds no way, or no way back."""
+    try:
+        with torch.enable_grad():
+            result = function(leaf.clone())
+            weights = torch.linspace(1, 2, result[0].numel(), dtype=result.dtype, device=result.device)
+            return torch.autograd.grad((result.flatten(1) * weights).sum(), leaf)[0] if result.requires_grad else None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+
+
+def _near(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return torch.allclose(one, two, rtol=0, atol=1e-3 * two.abs().nan_to_num(0.0, 0.0).amax().item(), equal_nan=True)
 
 
 @torch.no_grad()

@@ -45,8 +45,10 @@ def shared(compute: Callable[..., Tensor], epsilon: float, factor: float = 1.0) 
         def quotient(result: Tensor) -> Tensor:
             # Linear up to a constant, which keeps its share.
             constant = compute(*map(torch.zeros_like, sources)) if factor == 1 else 0
-            found = relevance / stable(result, epsilon)
-            kept.append((relevance - found * (result - constant)).sum(dtype=torch.float64))
+            finite = result.isfinite()  # what a mask hides by minus infinity has no relevance to share
+            found = torch.where(finite, relevance / stable(result, epsilon), 0.0)
+            passed_on = torch.where(finite, found * (result - constant), 0.0)
+            kept.append((relevance - passed_on).sum(dtype=torch.float64))
             return factor * found
 
         grads = _vjp(compute, sources, quotient)

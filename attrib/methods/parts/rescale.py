@@ -77,7 +77,10 @@ def _common_root(pairs: Sequence[Pair]) -> Pair | None:
 
 def _ratio(dy: Tensor, dx: Tensor, at_zero: Tensor) -> Tensor:
     """dy / dx, or ``at_zero`` where dx is zero."""
-    met = dx.abs() < EPS
+    return _quotient(dy, dx, dx.abs() < EPS, at_zero)
+
+
+def _quotient(dy: Tensor, dx: Tensor, met: Tensor, at_zero: Tensor) -> Tensor:
     return torch.where(met, at_zero, dy / torch.where(met, torch.ones_like(dx), dx))
 
 
@@ -114,7 +117,11 @@ def rescale(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Pair:
         source = root
         # Where the sources meet, so does all that is between: there the gradient so far is the derivative.
         slope = _slope(y, source.x)
-    multiplier = _ratio(y.detach() - y0, source.x.detach() - source.x0, slope)
+    x, x0 = source.x.detach(), source.x0
+    # A change that is small beside the numbers themselves is mostly rounding, and so is the quotient; the derivative
+    # is as near then as the numbers allow.
+    near = x.abs().maximum(x0.abs()) * (torch.finfo(x.dtype).eps ** 0.5 / 4)
+    multiplier = _quotient(y.detach() - y0, x - x0, (x - x0).abs() < near.clamp(min=EPS), slope)
     return Pair(replaced(y, multiplier * source.x), y0, source.root)
 
 
@@ -301,9 +308,11 @@ def _root_mean_square_norm(
 MADE_OF_RULES: dict[str, Callable[..., Any]] = {
     "amax": _over,
     "amin": _least,
-    "max": lambda pair, *dim: (_over(pair, *dim), None) if dim else _over(pair),
+    "max": lambda pair, *dim: (_over(pair, *dim), linear(lambda t: t.max(*dim).indices, pair)) if dim else _over(pair),
     "min": lambda pair, *dim: (
-        (_negative(_over(_negative(pair), *dim)), None) if dim else _negative(_over(_negative(pair)))
+        (_negative(_over(_negative(pair), *dim)), linear(lambda t: t.min(*dim).indices, pair))
+        if dim
+        else _negative(_over(_negative(pair)))
     ),
     "_softmax": _softmax,
     "_safe_softmax": _softmax,
