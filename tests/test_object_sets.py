@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny import save
 
-from attrib.datasets import COCO, CUB200, ImageNetS, ImageTransform, PascalVOC
+from attrib.datasets import COCO, CUB200, AllClasses, ImageNetS, ImageTransform, PascalVOC
 from attrib.datasets.files import imagenet_classes
 from attrib.types import UNREADABLE, SampleError, UserError
 
@@ -80,6 +80,23 @@ def test_voc_boxes_count_pixels_from_one_and_include_the_last(tmp_path):
     expected[0, 0:4, 0:5] = expected[0, 1:14, 10:20] = expected[1, 2, 2] = True
     assert torch.equal(roi, expected)
     assert len(PascalVOC(str(tmp_path), AS_IS, regions="boxes", difficult=True).uids) == 3
+
+
+@pytest.mark.parametrize("regions", ["masks", "boxes"])
+def test_all_classes_of_an_image_are_the_labels_of_one_sample(tmp_path, regions):
+    each = PascalVOC(str(voc(tmp_path)), AS_IS, regions=regions)
+    whole = AllClasses(each)
+    assert set(whole.uids) == {uid.rpartition("/")[0] for uid in each.uids}
+    assert len({whole.key, each.key}) == 2
+    batch = whole.batch(whole.uids)
+    assert batch.target.shape == (len(whole.uids), 20)
+    for row, uid in enumerate(whole.uids):
+        parts = [part for part in each.uids if part.startswith(f"{uid}/")]
+        ones = each.batch(parts)
+        assert batch.target[row].nonzero().flatten().tolist() == sorted(ones.target.tolist())
+        assert torch.equal(batch.roi[row], ones.roi.any(0))
+        assert torch.equal(batch.x[row], ones.x[0])
+    assert len({whole.fingerprint(uid) for uid in whole.uids}) == len(whole.uids)
 
 
 def test_bad_voc_files_cost_their_samples_only(tmp_path):

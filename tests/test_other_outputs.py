@@ -22,7 +22,8 @@ from attrib.datasets import Selection
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import Samples
 from attrib.methods.acd import ACD
-from attrib.methods.baselines import GradCAM, Gradient, GuidedBackprop, IntegratedGradients, Occlusion
+from attrib.methods.baselines import Gradient, GuidedBackprop, IntegratedGradients, Occlusion
+from attrib.methods.cam import GradCAM
 from attrib.methods.causal import CausalPaths
 from attrib.methods.cd import CD
 from attrib.methods.fisher import FunctionalInformation

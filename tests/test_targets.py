@@ -30,6 +30,7 @@ from attrib.methods.captum import Captum
 from attrib.methods.cd import CD
 from attrib.methods.extremal import ExtremalPerturbation
 from attrib.methods.fisher import FunctionalInformation
+from attrib.methods.lrp import LRP
 from attrib.methods.parts.losses import target_score
 from attrib.methods.sampled import GradientShap, Rise
 from attrib.methods.surrogates import KernelShap, Lime
@@ -164,6 +165,21 @@ def test_the_map_of_a_contrast_is_that_of_the_difference(method):
     for name in method.MAPS:
         assert wanted[name].abs().max() > 0
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_relevance_of_a_contrast_is_the_difference_of_two():
+    """LRP's rules are linear in the relevance that comes from behind."""
+    method, x, uids = LRP(), small_cnn_images()[0][:2].double(), ("a", "b")
+    assert method.CONTRASTS
+
+    def relevance(target: Tensor) -> Tensor:
+        return method.attribute(classifier(), Batch(uids, x, target), {}, Noise(uids, dtype=torch.float64))["map"]
+
+    contrast = torch.zeros(2, K, dtype=torch.long)
+    contrast[:, 3], contrast[:, 5] = 1, -1
+    wanted = relevance(torch.tensor([3, 3])) - relevance(torch.tensor([5, 5]))
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(relevance(contrast), wanted, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
-from attrib.config.compose import CommandLine, Composition, compose
+from attrib.config.compose import CommandLine, Composition
 from attrib.config.objects import experiment, options_of
 from attrib.process.signals import Stop
 from attrib.report.dataset import file_name, look, page
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         about = {k: o for k, o in line.overrides.items() if k.split(".")[0] not in ("method", "metric", "paper")}
         line = dataclasses.replace(line, overrides=about)
         overrides = [*line.cells()[0], "method=random", "metric=[]"]
-        return _written(compose("run", overrides, line.folder), args.out)
+        return common.each("run", line, [overrides], lambda composition: _written(composition, args.out))
 
     return common.watched(work)
 

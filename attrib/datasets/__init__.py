@@ -25,6 +25,7 @@ from attrib.datasets.photos import Photos, PhotoViews
 from attrib.datasets.pieces import HuggingFaceEncoder
 from attrib.datasets.protocols import Dataset, Images, Sounds, Texts, holds_images, holds_sounds, holds_texts
 from attrib.datasets.select import Selection
+from attrib.datasets.several import AllClasses
 from attrib.datasets.shards import ShardedImages
 from attrib.datasets.snippets import MovieSnippets
 from attrib.datasets.sound import Sound
@@ -45,6 +46,7 @@ __all__ = [
     "CUB200",
     "MNIST",
     "STL10",
+    "AllClasses",
     "ArrayDataset",
     "ArrowShards",
     "AudioDataset",

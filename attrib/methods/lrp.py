@@ -50,6 +50,7 @@ class LRP(Method):
 
     NAME: ClassVar[str] = "attrib.methods.lrp.LRP"
     VERSION: ClassVar[int] = 1
+    CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the logit less delta"}
@@ -113,7 +114,10 @@ class LRP(Method):
 
 
 def _of_target(logits: Tensor, target: Tensor) -> Tensor:
-    """(N, K) the relevance of the logits: the target's is its logit, that of the others 0."""
+    """(N, K) the relevance of the logits: the target's is its logit, that of the others 0.
+
+    Of a contrast: minus its logit that of the class that is subtracted.
+    """
     if target.ndim == 1:
         return torch.zeros_like(logits).scatter(1, target[:, None], logits.gather(1, target[:, None]))
-    return torch.where(target.bool(), logits, 0)
+    return torch.where(target.bool(), logits * target.sign(), 0)
