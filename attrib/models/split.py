@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -308,12 +309,18 @@ def _same_gradients(cut: Split, other: Split, x: Tensor) -> bool:
     found: list[list[Tensor | None]] = []
     for way in (cut, other):
         leaf = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
-        gradients = [_gradient(lambda value, way=way: way.front(value).z, leaf)]
         z, rest = way.front(x.clone())
-        found.append(
-            [*gradients, _gradient(lambda z, way=way, rest=rest: way.rear(z, rest), z.detach().requires_grad_())]
-        )
+        at = z.detach().requires_grad_()
+        found.append([_gradient(partial(_front, way), leaf), _gradient(partial(_rear, way, rest), at)])
     return all(_near(one, two) for one, two in zip(*found, strict=True))
+
+
+def _front(way: Split, x: Tensor) -> Tensor:
+    return way.front(x).z
+
+
+def _rear(way: Split, rest: tuple[Tensor, ...], z: Tensor) -> Tensor:
+    return way.rear(z, rest)
 
 
 def _gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | None:
