@@ -7,6 +7,7 @@ that is not its samples one by one, a net, an input or a global random state tha
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch import Tensor
 from attrib.causal import CausalGraphs
 from attrib.causal.structure import Structure
 from attrib.methods import baselines, cam, sampled
+from attrib.methods.attention import Attention
 from attrib.methods.captum import Captum
 from attrib.methods.causal import CausalPaths, graphs_of
 from attrib.methods.cd import CD
@@ -376,6 +378,20 @@ def check_lrp(case: Case) -> None:
         same(found["map"], summed(x * references.gradient(case.net, x, case.batch.target)), OTHER, atol=SINGLE)
 
 
+def check_attention(case: Case) -> None:
+    """Shares of attention are in [0, 1] and know no target; none of the maps is negative."""
+    others = dataclasses.replace(case.batch, target=(case.batch.target + 1) % case.given.classes)
+    for follow in ("last_layer", "rollout", "gradient"):
+        found = case.explain(Attention(follow=follow))["map"]
+        if not float(found.min()) >= -TIGHT:
+            raise WrongError("negative attention", f"{follow}: {float(found.min()):.2g}")
+        if follow != "gradient":
+            if not float(found.max()) <= 1 + TIGHT:
+                raise WrongError("more than all attention", f"{follow}: {float(found.max()):.2g}")
+            again = Attention(follow=follow).attribute(case.classifiers[0], others, {}, noise_of(others.uids))["map"]
+            same(again, found, "attention that depends on the target", what=follow)
+
+
 def check_cd(case: Case) -> None:
     """Relevant and irrelevant parts, each propagated on its own, add up to the logits (``completeness_error``)."""
     found = case.explain(CD(units=Partition(side=3)))
@@ -433,6 +449,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
+ATTENDS = ("scaled_dot_product_attention", "MultiheadAttention", "TransformerEncoderLayer", ".softmax(-1) @ v")
 CAMS = (*(name for name in CHECKS if "_cam" in name), "captum_layer")
 
 
@@ -455,6 +472,8 @@ def must_be_refused(case: Case, method: str) -> str:
         "relu"
     ):
         return "the net has no ReLU"
+    if method == "attention" and not any(call in case.given.program.source() for call in ATTENDS):
+        return "the net has no self-attention"
     if method == "causal_paths" and case.given.program.again:
         return "a layer runs twice"
     if method in CAMS and case.cam in case.given.program.again:

@@ -32,7 +32,9 @@ class LRP(Method):
     For the others: the identity rule for activations, layer, group and RMS norms (and batch norms behind no layer),
     shares in proportion to the summands for sums, residuals, averages and interpolation, all of it to the largest
     for max-poolings; in attention those of AttnLRP (Achtibat et al., 2024): half of it to each factor of a product,
-    and the Taylor expansion of the softmax. On a transformer ``composite="epsilon"`` is therefore AttnLRP.
+    and the Taylor expansion of the softmax. On a transformer ``composite="epsilon"`` is therefore AttnLRP. In the
+    cells of LSTM, GRU and plain recurrence what is gated takes all, and the gates get none (Arras et al., 2017). Of a
+    net that returns log-probabilities the logit in front of its log_softmax is explained.
 
     composite  epsilon_plus_flat, epsilon_alpha2_beta1, epsilon_gamma_box, epsilon ...: as zennit's of these names
     rules      lines in front of the composite's, of which the first that fits a layer counts:
@@ -44,8 +46,9 @@ class LRP(Method):
                for each channel
 
     The relevance of a text is that of the layer with the role "embedding". Relevance is conserved, but for what
-    biases, constants (position embeddings, class tokens), the softmax's expansion and stabilisers keep: ``delta`` is
-    that part, and it is checked that it is no other. A net with a call that has no rule is refused by name.
+    biases, constants (position embeddings, class tokens), the softmax's expansion, a log_softmax and stabilisers
+    keep: ``delta`` is that part, and it is checked that it is no other. A net with a call that has no rule is refused
+    by name.
     """
 
     NAME: ClassVar[str] = "attrib.methods.lrp.LRP"
