@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -335,3 +336,16 @@ def test_names_that_are_not_utf_8(job, capfd):
     assert len(tables.rows(work, broken)) == 6
     assert not broken
     assert "p\\xff2" in set(tables.rows(work)["uid"])
+
+
+def test_two_identical_jobs_share_the_work(job, during, monkeypatch):
+    """One that begins while another is at work walks in another order, and does not do what is done."""
+    monkeypatch.setattr(tiny_methods, "during", lambda batch: time.sleep(0.4))
+    statuses = []
+    first = threading.Thread(target=lambda: statuses.append(forked(lambda: job("run.batch=1"))))
+    first.start()
+    statuses.append(forked(lambda: job("run.batch=1")))
+    first.join()
+    assert statuses == [0, 0]
+    assert 6 <= len(list(only_cell(job.root).folder.glob("maps/*.safetensors"))) <= 9  # alone each would do six
+    job.finishes(0)

@@ -12,7 +12,7 @@ import rich.console
 from synthetic import UIDS, add_entry, add_rows, cell, iba, metric_folder
 from tiny import tool
 
-from attrib.results import formats, tables
+from attrib.results import formats, tables, written
 
 
 def test_rounding_follows_the_interval():
@@ -70,7 +70,7 @@ def test_latex(root, capsys):
         assert part in text
     widths = {line.count("&") for line in text.splitlines() if line.endswith(r"\\")}
     assert len(widths) == 1
-    assert formats._tex("50% of $x_1$ & {#2} ~^\\") == (
+    assert written._tex("50% of $x_1$ & {#2} ~^\\") == (
         r"50\% of \$x\_1\$ \& \{\#2\} \textasciitilde{}\textasciicircum{}\textbackslash{}"
     )
 

@@ -270,3 +270,34 @@ def test_leaving_does_not_wait_for_a_thread_that_hangs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert (done.returncode, done.stdout) == (75, "bye")
+
+
+# ---- before anything watches --------------------------------------------------------------------
+
+
+def ended(work: Callable[[], None]) -> int:
+    """How a child ends that does this after ``polite_start``; 7 if it gets to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            signals.polite_start()
+            work()
+        finally:
+            os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_imports_is_a_polite_stop(number, capfd):
+    assert ended(lambda: tell(number)) == signals.LEFT
+    assert capfd.readouterr().err == f"stopped by {number.name}; the same command goes on\n"
+
+
+def test_what_watches_later_is_not_cut_short_by_it():
+    def work() -> None:
+        with watching() as stop:
+            tell()
+            assert stop()
+        # The handler of the start is there again, but was not called: there may be something to print.
+
+    assert ended(work) == 7

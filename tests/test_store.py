@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attrib.store.cell import Arrays, Cell, ScoreRows, cells, to_safetensors
+from attrib.store.arrays import to_safetensors
+from attrib.store.cell import Arrays, Cell, ScoreRows, cells
 from attrib.store.files import Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError

@@ -91,3 +91,12 @@ def check_depth(value: Any) -> None:
             if isinstance(below, (dict, list))
         ]
     raise ValueError(f"nested more than {DEPTH} deep")
+
+
+def line(path: Path, error: Exception) -> str:
+    return f"{path}: {reason(path, error)}"
+
+
+def reason(path: Path, error: Exception) -> str:
+    """What an error says, without the file."""
+    return str(error).removeprefix(f"{path}: ")
