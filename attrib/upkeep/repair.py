@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from safetensors import safe_open
 
 from attrib.store.cell import READING, Arrays, Cell, ScoreRows, cells, counts, described, read_rows
@@ -82,8 +83,10 @@ def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
         runs = sorted(folder.glob("runs/[!.]*/"))
         found += [(run / name, check) for run in runs for name, check in _RUN if exists(run / name)]
     found += [(path, _graph) for path in sorted(root.glob("graphs/*/class_*.json"))]
-    tables = [path for name in GRAPH_TABLES for path in sorted(root.glob(f"graphs/*/{name}"))]
+    tables = [folder / name for folder in sorted(root.glob("graphs/*/")) for name in GRAPH_TABLES]
+    tables = [path for path in tables if exists(path)]  # a pattern would not find a link to itself
     found += [(path, _graph_table) for path in tables]
+    found += [(path, _picture) for path in sorted(root.glob("graphs/*/[!.]*.png"))]
     state = root / "state"
     found += [(state, _folder)] if exists(state) else []
     for path in sorted(state.glob("[!.]*")):
@@ -182,6 +185,15 @@ def _graph_table(path: Path) -> Damage | None:
         frame = pd.read_csv(io.BytesIO(content(path)))
         frame[list(texts)], frame[list(numbers)].astype(float)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        return Damage(path, f"{type(error).__name__}: {error}")
+    return None
+
+
+def _picture(path: Path) -> Damage | None:
+    try:
+        with Image.open(io.BytesIO(content(path))) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL, for damaged files
         return Damage(path, f"{type(error).__name__}: {error}")
     return None
 
