@@ -142,7 +142,7 @@ def test_a_net_that_computes_something_else_than_its_graph_is_refused():
     model.graph(pictures())
     model.module.function.shift = 1.0
     with pytest.raises(UserError, match="gives other logits than Net itself by"):
-        model._compare(model.graph(pictures()), pictures())
+        model._graphs.check(model.graph(pictures()), pictures())
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])

@@ -19,7 +19,7 @@ from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
-from attrib.models.graph import Graph, check_same
+from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
 from attrib.models.output_kinds import Classes, Link
 from attrib.models.reading import Name, Reading, described, find
@@ -98,9 +98,7 @@ class Classifier:
         self._admission = Admission(self.module, self.output, exam)
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
-        self._graphs: list[Graph] = []
-        self._compared: set[torch.Size] = set()  # shapes of inputs on which a graph gave the net's logits
-        self._differentiated: set[torch.Size] = set()  # ... and the net's gradients
+        self._graphs = Graphs(self.module)
         self.defaults: dict[str, DefaultLayer] = {}  # role -> what was found out, where no layer was named
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
         for role, path in self.layers.items():
@@ -242,17 +240,12 @@ class Classifier:
             classes = target[:1] if target.ndim == 1 else target[0].nonzero().flatten()
             for missing in classes[~torch.isin(classes.to(first.device), first).to(classes.device)].tolist():
                 raise SampleError(f"the net gives no pixel of this sample to class {missing}")
-        self._forget_graphs()
+        self._graphs.forget()  # they hold the region of a sample as a constant
         try:
             with self.output.explaining(self.module, first):
                 yield
         finally:
-            self._forget_graphs()
-
-    def _forget_graphs(self) -> None:
-        """They hold the region of a sample as a constant."""
-        self._graphs.clear()
-        self._compared.clear()
+            self._graphs.forget()
 
     # ---- chunks -----------------------------------------------------------------------------
 
@@ -400,47 +393,13 @@ class Classifier:
         something else than its graph.
         """
         self._admit(x)
-        found = next((graph for graph in self._graphs if graph.fits(x)), None)
-        if found is None:
-            # The original's would hold the region of another sample, or none.
-            same = self.original is not self and not self.output.read.per_sample
-            found = self.original.graph(x).of_copy(self.module) if same else Graph.of(self.module, x)
-            self._graphs.append(found)
-        if x.shape[1:] not in self._compared:
-            self._compare(found, x)
-            self._compared.add(x.shape[1:])
-        return found
-
-    @torch.no_grad()
-    def _compare(self, graph: Graph, x: Tensor) -> None:
-        for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))) if graph.any_rows else (x,):
-            check_same(self.module, graph(rows.clone()), self.module(rows.clone()))
+        # The original's would hold the region of another sample, or none.
+        same = self.original is not self and not self.output.read.per_sample
+        return self._graphs.of(x, self.original.graph if same else None)
 
     def check_gradient(self, x: Tensor) -> None:
-        """Raises UserError unless gradients flow through the graph as through the net, for images or sounds x.
-
-        They do not where the net stops them (``detach``, ``torch.no_grad``) or has a way back of its own
-        (``torch.autograd.Function``).
-        """
-        graph, shape = self.graph(x), x.shape[1:]
-        if shape in self._differentiated:
-            return
-        found = []
-        for net in (graph, self.module):
-            with torch.enable_grad():
-                leaf = x[:1].detach().requires_grad_()
-                logits = net(leaf.clone())
-                weights = torch.linspace(1, 2, logits.shape[1], dtype=x.dtype, device=x.device)
-                (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf)
-            found.append(gradient)
-        got, expected = found
-        if not torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().amax().item(), equal_nan=True):
-            raise UserError(
-                f"{type(self.module).__name__} stops gradients (detach, torch.no_grad) or has a way back of its own "
-                "(torch.autograd.Function), which a method with rules for the way back cannot follow. Take a method "
-                "that needs the gradient alone, such as integrated_gradients"
-            )
-        self._differentiated.add(shape)
+        """Raises UserError unless gradients flow through the graph as through the net, for images or sounds x."""
+        self._graphs.check_gradient(self.graph(x), x)
 
     def _split(self, role: str, x: Tensor | None = None) -> Split:
         if role not in self._splits:

@@ -181,6 +181,67 @@ def _fed(nodes: tuple[fx.Node, ...]) -> set[fx.Node]:
     return found
 
 
+class Graphs:
+    """A net's graphs: one for all inputs that it fits, compared with the net once for every shape of inputs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self._known: list[Graph] = []
+        self._same_logits: set[torch.Size] = set()
+        self._same_gradients: set[torch.Size] = set()
+
+    def of(self, x: Tensor, of_original: Callable[[Tensor], Graph] | None = None) -> Graph:
+        """For inputs of x's shape (N, *input); ``of_original`` gives the graph of the net that this one is a copy of.
+
+        Raises UserError for a net that torch cannot export, or that computes something else than its graph.
+        """
+        found = next((graph for graph in self._known if graph.fits(x)), None)
+        if found is None:
+            found = Graph.of(self.net, x) if of_original is None else of_original(x).of_copy(self.net)
+            self._known.append(found)
+        if x.shape[1:] not in self._same_logits:
+            self.check(found, x)
+            self._same_logits.add(x.shape[1:])
+        return found
+
+    @torch.no_grad()
+    def check(self, graph: Graph, x: Tensor) -> None:
+        """Raises UserError unless the graph gives the net's logits for one row of x, and for several."""
+        for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))) if graph.any_rows else (x,):
+            check_same(self.net, graph(rows.clone()), self.net(rows.clone()))
+
+    def check_gradient(self, graph: Graph, x: Tensor) -> None:
+        """Raises UserError unless gradients flow through the graph as through the net.
+
+        They do not where the net stops them (``detach``, ``torch.no_grad``) or has a way back of its own
+        (``torch.autograd.Function``).
+        """
+        shape, rows = x.shape[1:], x[:1] if graph.any_rows else x
+        if shape in self._same_gradients:
+            return
+        got, expected = (_gradient(net, rows) for net in (graph, self.net))
+        if not torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().amax().item(), equal_nan=True):
+            raise UserError(
+                f"{type(self.net).__name__} stops gradients (detach, torch.no_grad) or has a way back of its own "
+                "(torch.autograd.Function), which a method with rules for the way back cannot follow. Take a method "
+                "that needs the gradient alone, such as integrated_gradients"
+            )
+        self._same_gradients.add(shape)
+
+    def forget(self) -> None:
+        self._known.clear()
+        self._same_logits.clear()
+
+
+def _gradient(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(N, *input) of a sum of the logits with different weights."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        logits = net(leaf.clone())
+        weights = torch.linspace(1, 2, logits.shape[1], dtype=x.dtype, device=x.device)
+        return torch.autograd.grad((logits * weights).sum(), leaf)[0]
+
+
 def check_same(net: nn.Module, got: Tensor, logits: Tensor) -> None:
     """Raises UserError unless ``got``, what the graph of the net gives, are its logits, both (N, K)."""
     tolerance = 1e-3 * logits.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
