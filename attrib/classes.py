@@ -45,7 +45,7 @@ def shown_target(name: str, target: int | Sequence[int] | None) -> str:
     """What a sample is explained for, for people: ``zebra (340)``; several labels or a contrast are (K,) numbers."""
     if target is None:
         return name
-    if isinstance(target, int):
+    if not isinstance(target, list | tuple) or not all(isinstance(v, int) for v in target):  # one class, or anything
         return f"{name} ({target})" if name else f"class {target}"
     numbers = joined(target, lambda i: str(i))
     return f"{name} ({numbers})" if name else f"classes {numbers}"

@@ -428,8 +428,6 @@ def test_grad_cam_equals_its_formula(net, layer, relu):
 def test_grad_cam_needs_places():
     with pytest.raises(UserError, match=r"a layer with places; 5 gives \(B, 12\)"):
         explain(GradCAM(), relu_net(), pictures(), {"cam": "5"})
-    with pytest.raises(UserError, match="'cam'"):
-        explain(GradCAM(), relu_net(), pictures())
 
 
 # ---- occlusion and noise ---------------------------------------------------------------------------

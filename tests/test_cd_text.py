@@ -292,6 +292,7 @@ def test_a_gradient_through_a_recurrent_net() -> None:
     assert gradient[2, 1].item() == pytest.approx(((above - below) / (2 * step)).item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_what_recurrent_layers_cannot_do() -> None:
     class Started(nn.Module):
         def __init__(self) -> None:

@@ -62,7 +62,7 @@ def test_what_is_allowed():
 # ---- every method's fields ------------------------------------------------------------------------------
 
 # Fields that may be negative, and those of whole numbers that may be anything.
-SIGNED = {"baseline", "initial_alpha", "mean", "beta of Search", "z", "fallback"}
+SIGNED = {"baseline", "initial_alpha", "mean", "beta of Search", "z", "fallback", "low", "high"}
 ANY = {"train_seed", "seed", "layers"}
 # Further values that make no sense: zero where there must be something, and too much of what is bounded.
 ZERO = {

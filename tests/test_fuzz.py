@@ -1,4 +1,4 @@
-"""A hundred generated nets against all methods, shared out; ``make fuzz N=1000`` takes more, ``tests/fuzz.py`` shows one."""
+"""A hundred generated nets, shared out among the methods; ``make fuzz N=1000`` judges all, ``tests/fuzz.py`` one."""
 
 from __future__ import annotations
 

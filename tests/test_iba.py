@@ -476,8 +476,8 @@ def test_losses():
 
 def test_a_role_that_the_model_lacks_is_named():
     model = Classifier(conv_net(), {"cam": "3"}, dtype=torch.float64)
-    with pytest.raises(UserError, match=r"'bottleneck'.*cam"):
-        IBA().attribute(model, pictures(1), {}, Noise(["s0"]))
+    with pytest.raises(UserError, match=r"'rear'.*cam"):
+        IBA(layer="rear").attribute(model, pictures(1), {}, Noise(["s0"]))
 
 
 @pytest.mark.parametrize("field", ["steps", "batch"])

@@ -46,7 +46,7 @@ MODELS, DATASETS = nodes("model"), nodes("dataset")
 AUDIO_MODELS = [n for n, node in MODELS.items() if node["input"].get("_target_") == "attrib.datasets.WaveTransform"]
 TEXT_MODELS = [name for name, node in MODELS.items() if "_target_" in node["input"] and name not in AUDIO_MODELS]
 IMAGE_MODELS = [name for name in MODELS if name not in (*TEXT_MODELS, *AUDIO_MODELS)]
-IMAGES = [name for name, node in DATASETS.items() if isinstance(node.get("transform"), dict)]
+IMAGES = [name for name, node in DATASETS.items() if isinstance(node.get("each", node).get("transform"), dict)]
 AUDIO = [name for name, node in DATASETS.items() if node.get("transform") == "${model.input}"]
 TEXTS = [name for name, node in DATASETS.items() if "encoder" in node]
 
@@ -169,14 +169,15 @@ def test_the_named_weights_want_what_the_preset_says(name, weights):
 @pytest.mark.parametrize("dataset", IMAGES)
 def test_images_are_prepared_as_the_library_says(dataset):
     """The nulls of model=torchvision and model=timm reach both transforms of every dataset."""
-    root = ["dataset.root=x"] if DATASETS[dataset].get("root") == "???" else []
+    inner = "dataset.each" if "each" in DATASETS[dataset] else "dataset"
+    root = [f"{inner}.root=x"] if DATASETS[dataset].get("each", DATASETS[dataset]).get("root") == "???" else []
     config = with_input(composed("model=torchvision", "model.arch=resnet50", f"dataset={dataset}", *root))
     for node in (config["dataset"], config["dataset"]["estimation"]):
-        made = build(node["transform"], "transform")
+        made = build(node.get("each", node)["transform"], "transform")
         assert (made.size, made.resize, made.resize_size) == ((224, 224), "crop", 232)
-    said = ["model.input.interpolation=bilinear", "dataset.transform.resize=squash"]
+    said = ["model.input.interpolation=bilinear", f"{inner}.transform.resize=squash"]
     config = with_input(composed("model=timm", "model.arch=vit_small_patch16_224", f"dataset={dataset}", *root, *said))
-    made = build(config["dataset"]["transform"], "transform")
+    made = build(config["dataset"].get("each", config["dataset"])["transform"], "transform")
     assert made == ImageTransform(224, (0.5,) * 3, (0.5,) * 3, "squash", None, "bilinear")
     assert config["model"]["input"]["resize_size"] == 248
 
@@ -209,7 +210,9 @@ def test_method_fields_are_all_in_the_yaml(name):
 
     assert written(node) == fields(method)
     first = name.removesuffix("_text").removesuffix("_fast")  # another configuration of a class
-    first = dict.fromkeys(FISHER, "functional_information").get(name, "cd" if name.startswith("cd_") else first)
+    first = dict.fromkeys(FISHER, "functional_information").get(name, first)
+    family = next((f for f in ("cd", "lrp", "attention") if name.startswith(f"{f}_")), None)
+    first = {"cd": "cd", "lrp": "lrp", "attention": "attention_gradient"}.get(str(family), first)
     assert (method == type(method)()) == (name == first or first not in presets("method"))
 
 
@@ -252,7 +255,10 @@ def computed(folder: Path, method: str, metrics: list[str], *overrides: str) -> 
 FOR_TEXTS = [name for name, node in nodes("method").items() if node.get("modalities") == ["text"]]
 
 
-@pytest.mark.parametrize("method", [name for name in presets("method") if name not in FOR_TEXTS])
+ATTENTION = [name for name in presets("method") if name.startswith("attention_")]  # see test_attention_methods.py
+
+
+@pytest.mark.parametrize("method", [name for name in presets("method") if name not in (*FOR_TEXTS, *ATTENTION)])
 def test_every_method(method, tmp_path: Path):
     node = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())
     parts = {"method.": node, **{f"method.{k}.": v for k, v in node.items() if isinstance(v, dict)}}

@@ -15,7 +15,14 @@ from torch import nn
 
 from attrib import keys
 from attrib.config.fields import checked_value, hints_of, is_node
-from attrib.config.trained import NOT_OF_THE_NET, check_encoder, check_transform, names_of_classes, with_checkpoint
+from attrib.config.trained import (
+    NOT_OF_THE_NET,
+    check_encoder,
+    check_transform,
+    names_of_classes,
+    takes_classes,
+    with_checkpoint,
+)
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import example, parse_device
@@ -183,7 +190,7 @@ def with_input(config: Node, where: str = "model") -> Node:
         if not isinstance(data, Mapping):
             return data
         transform, rest = data.get("transform"), _without(data, "transform")
-        rest = {k: followed(v) if k == "estimation" else v for k, v in rest.items()}
+        rest = {k: followed(v) if k in ("estimation", "each") else v for k, v in rest.items()}
         return {**rest, "transform": _filled(transform, full)} if isinstance(transform, Mapping) else rest
 
     return {**config, "model": {**model, "input": full}, "dataset": followed(config["dataset"])}
@@ -191,7 +198,9 @@ def with_input(config: Node, where: str = "model") -> Node:
 
 def _net(model: Node) -> dict[str, Any]:
     """Of a model YAML, what builds the net."""
-    return _without(model, *NOT_OF_THE_NET)
+    path = model.get("_target_")
+    own = "classes" in model and isinstance(path, str) and takes_classes(target(model, "model"))
+    return _without(model, *(name for name in NOT_OF_THE_NET if name != "classes" or not own))
 
 
 def classifier(node: Node, options: Options, where: str = "model", dataset: Dataset | None = None) -> Classifier:

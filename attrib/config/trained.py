@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,6 +58,14 @@ def with_checkpoint(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return {**config, "model": {**model, **plain}}
 
 
+def takes_classes(builder: Callable[..., Any]) -> bool:
+    """Whether ``model.classes`` is an argument of the net's own builder, and no names of classes."""
+    try:
+        return "classes" in inspect.signature(builder).parameters
+    except (TypeError, ValueError):  # some that are written in C
+        return False
+
+
 def names_of_classes(node: Mapping[str, Any], builder: Callable[..., Any], where: str) -> ClassNames | None:
     """What ``model.classes``, else the checkpoint, else the library of the loaded weights says.
 
@@ -64,7 +73,7 @@ def names_of_classes(node: Mapping[str, Any], builder: Callable[..., Any], where
 
     None: nobody but the net itself, if it does. Raises UserError.
     """
-    given, checkpoint = node.get("classes"), node.get("checkpoint")
+    given, checkpoint = None if takes_classes(builder) else node.get("classes"), node.get("checkpoint")
     field = f"{where}: classes"
     if given == "none":
         return ClassNames((), "model.classes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
@@ -21,6 +22,10 @@ from attrib.relevance.composites import Composite
 from attrib.relevance.plan import Plan, output_of
 from attrib.relevance.propagation import Propagation
 from attrib.types import Batch, SampleError, UserError
+
+
+def _numbers(given: float | Sequence[float] | None) -> Sequence[float]:
+    return () if given is None else given if isinstance(given, Sequence) else (given,)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,12 @@ class LRP(Method):
     reduce: Reduce = "sum"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
         require(self, "epsilon", "gamma", at_least=0)
         require(self, "reduce", one_of=get_args(Reduce))
+        for name, given in (("low", self.low), ("high", self.high)):
+            if not all(math.isfinite(value) for value in _numbers(given)):
+                raise UserError(f"LRP.{name} is {given}, must be finite numbers")
         self._composite()
 
     def _composite(self) -> Composite:

@@ -126,7 +126,8 @@ def _propagate(
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "output":
                 return args[0]
-            own = depends.isdisjoint(node.all_input_nodes) or node.target is operator.getitem
+            several = node.target is operator.getitem and isinstance(args[0], tuple | list)
+            own = several or depends.isdisjoint(node.all_input_nodes)
             values[node] = call(node)(*args, **kwargs) if own else rule(node, args, kwargs)
             if not depends.isdisjoint(node.all_input_nodes):
                 depends.add(node)

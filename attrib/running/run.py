@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -121,12 +122,24 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
                 cell.check()
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
             except (OSError, GoneError) as error:
-                failure = failure or error
+                # That the folder is gone explains whatever failed before.
+                failure = error if isinstance(error, GoneError) else failure or error
         if isinstance(failure, GoneError):
+            _forget(plan.cell.folder, plan.cell.writer)
             raise failure
         if failure is not None:
             raise _refused(plan, failure, loop.unwritten) from failure
     return summary
+
+
+def _forget(folder: Path, writer: str) -> None:
+    """Remove what this writer wrote at the moment at which the cell's folder was deleted: nothing tells what it is.
+
+    A folder with anything else in it lost no more than its spec.json, and stays as it is.
+    """
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    if files and all(writer in str(path.relative_to(folder)) for path in files):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
