@@ -60,6 +60,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
         try:
             summary = _run(plan, options, start, stop)
         except OSError as error:  # a sample's own errors never come this far
+            plan.cell.check()
             raise _refused(plan, error) from error
         stop.work_left = summary.stopped is not None
     return summary
@@ -135,10 +136,11 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
 def _forget(folder: Path, writer: str) -> None:
     """Remove what this writer wrote at the moment at which the cell's folder was deleted: nothing tells what it is.
 
-    A folder with anything else in it lost no more than its spec.json, and stays as it is.
+    A folder that lost no more than its spec.json, or holds what others wrote, stays as it is.
     """
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
-    if files and all(writer in str(path.relative_to(folder)) for path in files):
+    stored = [path for kind in ("maps", "scores") for path in (folder / kind).rglob("*") if not path.is_dir()]
+    described = any((folder / name).exists() for name in ("spec.json", "samples.json"))
+    if not described and all(writer in path.name for path in stored):
         shutil.rmtree(folder, ignore_errors=True)
 
 
