@@ -122,8 +122,15 @@ def test_shares_sum_to_one(name):
         torch.testing.assert_close(weight.sum(-1), torch.ones_like(weight[..., 0]))
 
 
-@pytest.mark.parametrize("follow", FOLLOW)
-@pytest.mark.parametrize("name", ["torchvision", "distilbert"])
+@pytest.mark.parametrize(
+    ("name", "follow"),
+    [
+        ("torchvision", "gradient"),
+        ("distilbert", "rollout"),
+        *(pytest.param("torchvision", follow, marks=pytest.mark.slow) for follow in ("last_layer", "rollout")),
+        *(pytest.param("distilbert", follow, marks=pytest.mark.slow) for follow in ("last_layer", "gradient")),
+    ],
+)
 def test_contract(name, follow):
     batch = batch_of(name)
     method_contract(Attention(follow=follow), lambda rows, dtype: classifier(name, dtype, rows), batch, {})

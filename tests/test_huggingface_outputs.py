@@ -18,7 +18,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from attrib.datasets import ImageTransform
-from attrib.methods.baselines import GradCAM, Gradient
+from attrib.methods.baselines import Gradient
+from attrib.methods.cam import GradCAM
 from attrib.methods.iba import IBA
 from attrib.methods.parts.losses import target_loss
 from attrib.models import Classifier, hf_decoder, hf_image_classifier, hf_image_text, probabilities
@@ -177,7 +178,7 @@ def test_similarities_are_those_of_transformers(kind, tmp_path):
     text = torch.nn.functional.normalize(net.embed_prompts(PROMPTS), dim=1)
     (grad,) = torch.autograd.grad((net.scale * image @ text.T)[:, 1].sum(), leaf)
     batch = Batch(("a", "b", "c"), x, torch.tensor([1, 1, 1]))
-    close(Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"], grad.sum(1), 1e-9)
+    close(Gradient(reduce="abs_sum").attribute(model, batch, {}, Noise(batch.uids))["map"], grad.sum(1), 1e-9)
 
 
 def test_iba_of_a_clip(tmp_path):
@@ -236,7 +237,7 @@ def test_next_tokens_are_those_of_transformers(kind, words, tmp_path):
         ("a", "b", "c"), x, torch.tensor([0, 1, 2]), lengths=torch.tensor(LENGTHS),
         words=torch.where(torch.arange(6) < torch.tensor(LENGTHS)[:, None], torch.arange(6), -1),
     )  # fmt: skip
-    map = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
+    map = Gradient(reduce="abs_sum").attribute(model, batch, {}, Noise(batch.uids))["map"]
     assert (map[1, 1:] == 0).all()
     assert map.abs().sum(1).min() > 0
 

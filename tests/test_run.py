@@ -292,7 +292,7 @@ def test_dry(run):
         (("method=grad_cam", "model.checkpoint=/no/such.pth"), ("/no/such.pth",)),
         (("method=grad_cam", "run.shard=3", "run.shards=2"), ("run.shard",)),
         (("method=grad_cam", "dataset.root=/no/such/folder"), ("/no/such/folder",)),
-        (("method=grad_cam", "dataset.target=lable"), ("label or predicted",)),
+        (("method=grad_cam", "dataset.target=lable"), ("must be label, predicted or second",)),
         (("method=grad_cam", "run.dtype=float8"), ("float8",)),
         (("method=grad_cam", "method._target_=no.such.Thing"), ("no.such.Thing",)),
         (("method=grad_cam", "dataset.select.min_confidence=1.0"), ("min_confidence",)),

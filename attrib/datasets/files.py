@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import posixpath
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -224,6 +225,11 @@ class Labels(NamedTuple):
     gone: Mapping[str, str]
 
 
+def is_number(label: str) -> bool:
+    """Also one that can be no class, such as -1: with it among the labels, the others are no names."""
+    return re.fullmatch(r"[+-]?\d+(\.\d*)?", label) is not None
+
+
 def names_in_labels(path: str | Path) -> Classes | None:
     """The classes that a CSV file,label names, numbered by their places in the alphabet; None if it has numbers.
 
@@ -231,7 +237,7 @@ def names_in_labels(path: str | Path) -> Classes | None:
     """
     rows = read_rows(path, ("label",), "dataset.labels")
     names = sorted({text for _, row in rows if (text := row["label"].strip())})
-    if not names or any(name.isdecimal() for name in names):
+    if not names or any(map(is_number, names)):
         return None
     return Classes(dict(enumerate(names)), {name: i for i, name in enumerate(names)})
 

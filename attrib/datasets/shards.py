@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import pyarrow as pa
 
 from attrib.datasets.depth import mark
-from attrib.datasets.files import SUFFIXES, existing_folder, read_classes, shown
+from attrib.datasets.files import SUFFIXES, existing_folder, is_number, read_classes, shown
 from attrib.datasets.images import ImageDataset
 from attrib.datasets.transform import ImageTransform
 from attrib.keys import digest
@@ -253,7 +253,7 @@ def _table(rows: Sequence[Found]) -> pa.Table:
 def _written(labels: Sequence[str]) -> dict[int, str]:
     """Names of classes by their places in the alphabet; none if there are numbers among the labels."""
     names = sorted({text for text in labels if text.removeprefix("#") not in ("", "-1")})
-    numbers = any(text.startswith("#") or text.isdecimal() for text in names)
+    numbers = any(text.startswith("#") or is_number(text) for text in names)
     return {} if numbers else dict(enumerate(names))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attrib.datasets.files import existing_folder
+from attrib.datasets.files import existing_folder, is_number
 from attrib.datasets.records import (
     JSON_LINES,
     SEPARATORS,
@@ -151,7 +151,7 @@ def _records(
 def _names_in(records: Sequence[Record], label: str) -> list[str]:
     """The names in a column of labels, in alphabetical order; none if a number is among them."""
     names = {_text(record.fields.get(label)) for record in records if not record.problem} - {"", "-1"}
-    return [] if any(name.removesuffix(".0").isdecimal() for name in names) else sorted(names)
+    return [] if any(map(is_number, names)) else sorted(names)
 
 
 def _row(record: Record, text: str, label: str | None, names: Sequence[str]) -> tuple[_Row, str]:
