@@ -30,6 +30,7 @@ from attrib.methods.captum import Captum
 from attrib.methods.causal import CausalPaths, graphs_of
 from attrib.methods.cd import CD
 from attrib.methods.fisher import FunctionalInformation
+from attrib.methods.guided_grad_cam import GuidedGradCAM
 from attrib.methods.iba import IBA
 from attrib.methods.lrp import LRP
 from attrib.methods.parts.covariance import Covariance
@@ -308,7 +309,7 @@ def check_ablation_cam(case: Case) -> None:
 
 
 def check_guided_grad_cam(case: Case) -> None:
-    found = case.explain(cam.GuidedGradCAM())["map"]
+    found = case.explain(GuidedGradCAM())["map"]
     if case.cam in case.given.program.again:
         return
     x, target, place = case.batch.x, case.batch.target, case.given.program.places[case.cam]

@@ -23,12 +23,12 @@ from attrib.methods.cam import (
     EigenCAM,
     GradCAM,
     GradCAMPlusPlus,
-    GuidedGradCAM,
     HiResCAM,
     LayerCAM,
     ScoreCAM,
     XGradCAM,
 )
+from attrib.methods.guided_grad_cam import GuidedGradCAM
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError

@@ -28,6 +28,7 @@ from torch import Tensor
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
+from attrib.methods.cam import GradCAM as GradCAM  # where it stood before its family had a home of its own
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.propagation import Rule, deconvolution, guided, hookable

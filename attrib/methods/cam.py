@@ -12,17 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attrib import keys
-from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
-from attrib.methods.baselines import GuidedBackprop
-from attrib.methods.parts.inputs import Reduce
 from attrib.methods.parts.layout import Layout, image_size, on_image, resize
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
@@ -342,41 +339,3 @@ class EigenCAM(_CAM):
         at.refuse((high + low).abs() <= near, "Eigen-CAM: nothing tells the sign of the first singular vector")
         sign = torch.where(high > -low, 1.0, -1.0).to(first)
         return (sign[:, None] * first).unflatten(1, a.shape[2:]).to(a.dtype)
-
-
-# ---- with guided backpropagation ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GuidedGradCAM(Method):
-    """Guided backpropagation times the enlarged Grad-CAM, which is >= 0 (Selvaraju et al., 2017, section 3.2).
-
-    layer, layout   see ``GradCAM``
-    reduce          how channels become one value, see ``baselines``
-
-    Raises UserError on a net without ReLUs, see ``baselines.GuidedBackprop``.
-    """
-
-    NAME: ClassVar[str] = "attrib.methods.cam.GuidedGradCAM"
-    VERSION: ClassVar[int] = 1
-    CONTRASTS: ClassVar[bool] = True
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient times Grad-CAM, signed"}
-    layer: str = "cam"
-    layout: str = "auto"
-    reduce: Reduce = "sum"
-
-    def __post_init__(self) -> None:
-        check_layout(type(self).__name__, self.layout)
-        require(self, "reduce", one_of=get_args(Reduce))
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return (self.layer,)
-
-    @property
-    def laid(self) -> Mapping[str, str]:
-        return {self.layer: self.layout}
-
-    def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        cam = GradCAM(self.layer, layout=self.layout).attribute(model, batch, state, noise)["map"]
-        return {"map": cam * GuidedBackprop(self.reduce).attribute(model, batch, state, noise)["map"]}
