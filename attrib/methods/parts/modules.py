@@ -20,7 +20,8 @@ SHAPE = frozenset((
 def check_relus(model: Classifier, x: Tensor, what: str, instead: str) -> None:
     """Raises UserError unless every ReLU of the net, on x (N, *input), is the call of a module of the class ReLU."""
     relus = hookable(model, RELU_LIKE).found(x)
-    seen = sum(isinstance(_caller(model, node), nn.ReLU) for node in relus)
+    modules = _modules(model)
+    seen = sum(isinstance(modules.get(_path(node)), nn.ReLU) for node in relus)
     if not relus or seen < len(relus):
         raise UserError(
             f"{what} replaces modules of the class ReLU, and only {seen} of the {len(relus)} ReLUs of "
@@ -30,10 +31,10 @@ def check_relus(model: Classifier, x: Tensor, what: str, instead: str) -> None:
 
 def check_modules_alone(model: Classifier, x: Tensor, what: str) -> None:
     """Raises UserError unless all that the net computes, on x (N, *input), it does in modules without others inside."""
-    graph = model.graph(x)
+    graph, modules = model.graph(x), _modules(model)
     for node in graph.nodes:
         if node in graph.fed and operation(node) not in ("", *SHAPE):
-            module = _caller(model, node)
+            module = modules.get(_path(node))
             if module is None or any(True for _ in module.children()):
                 raise UserError(
                     f"{what} sees only modules, and {graph.where(node)} of {graph.name} calls {operation(node)} "
@@ -42,5 +43,11 @@ def check_modules_alone(model: Classifier, x: Tensor, what: str) -> None:
                 )
 
 
-def _caller(model: Classifier, node: fx.Node) -> nn.Module | None:
-    return dict(model.module.named_modules(remove_duplicate=False)).get(node.meta["module"][0])
+def _modules(model: Classifier) -> dict[str, nn.Module]:
+    return dict(model.module.named_modules(remove_duplicate=False))
+
+
+def _path(node: fx.Node) -> str:
+    """Of the module that makes a call."""
+    path: str = node.meta["module"][0]
+    return path

@@ -75,7 +75,8 @@ class Hookable:
         """Other element-wise operations that are no sums, products or comparisons, with the modules they are in."""
         graph = self._model.graph(x)
         bent = ELEMENTWISE - LINEAR.keys() - {"mul", "div", "eq", "ne", "lt", "le", "gt", "ge"}
-        found = {operation(n): n for n in reversed(graph.nodes) if n in graph.fed - {*self.found(x)}}
+        unknown = graph.fed - {*self.found(x)}
+        found = {operation(n): n for n in reversed(graph.nodes) if n in unknown}
         return [f"{name} in {graph.where(n)}" for name, n in found.items() if name in bent]
 
 
