@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attrib.models.calls import OF_SHAPE, REPLACED, attribute, call, constant, operation
 from attrib.models.capture import as_written, captured
+from attrib.models.ways_back import gradient, near
 from attrib.types import UserError
 
 Rule = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -220,8 +221,8 @@ class Graphs:
         shape, rows = x.shape[1:], x[:1] if graph.any_rows else x
         if shape in self._same_gradients:
             return
-        got, expected = (_gradient(net, rows) for net in (graph, self.net))
-        if not torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().amax().item(), equal_nan=True):
+        leaf = rows.detach().requires_grad_()
+        if not near(gradient(graph, leaf), gradient(self.net, leaf)):
             raise UserError(
                 f"{type(self.net).__name__} stops gradients (detach, torch.no_grad) or has a way back of its own "
                 "(torch.autograd.Function), which a method with rules for the way back cannot follow. Take a method "
@@ -232,15 +233,6 @@ class Graphs:
     def forget(self) -> None:
         self._known.clear()
         self._same_logits.clear()
-
-
-def _gradient(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(N, *input) of a sum of the logits with different weights."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        logits = net(leaf.clone())
-        weights = torch.linspace(1, 2, logits.shape[1], dtype=x.dtype, device=x.device)
-        return torch.autograd.grad((logits * weights).sum(), leaf)[0]
 
 
 def check_same(net: nn.Module, got: Tensor, logits: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from attrib.models.ways_back import gradient, near
 from attrib.types import UserError
 
 log = logging.getLogger(__name__)
@@ -311,8 +312,8 @@ def _same_gradients(cut: Split, other: Split, x: Tensor) -> bool:
         leaf = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
         z, rest = way.front(x.clone())
         at = z.detach().requires_grad_()
-        found.append([_gradient(partial(_front, way), leaf), _gradient(partial(_rear, way, rest), at)])
-    return all(_near(one, two) for one, two in zip(*found, strict=True))
+        found.append([gradient(partial(_front, way), leaf), gradient(partial(_rear, way, rest), at)])
+    return all(near(one, two) for one, two in zip(*found, strict=True))
 
 
 def _front(way: Split, x: Tensor) -> Tensor:
@@ -321,25 +322,6 @@ def _front(way: Split, x: Tensor) -> Tensor:
 
 def _rear(way: Split, rest: tuple[Tensor, ...], z: Tensor) -> Tensor:
     return way.rear(z, rest)
-
-
-def _gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | None:
-    """Of a sum with different weights; None where autograd finds no way, or no way back."""
-    try:
-        with torch.enable_grad():
-            result = function(leaf.clone())
-            weights = torch.linspace(1, 2, result[0].numel(), dtype=result.dtype, device=result.device)
-            return torch.autograd.grad((result.flatten(1) * weights).sum(), leaf)[0] if result.requires_grad else None
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return None
-
-
-def _near(one: Tensor | None, two: Tensor | None) -> bool:
-    if one is None or two is None:
-        return one is two
-    return torch.allclose(one, two, rtol=0, atol=1e-3 * two.abs().nan_to_num(0.0, 0.0).amax().item(), equal_nan=True)
 
 
 @torch.no_grad()
