@@ -144,25 +144,31 @@ def taken_apart(
     """What a call gives if ``rule`` computes the simpler calls that torch composes it of, such as an LSTM's steps.
 
     ``tensor`` gives the tensor that a value of the propagation stands for, for its shape; None for any other argument.
+    The node remembers what it is composed of, for all calls with tensors of these shapes and types.
     """
     flat, spec = tree_flatten((args, kwargs))
-    at = [i for i, value in enumerate(flat) if tensor(value) is not None]
+    at = {
+        i: found
+        for i, value in enumerate(flat)
+        if (found := value if isinstance(value, Tensor) else tensor(value)) is not None
+    }
+    kind = tuple((at[i].shape, at[i].dtype, at[i].device) if i in at else value for i, value in enumerate(flat))
+    known: dict[Any, fx.GraphModule] = node.meta.setdefault("parts", {})
+    if kind not in known:
 
-    def function(*tensors: Tensor) -> Any:
-        again = [*flat]
-        for i, value in zip(at, tensors, strict=True):
-            again[i] = value
-        args, kwargs = tree_unflatten(again, spec)
-        return call(node)(*args, **kwargs)
+        def function(*tensors: Tensor) -> Any:
+            given = dict(zip(at, tensors, strict=True))
+            args, kwargs = tree_unflatten([given.get(i, value) for i, value in enumerate(flat)], spec)
+            return call(node)(*args, **kwargs)
 
-    with as_written():
-        net = make_fx(torch.func.functionalize(function, remove="mutations"))(*(tensor(flat[i]) for i in at))
-    net.graph.eliminate_dead_code()
-    for part in net.graph.nodes:
-        part.target = REPLACED.get(part.target, _without_writing(part))
-    nodes = list(net.graph.nodes)
+        with as_written():
+            known[kind] = net = make_fx(torch.func.functionalize(function, remove="mutations"))(*at.values())
+        net.graph.eliminate_dead_code()
+        for part in net.graph.nodes:
+            part.target = REPLACED.get(part.target, _without_writing(part))
+    nodes = list(known[kind].graph.nodes)
     last = {used: part for part in nodes for used in part.all_input_nodes}
-    return _propagate(nodes, net, [flat[i] for i in at], rule, last)
+    return _propagate(nodes, known[kind], [flat[i] for i in at], rule, last)
 
 
 def _without_writing(node: fx.Node) -> Any:

@@ -63,7 +63,7 @@ class Hookable:
     def __call__(self, x: Tensor, rule: Rule = _as_it_is) -> Tensor:
         def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if operation(node) == "rnn_relu":
-                return taken_apart(node, args, kwargs, compute, lambda v: v if isinstance(v, Tensor) else None)
+                return taken_apart(node, args, kwargs, compute, lambda _: None)
             at = self._at(node)
             if at is None or not isinstance(args[at], Tensor) or not args[at].requires_grad:
                 return call(node)(*args, **kwargs)
