@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import captum.attr
 import fuzz_references as references
 import numpy as np
 import torch
@@ -450,7 +451,24 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
+def captum_can(case: Case, name: str) -> bool:
+    """Whether captum itself, which replaces modules by their class, gives this net what its method promises."""
+    x, target, net = case.batch.x, case.batch.target, copy.deepcopy(case.net)
+    try:
+        found = getattr(captum.attr, name)(net).attribute(x.clone().requires_grad_(), target=target).detach()
+    except Exception:  # it breaks off in many ways
+        return False
+    if name == "GuidedBackprop":
+        expected = references.through_relus(case.given, x, target, guided=True)
+        return bool((found - expected).abs().max() <= TIGHT * max(LEAST, float(expected.abs().max())))
+    with torch.no_grad():
+        change = references.score(case.net, x, target) - references.score(case.net, torch.zeros_like(x), target)
+    missing = (found.flatten(1).sum(1) - change).abs().max()
+    return bool(missing <= SINGLE * max(LEAST, float(change.abs().max()), float(found.flatten(1).abs().sum(1).max())))
+
+
 ATTENDS = ("scaled_dot_product_attention", "MultiheadAttention", "TransformerEncoderLayer", ".softmax(-1) @ v")
+CAPTUMS_RULES = {"captum_guided_backprop": "GuidedBackprop", "captum_deep_lift": "DeepLift"}
 CAMS = (*(name for name in CHECKS if "_cam" in name), "captum_layer")
 
 
@@ -500,6 +518,8 @@ class Judge:
         try:
             CHECKS[method](self._case)
         except (UserError, SampleError) as refusal:
+            if not reason and method in CAPTUMS_RULES and not captum_can(self._case, CAPTUMS_RULES[method]):
+                reason = "captum itself is not right on this net"
             outcome: Outcome = "due" if reason else "refused"
             return Verdict(self.seed, method, outcome, reason or pattern(str(refusal)), str(refusal))
         except Exception as error:  # whatever else a method may raise is wrong
