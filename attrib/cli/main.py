@@ -17,6 +17,7 @@ GROUPS = {
         "run": "explain a dataset's samples and score the maps; -m: a grid, or a paper's table",
         "train": "train a network by a recipe",
         "sanity": "does a method's map depend on the network's weights?",
+        "precision": "what another arithmetic of the network, such as bfloat16, changes",
         "graph": "causal graphs of a network's classes",
         "compare-trees": "do hierarchies hold still when the input is perturbed?",
     },

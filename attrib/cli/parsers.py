@@ -111,6 +111,14 @@ def sanity() -> Parser:
     return _composing("sanity", about, [("Settings of the check; those of run.* are as for attrib run", "sanity.yaml")])
 
 
+def precision() -> Parser:
+    about = (
+        "What another arithmetic of the network changes: explains and scores the samples in float32 and in that\n"
+        "one (precision=bfloat16), and prints the differences of maps, scores and seconds with their intervals."
+    )
+    return _composing("precision", about, [("Settings; those of run.* are as for attrib run", "run.yaml")])
+
+
 def graph() -> Parser:
     about = (
         "Causal graphs of a network's classes: JSON, pictures, what their paths are worth, how stable they are.\n\n"
@@ -323,6 +331,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "status": status,
     "cache": cache,
     "sanity": sanity,
+    "precision": precision,
     "dataset": dataset,
     "graph": graph,
     "compare-trees": compare_trees,

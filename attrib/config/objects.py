@@ -27,6 +27,7 @@ from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import example, parse_device
 from attrib.models import Classifier, load_weights
+from attrib.models.precision import Precision
 from attrib.models.randomise import randomised
 from attrib.models.zoo import input_of, seeded
 from attrib.running.options import Options
@@ -291,6 +292,8 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
     }
     dataset = _build_as("dataset", _without(data, *reserved), where["dataset"])
     model = classifier(config["model"], options, where["model"], dataset)
+    precision = Precision.of(config.get("precision"))
+    model, scorer = model.with_precision(precision.explain), model.with_precision(precision.score)
     if model.variant is not None:
         names["model"] += f"-{model.variant.name}"
     estimation, estimation_select = None, Selection()
@@ -308,6 +311,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
         estimation=estimation,
         estimation_select=estimation_select,
         model=model,
+        scorer=scorer,
         method=method,
         metrics=metrics,
         seed=checked_value("seed", int, config.get("seed", 0)),

@@ -21,6 +21,7 @@ from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
 from attrib.models import Classifier
+from attrib.models.precision import Arithmetic
 from attrib.models.reading import taken_before
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -34,6 +35,7 @@ class Experiment:
     target   which class is explained, see ``samples.Samples`` and ``targets``; here also by name
     estimation   what the method's state is fitted on; None if it has none
     config   the resolved configuration it was built from, kept for the record
+    scorer   the net as metrics see it, if it is computed in another arithmetic there; None: ``model``
     """
 
     names: Mapping[str, str]
@@ -47,6 +49,7 @@ class Experiment:
     estimation_select: Selection = field(default_factory=Selection)
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
+    scorer: Classifier | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError for a method or metric that does not fit the dataset or the model's output."""
@@ -284,13 +287,26 @@ class Experiment:
         """
         if self.model.variant is None:
             return None
-        state = None if samples is None else self.state_key(samples, self.model.original)
-        return self.cell_key(state, self.model.original)
+        original = self.original
+        return self.cell_key(None if samples is None else self.state_key(samples, original), original)
+
+    @property
+    def original(self) -> Classifier:
+        """The net that this one is a randomised copy of, in the same arithmetic; else the net itself."""
+        return self.model if self.model.variant is None else self.model.original.with_precision(self.model.precision)
 
     def metric_key(self, name: str) -> str:
         metric = self.metrics[name]
         read = self._layers([role for role in metric.roles if role in self.model.layers])
-        return keys.digest(metric, self.seed, *([read] if read else []))
+        more: list[Any] = [read] if read else []
+        if self.score_precision != "float32":
+            more.append({"precision": self.score_precision})
+        return keys.digest(metric, self.seed, *more)
+
+    @property
+    def score_precision(self) -> Arithmetic:
+        """The arithmetic in which metrics ask the net."""
+        return (self.scorer or self.model).precision
 
     def folder(self, cell_key: str) -> str:
         """Names are labels that people choose: only plain characters become part of a path."""

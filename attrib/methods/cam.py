@@ -260,7 +260,7 @@ class ScoreCAM(_CAM):
             mask = resize(a[sample, channel], image_size(x)).unsqueeze(1)
             mask = mask - mask.amin((2, 3), keepdim=True)
             mask = mask / mask.amax((2, 3), keepdim=True)
-            return target_score(at.model.module(x[sample] * mask), target[sample])
+            return target_score(at.model(x[sample] * mask), target[sample])
 
         scores = torch.full_like(low, -torch.inf)
         scores[varies] = at.model.chunked(piece, len(which))

@@ -218,6 +218,7 @@ class Captum(Method):
             places = on_image(model, self.layer, batch.x, z, self.layout)
             self._check_places(model, places)
         if self._replaces or self._reads:
+            model.check_precision(f"captum's {self.algorithm}")
             model.examine(batch.x)
             self._check_seen(model, batch.x[:1])
             net = copy.deepcopy(model.module)

@@ -136,7 +136,7 @@ class Rise(Method):
                 sample = torch.arange(rows.start, rows.stop, device=x.device) // portion
                 height, width = (self._enlarge(side, shift[rows, i]) for i, side in enumerate(x.shape[-2:]))
                 mask = height @ kept[rows] @ width.mT
-                logits = model.module(x[sample] * mask[:, None])
+                logits = model(x[sample] * mask[:, None])
                 return self._score(model, logits, batch.target[sample]), mask
 
             with torch.no_grad():

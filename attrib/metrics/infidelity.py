@@ -198,7 +198,7 @@ class Infidelity(Metric):
                 for axis, places in enumerate(size):
                     along = inside(rows, axis, torch.arange(places, device=model.device))
                     gone = gone & along.view(-1, 1, *(places if axis == d else 1 for d in range(len(size))))
-                return model.module(torch.where(gone, base[sample[rows]], batch.x[sample[rows]]))
+                return model(torch.where(gone, base[sample[rows]], batch.x[sample[rows]]))
 
             score = score_rows(model, batch.target, sample, logits, self.output)
         score = score[place]

@@ -108,7 +108,7 @@ class IROF(Metric):
 
         def logits(rows: slice) -> Tensor:
             gone = (order[sample[rows]] < step[rows, None, None]).unsqueeze(1)
-            return model.module(torch.where(gone, base[sample[rows]], x[sample[rows]]))
+            return model(torch.where(gone, base[sample[rows]], x[sample[rows]]))
 
         score = score_rows(model, target, sample, logits)
         start = score[first]

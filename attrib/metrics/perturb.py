@@ -139,7 +139,7 @@ def score_grid(
     """
     row = torch.arange(len(target) * columns, device=model.device)
     sample, column = row // columns, row % columns
-    scores = score_rows(model, target, sample, lambda r: model.module(images(sample[r], column[r])), output)
+    scores = score_rows(model, target, sample, lambda r: model(images(sample[r], column[r])), output)
     return scores.view(len(target), columns)
 
 
@@ -236,7 +236,7 @@ def _score_made(
             some = min(columns - column, rows.stop - row)
             make(buffer[row - rows.start :][:some], i, slice(column, column + some))
             row += some
-        return model.module(buffer[:count])
+        return model(buffer[:count])
 
     sample = torch.arange(len(target), device=model.device).repeat_interleave(columns)
     return score_rows(model, target, sample, logits, output).view(len(target), columns)

@@ -209,6 +209,7 @@ class Quantus(Metric):
         if self.metric == "RelativeRepresentationStability":
             # It hangs hooks into the net and names its layers: it gets the net itself, a copy in float32. Of its
             # output it takes the largest at most; softmax, so that quantus takes no layer out.
+            model.check_precision(f"quantus' {self.metric}", "precision.score")
             net, how = copy.deepcopy(model.module).float(), {"softmax": True, "device": str(model.device)}
         found = [
             self._one(net, how, batch[[i]], map[i : i + 1], seeds[i], explain, extra) if defined[i] else None

@@ -133,7 +133,7 @@ def recognised(model: Classifier, images: Tensor, target: Tensor) -> Tensor:
 
     def both(rows: slice) -> Tensor:
         # A copy, because a net may change what it is given, and a block without memory is tried again.
-        logits, wanted = model.module(images[rows].to(model.device, copy=True)).double(), target[rows]
+        logits, wanted = model(images[rows].to(model.device, copy=True)).double(), target[rows]
         if wanted.ndim == 1:
             first = (logits.argmax(1) == wanted).double()
         else:

@@ -150,7 +150,7 @@ def _mask(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[sl
 
     def logits(rows: slice) -> Tensor:
         x = batch.x[sample[rows]].masked_fill(removed(rows), mask_id)
-        return model.module(x[:, : lengths[sample[rows]].max()])
+        return model(x[:, : lengths[sample[rows]].max()])
 
     return logits
 
@@ -164,7 +164,7 @@ def _delete(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[
         # Every token goes to its new position, what is not kept to one behind the last.
         position = torch.where(kept, kept.cumsum(dim=1) - 1, width)
         x = batch.x.new_full((len(kept), width + 1), pad_id).scatter_(1, position, batch.x[sample[rows]])
-        return model.module(x[:, : kept.sum(dim=1).max().clamp(min=1)])
+        return model(x[:, : kept.sum(dim=1).max().clamp(min=1)])
 
     return logits
 

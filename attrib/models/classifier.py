@@ -22,6 +22,7 @@ from attrib.models.forms import own_path, private_copy, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
 from attrib.models.output_kinds import Classes, Link
+from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
@@ -58,6 +59,7 @@ class Classifier:
     original     of a copy with randomised layers: the classifier it was made from. Where the experiment goes by
                  predictions (of the class to explain, of the samples to select), it goes by the original's.
                  Any other classifier is its own original
+    precision    the arithmetic of the net, see ``with_precision``
 
     Raises UserError for a layer that does not exist, and for a net that is refused.
     """
@@ -84,6 +86,7 @@ class Classifier:
         self.output = Output.of(output)
         self.rows, self.device, self.dtype = rows, torch.device(device), dtype
         self.variant, self.original = variant, original or self
+        self.precision: Arithmetic = "float32"
         self.input_shape = input_shape
         self._heap = Heap()
         self.passed = 0  # rows that went through the net so far; a cost, reported beside seconds
@@ -172,6 +175,45 @@ class Classifier:
         """What comes before the layers of a net are read for x."""
         self.examine(x)
         self._admission.check_padding(x)
+
+    # ---- precision --------------------------------------------------------------------------
+
+    def with_precision(self, precision: Arithmetic) -> Classifier:
+        """The same net in another arithmetic, see ``attrib.models.precision``; it shares all that was found out.
+
+        Its ``key`` is another, and its ``original`` is a classifier in float32. Raises UserError for an arithmetic
+        that the device does not have.
+
+        >>> import torch
+        >>> model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), input_shape=(3, 2, 2))
+        >>> coarse = model.with_precision("bfloat16")
+        >>> coarse.logits(torch.ones(1, 3, 2, 2)).dtype, coarse.key == model.key
+        (torch.float32, False)
+        """
+        if precision == self.precision:
+            return self
+        if self.precision != "float32":
+            raise ValueError(f"the net is computed in {self.precision} already")
+        check(precision, self.device, self.dtype)
+        other = copy.copy(self)
+        other.precision, other.original = precision, self.original
+        other.key = digest(self.key, {"precision": precision})
+        return other
+
+    def check_precision(self, what: str, where: str = "precision.explain") -> None:
+        """Raises UserError in the name of ``what``, which computes the net in its own way, unless that is float32."""
+        if self.precision != "float32":
+            raise UserError(f"{what} computes the net in float32 only; set {where}=float32")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, *input) -> (N, K), in one piece and as the net gives it: gradients flow, and x may be changed in place.
+
+        For what is cut into pieces elsewhere, see ``chunked``; else ``logits`` and ``gradient`` are the way.
+        """
+        return self._computed(self.module, x)
+
+    def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return computed(self.precision, self.device, self.dtype, function, *inputs)
 
     # ---- what is explained ------------------------------------------------------------------
 
@@ -264,7 +306,8 @@ class Classifier:
         while start < n:
             size = min(max(1, self.rows // cost), n - start)
             try:
-                pieces.append(function(slice(start, start + size)))
+                with multiplied(self.precision):
+                    pieces.append(function(slice(start, start + size)))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -293,7 +336,7 @@ class Classifier:
         """(N, *input) -> (N, K), without gradients."""
         self.examine(x)
         # Here and below a copy goes in, because a net may change what it is given in place.
-        return self.chunked(lambda rows: self.module(x[rows].clone()), len(x))
+        return self.chunked(lambda rows: self(x[rows].clone()), len(x))
 
     def path(self, role: str, shape: tuple[int, ...] | None = None) -> str:
         """The module path of a role.
@@ -390,8 +433,9 @@ class Classifier:
 
         Made once, whatever the number of rows and, where the net allows it, the length of texts; compared with the
         net on rows of x for every other shape. Raises UserError for a net that torch cannot export, or that computes
-        something else than its graph.
+        something else than its graph, or that is computed in another arithmetic than float32.
         """
+        self.check_precision("a method that reads the net as a graph")
         self._admit(x)
         # The original's would hold the region of another sample, or none.
         same = self.original is not self and not self.output.read.per_sample
@@ -418,8 +462,14 @@ class Classifier:
         cut = self._split(role, x)
 
         def piece(rows: slice) -> tuple[Tensor, ...]:
-            z, rest = cut.front(x[rows].clone())
-            return (z, *rest)
+            rest: list[Tensor] = []
+
+            def layer(x: Tensor) -> Tensor:
+                z, more = cut.front(x)
+                rest.extend(more)
+                return z
+
+            return (self._computed(layer, x[rows].clone()), *rest)
 
         z, *rest = self.chunked(piece, len(x))
         return Front(z, tuple(rest))
@@ -457,7 +507,7 @@ class Classifier:
         def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(graph):
                 leaf = x[rows].detach().requires_grad_(graph)
-                z = layer(rows, leaf.clone())
+                z = self._computed(lambda value: layer(rows, value), leaf.clone())
             if graph and not z.requires_grad:  # parameters are frozen: it can only come from the input
                 raise UserError(f"no gradient flows from {self.path(role)} to the input; take another layer")
             return leaf, z
@@ -501,14 +551,15 @@ class Classifier:
             def catch(role: str) -> Callable[[nn.Module, Any, Any], None]:
                 def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                     # A copy: what comes next may write into it.
-                    found[role].append(first_tensor(output, self.path(role)).clone())
+                    layer = first_tensor(output, self.path(role))
+                    found[role].append(layer.to(self.dtype if layer.is_floating_point() else None, copy=True))
 
                 return hook
 
             with ExitStack() as stack:
                 for role in found:
                     stack.enter_context(hooked(self.layer(role), catch(role)))
-                self.module(x[rows].clone())
+                self(x[rows].clone())
             for role, outputs in found.items():
                 if len(outputs) != 1:
                     raise UserError(
@@ -526,7 +577,7 @@ class Classifier:
         pieces. Call ``until`` first.
         """
         cut = self._split(role)
-        return lambda z, *rest: cut.rear(z, rest)
+        return lambda *z_and_rest: self._computed(lambda z, *rest: cut.rear(z, rest), *z_and_rest)
 
     def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
         cut = self._split(role)
@@ -536,7 +587,7 @@ class Classifier:
                 raise ValueError(f"{n} rows cannot be shared out evenly among {len(rest[0])} samples")
             index = torch.arange(rows.start, rows.stop, device=z.device) // repeats
             rest = tuple(t[index] for t in rest)
-        return cut.rear(z, rest)
+        return self._computed(lambda z, *rest: cut.rear(z, rest), z, *rest)
 
     @torch.no_grad()
     def after(self, role: str, z: Tensor, rest: tuple[Tensor, ...] = ()) -> Tensor:
@@ -569,7 +620,7 @@ class Classifier:
             with torch.enable_grad():
                 leaf = z[rows].detach().requires_grad_()
                 value = leaf.clone()
-                out = self.module(value) if role is None else self._rear(role, value, rest, rows, len(z))
+                out = self(value) if role is None else self._rear(role, value, rest, rows, len(z))
                 values = objective(out, rows)
                 (grad,) = torch.autograd.grad(values.sum(), leaf)
             return values.detach(), grad

@@ -124,6 +124,7 @@ def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
     if axis == "model":
         fields.pop("layers", None)  # which of them a method uses is the method's business
         fields["weights"] = str(spec["weights"])[:8]
+        fields["precision"] = spec.get("precision", "float32")
     return spec[f"{axis}_key"], fields
 
 
@@ -182,7 +183,11 @@ def metrics(cell_list: Iterable[Cell], broken: list[str] | None = None) -> dict[
                     broken.append(str(error))
             found.append((cell.folder.name, folder, note))
     things = [
-        (d.name or folder.rsplit(".", 1)[0], keys.digest(folder if d.spec is None else d.spec), d.spec or {})
+        (
+            d.name or folder.rsplit(".", 1)[0],
+            keys.digest(folder if d.spec is None else d.spec),
+            {"precision": "float32", **(d.spec or {})},
+        )
         for _, folder, d in found
     ]
     labels = _labels(things)

@@ -162,6 +162,7 @@ def spec_of(plan: Plan) -> dict[str, Any]:
         "exam": exam_of(experiment.model),
         "output": _output(experiment.model),
         "layers": experiment.layers,
+        **({} if experiment.model.precision == "float32" else {"precision": experiment.model.precision}),
         **_defaults(experiment),
         "seed": experiment.seed,
         "method": keys.spec(experiment.method),
@@ -207,7 +208,7 @@ def _randomised(variant: Variant, plan: Plan) -> dict[str, Any]:
     """What a sanity check needs to know: ``attrib.sanity`` reads it."""
     return {
         "original": plan.original,
-        "model": plan.experiment.model.original.key,
+        "model": plan.experiment.original.key,
         "layers": list(variant.layers),
         "place": variant.place,
         "total": variant.total,

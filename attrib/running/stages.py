@@ -271,7 +271,10 @@ class Scores(Stage):
         return list(self._targets)
 
     def begin(self, todo: Sequence[str]) -> Samples:
-        _describe(self._rows, self.name, keys.spec(self._metric), self._metric.COLUMNS, self._metric.CURVES)
+        spec, precision = keys.spec(self._metric), self.plan.experiment.score_precision
+        if precision != "float32":
+            spec = {**spec, "precision": precision}
+        _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES)
         self._looked = time.monotonic()
         return self.plan.experiment.stored_samples(todo, self.shared.options.read)
 
@@ -306,11 +309,12 @@ class Scores(Stage):
     def _scoring(self, kind: str, maps: Tensor) -> Callable[[Batch, slice], Mapping[str, Tensor]]:
         """The metric, with the maps of this name."""
         experiment, metric = self.plan.experiment, self._metric
+        model = experiment.scorer or experiment.model
         explain = {"explain": self._explain(kind)} if metric.NEEDS_EXPLAIN else {}
 
         def score(batch: Batch, rows: slice) -> Mapping[str, Tensor]:
             noise = Noise(batch.uids, experiment.seed, maps.device, maps.dtype).child(self.name)
-            return metric.score(experiment.model, batch, maps[rows], noise, **explain)
+            return metric.score(model, batch, maps[rows], noise, **explain)
 
         return score
 

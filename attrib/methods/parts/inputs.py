@@ -70,7 +70,7 @@ class Inputs:
         """Raises UserError for a text net whose embedding is not one vector per token."""
         if batch.mask is None:
             model.examine(batch.x)
-            return cls(batch.x, batch.target, model.module)
+            return cls(batch.x, batch.target, model)
         front = model.until(EMBEDDING, batch.x)
         if front.z.ndim != 3 or front.z.shape[:2] != batch.x.shape:
             raise UserError(

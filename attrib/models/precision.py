@@ -1,0 +1,110 @@
+"""The arithmetic in which a net is computed, where it is another one than float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attrib.types import UserError, did_you_mean
+
+Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
+ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
+GROWTH = 1024.0  # of gradients in float16, lest they vanish; they are divided by it again
+_HALF: Mapping[Arithmetic, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``precision``: in which arithmetic the net is computed, while it is explained and while maps are scored.
+
+    It is part of what is computed, and so of the keys: another precision makes other cells, or other scores of the
+    same maps. Weights, maps, sums and statistics stay in ``run.dtype`` (torch.autocast chooses the operations that are
+    computed in half the bits, such as convolutions and matrix products). What a dataset selects, and which class the
+    net predicts, is decided in float32.
+
+    float32    24 bits of significand; on a GPU, too, TF32 is off
+    tf32       11 bits in convolutions and matrix products; of NVIDIA's GPUs from Ampere on
+    bfloat16   8 bits, the range of float32
+    float16    11 bits, numbers up to 65,504; see ``GROWTH``
+    """
+
+    explain: Arithmetic = "float32"
+    score: Arithmetic = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("explain", "score"):
+            given = getattr(self, name)
+            if given not in ARITHMETICS:
+                what = "precision" if self.explain == self.score else f"precision.{name}"
+                raise UserError(
+                    f"{what} must be one of {', '.join(ARITHMETICS)}, not {given!r}{did_you_mean(given, ARITHMETICS)}"
+                )
+
+    @classmethod
+    def of(cls, given: Any) -> Precision:
+        """From ``precision``: one name for both, or ``{explain: ..., score: ...}``. Raises UserError."""
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            return cls(given, given)
+        if unknown := set(given) - {"explain", "score"}:
+            raise UserError(f"precision has the fields explain and score, not {', '.join(map(str, unknown))}")
+        return cls(**given)
+
+
+def check(arithmetic: Arithmetic, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where there is no such arithmetic."""
+    if arithmetic == "float32":
+        return
+    if dtype != torch.float32:
+        raise UserError(
+            f"precision={arithmetic} contradicts run.dtype={str(dtype).removeprefix('torch.')}; set one of them only"
+        )
+    if arithmetic == "tf32" and device.type != "cuda":
+        raise UserError(f"precision=tf32 is arithmetic of NVIDIA's GPUs, and run.device is {device.type}")
+
+
+def computed(
+    arithmetic: Arithmetic, device: torch.device, dtype: torch.dtype, function: Callable[..., Tensor], *inputs: Tensor
+) -> Tensor:
+    """``function(*inputs)`` in this arithmetic; the result is in ``dtype``, as gradients at the inputs are."""
+    half = _HALF.get(arithmetic)
+    if half is None:
+        return function(*inputs)
+    grow = GROWTH if arithmetic == "float16" else 1.0
+    with torch.autocast(device.type, half):
+        found = function(*(_Grown.apply(x, 1 / grow) if x.is_floating_point() else x for x in inputs))
+    return _Grown.apply(found.to(dtype) if found.is_floating_point() else found, grow)
+
+
+class _Grown(torch.autograd.Function):
+    """The same tensor, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()  # a net may change its input in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+@contextmanager
+def multiplied(arithmetic: Arithmetic) -> Iterator[None]:
+    """Meanwhile products on a GPU are computed in TF32, if that is the arithmetic; forwards and backwards."""
+    if arithmetic != "tf32":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
