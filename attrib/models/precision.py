@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from attrib.models.device_memory import is_out_of_memory
 from attrib.types import UserError, did_you_mean
 
 Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -72,13 +73,25 @@ def check(arithmetic: Arithmetic, device: torch.device, dtype: torch.dtype) -> N
 def computed(
     arithmetic: Arithmetic, device: torch.device, dtype: torch.dtype, function: Callable[..., Tensor], *inputs: Tensor
 ) -> Tensor:
-    """``function(*inputs)`` in this arithmetic; the result is in ``dtype``, as gradients at the inputs are."""
+    """``function(*inputs)`` in this arithmetic; the result is in ``dtype``, as gradients at the inputs are.
+
+    Raises UserError for a net that torch computes in float32, but not in this arithmetic.
+    """
     half = _HALF.get(arithmetic)
     if half is None:
         return function(*inputs)
     grow = GROWTH if arithmetic == "float16" else 1.0
-    with torch.autocast(device.type, half):
-        found = function(*(_Grown.apply(x, 1 / grow) if x.is_floating_point() else x for x in inputs))
+    try:
+        with torch.autocast(device.type, half):
+            found = function(*(_Grown.apply(x, 1 / grow) if x.is_floating_point() else x for x in inputs))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        with torch.no_grad():
+            function(*inputs)  # what fails here as well is no matter of precision
+        raise UserError(
+            f"the net cannot be computed in {arithmetic} on {device.type}: {str(error).rstrip('.')}. Set precision=float32"
+        ) from error
     return _Grown.apply(found.to(dtype) if found.is_floating_point() else found, grow)
 
 
