@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused():
         Precision.of({"score": "half"})
     with pytest.raises(UserError, match="has the fields explain and score, not metric"):
         Precision.of({"metric": "float32"})
-    with pytest.raises(UserError, match="precision=tf32 is arithmetic of NVIDIA's GPUs, and run.device is cpu"):
+    with pytest.raises(UserError, match=r"precision=tf32 is arithmetic of NVIDIA's GPUs, and run.device is cpu"):
         model().with_precision("tf32")
     with pytest.raises(UserError, match=r"precision=bfloat16 contradicts run.dtype=float64"):
         check("bfloat16", torch.device("cpu"), torch.float64)
@@ -124,7 +124,7 @@ class Picky(Net):
 def test_a_net_that_torch_computes_in_float32_only_is_refused():
     with pytest.raises(UserError, match=r"cannot be computed in float16 on cpu: .* primitive. Set precision=float32"):
         Classifier(Picky()).with_precision("float16").logits(samples().x)
-    with pytest.raises(RuntimeError, match="size mismatch|expected input"):  # of the net itself
+    with pytest.raises(RuntimeError, match=r"size mismatch|expected input"):  # of the net itself
         model().with_precision("bfloat16")(torch.zeros(1, 2, 8, 8))
 
 

@@ -89,8 +89,9 @@ def computed(
             raise
         with torch.no_grad():
             function(*inputs)  # what fails here as well is no matter of precision
+        why = str(error).rstrip(".")
         raise UserError(
-            f"the net cannot be computed in {arithmetic} on {device.type}: {str(error).rstrip('.')}. Set precision=float32"
+            f"the net cannot be computed in {arithmetic} on {device.type}: {why}. Set precision=float32"
         ) from error
     return _Grown.apply(found.to(dtype) if found.is_floating_point() else found, grow)
 
