@@ -71,9 +71,10 @@ def _spellings(name: str) -> set[str]:
 class ClassNames:
     """The classes of a net.
 
-    names   in the order of its outputs; one that has several names separates them by commas
+    names   in the order of its outputs; one that has several names separates them by commas, one that nobody names
+            is ""
     source  who says so, for messages
-    wnids   their WordNet ids, if they are ImageNet's
+    wnids   their WordNet ids or other ids, if there are any; "" for a class without one
     """
 
     names: tuple[str, ...]
@@ -99,10 +100,10 @@ class ClassNames:
         return len(self.names)
 
     def __str__(self) -> str:
-        return listed(self.shown(i) for i in range(len(self)))
+        return listed(self.shown(i) or str(i) for i in range(len(self)))
 
     def shown(self, index: int) -> str:
-        """The first of a class's names, as far as it tells the class from all others."""
+        """The first of a class's names, as far as it tells the class from all others; "" if it has none."""
         first = self.names[index].split(",")[0].strip() or self.names[index]
         return first if len(self._meant.get(_plain(first), ())) == 1 else self.names[index]
 
@@ -113,7 +114,7 @@ class ClassNames:
             for spelling in _spellings(name):
                 found.setdefault(spelling, set()).add(i)
         for i, wnid in enumerate(self.wnids):
-            for spelling in _spellings(_lemmas()[wnid]):
+            for spelling in _spellings(_lemmas().get(wnid, "")):
                 found.setdefault(spelling, set()).add(i)
         return found
 
@@ -121,8 +122,9 @@ class ClassNames:
     def _exact(self) -> Mapping[str, set[int]]:
         found: dict[str, set[int]] = {}
         for i, name in enumerate(self.names):
-            found.setdefault(name, set()).add(i)
-        return found | {wnid: {i} for i, wnid in enumerate(self.wnids)}
+            if name:
+                found.setdefault(name, set()).add(i)
+        return found | {wnid: {i} for i, wnid in enumerate(self.wnids) if wnid}
 
     def called(self, name: str) -> set[int]:
         """The classes that a WordNet id or a name may mean. Case, and "_" or "-" for a space, make no difference."""
@@ -133,7 +135,8 @@ class ClassNames:
         meant = self.called(text)
         number = int(text) if text.isdecimal() else None
         if len(meant) > 1:
-            some = ", ".join(f"{i} ({self.wnids[i]})" if self.wnids else str(i) for i in sorted(meant))
+            ids = self.wnids or [""] * len(self)
+            some = ", ".join(f"{i} ({ids[i]})" if ids[i] else str(i) for i in sorted(meant))
             return f"{text!r} is the name of classes {some}: give its {'WordNet id' if self.wnids else 'number'}"
         if meant:
             (index,) = meant

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from attrib.datasets import ImageFolder, ImageTransform, Selection
 from attrib.experiment.cell import Experiment
 from attrib.methods.baselines import Gradient
 from attrib.models import Classifier, save_checkpoint
+from attrib.models.huggingface import names_of
 from attrib.models.zoo import classes_of, timm_net, torchvision_net
 from attrib.types import SampleError, UserError
 
@@ -197,11 +199,28 @@ def test_model_classes_and_the_checkpoint(tmp_path):
     table = tmp_path / "t.json"
     table.write_text('{"0": ["n2", "zebra"], "1": ["n1", "cat"]}')
     assert said(classes=str(table)).find("n1") == 1
-    table.write_text('{"0": "zebra", "2": "cat"}')
-    with pytest.raises(UserError, match=r"model: classes: .* must name every class of the net, 0 to 2"):
+    assert said(classes=str(table)).find("ZEBRA") == 0, "its ids are none of ImageNet's"
+    table.write_text("{}")
+    with pytest.raises(UserError, match=r"model: classes: .* names no class"):
         said(classes=str(table))
     with pytest.raises(UserError, match=r"model.classes names 2 classes, but the net has 5"):
         Classifier(net(5), input_shape=(3, 8, 8), classes=ClassNames(("a", "b"), "model.classes"))
+
+
+def test_a_net_that_names_some_of_its_classes_only(tmp_path):
+    table = tmp_path / "t.json"
+    table.write_text('{"0": "zebra", "2": ["n1", "cat"]}')
+    for classes in (str(table), ["zebra", None, "cat"]):
+        some = names_of_classes({"classes": classes}, small_cnn, "model")
+        assert some.names == ("zebra", "", "cat")
+        assert (some.find("Zebra"), some.find("cat"), some.find("1")) == (0, 2, 1)
+        assert "none of the net's classes" in some.find("")
+        assert str(some) == "zebra, 1, cat"
+    assert some.match({0: "zebra", 1: "dog"})[1] == {1: "'dog' is none of the net's classes"}
+    assert some.match({0: "zebra", 1: "1"}, "folders") == ({0: 0, 1: 1}, {})
+    about = SimpleNamespace(num_labels=3, id2label={0: "LABEL_0", "1": "cat"})
+    assert names_of(about) == ("", "cat", "")
+    assert names_of(SimpleNamespace(num_labels=2, id2label={0: "LABEL_0", 1: "LABEL_1"})) is None
 
 
 def test_names_of_the_module_that_are_of_another_head_are_dropped():

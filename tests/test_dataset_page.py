@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import command, pictures, save
 
-from attrib.report.label_order import label_order
+from attrib.report.label_order import LabelOrder, label_order
 
 N, K = 100, 10
 
@@ -20,9 +20,14 @@ def drawn(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return labels, np.where(random.random(N) < 0.8, labels, random.integers(0, K, N))
 
 
+def order_of(labels: np.ndarray, predicted: np.ndarray) -> LabelOrder:
+    """Of one label each."""
+    return label_order([{label} for label in labels.tolist()], predicted.tolist())
+
+
 def test_a_net_that_is_mostly_right_is_not_warned_of():
     labels, predicted = drawn()
-    found = label_order(labels, predicted)
+    found = order_of(labels, predicted)
     assert found.accuracy == np.mean(labels == predicted)
     expected = sum(np.mean(labels == k) * np.mean(predicted == k) for k in range(K))
     assert found.chance == pytest.approx(expected)
@@ -32,14 +37,14 @@ def test_a_net_that_is_mostly_right_is_not_warned_of():
 def test_labels_moved_by_one_are_named():
     labels, predicted = drawn()
     right = np.mean(labels == predicted)
-    assert f"labels moved by +1 would be right in {right:.0%}" in label_order(labels, predicted + 1).warning
-    assert "labels moved by -1" in label_order(labels + 1, predicted).warning
+    assert f"labels moved by +1 would be right in {right:.0%}" in order_of(labels, predicted + 1).warning
+    assert "labels moved by -1" in order_of(labels + 1, predicted).warning
 
 
 def test_labels_in_another_order_are_named():
     labels, predicted = drawn()
     order = np.random.default_rng(5).permutation(K)
-    assert "labels in another order would be right in" in label_order(labels, order[predicted]).warning
+    assert "labels in another order would be right in" in order_of(labels, order[predicted]).warning
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
@@ -47,14 +52,36 @@ def test_chance_is_no_order(classes):
     """Among a thousand classes some order fits any hundred samples: it must not be believed."""
     for seed in range(5):
         labels, predicted = np.random.default_rng(seed).integers(0, classes, (2, N))
-        assert "near chance" in label_order(labels, predicted).warning
+        assert "near chance" in order_of(labels, predicted).warning
 
 
 def test_one_class_says_nothing_of_an_order():
     one = np.full(20, 3)
-    assert label_order(one, one).warning == ""
-    assert label_order(one, one + 1).warning == "none is right"
-    assert label_order(one, np.where(np.arange(20) < 5, 3, 4)).warning == ""
+    assert order_of(one, one).warning == ""
+    assert order_of(one, one + 1).warning == "none is right"
+    assert order_of(one, np.where(np.arange(20) < 5, 3, 4)).warning == ""
+
+
+@pytest.mark.parametrize("labels", [[0] * 60 + [1] * 25 + [2] * 15, [0, 0, 1, 1, 2, 3]])
+def test_a_net_that_always_says_the_same_is_no_other_order(labels):
+    """Some order makes it right for the commonest class; and among six samples, chance does much."""
+    predicted = [7] * len(labels) if len(labels) > 10 else [5, 8, 6, 3, 9, 1]
+    assert "near chance" in label_order([{label} for label in labels], predicted).warning
+
+
+def test_several_labels():
+    """The predicted class is right if it is one of them; an order is found as of one."""
+    random = np.random.default_rng(1)
+    labels = [set(random.choice(K, 2, replace=False).tolist()) for _ in range(N)]
+    right = [min(some) if i % 5 else 0 for i, some in enumerate(labels)]
+    found = label_order(labels, right)
+    assert found.accuracy == np.mean([p in some for p, some in zip(right, labels)])
+    shares = [np.mean([k in some for some in labels]) * np.mean([p == k for p in right]) for k in range(K)]
+    assert found.chance == pytest.approx(sum(shares))
+    assert found.warning == ""
+    assert "moved by +3" in label_order(labels, [p + 3 for p in right]).warning
+    order = random.permutation(K)
+    assert "in another order" in label_order(labels, order[right].tolist()).warning
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -82,7 +109,9 @@ def test_classes_that_the_net_does_not_know_are_shown_not_refused(tmp_path, capf
         "+model.classes=[a,b,c,d,e,f,g,h,zebra,j]", f"--out={tmp_path / 'page.html'}",
     )  # fmt: skip
     assert ended.status == 0, ended.err
-    assert "WARNING dataset: 'dog' is none of the net's classes" in ended.out
+    assert (
+        "WARNING dataset: 1 of 2 classes of the data are not the net's: 'dog' is none of the net's classes" in ended.out
+    )
     assert "accuracy" not in ended.out
     html = (tmp_path / "page.html").read_text()
     assert "<b>" not in html

@@ -78,12 +78,12 @@ def names_of_classes(node: Mapping[str, Any], builder: Callable[..., Any], where
     if given == "none":
         return ClassNames((), "model.classes")
     if isinstance(given, list):
-        return ClassNames.of([str(name) for name in given], "model.classes")
+        return ClassNames.of(["" if name is None else str(name) for name in given], "model.classes")
     if given not in (None, "imagenet"):
         table = read_class_table(str(given), field)
-        if sorted(table) != list(range(len(table))):
-            raise UserError(f"{field}: {given} must name every class of the net, 0 to {max(table, default=0)}")
-        wnids, names = zip(*(table[i] for i in range(len(table))), strict=True)
+        if not table:
+            raise UserError(f"{field}: {given} names no class")
+        wnids, names = zip(*(table.get(i, ("", "")) for i in range(max(table) + 1)), strict=True)
         return ClassNames(names, "model.classes", wnids)
     known = read_metadata(str(checkpoint)).get("classes") if checkpoint else None
     if isinstance(known, list) and known and all(isinstance(name, str) for name in known):

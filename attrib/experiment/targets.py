@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -79,17 +80,23 @@ def _rule(given: Any, classes: ClassNames | None) -> Rule:
     return found
 
 
-def labels_of(dataset: Dataset, uids: Sequence[str]) -> set[int] | None:
-    """The classes of some samples; None if the dataset does not say without reading them."""
+def labels_of(dataset: Dataset, uids: Sequence[str]) -> Counter[int] | None:
+    """How many of some samples have each class; None if the dataset does not say without reading them.
+
+    Of several labels a sample counts for each. -1: no label.
+    """
     label = getattr(dataset, "label", None)
     if label is None:
         return None
-    found: set[int] = set()
+    found: Counter[int] = Counter()
     for uid in uids:
         value = label(uid)
-        if not isinstance(value, int):
+        if isinstance(value, int):
+            found[value] += 1
+        elif isinstance(value, tuple) and all(one in (0, 1) for one in value):
+            found.update(i for i, one in enumerate(value) if one)
+        else:
             return None
-        found.add(value)
     return found
 
 
@@ -117,9 +124,9 @@ def matched(
     there = labels_of(dataset, uids)
     wrong = {i: why for i, why in problems.items() if there is None or i in there}
     if wrong:
-        some = len(names if there is None else there & set(names))
+        some = len(names if there is None else there.keys() & names.keys())
         raise UserError(
-            f"{where}: {next(iter(wrong.values()))}. {len(wrong)} of {some} classes of the data are not the net's:\n"
+            f"{where}: {len(wrong)} of {some} classes of the data are not the net's: {next(iter(wrong.values()))}\n"
             f"  data: {listed(names[i] for i in wrong)}\n"
             f"  net ({classes.source}): {classes}\n"
             "Call them what the net does (WordNet id, name or number), give their numbers as dataset.classes, explain "

@@ -132,9 +132,10 @@ def described(config: Any) -> dict[str, Any]:
 
 
 def names_of(config: Any) -> tuple[str, ...] | None:
-    """The names of the classes; None where there are only those that transformers makes up."""
-    names = tuple(str(config.id2label.get(i, i)) for i in range(config.num_labels))
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+    """The names of the classes, "" where there is only one that transformers makes up; None if all are."""
+    given = {int(i): str(name) for i, name in (config.id2label or {}).items()}
+    names = tuple("" if given.get(i, "") == f"LABEL_{i}" else given.get(i, "") for i in range(config.num_labels))
+    return names if any(names) else None
 
 
 def _max_length(net: PreTrainedModel) -> int | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from torch import Tensor
 
+from attrib.classes import shown_target
 from attrib.datasets import Selection, holds_images, holds_sounds, holds_texts
 from attrib.drawing import pictures, spectrogram
 from attrib.experiment.cell import Experiment
@@ -65,11 +66,11 @@ def look(cell: Experiment, batch: int = 8) -> Found:
         problems.append(str(error))
         comparable = False
     samples = Samples(dataset, model, tried, target=None, batch=batch)
-    truth: dict[str, int] = {}
+    truth: dict[str, frozenset[int]] = {}
     said: dict[str, int] = {}
     shares: list[float] = []  # of the images that regions cover
     bad: dict[str, str] = {}
-    several = 0
+    several = False
     for found, unread in samples.load(samples.chunks()):
         bad |= dict(unread)
         if found is None:
@@ -77,35 +78,46 @@ def look(cell: Experiment, batch: int = 8) -> Found:
         said |= dict(zip(found.uids, model.logits(found.x).argmax(1).tolist()))
         if found.roi is not None:
             shares += [share for share in found.roi.flatten(1).double().mean(1).tolist() if share > 0]
-        if found.target.ndim == 1:
-            truth |= dict(zip(found.uids, found.target.tolist()))
-        else:
-            several += len(found)
+        truth |= dict(zip(found.uids, _labels(found.target)))
+        several |= found.target.ndim == 2
     if bad:
         uid, reason = next(iter(bad.items()))
         problems.append(f"{len(bad)} of {len(tried)} samples cannot be read; the first: {uid}: {reason}")
-    labelled = {uid: label for uid, label in truth.items() if label >= 0}
+    labelled = {uid: labels for uid, labels in truth.items() if labels}
     if len(labelled) < len(truth):
-        problems.append(f"{len(truth) - len(labelled)} of {len(truth)} samples have no label")
+        without = next(uid for uid in truth if uid not in labelled)
+        why = getattr(dataset, "label_problems", {}).get(without)
+        more = f"; the first: {without}: {why}" if why else ""
+        problems.append(f"{len(truth) - len(labelled)} of {len(truth)} samples have no label{more}")
     order = None
     if comparable and labelled and model.output.read.decides:
-        own = {uid: label if mapping is None else mapping.get(label, -1) for uid, label in labelled.items()}
-        order = label_order(np.array(list(own.values())), np.array([said[uid] for uid in own]))
+        own = [labels if mapping is None else {mapping.get(i, -1) for i in labels} for labels in labelled.values()]
+        order = label_order(own, [said[uid] for uid in labelled])
         if order.warning:
             problems.append(f"the net's accuracy is {order.accuracy:.0%} of {order.n}; {order.warning}")
     facts = [("samples", f"{len(dataset.uids):,}"), *_sizes(cell, tried), _regions(len(said), shares)]
     if several:
         facts.append(("labels", "several each"))
     if order is not None:
-        facts.append(("accuracy of the net", f"{order.accuracy:.0%} of {order.n} samples (chance: {order.chance:.1%})"))
+        how = ", the predicted class being one of the labels" if several else ""
+        share = f"{order.accuracy:.0%} of {order.n} samples{how} (chance: {order.chance:.1%})"
+        facts.append(("accuracy of the net", share))
     known = "no names" if model.classes is None else f"{len(model.classes)}, named by {model.classes.source}"
     facts.append(("classes of the net", known))
     rows = _classes(cell, mapping, comparable)
     facts.append(("classes of the data", str(len(rows)) if rows else "no names"))
     good = [uid for uid in tried if uid in said]
     shown = good[:: max(1, len(good) // SHOWN)][:SHOWN]
-    thumbnails = [_thumbnail(cell, uid, truth.get(uid), said[uid]) for uid in shown]
+    thumbnails = [_thumbnail(cell, uid, truth[uid], said[uid]) for uid in shown]
     return Found(cell.names["dataset"], facts, rows, order, thumbnails, problems)
+
+
+def _labels(target: Tensor) -> list[frozenset[int]]:
+    """The labels of each sample, of which there are several where the target is (B, K); none where it is unknown."""
+    if target.ndim == 1:
+        return [frozenset([label] if label >= 0 else []) for label in target.tolist()]
+    known = ((target == 0) | (target == 1)).all(1).tolist()
+    return [frozenset(row.nonzero().flatten().tolist() if sure else []) for row, sure in zip(target, known)]
 
 
 def _sizes(cell: Experiment, uids: Sequence[str]) -> list[tuple[str, str]]:
@@ -134,22 +146,20 @@ def _regions(read: int, shares: Sequence[float]) -> tuple[str, str]:
 def _classes(cell: Experiment, mapping: Mapping[int, int] | None, comparable: bool) -> list[ClassRow]:
     """One for each class of the samples, or for each that has a name."""
     dataset, net = cell.dataset, cell.model.classes
-    there = labels_of(dataset, dataset.uids)
-    label = getattr(dataset, "label", None)
-    counts = Counter(label(uid) for uid in dataset.uids) if there is not None and label is not None else None
+    counts = labels_of(dataset, dataset.uids)
     rows = []
-    for i in sorted(dataset.names if there is None else there - {-1}):
+    for i in sorted(dataset.names if counts is None else counts.keys() - {-1}):
         number = i if mapping is None else mapping.get(i, -1)
-        known = comparable and net is not None and 0 <= number < len(net)
-        shown = f"{number} {net.shown(number)}" if known and net is not None else str(number) if comparable else "?"
+        known = net is not None and 0 <= number < len(net)
+        shown = f"{number} {net.shown(number) if known and net is not None else ''}".strip() if comparable else "?"
         rows.append(ClassRow(i, dataset.names.get(i, ""), shown, None if counts is None else counts[i]))
     return rows
 
 
-def _thumbnail(cell: Experiment, uid: str, label: int | None, predicted: int) -> Thumbnail:
+def _thumbnail(cell: Experiment, uid: str, labels: Collection[int], predicted: int) -> Thumbnail:
     dataset, net = cell.dataset, cell.model.classes
-    own = "" if label is None else "no label" if label < 0 else f"{dataset.names.get(label, '')} ({label})".strip()
-    said = f"{net.shown(predicted)} ({predicted})" if net is not None else f"class {predicted}"
+    own = ", ".join(shown_target(dataset.names.get(i, ""), i) for i in sorted(labels)) or "no label"
+    said = shown_target("" if net is None else net.shown(predicted), predicted)
     roi = dataset.batch([uid]).roi
     region = None if roi is None else roi[0].numpy()
     if holds_texts(dataset):
