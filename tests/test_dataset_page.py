@@ -109,9 +109,7 @@ def test_classes_that_the_net_does_not_know_are_shown_not_refused(tmp_path, capf
         "+model.classes=[a,b,c,d,e,f,g,h,zebra,j]", f"--out={tmp_path / 'page.html'}",
     )  # fmt: skip
     assert ended.status == 0, ended.err
-    assert (
-        "WARNING dataset: 1 of 2 classes of the data are not the net's: 'dog' is none of" in ended.out
-    )
+    assert "WARNING dataset: 1 of 2 classes of the data are not the net's: 'dog' is none of" in ended.out
     assert "accuracy" not in ended.out
     html = (tmp_path / "page.html").read_text()
     assert "<b>" not in html

@@ -211,6 +211,57 @@ def test_bad_coco_tables(tmp_path):
         COCO(str(tmp_path), AS_IS)
 
 
+def table(root: Path, **lists: list[dict]) -> str:
+    """The set of ``coco`` with other lists; returns its root."""
+    path = coco(root) / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | lists))
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("lists", "reason"),
+    [
+        ({"categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]}, "two categories have the name 'dog'"),
+        ({"categories": [{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]}, "two categories have the id 1"),
+        ({"categories": [{"name": "dog"}]}, "one of the categories has no id or no name"),
+        ({"images": [{"id": i, "file_name": "a.jpg"} for i in (1, 2)]}, "two images have the file_name 'a.jpg'"),
+        ({"images": [{"id": 1, "file_name": f"{i}.jpg"} for i in (1, 2)]}, "two images have the id 1"),
+        ({"images": [{"id": [1], "file_name": "a.jpg"}]}, "one of the images has no id or no file_name"),
+        ({"images": ["a.jpg"]}, "one of the images has no id or no file_name"),
+    ],
+)
+def test_what_is_twice_in_cocos_tables_is_refused(tmp_path, lists, reason):
+    with pytest.raises(UserError, match=reason):
+        COCO(table(tmp_path, **lists), AS_IS, regions="boxes")
+
+
+def test_images_of_one_name_and_two_suffixes_are_two(tmp_path):
+    images = [{"id": i, "file_name": f, "height": 14, "width": 20} for i, f in ((1, "a.jpg"), (2, "a.png"))]
+    root = table(tmp_path, images=images)
+    assert COCO(root, AS_IS, regions="boxes").uids == ("a.jpg/dog", "a.png/toothbrush")
+
+
+def test_all_classes_of_coco(tmp_path):
+    """Names with a slash belong to the image in front of them; an image of which an annotation is bad is not used."""
+    kinds = [{"id": 1, "name": "cat/dog"}, {"id": 2, "name": "tv/set"}]
+    box = {"bbox": [2, 3, 6, 5], "iscrowd": 0}
+    root = table(
+        tmp_path,
+        categories=kinds,
+        annotations=[{"image_id": 1, "category_id": k, **box} for k in (1, 2)]
+        + [{"image_id": 2, "category_id": k, **box} for k in (2, 77)]
+        + [{"image_id": 55, "category_id": 1, **box}],
+    )
+    each = COCO(root, AS_IS, regions="boxes")
+    whole = AllClasses(each)
+    assert whole.uids == ("000000000001", "000000000002", "annotation-4")
+    assert whole.batch(["000000000001"]).target.tolist() == [[1, 1]]
+    for uid, reason in (("000000000002", "annotation 3: has no usable 77"), ("annotation-4", "has no usable 55")):
+        with pytest.raises(SampleError, match=reason):
+            whole.batch([uid])
+    assert whole.fingerprint("000000000001") != UNREADABLE == whole.fingerprint("000000000002")
+
+
 # CUB --------------------------------------------------------------------------------------------
 
 

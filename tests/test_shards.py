@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,6 +152,86 @@ def test_splits(tmp_path):
         ArrowShards(str(tmp_path), SMALL)
     one = tmp_path / "data" / "train-00000-of-00001.parquet"
     assert len(ParquetShards(str(one), SMALL).uids) == 2
+
+
+def test_a_split_is_the_one_that_is_meant(tmp_path):
+    for name in ("train-0", "train-extra-0", "test-0", "imagenet-val-0", "imagenet-val-1"):
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": png(0), f"{name}.cls": b"1"})
+
+    def found(split: str | None) -> list[str]:
+        return list(TarShards(str(tmp_path), SMALL, split=split).uids)
+
+    assert found("train") == ["train-0"], "named so, not only beginning so"
+    assert found("extra") == found("train-extra") == found("train-e") == ["train-extra-0"]
+    assert found("val") == found("imagenet") == ["imagenet-val-0", "imagenet-val-1"]
+    assert len(found("*")) == 5
+    with pytest.raises(UserError, match=r"t may be test or train or train-extra; give the whole name"):
+        found("t")
+
+
+def test_shards_of_the_same_name_in_folders_of_several_splits(tmp_path):
+    for i, folder in enumerate(("train", "test", "00", "01")):
+        write_tar(tmp_path / "a" / folder / "data-0.tar", {f"{i}.png": png(i), f"{i}.cls": b"1"})
+    root = tmp_path / "a"
+    with pytest.raises(
+        UserError, match=r"which one\? .* holds shards of data, test/data, train/data; .*'\*' takes all"
+    ):
+        TarShards(str(root), SMALL)
+    assert TarShards(str(root), SMALL, split="test").uids == ("1",)
+    with pytest.raises(UserError, match=r"holds several sets of data: data, test/data, train/data; name one's folder"):
+        TarShards(str(root), SMALL, split="data")
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "test")
+    assert TarShards(str(root), SMALL).uids == ("2", "3"), "numbered folders are of one set"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_shards_and_images_that_are_not_utf8(kind, tmp_path):
+    write, read = KINDS[kind]
+    written = write(tmp_path / "data")
+    shards = sorted(written.rglob(f"*{read.SUFFIX}"))
+    for i, shard in enumerate(shards):
+        shard.rename(shard.parent / os.fsdecode(b"caf\xe9-%d" % i + read.SUFFIX.encode()))
+    dataset = read(str(written), SMALL)
+    assert torch.equal(dataset.batch(dataset.uids).x, folder(tmp_path).batch(["0", "1", "2", "3"]).x)
+    assert all(rf"caf\xe9-0{read.SUFFIX}" in dataset.file(uid) for uid in dataset.uids[:2])
+
+
+def test_texts_in_a_table_that_are_not_utf8(tmp_path):
+    """Nothing checks what others write into a column of texts."""
+
+    def texts(*values: bytes) -> pa.Array:
+        made = pa.array(values, pa.binary())
+        return pa.StringArray.from_buffers(len(made), made.buffers()[1], made.buffers()[2])
+
+    images = pa.StructArray.from_arrays(
+        [pa.array([png(0), png(1)]), texts(b"caf\xe9.png", b"b.png")], ["bytes", "path"]
+    )
+    pq.write_table(pa.table({"image": images, "label": texts(b"\xe9", b"ape")}), tmp_path / "a.parquet")
+    dataset = ParquetShards(str(tmp_path), SMALL)
+    assert dataset.uids == ("b", r"caf\xe9")
+    assert [dataset.names[dataset.label(uid)] for uid in dataset.uids] == ["ape", r"\xe9"]
+
+
+def test_labels_that_are_no_whole_numbers(tmp_path):
+    def made(labels: pa.Array) -> ParquetShards:
+        pq.write_table(
+            pa.table({"image": [png(i) for i in range(len(labels))], "label": labels}), tmp_path / "a.parquet"
+        )
+        return ParquetShards(str(tmp_path), SMALL)
+
+    gaps = made(pa.array([3.0, None, float("nan"), 1.5]))
+    assert [gaps.label(uid) for uid in gaps.uids] == [3, -1, -1, -1]
+    with pytest.raises(SampleError, match=r"its label is 1\.5, not one class; dataset\.label=null reads none"):
+        gaps.batch(["a/000003"])
+    for wrong in (pa.array([True, False]), pa.array([[1], [2]])):
+        with pytest.raises(UserError, match="not one class"):
+            made(wrong)
+    coded = made(pa.array(["bee", "ape", "bee"]).dictionary_encode())
+    assert [coded.names[coded.label(uid)] for uid in coded.uids] == ["bee", "ape", "bee"]
+    pq.write_table(pa.table({"image": ["a.png"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="its image is a str, not the bytes of an encoded image"):
+        ParquetShards(str(tmp_path), SMALL)
 
 
 def test_names_that_repeat_get_their_shard_in_front(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -116,3 +117,16 @@ def test_shards_of_parquet(tmp_path):
         data.text("test-00000-of-00002/000000")
     with pytest.raises(UserError, match=r"there is no .*val-\*\.parquet"):
         TextTable(pattern, root=str(tmp_path), split="val")
+
+
+def test_a_text_in_parquet_that_is_not_utf8_costs_its_sample(tmp_path):
+    made = pa.array([b"caf\xe9", b"good"])
+    texts = pa.StringArray.from_buffers(len(made), made.buffers()[1], made.buffers()[2])
+    path = tmp_path / os.fsdecode(b"caf\xe9.parquet")
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"text": texts, "label": [1, 0]}), file)
+    dataset = TextTable(str(path))
+    assert dataset.uids == (r"caf\xe9/000000", r"caf\xe9/000001")
+    assert (dataset.text(dataset.uids[1]), dataset.label(dataset.uids[1])) == ("good", 0)
+    with pytest.raises(SampleError, match=r"caf\\xe9\.parquet, row 0: 'text' is no UTF-8"):
+        dataset.text(dataset.uids[0])

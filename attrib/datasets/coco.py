@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from attrib.datasets.files import existing_folder, parse_box
+from attrib.datasets.files import existing_folder, parse_box, shown, uids_of
 from attrib.datasets.picture_files import PictureFiles, Regions, check_regions
 from attrib.datasets.transform import Box, ImageTransform
 from attrib.keys import digest
@@ -30,7 +29,8 @@ class COCO(PictureFiles):
     images       folder of the images; None: ``<split>`` below root
     annotations  None: as above
 
-    An annotation that cannot be used costs its sample. Raises UserError if the file is damaged, or pycocotools missing.
+    An annotation that cannot be used costs its sample. Raises UserError if the file is damaged or has an image or a
+    category twice, or if pycocotools is missing.
     """
 
     def __init__(
@@ -55,33 +55,42 @@ class COCO(PictureFiles):
         paths: dict[str, Path] = {}
         labels: dict[str, int] = {}
         problems: dict[str, str] = {}
-        try:
-            kinds = {kind["id"]: str(kind["name"]) for kind in tables["categories"]}
-            pictures = {picture["id"]: picture for picture in tables["images"]}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"dataset.annotations: {path}: an image or category has no {error}") from error
-        label_of = {number: i for i, number in enumerate(sorted(kinds))}
+        kinds = _by_id(tables, "categories", "name", path)
+        pictures = _by_id(tables, "images", "file_name", path)
+        ids = sorted(kinds, key=lambda number: (isinstance(number, str), number))
+        label_of = {number: i for i, number in enumerate(ids)}
+        names = {label_of[number]: shown(kind["name"]) for number, kind in kinds.items()}
+        stems = {file: stem for stem, file in uids_of([picture["file_name"] for picture in pictures.values()]).items()}
+        self._pictures: dict[str, str] = {}
         for number, found in enumerate(tables["annotations"]):
             where = f"{path}, annotation {found.get('id', number) if isinstance(found, dict) else number}"
+            uid, stem = f"annotation-{number}", None
             try:
-                picture, kind = pictures[found["image_id"]], found["category_id"]
-                file, height, width = picture["file_name"], int(picture["height"]), int(picture["width"])
+                picture = pictures[found["image_id"]]
+                file = picture["file_name"]
+                stem = stems[file]
+                height, width = int(picture["height"]), int(picture["width"])
                 if found.get("iscrowd"):
                     continue
-                uid = f"{PurePosixPath(file).with_suffix('')}/{kinds[kind]}"
+                label = label_of[found["category_id"]]
             except (KeyError, TypeError, ValueError) as error:
-                problems[f"annotation-{number}"] = f"{where}: has no usable {error}"
+                problems[uid] = f"{where}: has no usable {error}"
+                self._pictures[uid] = stem or uid  # of which some class is then not known
                 continue
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                problems[f"annotation-{number}"] = f"{where}: file_name {file!r} leads out of the folder"
+                problems[uid] = f"{where}: file_name {file!r} leads out of the folder"
                 continue
-            paths[uid], labels[uid], self._sizes[uid] = folder / file, label_of[kind], (height, width)
+            uid = f"{stem}/{names[label]}"
+            self._pictures[uid] = stem
+            paths[uid], labels[uid], self._sizes[uid] = folder / file, label, (height, width)
             self._objects[uid].append({"where": where, **{k: found.get(k) for k in ("bbox", "segmentation")}})
         if not paths:
             raise UserError(f"dataset.annotations: {path} has no usable objects: {next(iter(problems.values()), '')}")
-        names = {label_of[number]: name for number, name in kinds.items()}
         super().__init__(paths, labels, transform, names, problems=problems)
         self.key = digest(self.key, split, regions)
+
+    def picture_of(self, uid: str) -> str:
+        return self._pictures.get(uid, uid)
 
     def boxes(self, uid: str) -> tuple[Box, ...]:
         self.check(uid)
@@ -107,7 +116,7 @@ class COCO(PictureFiles):
         return inside
 
     def sources(self, uid: str) -> tuple[str, ...]:
-        return () if uid in self._problems else (os.path.abspath(self.path(uid)),)
+        return self.files(uid)
 
     def described(self, uid: str) -> tuple[Any, ...]:
         objects = [{k: item[k] for k in ("bbox", "segmentation")} for item in self._objects.get(uid, ())]
@@ -134,6 +143,21 @@ def _read(path: Path) -> Mapping[str, Any]:
     wrong = [k for k in ("images", "annotations", "categories") if not isinstance(found, dict) or k not in found]
     if wrong or not all(isinstance(found[k], list) for k in ("images", "annotations", "categories")):
         raise UserError(f"dataset.annotations: {path} has no list {', '.join(wrong) or 'of objects'}")
+    return found
+
+
+def _by_id(tables: Mapping[str, Any], kind: str, name: str, path: Path) -> dict[int | str, Mapping[str, Any]]:
+    """The entries of a list by their ids, each with a name. Raises UserError for two with the same id or name."""
+    found: dict[int | str, Mapping[str, Any]] = {}
+    for entry in tables[kind]:
+        known = isinstance(entry, dict) and type(entry.get("id")) in (int, str) and isinstance(entry.get(name), str)
+        if not known:
+            raise UserError(f"dataset.annotations: {path}: one of the {kind} has no id or no {name}")
+        if found.setdefault(entry["id"], entry) is not entry:
+            raise UserError(f"dataset.annotations: {path}: two {kind} have the id {entry['id']}")
+    twice = [text for text, n in Counter(entry[name] for entry in found.values()).items() if n > 1]
+    if twice:
+        raise UserError(f"dataset.annotations: {path}: two {kind} have the {name} {twice[0]!r}")
     return found
 
 

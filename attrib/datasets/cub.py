@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -132,10 +131,7 @@ class CUB200(PictureFiles):
         return self._masks / f"{uid.partition('/')[2]}.png"
 
     def sources(self, uid: str) -> tuple[str, ...]:
-        if uid in self._problems:
-            return ()
-        more = [self._mask(uid)] if self._regions == "masks" else []
-        return tuple(map(os.path.abspath, (self.path(uid), *more)))
+        return self.files(uid, *([self._mask(uid)] if self._regions == "masks" else []))
 
     def described(self, uid: str) -> tuple[Any, ...]:
         more = (self._parts.get(uid), self._radius) if self._regions == "parts" else ()

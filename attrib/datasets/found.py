@@ -146,13 +146,20 @@ def found_images(
 ) -> ImageDataset:
     """The dataset of the one known layout that ``root`` has, with the defaults of its preset. Its key is the same.
 
+    root    a folder, or one shard
     split   None: the default of the layout
     index   see ``ShardedImages``
 
     Raises UserError, listing what was looked for, if none fits or several do.
     """
-    top = existing_folder(root, "dataset.root")
-    layouts = fitting(top)
+    top = Path(root).expanduser()
+    if top.is_file():
+        layouts = tuple(
+            layout for layout, suffixes in LAST.items() if layout.sharded and top.suffix.lower() in suffixes
+        )
+    else:
+        top = existing_folder(root, "dataset.root")
+        layouts = fitting(top)
     if len(layouts) != 1:
         fit = f"{len(layouts)} known layouts fit" if layouts else "no known layout fits"
         looked = layouts or (*LAYOUTS, *LAST)

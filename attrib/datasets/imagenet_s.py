@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +77,7 @@ class ImageNetS(PictureFiles):
         return (self._masks / self._files[uid]).with_suffix(".png")
 
     def sources(self, uid: str) -> tuple[str, ...]:
-        return os.path.abspath(self.path(uid)), os.path.abspath(self._mask(uid))
+        return self.files(uid, self._mask(uid))
 
     def described(self, uid: str) -> tuple[Any, ...]:
         return self.label(uid), len(self._values), self._files[uid].partition("/")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +106,7 @@ class KaggleImageNet(PictureFiles):
         return (self._annotations / self._files[uid]).with_suffix(".xml")
 
     def sources(self, uid: str) -> tuple[str, ...]:
-        return os.path.abspath(self.path(uid)), os.path.abspath(self._annotation(uid))
+        return self.files(uid, self._annotation(uid))
 
     def described(self, uid: str) -> tuple[Any, ...]:
         return self.label(uid), self._wnids.get(uid), self._from_table.get(uid, ())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -53,7 +56,7 @@ class TableShards(ShardedImages):
         for shard in self._shards:
             try:
                 return class_names(self.schema(shard), self._label)
-            except (OSError, pa.ArrowException):
+            except (OSError, ValueError, pa.ArrowException):
                 continue  # the shard is damaged, which its scan says
         return {}
 
@@ -62,32 +65,69 @@ class TableShards(ShardedImages):
         there = self.schema(shard).names
         for field, column in (("image", self._image), ("label", self._label)):
             if column is not None and column not in there:
-                raise UserError(f"dataset.{field}: {shard} has no column {column!r}; it has {', '.join(there)}")
+                raise UserError(
+                    f"dataset.{field}: {shown(str(shard))} has no column {column!r}; it has {', '.join(there)}"
+                )
         return [self._image, *([self._label] if self._label else [])]
 
     def _found(self, shard: Path, batch: pa.RecordBatch, at: int) -> Iterator[Found]:
         """``at``: the place of the first row; the others follow."""
-        images = batch.column(self._image)
-        labels = batch.column(self._label).to_pylist() if self._label else [None] * len(batch)
+        images = _images(batch.column(self._image))
+        labels = _texts(batch.column(self._label)).to_pylist() if self._label else [None] * len(batch)
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-            content, path = _bytes(image.as_py())
+            content, path, wrong = _cell(image.as_py())
             where = f"{shown(str(shard))}: row {at + number & _ROW} of group {at >> 32}"
-            name = stem_of(path) if path else ""
+            name, text = stem_of(path) if path else "", _label_text(label)
             if content is None:
-                why = f"a path without bytes ({path})" if path else "empty"
-                yield Found.bad(name, f"{where}: its image is {why}")
-            elif isinstance(label, (list, dict, float)):
-                yield Found.bad(name, f"{where}: its label is {label!r}, not one class")
+                yield Found.bad(name, f"{where}: its image is {wrong}")
+            elif text is None:
+                yield Found.bad(name, f"{where}: its label is {label!r}, not one class; dataset.label=null reads none")
             else:
-                text = "" if label is None else f"#{label}" if isinstance(label, int) else str(label)
                 yield Found.of(name, text, at + number, content)
 
 
-def _bytes(value: Any) -> tuple[bytes | None, str]:
-    """Content and path of a cell."""
-    if isinstance(value, dict):
-        return value.get("bytes"), value.get("path") or ""
-    return (value if isinstance(value, bytes) else None), ""
+def _texts(column: pa.Array) -> pa.Array:
+    """Texts as their bytes, because nobody checks that they are UTF-8; others as they are."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    texts = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return column.cast(pa.large_binary()) if texts else column
+
+
+def _images(column: pa.Array) -> pa.Array:
+    if not pa.types.is_struct(column.type):
+        return column
+    names = [field.name for field in column.type]
+    parts = [_texts(column.field(i)) if name == "path" else column.field(i) for i, name in enumerate(names)]
+    return pa.StructArray.from_arrays(parts, names, mask=column.is_null())
+
+
+def _decoded(value: bytes) -> str:
+    return shown(value.decode("utf-8", "surrogateescape"))
+
+
+def _cell(value: Any) -> tuple[bytes | None, str, str]:
+    """Content, path, and what is there instead of the content."""
+    path = ""
+    if isinstance(value, dict) and "bytes" in value:
+        path = _decoded(value.get("path") or b"")
+        value = value["bytes"]
+        if value is None and path:
+            return None, path, f"a path without bytes ({path})"
+    if isinstance(value, bytes):
+        return value, path, ""
+    return None, path, "empty" if value is None else f"a {type(value).__name__}, not the bytes of an encoded image"
+
+
+def _label_text(value: Any) -> str | None:
+    """A label as the index has it; None for what is not one class."""
+    if isinstance(value, bytes):
+        return _decoded(value)
+    if isinstance(value, float):  # whole numbers in a column with gaps, as pandas writes them
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if value is None:
+        return ""
+    return f"#{value}" if type(value) is int else None
 
 
 def class_names(schema: pa.Schema, column: str | None) -> dict[int, str]:
@@ -97,6 +137,13 @@ def class_names(schema: pa.Schema, column: str | None) -> dict[int, str]:
         return {i: str(name) for i, name in enumerate(about["names"])}
     except (KeyError, TypeError, ValueError):
         return {}
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """By Python, because pyarrow opens no file whose name is not UTF-8. Raises what pyarrow raises."""
+    with open(path, "rb") as file, pq.ParquetFile(file) as table:
+        yield table
 
 
 class ParquetShards(TableShards):
@@ -113,11 +160,12 @@ class ParquetShards(TableShards):
         super().__init__(*args, **kwargs)
 
     def schema(self, shard: Path) -> pa.Schema:
-        return pq.read_schema(shard)
+        with opened_parquet(shard) as file:
+            return file.schema_arrow
 
     def scan(self, shard: Path) -> Iterator[Found]:
         columns = self._columns(shard)
-        with pq.ParquetFile(shard) as file:
+        with opened_parquet(shard) as file:
             for group in range(file.num_row_groups):
                 at = group << 32
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
@@ -128,13 +176,13 @@ class ParquetShards(TableShards):
         group, row = at >> 32, at & _ROW
         with self._lock:
             if (shard, group) not in self._groups:
-                with pq.ParquetFile(shard) as file:
+                with opened_parquet(shard) as file:
                     table = file.read_row_group(group, columns=[self._image], use_threads=False)
                 self._groups[shard, group] = table[self._image]
                 while len(self._groups) > _GROUPS:
                     self._groups.popitem(last=False)
             self._groups.move_to_end((shard, group))
-            return _checked(self._groups[shard, group][row], size)
+            return _checked(self._groups[shard, group], row, size)
 
 
 class ArrowShards(TableShards):
@@ -143,25 +191,34 @@ class ArrowShards(TableShards):
     SUFFIX = ".arrow"
 
     def schema(self, shard: Path) -> pa.Schema:
-        with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as reader:
+        with _stream(shard) as reader:
             return reader.schema
 
     def scan(self, shard: Path) -> Iterator[Found]:
         columns = self._columns(shard)
-        with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as reader:
+        with _stream(shard) as reader:
             for number, batch in enumerate(reader):
                 yield from self._found(shard, batch.select(columns), number << 32)
 
     def read(self, shard: Path, at: int, size: int) -> bytes:
         # A batch of the stream has no address of its own, but passing over one reads only its header.
-        with pa.memory_map(str(shard)) as source, pa.ipc.open_stream(source) as reader:
+        with _stream(shard) as reader:
             for _ in range(at >> 32):
                 reader.read_next_batch()
-            return _checked(reader.read_next_batch().column(self._image)[at & _ROW], size)
+            return _checked(reader.read_next_batch().column(self._image), at & _ROW, size)
 
 
-def _checked(cell: pa.Scalar, size: int) -> bytes:
-    content, _ = _bytes(cell.as_py())
+@contextmanager
+def _stream(shard: Path) -> Iterator[pa.RecordBatchStreamReader]:
+    with open(shard, "rb") as file:
+        mapped = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    with pa.ipc.open_stream(mapped) as reader:
+        yield reader
+
+
+def _checked(column: pa.Array | pa.ChunkedArray, row: int, size: int) -> bytes:
+    one = column.slice(row, 1)
+    content, *_ = _cell(_images(one.combine_chunks() if isinstance(one, pa.ChunkedArray) else one)[0].as_py())
     if content is None or len(content) != size:
         raise ValueError("has changed since its shard was read")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -48,6 +49,14 @@ class PictureFiles(InFiles, ImageDataset):
     def path(self, uid: str) -> Path:
         self.check(uid)
         return self._paths[uid]
+
+    def picture_of(self, uid: str) -> str:
+        """What the image is called that the sample is of; samples of one image have one name."""
+        return uid
+
+    def files(self, uid: str, *more: Path) -> tuple[str, ...]:
+        """What ``sources`` says of the image and ``more``."""
+        return () if uid in self._problems else tuple(map(os.path.abspath, (self.path(uid), *more)))
 
     def open(self, uid: str) -> BinaryIO:
         return opened(self.path(uid))

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from attrib.datasets.parquet import class_names
+from attrib.datasets.files import shown
+from attrib.datasets.parquet import class_names, opened_parquet
 from attrib.datasets.text import decode
 from attrib.types import SampleError, UserError
 
@@ -38,7 +38,7 @@ def plain_path(path: Path) -> Path:
 
 def text_of(path: Path, encoding: str) -> str:
     """Raises UserError for a file that cannot be read, is in another encoding or holds a NUL character."""
-    where = f"dataset.path: {path}"
+    where = f"dataset.path: {shown(str(path))}"
     try:
         data = path.read_bytes()
         content = decode(gzip.decompress(data) if path.suffix == ".gz" else data, encoding, where)
@@ -56,7 +56,7 @@ def csv_records(
     path: Path, content: str, columns: Mapping[str, str | None], separator: str, quoting: bool
 ) -> Iterator[Record]:
     """``columns``: the names of those that are read, by the field of the configuration. Raises UserError."""
-    where = f"dataset.path: {path}"
+    where = f"dataset.path: {shown(str(path))}"
     lines = _csv_lines(content, separator, quoting, where)
     _, header = next(lines, (0, []))
     if not header:
@@ -75,7 +75,7 @@ def check_columns(path: Path, columns: Mapping[str, str | None], header: Sequenc
     for field, column in columns.items():
         if column is not None and header.count(column) != 1:
             what = "no column" if column not in header else "more than one column"
-            raise UserError(f"dataset.{field}: {path} has {what} {column!r}; it has {', '.join(header)}")
+            raise UserError(f"dataset.{field}: {shown(str(path))} has {what} {column!r}; it has {', '.join(header)}")
 
 
 def _csv_lines(content: str, separator: str, quoting: bool, where: str) -> Iterator[tuple[int, list[str]]]:
@@ -104,7 +104,7 @@ def json_records(path: Path, content: str) -> Iterator[Record]:
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"dataset.path: {path}, line {number}"
+        where = f"dataset.path: {shown(str(path))}, line {number}"
         try:
             found = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -119,21 +119,41 @@ def json_records(path: Path, content: str) -> Iterator[Record]:
 def parquet_names(path: Path, label: str | None) -> list[str]:
     """The classes that Hugging Face has written in a Parquet file; none if it has not, or the file is damaged."""
     try:
-        return list(class_names(pq.read_schema(path), label).values())
+        with opened_parquet(path) as file:
+            return list(class_names(file.schema_arrow, label).values())
     except (OSError, pa.ArrowException):
         return []
 
 
+_BROKEN = object()  # a text that is no UTF-8
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    def one(cell: pa.Scalar) -> Any:
+        try:
+            return cell.as_py()
+        except UnicodeDecodeError:
+            return _BROKEN
+
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [one(cell) for cell in column]
+
+
 def parquet_records(path: Path, columns: Mapping[str, str | None]) -> Iterator[Record]:
     """Rows, counted from 0; a file that is damaged is one record with a problem. Raises UserError like CSV."""
-    where, number = f"dataset.path: {path}", 0
+    where, number = f"dataset.path: {shown(str(path))}", 0
     try:
-        with pq.ParquetFile(path) as file:
+        with opened_parquet(path) as file:
             check_columns(path, columns, file.schema_arrow.names)
             wanted = [column for column in dict.fromkeys(columns.values()) if column is not None]
             for batch in file.iter_batches(columns=wanted, use_threads=False):
-                for fields in batch.to_pylist():
-                    yield Record(number, f"{where}, row {number}", fields)
+                cells = [_cells(batch.column(name)) for name in wanted]
+                for row in zip(*cells, strict=True):
+                    fields, at = dict(zip(wanted, row)), f"{where}, row {number}"
+                    broken = [name for name, value in fields.items() if value is _BROKEN]
+                    yield Record(number, at, fields, f"{at}: {broken[0]!r} is no UTF-8" if broken else "")
                     number += 1
     except (OSError, pa.ArrowException) as error:
         yield Record(number, where, {}, f"{where}: damaged or cut short after {number} rows: {error}")

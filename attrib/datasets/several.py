@@ -30,7 +30,7 @@ class AllClasses(InFiles, ImageDataset):
         self._each = each
         self._parts: dict[str, list[str]] = {}
         for uid in each.uids:
-            self._parts.setdefault(uid.rpartition("/")[0] or uid, []).append(uid)
+            self._parts.setdefault(each.picture_of(uid), []).append(uid)
         super().__init__(self._parts, each.transform, each.names, boxed=True)
         self.key = digest(self.key, each.key)
 

@@ -72,8 +72,9 @@ class ShardedImages(ImageDataset):
     """A subclass says how a shard is read.
 
     root      a folder, of which the shards below count, or one shard
-    split     the shards whose names begin or end so (``val-00000-of-00014.parquet``, ``imagenet-val-000003.tar``) or
-              that lie in a folder of that name; None: all, which must then be of one split
+    split     the shards that are named so (``val-00000-of-00014.parquet``) or lie in a folder of that name; if there
+              are none, those whose names begin or end so (``imagenet-val-000003.tar``); None: all, which must then be
+              of one split; "*": all
     classes   class index, as in ``ImageFolder``; "imagenet" is ImageNet's
     index     work directory that remembers the index; None: none, so every start reads all shards
     settings  what else determines the index
@@ -301,19 +302,33 @@ def shards_of(root: str, suffix: str, split: str | None) -> list[Path]:
         packed = next(top.rglob(f"*{suffix}.*"), None) if suffix == ".tar" else None
         more = f"; {packed.name} is packed, and must be unpacked to a plain .tar first" if packed else ""
         raise UserError(f"dataset.root: {top} holds no *{suffix}{more}")
-    splits = sorted({split_of(path) for path in found})
-    if split is None:
-        if len(splits) > 1:
-            raise UserError(f"dataset.split: which one? {top} holds shards of {', '.join(map(shown, splits))}")
+    names = {path: split_of(path) for path in found}
+    # Folders that are numbers divide what is too much for one; others divide what is different.
+    folders = {path: [n for n in path.parent.relative_to(top).parts if not n.isdecimal()] for path in found}
+
+    def which(paths: Sequence[Path]) -> list[str]:
+        apart = any(folders[path] != folders[paths[0]] for path in paths)
+        parts = [[*(folders[path] if apart else []), names[path]] for path in paths]
+        return sorted({shown("/".join(dict.fromkeys(words))) for words in parts})
+
+    if split is None and len(which(found)) > 1:
+        raise UserError(
+            f"dataset.split: which one? {top} holds shards of {', '.join(which(found))}; dataset.split='*' takes all"
+        )
+    if split is None or split == "*":
         return found
-    ends = tuple(f"{c}{split}" for c in "-_.")
-    chosen = [
-        path
-        for path in found
-        if split_of(path).endswith(ends) or split_of(path).startswith(split) or path.parent.name == split
-    ]
-    if not chosen:
-        raise UserError(f"dataset.split: {top} has no shards of {split}, only of {', '.join(map(shown, splits))}")
+    named = [path for path in found if split in (names[path], path.parent.name)]
+    parts = [path for path in found if re.search(rf"^{re.escape(split)}[-_.]|[-_.]{re.escape(split)}$", names[path])]
+    begin = [path for path in found if names[path].startswith(split)]
+    if not named and not parts and len(which(begin)) > 1:
+        raise UserError(f"dataset.split: {split} may be {' or '.join(which(begin))}; give the whole name")
+    if not begin and not named and not parts:
+        raise UserError(f"dataset.split: {top} has no shards of {split}, only of {', '.join(which(found))}")
+    chosen = named or parts or begin
+    if any(folders[path] != folders[chosen[0]] for path in chosen):
+        raise UserError(
+            f"dataset.root: {top} holds several sets of {split}: {', '.join(which(chosen))}; name one's folder"
+        )
     return chosen
 
 

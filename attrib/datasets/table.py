@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attrib.datasets.files import existing_folder, is_number
+from attrib.datasets.files import existing_folder, is_number, shown
 from attrib.datasets.records import (
     JSON_LINES,
     SEPARATORS,
@@ -84,7 +84,7 @@ class TextTable(TextDataset):
         for file in self._files():
             if not names and file.suffix == ".parquet":
                 names = parquet_names(file, label)
-            stem = plain_path(file).stem
+            stem = shown(plain_path(file).stem)
             # A folder for each split may hold a file of the same name.
             prefix = stem if split is None or in_name else f"{split}/{stem}"
             records = list(_records(file, columns, encoding, separator, quoting))
@@ -101,7 +101,7 @@ class TextTable(TextDataset):
                     raise UserError(f"{record.where}: a second sample with the id {name}")
                 self._rows[uid] = row
         if not self._rows:
-            raise UserError(f"dataset.path: {self._file} has no rows")
+            raise UserError(f"dataset.path: {shown(str(self._file))} has no rows")
         if all(row.problem for row in self._rows.values()):
             raise UserError(next(iter(self._rows.values())).problem)
         _check_mixture(labels, names)
@@ -114,7 +114,7 @@ class TextTable(TextDataset):
             return [self._file]
         found = sorted(self._file.parent.glob(self._file.name))
         if not found:
-            raise UserError(f"dataset.path: there is no {self._file}")
+            raise UserError(f"dataset.path: there is no {shown(str(self._file))}")
         return found
 
     def text(self, uid: str) -> str:
@@ -134,14 +134,14 @@ def _records(
     kind = plain_path(path).suffix.lower()
     if path.suffix == ".parquet":
         if not path.is_file():
-            raise UserError(f"dataset.path: {path} cannot be read: there is no such file")
+            raise UserError(f"dataset.path: {shown(str(path))} cannot be read: there is no such file")
         return parquet_records(path, columns)
     if kind in JSON_LINES and separator is None:
         return json_records(path, text_of(path, encoding))
     separator = SEPARATORS.get(kind) if separator is None else separator
     if separator is None or len(separator) != 1:
         raise UserError(
-            f"dataset.separator: one character must separate the fields of {path}"
+            f"dataset.separator: one character must separate the fields of {shown(str(path))}"
             + (f", not {separator!r}" if separator else "; only .csv and .tsv files need not say which")
         )
     quoted = separator == "," if quoting is None else quoting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -83,13 +82,13 @@ class PascalVOC(PictureFiles):
         return None if self._regions == "boxes" else gray(self._mask(uid)) == self.label(uid) + 1
 
     def _mask(self, uid: str) -> Path:
-        return self._top / "SegmentationClass" / f"{uid.partition('/')[0]}.png"
+        return self._top / "SegmentationClass" / f"{self.picture_of(uid)}.png"
+
+    def picture_of(self, uid: str) -> str:
+        return uid.partition("/")[0]
 
     def sources(self, uid: str) -> tuple[str, ...]:
-        if uid in self._problems:
-            return ()
-        more = [self._mask(uid)] if self._regions == "masks" else []
-        return tuple(map(os.path.abspath, (self.path(uid), *more)))
+        return self.files(uid, *([self._mask(uid)] if self._regions == "masks" else []))
 
     def described(self, uid: str) -> tuple[Any, ...]:
         return uid, self.label(uid), self._regions, self._boxes.get(uid, ())
