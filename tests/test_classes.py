@@ -16,6 +16,7 @@ from attrib.classes import ClassNames, imagenet_classes
 from attrib.config.trained import names_of_classes
 from attrib.datasets import ImageFolder, ImageTransform, Selection
 from attrib.experiment.cell import Experiment
+from attrib.experiment.targets import matched
 from attrib.methods.baselines import Gradient
 from attrib.models import Classifier, save_checkpoint
 from attrib.models.huggingface import names_of
@@ -131,6 +132,13 @@ def test_folders_that_the_net_does_not_know_are_refused_with_both_lists(tmp_path
     assert only.samples(["zebra/a"], 1).batch(["zebra/a"]).target.tolist() == [4]
     with pytest.raises(SampleError, match=r"dog/a has class 0 \(dog\), which the net does not know"):
         only.samples(["dog/a"], 1).batch(["dog/a"])
+
+
+@pytest.mark.parametrize("known", [None, names()])
+def test_folders_that_are_splits_are_no_classes(known, tmp_path):
+    dataset = ImageFolder(str(folders(tmp_path, "train/zebra", "Val/zebra")), ImageTransform(8))
+    with pytest.raises(UserError, match=r"dataset: its folders are splits \(Val, train\), not classes; name one of"):
+        matched(dataset, known, dataset.uids)
 
 
 def test_nets_without_names_take_the_places_of_the_folders_as_before(tmp_path):

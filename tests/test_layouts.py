@@ -278,6 +278,15 @@ def test_nothing_and_two_are_refused_with_what_was_looked_for(tmp_path):
         found_images(str(plain(tmp_path / "plain")), SMALL, split="test")
 
 
+@pytest.mark.parametrize("name", ["parquet", "arrow", "webdataset"])
+def test_one_shard_is_found_too(name, tmp_path):
+    root = WRITE[name](tmp_path / "data")
+    shard = sorted(path for path in root.rglob("*") if path.suffix in (".parquet", ".arrow", ".tar"))[0]
+    assert set(found_images(str(shard), SMALL).uids) <= set(found_images(str(root), SMALL).uids)
+    with pytest.raises(UserError, match="no known layout fits"):
+        found_images(str(save(tmp_path / "a.png")), SMALL)
+
+
 def test_a_run_of_auto(tmp_path, capfd, caplog):
     root = test_shards.parquet(tmp_path / "data")
     result = command(capfd)(

@@ -13,6 +13,7 @@ from attrib.types import UserError
 
 Named = Literal["label", "predicted", "second"]
 Rule = Named | int
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 RULES: tuple[Named, ...] = ("label", "predicted", "second")
 
 
@@ -112,6 +113,11 @@ def matched(
     numbering: Numbering = getattr(dataset, "numbering", "given")
     if not names:
         return None
+    if numbering == "folders" and _SPLITS.issuperset(name.casefold() for name in names.values()):
+        raise UserError(
+            f"{where}: its folders are splits ({listed(names.values())}), not classes; name one of them as "
+            f"{where}.root, or explain dataset.target=predicted"
+        )
     if classes is None:
         if numbering == "labels":
             raise UserError(

@@ -240,7 +240,7 @@ class Observer:
         broken += [line for worker in runs for line in worker.broken]
         running = [worker for worker in runs if worker.state == RUNNING]
         lost = {uid: failure for uid, failure in _merged(failures).items() if uid in due and uid not in mapped}
-        unseen = 0 if said is None else sum(1 for u, f in said.items() if f is None and u not in mapped)
+        unseen = 0 if said is None else sum(f is None and u not in mapped and u not in lost for u, f in said.items())
         recorded = _recorded(record.info for record in list(index.values())[-RECENT:])
         rate, measured = _speed(running, "maps")
         todo = len(due) - len(mapped) - len(lost)
