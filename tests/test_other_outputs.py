@@ -253,6 +253,20 @@ def cell(model: Classifier, method: Any = None, **more: Any) -> Experiment:
 PREDICTED = {"read": "region", "region": "predicted"}
 
 
+@pytest.mark.parametrize("region", [torch.tensor(INSIDE), list(BOX), "predicted"])
+def test_infinity_outside_of_a_region_does_not_matter(region):
+    class Masked(Segments):
+        def forward(self, x: Tensor) -> Any:
+            never = ~torch.tensor(INSIDE) & torch.tensor([False, True, True])[:, None, None]
+            return super().forward(x).masked_fill(never, -torch.inf)
+
+    model, one = model_of(Masked(), {"read": "region", "region": region}), batch_of().x[:1]
+    with model.explaining(one, torch.tensor([1])):
+        scores, gradient = model.gradient(one, lambda out, rows: out[:, 1])
+    assert scores.isfinite().all()
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_the_predicted_region_stays_that_of_the_sample(reduce):
     """Occlusion by hand: the pixels are those of the whole image, though the copies are predicted otherwise."""
@@ -426,6 +440,16 @@ def test_the_next_token(candidates):
     assert model.class_names == (None if candidates is None else tuple(map(str, candidates)))
     z, rest = model.until("embedding", TEXTS)
     torch.testing.assert_close(model.after("embedding", z, rest), model.logits(TEXTS))
+
+
+def test_a_text_that_ends_with_the_id_of_padding_fails_alone():
+    """The net would take its end for padding, and the next token would be another one's."""
+    batch = Batch(("a", "b"), TEXTS[:2], torch.zeros(2, dtype=torch.long), lengths=torch.tensor([5, 6]))
+    model = Classifier(filled(Tokens()), output={"read": "next_token"})
+    samples = Samples(Memory(batch), model, batch.uids, target="predicted")
+    with pytest.raises(SampleError, match=r"a ends with the id of padding, 0, so .* that of 1 before"):
+        samples.batch(["a"])
+    assert samples.batch(["b"]).target.tolist() == model.logits(TEXTS[1:2]).argmax(1).tolist()
 
 
 @pytest.mark.parametrize(

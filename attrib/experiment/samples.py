@@ -67,6 +67,8 @@ class Samples:
         if labelled:
             batch = dataclasses.replace(batch, target=self._labels(batch))
         labels = batch.target.cpu()
+        if batch.lengths is not None:
+            self.model.output.read.check_texts(self.model.module, batch)
         batch = batch.to(self.model.device, self.model.dtype)
         if self.target is None:
             return batch

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from attrib.keys import tensor_digest
 from attrib.models.text import last_step, real_tokens
-from attrib.types import UserError
+from attrib.types import Batch, SampleError, UserError
 
 Link = Literal["softmax", "sigmoid"]  # softmax: classes exclude each other; sigmoid: each is true or not by itself
 
@@ -64,6 +64,9 @@ class OutputKind:
     def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
         """What the net returned for the rows x -> (N, K). Raises UserError for what cannot be read like this."""
         return raw
+
+    def check_texts(self, net: nn.Module, batch: Batch) -> None:
+        """Raises SampleError for a text whose score cannot be told."""
 
     def _tensor(self, raw: Any, what: str, dims: Sequence[int]) -> Tensor:
         """``raw``, if it is a tensor of so many dimensions; while the net is traced nobody knows."""
@@ -170,7 +173,7 @@ class Region(OutputKind):
 
     def prepare(self, net: nn.Module) -> None:
         if self._mask is not None:
-            _keep(net, "output_mask", self._mask.to(_like(net)))
+            _keep(net, "output_outside", ~self._mask.to(_like(net).device))
         if self.per_sample:
             net.output_first = None  # type: ignore[assignment]
 
@@ -181,16 +184,17 @@ class Region(OutputKind):
             if traced:  # the region would become a part of the graph, which is cut by hooks instead
                 raise TypeError("a graph cannot hold the region of a sample")
             inside = self._inside(net, raw)
-            total = (raw * inside).sum((2, 3))
+            total = raw.masked_fill(~inside, 0.0).sum((2, 3))
             return total if self.reduce == "sum" else total / inside.sum((2, 3)).clamp(min=1)
         if self._mask is not None:
-            mask: Any = net.output_mask
-            if not traced and mask.shape != raw.shape[2:]:
+            outside: Any = net.output_outside
+            if not traced and outside.shape != raw.shape[2:]:
                 raise UserError(
-                    f"model.output: the mask has {_size(mask)} pixels, and the map that the net returns {_size(raw)} "
-                    "(height x width); give a mask of the map"
+                    f"model.output: the mask has {_size(outside)} pixels, and the map that the net returns "
+                    f"{_size(raw)} (height x width); give a mask of the map"
                 )
-            total, count = (raw * mask).sum((2, 3)), self._pixels
+            # Not by a product: outside, a net may say -inf.
+            total, count = raw.masked_fill(outside, 0.0).sum((2, 3)), self._pixels
         else:
             x1, y1, x2, y2 = self.region
             if not traced and (x2 > raw.shape[3] or y2 > raw.shape[2]):
@@ -357,6 +361,16 @@ class NextToken(OutputKind):
         _distinct(ids, "candidates")
         _keep(net, "output_candidates", torch.tensor(ids, device=_like(net).device))
         net.output_highest = max(ids)  # type: ignore[assignment]
+
+    def check_texts(self, net: nn.Module, batch: Batch) -> None:
+        pad = self._pad(net)
+        assert batch.lengths is not None
+        for uid, length, seen in zip(batch.uids, batch.lengths.tolist(), real_tokens(batch.x, pad).sum(1).tolist()):
+            if seen < length:
+                raise SampleError(
+                    f"{uid} ends with the id of padding, {pad}, so the next token would be that of {length - seen} "
+                    "before; set model.pad_id (or model.output.pad_id) to an id that ends no text"
+                )
 
     def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
         raw = self._tensor(raw, "logits (N, T, V) of the next tokens", (3,))
