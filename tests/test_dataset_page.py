@@ -101,6 +101,19 @@ def test_the_page_shows_samples_classes_and_regions(tmp_path, capfd):
     assert "p003" in html
 
 
+def test_a_folder_alone_is_looked_at(tmp_path, capfd):
+    (tmp_path / "it's = mine").mkdir()
+    root = pictures(tmp_path / "it's = mine", 2)
+    look = command(capfd, "dataset")
+    ended = look(str(root), "model=small_cnn", f"run.root={tmp_path / 'w'}")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "w" / "dataset.auto.html").is_file()
+    named = look(str(root), "dataset=image_folder", "model=small_cnn", f"run.root={tmp_path / 'w'}")
+    assert (named.status, (tmp_path / "w" / "dataset.image_folder.html").is_file()) == (0, True)
+    for wrong in (["nowhere"], [str(root), str(tmp_path)]):
+        assert "give one folder (or shard) that exists" in look(*wrong).err
+
+
 def test_classes_that_the_net_does_not_know_are_shown_not_refused(tmp_path, capfd):
     for name in ("dog", "zebra"):
         save(tmp_path / "mine" / name / "<b>.png")

@@ -278,6 +278,19 @@ def test_nothing_and_two_are_refused_with_what_was_looked_for(tmp_path):
         found_images(str(plain(tmp_path / "plain")), SMALL, split="test")
 
 
+@pytest.mark.parametrize(
+    ("name", "gone"),
+    [("mnist", "MNIST/raw/train-*"), ("cifar10", "cifar-10-batches-py/data_batch_*"), ("stl10", "*/train_*")],
+)
+def test_the_test_images_alone_are_found_too(name, gone, tmp_path):
+    written = WRITE[name](tmp_path / "data")
+    root = written if isinstance(written, Path) else tmp_path / "data"
+    for path in root.glob(gone):
+        path.unlink()
+    assert [layout.name for layout in fitting(root)] == [name]
+    assert found_images(str(root), SMALL).uids
+
+
 @pytest.mark.parametrize("name", ["parquet", "arrow", "webdataset"])
 def test_one_shard_is_found_too(name, tmp_path):
     root = WRITE[name](tmp_path / "data")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
-from attrib.config.compose import CommandLine, Composition
+from attrib.config.compose import CommandLine, Composition, spelled
 from attrib.config.objects import experiment, options_of
 from attrib.process.signals import Stop
 from attrib.report.dataset import file_name, look, page
 from attrib.store.files import write_atomic
+from attrib.types import UserError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     common.prepare()
 
     def work(stop: Stop) -> int:
-        line = CommandLine.of(args.overrides, args.config_dir)
+        line = CommandLine.of(_overrides(args.overrides), args.config_dir)
         # What explains and scores the samples makes no difference, and must not get in the way.
         about = {k: o for k, o in line.overrides.items() if k.split(".")[0] not in ("method", "metric", "paper")}
         line = dataclasses.replace(line, overrides=about)
@@ -28,6 +29,17 @@ def main(argv: Sequence[str]) -> int:
         return common.each("run", line, [overrides], lambda composition: _written(composition, args.out))
 
     return common.watched(work)
+
+
+def _overrides(given: Sequence[str]) -> list[str]:
+    """A folder or shard alone is the root of the dataset, whose layout is found out if none is named."""
+    roots = [text for text in given if not text.startswith("~") and ("=" not in text or Path(text).exists())]
+    others = [text for text in given if text not in roots]
+    if len(roots) > 1 or not all(Path(root).exists() for root in roots):
+        wrong = next((root for root in roots if not Path(root).exists()), " ".join(roots))
+        raise UserError(f"{wrong}: give one folder (or shard) that exists, and overrides KEY=VALUE")
+    named = any(text.startswith("dataset=") for text in others)
+    return [*([] if named or not roots else ["dataset=auto"]), *others, *(f"dataset.root={spelled(r)}" for r in roots)]
 
 
 def _written(composition: Composition, out: Path | None) -> int:

@@ -93,8 +93,8 @@ def run() -> Parser:
 def dataset() -> Parser:
     about = (
         "What a dataset holds: samples, classes, regions, sizes, ten thumbnails, and the net's accuracy on a hundred\n"
-        "samples, with a warning if the labels seem to be in another order than the net's classes. Takes the\n"
-        "overrides of attrib run."
+        "samples, with a warning if the labels seem to be in another order than the net's classes. Takes a folder,\n"
+        "whose layout is found out, and the overrides of attrib run: attrib dataset photos/ model=vgg16."
     )
     p = _composing("dataset", about, [], grid=False, shows=False)
     p.add_argument("--out", type=Path, help="the HTML page (<run.root>/dataset.<name>.html)")

@@ -29,6 +29,7 @@ from attrib.types import UserError
 
 log = logging.getLogger(__name__)
 
+_IDX = ("train-images-idx3-ubyte*", "t10k-images-idx3-ubyte*")
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -111,16 +112,17 @@ LAYOUTS = (
     Layout("cub200", "images.txt and bounding_boxes.txt", lambda root: any(
            _has("images.txt", "bounding_boxes.txt")(top) for top in (root, root / "CUB_200_2011")), CUB200),
     Layout("cars", "cars_meta.mat", _any("devkit/cars_meta.mat", "cars_meta.mat"), StanfordCars),
-    Layout("cifar10", "data_batch_1 or data_batch_1.bin",
-           _any("data_batch_1", "data_batch_1.bin", "cifar-10-batches-*/data_batch_1*"), CIFAR10),
+    Layout("cifar10", "data_batch_1 or test_batch, also .bin",
+           _any(*(f"{top}{name}_batch{end}" for top in ("", "cifar-10-batches-*/")
+                  for name, end in (("data", "_1"), ("data", "_1.bin"), ("test", ""), ("test", ".bin")))), CIFAR10),
     Layout("cifar100", "fine_label_names.txt, or meta with train and test", lambda root: any(
            _has("fine_label_names.txt")(top) or all((top / name).is_file() for name in ("meta", "train", "test"))
            for top in (root, root / "cifar-100-python", root / "cifar-100-binary")), CIFAR100),
-    Layout("mnist", "train-images-idx3-ubyte",
-           _any("train-images-idx3-ubyte*", "MNIST/raw/*-images-idx3-ubyte*"), MNIST),
-    Layout("fashion_mnist", "train-images-idx3-ubyte",
-           _any("train-images-idx3-ubyte*", "FashionMNIST/raw/*-images-idx3-ubyte*"), FashionMNIST),
-    Layout("stl10", "test_X.bin", _any("test_X.bin", "stl10_binary/test_X.bin"), STL10),
+    Layout("mnist", "train- or t10k-images-idx3-ubyte",
+           _any(*_IDX, "MNIST/raw/*-images-idx3-ubyte*"), MNIST),
+    Layout("fashion_mnist", "train- or t10k-images-idx3-ubyte",
+           _any(*_IDX, "FashionMNIST/raw/*-images-idx3-ubyte*"), FashionMNIST),
+    Layout("stl10", "test_X.bin or train_X.bin", _any("t*_X.bin", "stl10_binary/t*_X.bin"), STL10),
 )  # fmt: skip
 # Asked only if no other fits, by the suffixes of the files: many of the others are folders of images too, and
 # torchvision leaves the archives lying that it has unpacked.
