@@ -229,7 +229,7 @@ def test_metrics_of_a_region_are_their_formulas_whatever_its_shape(seed):
 def test_a_missing_and_a_double_row_cost_their_samples_the_label(tmp_path, caplog):
     for name in ("a.png", "b.png", "c.png", "d.png", "e.png"):
         save(tmp_path / "images" / name)
-    rows = ("a.png,0", "b.png,1", "b.png,2", "c.png,7", "d.png,1", "d.png,1", "gone.png,1")
+    rows = ("a.png,0", "b.png,1", "b.png,2", "c.png,7", "d.png,1", "d.png,1.0", "gone.png,1")
     (tmp_path / "labels.csv").write_text("\n".join(("file,label", *rows)) + "\n")
     (tmp_path / "classes.json").write_text('{"0": "ape", "1": "bee", "2": "cat"}')
     dataset = ImageFolder(

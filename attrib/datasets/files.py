@@ -273,8 +273,9 @@ def read_labels(path: str | Path, files: Sequence[str], classes: Classes | None)
 
 
 def _label(text: str, classes: Classes | None, where: str) -> int | str:
-    """A class index, or what is wrong with ``text``."""
+    """A class index, or what is wrong with ``text``; pandas writes 3.0 where a column of whole numbers has gaps."""
     named = classes.labels.get(text) if classes else None
+    text = text if named is not None else text.removesuffix(".0")
     label = int(text) if text.isdecimal() else named
     if label is None:
         return f"{where}: label {shown(text)!r} is neither a class index nor in dataset.classes"
