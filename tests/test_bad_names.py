@@ -12,7 +12,7 @@ import soundfile
 from PIL import Image
 from tiny import command, only_cell, pixels, save
 
-from attrib.datasets import AudioFolder, ImageFolder, ImageTransform, IMDb, WaveTransform
+from attrib.datasets import AudioFolder, ImageFolder, ImageTransform, IMDb, Selection, WaveTransform
 from attrib.datasets.files import shown, uids_of
 
 LATIN = os.fsdecode(b"caf\xe9")  # as the operating system hands it over
@@ -67,18 +67,26 @@ def test_a_table_names_such_a_file_in_its_own_encoding(tmp_path):
     assert {uid: dataset.label(uid) for uid in dataset.uids} == {r"caf\xe9": 2, r"d\xf6rf/b": 0, "plain": 1}
 
 
+def test_a_list_of_samples_names_such_a_file_in_its_own_encoding_or_by_its_uid(tmp_path):
+    dataset = ImageFolder(str(latin_folder(tmp_path / "images")), ImageTransform(16))
+    for written in (b"caf\xe9.png\n", rb"caf\xe9" + b"\n"):
+        (tmp_path / "some.txt").write_bytes(written)
+        assert Selection(list=str(tmp_path / "some.txt")).listed(dataset) == (r"caf\xe9",)
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_run(tmp_path, capfd, broken):
     root = latin_folder(tmp_path / "images")
     if broken:
         (root / f"{LATIN}.png").write_bytes(b"not an image")
+    work = tmp_path / (LATIN if broken else "café (1)")
     result = command(capfd)(
         "dataset=image_folder", f"dataset.root={root}", "dataset.target=predicted", "model=small_cnn", "method=random",
-        "metric=[]", "run.png=true", f"run.root={tmp_path / 'work'}", "run.progress=false",
+        "metric=[]", "run.png=true", f"run.root={work}", "run.progress=false",
     )  # fmt: skip
     assert result.status == 0, result.err
     assert ("failed=1" in result.out) == broken
-    cell = only_cell(tmp_path / "work")
+    cell = only_cell(work)
     found = {uid for uid, _ in cell.maps.index()}
     assert found == {"plain", r"d\xf6rf/b", *(() if broken else (r"caf\xe9",))}
     assert len(list((cell.folder / "masks" / "map").rglob("*.png"))) == len(found)

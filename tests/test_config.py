@@ -9,9 +9,11 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
+from hydra.core.override_parser.types import QuotedString
 from tiny import ROOT, pictures
 
 from attrib import keys
+from attrib.config.compose import parse_overrides
 from attrib.config.objects import build, classifier, experiment, options_of, with_input
 from attrib.datasets import ImageNet, ImageTransform, Selection
 from attrib.methods import Method
@@ -309,3 +311,29 @@ def test_what_is_not_known_must_be_given():
 def test_a_classifier_wants_a_size(config):
     with pytest.raises(UserError, match=r"model: input\.size must be int or tuple\[int, int\], not None"):
         classifier(changed(config, "model.input.size", None)["model"], options_of({}))
+
+
+@pytest.mark.parametrize(
+    "text", ["/d/café", "/d/中文 (1)", "/d/caf\udce9", "a&b", "it's", "~/x", "/d/a=b", "/d/[a]", "back\\slash'"]
+)
+def test_a_text_needs_no_quotes_where_it_can_only_be_a_text(text):
+    assert plain_value(f"dataset.root={text}") == text
+
+
+def plain_value(override: str) -> Any:
+    value = parse_overrides([override])["dataset.root"].value()
+    return value.text if isinstance(value, QuotedString) else value
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("dataset.root=[é,b]", "put texts in it that are not plain ASCII in quotes"),
+        ("dataset.root=/d/é,b", "put texts in it that are not plain ASCII in quotes"),
+        ("dataset.root=choice(1,", "no viable alternative"),
+        ("nothing", "expected KEY=VALUE"),
+    ],
+)
+def test_what_may_be_several_values_is_left_to_whoever_wrote_it(override, why):
+    with pytest.raises(UserError, match=f"command line: .* is not understood: {why}"):
+        parse_overrides([override])

@@ -48,16 +48,35 @@ HIDDEN = ("_target_", "_convert_", "name")  # fields of presets that nobody sets
 
 
 def parse_overrides(overrides: Sequence[str], where: str = "command line") -> dict[str, Override]:
-    """``["model=vgg16", "~metric"]`` by what they set. Raises UserError for what is not an override."""
+    """``["model=vgg16", "~metric"]`` by what they set. Raises UserError for what is not an override.
+
+    Hydra wants quotes around a text with characters that are not ASCII or mean something to it (``/data/café (1)``);
+    here a text goes without them.
+    """
     found: dict[str, Override] = {}
     for text in overrides:
+        key, equals, value = text.partition("=")
         try:
-            [override] = OverridesParser.create().parse_overrides([text])
+            override = _parsed(text)
         except HydraException as error:
-            why = str(error).splitlines()[0] if "=" in text else "expected KEY=VALUE"
-            raise UserError(f"{where}: {text!r} is not understood: {why}") from error
+            try:
+                # What may be a list, a mapping, a function or several values is left to whoever wrote it.
+                plain_text = equals and not re.match(r"""["'\[{]|\w+\(""", value) and "," not in value
+                override = _parsed(f"{key}={spelled(value)}" if plain_text else text)
+            except HydraException:
+                why = str(error).splitlines()[0]
+                if why.startswith("Lexer"):
+                    why = "put texts in it that are not plain ASCII in quotes, as in model.classes=['Straße','b']"
+                raise UserError(
+                    f"{where}: {text!r} is not understood: {why if equals else 'expected KEY=VALUE'}"
+                ) from error
         found[override.key_or_group] = override
     return found
+
+
+def _parsed(text: str) -> Override:
+    [override] = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 def _one_target_each(given: Mapping[str, Override]) -> dict[str, Override]:
@@ -78,7 +97,8 @@ def spelled(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     text = value.text if isinstance(value, QuotedString) else str(value)
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Only in front of a quote, a backslash is more than itself.
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from attrib.datasets.files import shown
 from attrib.datasets.protocols import Dataset
 from attrib.keys import stable_hash
 from attrib.types import SampleError, UserError, did_you_mean
@@ -93,12 +94,13 @@ def _listed(file: str, uids: Sequence[str]) -> set[str]:
     """The uids that a list file names. Raises UserError naming the line of an unknown sample."""
     path, known = Path(file).expanduser(), set(uids)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # A name of a file may be in any encoding.
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
         raise UserError(f"select.list: {path} cannot be read: {error}") from error
     found = set()
     for number, line in enumerate(lines, 1):
-        entry = line.strip()
+        entry = shown(line.strip())
         if not entry:
             continue
         uid = entry if entry in known else str(PurePosixPath(entry).with_suffix(""))
