@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from tiny import command, only_cell, pixels, save
+from tiny import called, command, only_cell, pixels, save
 
+from attrib.cli.main import dispatch
 from attrib.datasets import AudioFolder, ImageFolder, ImageTransform, IMDb, Selection, WaveTransform
 from attrib.datasets.files import shown, uids_of
+from attrib.results.labels import labelled
 
 LATIN = os.fsdecode(b"caf\xe9")  # as the operating system hands it over
 
@@ -95,3 +97,14 @@ def test_a_run(tmp_path, capfd, broken):
         assert entry["uid"] == r"caf\xe9"
         assert r"caf\xe9.png: empty, damaged" in entry["reason"]
     assert json.loads((cell.folder / "samples.json").read_text())
+    if not broken:
+        return
+    other = latin_folder(work / os.fsdecode(b"\xe9"))
+    result = command(capfd)(
+        "dataset=image_folder", f"dataset.root={other}", "dataset.target=second", "model=small_cnn", "method=random",
+        "metric=[]", f"run.root={work}", "run.progress=false",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    names = {cell.dataset for cell in labelled(work)}
+    assert f"image_folder (root={other}, target=second)".encode("utf-8", "backslashreplace").decode() in names
+    assert called(capfd, lambda: dispatch(["report", str(work)])).status == 0

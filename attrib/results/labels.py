@@ -125,6 +125,8 @@ def _describe(spec: Mapping[str, Any], axis: str) -> tuple[str, dict[str, Any]]:
         fields.pop("layers", None)  # which of them a method uses is the method's business
         fields["weights"] = str(spec["weights"])[:8]
         fields["precision"] = spec.get("precision", "float32")
+    else:
+        fields.pop("estimation", None)  # of the fit: where it differs, so does the state
     return spec[f"{axis}_key"], fields
 
 
@@ -144,8 +146,13 @@ def _labels(things: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
         for identity, text in written.items():
             unique = bool(text) and sum(other == text for other in written.values()) == 1
             text = text if unique else ", ".join(filter(None, (text, f"key={identity[:8]}")))
-            labels[name, identity] = f"{name} ({text})" if len(variants) > 1 else name
+            labels[name, identity] = _writable(f"{name} ({text})" if len(variants) > 1 else name)
     return [labels[name, identity] for name, identity, _ in things]
+
+
+def _writable(text: str) -> str:
+    """No table and no file holds the bytes of a path that are not UTF-8: they are written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
