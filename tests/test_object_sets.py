@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import save
+from tiny import command, save
 
 from attrib.datasets import COCO, CUB200, AllClasses, ImageNetS, ImageTransform, PascalVOC
 from attrib.datasets.files import imagenet_classes
@@ -260,6 +261,23 @@ def test_all_classes_of_coco(tmp_path):
         with pytest.raises(SampleError, match=reason):
             whole.batch([uid])
     assert whole.fingerprint("000000000001") != UNREADABLE == whole.fingerprint("000000000002")
+
+
+@pytest.mark.parametrize(("name", "classes", "images"), [("voc_all", 20, 2), ("coco_all", 3, 2)])
+def test_a_run_on_images_with_all_their_classes(name, classes, images, tmp_path, capfd):
+    root = voc(tmp_path / "data") if name == "voc_all" else coco(tmp_path / "data")
+    given = [
+        f"dataset={name}", f"dataset.each.root={root}", "model=lenet", f"model.num_classes={classes}",
+        f"run.root={tmp_path / 'w'}",
+    ]  # fmt: skip
+    more = ["method=gradient", "metric=[ehr]", "dataset.select.min_confidence=0.01", "run.progress=false"]
+    ended = command(capfd)(*given, *more)
+    assert ended.status == 0, ended.err
+    assert f"maps_computed={images} maps_present=0 scores_computed={images} scores_present=0 failed=0" in ended.out
+    looked = command(capfd, "dataset")(*given)
+    assert looked.status == 0, looked.err
+    share = r"[0-9]+% of 2 samples, the predicted class being one of the labels \(chance: [0-9.]+%\)"
+    assert re.search(rf"accuracy of the net +{share}", looked.out)
 
 
 # CUB --------------------------------------------------------------------------------------------

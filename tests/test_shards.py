@@ -185,6 +185,12 @@ def test_shards_of_the_same_name_in_folders_of_several_splits(tmp_path):
     assert TarShards(str(root), SMALL).uids == ("2", "3"), "numbered folders are of one set"
 
 
+def test_what_datasets_caches_is_no_shard(tmp_path):
+    root = arrow(tmp_path / "data")
+    shutil.copy(root / "data-00000-of-00001.arrow", root / "cache-1f00.arrow")
+    assert len(ArrowShards(str(root), SMALL).uids) == 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_shards_and_images_that_are_not_utf8(kind, tmp_path):
     write, read = KINDS[kind]

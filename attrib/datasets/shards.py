@@ -297,6 +297,7 @@ def shards_of(root: str, suffix: str, split: str | None) -> list[Path]:
         path
         for path in existing_folder(root, "dataset.root").rglob(f"*{suffix}")
         if not any(part.startswith(".") for part in path.relative_to(top).parts)
+        and not path.name.startswith("cache-")  # what datasets.map leaves behind
     )
     if not found:
         packed = next(top.rglob(f"*{suffix}.*"), None) if suffix == ".tar" else None
