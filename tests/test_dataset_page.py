@@ -114,6 +114,18 @@ def test_a_folder_alone_is_looked_at(tmp_path, capfd):
         assert "give one folder (or shard) that exists" in look(*wrong).err
 
 
+@pytest.mark.parametrize("read", ["value", "region, region: predicted"])
+def test_a_net_that_decides_for_no_class_is_not_asked_for_one(read, tmp_path, capfd):
+    kind = "Values" if read == "value" else "Segments"
+    ended = command(capfd, "dataset")(
+        str(pictures(tmp_path, 2)), "model=other_output", f"model._target_=test_other_outputs.{kind}",
+        f"model.output={{read: {read}}}", f"run.root={tmp_path / 'w'}",
+    )  # fmt: skip
+    assert ended.status == 0, ended.err
+    assert "accuracy" not in ended.out
+    assert "net: " not in (tmp_path / "w" / "dataset.auto.html").read_text()
+
+
 def test_classes_that_the_net_does_not_know_are_shown_not_refused(tmp_path, capfd):
     for name in ("dog", "zebra"):
         save(tmp_path / "mine" / name / "<b>.png")

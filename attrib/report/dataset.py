@@ -67,7 +67,7 @@ def look(cell: Experiment, batch: int = 8) -> Found:
         comparable = False
     samples = Samples(dataset, model, tried, target=None, batch=batch)
     truth: dict[str, frozenset[int]] = {}
-    said: dict[str, int] = {}
+    said: dict[str, int] = {}  # of a net that decides for a class
     shares: list[float] = []  # of the images that regions cover
     bad: dict[str, str] = {}
     several = False
@@ -75,7 +75,8 @@ def look(cell: Experiment, batch: int = 8) -> Found:
         bad |= dict(unread)
         if found is None:
             continue
-        said |= dict(zip(found.uids, model.logits(found.x).argmax(1).tolist()))
+        if model.output.read.decides:
+            said |= dict(zip(found.uids, model.logits(found.x).argmax(1).tolist()))
         if found.roi is not None:
             shares += [share for share in found.roi.flatten(1).double().mean(1).tolist() if share > 0]
         truth |= dict(zip(found.uids, _labels(found.target)))
@@ -90,12 +91,12 @@ def look(cell: Experiment, batch: int = 8) -> Found:
         more = f"; the first: {without}: {why}" if why else ""
         problems.append(f"{len(truth) - len(labelled)} of {len(truth)} samples have no label{more}")
     order = None
-    if comparable and labelled and model.output.read.decides:
+    if comparable and labelled and said:
         own = [labels if mapping is None else {mapping.get(i, -1) for i in labels} for labels in labelled.values()]
         order = label_order(own, [said[uid] for uid in labelled])
         if order.warning:
             problems.append(f"the net's accuracy is {order.accuracy:.0%} of {order.n}; {order.warning}")
-    facts = [("samples", f"{len(dataset.uids):,}"), *_sizes(cell, tried), _regions(len(said), shares)]
+    facts = [("samples", f"{len(dataset.uids):,}"), *_sizes(cell, tried), _regions(len(truth), shares)]
     if several:
         facts.append(("labels", "several each"))
     if order is not None:
@@ -106,9 +107,9 @@ def look(cell: Experiment, batch: int = 8) -> Found:
     facts.append(("classes of the net", known))
     rows = _classes(cell, mapping, comparable)
     facts.append(("classes of the data", str(len(rows)) if rows else "no names"))
-    good = [uid for uid in tried if uid in said]
+    good = [uid for uid in tried if uid in truth]
     shown = good[:: max(1, len(good) // SHOWN)][:SHOWN]
-    thumbnails = [_thumbnail(cell, uid, truth[uid], said[uid]) for uid in shown]
+    thumbnails = [_thumbnail(cell, uid, truth[uid], said.get(uid)) for uid in shown]
     return Found(cell.names["dataset"], facts, rows, order, thumbnails, problems)
 
 
@@ -156,10 +157,10 @@ def _classes(cell: Experiment, mapping: Mapping[int, int] | None, comparable: bo
     return rows
 
 
-def _thumbnail(cell: Experiment, uid: str, labels: Collection[int], predicted: int) -> Thumbnail:
+def _thumbnail(cell: Experiment, uid: str, labels: Collection[int], predicted: int | None) -> Thumbnail:
     dataset, net = cell.dataset, cell.model.classes
     own = ", ".join(shown_target(dataset.names.get(i, ""), i) for i in sorted(labels)) or "no label"
-    said = shown_target("" if net is None else net.shown(predicted), predicted)
+    said = shown_target("" if net is None or predicted is None else net.shown(predicted), predicted)
     roi = dataset.batch([uid]).roi
     region = None if roi is None else roi[0].numpy()
     if holds_texts(dataset):
