@@ -5,8 +5,8 @@ what a run does, without a work directory.
 """
 
 from attrib.api.comparison import Comparison
-from attrib.api.explain import compare, evaluate, explain
 from attrib.api.explanation import Explanation
+from attrib.api.front import compare, evaluate, explain
 from attrib.api.parts import dataset
 
 __all__ = ["Comparison", "Explanation", "compare", "dataset", "evaluate", "explain"]

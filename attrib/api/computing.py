@@ -85,7 +85,7 @@ def cell_of(
     if method.method.fit is not None:
         if fit is None:
             raise UserError(
-                f"{method.name} is fitted on data first: give it some (fit=...), such as images, a tensor, a DataLoader "
+                f"{method.name} is fitted on data first: give it some (fit=...), such as images, tensors, a DataLoader "
                 "or the name of a dataset (fit='photos')"
             )
         fitted_on, select = estimation(fit, net, method.name, overrides)

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from attrib import keys
 from attrib.api.parts import RUN, Explainer, Net, explainer
@@ -77,7 +77,7 @@ def _nearest(given: Explainer) -> tuple[str, Mapping[str, Any]]:
         if type(made) is not type(given.method):
             continue
         known = keys.spec(made)
-        fields = [f.name for f in dataclasses.fields(made) if known.get(f.name) != wanted.get(f.name)]
+        fields = [f.name for f in dataclasses.fields(cast(Any, made)) if known.get(f.name) != wanted.get(f.name)]
         if best is None or len(fields) < len(best[1]):
             best = name, {field: getattr(given.method, field) for field in fields}
     kinds = (bool, int, float, str, list, tuple, type(None))
