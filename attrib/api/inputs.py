@@ -55,19 +55,19 @@ def given(x: Any, how: Input, uids: Sequence[str] | None = None, labels: Any = N
     many = _listed(x, how, what)
     if not many:
         raise UserError(f"{what} holds no sample")
-    kinds = {_kind(one) for one in many}
+    kinds = {_kind(one, how) for one in many}
     if len(kinds) > 1:
         raise UserError(f"{what} mixes {' and '.join(sorted(kinds))}; give samples of one kind")
     return _MAKERS[kinds.pop()](many, how, uids, labels, what)
 
 
-def _kind(one: Any) -> str:
+def _kind(one: Any, how: Input) -> str:
     for kinds, name in (
         (Image.Image, "images"),
         (Tensor, "tensors"),
         (str, "texts or files"),
         (Path, "files"),
-        (np.ndarray, "arrays"),
+        (np.ndarray, "sounds" if isinstance(how, WaveTransform) else "images"),
         (Sound, "sounds"),
         (tuple, "sounds"),
     ):
@@ -362,7 +362,6 @@ def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what:
 
 _MAKERS: Mapping[str, Callable[..., Given]] = {
     "images": _images,
-    "arrays": lambda many, how, *rest: (_sounds if isinstance(how, WaveTransform) else _images)(many, how, *rest),
     "tensors": _tensors,
     "texts or files": _texts,
     "files": _files,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from attrib import keys
-from attrib.api.parts import RUN, Explainer, Net, explainer
-from attrib.config.compose import CommandLine, compose_node, plain, spelled
+from attrib.api.parts import RUN, Explainer, Net, explainer, yaml_of
+from attrib.config.compose import CommandLine, compose_node, plain
 from attrib.config.places import presets
 from attrib.experiment.cell import Experiment
 from attrib.experiment.targets import Contrast
@@ -46,30 +47,52 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
     return shlex.join(["attrib", "run", *words])
 
 
+def written(value: Any) -> str:
+    """A value as an override has it.
+
+    >>> [written(v) for v in (None, True, 0.5, "conv1", "1", [1, "a b"], {"of": 3})]
+    ['null', 'true', '0.5', 'conv1', "'1'", "[1,'a b']", '{of:3}']
+    """
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{written(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(written, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _layers(origin: Origin) -> list[str]:
     return [
-        f"+model.layers.{r}={spelled(path)}" for r, path in origin.net.named_layers(origin.explainer.method).items()
+        f"+model.layers.{r}={written(path)}" for r, path in origin.net.named_layers(origin.explainer.method).items()
     ]
 
 
 def _target(cell: Experiment) -> str:
     if isinstance(cell.target, Contrast):
-        return spelled({"of": cell.target.of, "against": cell.target.against})
+        return written({"of": cell.target.of, "against": cell.target.against})
     return str(cell.target)
 
 
 def _method(given: Explainer, overrides: Sequence[str]) -> list[str]:
     own = [o for o in overrides if o.lstrip("+").startswith("method.")]
     if given.preset is not None:
-        return [f"method={given.preset}", *own, *(f"+method.{k}={spelled(v)}" for k, v in given.fields.items())]
+        return [f"method={given.preset}", *own, *(f"+method.{k}={written(v)}" for k, v in given.fields.items())]
     name, fields = _nearest(given)
-    return [f"method={name}", *(f"+method.{k}={spelled(v)}" for k, v in fields.items())]
+    return [f"method={name}", *(f"+method.{k}={written(v)}" for k, v in fields.items())]
 
 
 def _nearest(given: Explainer) -> tuple[str, Mapping[str, Any]]:
     """The preset of the same class with the fewest other fields, and these. Raises UserError."""
     wanted, best = keys.spec(given.method), None
-    for name in presets("method"):
+    for name, path in presets("method").items():
+        if str(yaml_of(path).get("_target_")).rpartition(".")[2] != type(given.method).__name__:
+            continue  # composing all of them would take seconds
         try:
             made = explainer(name).method
         except UserError:  # one that needs more than its defaults, such as the name of an algorithm
@@ -97,6 +120,8 @@ def python_of(line: CommandLine) -> str:
 
     Raises UserError for what has no counterpart there.
     """
+    if line.multirun:
+        raise UserError("--python prints the lines of one experiment; leave -m out")
     if line.folder is not None:
         raise UserError("--python knows attrib's own configurations, not those of --config-dir")
     overrides = {key: str(override.input_line) for key, override in line.overrides.items()}

@@ -258,11 +258,11 @@ def explainer(method: Any, fields: Mapping[str, Any] | None = None, overrides: S
         node = {**values.values["method"], **fields}
         return Explainer(method_of(node, values.files["method"]), str(node.get("name", name)), node, name, dict(fields))
     if isinstance(method, str | Path):
-        node = {**_yaml(Path(method)), **fields}
+        node = {**yaml_of(Path(method)), **fields}
         return Explainer(method_of(node, str(method)), str(node.get("name", Path(method).stem)), node)
     if isinstance(method, type) or not all(hasattr(method, name) for name in ("attribute", "MAPS", "fit")):
         raise UserError(
-            f"method is {_what(method)}; give a method such as attrib.methods.IBA(), the path of a YAML or a name "
+            f"method is {_what(method)}; give a method such as attrib.methods.iba.IBA(), the path of a YAML or a name "
             f"(there are: {', '.join(presets('method'))})"
         )
     if fields:
@@ -286,7 +286,8 @@ def _snake(name: str) -> str:
     )
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def yaml_of(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file. Raises UserError."""
     try:
         node = OmegaConf.load(path.expanduser())
         plain_node = OmegaConf.to_container(node, resolve=True)
@@ -325,7 +326,7 @@ def _measure(one: Any, overrides: Sequence[str]) -> tuple[str, Metric]:
         return name, made
     if isinstance(one, str | Path):
         stem = Path(one).stem
-        return stem, metrics_of({stem: _yaml(Path(one))})[stem]
+        return stem, metrics_of({stem: yaml_of(Path(one))})[stem]
     if isinstance(one, type) or not all(hasattr(one, name) for name in ("score", "COLUMNS", "NEEDS_ROI")):
         raise UserError(
             f"metrics: {_what(one)}; give metrics such as attrib.metrics.EHR(), paths of YAMLs or names "

@@ -66,14 +66,14 @@ def _one_target_each(given: Mapping[str, Override]) -> dict[str, Override]:
         raise UserError(f"{given[TARGETS].input_line}: give a list, such as {TARGETS}=[label,predicted]")
     if "dataset.target" in given:
         raise UserError(f"{given[TARGETS].input_line} and {given['dataset.target'].input_line}: give one of them")
-    sweep = parse_overrides([f"dataset.target={','.join(map(spelled, values))}"])["dataset.target"]
+    sweep = parse_overrides([f"dataset.target={','.join(map(_spelled, values))}"])["dataset.target"]
     return {("dataset.target" if key == TARGETS else key): sweep if key == TARGETS else o for key, o in given.items()}
 
 
-def spelled(value: Any) -> str:
+def _spelled(value: Any) -> str:
     """A value as it is written in an override."""
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{spelled(one)}" for key, one in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_spelled(one)}" for key, one in value.items()) + "}"
     if isinstance(value, int):
         return str(value)
     text = value.text if isinstance(value, QuotedString) else str(value)
