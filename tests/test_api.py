@@ -166,6 +166,14 @@ def test_a_score_that_is_not_defined_says_why(images):
     assert "no region of interest" in rows["reason"][0]
 
 
+def test_a_metric_that_raises_costs_its_samples_only(images):
+    rows = attrib.evaluate(
+        small_cnn(), images[..., :4, :4].repeat(1, 1, 8, 1), torch.ones(3, 32, 4), "insertion_deletion"
+    )
+    assert set(rows["state"]) == {"failed"}
+    assert "a blur window of 9 pixels does not fit" in rows["reason"][0]
+
+
 def test_comparison(images, tmp_path):
     roi = torch.zeros(3, 32, 32, dtype=torch.bool)
     roi[:, :20] = True

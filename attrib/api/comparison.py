@@ -42,6 +42,12 @@ class Comparison:
 
     explanations   method -> its maps
     scored         method -> a row for each sample, map and column
+
+    >>> import attrib, torch
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+    >>> found = attrib.compare(net, torch.rand(3, 1, 16, 16), ["gradient", "random"], "insertion_deletion")
+    >>> len(found.rows), sorted(found.explanations)
+    (18, ['gradient', 'random'])
     """
 
     explanations: Mapping[str, Explanation]

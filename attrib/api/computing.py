@@ -228,12 +228,30 @@ def scores(cell: Experiment, known: Mapping[str, One], size: int, state: State |
             batch = dataclasses.replace(batch, target=target)
             for kind in cell.method.MAPS:
                 maps = _stacked(batch, [known[uid].arrays[kind] for uid in batch.uids], kind)
-                explain = _explain(cell, state or {}, kind)
-                scored = cell.score(name, batch, maps.to(cell.model.device, cell.model.dtype), explain)
-                found = {column: value.detach().cpu().double().numpy() for column, value in scored.items()}
-                for i, uid in enumerate(batch.uids):
-                    rows[uid] += _rows(cell, batch, i, (uid, kind, name), found)
+                found = _scored(cell, name, kind, batch, maps.to(cell.model.device, cell.model.dtype), state or {})
+                for uid in batch.uids:
+                    rows[uid] += found[uid]
     return pd.DataFrame([row for uid in known for row in rows[uid]], columns=list(COLUMNS))
+
+
+def _scored(
+    cell: Experiment, name: str, kind: str, batch: Batch, maps: Tensor, state: State
+) -> dict[str, list[dict[str, Any]]]:
+    """uid -> rows. After an error each sample alone, as in a run, so that only the guilty ones have no score."""
+    columns = cell.metrics[name].COLUMNS
+    try:
+        scored = cell.score(name, batch, maps, _explain(cell, state, kind))
+    except UserError:
+        raise
+    except Exception as error:  # a metric may raise anything
+        if len(batch) > 1:
+            parts = [_scored(cell, name, kind, batch[i : i + 1], maps[i : i + 1], state) for i in range(len(batch))]
+            return {uid: rows for part in parts for uid, rows in part.items()}
+        nothing = {column: np.full(1, np.nan) for column in columns}
+        why = f"{type(error).__name__}: {error}"
+        return {batch.uids[0]: list(_rows(columns, batch, 0, (batch.uids[0], kind, name), nothing, why))}
+    found = {column: value.detach().cpu().double().numpy() for column, value in scored.items()}
+    return {uid: list(_rows(columns, batch, i, (uid, kind, name), found)) for i, uid in enumerate(batch.uids)}
 
 
 def _explain(cell: Experiment, state: State, kind: str) -> Any:
@@ -241,13 +259,17 @@ def _explain(cell: Experiment, state: State, kind: str) -> Any:
 
 
 def _rows(
-    cell: Experiment, batch: Batch, i: int, names: tuple[str, str, str], found: Mapping[str, np.ndarray]
+    columns: Mapping[str, str],
+    batch: Batch,
+    i: int,
+    names: tuple[str, str, str],
+    found: Mapping[str, np.ndarray],
+    why: str = "",
 ) -> Iterator[dict[str, Any]]:
-    """Of one sample, map and metric."""
-    columns = cell.metrics[names[2]].COLUMNS
+    """Of one sample, map and metric; ``why`` it has no score, if that is known."""
     values = {column: float(found[column][i]) for column in columns}
     failed = not all(np.isfinite(list(values.values())))
-    state, reason = ("failed", why_undefined(batch, i)) if failed else ("ok", "")
+    state, reason = ("failed", why or why_undefined(batch, i)) if failed else ("ok", "")
     for column, direction in columns.items():
         yield dict(zip(COLUMNS, (*names, column, direction, values[column], state, reason)))
 

@@ -104,8 +104,8 @@ def evaluate(
 
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     >>> x, region = torch.rand(1, 3, 4, 4), torch.eye(4, dtype=torch.bool)
-    >>> float(evaluate(net, x, region[None].float(), "ehr_unweighted", roi=region)["value"][0])
-    1.0
+    >>> evaluate(net, x, region[None].float(), "ehr", roi=region)["value"].round(6).tolist()
+    [1.0]
     """
     named = measures(metrics, overrides)
     if isinstance(maps, Explanation):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,9 +282,11 @@ def _what(thing: Any) -> str:
 
 
 def _snake(name: str) -> str:
-    return "".join(
-        f"_{c.lower()}" if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name)
-    )
+    """
+    >>> _snake("InputIBAStages"), _snake("GradCAM")
+    ('input_iba_stages', 'grad_cam')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def yaml_of(path: Path) -> dict[str, Any]:
