@@ -20,7 +20,7 @@ import attrib
 from attrib.api.lines import written
 from attrib.cli.main import dispatch
 from attrib.config.compose import compose
-from attrib.datasets import ImageTransform, WordEncoder
+from attrib.datasets import HuggingFaceEncoder, ImageTransform, WordEncoder
 from attrib.methods.baselines import Gradient
 from attrib.methods.iba import IBA
 from attrib.metrics import EHR
@@ -371,3 +371,23 @@ def test_values_survive_the_command_line():
     fields = [f"+method.f{i}={written(value)}" for i, value in enumerate(values)]
     found = compose("run", ["~dataset", "~model", "metric=[]", "method=random", *fields]).values["method"]
     assert [found[f"f{i}"] for i in range(len(values))] == values
+
+
+def test_nets_of_transformers_with_their_own_tokenizer(tmp_path):
+    from tiny_huggingface import TOWER, WORDS, random_weights, tokenizer
+    from transformers import BertConfig, BertForSequenceClassification
+
+    net = random_weights(BertForSequenceClassification(BertConfig(**TOWER, vocab_size=len(WORDS))))
+    own = tokenizer()
+    for part in (net, own):
+        part.save_pretrained(tmp_path)
+    before, texts = own.backend_tokenizer.to_str(), ["the film is good", "a bad film"]
+    given = dict(target=0, method="input_x_gradient")
+    loose = attrib.explain(net, texts, tokenizer=HuggingFaceEncoder.of(own, max_length=8), **given)
+    overrides = [f"model.path={tmp_path}", "model.input.max_length=8"]
+    assert torch.equal(attrib.explain("huggingface", texts, overrides=overrides, **given).map, loose.map)
+    assert own.backend_tokenizer.to_str() == before
+    with pytest.raises(UserError, match=r"needs its tokenizer"):
+        attrib.explain(net, torch.tensor([[3, 4]]), **given)
+    with pytest.raises(UserError, match=r"set it, for example 512"):
+        attrib.explain(net, texts, tokenizer=own, **given)
