@@ -119,6 +119,22 @@ def test_a_module_a_classifier_and_a_loader(images):
     assert one.target.tolist() == [1, 2, 3]
 
 
+def test_precision(images):
+    net, given = small_cnn(), dict(method="gradient", target=1)
+    coarse = attrib.explain(net, images, precision={"explain": "bfloat16"}, **given)
+    assert not torch.equal(coarse.map, attrib.explain(net, images, **given).map)
+    model = Classifier(net).with_precision("bfloat16")
+    assert torch.equal(attrib.explain(model, images, **given).map, coarse.map)
+    found = attrib.compare(
+        net, images, ["gradient", "random"], "infidelity", target=1, precision={"explain": "bfloat16"}
+    )
+    assert torch.equal(found.explanations["gradient"].map, coarse.map)
+    with pytest.raises(UserError, match="computed in bfloat16 already"):
+        attrib.explain(model, images, precision="float16", **given)
+    named = attrib.explain("lenet", pixels(32, 32), method="gradient", precision="bfloat16")
+    assert "precision={explain:bfloat16,score:bfloat16}" in shlex.split(named.command())
+
+
 def test_names_belong_to_contents(images):
     """The order, and what else is explained, change nothing; equal images have names of their own."""
     net = small_cnn()

@@ -67,6 +67,12 @@ class One:
     cost: Mapping[str, Any]
 
 
+def classifier_of(net: Net, found: Given, method: Explainer) -> Classifier:
+    """The net as methods see it, in float32 unless it came otherwise. Raises UserError."""
+    shape = None if found.dataset.modality == "text" else tuple(example(found.dataset).shape[1:])
+    return net.classifier(method.method, shape, found.dataset)
+
+
 def cell_of(
     net: Net,
     found: Given,
@@ -78,7 +84,7 @@ def cell_of(
     overrides: Sequence[str] = (),
     model: Classifier | None = None,
 ) -> Experiment:
-    """The experiment that these parts are. ``model`` is the net, if it was made before. Raises UserError."""
+    """The experiment that these parts are. ``model``: of ``classifier_of``, if it was made before. Raises UserError."""
     data = found.dataset
     fitted_on: Dataset | None = None
     select = Selection()
@@ -89,13 +95,13 @@ def cell_of(
                 "or the name of a dataset (fit='photos')"
             )
         fitted_on, select = estimation(fit, net, method.name, overrides)
-    if model is None:
-        shape = None if data.modality == "text" else tuple(example(data).shape[1:])
-        model = net.classifier(method.method, shape, data)
+    model = model or classifier_of(net, found, method)
+    model, scorer = model.with_precision(net.precision.explain), model.with_precision(net.precision.score)
     cell = Experiment(
         names={"dataset": "given", "model": net.name, "method": method.name},
         dataset=data,
         model=model,
+        scorer=scorer,
         method=method.method,
         metrics=metrics,
         target=target,

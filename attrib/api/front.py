@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from attrib.api.comparison import Comparison
-from attrib.api.computing import Handed, One, cell_of, explained, scores, state_of, targets_of
+from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
 from attrib.api.explanation import Explanation
 from attrib.api.inputs import with_roi
 from attrib.api.lines import Origin
@@ -33,6 +33,7 @@ def explain(
     tokenizer: Any = None,
     uids: Sequence[str] | None = None,
     seed: int = 0,
+    precision: Any = None,
     run: Mapping[str, Any] | None = None,
     root: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -55,6 +56,7 @@ def explain(
     uids       the samples' names, to which their random numbers belong; of a dataset: which of its samples. By default
                digests of the contents, so that an image is explained alike wherever it stands
     seed       of all random numbers
+    precision  of the net: "tf32", "bfloat16" or "float16", or {"explain": ..., "score": ...}; None: float32
     run        how to compute: {"device": ..., "dtype": ..., "batch": 8, "rows": 64}
     root       a work directory where what is fitted is kept for the next time; None: nothing is written
     overrides  what the command line would say of a named model or dataset: ["model.arch=resnet18"]
@@ -68,7 +70,9 @@ def explain(
     (2, 4, 4)
     """
     chosen = explainer(method, fields, overrides)
-    door = net_of(net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
+    door = net_of(
+        net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision
+    )
     found, rule = samples(x, door, uids, target)
     cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
     state = state_of(cell, door.options.read, root)
@@ -88,6 +92,7 @@ def evaluate(
     tokenizer: Any = None,
     uids: Sequence[str] | None = None,
     seed: int = 0,
+    precision: Any = None,
     run: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -110,7 +115,7 @@ def evaluate(
     named = measures(metrics, overrides)
     if isinstance(maps, Explanation):
         return maps.evaluate(named, roi)
-    door = net_of(net, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
+    door = net_of(net, None, precision, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
     found, rule = samples(x, door, uids, target)
     found = found if roi is None else with_roi(found, roi)
     handed = {name: torch.as_tensor(m) for name, m in (maps if isinstance(maps, Mapping) else {"map": maps}).items()}
@@ -143,6 +148,7 @@ def compare(
     tokenizer: Any = None,
     uids: Sequence[str] | None = None,
     seed: int = 0,
+    precision: Any = None,
     run: Mapping[str, Any] | None = None,
     root: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -169,15 +175,18 @@ def compare(
             raise UserError(f"methods: {name} comes twice; name them: methods={{'a': ..., 'b': ...}}")
         chosen[name] = dataclasses.replace(one, name=name)
     named = measures(metrics, overrides)
-    door = net_of(net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
+    door = net_of(
+        net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision
+    )
     found, rule = samples(x, door, uids, target)
     found = found if roi is None else with_roi(found, roi)
     explanations: dict[str, Explanation] = {}
     states: dict[str, State] = {}
     model: Classifier | None = None
     for name, one in chosen.items():
+        model = model or classifier_of(door, found, one)
         cell = cell_of(door, found, rule, one, named, seed, fit, overrides, model)
-        model, state = cell.model, state_of(cell, door.options.read, root, states)
+        state = state_of(cell, door.options.read, root, states)
         known = explained(cell, found.uids, door.options.read, state)
         origin = Origin(door, one, _name(fit), tuple(overrides))
         explanations[name] = Explanation(cell, found.uids, known, state, origin)

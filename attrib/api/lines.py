@@ -15,6 +15,7 @@ from attrib.config.compose import CommandLine, compose_node, plain
 from attrib.config.places import presets
 from attrib.experiment.cell import Experiment
 from attrib.experiment.targets import Contrast
+from attrib.models.precision import Precision
 from attrib.types import UserError
 
 DEFAULT = {"image": "photos", "text": "movie_snippets", "audio": "tones"}  # data sets that come with pip, or are made
@@ -42,6 +43,8 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
     words += [f"dataset={dataset or origin.fit or DEFAULT[cell.dataset.modality]}"]
     words += [o for o in origin.overrides if o.startswith("dataset.")] if dataset in (None, origin.fit) else []
     words += [f"dataset.target={_target(cell)}", *([f"seed={cell.seed}"] if cell.seed else []), "metric=[]"]
+    if net.precision != Precision():
+        words.append(f"precision={written(dataclasses.asdict(net.precision))}")
     default = type(net.options)()
     words += [f"run.{n}={getattr(net.options, n)}" for n in RUN if getattr(net.options, n) != getattr(default, n)]
     return shlex.join(["attrib", "run", *words])
@@ -129,13 +132,15 @@ def python_of(line: CommandLine) -> str:
     values, choices = plain(node).values, node.hydra.runtime.choices
     chosen = {part: str(choices[part]) for part in ("model", "dataset", "method")}
     known = set(values["method"])
-    more, fields, run, seed, target = [], {}, {}, 0, values["dataset"].get("target", "label")
+    more, fields, run, seed, precision, target = [], {}, {}, 0, None, values["dataset"].get("target", "label")
     for key, text in overrides.items():
         group, _, name = key.partition(".")
         if key in chosen or key in ("metric", "dataset.target") or (group == "run" and name not in RUN):
             continue
         if key == "seed":
             seed = values["seed"]
+        elif group == "precision":
+            precision = values["precision"]
         elif group == "run":
             run[name] = values["run"][name]
         elif group == "method" and name in known and "." not in name and name.isidentifier():
@@ -149,6 +154,7 @@ def python_of(line: CommandLine) -> str:
     data = [o for o in more if o.split(".")[0].lstrip("+") in ("model", "dataset")]
     with_data = f", overrides={data!r}" if data else ""
     arguments = {"method": chosen["method"], "fit": chosen["dataset"], **({"seed": seed} if seed else {})}
+    arguments |= {} if precision is None else {"precision": precision}
     arguments |= {**({"run": run} if run else {}), **fields}
     if explainer(chosen["method"], overrides=[o for o in more if "method." in o]).method.fit is None:
         del arguments["fit"]

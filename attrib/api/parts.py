@@ -32,6 +32,7 @@ from attrib.experiment.samples import parse_device
 from attrib.methods import Method
 from attrib.metrics import Metric
 from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
+from attrib.models.precision import Precision
 from attrib.running.options import Options
 from attrib.types import UserError
 
@@ -78,6 +79,7 @@ class Net:
     preset: str | None = None
     overrides: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # of a preset: its node, complete
+    precision: Precision = field(default_factory=Precision)
 
     def classifier(self, method: Method | None, shape: tuple[int, ...] | None, dataset: Dataset) -> Classifier:
         """The net as methods see it. ``shape`` is that of an image or sound. Raises UserError."""
@@ -134,6 +136,7 @@ def _dtype(name: str) -> Any:
 def net_of(
     net: Any,
     layers: Mapping[str, str] | str | None = None,
+    precision: Any = None,
     *,
     transform: Any = None,
     tokenizer: Any = None,
@@ -141,7 +144,7 @@ def net_of(
     overrides: Sequence[str] = (),
 ) -> Net:
     """Raises UserError for what is neither a preset's name, a module nor a Classifier."""
-    options, how = settings(run), _input(transform, tokenizer)
+    options, how, arithmetic = settings(run), _input(transform, tokenizer), Precision.of(precision)
     own = tuple(_of("model", overrides))
     if isinstance(net, str):
         name = named("model", net)
@@ -149,15 +152,20 @@ def net_of(
         config = completed({**values.values, "dataset": {}}, values.files)["model"]
         if how is None:
             how = _preset_input(config, name)
-        return Net(net, str(config.get("name", name)), how, options, layers, name, own, config)
+        return Net(net, str(config.get("name", name)), how, options, layers, name, own, config, arithmetic)
     if own:
         raise UserError(f"{own[0]}: only a model that is chosen by its name takes overrides")
     if isinstance(net, Classifier):
         if set(run or {}) - {"batch"}:
             raise UserError("run: a Classifier has its own device, dtype and rows; only batch can be set here")
-        return Net(net, type(net.module).__name__, how or _library_input(net.module), options, layers)
+        if net.precision != "float32":
+            if precision is not None:
+                raise UserError(f"precision: this Classifier is computed in {net.precision} already")
+            arithmetic = Precision(net.precision, net.precision)
+        how = how or _library_input(net.module)
+        return Net(net, type(net.module).__name__, how, options, layers, precision=arithmetic)
     if isinstance(net, nn.Module):
-        return Net(net, type(net).__name__, how or _library_input(net), options, layers)
+        return Net(net, type(net).__name__, how or _library_input(net), options, layers, precision=arithmetic)
     raise UserError(
         f"net is {type(net).__name__}; give a torch.nn.Module, an attrib.models.Classifier or the name of a model "
         f"(there are: {', '.join(presets('model'))})"
