@@ -117,6 +117,7 @@ def test_a_module_a_classifier_and_a_loader(images):
         attrib.explain(model, images, fit=estimation, **{**given, "method": IBA(**FEW), "steps": 2}).map, one.map
     )
     assert one.target.tolist() == [1, 2, 3]
+    assert attrib.explain(net, images, np.int64(2), "random").target.tolist() == [2, 2, 2]
 
 
 def test_precision(images):
@@ -235,6 +236,8 @@ def test_saved_files_and_pictures(images, tmp_path):
 
     assert torch.equal(safetensors.torch.load_file(saved / "maps.safetensors")["map"], explanation.map)
     assert len(explanation.plot().axes) == 6
+    many = attrib.explain(small_cnn(), images.repeat(9, 1, 1, 1), 1, "random")
+    assert "The first 24 of 27 samples" in many._repr_html_()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         explanation.save(tmp_path / "file")
@@ -292,6 +295,7 @@ class Ids(nn.Module):
         (dict(transform=3), "transform is int; give"),
         (dict(transform={"sizes": 3}), "no field 'sizes'; did you mean 'size'"),
         (dict(transform=SQUARE, tokenizer="x"), "not both"),
+        (dict(net="lenet", transform=SQUARE), "model lenet says itself how it wants its data"),
         (dict(target=[1, 2]), "3 samples need as many classes"),
         (dict(target="tabby"), "tabby"),
         (dict(uids=["a"]), "1 names for 3 samples"),

@@ -92,7 +92,11 @@ class Comparison:
         return pictures.figure(together(list(self.explanations.values())))
 
     def _repr_html_(self) -> str:
-        return pictures.html(together(list(self.explanations.values())), _html(self._short()))
+        return pictures.html(together(list(self.explanations.values())), _html(self._short()), of=self._samples)
+
+    @property
+    def _samples(self) -> int:
+        return len(next(iter(self.explanations.values())))
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``comparison.html``, ``scores.csv``, ``table.csv``, ``tests.csv``, and each method's maps.
@@ -103,8 +107,9 @@ class Comparison:
         try:
             for name, frame in (("scores", self.rows), ("table", self.table), ("tests", self.tests)):
                 write_atomic(folder / f"{name}.csv", frame.to_csv(index=False).encode())
-            drawn, title = together(list(self.explanations.values())), f"Comparison of {', '.join(self.explanations)}"
-            write_atomic(folder / "comparison.html", pictures.page(drawn, title, _html(self._short())).encode())
+            title, table = f"Comparison of {', '.join(self.explanations)}", _html(self._short())
+            drawn = together(list(self.explanations.values()))
+            write_atomic(folder / "comparison.html", pictures.page(drawn, title, table, self._samples).encode())
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         for name, explanation in self.explanations.items():

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from attrib import keys
 from attrib.api.inputs import Given
-from attrib.api.parts import Explainer, Net, estimation
+from attrib.api.nets import Net
+from attrib.api.parts import Explainer, estimation
 from attrib.config.objects import check_modality
 from attrib.config.trained import check_encoder, check_transform
 from attrib.datasets import Dataset, Selection, TextDataset

@@ -121,18 +121,23 @@ class Explanation:
     # ---- for people -----------------------------------------------------------------------------
 
     def plot(self) -> Figure:
-        """The samples and their maps as a figure of matplotlib (``.savefig("map.png")``)."""
-        return pictures.figure([self._drawn(uid) for uid in self.uids])
+        """The samples (the first 24) and their maps as a figure of matplotlib (``.savefig("map.png")``)."""
+        return pictures.figure(self.drawn())
 
     def _repr_html_(self) -> str:
-        return pictures.html([self._drawn(uid) for uid in self.uids])
+        return pictures.html(self.drawn(), of=len(self))
+
+    def drawn(self) -> list[pictures.Drawn]:
+        """What is drawn: of many samples the first."""
+        return [self._drawn(uid) for uid in self.uids[: pictures.MOST]]
 
     def _drawn(self, uid: str) -> pictures.Drawn:
         samples = self.cell.stored_samples(self.uids, 1)
         arrays, info = shown_input(samples, uid)
         (content,) = arrays.values()
         roi = samples.dataset.batch([uid]).roi
-        name = self.target_names[self.uids.index(uid)]
+        target = plain(self.known[uid].target)
+        name = shown_target(target_name(self.cell, target), target)
         maps = {kind: self.known[uid].arrays[kind] for kind in self.cell.method.MAPS}
         tree = self.known[uid].arrays.get("tree") if "tree" in self.cell.method.DOCUMENTS else None
         signed = {kind: pictures.signed(m) for kind, m in maps.items()}
@@ -159,9 +164,8 @@ class Explanation:
         arrays = {name: value.contiguous() for name, value in {**self.maps, **self.extras}.items()}
         write_atomic(folder / "maps.safetensors", safetensors.torch.save(arrays, {"uids": json.dumps(self.uids)}))
         write_json(folder / "explanation.json", self.about)
-        drawn = [self._drawn(uid) for uid in self.uids]
-        write_atomic(folder / "explanation.html", pictures.page(drawn, repr(self)).encode())
-        for one in drawn:
+        write_atomic(folder / "explanation.html", pictures.page(self.drawn(), repr(self), of=len(self)).encode())
+        for one in map(self._drawn, self.uids):
             for kind in one.maps:
                 image = pictures.image(one, kind)
                 if image is not None:
@@ -202,7 +206,7 @@ class Explanation:
 def together(explanations: Sequence[Explanation]) -> list[pictures.Drawn]:
     """Several methods' maps of the same samples, side by side."""
     found = []
-    for uid in explanations[0].uids:
+    for uid in explanations[0].uids[: pictures.MOST]:
         drawn = [e._drawn(uid) for e in explanations]
         maps: dict[str, np.ndarray] = {}
         signed: dict[str, bool] = {}

@@ -15,7 +15,8 @@ from attrib.api.computing import Handed, One, cell_of, classifier_of, explained,
 from attrib.api.explanation import Explanation
 from attrib.api.inputs import with_roi
 from attrib.api.lines import Origin
-from attrib.api.parts import Explainer, explainer, measures, net_of, samples
+from attrib.api.nets import net_of
+from attrib.api.parts import Explainer, explainer, measures, samples
 from attrib.fit import State
 from attrib.models import Classifier
 from attrib.types import UserError

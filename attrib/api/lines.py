@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from attrib import keys
-from attrib.api.parts import RUN, Explainer, Net, explainer, yaml_of
+from attrib.api.nets import RUN, Net
+from attrib.api.parts import Explainer, explainer, yaml_of
 from attrib.config.compose import CommandLine, compose_node, plain
 from attrib.config.places import presets
 from attrib.experiment.cell import Experiment

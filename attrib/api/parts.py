@@ -10,239 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
 
 from attrib.api.inputs import Given, Input, given
-from attrib.config.compose import compose, compose_node, parse_overrides, plain
+from attrib.api.nets import Net, named, net_of, overrides_of
+from attrib.config.compose import compose, compose_node, plain
 from attrib.config.objects import (
-    build,
-    classifier,
     completed,
     dataset_of,
     estimation_of,
     method_of,
     metrics_of,
-    options_of,
 )
 from attrib.config.places import presets
-from attrib.datasets import Dataset, HuggingFaceEncoder, ImageTransform, Selection, TextDataset, WaveTransform
-from attrib.experiment.samples import parse_device
+from attrib.datasets import Dataset, ImageTransform, Selection, TextDataset, WaveTransform
 from attrib.methods import Method
 from attrib.metrics import Metric
-from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
-from attrib.models.precision import Precision
-from attrib.running.options import Options
 from attrib.types import UserError
-
-RUN = ("device", "dtype", "batch", "rows")  # the settings of run.* that mean something here
-
-
-def named(group: str, name: str) -> str:
-    """``name`` if it is a preset of the group. Raises UserError that lists what there is, the nearest first."""
-    known = list(presets(group))
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    others = ", ".join([*near, *(one for one in known if one not in near)])
-    raise UserError(f"there is no {group} {name!r} (there are: {others})")
-
-
-def settings(run: Mapping[str, Any] | None) -> Options:
-    """``run={"device": "cuda"}`` as the options of a run. Raises UserError."""
-    for name in run or {}:
-        if name not in RUN:
-            raise UserError(f"run: {name!r} means nothing here (only: {', '.join(RUN)})")
-    options = options_of(run or {})
-    if options.batch == "auto":
-        raise UserError("run: batch is a number here, not auto")
-    return options
-
-
-# ---- networks ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Net:
-    """A network as it was given, and how it wants its data.
-
-    preset      its name, if it is a preset's
-    overrides   of the preset: ``model.*``
-    """
-
-    given: Any
-    name: str
-    input: Input
-    options: Options
-    layers: Mapping[str, str] | str | None = None
-    preset: str | None = None
-    overrides: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)  # of a preset: its node, complete
-    precision: Precision = field(default_factory=Precision)
-
-    def classifier(self, method: Method | None, shape: tuple[int, ...] | None, dataset: Dataset) -> Classifier:
-        """The net as methods see it. ``shape`` is that of an image or sound. Raises UserError."""
-        if isinstance(self.given, Classifier):
-            if self.layers is not None:
-                raise UserError("layers: a Classifier has its own; give them to it")
-            return self.given
-        layers = self.named_layers(method)
-        if self.preset is not None:
-            node = {**self.config, "layers": {**(self.config.get("layers") or {}), **layers}}
-            return classifier(node, self.options, f"model {self.preset}", dataset)
-        net = self._wrapped()
-        return Classifier(
-            net,
-            {**getattr(net, "default_layers", {}), **layers},
-            rows=self.options.rows,
-            device=parse_device(self.options.device),
-            dtype=_dtype(self.options.dtype),
-            spec=getattr(net, "spec", {}),
-            input_shape=shape,
-        )
-
-    def _wrapped(self) -> nn.Module:
-        """A net of transformers as attrib's own wrapper, which knows its padding and its logits."""
-        if "PreTrainedModel" not in {kind.__name__ for kind in type(self.given).__mro__}:
-            return self.given
-        if isinstance(self.input, ImageTransform):
-            return HuggingFaceImageClassifier(self.given)
-        if self.input is None or isinstance(self.input, WaveTransform):
-            raise UserError(f"{self.name}: a net of transformers needs its tokenizer (tokenizer=...)")
-        return HuggingFaceClassifier(self.given, self.input.pad, self.input.mask)
-
-    def named_layers(self, method: Method | None) -> Mapping[str, str]:
-        """Role -> path of those that were named. Raises UserError if it is not clear which role a path is for."""
-        if not isinstance(self.layers, str):
-            return self.layers or {}
-        roles = dict.fromkeys([*(method.roles if method else ()), *(method.fit.roles if method and method.fit else ())])
-        if len(roles) != 1:
-            read = ", ".join(roles) or "none"
-            raise UserError(
-                f"layers={self.layers!r}: the method reads {read}; give a path for each: layers={{ROLE: PATH}}"
-            )
-        return dict.fromkeys(roles, self.layers)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("float32", "float64"):
-        raise UserError(f"run.dtype must be float32 or float64, not {name!r}")
-    return getattr(torch, name)
-
-
-def net_of(
-    net: Any,
-    layers: Mapping[str, str] | str | None = None,
-    precision: Any = None,
-    *,
-    transform: Any = None,
-    tokenizer: Any = None,
-    run: Mapping[str, Any] | None = None,
-    overrides: Sequence[str] = (),
-) -> Net:
-    """Raises UserError for what is neither a preset's name, a module nor a Classifier."""
-    options, how, arithmetic = settings(run), _input(transform, tokenizer), Precision.of(precision)
-    own = tuple(_of("model", overrides))
-    if isinstance(net, str):
-        name = named("model", net)
-        values = compose("run", ["~dataset", "method=random", "metric=[]", f"model={name}", *own])
-        config = completed({**values.values, "dataset": {}}, values.files)["model"]
-        if how is None:
-            how = _preset_input(config, name)
-        return Net(net, str(config.get("name", name)), how, options, layers, name, own, config, arithmetic)
-    if own:
-        raise UserError(f"{own[0]}: only a model that is chosen by its name takes overrides")
-    if isinstance(net, Classifier):
-        if set(run or {}) - {"batch"}:
-            raise UserError("run: a Classifier has its own device, dtype and rows; only batch can be set here")
-        if net.precision != "float32":
-            if precision is not None:
-                raise UserError(f"precision: this Classifier is computed in {net.precision} already")
-            arithmetic = Precision(net.precision, net.precision)
-        how = how or _library_input(net.module)
-        return Net(net, type(net.module).__name__, how, options, layers, precision=arithmetic)
-    if isinstance(net, nn.Module):
-        return Net(net, type(net).__name__, how or _library_input(net), options, layers, precision=arithmetic)
-    raise UserError(
-        f"net is {type(net).__name__}; give a torch.nn.Module, an attrib.models.Classifier or the name of a model "
-        f"(there are: {', '.join(presets('model'))})"
-    )
-
-
-_OVERRIDDEN = ("model.", "dataset.", "method.", "metric.")
-
-
-def _of(part: str, overrides: Sequence[str]) -> list[str]:
-    return [text for key, text in _keyed(overrides).items() if key.startswith(f"{part}.")]
-
-
-def _keyed(overrides: Sequence[str]) -> dict[str, str]:
-    """The overrides by their keys. Raises UserError for what is set in another way."""
-    found = {key: str(o.input_line) for key, o in parse_overrides(overrides, "overrides").items()}
-    for key, text in found.items():
-        if not key.startswith(_OVERRIDDEN):
-            raise UserError(f"overrides: {text}: only {', '.join(f'{p}*' for p in _OVERRIDDEN)} are set so")
-    return found
-
-
-def _preset_input(config: Mapping[str, Any], name: str) -> Input:
-    node = config["input"]
-    if "_target_" in node:
-        made: Input = build(node, f"model {name}: input")
-        return made
-    return build({"_target_": ImageTransform.NAME, **node}, f"model {name}: input")
-
-
-def _input(transform: Any, tokenizer: Any) -> Input:
-    """What the arguments ``transform`` and ``tokenizer`` say. Raises UserError."""
-    if transform is not None and tokenizer is not None:
-        raise UserError("give transform (of images or sounds) or tokenizer (of texts), not both")
-    if tokenizer is not None:
-        if isinstance(tokenizer, str):
-            return HuggingFaceEncoder(tokenizer)
-        return tokenizer if hasattr(tokenizer, "unknown") else HuggingFaceEncoder.of(tokenizer)
-    if transform is None or isinstance(transform, ImageTransform | WaveTransform):
-        return transform
-    if isinstance(transform, Mapping):
-        kind = "audio.WaveTransform" if "rate" in transform else "transform.ImageTransform"
-        return build({"_target_": f"attrib.datasets.{kind}", **transform}, "transform")
-    return _torchvision(transform)
-
-
-def _torchvision(preset: Any) -> ImageTransform:
-    """``weights.transforms()`` of torchvision. Raises UserError for anything else."""
-    from torchvision.transforms._presets import ImageClassification
-
-    if not isinstance(preset, ImageClassification) or len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
-        raise UserError(
-            f"transform is {type(preset).__name__}; give an attrib.datasets.ImageTransform or WaveTransform, its "
-            "fields, or weights.transforms() of a classifier of torchvision. What other transforms make of an image "
-            "can be handed over as a tensor"
-        )
-    return ImageTransform(
-        size=preset.crop_size[0],
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-        resize="crop",
-        resize_size=preset.resize_size[0],
-        interpolation=preset.interpolation.value,
-    )
-
-
-def _library_input(net: nn.Module) -> Input:
-    """What a module says itself of the images that it was made for: nets of timm do (``pretrained_cfg``)."""
-    known = getattr(net, "pretrained_cfg", None)
-    if not isinstance(known, Mapping) or not known.get("architecture"):
-        return None
-    from attrib.models.zoo import input_of, timm_net
-
-    arch = ".".join(filter(None, (known["architecture"], known.get("tag"))))
-    fields = input_of(timm_net, arch=arch)
-    return ImageTransform(**fields) if {"size", "mean", "std", "resize", "interpolation"} <= set(fields) else None
-
 
 # ---- methods and metrics ---------------------------------------------------------------------------
 
@@ -260,7 +46,7 @@ class Explainer:
 
 def explainer(method: Any, fields: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Explainer:
     """A preset's name, the path of a YAML, or a method. Raises UserError."""
-    fields, own = fields or {}, _of("method", overrides)
+    fields, own = fields or {}, overrides_of("method", overrides)
     if isinstance(method, str) and not method.endswith((".yaml", ".yml")):
         name = named("method", method)
         values = compose("run", ["~dataset", "~model", "metric=[]", f"method={name}", *own])
@@ -331,7 +117,7 @@ def measures(metrics: Any, overrides: Sequence[str] = ()) -> dict[str, Metric]:
 def _measure(one: Any, overrides: Sequence[str]) -> tuple[str, Metric]:
     if isinstance(one, str) and not one.endswith((".yaml", ".yml")):
         name = named("metric", one)
-        own = [text for text in _of("metric", overrides) if text.lstrip("+").startswith(f"metric.{name}.")]
+        own = [text for text in overrides_of("metric", overrides) if text.lstrip("+").startswith(f"metric.{name}.")]
         nodes = compose("run", ["~dataset", "~model", "method=random", f"metric=[{name}]", *own]).values["metric"]
         ((name, made),) = metrics_of(nodes).items()
         return name, made
@@ -351,7 +137,7 @@ def _measure(one: Any, overrides: Sequence[str]) -> tuple[str, Metric]:
 
 def _composed_dataset(name: str, net: Net, overrides: Sequence[str]) -> tuple[Mapping[str, Any], str]:
     """The node of a dataset's preset for the net, and what messages call it. Raises UserError."""
-    chosen = [f"dataset={named('dataset', name)}", "method=random", "metric=[]", *_of("dataset", overrides)]
+    chosen = [f"dataset={named('dataset', name)}", "method=random", "metric=[]", *overrides_of("dataset", overrides)]
     if net.preset is not None:
         values = compose("run", [*chosen, f"model={net.preset}", *net.overrides])
         return completed(values.values, values.files)["dataset"], values.files["dataset"]
@@ -393,9 +179,8 @@ def dataset(
     >>> tuple(photos.batch(photos.uids[:1]).x.shape)
     (1, 3, 224, 224)
     """
-    chosen = net_of(
-        net, transform=transform, tokenizer=tokenizer, overrides=[o for o in overrides if o.startswith("model")]
-    )
+    own = overrides_of("model", overrides)
+    chosen = net_of(net, transform=transform, tokenizer=tokenizer, overrides=own)
     node, where = _composed_dataset(name, chosen, overrides)
     return _with_input(dataset_of(node, where), chosen)
 
@@ -414,8 +199,8 @@ def samples(x: Any, net: Net, uids: Sequence[str] | None, target: Any) -> tuple[
 
     A class for each sample becomes the samples' label.
     """
-    several = isinstance(target, Tensor | list | tuple) or hasattr(target, "__array__")
-    if isinstance(target, Tensor) and target.ndim == 0:
-        target, several = int(target), False
+    if hasattr(target, "__array__") and np.ndim(target) == 0:  # a number of numpy, or a tensor without axes
+        target = int(target)
+    several = isinstance(target, list | tuple) or hasattr(target, "__array__")
     found = given(x, net.input, uids, target if several else None)
     return found, "label" if several else "predicted" if target is None else target

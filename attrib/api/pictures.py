@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 signed = pictures.is_signed
+MOST = 24  # samples that are drawn, of as many as there may be
 INCH = 2.4  # of a picture in a figure
 LINE = 64  # characters of a text in a line of a figure
 
@@ -85,8 +86,11 @@ def image(one: Drawn, kind: str) -> np.ndarray | None:
 # ---- HTML ---------------------------------------------------------------------------------------------
 
 
-def html(drawn: Sequence[Drawn], table: str = "") -> str:
-    """A piece of a page that needs nothing else. ``table`` is HTML of our own, shown above the maps."""
+def html(drawn: Sequence[Drawn], table: str = "", of: int = 0) -> str:
+    """A piece of a page that needs nothing else: the ``drawn`` samples ``of`` so many.
+
+    ``table`` is HTML of our own, shown above the maps.
+    """
     here = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([here, Path(gallery.__file__).parent]),
@@ -97,14 +101,14 @@ def html(drawn: Sequence[Drawn], table: str = "") -> str:
     )
     hierarchies = [h for h in (one.hierarchy for one in drawn) if h is not None]
     template = environment.get_template("explanation.html.jinja")
-    return template.render(drawn=drawn, hierarchies=hierarchies, table=table)
+    return template.render(drawn=drawn, hierarchies=hierarchies, table=table, of=of)
 
 
-def page(drawn: Sequence[Drawn], title: str, table: str = "") -> str:
+def page(drawn: Sequence[Drawn], title: str, table: str = "", of: int = 0) -> str:
     """A page of its own, which loads nothing."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    return f"<!doctype html>{head}<title>{escape(title)}</title>{html(drawn, table)}\n"
+    return f"<!doctype html>{head}<title>{escape(title)}</title>{html(drawn, table, of)}\n"
 
 
 # ---- figures ------------------------------------------------------------------------------------------
