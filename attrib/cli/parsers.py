@@ -87,7 +87,9 @@ def _explained(file: str) -> str:
 def run() -> Parser:
     about = "Explain the samples of a dataset, and score the maps: one experiment, or with -m a grid of them.\n" + SHORT
     heading = "Settings of the run, which change speed and storage but never results"
-    return _composing("run", about, [(heading, "run/default.yaml")])
+    p = _composing("run", about, [(heading, "run/default.yaml")])
+    p.add_argument("--python", action="store_true", help="print the lines of Python that explain one of the samples")
+    return p
 
 
 def dataset() -> Parser:

@@ -76,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
 
     def work(stop: Stop) -> int:
         line = slurm.with_shards(CommandLine.of(args.overrides, args.config_dir, args.multirun))
+        if args.python:
+            return _python(line)
         name = (line.values("paper") or ["None"])[-1]
         if name != "None" and line.multirun:
             return _of_paper(name, line)
@@ -86,6 +88,14 @@ def main(argv: Sequence[str]) -> int:
         return common.each("run", line, line.cells(), _status, show=bool(args.cfg))
 
     return common.watched(work)
+
+
+def _python(line: CommandLine) -> int:
+    """Print what does the same in Python, for one sample. Raises UserError."""
+    from attrib.api.lines import python_of
+
+    print(python_of(line), end="")
+    return 0
 
 
 def _status(composition: Composition) -> int:

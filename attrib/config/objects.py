@@ -26,6 +26,8 @@ from attrib.config.trained import (
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import example, parse_device
+from attrib.methods import Method
+from attrib.metrics import Metric
 from attrib.models import Classifier, load_weights
 from attrib.models.precision import Precision
 from attrib.models.randomise import randomised
@@ -256,6 +258,31 @@ def output_of(given: Any, where: str) -> Any:
     return given
 
 
+def method_of(node: Node, where: str) -> Method:
+    """What a method YAML describes. Raises UserError."""
+    made: Method = _build_as("method", _without(node, "name", "modalities"), where)
+    return made
+
+
+def metrics_of(nodes: Mapping[str, Node | None]) -> dict[str, Metric]:
+    """name -> metric, of those that are not null. Raises UserError."""
+    return {name: _build_as("metric", node, f"metric {name}") for name, node in nodes.items() if node}
+
+
+def dataset_of(node: Node, where: str) -> Dataset:
+    """What a dataset YAML describes, without its rules of selection. Raises UserError."""
+    made: Dataset = _build_as("dataset", _without(node, "name", "target", "select", "estimation"), where)
+    return made
+
+
+def estimation_of(node: Node, where: str, method: str) -> tuple[Dataset, Selection]:
+    """What ``method`` is fitted on with the dataset YAML ``node``. Raises UserError."""
+    estimation, at = node.get("estimation"), f"{where}: estimation"
+    if estimation is None:
+        raise UserError(f"{where}: {method} is fitted on data first; add estimation: ...")
+    return dataset_of(estimation, at), _selection(estimation, f"{at}.select")
+
+
 Files = Mapping[str, str]  # part -> the file it was composed from
 
 
@@ -284,13 +311,10 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
     config = completed(config, files)
     data, method_node = config["dataset"], config["method"]
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
-    reserved = ("name", "target", "select", "estimation")
     where = {part: _where(config, part, files) for part in names}
-    method = _build_as("method", _without(method_node, "name", "modalities"), where["method"])
-    metrics = {
-        name: _build_as("metric", node, f"metric {name}") for name, node in (config.get("metric") or {}).items() if node
-    }
-    dataset = _build_as("dataset", _without(data, *reserved), where["dataset"])
+    method = method_of(method_node, where["method"])
+    metrics = metrics_of(config.get("metric") or {})
+    dataset = dataset_of(data, where["dataset"])
     model = classifier(config["model"], options, where["model"], dataset)
     precision = Precision.of(config.get("precision"))
     model, scorer = model.with_precision(precision.explain), model.with_precision(precision.score)
@@ -298,11 +322,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
         names["model"] += f"-{model.variant.name}"
     estimation, estimation_select = None, Selection()
     if method.fit is not None:
-        node, at = data.get("estimation"), f"{where['dataset']}: estimation"
-        if node is None:
-            raise UserError(f"{where['dataset']}: {names['method']} is fitted on data first; add estimation: ...")
-        estimation = _build_as("dataset", _without(node, *reserved), at)
-        estimation_select = _selection(node, f"{at}.select")
+        estimation, estimation_select = estimation_of(data, where["dataset"], names["method"])
     cell = Experiment(
         names=names,
         dataset=dataset,
@@ -317,7 +337,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
         seed=checked_value("seed", int, config.get("seed", 0)),
         config=_without(config, "run", "paper"),
     )
-    _check_modality(method_node, cell)
+    check_modality(method_node, cell)
     cell.check_layers()
     check_transform(getattr(dataset, "transform", None), config["model"], model, where["model"])
     if isinstance(dataset, TextDataset):
@@ -325,7 +345,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
     return cell
 
 
-def _check_modality(node: Node, cell: Experiment) -> None:
+def check_modality(node: Node, cell: Experiment) -> None:
     """Raises UserError for a method whose values are meant for other data (``modalities`` of its preset)."""
     meant, holds = node.get("modalities"), cell.dataset.modality
     if meant and holds not in meant:

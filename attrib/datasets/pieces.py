@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from bisect import bisect_right
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from attrib.datasets.tokens import Encoded
 from attrib.keys import digest
@@ -22,7 +23,7 @@ _HUGE = 10**9  # transformers writes 1e30 for "no limit known"
 def _load(path: str) -> PreTrainedTokenizerFast:
     where = "model.input.path"
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer
     except ImportError as error:
         raise UserError(f"{where}: Hugging Face tokenizers need transformers: pip install transformers") from error
     place = str(resolve(path))
@@ -38,10 +39,17 @@ def _load(path: str) -> PreTrainedTokenizerFast:
             else "neither a folder nor a model that can be loaded"
         )
         raise UserError(f"{where}: {path} is {what} ({type(error).__name__}: {reason})") from error
+    return _fast(tokenizer, path)
+
+
+def _fast(tokenizer: object, path: str) -> PreTrainedTokenizerFast:
+    """Raises UserError for one that cannot say which word a piece belongs to."""
+    from transformers import PreTrainedTokenizerFast
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(
-            f"{where}: {path} has a tokenizer ({type(tokenizer).__name__}) that cannot say which word a piece belongs "
-            "to; convert it to a fast one (tokenizer.json)"
+            f"model.input.path: {path} has a tokenizer ({type(tokenizer).__name__}) that cannot say which word a piece "
+            "belongs to; convert it to a fast one (tokenizer.json)"
         )
     return tokenizer
 
@@ -73,7 +81,16 @@ class HuggingFaceEncoder:
     """
 
     def __init__(self, path: str, max_length: int | None = None) -> None:
-        tokenizer = _load(path)
+        self._prepare(_load(path), path, max_length)
+
+    @classmethod
+    def of(cls, tokenizer: object, max_length: int | None = None) -> Self:
+        """The same of a tokenizer of transformers that is loaded already, which is left as it is. Raises UserError."""
+        made, name = cls.__new__(cls), str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
+        made._prepare(copy.deepcopy(_fast(tokenizer, name)), name, max_length)
+        return made
+
+    def _prepare(self, tokenizer: PreTrainedTokenizerFast, path: str, max_length: int | None) -> None:
         specials = {"padding": tokenizer.pad_token_id, "unknown": tokenizer.unk_token_id}
         for name, number in specials.items():
             if number is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attrib import keys
 from attrib.classes import ClassNames, listed
@@ -20,6 +21,7 @@ from attrib.experiment.targets import Contrast, Target, matched, parsed, rules_o
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
+from attrib.metrics.metric import Explain
 from attrib.models import Classifier
 from attrib.models.precision import Arithmetic
 from attrib.models.reading import taken_before
@@ -179,6 +181,31 @@ class Experiment:
             return self.method.attribute(self.model, some, state, noise)
 
         return self.of_samples(batch, attribute)
+
+    def score(self, name: str, batch: Batch, maps: Tensor, explain: Explain | None = None) -> Mapping[str, Tensor]:
+        """What a metric says of ``maps`` (B, *places); ``explain`` is for one that asks for other maps."""
+        metric, model = self.metrics[name], self.scorer or self.model
+        more = {"explain": explain} if metric.NEEDS_EXPLAIN else {}
+
+        def scored(some: Batch, rows: slice) -> Mapping[str, Tensor]:
+            noise = Noise(some.uids, self.seed, maps.device, maps.dtype).child(name)
+            return metric.score(model, some, maps[rows], noise, **more)
+
+        return self.of_samples(batch, scored)
+
+    def examine(self, uids: Sequence[str]) -> None:
+        """Try the net on the first two different of these samples that can be read (``models.exam``).
+
+        Raises UserError for a net that is refused.
+        """
+        for uid in uids:
+            if self.model.exam is not None and self.model.exam.on == "samples":
+                return
+            try:
+                batch = self.dataset.batch([uid]).to(self.model.device, self.model.dtype)
+            except Exception:  # whoever asks for its map will be told
+                continue
+            self.model.examine(batch.x, batch.lengths)
 
     def of_samples(self, batch: Batch, function: Callable[[Batch, slice], Mapping[str, Any]]) -> Mapping[str, Any]:
         """``function(batch, rows)``; where scores depend on the sample that is explained, of one sample at a time."""

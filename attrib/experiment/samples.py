@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
-from attrib.datasets import Dataset
+from attrib.datasets import Dataset, Texts, holds_texts
 from attrib.experiment.targets import Contrast, Rule, Target, parsed, rules_of
 from attrib.models import Classifier, probabilities
 from attrib.models.classifier import is_out_of_memory, release_memory
@@ -32,6 +32,23 @@ def example(dataset: Dataset) -> Tensor:
         except Exception:  # the ledger will say so
             continue
     raise UserError("no sample of the dataset can be read")
+
+
+def in_order(dataset: Dataset, uids: Sequence[str], batch: int | str) -> Sequence[str]:
+    """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.
+
+    The longest first: what fits them fits the others too. ``batch`` is how many are explained at once.
+    """
+    if not holds_texts(dataset) or batch == 1:
+        return uids
+    return sorted(uids, key=lambda uid: (-_length(dataset, uid), uid))
+
+
+def _length(dataset: Texts, uid: str) -> int:
+    try:
+        return len(dataset.tokens(uid))
+    except Exception:  # a user's dataset may raise anything
+        return 0  # the ledger will say so
 
 
 class Samples:

@@ -43,6 +43,12 @@ class ACD(Method):
     output, baseline, output_bias, rules   see ``CD``
     as_released  for "cd": round as the authors' code does, 2 to 3 times slower. On a flat background a pooling
                  window has several equal maxima, of which that rounding picks one; otherwise the first is taken
+
+    >>> import attrib, torch
+    >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
+    >>> tree = attrib.explain(net, x, method=ACD(units=Partition(side=2))).documents["tree"][0]
+    >>> tree["shape"]
+    [2, 2]
     """
 
     NAME: ClassVar[str] = "attrib.methods.acd.ACD"

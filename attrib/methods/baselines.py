@@ -42,7 +42,13 @@ from attrib.types import Batch, UserError
 
 @dataclass(frozen=True)
 class Random(Method):
-    """Uniform noise on [0, 1), which every method must beat."""
+    """Uniform noise on [0, 1), which every method must beat.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=Random()).map.shape
+    torch.Size([1, 32, 32])
+    """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Random"
     VERSION: ClassVar[int] = 1
@@ -58,7 +64,14 @@ class Random(Method):
 
 @dataclass(frozen=True)
 class Gradient(Method):
-    """Gradient of the target's logit (Simonyan et al., 2014, section 3)."""
+    """Gradient of the target's logit (Simonyan et al., 2014, section 3).
+
+    >>> import attrib, torch
+    >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2, bias=False)), torch.rand(1, 1, 4, 4)
+    >>> map = attrib.explain(net, x, 1, Gradient()).map
+    >>> torch.allclose(map.flatten(), net[1].weight[1])
+    True
+    """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Gradient"
     VERSION: ClassVar[int] = 1
@@ -83,7 +96,14 @@ class Gradient(Method):
 
 @dataclass(frozen=True)
 class InputXGradient(Method):
-    """Input times gradient (Shrikumar et al., 2016). The input is the normalised image, or the embedded text."""
+    """Input times gradient (Shrikumar et al., 2016). The input is the normalised image, or the embedded text.
+
+    >>> import attrib, torch
+    >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2, bias=False)), torch.rand(1, 1, 4, 4)
+    >>> map = attrib.explain(net, x, 1, InputXGradient()).map
+    >>> torch.allclose(map.sum(), net(x)[0, 1], atol=1e-5)
+    True
+    """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.InputXGradient"
     VERSION: ClassVar[int] = 1
@@ -115,6 +135,12 @@ class IntegratedGradients(Method):
                the zero vector for every token of a text
 
     ``delta`` is the error of completeness: the sum of the map minus the change of the logit.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> found = attrib.explain(net, x, method=IntegratedGradients(steps=8))
+    >>> found.map.shape, found.extras["delta"].shape
+    (torch.Size([1, 32, 32]), torch.Size([1]))
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.IntegratedGradients"
@@ -158,6 +184,11 @@ class SmoothGrad(Method):
     samples   noisy copies
     sigma     standard deviation of the noise as a share of each image's range (the paper's noise level), or of
               the range of a text's embedded tokens
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=SmoothGrad(samples=2)).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.SmoothGrad"
@@ -219,6 +250,11 @@ class GuidedBackprop(Method):
     x * (x > 0). So does one with a ceiling, such as ReLU6; where it is cut off, nothing passes.
     Raises UserError on a net without ReLUs, where the method is not defined.
     Images only: the nets of texts have gates and GELUs, not ReLUs.
+
+    >>> import attrib, torch
+    >>> layers = torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)
+    >>> attrib.explain(torch.nn.Sequential(*layers), torch.rand(1, 1, 4, 4), method=GuidedBackprop()).map.shape
+    torch.Size([1, 4, 4])
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GuidedBackprop"
@@ -243,6 +279,11 @@ class Deconvolution(Method):
     guided backpropagation, it does not matter which ReLUs were active in the forward pass, so the map
     depends little on the target (Nie et al., 2018). What counts as a ReLU is the same as there; a ceiling,
     as that of ReLU6, does not matter either. Raises UserError on a net without ReLUs. Images only.
+
+    >>> import attrib, torch
+    >>> layers = torch.nn.Flatten(), torch.nn.Linear(16, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)
+    >>> attrib.explain(torch.nn.Sequential(*layers), torch.rand(1, 1, 4, 4), method=Deconvolution()).map.shape
+    torch.Size([1, 4, 4])
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Deconvolution"
@@ -267,6 +308,11 @@ class DeepLiftShap(Method):
     The rules are in ``attrib.methods.parts.rescale``. A net with a call that none of them covers is refused.
     Every rule is complete, so the map sums to the change of the logit; ``delta`` is by how much it does not, and a
     sample for which that is more than rounding fails. Images only.
+
+    >>> import attrib, torch
+    >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
+    >>> attrib.explain(net, x, method=DeepLiftShap(), fit=torch.rand(3, 1, 4, 4)).map.shape
+    torch.Size([1, 4, 4])
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.DeepLiftShap"
@@ -314,6 +360,11 @@ class Occlusion(Method):
     window, stride   side of the square and its step, in pixels; for sounds, in samples
     baseline         the value that covers, in normalised units: 0 is the data's mean colour, or the zero vector
                      for a token of a text
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=Occlusion(window=16, stride=16)).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Occlusion"

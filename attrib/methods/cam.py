@@ -112,6 +112,11 @@ class GradCAM(_CAM):
             in front of them (a class token) are left out
 
     Images only.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=GradCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GradCAM"
@@ -137,6 +142,11 @@ class GradCAMPlusPlus(_CAM):
     It is meant for a layer behind a ReLU: where activations are negative, the denominator may come close to 0.
 
     layer, relu, layout   see ``GradCAM``; the paper has the ReLU
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=GradCAMPlusPlus(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.GradCAMPlusPlus"
@@ -158,6 +168,11 @@ class LayerCAM(_CAM):
     the largest value of all) is left out: this is the map of one layer.
 
     layer, relu, layout   see ``GradCAM``; the paper has the ReLU
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=LayerCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.LayerCAM"
@@ -180,6 +195,11 @@ class XGradCAM(_CAM):
     weight: such a sample is refused.
 
     layer, relu, layout   see ``GradCAM``; the authors' program has the ReLU
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=XGradCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.XGradCAM"
@@ -208,6 +228,11 @@ class HiResCAM(_CAM):
 
     layer, layout   see ``GradCAM``
     relu            false by default: what the paper proves of the map is of its negative values too
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=HiResCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.HiResCAM"
@@ -238,6 +263,11 @@ class ScoreCAM(_CAM):
     layer, relu, layout   see ``GradCAM``; the paper has the ReLU
 
     One pass through the whole net for each channel.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=ScoreCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.ScoreCAM"
@@ -279,6 +309,11 @@ class AblationCAM(_CAM):
     layer, relu, layout   see ``GradCAM``; the paper has the ReLU
 
     One pass through what follows the layer for each channel that is not 0 already.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=AblationCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.AblationCAM"
@@ -318,6 +353,11 @@ class EigenCAM(_CAM):
 
     layer, layout   see ``GradCAM``
     relu            false by default: the paper has no ReLU
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=EigenCAM(), layers="relu2").map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.EigenCAM"

@@ -86,6 +86,11 @@ class Captum(Method):
 
     Raises UserError for an unknown algorithm or argument, and for what is refused; what captum itself refuses is a
     SampleError that says why.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=Captum("Saliency")).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.captum.Captum"

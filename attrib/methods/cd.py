@@ -41,6 +41,12 @@ class CD(Method):
     rules        for "cd": "singh", those of the papers above, or "cd_t", those of Hsu et al., *Efficient Automated
                  Circuit Discovery in Transformers using Contextual Decomposition*, ICLR 2025, which differ in
                  activations and in the bias of layer norms (``attrib.decomposition.rules_transformer``)
+
+    >>> import attrib, torch
+    >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
+    >>> map = attrib.explain(net, x, 1, CD()).map
+    >>> map.shape
+    torch.Size([1, 4, 4])
     """
 
     NAME: ClassVar[str] = "attrib.methods.cd.CD"

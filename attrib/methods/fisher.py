@@ -66,6 +66,11 @@ class FunctionalInformation(Method):
     units       for ``set_information``: the sets
     levels      for ``set_information``: if above 1, the sum over this many levels of units, see ``hierarchy``
     as_released channels=summed, the variance of *squared* gradients for VarGrad, and f with its sign
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> list(attrib.explain(net, x, method=FunctionalInformation(samples=2)).maps)
+    ['functional_information']
     """
 
     NAME: ClassVar[str] = "attrib.methods.fisher.FunctionalInformation"

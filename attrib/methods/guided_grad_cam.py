@@ -28,6 +28,11 @@ class GuidedGradCAM(Method):
     reduce          how channels become one value, see ``baselines``
 
     Raises UserError on a net without ReLUs, see ``baselines.GuidedBackprop``.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=GuidedGradCAM(), layers={"cam": "relu2"}).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.guided_grad_cam.GuidedGradCAM"

@@ -176,6 +176,12 @@ class IBA(Method):
     layout   which axes of the layer are places: "auto" finds out; see ``attrib.models.reading``
 
     The capacity is that of the last forward pass, before the last step, as in the authors' code.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> bits = attrib.explain(net, x, method=IBA(steps=2), fit=torch.rand(8, 1, 32, 32), layers="conv2").map
+    >>> bits.shape, bool((bits >= 0).all())
+    (torch.Size([1, 32, 32]), True)
     """
 
     NAME: ClassVar[str] = "attrib.methods.iba.IBA"

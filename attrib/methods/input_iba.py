@@ -122,6 +122,13 @@ class InputIBA(Method):
     The input of a text is its embedded tokens, the output of the layer with role "embedding", and the
     critics are LSTMs over the tokens. (The authors' code averages the text masks over the wrong axis,
     and works only with 100 numbers per token.)
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> short = ["method.feature.steps=2", "method.gan.epochs=1", "method.input.steps=2"]
+    >>> given = {"layers": {"bottleneck": "conv2"}, "fit": torch.rand(8, 1, 32, 32)}
+    >>> list(attrib.explain(net, x, method="input_iba", overrides=short, **given).maps)
+    ['input', 'gan', 'feature']
     """
 
     NAME: ClassVar[str] = "attrib.methods.input_iba.InputIBA"

@@ -54,6 +54,11 @@ class LRP(Method):
     biases, constants (position embeddings, class tokens), the softmax's expansion, a log_softmax and stabilisers
     keep: ``delta`` is that part, and it is checked that it is no other. A net with a call that has no rule is refused
     by name.
+
+    >>> import attrib, torch
+    >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
+    >>> attrib.explain(net, x, method=LRP()).map.shape
+    torch.Size([1, 4, 4])
     """
 
     NAME: ClassVar[str] = "attrib.methods.lrp.LRP"

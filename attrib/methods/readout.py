@@ -306,6 +306,12 @@ class IBAReadout(Method):
     The 20 epochs are the paper's; train_batch, lr and beta are those of the authors' training notebook. They are
     for ImageNet's 1.2 million training images. A small set needs a larger lr; but one too large drives
     alpha to its lower limit, where it stays.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> given = {"layers": {"bottleneck": "conv2", "readout_1": "conv1"}, "fit": torch.rand(8, 1, 32, 32)}
+    >>> attrib.explain(net, x, method=IBAReadout(readouts=("readout_1",), epochs=1), **given).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.readout.IBAReadout"

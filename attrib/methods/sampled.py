@@ -46,6 +46,11 @@ class GradientShap(Method):
     spread    standard deviation of the baselines b around zero, as a share of the same range. 0: the only
               baseline is the data's mean colour, or the zero vector for every token. Baselines are not images of
               the data set, on which a map would then depend
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=GradientShap(samples=2)).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.sampled.GradientShap"
@@ -102,6 +107,11 @@ class Rise(Method):
               positive ones), as in the paper; or "logit"
 
     Images only.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=Rise(samples=4)).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.sampled.Rise"

@@ -192,6 +192,11 @@ class Lime(_Removal):
     baseline       what replaces a removed word: the "zero" vector, or the net's "mask" token. Special tokens
                    always stay. Images have only zero, the data's mean colour
     tiles          along each side of an image
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=Lime(samples=8)).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.surrogates.Lime"
@@ -231,6 +236,11 @@ class KernelShap(_Removal):
     baseline   what replaces a removed word: the "zero" vector, or the net's "mask" token. Special tokens always
                stay. Images have only zero, the data's mean colour
     tiles      along each side of an image
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> attrib.explain(net, x, method=KernelShap(samples=8)).map.shape
+    torch.Size([1, 32, 32])
     """
 
     NAME: ClassVar[str] = "attrib.methods.surrogates.KernelShap"

@@ -44,6 +44,12 @@ class Degradation(Metric):
 
     Tiles of equal relevance are ordered by the sample's own stream, see ``perturb.ranks``; LeRF is the reverse
     of MoRF. A map with NaN or infinite values scores NaN. Costs 2 forward passes a tile.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> rows = attrib.evaluate(net, x, torch.rand(1, 32, 32), Degradation())
+    >>> list(rows["column"])
+    ['degradation', 'morf', 'lerf']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.degradation.Degradation"

@@ -49,6 +49,11 @@ class EHR(Metric):
 
     Everything is float64 and one sort per sample; the map is not changed (the released code zeroes
     the caller's array below the threshold).
+
+    >>> import attrib, torch
+    >>> x, region = torch.rand(1, 1, 32, 32), torch.eye(32, dtype=torch.bool)[None]
+    >>> attrib.evaluate(attrib.models.LeNet(), x, region.float(), EHR(), region)["value"].round(6).tolist()
+    [1.0]
     """
 
     NAME: ClassVar[str] = "attrib.metrics.ehr.EHR"

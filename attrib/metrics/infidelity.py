@@ -66,6 +66,12 @@ class Infidelity(Metric):
     captum 0.9's ``infidelity`` gives the same numbers for the same perturbations (``tests/test_infidelity.py``), with
     ``normalize`` if beta is "any". A map with NaN or infinite values, and a text without words: NaN. Costs
     ``samples`` forward passes, and one; equal squares share theirs.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> rows = attrib.evaluate(net, x, torch.rand(1, 32, 32), Infidelity(samples=2))
+    >>> list(rows["column"])
+    ['infidelity', 'infidelity_unscaled']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.infidelity.Infidelity"

@@ -64,6 +64,12 @@ class InsertionDeletion(Metric):
     see ``perturb.ranks``. A map with NaN or infinite values, and a text without words (only special
     tokens), scores NaN. Costs two curve lengths of forward passes a sample, for words "zero" of the
     net's part behind the embedding.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> rows = attrib.evaluate(net, x, torch.rand(1, 32, 32), InsertionDeletion(steps=2))
+    >>> list(rows["column"])
+    ['insertion', 'deletion', 'insertion_deletion']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"

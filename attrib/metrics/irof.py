@@ -47,6 +47,12 @@ class IROF(Metric):
 
     Equal means are ordered by the sample's own stream, see ``perturb.ranks``. A map with NaN or infinite
     values, and a sample whose target has probability 0, score NaN. Costs L + 1 forward passes.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> rows = attrib.evaluate(net, x, torch.rand(1, 32, 32), IROF())
+    >>> list(rows["column"])
+    ['irof']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.irof.IROF"

@@ -41,6 +41,12 @@ class Lipschitz(Metric):
 
     |y - x| is in units of the normalised input. NaN for a map that is not finite, at x or y; for one that is zero
     everywhere, where maps are divided by its norm or maximum; and for an input whose numbers are all equal.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> explanation = attrib.explain(net, x, method="gradient")
+    >>> list(explanation.evaluate(Lipschitz(samples=2))["column"])
+    ['lipschitz', 'max_sensitivity']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.lipschitz.Lipschitz"

@@ -39,6 +39,12 @@ class Localisation(Metric):
     Equally hot pixels are ordered by the sample's own stream, see ``perturb.ranks``. A map without any heat
     prefers no place: its energy is the region's share of the image, its order is random, its intersections are
     empty. NaN or infinite values in the map, or an empty region: NaN. R may be any mask, also one over a sound's time.
+
+    >>> import attrib, torch
+    >>> x, region = torch.rand(1, 1, 32, 32), torch.eye(32, dtype=torch.bool)[None]
+    >>> rows = attrib.evaluate(attrib.models.LeNet(), x, region.float(), Localisation(), region)
+    >>> list(rows["column"])
+    ['bbox_ratio', 'pointing', 'energy', 'iou', 'iou_best']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.localisation.Localisation"

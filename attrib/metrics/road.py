@@ -56,6 +56,12 @@ class ROAD(Metric):
 
     Costs two forward passes a share, and as many solutions of a system of up to H W unknowns on the CPU, in
     double precision, by as many threads as torch has: see ``Imputer``.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> rows = attrib.evaluate(net, x, torch.rand(1, 32, 32), ROAD())
+    >>> list(rows["column"])
+    ['road', 'morf_accuracy', 'lerf_accuracy', 'road_probability', 'morf_probability', 'lerf_probability']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.road.ROAD"

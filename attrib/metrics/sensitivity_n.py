@@ -43,6 +43,12 @@ class SensitivityN(Metric):
     Where all sums or all differences of one size are equal, the correlation is taken as 0. So a constant map
     scores 0. A map with NaN or infinite values, a text of fewer than two words, and several labels of which none is
     positive: NaN. Costs ``points`` times ``samples`` forward passes, and one.
+
+    >>> import attrib, torch
+    >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
+    >>> rows = attrib.evaluate(net, x, torch.rand(1, 32, 32), SensitivityN())
+    >>> list(rows["column"])
+    ['sensitivity_n']
     """
 
     NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"

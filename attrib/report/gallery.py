@@ -120,7 +120,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
             tiles.append(Tile(scores=numbers, problem=problem or absent))
         else:
             own_image, own_roi, own_info = inputs_of[known[uid]]
-            tiles.append(_tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item)))
+            tiles.append(tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item)))
     image = None if "tokens" in info else image
     if image is not None:
         image = spectrogram.draw(image, int(info["rate"]), roi=roi) if "rate" in info else pictures.outlined(image, roi)
@@ -133,7 +133,7 @@ def _photo(image: np.ndarray) -> bool:
     return max(image.shape) > 64  # JPEG would smear a 28-pixel digit
 
 
-def _tile(
+def tile(
     map: np.ndarray,
     image: np.ndarray | None,
     roi: np.ndarray | None,
@@ -143,6 +143,10 @@ def _tile(
     problem: str,
     sound: bool,
 ) -> Tile:
+    """A map as it is shown: over its ``image``, below its sound (``info["rate"]``), or as the colours of its words.
+
+    image   (H, W, 3) uint8, a sound (L,), or the numbers of a text's words (T,), whose tokens are ``info["tokens"]``
+    """
     try:
         map = drawable(map)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,13 @@ def hierarchies(
 def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[Arrays]) -> Hierarchy:
     stored = stored_array(item.cell.maps, key, NAME)
     content, _, info = kept_input(inputs, key)
+    return hierarchy(item.method, uid, stored, content, info)
+
+
+def hierarchy(
+    method: str, uid: str, stored: np.ndarray | None, content: np.ndarray | None, info: Mapping[str, Any]
+) -> Hierarchy:
+    """A tree as it is shown. ``stored`` is its JSON in bytes; ``content`` and ``info`` as in ``gallery.tile``."""
     name = shown_target(str(info.get("name") or ""), info.get("target"))
     try:
         if stored is None:
@@ -99,7 +106,7 @@ def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[
         if not tree.nodes:
             raise UserError("a text without words has no tree")
     except (UserError, ValueError, OverflowError, AttributeError, IndexError) as error:
-        return Hierarchy(item.method, uid, name, problem=str(error))
+        return Hierarchy(method, uid, name, problem=str(error))
     palette = _Palette(tree.nodes)
     if len(tree.shape) == 1:
         words = _words(tree, content, [str(t) for t in info.get("tokens", ())])
@@ -107,7 +114,7 @@ def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[
             _rows(tree, words, palette),
             _branch(tree, tree.root, palette, lambda node: (_phrase(node, words), "")),
         )
-        return Hierarchy(item.method, uid, name, palette.text, rows, branch=branch)
+        return Hierarchy(method, uid, name, palette.text, rows, branch=branch)
     image = content if content is not None and content.ndim == 3 else None
     drawing = _Drawing(tree, image, palette)
     shown = {node.id for node in tree.nodes[tree.n :][-MOST_NODES:]}
@@ -115,7 +122,7 @@ def _hierarchy(item: Labelled, uid: str, key: tuple[str, str], inputs: Sequence[
     branch = _branch(
         tree, tree.root, palette, lambda node: (f"{node.size} tiles", drawing.alone(node) if node.id in shown else "")
     )
-    return Hierarchy(item.method, uid, name, palette.text, steps=steps, branch=branch, size=drawing.bytes)
+    return Hierarchy(method, uid, name, palette.text, steps=steps, branch=branch, size=drawing.bytes)
 
 
 class _Palette:

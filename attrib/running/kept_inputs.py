@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attrib.classes import joined
 from attrib.datasets import holds_images, holds_sounds, holds_texts
+from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import Samples
 from attrib.running.plan import Plan
 from attrib.store.cell import Arrays
@@ -30,7 +31,7 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
         try:
             batch = samples.batch([uid])
             plan.refresh_fingerprints([uid])
-            arrays, info = _shown(samples, uid)
+            arrays, info = shown_input(samples, uid)
         except UserError:
             raise
         except Exception:
@@ -38,19 +39,19 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
         if batch.roi is not None and batch.roi.any():
             arrays["roi"] = batch.roi[0].cpu().numpy()
         target = plain(batch.target[0])
-        kept.add(*plan.key(uid), arrays, name=_name(plan, target), target=target, **info)
+        kept.add(*plan.key(uid), arrays, name=target_name(experiment, target), target=target, **info)
     kept.flush()
 
 
-def _name(plan: Plan, target: int | list[int]) -> str:
-    """What the class is called."""
-    name = plan.experiment.class_name
+def target_name(experiment: Experiment, target: int | list[int]) -> str:
+    """What the class, or each class of several or of a contrast, is called; "" where that is not known."""
+    name = experiment.class_name
     if isinstance(target, int):
         return name(target)
     return joined(target, lambda i: name(i) or str(i)) if any(name(i) for i, v in enumerate(target) if v) else ""
 
 
-def _shown(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def shown_input(samples: Samples, uid: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What a person needs to see of a sample: arrays, and what is not an array."""
     dataset = samples.dataset
     if holds_texts(dataset):

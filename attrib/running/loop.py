@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from mmengine.runner import BaseLoop, Runner
 
-from attrib.datasets import Texts, holds_texts
+from attrib.datasets import holds_texts
+from attrib.experiment.samples import in_order
 from attrib.fit import State
 from attrib.process.signals import Interrupted, Stop
 from attrib.running.options import Options
@@ -91,7 +92,7 @@ class Loop(BaseLoop):
         self.plan.cell.check()
         samples, budget = stage.begin(todo), stage.budget
         self.stage, self.total, seen = stage.name, len(todo), 0
-        order = self._apart(self._by_length(todo), budget.most)
+        order = self._apart(in_order(self.plan.experiment.dataset, todo, self.options.batch), budget.most)
         for portion in budget.portions(order):
             for batch, unread in samples.load(budget.chunks(portion)):
                 if self.stop():
@@ -139,20 +140,3 @@ class Loop(BaseLoop):
         rest = batches[1:] if holds_texts(self.plan.experiment.dataset) else batches
         random.Random(cell.writer).shuffle(rest)
         return [uid for batch in (*batches[: len(batches) - len(rest)], *rest) for uid in batch]
-
-    def _by_length(self, uids: Sequence[str]) -> Sequence[str]:
-        """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.
-
-        The longest first: what fits them fits the others too.
-        """
-        dataset = self.plan.experiment.dataset
-        if not holds_texts(dataset) or self.options.batch == 1:
-            return uids
-        return sorted(uids, key=lambda uid: (-_length(dataset, uid), uid))
-
-
-def _length(dataset: Texts, uid: str) -> int:
-    try:
-        return len(dataset.tokens(uid))
-    except Exception:  # a user's dataset may raise anything
-        return 0  # the ledger will say so

@@ -162,26 +162,13 @@ def _tidy(plan: Plan, root: Path) -> None:
     sweep(plan.cell.folder, deep=silent, now=now)
 
 
-def _examine(plan: Plan) -> None:
-    """The exam on two different samples of the run, so that it stands in spec.json; those that can be read."""
-    model, dataset = plan.experiment.model, plan.experiment.dataset
-    for uid in plan.uids[:EXAMINED]:
-        if model.exam is not None and model.exam.on == "samples":
-            return
-        try:
-            batch = dataset.batch([uid]).to(model.device, model.dtype)
-        except Exception:  # the ledger will say so when its map is due
-            continue
-        model.examine(batch.x, batch.lengths)
-
-
 def _open(plan: Plan) -> None:
     """Say what the cell is.
 
     Raises UserError for a net that is refused, and in the one case in four thousand million that its name is taken.
     """
     if plan.explains or not (plan.cell.folder / "spec.json").exists():
-        _examine(plan)
+        plan.experiment.examine(plan.uids[:EXAMINED])
     spec = spec_of(plan)
     plan.cell.write_spec(spec)
     try:

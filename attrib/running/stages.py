@@ -19,7 +19,6 @@ from attrib.experiment.samples import Samples
 from attrib.fit import State
 from attrib.metrics.metric import Explain
 from attrib.models.classifier import is_out_of_memory, release_memory
-from attrib.noise import Noise
 from attrib.process.signals import Stop
 from attrib.running.batch_size import Budget
 from attrib.running.costs import Meter
@@ -289,7 +288,7 @@ class Scores(Stage):
         found: dict[str, np.ndarray] = {}
         for kind in experiment.method.MAPS:
             maps = _stacked([r[kind] for r in read], batch).to(experiment.model.device, experiment.model.dtype)
-            scores = experiment.of_samples(batch, self._scoring(kind, maps))
+            scores = experiment.score(self.name, batch, maps, self._explain(kind))
             found = {key: value.detach().cpu().double().numpy() for key, value in scores.items()}
             for i in range(len(batch)):
                 values[i] |= {(kind, c): float(found[c][i]) for c in metric.COLUMNS}
@@ -298,25 +297,13 @@ class Scores(Stage):
         finite = np.array([all(np.isfinite(list(v.values()))) for v in values])
         for i, uid in enumerate(batch.uids):
             if not finite[i]:
-                self.fail(uid, _why_undefined(batch, i))
+                self.fail(uid, why_undefined(batch, i))
                 continue
             self._curves.add(uid, self.plan.fingerprints[uid], curves[i], seconds=seconds)
             self._rows.add(uid, self.plan.fingerprints[uid], values[i])
             self.shared.summary.scores_computed += 1
             self.done.add(uid)
         return _only(batch.uids, found, finite)
-
-    def _scoring(self, kind: str, maps: Tensor) -> Callable[[Batch, slice], Mapping[str, Tensor]]:
-        """The metric, with the maps of this name."""
-        experiment, metric = self.plan.experiment, self._metric
-        model = experiment.scorer or experiment.model
-        explain = {"explain": self._explain(kind)} if metric.NEEDS_EXPLAIN else {}
-
-        def score(batch: Batch, rows: slice) -> Mapping[str, Tensor]:
-            noise = Noise(batch.uids, experiment.seed, maps.device, maps.dtype).child(self.name)
-            return metric.score(model, batch, maps[rows], noise, **explain)
-
-        return score
 
     def _explain(self, kind: str) -> Explain:
         """What a metric that asks for other maps gets: the method's map of this name."""
@@ -374,7 +361,7 @@ def _stacked(maps: Sequence[np.ndarray], batch: Batch) -> Tensor:
     return torch.from_numpy(np.stack(maps))
 
 
-def _why_undefined(batch: Batch, i: int) -> str:
+def why_undefined(batch: Batch, i: int) -> str:
     if batch.roi is None or not batch.roi[i].any():
         return "the score is not defined (NaN); the sample has no region of interest"
     return "the score is not defined (NaN) for this map"

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from attrib import keys
 from attrib.experiment.samples import Samples
-from attrib.fit import Fit, State
+from attrib.fit import Fit, Partial, State
 from attrib.models import Classifier
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
@@ -58,6 +58,15 @@ def _read(path: Path) -> State | None:
         return None
 
 
+def fit_state(fit: Fit, model: Classifier, samples: Samples, partial: Partial, report: Callable[[str], None]) -> State:
+    """The state as it is stored, on the CPU. Raises UserError if the estimation set cannot be used."""
+    try:
+        fitted = fit.run(model, samples, partial, report)
+    except SampleError as error:
+        raise UserError(f"{type(fit).__name__} cannot be fitted: {error}") from error
+    return {name: value.contiguous().cpu() for name, value in fitted.items()}
+
+
 def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Samples, stop: Stop | None = None) -> State:
     """The fitted state, from ``state/<key8>.safetensors`` or fitted now.
 
@@ -83,14 +92,11 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
 
     log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
     with stop.deferred():
-        try:
-            with stop.finishing():
-                fitted = fit.run(model, samples, partial, report)
-        except SampleError as error:
-            raise UserError(f"{type(fit).__name__} cannot be fitted: {error}") from error
+        with stop.finishing():
+            fitted = fit_state(fit, model, samples, partial, report)
         about = {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids), "skipped": samples.skipped}
         write_json(path.with_suffix(".json"), about)
-        _publish(path, safetensors.torch.save({k: v.contiguous().cpu() for k, v in fitted.items()}))
+        _publish(path, safetensors.torch.save(fitted))
         partial.path.unlink(missing_ok=True)
     state = _read(path)
     assert state is not None

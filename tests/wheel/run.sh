@@ -39,6 +39,23 @@ attrib table | says grad_cam
 attrib report | says "wrote workdirs/report.html"
 { attrib status || [ $? = 75 ]; } | says grad_cam  # 75: eight photographs are left
 
+# Three lines of Python: the map of a photograph; and the runner's map, to the bit.
+python -c 'import attrib
+from skimage.data import chelsea
+print(attrib.explain("efficientnet_lite0", chelsea(), fit="photos").save("cat"))' | says cat
+test -s cat/explanation.html
+attrib run method=iba 'metric=[]' run.limit=1 run.root=one | says "maps_computed=1"
+python - <<'PY'
+import pathlib, attrib, torch
+from attrib.store.cell import cells
+net = "efficientnet_lite0"
+data = attrib.dataset("photos", net)
+found = attrib.explain(net, data, fit="photos", uids=data.uids[:1], root="one")  # fitted once
+(cell,) = cells(pathlib.Path("one"))
+((key, _),) = cell.maps.index().items()
+assert key[0] == found.uids[0] and torch.equal(torch.from_numpy(cell.maps.read(key, ["map"])["map"]), found.map[0])
+PY
+
 mkdir -p conf/method
 cat > conf/method/mine.yaml <<'YAML'
 name: mine

@@ -1,0 +1,152 @@
+"""Several methods on the same samples: the rows, and what the tables make of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from attrib.api import pictures
+from attrib.api.explanation import Explanation, together
+from attrib.results import tables
+from attrib.store.files import write_atomic
+from attrib.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CATEGORIES = (
+    "cell",
+    "dataset",
+    "model",
+    "method",
+    "map",
+    "contender",
+    "metric",
+    "column",
+    "direction",
+    "state",
+    "stage",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What :func:`attrib.compare` gives back; in a notebook it shows its table and its maps.
+
+    explanations   method -> its maps
+    scored         method -> a row for each sample, map and column
+
+    >>> import attrib, torch
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+    >>> found = attrib.compare(net, torch.rand(3, 1, 16, 16), ["gradient", "random"], "insertion_deletion")
+    >>> len(found.rows), sorted(found.explanations)
+    (18, ['gradient', 'random'])
+    """
+
+    explanations: Mapping[str, Explanation]
+    scored: Mapping[str, pd.DataFrame] = field(repr=False)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """All scores with the columns that :func:`attrib.results.tables.rows` gives of a work directory."""
+        return pd.concat(
+            [_rows(name, e, self.scored[name]) for name, e in self.explanations.items()], ignore_index=True
+        ).pipe(_categorical)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row for each method, map and column: n, mean with its 95 % interval, whether it is best, costs."""
+        return tables.summary(self.rows).drop(columns=["cell", "dataset", "pending"])
+
+    @cached_property
+    def tests(self) -> pd.DataFrame:
+        """Paired tests between all methods, per column, corrected by Holm."""
+        return tables.all_paired(self.rows).drop(columns=["dataset"], errors="ignore")
+
+    @cached_property
+    def ranks(self) -> pd.DataFrame:
+        """Mean ranks of the methods, per column."""
+        return tables.ranks(self.rows).drop(columns=["dataset"])
+
+    def __repr__(self) -> str:
+        return f"Comparison of {', '.join(self.explanations)}:\n{self._short().to_string(index=False)}"
+
+    def _short(self) -> pd.DataFrame:
+        shown = self.table
+        value = [f"{m:.3g} [{lo:.3g}, {hi:.3g}]" for m, lo, hi in zip(shown["mean"], shown["lo"], shown["hi"])]
+        arrows = shown["column"] + " " + shown["direction"]
+        found = pd.DataFrame(
+            {"method": shown["contender"], "metric": shown["metric"], "column": arrows, "n": shown["n"]}
+        )
+        return found.assign(**{"mean [95 %]": value, "best": shown["best"].map({True: "best", False: ""})})
+
+    def plot(self) -> Figure:
+        """The maps side by side as a figure of matplotlib."""
+        return pictures.figure(together(list(self.explanations.values())))
+
+    def _repr_html_(self) -> str:
+        return pictures.html(together(list(self.explanations.values())), _html(self._short()), of=self._samples)
+
+    @property
+    def _samples(self) -> int:
+        return len(next(iter(self.explanations.values())))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes ``comparison.html``, ``scores.csv``, ``table.csv``, ``tests.csv``, and each method's maps.
+
+        See :meth:`Explanation.save`. Returns the folder. Raises UserError if it cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        try:
+            for name, frame in (("scores", self.rows), ("table", self.table), ("tests", self.tests)):
+                write_atomic(folder / f"{name}.csv", frame.to_csv(index=False).encode())
+            title, table = f"Comparison of {', '.join(self.explanations)}", _html(self._short())
+            drawn = together(list(self.explanations.values()))
+            write_atomic(folder / "comparison.html", pictures.page(drawn, title, table, self._samples).encode())
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        for name, explanation in self.explanations.items():
+            explanation.save(folder / "".join(c if c.isalnum() or c in "-_" else "-" for c in name))
+        return folder
+
+
+def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataFrame:
+    """With the columns that tables expect."""
+    cell = explanation.cell
+    costs = pd.DataFrame([{"uid": uid, **explanation.known[uid].cost} for uid in explanation.uids])
+    frame = scored.merge(costs, on="uid", how="left").reindex(columns=[*scored.columns, *tables.COSTS])
+    several = len(cell.method.MAPS) > 1
+    return frame.assign(
+        cell=name,
+        dataset="given",
+        model=cell.names["model"],
+        method=name,
+        contender=name + " · " + frame["map"] if several else name,
+        fingerprint="",
+        stage=frame["metric"].where(frame["state"] == "failed", ""),
+        time=math.nan,
+        value=frame["value"].where(frame["state"] == "ok"),
+        device=frame["device"].fillna(""),
+    )[tables.ROWS]
+
+
+def _categorical(frame: pd.DataFrame) -> pd.DataFrame:
+    for column in (*_CATEGORIES, "device"):
+        values = frame[column].astype(str)
+        frame[column] = pd.Categorical(values, categories=values.unique().tolist())
+    return frame
+
+
+def _html(frame: pd.DataFrame) -> str:
+    head = "".join(f"<th>{escape(str(c))}</th>" for c in frame.columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in frame.itertuples(index=False)
+    )
+    return f'<table class="scores"><tr>{head}</tr>{body}</table>'

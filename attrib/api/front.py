@@ -1,0 +1,202 @@
+"""The front door: explain, evaluate and compare in a line each, by the objects and the code of the runner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from attrib.api.comparison import Comparison
+from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
+from attrib.api.explanation import Explanation
+from attrib.api.inputs import with_roi
+from attrib.api.lines import Origin
+from attrib.api.nets import net_of
+from attrib.api.parts import Explainer, explainer, measures, samples
+from attrib.fit import State
+from attrib.models import Classifier
+from attrib.types import UserError
+
+
+def explain(
+    net: Any,
+    x: Any,
+    target: Any = None,
+    method: Any = "iba",
+    fit: Any = None,
+    layers: Mapping[str, str] | str | None = None,
+    *,
+    transform: Any = None,
+    tokenizer: Any = None,
+    uids: Sequence[str] | None = None,
+    seed: int = 0,
+    precision: Any = None,
+    run: Mapping[str, Any] | None = None,
+    root: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    **fields: Any,
+) -> Explanation:
+    """Which parts of some inputs a network's decision rests on, as ``attrib run`` computes it, to the bit.
+
+    net        a torch.nn.Module, an ``attrib.models.Classifier``, or the name of a model (``attrib list models``)
+    x          a tensor as the net reads it; images (PIL, uint8 arrays, files), sentences or sounds (arrays, pairs of an
+               array and its rate, files); a ``Batch``, a torch dataset or DataLoader, a dataset (:func:`dataset`)
+    target     the class that is explained: None or "predicted", "second", a number, a name, a class for each sample,
+               "label" (a dataset's), or a contrast {"of": ..., "against": ...}
+    method     the name of a method (``attrib list methods``), the path of a YAML, or a method
+    fit        what a method that learns from data first is fitted on: the name of a dataset, or anything that ``x`` may
+               be
+    layers     role -> path of a layer, or the path alone where the method reads one; by default the preset's, or found
+    transform  how images or sounds are prepared for a module: an ``ImageTransform``, a ``WaveTransform``, fields of
+               one, or ``weights.transforms()`` of torchvision. Presets and nets of timm bring their own
+    tokenizer  of a module that reads texts: an encoder of attrib, a fast tokenizer of transformers, or its name
+    uids       the samples' names, to which their random numbers belong; of a dataset: which of its samples. By default
+               digests of the contents, so that an image is explained alike wherever it stands
+    seed       of all random numbers
+    precision  of the net: "tf32", "bfloat16" or "float16", or {"explain": ..., "score": ...}; None: float32
+    run        how to compute: {"device": ..., "dtype": ..., "batch": 8, "rows": 64}
+    root       a work directory where what is fitted is kept for the next time; None: nothing is written
+    overrides  what the command line would say of a named model or dataset: ["model.arch=resnet18"]
+    fields     of the method, such as ``beta=20``
+
+    Raises UserError for what can be put right, SampleError that names the sample which cannot be explained.
+
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
+    >>> explanation = explain(net, torch.rand(2, 3, 4, 4), target=0, method="gradient")
+    >>> tuple(explanation.map.shape)
+    (2, 4, 4)
+    """
+    chosen = explainer(method, fields, overrides)
+    door = net_of(
+        net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision
+    )
+    found, rule = samples(x, door, uids, target)
+    cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
+    state = state_of(cell, door.options.read, root)
+    known = explained(cell, found.uids, door.options.read, state)
+    return Explanation(cell, found.uids, known, state, Origin(door, chosen, _name(fit), tuple(overrides)))
+
+
+def evaluate(
+    net: Any,
+    x: Any,
+    maps: Any,
+    metrics: Any = ("insertion_deletion",),
+    roi: Any = None,
+    *,
+    target: Any = None,
+    transform: Any = None,
+    tokenizer: Any = None,
+    uids: Sequence[str] | None = None,
+    seed: int = 0,
+    precision: Any = None,
+    run: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Scores of maps, a row for each sample, map and column: as the runner stores them.
+
+    maps      an :class:`Explanation`; then its target, uids and seed are taken, and ``net`` and ``x`` may be None.
+              Or maps (N, H, W), of sounds (N, L), of texts (N, T) with anything on padding, or {name: maps}
+    metrics   names (``attrib list metrics``), paths of YAMLs or metrics; {name: metric} says what they are called
+    roi       regions of interest, bool: of pictures (H, W) in the pixels of each picture, of tensors as the net reads
+              them, of sounds (L,)
+
+    The other arguments are those of :func:`explain`. Columns: uid, map, metric, column, direction ("higher" is better,
+    "lower" or "none"), value, state ("ok" or "failed") and reason. Raises UserError.
+
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
+    >>> x, region = torch.rand(1, 3, 4, 4), torch.eye(4, dtype=torch.bool)
+    >>> evaluate(net, x, region[None].float(), "ehr", roi=region)["value"].round(6).tolist()
+    [1.0]
+    """
+    named = measures(metrics, overrides)
+    if isinstance(maps, Explanation):
+        return maps.evaluate(named, roi)
+    door = net_of(net, None, precision, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
+    found, rule = samples(x, door, uids, target)
+    found = found if roi is None else with_roi(found, roi)
+    handed = {name: torch.as_tensor(m) for name, m in (maps if isinstance(maps, Mapping) else {"map": maps}).items()}
+    for name, value in handed.items():
+        if len(value) != len(found.uids):
+            raise UserError(f"maps: {name} has {len(value)} maps, and there are {len(found.uids)} samples")
+    arrays = {name: value.detach().cpu().float().numpy() for name, value in handed.items()}
+    method = Explainer(Handed(tuple(handed)), "maps", {})
+    cell = cell_of(door, found, rule, method, named, seed)
+    size = door.options.read
+    targets = targets_of(cell, found.uids, size)
+    known = {
+        uid: One({name: value[i] for name, value in arrays.items()}, targets[uid], {})
+        for i, uid in enumerate(found.uids)
+    }
+    return scores(cell, known, size)
+
+
+def compare(
+    net: Any,
+    x: Any,
+    methods: Any,
+    metrics: Any = ("insertion_deletion",),
+    roi: Any = None,
+    *,
+    target: Any = None,
+    fit: Any = None,
+    layers: Mapping[str, str] | None = None,
+    transform: Any = None,
+    tokenizer: Any = None,
+    uids: Sequence[str] | None = None,
+    seed: int = 0,
+    precision: Any = None,
+    run: Mapping[str, Any] | None = None,
+    root: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Comparison:
+    """Several methods on the same samples: their maps, and a table with intervals and paired tests.
+
+    methods   names, paths of YAMLs or methods; {name: method} says what they are called
+
+    The other arguments are those of :func:`explain` and :func:`evaluate`. Methods whose fits are equal share one state.
+    Raises as they do.
+
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
+    >>> region = torch.eye(4, dtype=torch.bool).expand(3, 4, 4)
+    >>> found = compare(net, torch.rand(3, 3, 4, 4), ["gradient", "random"], "ehr", region)
+    >>> list(found.table["method"]), len(found.tests)
+    (['gradient', 'random'], 1)
+    """
+    listed = methods.items() if isinstance(methods, Mapping) else [(None, m) for m in _several(methods)]
+    chosen: dict[str, Explainer] = {}
+    for called, method in listed:
+        one = explainer(method, overrides=overrides)
+        name = str(called or one.name)
+        if name in chosen:
+            raise UserError(f"methods: {name} comes twice; name them: methods={{'a': ..., 'b': ...}}")
+        chosen[name] = dataclasses.replace(one, name=name)
+    named = measures(metrics, overrides)
+    door = net_of(
+        net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision
+    )
+    found, rule = samples(x, door, uids, target)
+    found = found if roi is None else with_roi(found, roi)
+    explanations: dict[str, Explanation] = {}
+    states: dict[str, State] = {}
+    model: Classifier | None = None
+    for name, one in chosen.items():
+        model = model or classifier_of(door, found, one)
+        cell = cell_of(door, found, rule, one, named, seed, fit, overrides, model)
+        state = state_of(cell, door.options.read, root, states)
+        known = explained(cell, found.uids, door.options.read, state)
+        origin = Origin(door, one, _name(fit), tuple(overrides))
+        explanations[name] = Explanation(cell, found.uids, known, state, origin)
+    return Comparison(explanations, {name: e.evaluate() for name, e in explanations.items()})
+
+
+def _name(fit: Any) -> str | None:
+    return fit if isinstance(fit, str) else None
+
+
+def _several(things: Any) -> Sequence[Any]:
+    return list(things) if isinstance(things, list | tuple) else [things]

@@ -1,0 +1,405 @@
+"""What people hand over, as a dataset: images, sentences, sounds, tensors, or what torch loads data from.
+
+What a thing means is decided by its type and by the input that the net is known to have, never by a guess from its
+shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from attrib.datasets import Dataset, Encoder, ImageTransform, Sound, WaveTransform
+from attrib.datasets.memory import Labels, Pictures, Sentences, Tensors, Waves
+from attrib.datasets.sound import read_sound
+from attrib.keys import digest, tensor_digest
+from attrib.types import Batch, UserError
+
+Input = ImageTransform | WaveTransform | Encoder | None  # how a net wants its data
+_DATASET = ("fingerprint", "batch", "uids", "key", "modality")
+_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # the modes that a PNG file keeps as they are
+
+
+class Given(NamedTuple):
+    """Samples by name, in the order in which they were given (a dataset sorts its own)."""
+
+    dataset: Dataset
+    uids: tuple[str, ...]
+
+
+def given(x: Any, how: Input, uids: Sequence[str] | None = None, labels: Any = None, what: str = "x") -> Given:
+    """``x`` as a dataset.
+
+    how     the input of the net, as far as it is known
+    uids    the samples' names; of a dataset: which of its samples. By default a digest of each one's content
+    labels  the class of each, or (N, K)
+    what    what messages call it
+
+    Raises UserError for what is not understood, and says what would be.
+    """
+    if all(hasattr(x, name) for name in _DATASET):
+        return Given(x, _chosen(x, uids, labels, what))
+    if isinstance(x, Batch):
+        return _of_batch(x, how, labels)
+    if isinstance(x, torch_data.DataLoader | torch_data.Dataset):
+        return _of_torch(x, how, uids, labels, what)
+    many = _listed(x, how, what)
+    if not many:
+        raise UserError(f"{what} holds no sample")
+    kinds = {_kind(one, how) for one in many}
+    if len(kinds) > 1:
+        raise UserError(f"{what} mixes {' and '.join(sorted(kinds))}; give samples of one kind")
+    return _MAKERS[kinds.pop()](many, how, uids, labels, what)
+
+
+def _kind(one: Any, how: Input) -> str:
+    for kinds, name in (
+        (Image.Image, "images"),
+        (Tensor, "tensors"),
+        (str, "texts or files"),
+        (Path, "files"),
+        (np.ndarray, "sounds" if isinstance(how, WaveTransform) else "images"),
+        (Sound, "sounds"),
+        (tuple, "sounds"),
+    ):
+        if isinstance(one, kinds):
+            return name
+    return type(one).__name__
+
+
+def _listed(x: Any, how: Input, what: str) -> list[Any]:
+    """The samples one by one."""
+    if isinstance(x, Tensor):
+        return _rows(x, how, what)
+    if isinstance(x, np.ndarray):
+        return _arrays(x, how, what)
+    if isinstance(x, str | Path | Image.Image) or _is_sound(x):
+        return [x]
+    if isinstance(x, Mapping) or not isinstance(x, Iterable):
+        raise UserError(f"{what} is {type(x).__name__}; give {_WANTED}")
+    found: list[Any] = []
+    for one in x:
+        if isinstance(one, np.ndarray):
+            found += _arrays(one, how, what)
+        elif not isinstance(one, Tensor | str | Path | Image.Image) and not _is_sound(one):
+            raise UserError(f"{what} holds {type(one).__name__}; give {_WANTED}")
+        else:
+            found.append(one)
+    return found
+
+
+_WANTED = (
+    "a tensor as the net reads it, images (PIL, uint8 arrays or files), sentences, sounds (arrays, pairs of an array "
+    "and its rate, or files), or a dataset, a Batch or a DataLoader"
+)
+
+
+def _is_sound(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], np.ndarray) and isinstance(x[1], int)
+
+
+def _rows(x: Tensor, how: Input, what: str) -> list[Tensor]:
+    """(N, *input) -> N of them; one sample may come without its first axis where the net's input tells."""
+    one, many = {ImageTransform: (3, 4), WaveTransform: (2, 3)}.get(type(how), (0, 0))
+    if not x.is_floating_point():
+        one, many = 1, 2
+    elif not many and x.ndim == 4:
+        many = 4
+    if x.ndim in (one, many) and x.numel():
+        return [x] if x.ndim == one else list(x)
+    hint = "images (N, C, H, W), or a list of images (C, H, W), of sounds (C, L) or of ids (T,)"
+    raise UserError(f"{what} has the shape {tuple(x.shape)} ({x.dtype}); give {hint}")
+
+
+def _arrays(x: np.ndarray, how: Input, what: str) -> list[Any]:
+    if isinstance(how, WaveTransform):
+        if x.ndim in (1, 2) and x.dtype.kind in "fi":
+            return [x] if x.ndim == 1 else list(x)
+        raise UserError(f"{what}: a sound is (L,) and sounds are (N, L), numbers in -1 .. 1, not {x.dtype} {x.shape}")
+    if x.dtype == np.uint8 and (x.ndim == 2 or (x.ndim in (3, 4) and x.shape[-1] == 3)):
+        return list(x) if x.ndim == 4 else [x]
+    raise UserError(
+        f"{what} is an array of {x.dtype} {x.shape}; images are uint8, (H, W), (H, W, 3) or (N, H, W, 3), and what is "
+        "already as the net reads it is a tensor"
+    )
+
+
+# ---- names and labels ---------------------------------------------------------------------------
+
+
+def _chosen(dataset: Dataset, uids: Sequence[str] | None, labels: Any, what: str) -> tuple[str, ...]:
+    if labels is not None:
+        raise UserError(f"target: {what} is a dataset, which has labels of its own; explain target='label'")
+    if uids is None:
+        return tuple(dataset.uids)
+    known = set(dataset.uids)
+    for uid in uids:
+        if uid not in known:
+            some = ", ".join(dataset.uids[:3])
+            raise UserError(f"uids: {what} has no sample {uid!r} (it has {len(known)}: {some}, ...)")
+    return tuple(uids)
+
+
+def _named(uids: Sequence[str] | None, contents: Sequence[str]) -> tuple[str, ...]:
+    """The names that were given, or those made of the contents; what comes twice gets a number."""
+    if uids is not None:
+        found = (uids,) if isinstance(uids, str) else tuple(map(str, uids))
+        if len(found) != len(contents):
+            raise UserError(f"uids: {len(found)} names for {len(contents)} samples")
+        if len(set(found)) < len(found):
+            raise UserError("uids: a name stands for two samples; random numbers belong to names")
+        return found
+    made: dict[str, None] = {}
+    for content in contents:
+        name, times = content, 1
+        while name in made:
+            times += 1
+            name = f"{content}-{times}"
+        made[name] = None
+    return tuple(made)
+
+
+def _labels(labels: Any, uids: Sequence[str]) -> Labels:
+    if labels is None:
+        return {}
+    values = torch.as_tensor(labels)
+    if values.is_floating_point() or values.ndim not in (1, 2) or len(values) != len(uids):
+        raise UserError(
+            f"target: {len(uids)} samples need as many classes (N,), or a 1 or 0 for each class (N, K), not "
+            f"{values.dtype} {tuple(values.shape)}"
+        )
+    return dict(zip(uids, values.cpu().long()))
+
+
+# ---- makers -------------------------------------------------------------------------------------
+
+
+def _images(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
+    if not isinstance(how, ImageTransform):
+        raise _unknown_input(
+            what, "images", how, "transform=attrib.datasets.ImageTransform(size=..., mean=..., std=...)"
+        )
+    contents = [_encoded(one, what) for one in many]
+    names = _named(uids, [_file_name(one) or digest(data.hex())[:8] for one, data in zip(many, contents)])
+    return Given(Pictures(dict(zip(names, contents)), how, _labels(labels, names)), names)
+
+
+def _encoded(one: Any, what: str) -> bytes:
+    """An image as the bytes of a file. Raises UserError."""
+    if isinstance(one, str | Path):
+        return _content(Path(one), what)
+    image = Image.fromarray(one) if isinstance(one, np.ndarray) else one
+    if image.mode == "F":
+        raise UserError(f"{what}: images of floating-point numbers have no fixed range; give a tensor, or 8 or 16 bits")
+    buffer = io.BytesIO()
+    (image if image.mode in _PNG else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _content(path: Path, what: str) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be read: {error.strerror or error}") from error
+
+
+def _file_name(one: Any) -> str:
+    return Path(one).name if isinstance(one, str | Path) else ""
+
+
+def _sounds(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
+    if not isinstance(how, WaveTransform):
+        raise _unknown_input(what, "sounds", how, "transform=attrib.datasets.WaveTransform(rate=..., length=...)")
+    sounds = [_sound(one, how.rate, what) for one in many]
+    contents = [_file_name(one) or digest(s.rate, s.samples.tobytes().hex())[:8] for one, s in zip(many, sounds)]
+    names = _named(uids, contents)
+    return Given(Waves(dict(zip(names, sounds)), how, _labels(labels, names)), names)
+
+
+def _sound(one: Any, rate: int, what: str) -> Sound:
+    """An array without a rate has that of the net."""
+    if isinstance(one, str | Path):
+        try:
+            return read_sound(_content(Path(one), what))
+        except ValueError as error:
+            raise UserError(f"{what}: {one}: {error}") from error
+    samples, rate = one if isinstance(one, tuple) else (one, rate)
+    values = np.asarray(samples, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise UserError(f"{what}: a sound is (L,) finite numbers in -1 .. 1, one channel, not {values.shape}")
+    return Sound(values, rate)
+
+
+def _texts(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
+    """Sentences or, for nets of images and sounds, files."""
+    if isinstance(how, ImageTransform):
+        return _images(many, how, uids, labels, what)
+    if isinstance(how, WaveTransform):
+        return _sounds(many, how, uids, labels, what)
+    if how is None:
+        raise _unknown_input(what, "text", how, "tokenizer=... for sentences, or transform=... for files of images")
+    names = _named(uids, [digest(text)[:8] for text in many])
+    return Given(Sentences(dict(zip(names, many)), how, _labels(labels, names)), names)
+
+
+def _files(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
+    if isinstance(how, ImageTransform | WaveTransform):
+        return _texts(many, how, uids, labels, what)
+    raise _unknown_input(what, "files", how, "transform=...; the text in a file is explained as a str")
+
+
+def _unknown_input(what: str, kind: str, how: Input, say: str) -> UserError:
+    if how is None:
+        return UserError(f"{what} holds {kind}, and nothing says how this net wants them; say {say}")
+    wants = "images" if isinstance(how, ImageTransform) else "sounds" if isinstance(how, WaveTransform) else "texts"
+    return UserError(f"{what} holds {kind}, but the net wants {wants}")
+
+
+def _tensors(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
+    names = _named(uids, [tensor_digest({"": one})[:8] for one in many])
+    known, rows = _labels(labels, names), dict(zip(names, many))
+    return Given(_made(names, lambda uid: (rows[uid], known.get(uid)), many[0], how, what), names)
+
+
+def _made(
+    uids: Sequence[str], item: Callable[[str], tuple[Tensor, Tensor | None]], one: Tensor, how: Input, what: str
+) -> Tensors:
+    """Samples that ``item`` gives as (input, label); ``one`` is one of the inputs."""
+    kinds = {(3, True): "image", (2, True): "audio", (1, False): "text"}
+    modality = kinds.get((one.ndim, one.is_floating_point()))
+    if modality is None:
+        raise UserError(
+            f"{what}: a sample of {one.dtype} {tuple(one.shape)}; images are (C, H, W) and sounds (C, L), of floats, "
+            "texts are (T,) ids"
+        )
+
+    def read(uid: str) -> Batch:
+        x, label = item(uid)
+        target = torch.tensor(-1) if label is None else label
+        batch = Batch((uid,), x[None].detach(), target[None])
+        if modality == "text":
+            words = torch.arange(len(x))[None]  # nothing says which ids are one word
+            return dataclasses.replace(batch, lengths=torch.tensor([len(x)]), words=words)
+        return batch
+
+    transform = how if isinstance(how, ImageTransform | WaveTransform) else None
+    return Tensors(uids, read, modality, transform, getattr(how, "pad", None))
+
+
+def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
+    if len(x) == 0:
+        raise UserError("x holds no sample")
+    known = _labels(labels, x.uids)
+    if known:
+        x = dataclasses.replace(x, target=torch.stack([known[uid] for uid in x.uids]))
+    rows = {uid: i for i, uid in enumerate(x.uids)}
+    if len(rows) < len(x):
+        raise UserError("uids: a name stands for two samples of the batch")
+
+    def read(uid: str) -> Batch:
+        row = x[[rows[uid]]]
+        return row if row.lengths is None else row.cut(int(row.lengths[0]))
+
+    modality = {4: "image", 3: "audio", 2: "text"}.get(x.x.ndim)
+    if modality is None:
+        raise UserError(f"a Batch of inputs {tuple(x.x.shape)}; images have 4 axes, sounds 3, texts 2")
+    if modality == "text" and x.lengths is None:
+        x = dataclasses.replace(x, lengths=torch.full((len(x),), x.x.shape[1]))
+    transform = how if isinstance(how, ImageTransform | WaveTransform) else None
+    return Given(Tensors(x.uids, read, modality, transform, getattr(how, "pad", None)), x.uids)
+
+
+def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
+    """Of a torch dataset, or the one that a DataLoader loads from; each sample is read when it is asked for.
+
+    The names are the places in it. A dataset that gives something else each time, such as random crops, is explained
+    as it happens to be.
+    """
+    source, places = x, None
+    if isinstance(x, torch_data.DataLoader):
+        source, sampler = x.dataset, x.sampler
+        if isinstance(sampler, torch_data.SubsetRandomSampler):
+            places = list(sampler.indices)
+        elif not isinstance(sampler, torch_data.SequentialSampler | torch_data.RandomSampler):
+            raise UserError(
+                f"{what}: its DataLoader draws by {type(sampler).__name__}; give the samples themselves, such as a "
+                "torch.utils.data.Subset"
+            )
+    if isinstance(source, torch_data.IterableDataset) or not hasattr(source, "__len__"):
+        raise UserError(f"{what}: {type(source).__name__} has no length; give a dataset with __getitem__, or a list")
+    places = list(range(len(source))) if places is None else places
+    if not places:
+        raise UserError(f"{what} holds no sample")
+    width = len(str(max(places)))
+    names = _named(uids, [f"{place:0{width}d}" for place in places])
+    at, known = dict(zip(names, places)), _labels(labels, names)
+
+    def item(uid: str) -> tuple[Tensor, Tensor | None]:
+        one = source[at[uid]]
+        pair = isinstance(one, list | tuple) and len(one) > 1
+        value, label = (one[0], one[1]) if pair else (one[0] if isinstance(one, list | tuple) else one, None)
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{what}: sample {at[uid]} is {type(value).__name__}; a dataset gives a tensor as the net reads it, "
+                "or that and a label"
+            )
+        given = known.get(uid)
+        if given is None and label is not None:
+            given = torch.as_tensor(label).long()
+        return value, given
+
+    return Given(_made(names, item, item(names[0])[0], how, what), names)
+
+
+_MAKERS: Mapping[str, Callable[..., Given]] = {
+    "images": _images,
+    "tensors": _tensors,
+    "texts or files": _texts,
+    "files": _files,
+    "sounds": _sounds,
+}
+
+
+# ---- regions of interest ------------------------------------------------------------------------
+
+
+def with_roi(found: Given, roi: Any) -> Given:
+    """The samples with their regions of interest: bool, one for each sample.
+
+    Of pictures (H, W) in the pixels of each picture, else as the network reads them: (H, W), of sounds (L,).
+
+    Raises UserError.
+    """
+    dataset = found.dataset
+    if not isinstance(dataset, Pictures | Waves | Tensors) or dataset.modality == "text":
+        raise UserError("roi: texts have no regions, and a dataset brings its own; give images or sounds themselves")
+    masks = [roi] if getattr(roi, "ndim", 3) == (1 if dataset.modality == "audio" else 2) else list(roi)
+    if len(masks) != len(found.uids):
+        raise UserError(f"roi: {len(masks)} regions for {len(found.uids)} samples")
+    regions = {}
+    for uid, mask in zip(found.uids, masks):
+        array = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+        if array.dtype != bool:
+            raise UserError(f"roi: the region of {uid} is {array.dtype}, not bool")
+        wanted = _places(dataset, uid)
+        if array.shape != wanted:
+            raise UserError(f"roi: the region of {uid} is {array.shape}, but the sample is {wanted}")
+        regions[uid] = array
+    return Given(dataset.with_regions(regions), found.uids)
+
+
+def _places(dataset: Pictures | Waves | Tensors, uid: str) -> tuple[int, ...]:
+    if isinstance(dataset, Pictures):
+        width, height = dataset.size(uid)
+        return height, width
+    x = dataset.batch([uid]).x
+    return tuple(x.shape[2:])

@@ -1,0 +1,173 @@
+"""From Python to the command line that computes the same of a data set, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from attrib import keys
+from attrib.api.nets import RUN, Net
+from attrib.api.parts import Explainer, explainer, yaml_of
+from attrib.config.compose import CommandLine, compose_node, plain
+from attrib.config.places import presets
+from attrib.experiment.cell import Experiment
+from attrib.experiment.targets import Contrast
+from attrib.models.precision import Precision
+from attrib.types import UserError
+
+DEFAULT = {"image": "photos", "text": "movie_snippets", "audio": "tones"}  # data sets that come with pip, or are made
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an explanation was asked for with. ``fit`` is the name of a dataset, or None."""
+
+    net: Net
+    explainer: Explainer
+    fit: str | None
+    overrides: tuple[str, ...] = ()
+
+
+def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> str:
+    """``attrib run ...``. Raises UserError for what has no name on a command line."""
+    net = origin.net
+    if net.preset is None:
+        raise UserError(
+            f"{net.name} was handed over as an object, and a command line needs a name; write five lines of YAML "
+            "(docs/how-to/add-a-model.md), and explain model=NAME"
+        )
+    words = [f"model={net.preset}", *net.overrides, *_layers(origin), *_method(origin.explainer, origin.overrides)]
+    words += [f"dataset={dataset or origin.fit or DEFAULT[cell.dataset.modality]}"]
+    words += [o for o in origin.overrides if o.startswith("dataset.")] if dataset in (None, origin.fit) else []
+    words += [f"dataset.target={_target(cell)}", *([f"seed={cell.seed}"] if cell.seed else []), "metric=[]"]
+    if net.precision != Precision():
+        words.append(f"precision={written(dataclasses.asdict(net.precision))}")
+    default = type(net.options)()
+    words += [f"run.{n}={getattr(net.options, n)}" for n in RUN if getattr(net.options, n) != getattr(default, n)]
+    return shlex.join(["attrib", "run", *words])
+
+
+def written(value: Any) -> str:
+    """A value as an override has it.
+
+    >>> [written(v) for v in (None, True, 0.5, "conv1", "1", [1, "a b"], {"of": 3})]
+    ['null', 'true', '0.5', 'conv1', "'1'", "[1,'a b']", '{of:3}']
+    """
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{written(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(written, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _layers(origin: Origin) -> list[str]:
+    return [
+        f"+model.layers.{r}={written(path)}" for r, path in origin.net.named_layers(origin.explainer.method).items()
+    ]
+
+
+def _target(cell: Experiment) -> str:
+    if isinstance(cell.target, Contrast):
+        return written({"of": cell.target.of, "against": cell.target.against})
+    return str(cell.target)
+
+
+def _method(given: Explainer, overrides: Sequence[str]) -> list[str]:
+    own = [o for o in overrides if o.lstrip("+").startswith("method.")]
+    if given.preset is not None:
+        return [f"method={given.preset}", *own, *(f"+method.{k}={written(v)}" for k, v in given.fields.items())]
+    name, fields = _nearest(given)
+    return [f"method={name}", *(f"+method.{k}={written(v)}" for k, v in fields.items())]
+
+
+def _nearest(given: Explainer) -> tuple[str, Mapping[str, Any]]:
+    """The preset of the same class with the fewest other fields, and these. Raises UserError."""
+    wanted, best = keys.spec(given.method), None
+    for name, path in presets("method").items():
+        if str(yaml_of(path).get("_target_")).rpartition(".")[2] != type(given.method).__name__:
+            continue  # composing all of them would take seconds
+        try:
+            made = explainer(name).method
+        except UserError:  # one that needs more than its defaults, such as the name of an algorithm
+            continue
+        if type(made) is not type(given.method):
+            continue
+        known = keys.spec(made)
+        fields = [f.name for f in dataclasses.fields(cast(Any, made)) if known.get(f.name) != wanted.get(f.name)]
+        if best is None or len(fields) < len(best[1]):
+            best = name, {field: getattr(given.method, field) for field in fields}
+    kinds = (bool, int, float, str, list, tuple, type(None))
+    if best is None or not all(isinstance(value, kinds) for value in best[1].values()):
+        raise UserError(
+            f"{given.name} was handed over as an object that no preset describes; write a YAML for it "
+            "(docs/how-to/add-a-method.md), and explain method=NAME"
+        )
+    return best
+
+
+# ---- from the command line to Python -------------------------------------------------------------------
+
+
+def python_of(line: CommandLine) -> str:
+    """The lines of Python that explain, and score, the first sample of what ``attrib run`` would.
+
+    Raises UserError for what has no counterpart there.
+    """
+    if line.multirun:
+        raise UserError("--python prints the lines of one experiment; leave -m out")
+    if line.folder is not None:
+        raise UserError("--python knows attrib's own configurations, not those of --config-dir")
+    overrides = {key: str(override.input_line) for key, override in line.overrides.items()}
+    node = compose_node("run", list(overrides.values()))
+    values, choices = plain(node).values, node.hydra.runtime.choices
+    chosen = {part: str(choices[part]) for part in ("model", "dataset", "method")}
+    known = set(values["method"])
+    more, fields, run, seed, precision, target = [], {}, {}, 0, None, values["dataset"].get("target", "label")
+    for key, text in overrides.items():
+        group, _, name = key.partition(".")
+        if key in chosen or key in ("metric", "dataset.target") or (group == "run" and name not in RUN):
+            continue
+        if key == "seed":
+            seed = values["seed"]
+        elif group == "precision":
+            precision = values["precision"]
+        elif group == "run":
+            run[name] = values["run"][name]
+        elif group == "method" and name in known and "." not in name and name.isidentifier():
+            fields[name] = values["method"][name]
+        elif group in ("model", "dataset", "method", "metric") and not text.startswith("~"):
+            more.append(text)
+        else:
+            raise UserError(f"{text}: attrib.explain has no argument for it")
+    metrics = list(values.get("metric") or {})
+    extra = f", overrides={more!r}" if more else ""
+    data = [o for o in more if o.split(".")[0].lstrip("+") in ("model", "dataset")]
+    with_data = f", overrides={data!r}" if data else ""
+    arguments = {"method": chosen["method"], "fit": chosen["dataset"], **({"seed": seed} if seed else {})}
+    arguments |= {} if precision is None else {"precision": precision}
+    arguments |= {**({"run": run} if run else {}), **fields}
+    if explainer(chosen["method"], overrides=[o for o in more if "method." in o]).method.fit is None:
+        del arguments["fit"]
+    written = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    lines = [
+        "import attrib",
+        "",
+        f"net = {chosen['model']!r}",
+        f"data = attrib.dataset({chosen['dataset']!r}, net{with_data})",
+        f"explanation = attrib.explain(net, data, {target!r}, uids=data.uids[:1]{written}{extra})",
+        'explanation.save("explanation")',
+    ]
+    if metrics:
+        lines.append(f"print(attrib.evaluate(net, data, explanation, {metrics!r}{extra}))")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,229 @@
+"""Networks: from a preset's name, a module or a Classifier to the net as methods see it, and how it wants its data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from attrib.api.inputs import Input
+from attrib.config.compose import compose, parse_overrides
+from attrib.config.objects import DTYPES, build, classifier, completed, options_of
+from attrib.config.places import presets
+from attrib.datasets import Dataset, HuggingFaceEncoder, ImageTransform, WaveTransform
+from attrib.experiment.samples import parse_device
+from attrib.methods import Method
+from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
+from attrib.models.precision import Precision
+from attrib.models.zoo import input_of, timm_net
+from attrib.running.options import Options
+from attrib.types import UserError
+
+RUN = ("device", "dtype", "batch", "rows")  # the settings of run.* that mean something here
+
+
+def named(group: str, name: str) -> str:
+    """``name`` if it is a preset of the group. Raises UserError that lists what there is, the nearest first."""
+    known = list(presets(group))
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    others = ", ".join([*near, *(one for one in known if one not in near)])
+    raise UserError(f"there is no {group} {name!r} (there are: {others})")
+
+
+def settings(run: Mapping[str, Any] | None) -> Options:
+    """``run={"device": "cuda"}`` as the options of a run. Raises UserError."""
+    for name in run or {}:
+        if name not in RUN:
+            raise UserError(f"run: {name!r} means nothing here (only: {', '.join(RUN)})")
+    options = options_of(run or {})
+    if options.batch == "auto":
+        raise UserError("run: batch is a number here, not auto")
+    if options.dtype not in DTYPES:
+        raise UserError(f"run.dtype must be one of {', '.join(DTYPES)}, not {options.dtype!r}")
+    return options
+
+
+# ---- networks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network as it was given, and how it wants its data.
+
+    preset      its name, if it is a preset's
+    overrides   of the preset: ``model.*``
+    """
+
+    given: Any
+    name: str
+    input: Input
+    options: Options
+    layers: Mapping[str, str] | str | None = None
+    preset: str | None = None
+    overrides: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)  # of a preset: its node, complete
+    precision: Precision = field(default_factory=Precision)
+
+    def classifier(self, method: Method | None, shape: tuple[int, ...] | None, dataset: Dataset) -> Classifier:
+        """The net as methods see it. ``shape`` is that of an image or sound. Raises UserError."""
+        if isinstance(self.given, Classifier):
+            if self.layers is not None:
+                raise UserError("layers: a Classifier has its own; give them to it")
+            return self.given
+        layers = self.named_layers(method)
+        if self.preset is not None:
+            node = {**self.config, "layers": {**(self.config.get("layers") or {}), **layers}}
+            return classifier(node, self.options, f"model {self.preset}", dataset)
+        net = self._wrapped()
+        return Classifier(
+            net,
+            {**getattr(net, "default_layers", {}), **layers},
+            rows=self.options.rows,
+            device=parse_device(self.options.device),
+            dtype=getattr(torch, self.options.dtype),
+            spec=getattr(net, "spec", {}),
+            input_shape=shape,
+        )
+
+    def _wrapped(self) -> nn.Module:
+        """A net of transformers as attrib's own wrapper, which knows its padding and its logits."""
+        if "PreTrainedModel" not in {kind.__name__ for kind in type(self.given).__mro__}:
+            return self.given
+        if isinstance(self.input, ImageTransform):
+            return HuggingFaceImageClassifier(self.given)
+        if self.input is None or isinstance(self.input, WaveTransform):
+            raise UserError(f"{self.name}: a net of transformers needs its tokenizer (tokenizer=...)")
+        return HuggingFaceClassifier(self.given, self.input.pad, self.input.mask)
+
+    def named_layers(self, method: Method | None) -> Mapping[str, str]:
+        """Role -> path of those that were named. Raises UserError if it is not clear which role a path is for."""
+        if not isinstance(self.layers, str):
+            return self.layers or {}
+        roles = dict.fromkeys([*(method.roles if method else ()), *(method.fit.roles if method and method.fit else ())])
+        if len(roles) != 1:
+            read = ", ".join(roles) or "none"
+            raise UserError(
+                f"layers={self.layers!r}: the method reads {read}; give a path for each: layers={{ROLE: PATH}}"
+            )
+        return dict.fromkeys(roles, self.layers)
+
+
+def net_of(
+    net: Any,
+    layers: Mapping[str, str] | str | None = None,
+    precision: Any = None,
+    *,
+    transform: Any = None,
+    tokenizer: Any = None,
+    run: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> Net:
+    """Raises UserError for what is neither a preset's name, a module nor a Classifier."""
+    options, how, arithmetic = settings(run), _input(transform, tokenizer), Precision.of(precision)
+    own = tuple(overrides_of("model", overrides))
+    if isinstance(net, str):
+        name = named("model", net)
+        values = compose("run", ["~dataset", "method=random", "metric=[]", f"model={name}", *own])
+        config = completed({**values.values, "dataset": {}}, values.files)["model"]
+        if how is not None:
+            raise UserError(
+                f"model {name} says itself how it wants its data; overrides=['model.input.size=...'] changes that, as on "
+                "the command line"
+            )
+        how = _preset_input(config, name)
+        return Net(net, str(config.get("name", name)), how, options, layers, name, own, config, arithmetic)
+    if own:
+        raise UserError(f"{own[0]}: only a model that is chosen by its name takes overrides")
+    if isinstance(net, Classifier):
+        if set(run or {}) - {"batch"}:
+            raise UserError("run: a Classifier has its own device, dtype and rows; only batch can be set here")
+        if net.precision != "float32":
+            if precision is not None:
+                raise UserError(f"precision: this Classifier is computed in {net.precision} already")
+            arithmetic = Precision(net.precision, net.precision)
+        how = how or _library_input(net.module)
+        return Net(net, type(net.module).__name__, how, options, layers, precision=arithmetic)
+    if isinstance(net, nn.Module):
+        return Net(net, type(net).__name__, how or _library_input(net), options, layers, precision=arithmetic)
+    raise UserError(
+        f"net is {type(net).__name__}; give a torch.nn.Module, an attrib.models.Classifier or the name of a model "
+        f"(there are: {', '.join(presets('model'))})"
+    )
+
+
+_OVERRIDDEN = ("model.", "dataset.", "method.", "metric.")
+
+
+def overrides_of(part: str, overrides: Sequence[str]) -> list[str]:
+    """Those of ``part``: model, dataset, method or metric. Raises UserError for what is set in another way."""
+    return [text for key, text in _keyed(overrides).items() if key.startswith(f"{part}.")]
+
+
+def _keyed(overrides: Sequence[str]) -> dict[str, str]:
+    """The overrides by their keys. Raises UserError for what is set in another way."""
+    found = {key: str(o.input_line) for key, o in parse_overrides(overrides, "overrides").items()}
+    for key, text in found.items():
+        if not key.startswith(_OVERRIDDEN):
+            raise UserError(f"overrides: {text}: only {', '.join(f'{p}*' for p in _OVERRIDDEN)} are set so")
+    return found
+
+
+def _preset_input(config: Mapping[str, Any], name: str) -> Input:
+    node = config["input"]
+    if "_target_" in node:
+        made: Input = build(node, f"model {name}: input")
+        return made
+    return build({"_target_": ImageTransform.NAME, **node}, f"model {name}: input")
+
+
+def _input(transform: Any, tokenizer: Any) -> Input:
+    """What the arguments ``transform`` and ``tokenizer`` say. Raises UserError."""
+    if transform is not None and tokenizer is not None:
+        raise UserError("give transform (of images or sounds) or tokenizer (of texts), not both")
+    if tokenizer is not None:
+        if isinstance(tokenizer, str):
+            return HuggingFaceEncoder(tokenizer)
+        own = all(hasattr(tokenizer, name) for name in ("key", "pad", "unknown", "mask", "encode"))
+        return tokenizer if own else HuggingFaceEncoder.of(tokenizer)
+    if transform is None or isinstance(transform, ImageTransform | WaveTransform):
+        return transform
+    if isinstance(transform, Mapping):
+        kind = "audio.WaveTransform" if "rate" in transform else "transform.ImageTransform"
+        return build({"_target_": f"attrib.datasets.{kind}", **transform}, "transform")
+    return _torchvision(transform)
+
+
+def _torchvision(preset: Any) -> ImageTransform:
+    """``weights.transforms()`` of torchvision. Raises UserError for anything else."""
+    from torchvision.transforms._presets import ImageClassification
+
+    if not isinstance(preset, ImageClassification) or len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
+        raise UserError(
+            f"transform is {type(preset).__name__}; give an attrib.datasets.ImageTransform or WaveTransform, its "
+            "fields, or weights.transforms() of a classifier of torchvision. What other transforms make of an image "
+            "can be handed over as a tensor"
+        )
+    return ImageTransform(
+        size=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        resize="crop",
+        resize_size=preset.resize_size[0],
+        interpolation=preset.interpolation.value,
+    )
+
+
+def _library_input(net: nn.Module) -> Input:
+    """What a module says itself of the images that it was made for: nets of timm do (``pretrained_cfg``)."""
+    known = getattr(net, "pretrained_cfg", None)
+    if not isinstance(known, Mapping) or not known.get("architecture"):
+        return None
+    arch = ".".join(filter(None, (known["architecture"], known.get("tag"))))
+    fields = input_of(timm_net, arch=arch)
+    return ImageTransform(**fields) if {"size", "mean", "std", "resize", "interpolation"} <= set(fields) else None
