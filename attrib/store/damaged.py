@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attrib.errors import UserError
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
-from attrib.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors import safe_open
 
+from attrib.errors import UserError
 from attrib.store.cell import READING, Arrays, Cell, ScoreRows, cells, counts, described, read_rows
 from attrib.store.damaged import DAMAGED, recover
 from attrib.store.damaged import put_aside as move_aside
@@ -41,7 +42,6 @@ from attrib.store.schemas import (
     Spec,
 )
 from attrib.store.workers import PROGRESS, SUMMARY
-from attrib.types import UserError
 from attrib.upkeep.cache import FITTED, SHARED, check_inside
 from attrib.upkeep.status import no_cells
 
