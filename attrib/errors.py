@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+UNREADABLE = ""  # the fingerprint of a sample whose file could not be read
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can put right.

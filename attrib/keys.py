@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Metadata of a dataclass's field that was added when results had been stored: at its default, with which everything is
 # computed as before, it does not enter keys.
@@ -78,7 +79,8 @@ def spec(thing: Any) -> Any:
         return [spec(v) for v in thing]
     if isinstance(thing, (set, frozenset)):
         return sorted((spec(v) for v in thing), key=json.dumps)
-    if isinstance(thing, Tensor):
+    torch = sys.modules.get("torch")  # without it there are no tensors, and it takes two seconds to import
+    if torch is not None and isinstance(thing, torch.Tensor):
         return {"tensor": tensor_digest({"": thing})}
     raise TypeError(f"no stable description for {type(thing).__name__}: {thing!r}")
 
@@ -91,6 +93,8 @@ def digest(*things: Any) -> str:
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, dtypes, shapes and values. Independent of device and of memory layout."""
+    import torch
+
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()

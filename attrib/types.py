@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attrib.errors import SampleError, UserError, did_you_mean
+from attrib.errors import UNREADABLE, SampleError, UserError, did_you_mean
 
 __all__ = ["UNREADABLE", "Batch", "SampleError", "UserError", "did_you_mean"]
-
-UNREADABLE = ""  # the fingerprint of a sample whose file could not be read
 
 
 @dataclass(frozen=True)

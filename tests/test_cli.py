@@ -83,6 +83,13 @@ def test_help_imports_nothing_slow():
     assert not {"'torch'", "'hydra'", "'numpy'", "'pandas'"} & set(found.replace("[", "").split(", "))
 
 
+def test_tools_that_look_do_without_torch():
+    """Three seconds are promised for a hundred thousand samples; torch alone takes two."""
+    code = "import sys, attrib.cli.table, attrib.cli.status, attrib.cli.cache; print(sorted(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"'torch'", "'hydra'"} & set(found.replace("[", "").split(", "))
+
+
 def test_what_the_options_offer_is_what_there_is():
     assert parsers.EXPORT_FORMATS == export.FORMATS
     assert parsers.TABLE_FIELDS == tables.WHERE

@@ -14,12 +14,11 @@ from rich.text import Text
 from tqdm import tqdm
 
 from attrib.cli import common, parsers
-from attrib.errors import printable
+from attrib.errors import UserError, printable
 from attrib.process import exit_status
 from attrib.store.cell import cells
 from attrib.store.damaged import DAMAGED
 from attrib.store.workers import clock, counted
-from attrib.types import UserError
 from attrib.upkeep import cache, export, repair
 from attrib.upkeep.status_table import duration
 

@@ -7,15 +7,17 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from attrib.config.compose import CommandLine, Composition, compose
+from attrib.errors import UserError
 from attrib.process import exit_status
 from attrib.process.memory import keep_freed_memory
 from attrib.process.signals import LEFT, Interrupted, Stop, watching
-from attrib.types import UserError
+
+if TYPE_CHECKING:
+    from attrib.config.compose import CommandLine, Composition
 
 
 class _Printable(logging.Formatter):
@@ -53,6 +55,8 @@ def grid(name: str, args: argparse.Namespace, compute: Callable[[Composition], i
     name   the primary configuration: run, sanity, graph, train
     """
 
+    from attrib.config.compose import CommandLine
+
     def work(stop: Stop) -> int:
         line = CommandLine.of(args.overrides, args.config_dir, getattr(args, "multirun", False))
         return each(name, line, line.cells(), compute, show=bool(args.cfg))
@@ -82,6 +86,10 @@ def each(
     show: bool = False,
 ) -> int:
     """As ``grid``, of these cells. Raises Interrupted."""
+    from omegaconf import OmegaConf  # not for tools that only look
+
+    from attrib.config.compose import compose
+
     statuses = []
     for overrides in cells:
         try:

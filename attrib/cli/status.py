@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
+from attrib.errors import UserError
 from attrib.process.signals import LEFT
-from attrib.types import UserError
 from attrib.upkeep.status import WORKED_ON, Observer, Status
 from attrib.upkeep.status_table import show
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
 from attrib.config.places import checked_folder
+from attrib.errors import UserError
 from attrib.process import exit_status
 from attrib.results import formats, tables
 from attrib.running.options import Options
-from attrib.types import UserError
 
 SUFFIXES = {".csv": "csv", ".md": "md", ".markdown": "md", ".tex": "tex", ".txt": "terminal"}
 SHORT = 30  # lines of paired tests that a terminal shows unless they were asked for

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import os
 import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from attrib.cluster.slurm import Grid
 from attrib.process import exit_status
 from attrib.process.signals import LEFT, Interrupted, Stop
+from attrib.store.reading import document
 from attrib.types import UserError
 
 if TYPE_CHECKING:
@@ -120,7 +120,13 @@ def wait(array: str, shortest: float = 2.0, longest: float = 30.0) -> None:
 
 # ---- how it ended ------------------------------------------------------------------------------
 
-Outcome = Mapping[str, Any]  # what a task's status file holds
+
+class Outcome(TypedDict):
+    """What a task's status file holds."""
+
+    status: int
+    summary: dict[str, Any]
+    said: str
 
 
 def read_outcomes(tasks: Sequence[Task], patience: float = 10.0) -> list[Outcome | None]:
@@ -134,7 +140,16 @@ def read_outcomes(tasks: Sequence[Task], patience: float = 10.0) -> list[Outcome
         for folder in {task.file.parent for task in tasks}:
             if folder.is_dir():
                 os.listdir(folder)  # makes NFS look again
-    return [json.loads(task.file.read_text()) if task.file.exists() else None for task in tasks]
+    return [_outcome(task.file) for task in tasks]
+
+
+def _outcome(path: Path) -> Outcome | None:
+    try:
+        return document(path, Outcome)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return {"status": exit_status.UNEXPECTED, "summary": {}, "said": str(error)}
 
 
 def describe(tasks: Sequence[Task], outcomes: Sequence[Outcome | None]) -> str:

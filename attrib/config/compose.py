@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from attrib.config.places import checked_folder, configs, presets, shown
-from attrib.types import UserError, did_you_mean
+from attrib.errors import UserError, did_you_mean
 
 __all__ = [
     "CommandLine",

@@ -29,6 +29,7 @@ from attrib.datasets.transform import ImageTransform
 from attrib.keys import digest
 from attrib.store.files import write_atomic
 from attrib.store.listing import Stamp, pack, settled, stamp_of, unpack
+from attrib.store.reading import LISTING, content
 from attrib.types import UNREADABLE, SampleError, UserError
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class ShardedImages(ImageDataset):
         path = self._remembered(shard, stamp)
         if path is not None:
             try:
-                return unpack(path.read_bytes(), [_SCHEMA])[0]
+                return unpack(content(path, LISTING), [_SCHEMA])[0]
             except FileNotFoundError:
                 pass
             except (OSError, ValueError, pa.ArrowException) as error:

@@ -6,9 +6,8 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-from attrib.errors import GoneError, printable
+from attrib.errors import GoneError, UserError, printable
 from attrib.process.signals import LEFT
-from attrib.types import UserError
 
 SHOWN = 10  # files named of those that cannot be read
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from attrib import keys
+from attrib.errors import UserError
 from attrib.store.cell import Cell, Record, cells, counts
 from attrib.store.files import Key
 from attrib.store.reading import document, fits
 from attrib.store.schemas import MetricNote, Spec
-from attrib.types import UserError
 
 AXES = ("dataset", "model", "method")
 # What a spec.json must say, see attrib.running.plan.spec_of.

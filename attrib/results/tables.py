@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from attrib.errors import printable
+from attrib.errors import UNREADABLE, UserError, printable
 from attrib.results import stats
 from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
 from attrib.store.ledger import Ledger
-from attrib.types import UNREADABLE, UserError
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +102,8 @@ def _rows(root: Path | str, broken: list[str]) -> pd.DataFrame:
     frame["contender"] = frame["method"].where(~named, frame["method"] + " · " + frame["map"])
     frame["device"] = frame["device"].fillna("")
     for column in (*_GROUP, "state", "stage", "device"):  # few values, many rows
-        values = frame[column].astype(str)
-        frame[column] = pd.Categorical(values, categories=values.unique().tolist())
+        codes, names = pd.factorize(frame[column].astype(str))
+        frame[column] = pd.Categorical.from_codes(codes, categories=names.tolist())
     return frame[ROWS]
 
 

@@ -33,11 +33,11 @@ from attrib.models import Classifier
 from attrib.models.classifier import release_memory
 from attrib.process.free_memory import Peak, free_memory
 from attrib.process.memory import give_back
+from attrib.running.options import FIXED
 from attrib.types import Batch, UserError
 
 log = logging.getLogger(__name__)
 
-FIXED = 8  # samples at once where nothing is measured
 SHARE = 0.5  # of the free memory
 
 

@@ -28,6 +28,7 @@ from attrib.datasets.files import InFiles
 from attrib.datasets.protocols import Files
 from attrib.store.files import write_atomic
 from attrib.store.listing import Stamp, pack, settled, stamp_of, unpack
+from attrib.store.reading import LISTING, content
 from attrib.types import UNREADABLE
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Fingerprints:
         known: dict[bytes, str] = {}
         for path in sorted(self.folder.glob(f"[!.]*{SUFFIX}")):
             try:
-                (table,) = unpack(path.read_bytes(), [_SCHEMA])
+                (table,) = unpack(content(path, LISTING), [_SCHEMA])
             except FileNotFoundError:
                 continue  # somebody has put the files together
             except (OSError, ValueError, pa.ArrowException) as error:

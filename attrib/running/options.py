@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from attrib.running.batch_size import FIXED
-from attrib.types import UserError
+from attrib.errors import UserError
+
+FIXED = 8  # samples at once where nothing is measured
 
 
 @dataclass(frozen=True)

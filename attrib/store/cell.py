@@ -21,14 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrib.errors import GoneError
+from attrib.errors import UNREADABLE, GoneError, UserError
 from attrib.store.arrays import READING, Arrays, DamagedError, Record, described
 from attrib.store.files import Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.store.reading import LISTING, UnreadableError, document, reason
 from attrib.store.rows import ScoreRows, read_rows
 from attrib.store.schemas import SampleList
-from attrib.types import UNREADABLE, UserError
 
 __all__ = [
     "READING",

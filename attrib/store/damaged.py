@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from attrib.errors import UserError
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
-from attrib.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def recover(maps: Arrays, path: Path, root: Path) -> dict[Key, Mapping[str, Any]
     chunk that is gone (another process has been here). Raises UserError if the disk does not take the copies.
     """
     held = {key: record for key, record in maps.index().items() if record.path == path}
-    if path.exists():
+    if os.path.lexists(path):
         for key, record in held.items():
             with contextlib.suppress(OSError):
                 maps.add(*key, maps.read(key), **record.info)

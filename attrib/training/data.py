@@ -13,7 +13,7 @@ from attrib.datasets import Dataset
 from attrib.datasets.tokens import build_vocabulary
 from attrib.keys import digest
 from attrib.training.batches import uid_fraction
-from attrib.training.record import ConfigNode
+from attrib.training.record import Baseline, ConfigNode
 from attrib.types import UNREADABLE, UserError
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def text_encoder(node: ConfigNode, given: Splits, data: TrainingData) -> Any:
     return build({**node, "vocabulary": vocabulary}, where)
 
 
-def text_baseline(given: Splits) -> dict[str, Any]:
+def text_baseline(given: Splits) -> Baseline:
     """Test accuracy of TF-IDF over words and pairs of words with logistic regression, on the same texts."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -8,7 +8,6 @@ and a log and environment for each start under ``runs/``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import secrets
@@ -37,7 +36,7 @@ from attrib.store.temporary import sweep
 from attrib.training.batches import LoadedSamples
 from attrib.training.data import Splits, TrainingData, readable, splits, text_baseline, text_encoder
 from attrib.training.loop import Hyperparameters, evaluate, fit
-from attrib.training.record import ConfigNode, TrainingResult, check_same, curve, weight_settings
+from attrib.training.record import ConfigNode, TrainingResult, check_same, curve, read, weight_settings
 from attrib.training.state import Progress
 from attrib.types import SampleError, UserError, did_you_mean
 
@@ -158,7 +157,7 @@ def train(config: ConfigNode) -> TrainingResult:
             write_json(folder / "config.json", config)
         if (folder / "result.json").exists() and (folder / "model.safetensors").exists():
             log.info("%s is trained already; train.restart=true trains it again", folder)
-            result = TrainingResult(**json.loads((folder / "result.json").read_text()))
+            result = read(folder / "result.json", TrainingResult)
         else:
             result = _train(config, given, options, data, hyperparameters, folder, seed, device)
         if data.baseline and result.baseline is None:

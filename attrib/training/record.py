@@ -7,12 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from matplotlib.figure import Figure
 
+from attrib.store.reading import UnreadableError, document
 from attrib.types import UserError
 
+T = TypeVar("T")
 ConfigNode = Mapping[str, Any]
 
 PARTS = ("train", "validation", "test")
@@ -41,9 +43,27 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
+def read(path: Path, kind: type[T]) -> T:
+    """A file of a training. Raises UserError, which says what to do, if it is something else; OSError."""
+    try:
+        return document(path, kind)
+    except UnreadableError as error:
+        raise UserError(f"{error}; begin anew with train.restart=true") from error
+
+
+class Trained(TypedDict):
+    """What of ``config.json`` says which training it is."""
+
+    dataset: dict[str, Any]
+    model: dict[str, Any]
+    train: dict[str, Any]
+    seed: int
+    data: Any
+
+
 def check_same(folder: Path, config: ConfigNode) -> None:
     """Raises UserError, saying what differs, if ``config`` is not the training that this folder holds."""
-    there = _flat(weight_settings(json.loads((folder / "config.json").read_text())))
+    there = _flat(weight_settings(read(folder / "config.json", Trained)))
     here = _flat(json.loads(json.dumps(weight_settings(config))))
     names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     if names:
@@ -77,18 +97,29 @@ def curve(history: Sequence[Mapping[str, float]], best: int) -> bytes:
     return buffer.getvalue()
 
 
+class Baseline(TypedDict):
+    """What a simple classifier of texts reaches."""
+
+    name: str
+    test: float
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """The content of ``result.json``."""
 
     name: str
     folder: str
-    accuracy: Mapping[str, float]  # of the best epoch's weights on "train", "validation", "test"
+    accuracy: Mapping[str, float]  # of the best epoch's weights on each of PARTS
     samples: Mapping[str, int]
     epochs: int
     best_epoch: int
     seconds: float  # of all epochs, also those of earlier starts
-    baseline: Mapping[str, Any] | None = None
+    baseline: Baseline | None = None
+
+    def __post_init__(self) -> None:
+        if missing := [part for part in PARTS if part not in self.accuracy or part not in self.samples]:
+            raise ValueError(f"nothing is said about {', '.join(missing)}")
 
     def __str__(self) -> str:
         parts = ", ".join(f"{k} {100 * self.accuracy[k]:.2f} % (n={self.samples[k]})" for k in PARTS)

@@ -16,6 +16,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from attrib.store.files import write_atomic
+from attrib.store.reading import parsed, regular
 from attrib.types import UserError
 
 
@@ -55,8 +56,9 @@ def load_state(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> 
     Raises UserError that names the file if it is damaged or belongs to another net.
     """
     try:
+        regular(path)
         with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
+            progress = parsed(file.metadata()["progress"], Progress)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         net.load_state_dict({k.removeprefix("net/"): v for k, v in tensors.items() if k.startswith("net/")})
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -18,13 +18,13 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from attrib.errors import UserError
 from attrib.store.cell import Arrays, Cell, cells, counts
 from attrib.store.damaged import DAMAGED
 from attrib.store.reading import fits
 from attrib.store.schemas import Needs
 from attrib.store.temporary import TEMPORARY, is_dead
 from attrib.store.workers import RUNNING, SILENT, clock, counted, read_object, workers
-from attrib.types import UserError
 from attrib.upkeep.status import no_cells
 
 DAY = 86400.0

@@ -13,6 +13,7 @@ import numpy as np
 
 from attrib.drawing.pictures import heat, overlay, png, words_page
 from attrib.drawing.spectrogram import draw
+from attrib.errors import UserError
 from attrib.store.cell import Arrays, Cell, cells, counts
 from attrib.store.files import Key, picture_path, write_atomic
 from attrib.store.inputs import KeptInput, drawable, kept_input
@@ -20,7 +21,6 @@ from attrib.store.reading import fits
 from attrib.store.schemas import Spec
 from attrib.store.temporary import sweep
 from attrib.store.workers import read_object
-from attrib.types import UserError
 from attrib.upkeep.status import matches, no_cells
 
 FORMATS = ("png", "npy", "npz")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from safetensors import safe_open
 
+from attrib.errors import UserError
 from attrib.store.cell import READING, Arrays, Cell, ScoreRows, cells, counts, described, read_rows
 from attrib.store.damaged import DAMAGED, recover
 from attrib.store.damaged import put_aside as move_aside
@@ -40,8 +42,7 @@ from attrib.store.schemas import (
     Spec,
 )
 from attrib.store.workers import PROGRESS, SUMMARY
-from attrib.types import UserError
-from attrib.upkeep.cache import FITTED, SHARED, check_inside, remove
+from attrib.upkeep.cache import FITTED, SHARED, check_inside
 from attrib.upkeep.status import no_cells
 
 
@@ -247,12 +248,14 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
     """Move damaged files to ``<root>/.damaged/<time>/``, or delete them; returns how many samples of chunks were saved.
 
     What is good in a damaged chunk is written anew first. With curves that are lost go the scores of their samples, so
-    that the next run computes both. Raises UserError for a file that is reached by a link.
+    that the next run computes both. A damaged file that is a link goes as a link. Raises UserError for a file that is
+    reached by one.
     """
     root, saved = Path(root), 0
     place = root / DAMAGED
-    for path in (place, *(damage.path for damage in damages)):
-        check_inside(root, path)
+    for path in (place, *(damage.path.parent for damage in damages)):
+        if path != root:
+            check_inside(root, path)
     before = set(place.iterdir()) if place.is_dir() else set()
     # Rows go before the damaged curves that belong to them are moved: a repair that is killed in between is repeated.
     for folder in dict.fromkeys(d.path.parent for d in damages if d.path.parent.parent.name == "scores"):
@@ -265,7 +268,7 @@ def put_aside(root: Path | str, damages: Sequence[Damage], *, delete: bool = Fal
         else:
             move_aside(damage.path, root)
     for path in set(place.iterdir()) - before if delete else ():
-        remove(root, path)
+        shutil.rmtree(path)  # follows no links
     return saved
 
 
@@ -306,6 +309,9 @@ def reindex(root: Path | str) -> int:
     folders = [cell.folder / "maps" for cell in cells(root)]
     folders += [cell.folder / "scores" / name for cell in cells(root) for name in cell.metrics()]
     folders += sorted(path for path in root.glob("state/pictures.*") if path.is_dir())
+    for memory in (path for folder in folders for path in folder.glob("*.cache")):
+        if memory.is_dir() and not memory.is_symlink():
+            move_aside(memory, root)
     for folder in folders:
         ScoreRows(folder).files.memory.unlink(missing_ok=True)
     return sum(Arrays(folder).reindex() for folder in folders if _chunks(folder))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from attrib.errors import printable
+from attrib.errors import UNREADABLE, UserError, printable
 from attrib.process.exit_status import DAMAGED
 from attrib.process.signals import LEFT
 from attrib.store.cell import Cell, Record, ScoreRows, cells, counts
@@ -23,7 +23,6 @@ from attrib.store.ledger import Ledger
 from attrib.store.reading import document
 from attrib.store.schemas import MetricNote
 from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, read_object, workers
-from attrib.types import UNREADABLE, UserError
 from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
 
 DONE, WORKED_ON = 0, 10  # exit status of ``attrib status``, beside LEFT

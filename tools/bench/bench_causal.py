@@ -1,6 +1,6 @@
 """How fast a causal graph is, as a ratio to one intervention and one sample at a time, in the same process.
 
-python tools/bench_causal.py [--samples 100] [--rows 64 1024] [--share 0.1]
+python tools/bench/bench_causal.py [--samples 100] [--rows 64 1024] [--share 0.1]
 
 The plain loop sets the weights of a copy, runs one sample through the whole net and sets them back, for every
 candidate of every layer. Only ``--share`` of its runs are done and the time is scaled; ``--share 1`` does all of them

@@ -1,8 +1,8 @@
 """Contextual decomposition: many masks of an image at once, as a ratio to one mask at a time as the original works.
 
-    python tools/bench_cd.py --arch vgg16 --size 224 --masks 200 --loop 3
-    python tools/bench_cd.py --arch acd_cnn --masks 600 --loop 100
-    python tools/bench_cd.py --acd --rows 256
+    python tools/bench/bench_cd.py --arch vgg16 --size 224 --masks 200 --loop 3
+    python tools/bench/bench_cd.py --arch acd_cnn --masks 600 --loop 100
+    python tools/bench/bench_cd.py --acd --rows 256
 
 "One at a time" is the loop that the released code runs for each mask: relevant and irrelevant part and the bias go
 through each layer on their own, and maximum pooling picks its values channel by channel in Python. It is

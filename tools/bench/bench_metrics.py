@@ -1,9 +1,9 @@
 """The perturbation metrics: how much of their time is the net's, and how long quantus takes for the same rows.
 
-    python tools/bench_metrics.py                                # LeNet, 32 px; MobileNetV3-Small 0.5x, 224 px
-    python tools/bench_metrics.py --nets lite0 --steps 200       # EfficientNet-Lite0 with its trained weights
-    python tools/bench_metrics.py --nets none small --steps 1000 # "none": a net that costs nothing, so the rest is seen
-    python tools/bench_metrics.py --profile --nets small --steps 10000
+    python tools/bench/bench_metrics.py                                # LeNet, 32 px; MobileNetV3-Small 0.5x, 224 px
+    python tools/bench/bench_metrics.py --nets lite0 --steps 200       # EfficientNet-Lite0 with its trained weights
+    python tools/bench/bench_metrics.py --nets none small --steps 1000 # "none": a net that costs nothing
+    python tools/bench/bench_metrics.py --profile --nets small --steps 10000
 
 Same work: as many rows through the same net, from the same images and maps, in one process and with as many threads.
 Insertion and deletion of ``--steps`` steps against two runs of quantus' PixelFlipping with as many steps; sensitivity-n

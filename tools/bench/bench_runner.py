@@ -1,17 +1,17 @@
 """What the runner costs: over the bare calls of a method, to start again on many stored samples, and in memory.
 
-    python tools/bench_runner.py
-    python tools/bench_runner.py --overhead --batch 1 8 --profile
-    python tools/bench_runner.py --stored 100000 --chunk 256
-    python tools/bench_runner.py --stored 100000 --chunk 1 --folder /somewhere/big
-    python tools/bench_runner.py --memory 5000
+    python tools/bench/bench_runner.py
+    python tools/bench/bench_runner.py --overhead --batch 1 8 --profile
+    python tools/bench/bench_runner.py --stored 100000 --chunk 256
+    python tools/bench/bench_runner.py --stored 100000 --chunk 1 --folder /somewhere/big
+    python tools/bench/bench_runner.py --memory 5000
 
 ``--overhead`` runs a method that takes 10 ms a sample (matrix products, or sleep with ``--sleep``) on small images,
 with maps of 224 x 224. "Bare" is the same calls on batches that are ready, without reading, storing or recording
 anything. Bare and whole runs take turns, and the smallest of each counts, because other processes only make both
 slower. On a machine with other work, look at the CPU seconds of the main thread: they miss only what is waited for.
 
-``--stored`` fills a work directory by the store, then starts ``tools/run.py`` and ``tools/table.py`` on it as anybody
+``--stored`` fills a work directory by the store, then starts ``attrib run``, ``table`` and ``status`` on it as anybody
 would. ``--chunk`` is how many samples a file of maps holds: 256 of a fast method, 1 or 2 of one that is slower than
 ``run.flush``. Wall and CPU seconds are of the whole process, imports included.
 
@@ -55,7 +55,7 @@ from attrib.running.run import run
 from attrib.store.cell import Cell, cells
 from attrib.types import Batch
 
-TOOLS = Path(__file__).resolve().parent
+ATTRIB = ["-m", "attrib.cli.main"]
 SIDE = 224
 
 
@@ -226,7 +226,7 @@ def stored(arguments: argparse.Namespace) -> None:
         save_checkpoint(checkpoint, LeNet(), {})
         setting = [f"dataset.root={folder / 'images'}", "dataset=image_folder", "model=lenet", "method=random"]
         setting += [f"model.checkpoint={checkpoint}"]
-        command = [str(TOOLS / "run.py"), *setting, "metric=[insertion_deletion]", f"run.root={root}", "run.device=cpu"]
+        command = [*ATTRIB, "run", *setting, "metric=[insertion_deletion]", f"run.root={root}", "run.device=cpu"]
         command += ["metric.insertion_deletion.steps=4", "run.progress=false"]
         subprocess.run([sys.executable, *command, "run.limit=1"], check=True, stdout=subprocess.DEVNULL)
         (cell,) = cells(root)
@@ -240,7 +240,9 @@ def stored(arguments: argparse.Namespace) -> None:
             print(f"{turn} time:")
             print(timed("  dry run (plan)", [*command, "run.dry=true"]).splitlines()[0])
             print(timed("  run with nothing to do", command).strip())
-            timed("  table", [str(TOOLS / "table.py"), str(root)])
+            timed("  table", [*ATTRIB, "table", str(root)])
+            timed("  status", [*ATTRIB, "status", str(root)])
+            timed("  help", [*ATTRIB, "--help"])
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
