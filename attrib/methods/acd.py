@@ -17,8 +17,8 @@ from attrib.fit import State
 from attrib.keys import ADDED
 from attrib.methods import Explanation, Method
 from attrib.methods.parts.inputs import EMBEDDING
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, UnitScores, check_scores
-from attrib.models import Classifier, ScoreScale
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, Scale, UnitScores, check_scores
+from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
@@ -42,7 +42,9 @@ class ACD(Method):
     level        the level that the map shows: 0 is the single units, k what has been merged up to level k
     output, baseline, output_bias, rules   see ``CD``
     as_released  for "cd": round as the authors' code does, 2 to 3 times slower. On a flat background a pooling
-                 window has several equal maxima, of which that rounding picks one; otherwise the first is taken
+                 window has several equal maxima. The first is taken; in the authors' code, which adds up the parts
+                 anew under every mask, rounding picks one. That is no rule that could be the default: in float64 the
+                 same sums pick others. It changes scores of background units, and trees where these are chosen
     """
 
     NAME: ClassVar[str] = "attrib.methods.acd.ACD"
@@ -61,7 +63,7 @@ class ACD(Method):
     smooth: bool = True
     against: int | Literal["other"] | None = None
     level: int = 0
-    output: ScoreScale = "logit"
+    output: Scale = "logit"
     baseline: Baseline = "zero"
     output_bias: bool = True
     as_released: bool = False
@@ -133,7 +135,7 @@ class ACD(Method):
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
-        return self.output == "probability" or self.against == "other"
+        return self.output != "logit" or self.against == "other"
 
     def _shape(self, batch: Batch, n: int) -> tuple[int, ...]:
         """The units as a line, (n,), or as a grid, (rows, columns)."""

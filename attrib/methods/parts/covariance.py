@@ -27,7 +27,17 @@ from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 
 Kind = Literal[
-    "auto", "sample", "sample_channels", "scalar", "places", "channels", "diagonal", "matrix", "stack", "full", "low_rank"
+    "auto",
+    "sample",
+    "sample_channels",
+    "scalar",
+    "places",
+    "channels",
+    "diagonal",
+    "matrix",
+    "stack",
+    "full",
+    "low_rank",
 ]
 UNFITTED = ("sample", "sample_channels")
 BY_PLACE = ("places", "stack")  # of texts
@@ -309,7 +319,6 @@ class Covariance(Fit):
         except (KeyError, RuntimeError, ValueError) as error:
             what = f"inputs of another shape than {shape}, or is not of kind={kind}"
             raise UserError(f"Covariance: the state was fitted on {what}") from error
-
 
     def _check_lengths(self, batch: Batch, state: State, index: Tensor) -> None:
         """Raises SampleError for a text that is longer than the covariances reach."""
