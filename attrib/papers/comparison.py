@@ -88,6 +88,9 @@ def _line(entry: TableEntry, ours: Mapping[str, Any], what: WantedCell) -> dict[
         "tolerance": published.tolerance if published else math.nan,
         "difference": difference,
         "source": published.source if published else "",
+        "comparison": entry.comparison.value if entry.comparison else math.nan,
+        "comparison_spread": (entry.comparison.spread or math.nan) if entry.comparison else math.nan,
+        "comparison_source": entry.comparison.source if entry.comparison else "",
         "verdict": verdict,
         "why": (what.why or some or ("all samples failed" if ours["failed"] else "")) if missing else "",
     }
@@ -196,13 +199,19 @@ def _numbers(root: Path, found: Sequence[Cell], confidence: float) -> tuple[dict
     )
 
 
+def _with_spread(value: float, spread: float) -> str:
+    return formats.rounded(value) + ("" if math.isnan(spread) else f" (sd {formats.rounded(spread)})")
+
+
 # Laying out ----------------------------------------------------------------------------------------------
 
 
 def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> formats.TextTable:
     """The table for people: ours ± half the interval, published, difference, verdict, costs; below, what is missing."""
     device, several = formats.devices(found["device"])
-    header = ["method", "score", "n", "ours", "published", "difference", "tolerance", "verdict", *formats.COSTS]
+    beside = found["comparison"].notna().any()
+    header = ["method", "score", "n", "ours", "published", "difference", "tolerance", "verdict"]
+    header += [*(["comparison"] if beside else []), *formats.COSTS]
     header += ["device"] if several else []
     body, bold = [], set()
     for i, row in enumerate(found.to_dict("records")):
@@ -217,6 +226,7 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
                 "–" if math.isnan(row["difference"]) else f"{row['difference']:+.3g}",
                 formats.rounded(row["tolerance"]),
                 row["verdict"],
+                *([_with_spread(row["comparison"], row["comparison_spread"])] if beside else []),
                 *formats.cost_texts(row),
                 *([row["device"] or "–"] if several else []),
             ]
@@ -229,6 +239,8 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         f"{preset.source}. {', '.join(words)}. ours: mean ± half width of its {formats.percent(confidence)} interval."
     ]
     notes += [preset.note] if preset.note else []
+    sources = [source for source in dict.fromkeys(found["comparison_source"]) if source]
+    notes += [f"comparison (not a published value): {'; '.join(sources)}."] if sources else []
     notes += formats.spelt_out(found["column"])
     if preset.size == FULL and found["published"].isna().any():
         notes.append(f"A published value of – has not been read in the paper yet: configs/paper/{preset.name}.yaml.")

@@ -17,7 +17,7 @@ from attrib.models.output import Link
 from attrib.types import Batch, UserError
 from attrib.units import Units
 
-Baseline = Literal["zero", "mask"]
+Baseline = Literal["zero", "mask", "mean"]
 Part = Literal["cd", "occlusion", "build_up"]
 Scale = Literal["logit", "probability", "log_probability"]
 Rules = Literal["singh", "cd_t"]
@@ -49,14 +49,18 @@ def scaled(logits: Tensor, output: Scale, link: Link | None) -> Tensor:
 
 
 def removed(model: Classifier, batch: Batch, inputs: Inputs, baseline: Baseline, name: str) -> Tensor:
-    """(B, *input) with every unit removed: zeros, or in texts the net's mask token.
+    """(B, *input) with every unit removed: zeros, in texts the net's mask token, in others the sample's mean per channel.
 
-    Raises UserError, which begins with the method's ``name``, if there is no such token.
+    Raises UserError, which begins with the method's ``name``, if there is no such token, or there are no channels.
     """
     if baseline == "zero":
         return torch.zeros_like(inputs.x)
+    if baseline == "mean":
+        if batch.words is not None:
+            raise UserError(f"{name}.baseline is 'mean', the mean of an image's channels; texts have 'zero' and 'mask'")
+        return inputs.constant("mean")
     if batch.words is None:
-        raise UserError(f"{name}.baseline is 'mask', a token of texts; others have only 'zero'")
+        raise UserError(f"{name}.baseline is 'mask', a token of texts; others have 'zero' and 'mean'")
     mask_id = getattr(model.module, "mask_id", None)
     if mask_id is None:
         net = type(model.module).__name__
