@@ -19,6 +19,7 @@ import pandas as pd
 
 from attrib import keys
 from attrib.config.objects import build, completed
+from attrib.papers.study import digests
 from attrib.papers.presets import FULL, Preset, TableEntry, configuration
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
@@ -46,7 +47,7 @@ class WantedCell:
 def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.DataFrame:
     """One row per entry: ours (as in ``tables.summary``), published, difference, verdict and the command.
 
-    ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
+    ``other``: of an exported study, what the cell has other digests of. ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
     UNREAD where the published value has not been read in the paper yet; else PASS if the difference is within the
     tolerance, or FAIL. ``why`` explains MISSING. Raises UserError for a preset that reads what its runs do not have.
     """
@@ -62,7 +63,8 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
         if item and (folder := item.scores(entry.metric, what.metrics[entry.metric])):
             place = (item.cell.folder.name, names[item.cell.folder.name, folder], kind, entry.score)
             ours = summary.get(place, _NONE)
-        lines.append({**_line(entry, ours, what), "command": _command(preset.arguments(entry.overrides))})
+        command = _command(preset.arguments(entry.overrides))
+        lines.append({**_line(entry, ours, what), "other": _other(preset, entry, item), "command": command})
     return pd.DataFrame(lines)
 
 
@@ -94,6 +96,15 @@ def _line(entry: TableEntry, ours: Mapping[str, Any], what: WantedCell) -> dict[
         "verdict": verdict,
         "why": (what.why or some or ("all samples failed" if ours["failed"] else "")) if missing else "",
     }
+
+
+def _other(preset: Preset, entry: TableEntry, item: _Held | None) -> str:
+    """What the cell has other digests of than the study that the preset was exported from."""
+    known = preset.digests.get(entry.row)
+    if item is None or known is None:
+        return ""
+    mine = digests(item.spec, item.samples)
+    return " and ".join(name for name in known if mine.get(name) != known[name])
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -142,11 +153,12 @@ class _Held:
     cell: Cell
     spec: Mapping[str, Any]
     configs: Sequence[Mapping[str, Any]]
+    samples: Mapping[str, str | None] | None = None
 
     @classmethod
     def of(cls, item: labels.Labelled) -> _Held:
         runs = (read_object(path) for path in sorted(item.cell.folder.glob("runs/*/config.json")))
-        return cls(item.cell, item.spec, [item.spec["config"], *runs])
+        return cls(item.cell, item.spec, [item.spec["config"], *runs], item.samples)
 
     def scores(self, name: str, metric: Any) -> str | None:
         """The folder of a metric's scores; None if there is none."""
@@ -250,6 +262,8 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         )
     if preset.changed:
         notes.append(f"Given on the command line: {' '.join(preset.changed)}.")
+    for what, rows in found[found["other"] != ""].groupby("other", sort=False):
+        notes.append(f"{', '.join(dict.fromkeys(rows['row']))}: other {what} than the study that was exported.")
     missing = found[found["verdict"] == MISSING]
     for why, rows in missing[missing["why"] != ""].groupby("why", sort=False):
         notes.append(f"{', '.join(dict.fromkeys(rows['row']))}: {why}")

@@ -21,7 +21,7 @@ from attrib.config.compose import Composition, Override, compose, compose_node, 
 from attrib.types import UserError
 
 FULL, TINY = "full", "tiny"
-FIELDS = ("title", "source", "place", "note", "needs", "duration", "size", "tolerance", "columns", "rows", "tiny")
+FIELDS = ("title", "source", "place", "note", "needs", "duration", "digests", "size", "tolerance", "columns", "rows", "tiny")
 HOW = ("run", "hydra", "paper")  # overrides of these never choose rows or columns
 
 Pairs = Mapping[str, Override]  # parsed overrides by what they set
@@ -79,6 +79,7 @@ class Preset:
     """A table of a paper, row by row. ``changed``: what the command line chose, replaced or added.
 
     needs, duration   for people: data and weights that must be there, and how long the table takes to compute
+    digests           of an exported study: row -> "weights" and "data" of its net and samples (``papers.study``)
     """
 
     name: str
@@ -92,6 +93,7 @@ class Preset:
     size: str = FULL
     needs: str = ""
     duration: str = ""
+    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[tuple[str, ...]]:
@@ -155,8 +157,10 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     how = tuple(_line(o) for key, o in given.items() if key not in what and not key.startswith("paper"))
     note, needs, duration = (" ".join(str(node.get(name) or "").split()) for name in ("note", "needs", "duration"))
     size = TINY if tiny else FULL
+    digests = {} if tiny else _fields(f"{where}: digests", node.get("digests") or {}, tuple(node["rows"]))
+    title = str(node["title"])
     return Preset(
-        name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size, needs, duration
+        name, title, source, note, tuple(entries), changed, how, folder, size, needs, duration, digests
     )
 
 
