@@ -40,7 +40,7 @@ def max_pool(call: Call) -> Any:
         if share:
             log.warning(
                 "%.0f%% of the windows of %s have several equal maxima, as on a flat background; the first one counts. "
-                "In the authors' code rounding chooses one, so other units there may have other scores, and trees other "
+                "In the authors' code rounding chooses one, so units there may have other scores, and trees other "
                 "components (method acd: as_released=true)",
                 100 * share,
                 call.where,

@@ -40,7 +40,7 @@ class ACD(Method):
     against      the class whose score is subtracted: its number; "other", the most probable class beside the
                  target; or None
     shows        what the map shows: "scores", of the components of a level; or "order", when each unit joined
-                 (``attrib.agglomeration.Agglomeration.order``), by which Singh et al. compare hierarchies (section 4.3.2)
+                 (``Agglomeration.order``), by which Singh et al. compare hierarchies (section 4.3.2)
     level        of "scores": the level, 0 for the single units, k for what has been merged up to level k
     output, baseline, output_bias, rules   see ``CD``
     as_released  for "cd": round as the authors' code does, 2 to 3 times slower. On a flat background a pooling
@@ -89,7 +89,9 @@ class ACD(Method):
     @property
     def MAPS(self) -> Mapping[str, str]:  # noqa: N802
         if self.shows == "order":
-            return {"map": "when a unit joined, first ones highest: its step, counted from the last, >= 0, below 1 if never"}
+            return {
+                "map": "when a unit joined, first ones highest: its step, counted from the last, >= 0, below 1 if never"
+            }
         return {"map": "logit units (or of a probability), signed; the sum over a component is its score"}
 
     @property

@@ -45,8 +45,8 @@ class CD(Method):
     units        how samples are divided into units
     output       what is explained: "logit", or (not by "cd") "probability", the softmax, or "log_probability", its
                  logarithm, which the authors' code takes for digits
-    baseline     for occlusion and build-up, what replaces a removed unit: "zero", a text's "mask" token, or "mean", the mean of each of
-                 an image's or sound's channels
+    baseline     for occlusion and build-up, what replaces a removed unit: "zero", a text's "mask" token, or "mean", that of
+                 each channel of an image or sound
     steps        for integrated gradients, points on the line from zero to the input, including both ends
     output_bias  for "cd", whether to add the bias of the last layer; the authors' code for texts does not
     rules        for "cd": "singh", those of the papers above, or "cd_t", those of Hsu et al., *Efficient Automated

@@ -68,8 +68,8 @@ class AdversarialAgreement(Metric):
 
     @property
     def COLUMNS(self) -> Mapping[str, Direction]:  # noqa: N802
-        more: dict[str, Direction] = {"released": "higher"} if self.as_released else {}
-        return {"agreement": "higher", "distance": "none"} | more
+        columns: dict[str, Direction] = {"agreement": "higher", "distance": "none"}
+        return {**columns, "released": "higher"} if self.as_released else columns
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, explain: Explain) -> dict[str, Tensor]:
         """``map`` (B, H, W) -> the columns (B,), float64 on the CPU. Raises UserError for several labels a sample."""
@@ -96,7 +96,10 @@ class AdversarialAgreement(Metric):
         ranks = {"agreement": ranked, "released": released}
         for name in found.keys() & ranks.keys():
             both = [
-                [_correlation(*(ranks[name](m[i].double().cpu().numpy().ravel()) for m in pair)) for i in range(len(rows))]
+                [
+                    _correlation(*(ranks[name](m[i].double().cpu().numpy().ravel()) for m in pair))
+                    for i in range(len(rows))
+                ]
                 for pair in pairs
             ]
             found[name][rows] = torch.tensor(np.mean(both, 0))
@@ -109,7 +112,9 @@ def _attacks() -> Any:
     try:
         from attrib.metrics import attacks  # takes seconds to import
     except ModuleNotFoundError as error:
-        raise UserError(f"AdversarialAgreement needs the Adversarial Robustness Toolbox: pip install attrib[attacks] ({error})") from error
+        raise UserError(
+            f"AdversarialAgreement needs the Adversarial Robustness Toolbox: pip install attrib[attacks] ({error})"
+        ) from error
     return attacks
 
 

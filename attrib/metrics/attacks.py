@@ -40,7 +40,7 @@ _BLENDS, _DRAWS = 100, 20  # to begin the boundary attack: how finely noise is b
 logging.getLogger("art").setLevel(logging.ERROR)  # it warns of every sample on which an attack does not succeed
 
 
-class _Net(ClassGradientsMixin, ClassifierMixin, LossGradientsMixin, BaseEstimator):  # type: ignore[misc]
+class _Net(ClassGradientsMixin, ClassifierMixin, LossGradientsMixin, BaseEstimator):
     """A net as ART sees it: inputs (n, *x) in units of the range ``low`` .. ``high``, logits, gradients of logits."""
 
     def __init__(self, net: Classifier, x: Tensor, low: float, high: float, classes: int) -> None:
@@ -83,7 +83,11 @@ class _Net(ClassGradientsMixin, ClassifierMixin, LossGradientsMixin, BaseEstimat
         found = []
         for one in wanted:
             target = torch.as_tensor(np.broadcast_to(one, len(x)).copy()).to(self._like.device)
-            found.append(self._gradient(x, lambda logits, rows, t=target: logits.gather(1, t[rows, None])[:, 0]))
+
+            def score(logits: Tensor, rows: slice, target: Tensor = target) -> Tensor:
+                return logits.gather(1, target[rows, None])[:, 0]
+
+            found.append(self._gradient(x, score))
         return np.stack(found, 1)
 
 

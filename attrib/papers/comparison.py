@@ -19,8 +19,8 @@ import pandas as pd
 
 from attrib import keys
 from attrib.config.objects import build, completed
-from attrib.papers.study import digests
 from attrib.papers.presets import FULL, Preset, TableEntry, configuration
+from attrib.papers.study import digests
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
 from attrib.store.workers import read_object
@@ -47,9 +47,10 @@ class WantedCell:
 def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.DataFrame:
     """One row per entry: ours (as in ``tables.summary``), published, difference, verdict and the command.
 
-    ``other``: of an exported study, what the cell has other digests of. ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
+    ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
     UNREAD where the published value has not been read in the paper yet; else PASS if the difference is within the
-    tolerance, or FAIL. ``why`` explains MISSING. Raises UserError for a preset that reads what its runs do not have.
+    tolerance, or FAIL. ``why`` explains MISSING. ``comparison``: a number that is not published. ``other``: of an
+    exported study, whether the cell has other weights or data. Raises UserError for a preset that reads what its runs do not have.
     """
     held = [_Held.of(item) for item in labels.labelled(root)] if cells(Path(root)) else []
     wanted = {job: _wanted(preset, job) for job in preset.jobs}

@@ -21,7 +21,20 @@ from attrib.config.compose import Composition, Override, compose, compose_node, 
 from attrib.types import UserError
 
 FULL, TINY = "full", "tiny"
-FIELDS = ("title", "source", "place", "note", "needs", "duration", "digests", "size", "tolerance", "columns", "rows", "tiny")
+FIELDS = (
+    "title",
+    "source",
+    "place",
+    "note",
+    "needs",
+    "duration",
+    "digests",
+    "size",
+    "tolerance",
+    "columns",
+    "rows",
+    "tiny",
+)
 HOW = ("run", "hydra", "paper")  # overrides of these never choose rows or columns
 
 Pairs = Mapping[str, Override]  # parsed overrides by what they set
@@ -150,7 +163,8 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
                 also = row.also.get(column.label, {})
                 full = {**pairs, **column.overrides, **also, **{key: pairs[key] for key in mine}}
                 metric, _, score = column.reads.partition(".")
-                value, beside = (None if tiny else of.get(column.label) for of in (row.published, row.comparison))
+                value = None if tiny else row.published.get(column.label)
+                beside = None if tiny else row.comparison.get(column.label)
                 entries.append(TableEntry(label, column.label, row.reads, metric, score, _written(full), value, beside))
     source = ", ".join(str(node[name]) for name in ("source", "place") if node.get(name))
     changed = tuple(_line(o) for o in what.values())
@@ -159,9 +173,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
     size = TINY if tiny else FULL
     digests = {} if tiny else _fields(f"{where}: digests", node.get("digests") or {}, tuple(node["rows"]))
     title = str(node["title"])
-    return Preset(
-        name, title, source, note, tuple(entries), changed, how, folder, size, needs, duration, digests
-    )
+    return Preset(name, title, source, note, tuple(entries), changed, how, folder, size, needs, duration, digests)
 
 
 def _node(name: str, overrides: Sequence[str], folder: Path | None) -> dict[str, Any]:
@@ -225,7 +237,9 @@ def _comparison(at: str, value: Any) -> Comparison:
     given = _fields(at, value, ("value", "spread", "source"))
     numbers = [given.get("value"), given.get("spread") or 0.0]
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
-        raise UserError(f"{at}: a comparison needs a number as value, and as spread a number or none, not {dict(given)}")
+        raise UserError(
+            f"{at}: a comparison needs a number as value, and as spread a number or none, not {dict(given)}"
+        )
     if not given.get("source"):
         raise UserError(f"{at}: a comparison needs a source")
     spread = given.get("spread")

@@ -1,4 +1,4 @@
-"""A finished study as a preset that others re-run: its values, tolerances from its intervals, digests of data and nets."""
+"""A finished study as a preset that others run again: values, tolerances from intervals, digests of data and nets."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def as_preset(name: str, root: Path, folder: Path | None = None, confidence: flo
     for item, part in zip(items, parts, strict=True):
         for metric, node in (item.spec["config"].get("metric") or {}).items():
             if metrics.setdefault(metric, node) != node:
-                raise UserError(f"{root}: the metric {metric} has other settings in {item.cell.folder.name} than before")
+                raise UserError(
+                    f"{root}: the metric {metric} has other settings in {item.cell.folder.name} than before"
+                )
         mine = summary[summary["cell"] == item.cell.folder.name]
         own = list(dict.fromkeys(f"{line['metric']}.{line['column']}" for line in mine.to_dict("records")))
         columns = [column for column in columns if column in own] if rows else own
@@ -66,7 +68,11 @@ def as_preset(name: str, root: Path, folder: Path | None = None, confidence: flo
             lines = mine[mine["map"] == kind].to_dict("records")
             row = label if len(maps) == 1 else f"{label}: {kind}"
             published = {f"{line['metric']}.{line['column']}": _value(line) for line in lines}
-            rows[row] = {"with": shlex.join([*words, *([f"seed={seed}"] if seed else [])]), "map": kind, "published": published}
+            rows[row] = {
+                "with": shlex.join([*words, *([f"seed={seed}"] if seed else [])]),
+                "map": kind,
+                "published": published,
+            }
             seen[row] = digests(item.spec, item.samples)
     if not columns:
         raise UserError(f"{root}: no score is there in all cells, so they make no table")
@@ -85,7 +91,7 @@ def as_preset(name: str, root: Path, folder: Path | None = None, confidence: flo
         "columns": {column: column for column in columns},
         "rows": rows,
     }
-    defaults = [{f"override /{axis}": parts[0][axis].name} for axis in shared] + [{"override /metric": []}]
+    defaults: list[dict[str, Any]] = [{f"override /{axis}": parts[0][axis].name} for axis in shared] + [{"override /metric": []}]
     fields = {axis: parts[0][axis].nested for axis in shared}
     node = {"defaults": defaults, **fields, "metric": metrics, "paper": paper}
     head = f"# @package _global_\n# {name}: a study exported by attrib paper --export; attrib paper {name}\n"

@@ -82,7 +82,7 @@ class PlaceMoments:
 
 
 def _longer(value: Tensor, like: Tensor, places: int) -> Tensor:
-    """(t, ...) or a 0 of no shape -> (places, ...), with zeros at the end; its other dimensions are those of ``like``."""
+    """(t, ...), or a 0 of no shape, -> (places, ...) with zeros at the end and the other dimensions of ``like``."""
     longer = like.new_zeros(places, *like.shape[1:])
     if value.ndim:
         longer[: len(value)] = value

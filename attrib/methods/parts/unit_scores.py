@@ -49,7 +49,7 @@ def scaled(logits: Tensor, output: Scale, link: Link | None) -> Tensor:
 
 
 def removed(model: Classifier, batch: Batch, inputs: Inputs, baseline: Baseline, name: str) -> Tensor:
-    """(B, *input) with every unit removed: zeros, in texts the net's mask token, in others the sample's mean per channel.
+    """(B, *input) with every unit removed: zeros, in texts the net's mask token, or else the sample's mean per channel.
 
     Raises UserError, which begins with the method's ``name``, if there is no such token, or there are no channels.
     """
