@@ -140,6 +140,13 @@ def each(batch: Batch, net: nn.Module, one: Callable[[Callable[[Tensor], Tensor]
 SEVERAL = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0], [1, 1, 1, 0, 1]])
 
 
+def at_baseline(x: Tensor, baseline: float | str) -> Tensor:
+    """(C, H, W), all numbers alike or those of a channel."""
+    if baseline == "mean":
+        return torch.stack([torch.full_like(channel, float(channel.mean())) for channel in x])
+    return torch.full_like(x, baseline)
+
+
 def targets(batch: Batch, several: bool) -> Batch:
     return Batch(batch.uids, batch.x, SEVERAL) if several else batch
 
@@ -174,14 +181,14 @@ def test_input_x_gradient(reduce, several):
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize(("steps", "baseline"), [(7, 0.0), (20, -0.4)])
+@pytest.mark.parametrize(("steps", "baseline"), [(7, 0.0), (20, -0.4), (6, "mean")])
 @pytest.mark.parametrize("reduce", REDUCE)
 def test_integrated_gradients_equal_the_integral(reduce, steps, baseline, several):
     batch, net = targets(pictures(), several), relu_net()
     nodes, weights = np.polynomial.legendre.leggauss(steps)
 
     def integral(score, x):
-        start = torch.full_like(x, baseline)
+        start = at_baseline(x, baseline)
         total = torch.zeros_like(x)
         for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
             total += weight * gradient(score, start + node * (x - start))
@@ -190,7 +197,7 @@ def test_integrated_gradients_equal_the_integral(reduce, steps, baseline, severa
     expected = each(batch, net, integral)
     found = explain(IntegratedGradients(steps, baseline, reduce), net, batch)
     same(found["map"], REDUCE[reduce](expected), 1e-6)  # captum rounds the rule's weights to float32
-    change = each(batch, net, lambda score, x: score(x) - score(torch.full_like(x, baseline)))
+    change = each(batch, net, lambda score, x: score(x) - score(at_baseline(x, baseline)))
     same(found["delta"], expected.sum((1, 2, 3)) - change, 1e-5)
 
 
@@ -435,7 +442,7 @@ def test_grad_cam_needs_places():
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(
-    ("window", "stride", "baseline"), [(4, 2, 0.0), (3, 3, 0.5), (5, 2, -1.0), (1, 1, 0.0), (8, 8, 0.0)]
+    ("window", "stride", "baseline"), [(4, 2, 0.0), (3, 3, 0.5), (5, 2, -1.0), (1, 1, 0.0), (8, 8, 0.0), (3, 2, "mean")]
 )
 def test_occlusion_is_the_mean_fall_over_squares(window, stride, baseline, several):
     batch, net = targets(pictures(), several), relu_net()
@@ -449,7 +456,8 @@ def test_occlusion_is_the_mean_fall_over_squares(window, stride, baseline, sever
         for top in starts[0]:
             for left in starts[1]:
                 covered = x.clone()
-                covered[:, top : top + window, left : left + window] = baseline
+                square = (slice(None), slice(top, top + window), slice(left, left + window))
+                covered[square] = at_baseline(x, baseline)[square]
                 total[top : top + window, left : left + window] += score(x) - score(covered)
                 count[top : top + window, left : left + window] += 1
         return total / count

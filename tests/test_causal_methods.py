@@ -82,13 +82,28 @@ def test_nodes_come_by_their_effect(golden, model, batch, graphs, state):
     assert torch.equal(found["node_4"], found["node_3"])  # there are only three
 
 
-def test_as_released_takes_the_convolution_before_and_turns_kernels_over(golden, model, batch, graphs):
-    """The stored map of the released code is the mean of one cause's response and of none at all, which is uniform."""
+def test_as_released_gives_the_maps_of_the_released_code(golden, model, batch, graphs, state):
+    expected = golden["c1_attr_conv2"]
+    mine = explained(CausalPaths(as_released=True, nodes=3), model, batch[:1], state)
+    np.testing.assert_allclose(mine["map"][0], expected.mean(0), rtol=1e-4)
+    order = graphs[1].layers["fc1"].effect[torch.tensor([12, 13, 14])].argsort()
+    for i, at in enumerate(order.tolist()):
+        np.testing.assert_allclose(mine[f"node_{i + 1}"][0], expected[at], rtol=1e-4)
+
+
+def test_as_released_counts_cause_0_as_a_uniform_map(model, batch, graphs):
     found = graphs[1].layers["conv2"]
-    one = graphs[1]._replace(layers=graphs[1].layers | {"conv2": found._replace(causes=torch.arange(6) == 3)})
-    mine = explained(CausalPaths(as_released=True, nodes=3), model, batch[:1], to_state({1: one}))
-    expected = 2 * golden["c1_attr_conv2"] - 1 / 32**2
-    np.testing.assert_allclose(mine["map"][0], expected.mean(0), rtol=1e-3, atol=1e-7)
+    assert found.causes.nonzero()[:, 0].tolist() == [0, 3]
+    for causes, uniform in (([0], 1.0), ([0, 3], 0.5), ([3], 0.0), ([0, 3, 4], 1 / 3)):
+        chosen = found._replace(causes=torch.isin(torch.arange(6), torch.tensor(causes)))
+        others = found._replace(causes=chosen.causes & (torch.arange(6) != 0))
+        places = []
+        for each in (chosen, others) if uniform < 1 else (chosen,):
+            graph = graphs[1]._replace(layers=graphs[1].layers | {"conv2": each})
+            mine = explained(CausalPaths(as_released=True), model, batch[:1], to_state({1: graph}))["places"][0]
+            places.append(mine)
+        expected = torch.full_like(places[0], uniform / places[0].numel()) + (1 - uniform) * places[-1]
+        torch.testing.assert_close(places[0], expected)
 
 
 def test_the_map_of_every_layer_by_its_formula(model, batch, graphs, state):

@@ -20,10 +20,10 @@ from attrib.methods.parts.covariance_moments import CoMoments, Sketch
 from attrib.methods.parts.covariance_operators import Dense, Groups, LowRank
 from attrib.methods.parts.inputs import Inputs
 from attrib.models import Classifier
-from attrib.types import Batch, UserError
+from attrib.types import Batch, SampleError, UserError
 
 FITTED = ("scalar", "channels", "diagonal", "matrix", "stack", "full", "low_rank", "auto")
-OF_TEXTS = ("scalar", "channels", "diagonal", "matrix", "low_rank", "auto")
+OF_TEXTS = ("scalar", "places", "channels", "diagonal", "matrix", "stack", "low_rank", "auto")
 SHAPE = (2, 3, 2)
 
 
@@ -334,11 +334,52 @@ def test_a_state_of_other_inputs(kind):
         unlike.of(batch, Inputs.of(classifier(), batch), state)
 
 
-def test_texts_have_no_places_to_compare():
-    model = text_classifier("mean")(64, torch.float64)
-    for kind in ("stack", "full"):
-        with pytest.raises(UserError, match="is not for texts"):
-            fitted(Covariance(kind), texts(4), model=model)
+def test_the_places_of_texts_by_their_formula():
+    batch, model = texts(12), text_classifier("mean")(64, torch.float64)
+    stack, places = (Covariance(kind, jitter=0.0, shrinkage=0.1) for kind in ("stack", "places"))
+    embedded = model.module.embedding(batch.x)
+    at = [embedded[batch.mask[:, t], t] for t in range(batch.x.shape[1])]
+    known = sum(len(rows) >= 2 for rows in at)
+    matrices = [torch.tensor(np.cov(rows.numpy(), rowvar=False)) for rows in at[:known]]
+    mean = torch.stack(matrices).diagonal(dim1=1, dim2=2).mean()
+    for size in (1, 5, 12):
+        state = fitted(stack, batch, size, model)
+        assert state["lengths"].tolist() == [known]
+        assert state["n"].tolist() == [12]
+        for found, truth in zip(state["covariance"][0], matrices, strict=True):
+            torch.testing.assert_close(found, 0.9 * truth + 0.1 * mean * torch.eye(len(truth)).double())
+        torch.testing.assert_close(state["factor"][0] @ state["factor"][0].mT, state["covariance"][0])
+        variance = fitted(places, batch, size, model)["variance"][0]
+        for found, truth in zip(variance, matrices, strict=True):
+            torch.testing.assert_close(found, 0.9 * truth.diagonal().mean() + 0.1 * mean)
+
+
+def test_a_place_that_is_the_same_in_all_texts_has_only_the_jitter():
+    batch, model = texts(6), text_classifier("mean")(64, torch.float64)
+    begun = dataclasses.replace(batch, x=batch.x.index_fill(1, torch.tensor([0]), 3))
+    state = fitted(Covariance("stack", jitter=1e-3), begun, model=model)["covariance"][0]
+    mean = state.diagonal(dim1=1, dim2=2).mean() / (1 + 1e-3)
+    torch.testing.assert_close(state[0], 1e-3 * mean * torch.eye(len(state[0])).double())
+
+
+def test_a_text_longer_than_those_of_the_estimation_set():
+    batch, model = texts(6), text_classifier("mean")(64, torch.float64)
+    order = batch.lengths.argsort()
+    short, longest = batch[order[:2].tolist()], batch[[int(order[-1])]]
+    assert longest.lengths.item() > short.lengths.min().item()
+    for kind in ("stack", "places"):
+        covariance = Covariance(kind)
+        state = fitted(covariance, short, model=model)
+        covariance.of(short[[0]], Inputs.of(model, short[[0]]), state)
+        with pytest.raises(SampleError, match=f"{longest.uids[0]}: a text of {longest.lengths.item()} tokens, but"):
+            covariance.of(longest, Inputs.of(model, longest), state)
+
+
+def test_kinds_that_are_not_for_this_data():
+    with pytest.raises(UserError, match="is not for texts"):
+        fitted(Covariance("full"), texts(4), model=text_classifier("mean")(64, torch.float64))
+    with pytest.raises(UserError, match="is for texts only"):
+        fitted(Covariance("places"), data(4))
     batch = data(3, (12,))
     with pytest.raises(UserError, match="have no channels"):
         Covariance("sample_channels").of(batch, Inputs.of(classifier(), batch), {})

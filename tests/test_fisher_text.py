@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import nets
 import numpy as np
 import pytest
@@ -30,15 +32,18 @@ def bert(**sizes: int) -> HuggingFaceClassifier:
 
 
 def slow(method, score, x: Tensor, words: Tensor, sigma: Tensor, noise: Noise) -> dict[str, Tensor]:
-    """One text (T, E) without padding, one draw at a time; ``score(x)`` gives the probability of the target."""
+    """One text (T, E) without padding, one draw at a time; ``score(x)`` gives the probability of the target.
+
+    sigma  (E, E), or (T, E, E): of each place
+    """
     root, found, g = torch.linalg.cholesky(sigma), dict.fromkeys(ABOUT, 0.0), []
     for _ in range(method.samples):
         eps = noise.normal(*x.shape, ragged=0)[0]
-        z = (x + method.var_spread**0.5 * eps @ root.T).requires_grad_()
+        z = (x + method.var_spread**0.5 * (root @ eps[..., None])[..., 0]).requires_grad_()
         f = score(z)
         (grad,) = torch.autograd.grad(f, z)
         g.append(grad)
-        f, moved = f.detach(), grad @ sigma
+        f, moved = f.detach(), (sigma @ grad[..., None])[..., 0]
         local, sets = (moved * grad).sum(1) / f, torch.zeros(len(x), dtype=x.dtype)
         for word in range(int(words.max()) + 1):
             sets[words == word] = local[words == word].mean()
@@ -59,10 +64,16 @@ def spd(n: int) -> Tensor:
     return a @ a.T / n
 
 
-def check_slowly(model: Classifier, batch: Batch, size: int) -> None:
-    covariance, sigma = Covariance("matrix", jitter=0.0), spd(size)
+def check_slowly(model: Classifier, batch: Batch, size: int, kind: str = "matrix") -> None:
+    covariance, sigma, places = Covariance(kind, jitter=0.0), spd(size), batch.x.shape[1]
+    given = sigma
+    if kind == "stack":
+        given = sigma = torch.stack([sigma * (t + 1) for t in range(places)])
+    elif kind == "places":
+        given = torch.arange(1, places + 1).double()
+        sigma = given[:, None, None] * torch.eye(size).double()
     method = FunctionalInformation(tuple(ABOUT), 4, 0.3, covariance)
-    found = method.attribute(model, batch, covariance.given(sigma), Noise(batch.uids, 3, dtype=torch.float64))
+    found = method.attribute(model, batch, covariance.given(given), Noise(batch.uids, 3, dtype=torch.float64))
     for i, (uid, length) in enumerate(zip(batch.uids, batch.lengths.tolist())):
         front = model.until("embedding", batch.x[i : i + 1, :length])
         net, rest, target = model.rear("embedding"), front.rest, batch.target[i]
@@ -70,7 +81,8 @@ def check_slowly(model: Classifier, batch: Batch, size: int) -> None:
         def score(z: Tensor, net=net, rest=rest, target=target) -> Tensor:
             return net(z[None], *rest).softmax(1)[0, target]
 
-        expected = slow(method, score, front.z[0], batch.words[i, :length], sigma, Noise([uid], 3, dtype=torch.float64))
+        own = sigma if sigma.ndim == 2 else sigma[:length]
+        expected = slow(method, score, front.z[0], batch.words[i, :length], own, Noise([uid], 3, dtype=torch.float64))
         for name, value in expected.items():
             torch.testing.assert_close(found[name][i, :length], value, rtol=1e-6, atol=1e-12)
             assert (found[name][i, length:] == 0).all()
@@ -82,12 +94,23 @@ def test_the_slow_reference(net):
     check_slowly(text_classifier(net)(7, torch.float64), texts(4), 6)
 
 
+@pytest.mark.parametrize("kind", ["stack", "places"])
+def test_the_slow_reference_with_a_covariance_of_each_place(kind):
+    check_slowly(text_classifier("lstm")(7, torch.float64), texts(4), 6, kind)
+
+
 def test_the_slow_reference_on_a_transformer():
     model = Classifier(seeded(bert(vocab_size=12)), {"embedding": "net.bert.embeddings.word_embeddings"}, rows=7)
     model = Classifier(model.module, model.layers, rows=7, dtype=torch.float64)
     batch = texts(4)
     batch = Batch(batch.uids, batch.x.where(batch.mask, 0), batch.target % 3, lengths=batch.lengths, words=batch.words)
     check_slowly(model, batch, 16)
+
+
+def full_length(batch: Batch) -> dict[str, Tensor]:
+    """The same texts with 20 tokens each."""
+    x = torch.tensor(np.random.RandomState(5).randint(2, 12, (len(batch), 20)))
+    return {"x": x, "lengths": torch.full((len(batch),), 20), "words": torch.arange(20).expand(len(batch), -1)}
 
 
 MEASURES = ("functional_information", "covariance_functional_information", "set_information", "var_grad")
@@ -100,13 +123,17 @@ MEASURES = ("functional_information", "covariance_functional_information", "set_
         {"covariance": Covariance("low_rank", rank=2), "labels": "all"},
         {"covariance": Covariance("channels"), "tolerance": 0.3, "samples": 14},
         {"covariance": Covariance("sample_channels"), "labels": 2, "levels": 2},
+        {"covariance": Covariance("stack")},
         {"covariance": Covariance("matrix", per_class=True, shrinkage=0.2), "reduce": "abs_sum"},
     ],
     ids=lambda fields: fields["covariance"].kind,
 )
 def test_the_contract(net, fields):
     method = FunctionalInformation(**({"measures": (*MEASURES, "smooth_grad"), "samples": 3} | fields))
-    state = fit_contract(method.fit, text_classifier(net), texts(24, seed=1)) if method.fit else {}
+    known = texts(24, seed=1)
+    if method.covariance.kind == "stack":  # places as far as the longest text that the contract makes
+        known = dataclasses.replace(known, **full_length(known))
+    state = fit_contract(method.fit, text_classifier(net), known) if method.fit else {}
     method_contract(method, text_classifier(net), texts(4), state)
 
 

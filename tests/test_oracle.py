@@ -45,6 +45,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
 }
 # The others, by name and modality, and why.
 EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("adversarial", "*"): "measures how far maps follow an attack: a map that never changes agrees best",
     ("lipschitz", "*"): "measures how stable maps are: a map that never changes is the best",
     ("insertion_deletion_windows", "image"): "its window of 64 pixels is more than the canvas",
     ("quantus*", "*"): "the adapter's own tests take direction and order of each of quantus' metrics",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from attrib.datasets import Selection
+from attrib.keys import spec
 from attrib.types import SampleError, UserError
 
 
@@ -94,3 +96,13 @@ def test_nothing_left_says_which_rule_removed_how_many():
 def test_impossible_values_are_refused(field, value):
     with pytest.raises(UserError, match=f"select.{field}"):
         Selection(**{field: value})
+
+
+def test_a_permutation_of_numpy():
+    random = np.random.RandomState(1234).permutation(9)[:4]
+    assert Selection(count=4, permutation=1234).apply(Fake(), unused) == tuple(sorted(Fake().uids[i] for i in random))
+    assert spec(Selection(count=4)) == spec(Selection(count=4, permutation=None))
+    assert "permutation" not in spec(Selection(count=4))
+    for fields in ({}, {"count": 3, "min_confidence": 0.5}, {"count": 3, "list": "x"}):
+        with pytest.raises(UserError, match=r"select\.permutation needs select\.count, and no other rule"):
+            Selection(permutation=1, **fields)

@@ -354,6 +354,28 @@ def test_several_labels_are_the_sum_of_their_logits():
     same(found, sum(part * several[:, k : k + 1] for k, part in enumerate(parts)))
 
 
+class Shifted(nn.Module):
+    """A net whose input is moved by a constant."""
+
+    def __init__(self, net: nn.Module, by: Tensor) -> None:
+        super().__init__()
+        self.net, self.by = net, by
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + self.by)
+
+
+@pytest.mark.parametrize("method", [Lime(samples=20, tiles=3), KernelShap(samples=20, tiles=3)])
+def test_the_mean_as_baseline_is_zero_of_an_image_without_its_mean(method):
+    batch = dataclasses.replace(pictures(), x=pictures().x + torch.tensor([2.0, -1.0, 0.5]).view(1, 3, 1, 1))
+    found = picture_map(dataclasses.replace(method, baseline="mean"), batch)
+    for i in range(len(batch)):
+        one, mean = batch[[i]], batch.x[i : i + 1].mean((2, 3), keepdim=True)
+        net = Classifier(Shifted(seeded(Net()), mean), rows=7, dtype=torch.float64)
+        around = dataclasses.replace(one, x=one.x - mean)
+        same(found[i : i + 1], method.attribute(net, around, {}, streams(one))["map"])
+
+
 def test_fields_that_make_no_sense_are_errors():
     for method in (Lime, KernelShap):
         with pytest.raises(UserError, match=rf"{method.__name__}.baseline is 'blur', must be one of zero, mask"):

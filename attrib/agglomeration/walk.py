@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
+from scipy.stats import rankdata
 
 from attrib.agglomeration.rules import Rules, components, follow, near, smoothed, threshold
 
@@ -35,6 +36,23 @@ class Agglomeration:
     chosen: list[np.ndarray] = field(default_factory=list)
     levels: list[tuple[np.ndarray, dict[int, np.ndarray]]] = field(default_factory=list)
     combined: list[np.ndarray] = field(default_factory=list)
+
+    def order(self, absolute: bool = False) -> np.ndarray:
+        """(*shape) when each unit joined, the first ones highest: whole numbers are steps, 0 for those that never did.
+
+        The fraction is the rank of the unit's score, or with ``absolute`` of its magnitude, among those of its step:
+        above 0 for the smallest, below 1 for the largest.
+        """
+        steps = len(self.combined)
+        found = np.zeros(self.scores[0].shape)
+        for step, (labels, _) in enumerate(self.levels[:steps]):
+            found[(labels > 0) & (found == 0)] = steps - step
+        for number in np.unique(found):
+            at = found == number
+            scores = self.scores[int(steps - number)][at]
+            place = rankdata(np.abs(scores) if absolute else scores)
+            found[at] += (place - 0.5) / at.sum()
+        return found
 
 
 class _Known:

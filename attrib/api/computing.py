@@ -258,7 +258,11 @@ def _scored(
         why = f"{type(error).__name__}: {error}"
         return {batch.uids[0]: list(_rows(columns, batch, 0, (batch.uids[0], kind, name), nothing, why))}
     found = {column: value.detach().cpu().double().numpy() for column, value in scored.items()}
-    return {uid: list(_rows(columns, batch, i, (uid, kind, name), found)) for i, uid in enumerate(batch.uids)}
+    needs_roi = cell.metrics[name].NEEDS_ROI
+    return {
+        uid: list(_rows(columns, batch, i, (uid, kind, name), found, needs_roi=needs_roi))
+        for i, uid in enumerate(batch.uids)
+    }
 
 
 def _explain(cell: Experiment, state: State, kind: str) -> Any:
@@ -272,11 +276,12 @@ def _rows(
     names: tuple[str, str, str],
     found: Mapping[str, np.ndarray],
     why: str = "",
+    needs_roi: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Of one sample, map and metric; ``why`` it has no score, if that is known."""
     values = {column: float(found[column][i]) for column in columns}
     failed = not all(np.isfinite(list(values.values())))
-    state, reason = ("failed", why or why_undefined(batch, i)) if failed else ("ok", "")
+    state, reason = ("failed", why or why_undefined(batch, i, needs_roi)) if failed else ("ok", "")
     for column, direction in columns.items():
         yield dict(zip(COLUMNS, (*names, column, direction, values[column], state, reason)))
 

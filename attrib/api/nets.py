@@ -133,8 +133,8 @@ def net_of(
         config = completed({**values.values, "dataset": {}}, values.files)["model"]
         if how is not None:
             raise UserError(
-                f"model {name} says itself how it wants its data; overrides=['model.input.size=...'] changes that, as on "
-                "the command line"
+                f"model {name} says itself how it wants its data; overrides=['model.input.size=...'] changes that, as "
+                "on the command line"
             )
         how = _preset_input(config, name)
         return Net(net, str(config.get("name", name)), how, options, layers, name, own, config, arithmetic)

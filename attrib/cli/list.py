@@ -38,11 +38,35 @@ def _list(args: argparse.Namespace) -> int:
     group, folder = GROUP[args.what], checked_folder(args.config_dir)
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     kinds = group in ("method", "model", "dataset", "metric")
+    if group == "paper":
+        return _papers(folder)
     for name in (f"{group}=", *(("data",) if kinds else ()), "what it is"):
         drawn.add_column(name, no_wrap=name != "what it is")
     for name, path in presets(group, folder).items():
         about = described(group, name, path, folder)
         drawn.add_row(name, *((Text(about[0]),) if kinds else ()), Text(about[1]))
+    console = common.console()
+    console.print(drawn)
+    print(common.printed(console), end="")
+    return 0
+
+
+def _papers(folder: Path | None) -> int:
+    """Each table with what it needs, how much of it is published, and how long it takes."""
+    from attrib.papers.presets import load  # composes configurations
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("paper=", "what it is", "needs", "published", "takes"):
+        drawn.add_column(name, no_wrap=name in ("paper=", "published"))
+    for name in presets("paper", folder):
+        try:
+            preset = load(name, folder=folder)
+        except UserError as error:
+            drawn.add_row(name, Text(f"cannot be read: {error}"))
+            continue
+        known = sum(entry.published is not None for entry in preset.entries)
+        published = f"{known} of {len(preset.entries)}" if known else "none read yet"
+        drawn.add_row(name, Text(preset.title), Text(preset.needs or "?"), published, Text(preset.duration or "?"))
     console = common.console()
     console.print(drawn)
     print(common.printed(console), end="")

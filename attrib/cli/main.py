@@ -15,6 +15,7 @@ from attrib.errors import did_you_mean
 GROUPS = {
     "compute": {
         "run": "explain a dataset's samples and score the maps; -m: a grid, or a paper's table",
+        "paper": "a paper's table in one command; a study of one's own as a preset",
         "train": "train a network by a recipe",
         "sanity": "does a method's map depend on the network's weights?",
         "precision": "what another arithmetic of the network, such as bfloat16, changes",

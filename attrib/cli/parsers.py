@@ -187,6 +187,26 @@ def table() -> Parser:
     return p
 
 
+def paper() -> Parser:
+    p = _parser(
+        "paper",
+        "A paper's table in one command: computes what is missing (the same command goes on after a kill), prints the\n"
+        "table and writes it, with a figure, to ROOT/papers/. With --export: a finished study as a preset.",
+    )
+    p.add_argument("name", metavar="NAME", help="of the preset (attrib list papers)")
+    p.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="overrides as for attrib run; with --export the work directory"
+    )
+    p.add_argument(
+        "--export",
+        action="store_true",
+        help="write paper/NAME.yaml into --config-dir (default: configs/) from a work directory: its values, "
+        "tolerances from its intervals, digests of nets and data",
+    )
+    _confidence(p)
+    return p
+
+
 TABLE_FORMATS = ("csv", "md", "tex", "terminal")
 TABLE_FIELDS = ("dataset", "model", "method", "metric", "map", "column")
 
@@ -327,6 +347,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "run": run,
     "train": train,
     "table": table,
+    "paper": paper,
     "report": report,
     "show": show,
     "list": list_,

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             return _python(line)
         name = (line.values("paper") or ["None"])[-1]
         if name != "None" and line.multirun:
-            return _of_paper(name, line)
+            return of_paper(name, line)
         if name != "None" and any(key.startswith("paper.") for key in line.overrides):
             raise UserError("paper.* says what a table is; add -m to run it")
         if args.cfg is None and (wanted := slurm.grid(line, os.environ)) is not None:
@@ -102,7 +102,7 @@ def _status(composition: Composition) -> int:
     return cell(composition).status
 
 
-def _of_paper(name: str, line: CommandLine) -> int:
+def of_paper(name: str, line: CommandLine) -> int:
     """The runs of a paper's table, one after the other; each computes only what its cell misses. Raises UserError."""
     texts = {key: str(o.input_line) for key, o in line.overrides.items() if key != "paper"}
     if strange := [text for text in texts.values() if text.startswith(("hydra", "run=slurm"))]:

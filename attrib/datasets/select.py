@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+import numpy as np
+
 from attrib.datasets.files import shown
 from attrib.datasets.protocols import Dataset
-from attrib.keys import stable_hash
+from attrib.keys import ADDED, stable_hash
 from attrib.types import SampleError, UserError, did_you_mean
 
 Confidence = Callable[[Sequence[str]], Mapping[str, float]]
@@ -17,7 +19,7 @@ Confidence = Callable[[Sequence[str]], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Selection:
-    """Rules, applied in the order list, max_box_area, min_confidence, count; None leaves a rule out.
+    """Rules, applied in the order list, max_box_area, min_confidence, count or permutation; None leaves a rule out.
 
     list            text file: a uid or relative file name per line; blank lines are skipped
     max_box_area    boxes cover less than this fraction of the image (the papers: 0.33); samples without a box are
@@ -25,6 +27,9 @@ class Selection:
     min_confidence  the network's softmax probability of the target is at least this (the papers: 0.6); of several
                     labels, the sigmoid of each
     count           the ``count`` samples with the smallest hash of (seed, uid), which mixes the classes
+    permutation     a seed: of the data set's uids in their order, ``count`` are those at the first places that
+                    ``numpy.random.RandomState(seed).permutation`` gives, as papers often choose theirs; not together
+                    with another rule
 
     A sample that a rule cannot judge because it cannot be read stays, so that the run reports it.
     """
@@ -35,8 +40,12 @@ class Selection:
     list: str | None = None
     min_confidence: float | None = None
     max_box_area: float | None = None
+    permutation: int | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
+        others = (self.list, self.min_confidence, self.max_box_area)
+        if self.permutation is not None and (self.count is None or any(rule is not None for rule in others)):
+            raise UserError("select.permutation needs select.count, and no other rule beside it")
         if self.count is not None and self.count < 1:
             raise UserError(f"select.count must be at least 1, not {self.count}")
         for name in ("min_confidence", "max_box_area"):
@@ -56,6 +65,9 @@ class Selection:
 
         Raises UserError if the list names an unknown sample, or if nothing is left, saying which rule removed what.
         """
+        if self.permutation is not None:
+            places = np.random.RandomState(self.permutation).permutation(len(dataset.uids))[: self.count]
+            return tuple(sorted(dataset.uids[i] for i in places))
         left: Sequence[str] = dataset.uids
         removed: list[str] = []
 

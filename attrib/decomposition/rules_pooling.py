@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.decomposition.call import Call
 from attrib.decomposition.values import PlainValue, TensorPair
 
+log = logging.getLogger(__name__)
+
+_LOOKED = "attrib.decomposition.ties"  # in the meta of a node: whether its first windows were looked at
 _POOLS: dict[str, Callable[..., Any]] = {
     "max_pool1d": F.max_pool1d, "max_pool2d": F.max_pool2d, "max_pool3d": F.max_pool3d,
     "adaptive_max_pool1d": F.adaptive_max_pool1d, "adaptive_max_pool2d": F.adaptive_max_pool2d,
@@ -26,8 +31,20 @@ def max_pool(call: Call) -> Any:
     """
     pair, name = call.pair, call.name.removesuffix("_with_indices")
     options = {key: value for key, value in call.args.items() if key != "self" and value != []}
-    _, places = _POOLS[name](pair.whole, **options, return_indices=True)
+    values, places = _POOLS[name](pair.whole, **options, return_indices=True)
     dims = int(name[-2])
+    if not pair.rows.both and not call.node.meta.setdefault(_LOOKED, False):
+        call.node.meta[_LOOKED] = True
+        rest = pair.whole.flatten(-dims).scatter(-1, places.flatten(-dims), -torch.inf).view_as(pair.whole)
+        share = (_POOLS[name](rest, **options) == values).float().mean().item()
+        if share:
+            log.warning(
+                "%.0f%% of the windows of %s have several equal maxima, as on a flat background; the first one counts. "
+                "In the authors' code rounding chooses one, so units there may have other scores, and trees other "
+                "components (method acd: as_released=true)",
+                100 * share,
+                call.where,
+            )
     flat = pair.linear(lambda part, _: part.flatten(-dims)).picked(places.flatten(-dims))
     pooled = flat.linear(lambda part, _: part.unflatten(-1, places.shape[-dims:]))
     single = call.name in ("max_pool1d", "max_pool2d", "max_pool3d")

@@ -17,8 +17,8 @@ from attrib.fit import State
 from attrib.keys import ADDED
 from attrib.methods import Explanation, Method
 from attrib.methods.parts.inputs import EMBEDDING
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, UnitScores, check_scores
-from attrib.models import Classifier, ScoreScale
+from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, Scale, UnitScores, check_scores
+from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 from attrib.units import Partition
@@ -39,10 +39,14 @@ class ACD(Method):
     percentile, steps, absolute, smooth   see ``attrib.agglomeration.Rules``
     against      the class whose score is subtracted: its number; "other", the most probable class beside the
                  target; or None
-    level        the level that the map shows: 0 is the single units, k what has been merged up to level k
+    shows        what the map shows: "scores", of the components of a level; or "order", when each unit joined
+                 (``Agglomeration.order``), by which Singh et al. compare hierarchies (section 4.3.2)
+    level        of "scores": the level, 0 for the single units, k for what has been merged up to level k
     output, baseline, output_bias, rules   see ``CD``
     as_released  for "cd": round as the authors' code does, 2 to 3 times slower. On a flat background a pooling
-                 window has several equal maxima, of which that rounding picks one; otherwise the first is taken
+                 window has several equal maxima. The first is taken; in the authors' code, which adds up the parts
+                 anew under every mask, rounding picks one. That is no rule that could be the default: in float64 the
+                 same sums pick others. It changes scores of background units, and trees where these are chosen
 
     >>> import attrib, torch
     >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
@@ -55,9 +59,6 @@ class ACD(Method):
     VERSION: ClassVar[int] = 1
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-    MAPS: ClassVar[Mapping[str, str]] = {
-        "map": "logit units (or of a probability), signed; the sum over a component is its score"
-    }
     DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.agglomeration.trees"}
     score: Part = "cd"
     units: Partition = field(default_factory=lambda: Partition(side=14))
@@ -67,14 +68,18 @@ class ACD(Method):
     smooth: bool = True
     against: int | Literal["other"] | None = None
     level: int = 0
-    output: ScoreScale = "logit"
+    output: Scale = "logit"
     baseline: Baseline = "zero"
     output_bias: bool = True
     as_released: bool = False
     rules: Rules = field(default="singh", metadata=ADDED)
+    shows: Literal["scores", "order"] = field(default="scores", metadata=ADDED)
 
     def __post_init__(self) -> None:
         require(self, "score", one_of=get_args(Part))
+        require(self, "shows", one_of=("scores", "order"))
+        if self.shows == "order" and self.level:
+            raise UserError(f"ACD.level is {self.level}, but shows=order has no level")
         if self.units.kind in ("superpixels", "given"):
             raise UserError(
                 f"ACD.units.kind is {self.units.kind!r}, which have no grid or line: take tiles, words or windows"
@@ -86,6 +91,14 @@ class ACD(Method):
         if not known and self.against not in (None, "other"):
             raise UserError(f"ACD.against is {self.against!r}, must be the number of a class, other or null")
         check_scores(self)
+
+    @property
+    def MAPS(self) -> Mapping[str, str]:  # noqa: N802
+        if self.shows == "order":
+            return {
+                "map": "when a unit joined, first ones highest: its step, counted from the last, >= 0, below 1 if never"
+            }
+        return {"map": "logit units (or of a probability), signed; the sum over a component is its score"}
 
     @property
     def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
@@ -127,19 +140,21 @@ class ACD(Method):
         walks = drive([agglomerate(shapes[i], asked[i][0], rules) for i in some], answer)
         trees = {i: self._tree(shapes[i], *asked[i], logits[i], walk) for i, walk in zip(some, walks, strict=True)}
         values = torch.zeros(len(batch), units.most, dtype=model.dtype, device=device)
-        for i, tree in trees.items():
+        for (i, tree), walk in zip(trees.items(), walks, strict=True):
             nodes = tree.cut(self.level)
-            painted = tree.paint(nodes, (node.score / node.size for node in nodes))
-            values[i, : tree.n] = torch.from_numpy(painted.ravel()).to(values)
+            scores_there = tree.paint(nodes, (node.score / node.size for node in nodes))
+            shown = walk.order(self.absolute) if self.shows == "order" else scores_there
+            values[i, : tree.n] = torch.from_numpy(shown.ravel()).to(values)
         documents = [
             trees[i].to_json() if i in trees else Tree((0,), *asked[i][1:], (), ()).to_json() for i in range(len(batch))
         ]
         error = {"completeness_error": scores.error} if self.EXTRAS else {}
-        return {"map": units.spread(values), "tree": documents, **error}
+        spread = units.paint(values) if self.shows == "order" else units.spread(values)
+        return {"map": spread, "tree": documents, **error}
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
-        return self.output == "probability" or self.against == "other"
+        return self.output != "logit" or self.against == "other"
 
     def _shape(self, batch: Batch, n: int) -> tuple[int, ...]:
         """The units as a line, (n,), or as a grid, (rows, columns)."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from captum import attr
@@ -38,6 +38,15 @@ from attrib.models.activations import RELU_LIKE
 from attrib.models.graph import check_same
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
+
+
+def _check_baseline(owner: object, value: object) -> None:
+    """Raises UserError unless the field ``baseline`` of ``owner`` is a finite number or "mean"."""
+    if value == "mean":
+        return
+    if isinstance(value, str):
+        raise UserError(f"{type(owner).__name__}.baseline is {value!r}, must be a finite number or mean")
+    require(owner, "baseline")
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ class IntegratedGradients(Method):
 
     steps      points of the Gauss-Legendre rule
     baseline   the value of all numbers of the baseline, in normalised units: 0 is the data's mean colour, or
-               the zero vector for every token of a text
+               the zero vector for every token of a text. "mean": of images and sounds, the sample's mean per channel
 
     ``delta`` is the error of completeness: the sum of the map minus the change of the logit.
 
@@ -151,12 +160,12 @@ class IntegratedGradients(Method):
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the change of the logit"}
     EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "error of completeness, logit units"}
     steps: int = 50
-    baseline: float = 0.0
+    baseline: float | Literal["mean"] = 0.0
     reduce: Reduce = "sum"
 
     def __post_init__(self) -> None:
         require(self, "steps", at_least=1)
-        require(self, "baseline")
+        _check_baseline(self, self.baseline)
         require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
@@ -359,7 +368,7 @@ class Occlusion(Method):
 
     window, stride   side of the square and its step, in pixels; for sounds, in samples
     baseline         the value that covers, in normalised units: 0 is the data's mean colour, or the zero vector
-                     for a token of a text
+                     for a token of a text. "mean": of images and sounds, the sample's mean per channel
 
     >>> import attrib, torch
     >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
@@ -375,11 +384,11 @@ class Occlusion(Method):
     MAPS: ClassVar[Mapping[str, str]] = {"map": "fall of the logit, signed"}
     window: int = 32
     stride: int = 16
-    baseline: float = 0.0
+    baseline: float | Literal["mean"] = 0.0
 
     def __post_init__(self) -> None:
         require(self, "window", "stride", at_least=1)
-        require(self, "baseline")
+        _check_baseline(self, self.baseline)
         if self.stride > self.window:
             raise UserError(f"Occlusion.stride is {self.stride}, must not be larger than window, {self.window}")
 
@@ -387,15 +396,16 @@ class Occlusion(Method):
         inputs = Inputs.of(model, batch)
         method = attr.Occlusion(inputs.score())
         window, step = self._window(inputs)
+        own = inputs.constant("mean") if self.baseline == "mean" else None
         spans = zip(inputs.x.shape[1:], window, step, strict=True)
         places = math.prod(max(0, -(-(side - w) // s)) + 1 for side, w, s in spans)
 
-        def explain(x: Tensor, args: tuple[Tensor, ...], _: slice) -> Tensor:
+        def explain(x: Tensor, args: tuple[Tensor, ...], samples: slice) -> Tensor:
             return method.attribute(
                 x,
                 sliding_window_shapes=window,
                 strides=step,
-                baselines=self.baseline,
+                baselines=self.baseline if own is None else own[samples],
                 additional_forward_args=args,
                 perturbations_per_eval=max(1, model.rows // len(x)),
             )

@@ -88,6 +88,9 @@ class _Reading:
         for row, node in enumerate(edges.effects.tolist()):
             of = edges.linked[row]  # in a grouped convolution: those of its group
             x, w = features[edges.features[of]], edges.weight[row, of]
+            if self.as_released:
+                zeroed = torch.isin(edges.features[of], self.layer.units[0].features.to(of.device))
+                w = w.masked_fill(zeroed.view(-1, *[1] * (w.ndim - 1)), 0)
             if features.ndim == 1:
                 v = (x * w).reshape(-1, *self.layer.places)
             else:
@@ -115,8 +118,8 @@ class CausalPaths(Method):
     nodes         how many maps of single nodes to give beside the mean of all, beginning with the node whose
                   removal lowers the logit most
     as_released   as in the authors' code: takes the raw output of the convolution before instead of what the layer
-                  reads, and flips the kernels. (The authors' results in tests/golden count only one of two causes;
-                  it is not known which ones they leave out, so all count here.)
+                  reads, flips the kernels, and lets cause 0 count as a uniform map. (Their search intervenes on cause
+                  0 first, in place, and so has zeroed its weights when the maps read them.)
     draws         if not 0, also reports how the class's sub-network classifies each sample, compared with the mean
                   of so many random sub-networks of its size (``attrib.causal.subnetwork``), as numbers for tables
     graph         the causal graphs, which are fitted first
@@ -125,7 +128,7 @@ class CausalPaths(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     NEEDS_PROBABILITIES: ClassVar[bool] = True
     layer: str = "bottleneck"
     nodes: int = 0

@@ -15,8 +15,17 @@ from attrib.keys import ADDED
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.unit_scores import COMPLETENESS, Baseline, Part, Rules, UnitScores, check_scores
-from attrib.models import Classifier, ScoreScale, probabilities
+from attrib.methods.parts.unit_scores import (
+    COMPLETENESS,
+    Baseline,
+    Part,
+    Rules,
+    Scale,
+    UnitScores,
+    check_scores,
+    scaled,
+)
+from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
 from attrib.units import Partition, Units
@@ -34,8 +43,10 @@ class CD(Method):
                  same units: "occlusion", the fall of the logit without the unit; "build_up", the logit of the
                  unit alone; "input_x_gradient" and "integrated_gradients", summed over the unit
     units        how samples are divided into units
-    output       what is explained: "logit", or (not by "cd") "probability", the softmax, as in the authors' code
-    baseline     for occlusion and build-up, what replaces a removed unit: "zero", or a text's "mask" token
+    output       what is explained: "logit", or (not by "cd") "probability", the softmax, or "log_probability", its
+                 logarithm, which the authors' code takes for digits
+    baseline     for occlusion and build-up, what replaces a removed unit: "zero", a text's "mask" token, or "mean",
+                 that of each channel of an image or sound
     steps        for integrated gradients, points on the line from zero to the input, including both ends
     output_bias  for "cd", whether to add the bias of the last layer; the authors' code for texts does not
     rules        for "cd": "singh", those of the papers above, or "cd_t", those of Hsu et al., *Efficient Automated
@@ -59,7 +70,7 @@ class CD(Method):
     }
     score: Score = "cd"
     units: Partition = field(default_factory=Partition)
-    output: ScoreScale = "logit"
+    output: Scale = "logit"
     baseline: Baseline = "zero"
     steps: int = 100
     output_bias: bool = True
@@ -72,7 +83,7 @@ class CD(Method):
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
-        return self.output == "probability"
+        return self.output != "logit"
 
     @property
     def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
@@ -122,8 +133,7 @@ class CD(Method):
 
             def score(logits: Tensor, rows: slice, m: int = len(some)) -> Tensor:
                 at = torch.arange(rows.start, rows.stop, device=logits.device) // m
-                logits = probabilities(logits, link=model.link) if self.output == "probability" else logits
-                return target_score(logits, inputs.target[at])
+                return target_score(scaled(logits, self.output, model.link), inputs.target[at])
 
             _, grad = model.gradient(x.flatten(0, 1), score, role, inputs.rest)
             total += grad.view(x.shape).sum(1)

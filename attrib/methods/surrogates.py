@@ -190,7 +190,7 @@ class Lime(_Removal):
                    texts too, where it calls it 25 of 100; the paper's sigma is sqrt(2) times this
     alpha          factor of the penalty alpha |weights|^2, which replaces the paper's Omega; 1 in the program
     baseline       what replaces a removed word: the "zero" vector, or the net's "mask" token. Special tokens
-                   always stay. Images have only zero, the data's mean colour
+                   always stay. Of images "zero", the data's mean colour, or "mean", the image's own
     tiles          along each side of an image
 
     >>> import attrib, torch

@@ -5,6 +5,7 @@ A metric is a frozen dataclass; its fields are its parameters and enter the key 
 
 from __future__ import annotations
 
+from attrib.metrics.adversarial import AdversarialAgreement
 from attrib.metrics.degradation import Degradation
 from attrib.metrics.ehr import EHR
 from attrib.metrics.eraser import Eraser
@@ -22,6 +23,7 @@ __all__ = [
     "EHR",
     "IROF",
     "ROAD",
+    "AdversarialAgreement",
     "Degradation",
     "Direction",
     "Eraser",

@@ -20,6 +20,7 @@ import pandas as pd
 from attrib import keys
 from attrib.config.objects import build, completed
 from attrib.papers.presets import FULL, Preset, TableEntry, configuration
+from attrib.papers.study import digests
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
 from attrib.store.workers import read_object
@@ -48,7 +49,9 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
 
     ``verdict``: MISSING where a sample of the entry has neither score nor failure, or nothing was scored;
     UNREAD where the published value has not been read in the paper yet; else PASS if the difference is within the
-    tolerance, or FAIL. ``why`` explains MISSING. Raises UserError for a preset that reads what its runs do not have.
+    tolerance, or FAIL. ``why`` explains MISSING. ``comparison``: a number that is not published. ``other``: of an
+    exported study, whether the cell has other weights or data. Raises UserError for a preset that reads what its
+    runs do not have.
     """
     held = [_Held.of(item) for item in labels.labelled(root)] if cells(Path(root)) else []
     wanted = {job: _wanted(preset, job) for job in preset.jobs}
@@ -62,7 +65,8 @@ def table(preset: Preset, root: Path | str, confidence: float = 0.95) -> pd.Data
         if item and (folder := item.scores(entry.metric, what.metrics[entry.metric])):
             place = (item.cell.folder.name, names[item.cell.folder.name, folder], kind, entry.score)
             ours = summary.get(place, _NONE)
-        lines.append({**_line(entry, ours, what), "command": _command(preset.arguments(entry.overrides))})
+        command = _command(preset.arguments(entry.overrides))
+        lines.append({**_line(entry, ours, what), "other": _other(preset, entry, item), "command": command})
     return pd.DataFrame(lines)
 
 
@@ -88,9 +92,21 @@ def _line(entry: TableEntry, ours: Mapping[str, Any], what: WantedCell) -> dict[
         "tolerance": published.tolerance if published else math.nan,
         "difference": difference,
         "source": published.source if published else "",
+        "comparison": entry.comparison.value if entry.comparison else math.nan,
+        "comparison_spread": (entry.comparison.spread or math.nan) if entry.comparison else math.nan,
+        "comparison_source": entry.comparison.source if entry.comparison else "",
         "verdict": verdict,
         "why": (what.why or some or ("all samples failed" if ours["failed"] else "")) if missing else "",
     }
+
+
+def _other(preset: Preset, entry: TableEntry, item: _Held | None) -> str:
+    """What the cell has other digests of than the study that the preset was exported from."""
+    known = preset.digests.get(entry.row)
+    if item is None or known is None:
+        return ""
+    mine = digests(item.spec, item.samples)
+    return " and ".join(name for name in known if mine.get(name) != known[name])
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -139,11 +155,12 @@ class _Held:
     cell: Cell
     spec: Mapping[str, Any]
     configs: Sequence[Mapping[str, Any]]
+    samples: Mapping[str, str | None] | None = None
 
     @classmethod
     def of(cls, item: labels.Labelled) -> _Held:
         runs = (read_object(path) for path in sorted(item.cell.folder.glob("runs/*/config.json")))
-        return cls(item.cell, item.spec, [item.spec["config"], *runs])
+        return cls(item.cell, item.spec, [item.spec["config"], *runs], item.samples)
 
     def scores(self, name: str, metric: Any) -> str | None:
         """The folder of a metric's scores; None if there is none."""
@@ -196,13 +213,19 @@ def _numbers(root: Path, found: Sequence[Cell], confidence: float) -> tuple[dict
     )
 
 
+def _with_spread(value: float, spread: float) -> str:
+    return formats.rounded(value) + ("" if math.isnan(spread) else f" (sd {formats.rounded(spread)})")
+
+
 # Laying out ----------------------------------------------------------------------------------------------
 
 
 def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> formats.TextTable:
     """The table for people: ours ± half the interval, published, difference, verdict, costs; below, what is missing."""
     device, several = formats.devices(found["device"])
-    header = ["method", "score", "n", "ours", "published", "difference", "tolerance", "verdict", *formats.COSTS]
+    beside = found["comparison"].notna().any()
+    header = ["method", "score", "n", "ours", "published", "difference", "tolerance", "verdict"]
+    header += [*(["comparison"] if beside else []), *formats.COSTS]
     header += ["device"] if several else []
     body, bold = [], set()
     for i, row in enumerate(found.to_dict("records")):
@@ -217,6 +240,7 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
                 "–" if math.isnan(row["difference"]) else f"{row['difference']:+.3g}",
                 formats.rounded(row["tolerance"]),
                 row["verdict"],
+                *([_with_spread(row["comparison"], row["comparison_spread"])] if beside else []),
                 *formats.cost_texts(row),
                 *([row["device"] or "–"] if several else []),
             ]
@@ -229,6 +253,8 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         f"{preset.source}. {', '.join(words)}. ours: mean ± half width of its {formats.percent(confidence)} interval."
     ]
     notes += [preset.note] if preset.note else []
+    sources = [source for source in dict.fromkeys(found["comparison_source"]) if source]
+    notes += [f"comparison (not a published value): {'; '.join(sources)}."] if sources else []
     notes += formats.spelt_out(found["column"])
     if preset.size == FULL and found["published"].isna().any():
         notes.append(f"A published value of – has not been read in the paper yet: configs/paper/{preset.name}.yaml.")
@@ -238,6 +264,8 @@ def drawn(preset: Preset, found: pd.DataFrame, confidence: float = 0.95) -> form
         )
     if preset.changed:
         notes.append(f"Given on the command line: {' '.join(preset.changed)}.")
+    for what, rows in found[found["other"] != ""].groupby("other", sort=False):
+        notes.append(f"{', '.join(dict.fromkeys(rows['row']))}: other {what} than the study that was exported.")
     missing = found[found["verdict"] == MISSING]
     for why, rows in missing[missing["why"] != ""].groupby("why", sort=False):
         notes.append(f"{', '.join(dict.fromkeys(rows['row']))}: {why}")

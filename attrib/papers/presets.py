@@ -21,7 +21,20 @@ from attrib.config.compose import Composition, Override, compose, compose_node, 
 from attrib.types import UserError
 
 FULL, TINY = "full", "tiny"
-FIELDS = ("title", "source", "place", "note", "size", "tolerance", "columns", "rows", "tiny")
+FIELDS = (
+    "title",
+    "source",
+    "place",
+    "note",
+    "needs",
+    "duration",
+    "digests",
+    "size",
+    "tolerance",
+    "columns",
+    "rows",
+    "tiny",
+)
 HOW = ("run", "hydra", "paper")  # overrides of these never choose rows or columns
 
 Pairs = Mapping[str, Override]  # parsed overrides by what they set
@@ -37,13 +50,27 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A number that is not published but is worth a look beside ours, such as raw results; it gets no verdict."""
+
+    value: float
+    spread: float | None
+    source: str
+
+
+@dataclass(frozen=True)
 class GridLine:
-    """A row or a column. ``reads``: of a row its map ("": the method's only one), of a column METRIC.COLUMN."""
+    """A row or a column. ``reads``: of a row its map ("": the method's only one), of a column METRIC.COLUMN.
+
+    also   of a row: further overrides in some of the columns
+    """
 
     label: str
     overrides: Pairs
     reads: str
     published: Mapping[str, Published | None] = field(default_factory=dict)
+    comparison: Mapping[str, Comparison] = field(default_factory=dict)
+    also: Mapping[str, Pairs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,11 +84,16 @@ class TableEntry:
     score: str
     overrides: tuple[str, ...]
     published: Published | None
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A table of a paper, row by row. ``changed``: what the command line chose, replaced or added."""
+    """A table of a paper, row by row. ``changed``: what the command line chose, replaced or added.
+
+    needs, duration   for people: data and weights that must be there, and how long the table takes to compute
+    digests           of an exported study: row -> "weights" and "data" of its net and samples (``papers.study``)
+    """
 
     name: str
     title: str
@@ -72,6 +104,9 @@ class Preset:
     how: tuple[str, ...] = ()  # overrides of run.*
     folder: Path | None = None  # Hydra's --config-dir
     size: str = FULL
+    needs: str = ""
+    duration: str = ""
+    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[tuple[str, ...]]:
@@ -125,16 +160,20 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
         mine = _open(forced, row)
         for label, pairs in _swept(row, mine):
             for column in columns:
-                full = {**pairs, **column.overrides, **{key: pairs[key] for key in mine}}
+                also = row.also.get(column.label, {})
+                full = {**pairs, **column.overrides, **also, **{key: pairs[key] for key in mine}}
                 metric, _, score = column.reads.partition(".")
                 value = None if tiny else row.published.get(column.label)
-                entries.append(TableEntry(label, column.label, row.reads, metric, score, _written(full), value))
+                beside = None if tiny else row.comparison.get(column.label)
+                entries.append(TableEntry(label, column.label, row.reads, metric, score, _written(full), value, beside))
     source = ", ".join(str(node[name]) for name in ("source", "place") if node.get(name))
     changed = tuple(_line(o) for o in what.values())
     how = tuple(_line(o) for key, o in given.items() if key not in what and not key.startswith("paper"))
-    note = " ".join(str(node.get("note") or "").split())
+    note, needs, duration = (" ".join(str(node.get(name) or "").split()) for name in ("note", "needs", "duration"))
     size = TINY if tiny else FULL
-    return Preset(name, str(node["title"]), source, note, tuple(entries), changed, how, folder, size)
+    digests = {} if tiny else _fields(f"{where}: digests", node.get("digests") or {}, tuple(node["rows"]))
+    title = str(node["title"])
+    return Preset(name, title, source, note, tuple(entries), changed, how, folder, size, needs, duration, digests)
 
 
 def _node(name: str, overrides: Sequence[str], folder: Path | None) -> dict[str, Any]:
@@ -147,13 +186,16 @@ def _node(name: str, overrides: Sequence[str], folder: Path | None) -> dict[str,
 
 def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> GridLine:
     at = f"{where}: rows: {label}"
-    line = _fields(at, {"with": line} if isinstance(line, str) else line, ("with", "map", "published"))
-    published = _fields(f"{at}: published", line.get("published") or {}, tuple(node["columns"]))
+    known = ("with", "map", "published", "comparison", "also")
+    line = _fields(at, {"with": line} if isinstance(line, str) else line, known)
+    published, beside, also = (_fields(f"{at}: {n}", line.get(n) or {}, tuple(node["columns"])) for n in known[2:])
     values = {column: _published(f"{at}: {column}", value, node) for column, value in published.items()}
+    others = {column: _comparison(f"{at}: {column}", value) for column, value in beside.items()}
+    more = {column: parse_overrides(shlex.split(text), f"{at}: also") for column, text in also.items()}
     overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
     if any(values.values()) and any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a row of several values cannot have one published value; write a row for each")
-    return GridLine(label, overrides, line.get("map") or "", values)
+    return GridLine(label, overrides, line.get("map") or "", values, others, more)
 
 
 def _column(where: str, label: str, line: Any) -> GridLine:
@@ -189,6 +231,19 @@ def _published(at: str, value: Any, node: Mapping[str, Any]) -> Published | None
             f"{at}: a published value needs a number, a tolerance and a source (paper and table), not {full}"
         )
     return Published(float(full["value"]), float(full["tolerance"]), str(full["source"]))
+
+
+def _comparison(at: str, value: Any) -> Comparison:
+    given = _fields(at, value, ("value", "spread", "source"))
+    numbers = [given.get("value"), given.get("spread") or 0.0]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
+        raise UserError(
+            f"{at}: a comparison needs a number as value, and as spread a number or none, not {dict(given)}"
+        )
+    if not given.get("source"):
+        raise UserError(f"{at}: a comparison needs a source")
+    spread = given.get("spread")
+    return Comparison(float(given["value"]), None if spread is None else float(spread), str(given["source"]))
 
 
 def _values(override: Override) -> list[str]:

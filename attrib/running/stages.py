@@ -297,7 +297,7 @@ class Scores(Stage):
         finite = np.array([all(np.isfinite(list(v.values()))) for v in values])
         for i, uid in enumerate(batch.uids):
             if not finite[i]:
-                self.fail(uid, why_undefined(batch, i))
+                self.fail(uid, why_undefined(batch, i, metric.NEEDS_ROI))
                 continue
             self._curves.add(uid, self.plan.fingerprints[uid], curves[i], seconds=seconds)
             self._rows.add(uid, self.plan.fingerprints[uid], values[i])
@@ -361,7 +361,7 @@ def _stacked(maps: Sequence[np.ndarray], batch: Batch) -> Tensor:
     return torch.from_numpy(np.stack(maps))
 
 
-def why_undefined(batch: Batch, i: int) -> str:
-    if batch.roi is None or not batch.roi[i].any():
+def why_undefined(batch: Batch, i: int, needs_roi: bool) -> str:
+    if needs_roi and (batch.roi is None or not batch.roi[i].any()):
         return "the score is not defined (NaN); the sample has no region of interest"
-    return "the score is not defined (NaN) for this map"
+    return "the score is not defined (NaN) for this sample or map"

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.fit import Fit, FitData, Partial, State
-from attrib.methods.parts.covariance_moments import ONE_LABEL, CoMoments, Observations, Sketch, check_rows, check_spread
+from attrib.methods.parts.covariance_moments import (
+    ONE_LABEL,
+    CoMoments,
+    Observations,
+    PlaceMoments,
+    Sketch,
+    check_rows,
+    check_spread,
+)
 from attrib.methods.parts.covariance_operators import Dense, Groups, LowRank, Operator, Scale
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier
@@ -19,9 +27,20 @@ from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 
 Kind = Literal[
-    "auto", "sample", "sample_channels", "scalar", "channels", "diagonal", "matrix", "stack", "full", "low_rank"
+    "auto",
+    "sample",
+    "sample_channels",
+    "scalar",
+    "places",
+    "channels",
+    "diagonal",
+    "matrix",
+    "stack",
+    "full",
+    "low_rank",
 ]
 UNFITTED = ("sample", "sample_channels")
+BY_PLACE = ("places", "stack")  # of texts
 SQUARES: dict[Kind, Literal["shared", "each"]] = {"matrix": "shared", "stack": "each", "full": "shared"}
 LARGEST = 2**27  # numbers in the matrices of a state: 1 GiB, and as much again for their factors
 _MORE = 10  # columns that the sketch has beyond the rank (Halko, Martinsson & Tropp, 2011)
@@ -37,7 +56,8 @@ class Covariance(Fit):
                 channels         one per channel (C,); of texts one per number of the embedding (E,)
                 diagonal         one per feature, (C, H, W); of texts like ``channels``
                 matrix           (H W, H W), the same for all channels; of texts (E, E), the same for all tokens
-                stack            a matrix (H W, H W) for each channel; not of texts
+                places           of texts only: one per place in the text (T,)
+                stack            a matrix (H W, H W) for each channel; of texts (E, E) for each place in the text
                 full             all features together, (C H W, C H W); not of texts
                 low_rank         ``rank`` directions and a diagonal that keeps every variance as it is, over the
                                  features of ``full``; of texts over the E numbers of a token
@@ -50,7 +70,8 @@ class Covariance(Fit):
     jitter      t times this is added to the diagonal. Without it a matrix from fewer samples than features
                 has no Cholesky factor
 
-    Every feature has its own mean subtracted, with ddof 1. Of texts each real token is one observation.
+    Every feature has its own mean subtracted, with ddof 1. Of texts each real token is one observation; of one place,
+    each text that is long enough. A text that is longer than all but one of the estimation set is refused there.
     Memory: two matrices F x F in float64, of at most 1 GiB each (larger ones are refused: take ``low_rank``);
     low_rank has about 4 F (rank + 10) numbers, 350 MiB at 3 x 224 x 224 and rank 64, and nothing per sample.
     """
@@ -89,8 +110,10 @@ class Covariance(Fit):
         return self.kind not in UNFITTED
 
     def _kind(self, text: bool) -> Kind:
-        if text and self.kind in ("stack", "full"):
-            raise UserError(f"Covariance.kind={self.kind} is not for texts, whose length varies; take matrix")
+        if text and self.kind == "full":
+            raise UserError("Covariance.kind=full is not for texts, whose length varies; take matrix or stack")
+        if not text and self.kind == "places":
+            raise UserError("Covariance.kind=places is for texts only; take channels or diagonal")
         if self.kind == "auto":
             return "matrix" if text else "low_rank"
         return self.kind
@@ -102,7 +125,8 @@ class Covariance(Fit):
 
         By kind: ``variance`` (K, ...); or ``covariance`` and its Cholesky ``factor``, (K, G, F, F); or ``rest``
         (K, F), ``basis`` (K, F, r) and ``gain`` (K, r), see ``LowRank``. Always ``classes`` (K,), -1 without
-        ``per_class``, and ``n`` (K,), the observations of each.
+        ``per_class``, and ``n`` (K,), the observations of each. Of the places of texts also ``lengths`` (K,): how many
+        places at the beginning have a covariance.
 
         Raises UserError for an estimation set that is too small, does not vary, or needs too much memory.
         """
@@ -114,6 +138,8 @@ class Covariance(Fit):
         rows = Observations(model, data, self.per_class, whole=kind in ("full", "low_rank"), report=report)
         if kind == "low_rank":
             return self._low_rank(rows)
+        if text and kind in BY_PLACE:
+            return self._by_place(kind, rows)
         squares = SQUARES.get(kind)
         moments: dict[int, CoMoments] = {}
         for label, x in rows:
@@ -134,10 +160,10 @@ class Covariance(Fit):
         return {**self._factorised(matrix, about["n"]), **about}
 
     def given(self, covariance: Tensor) -> State:
-        """The state of a known covariance of the shape of ``kind``: (), (C,), (C, H, W), (F, F) or (G, F, F)."""
+        """The state of a known covariance of the shape of ``kind``: (), (C,), (T,), (C, H, W), (F, F) or (G, F, F)."""
         about = {"classes": torch.tensor([-1]), "n": torch.tensor([0])}
         covariance = covariance.to(torch.float64)[None]
-        if self.kind in ("scalar", "channels", "diagonal"):
+        if self.kind in ("scalar", "places", "channels", "diagonal"):
             return {"variance": covariance.clone(), **about}
         return {**self._factorised(covariance if covariance.ndim == 4 else covariance[None], about["n"]), **about}
 
@@ -153,9 +179,43 @@ class Covariance(Fit):
         check_spread(mean)
         return (1 - self.shrinkage) * found + (self.shrinkage + self.jitter) * mean
 
-    def _factorised(self, matrix: Tensor, n: Tensor) -> State:
-        """``covariance`` (K, G, F, F), which is ``matrix`` after shrinkage, and its Cholesky ``factor``."""
-        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    def _by_place(self, kind: Kind, rows: Observations) -> State:
+        """The variance or the matrix of each place in a text; one that is the same in all texts has only the jitter."""
+        moments: dict[int, PlaceMoments] = {}
+        for label, x, mask in rows.samples():
+            assert mask is not None  # they are texts
+            if kind == "stack":
+                self._check_size(kind, x.shape[1], x.shape[2], len(moments | {label: None}))
+            moments.setdefault(label, PlaceMoments(kind == "stack")).add(x, mask)
+        check_rows({label: int(m.n.max()) if m.n.numel() else 0 for label, m in moments.items()}, self.per_class)
+        labels = sorted(moments)
+        lengths = [int((moments[label].n >= 2).sum()) for label in labels]
+        found: dict[str, list[Tensor]] = {}
+        for label, length in zip(labels, lengths, strict=True):
+            m = moments[label]
+            value = m.m2[:length] / (m.n[:length] - 1).view(-1, *[1] * (m.m2.ndim - 1))
+            if kind == "stack":
+                mean = value.diagonal(dim1=-2, dim2=-1).mean()
+                made = {name: v[0] for name, v in self._factorised(value[None], m.n[:length], mean.view(1, 1)).items()}
+            else:
+                mean = value.mean()
+                check_spread(mean)
+                made = {"variance": (1 - self.shrinkage) * value.mean(1) + (self.shrinkage + self.jitter) * mean}
+            for name, part in made.items():
+                found.setdefault(name, []).append(_with_places(part, max(lengths)))
+        about = {
+            "classes": torch.tensor(labels),
+            "n": torch.tensor([int(moments[label].n.max()) for label in labels]),
+            "lengths": torch.tensor(lengths),
+        }
+        return {name: torch.stack(parts) for name, parts in found.items()} | about
+
+    def _factorised(self, matrix: Tensor, n: Tensor, mean: Tensor | None = None) -> State:
+        """``covariance`` (K, G, F, F), which is ``matrix`` after shrinkage, and its Cholesky ``factor``.
+
+        mean  the mean variance, which shrinkage and jitter go by; None: each matrix's own
+        """
+        mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1) if mean is None else mean
         check_spread(mean)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         more = (self.shrinkage + self.jitter) * mean[..., None, None]
@@ -252,11 +312,25 @@ class Covariance(Fit):
             index = match.long().argmax(1)
         shape = tuple(x.shape[1:])
         state = {name: value.to(x.device) for name, value in state.items()}
+        if text and kind in BY_PLACE:
+            self._check_lengths(batch, state, index)
         try:
             return Spread(index, [_operator(kind, text, shape, state, k) for k in range(len(state["classes"]))], None)
         except (KeyError, RuntimeError, ValueError) as error:
             what = f"inputs of another shape than {shape}, or is not of kind={kind}"
             raise UserError(f"Covariance: the state was fitted on {what}") from error
+
+    def _check_lengths(self, batch: Batch, state: State, index: Tensor) -> None:
+        """Raises SampleError for a text that is longer than the covariances reach."""
+        assert batch.mask is not None
+        each = state["variance"] if "variance" in state else state["covariance"]
+        most = state.get("lengths", torch.tensor([each.shape[1]] * len(each), device=index.device))[index]
+        for uid, length, reach in zip(batch.uids, batch.mask.sum(1).tolist(), most.tolist(), strict=True):
+            if length > reach:
+                raise SampleError(
+                    f"{uid}: a text of {length} tokens, but Covariance.kind={self.kind} knows {reach} places only, "
+                    "those that two texts of the estimation set have; take matrix, or longer texts there"
+                )
 
 
 @dataclass(frozen=True)
@@ -308,6 +382,13 @@ def _widened(value: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(value, (0, size - value.shape[-1]))
 
 
+def _with_places(value: Tensor, places: int) -> Tensor:
+    """(t, ...) -> (places, ...): the first ones, or zeros after those there are."""
+    longer = value.new_zeros(places, *value.shape[1:])
+    longer[: len(value)] = value[:places]
+    return longer
+
+
 def _own_variance(kind: Kind, inputs: Inputs) -> Tensor:
     """The unbiased variance of each sample, (B, 1, ...), or of each of its channels or tokens, (B, C, 1, ...)."""
     x, mask = inputs.x, inputs.mask
@@ -327,8 +408,10 @@ def _own_variance(kind: Kind, inputs: Inputs) -> Tensor:
 
 def _operator(kind: Kind, text: bool, shape: tuple[int, ...], state: State, k: int) -> Operator:
     """The operator of class number k. Raises KeyError, RuntimeError or ValueError if the state does not fit."""
-    if kind in ("scalar", "channels", "diagonal"):
+    if kind in ("scalar", "places", "channels", "diagonal"):
         variance = state["variance"][k]
+        if kind == "places":
+            variance = _with_places(variance, shape[0])[:, None]
         if kind == "channels" and not text:
             variance = variance.view(-1, *[1] * (len(shape) - 1))
         torch.broadcast_shapes(variance.shape, shape)
@@ -343,7 +426,9 @@ def _operator(kind: Kind, text: bool, shape: tuple[int, ...], state: State, k: i
             raise ValueError("features")
         used = gain > 0
         return LowRank(groups, rest, basis[:, used], gain[used], text)
-    matrix = state["covariance"][k]
+    matrix, factor = state["covariance"][k], state["factor"][k]
+    if text and kind == "stack":
+        matrix, factor = (_with_places(value, shape[0]) for value in (matrix, factor))
     if matrix.shape[-1] != features or matrix.shape[0] not in (1, shape[0]):
         raise ValueError("features")
-    return Dense(groups, matrix, state["factor"][k], text)
+    return Dense(groups, matrix, factor, text)

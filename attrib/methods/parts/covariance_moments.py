@@ -52,6 +52,43 @@ class CoMoments:
         return (flat.T @ flat)[None]
 
 
+class PlaceMoments:
+    """``CoMoments`` of texts, of each place by itself: T places so far, with ``n`` (T,) observations each.
+
+    mean   (T, E)
+    m2     (T, E), or with ``squares`` the products of all pairs, (T, E, E)
+    """
+
+    def __init__(self, squares: bool) -> None:
+        self.squares = squares
+        self.n = self.mean = self.m2 = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor, mask: Tensor) -> None:
+        """x (rows, T, E), of which the tokens where ``mask`` (rows, T) is True are observations."""
+        x, real = x.to(torch.float64), mask.to(x.device, torch.float64).unsqueeze(2)
+        n = real.sum((0, 2))
+        mean = (x * real).sum(0) / n.clamp(min=1)[:, None]
+        m2 = self._products((x - mean) * real)
+        most = max(len(n), len(self.n) if self.n.ndim else 0)
+        before = [_longer(value, like, most) for value, like in ((self.n, n), (self.mean, mean), (self.m2, m2))]
+        n, mean, m2 = (_longer(value, value, most) for value in (n, mean, m2))
+        total, delta = before[0] + n, mean - before[1]
+        share = n / total.clamp(min=1)
+        between = self._products(delta[None]) * (before[0] * share).view(-1, *[1] * (m2.ndim - 1))
+        self.n, self.mean, self.m2 = total, before[1] + delta * share[:, None], before[2] + m2 + between
+
+    def _products(self, x: Tensor) -> Tensor:
+        return torch.einsum("nti,ntj->tij", x, x) if self.squares else x.square().sum(0)
+
+
+def _longer(value: Tensor, like: Tensor, places: int) -> Tensor:
+    """(t, ...), or a 0 of no shape, -> (places, ...) with zeros at the end and the other dimensions of ``like``."""
+    longer = like.new_zeros(places, *like.shape[1:])
+    if value.ndim:
+        longer[: len(value)] = value
+    return longer
+
+
 class Sketch:
     """Streaming product of a covariance with the columns of q (F, k), and its diagonal, from rows (F,)."""
 
@@ -96,6 +133,11 @@ class Observations:
         self.shape: tuple[int, ...] = ()  # of an image or sound
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for label, x, mask in self.samples():
+            yield label, self._rows(x, mask)
+
+    def samples(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(class or -1, (rows, *x), of texts which tokens are real (rows, T)), for each batch and class."""
         seen = 0
         for batch in self.data:
             if self.per_class and batch.target.ndim != 1:
@@ -103,7 +145,7 @@ class Observations:
             x = batch.x if batch.mask is None else self.model.until(EMBEDDING, batch.x).z
             for label in sorted(batch.target.unique().tolist()) if self.per_class else [-1]:
                 mine = batch.target == label if self.per_class else torch.ones(len(x), dtype=torch.bool)
-                yield label, self._rows(x[mine.to(x.device)], None if batch.mask is None else batch.mask[mine])
+                yield label, x[mine.to(x.device)], None if batch.mask is None else batch.mask[mine]
             seen += len(batch)
             self.report(f"covariance: {seen} / {len(self.data.uids)} samples")
 

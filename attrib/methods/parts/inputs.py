@@ -146,8 +146,15 @@ class Inputs:
             )
         return total
 
-    def constant(self, value: float) -> Tensor:
-        """x with ``value`` in the place of every number; padding is left as it is."""
+    def constant(self, value: float | Literal["mean"]) -> Tensor:
+        """x with ``value`` in the place of every number, or the sample's own mean per channel; not on padding.
+
+        Raises UserError for the mean of texts and vectors, which have no channels.
+        """
+        if value == "mean":
+            if self.mask is not None or self.x.ndim < 3:
+                raise UserError("baseline=mean is the mean of each channel of an image or sound; these have none")
+            return self.x.mean(tuple(range(2, self.x.ndim)), keepdim=True).expand_as(self.x)
         constant = torch.full_like(self.x, value)
         return constant if self.mask is None else torch.where(self.mask.unsqueeze(-1), constant, self.x)
 

@@ -12,12 +12,14 @@ from attrib.checks import require
 from attrib.decomposition import Decomposer, decompose
 from attrib.decomposition.table import RULES, TRANSFORMER_RULES, Rule
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
-from attrib.models import Classifier, ScoreScale, probabilities
+from attrib.models import Classifier, log_probabilities, probabilities
+from attrib.models.output import Link
 from attrib.types import Batch, UserError
 from attrib.units import Units
 
-Baseline = Literal["zero", "mask"]
+Baseline = Literal["zero", "mask", "mean"]
 Part = Literal["cd", "occlusion", "build_up"]
+Scale = Literal["logit", "probability", "log_probability"]
 Rules = Literal["singh", "cd_t"]
 
 COMPLETENESS = {
@@ -33,21 +35,32 @@ def check_scores(method: object) -> None:
     """Check the fields ``score``, ``baseline``, ``output`` and ``rules`` of CD and ACD. Raises UserError."""
     name, fields = type(method).__name__, vars(method)
     require(method, "baseline", one_of=get_args(Baseline))
-    require(method, "output", one_of=get_args(ScoreScale))
+    require(method, "output", one_of=get_args(Scale))
     require(method, "rules", one_of=get_args(Rules))
     if fields["score"] == "cd" and fields["output"] != "logit":
         raise UserError(f"{name}.output is {fields['output']!r}, but contextual decomposition explains logits only")
 
 
-def removed(model: Classifier, batch: Batch, inputs: Inputs, baseline: Baseline, name: str) -> Tensor:
-    """(B, *input) with every unit removed: zeros, or in texts the net's mask token.
+def scaled(logits: Tensor, output: Scale, link: Link | None) -> Tensor:
+    """(N, K) -> (N, K): the logits in what a method explains."""
+    if output == "logit":
+        return logits
+    return probabilities(logits, link=link) if output == "probability" else log_probabilities(logits, link=link)
 
-    Raises UserError, which begins with the method's ``name``, if there is no such token.
+
+def removed(model: Classifier, batch: Batch, inputs: Inputs, baseline: Baseline, name: str) -> Tensor:
+    """(B, *input) with every unit removed: zeros, in texts the net's mask token, or else the sample's mean per channel.
+
+    Raises UserError, which begins with the method's ``name``, if there is no such token, or there are no channels.
     """
     if baseline == "zero":
         return torch.zeros_like(inputs.x)
+    if baseline == "mean":
+        if batch.words is not None:
+            raise UserError(f"{name}.baseline is 'mean', the mean of an image's channels; texts have 'zero' and 'mask'")
+        return inputs.constant("mean")
     if batch.words is None:
-        raise UserError(f"{name}.baseline is 'mask', a token of texts; others have only 'zero'")
+        raise UserError(f"{name}.baseline is 'mask', a token of texts; others have 'zero' and 'mean'")
     mask_id = getattr(model.module, "mask_id", None)
     if mask_id is None:
         net = type(model.module).__name__
@@ -60,7 +73,7 @@ class UnitScores:
 
     how          "cd": the relevant part of the logits (``attrib.decomposition``); "occlusion": the fall of the
                  logits when the set is removed; "build_up": the logits when all other units are removed
-    output       what occlusion and build-up are of: "logit" or "probability"
+    output       what occlusion and build-up are of: "logit", "probability" or "log_probability"
     baseline     of these two: what is put in the place of a removed unit, see ``removed``
     output_bias, rules, as_released   of "cd": see ``Decomposer`` and ``CD``; and round as the authors' code does, see
                  ``decompose``
@@ -78,7 +91,7 @@ class UnitScores:
         how: Part = "cd",
         *,
         baseline: Baseline = "zero",
-        output: ScoreScale = "logit",
+        output: Scale = "logit",
         output_bias: bool = True,
         as_released: bool = False,
         rules: Rules = "singh",
@@ -93,7 +106,7 @@ class UnitScores:
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
-            self._whole = probabilities(self.logits, link=model.link) if output == "probability" else self.logits
+            self._whole = scaled(self.logits, output, model.link)
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
         """The R sets ``sets`` (R, n) bool, of the samples ``owner`` (R,) -> scores (R, K)."""
@@ -125,14 +138,13 @@ class UnitScores:
 
     @torch.no_grad()
     def _forward(self, owner: Tensor, there: Tensor) -> Tensor:
-        """(R, K) logits, or probabilities, where only the places ``there`` (R, *places) bool are kept."""
+        """(R, K) logits, or what ``output`` says, where only the places ``there`` (R, *places) bool are kept."""
         inputs = self._inputs
 
         def piece(rows: slice) -> Tensor:
             at = owner[rows]
             kept = there[rows].unsqueeze(1 if inputs.mask is None else -1)
             x = torch.where(kept, inputs.x[at], self._removed[at])
-            logits = inputs.net(x, *(t[at] for t in inputs.rest))
-            return probabilities(logits, link=self._model.link) if self._output == "probability" else logits
+            return scaled(inputs.net(x, *(t[at] for t in inputs.rest)), self._output, self._model.link)
 
         return self._model.chunked(piece, len(owner))

@@ -1,0 +1,66 @@
+"""``attrib paper``: a paper's table in one command, and a finished study as a preset of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrib.cli import common, run
+from attrib.cli.parsers import PARSERS
+from attrib.cli.table import write
+from attrib.config.compose import CommandLine
+from attrib.config.places import checked_folder
+from attrib.process import exit_status
+from attrib.process.signals import LEFT, Stop
+from attrib.results import formats
+from attrib.running.options import Options
+from attrib.store.files import write_atomic
+from attrib.types import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    args = PARSERS["paper"]().parse(argv)
+    if args.export:
+        return common.guarded(lambda: _export(args))
+    common.prepare()
+    return common.watched(lambda stop: _compute(args, stop))
+
+
+def _compute(args: argparse.Namespace, stop: Stop) -> int:
+    from attrib.papers import comparison, figure, presets
+
+    line = CommandLine.of([f"paper={args.name}", *args.words], args.config_dir, multirun=True)
+    status = run.of_paper(args.name, line)
+    if status == LEFT:
+        return status
+    preset = presets.load(args.name, args.words, checked_folder(args.config_dir))
+    roots = [o.removeprefix("run.root=") for o in preset.how if o.startswith("run.root=")]
+    root = Path(roots[-1] if roots else Options.root)
+    found = comparison.table(preset, root, args.confidence)
+    text = comparison.drawn(preset, found, args.confidence)
+    print(write([text], "terminal", argparse.Namespace(out=None)), end="")
+    place = root / "papers" / args.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(place.with_suffix(".md"), formats.to_markdown(text).encode())
+    drawn = figure.draw(preset, found, place.with_suffix(".png"))
+    print(f"wrote {place.with_suffix('.md')}" + (f" and {place.with_suffix('.png')}" if drawn else ""))
+    return status
+
+
+def _export(args: argparse.Namespace) -> int:
+    from attrib.papers import study
+
+    if len(args.words) != 1:
+        raise UserError("--export NAME takes one work directory: attrib paper --export my_study workdirs/x")
+    if not args.name.isidentifier():
+        raise UserError(f"--export {args.name}: a preset's name has letters, digits and underscores only")
+    folder = checked_folder(args.config_dir)
+    path = (folder or Path("configs")) / "paper" / f"{args.name}.yaml"
+    if path.exists():
+        raise UserError(f"{path} is there already; take another name")
+    text = study.as_preset(args.name, Path(args.words[0]), folder, args.confidence)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
+    print(exit_status.lines(f"wrote {path}; attrib paper -cd {path.parent.parent} {args.name} computes it again"))
+    return 0
