@@ -198,7 +198,7 @@ def _tested(
     Those that have an edge to an effect; of these the ``most`` with the lowest estimate.
     """
     site = sites.at(path, x)
-    outputs = effects.nonzero()[:, 0].to(site.z.device)
+    outputs = effects.nonzero()[:, 0]
     connected = [i for i in range(len(site.layer.units)) if len(edges(site, i, outputs).effects)]
     if most is not None and len(connected) > most:
         expected = estimate(sites.model, site, outputs, target, u)[connected]

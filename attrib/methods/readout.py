@@ -275,12 +275,13 @@ class ReadoutFit(Fit):
             [predicted.lam, info],
             [restricted.grad / self.train_batch, torch.full_like(info, self.beta / self.train_batch)],
         )
-        cross_entropy, nats = restricted.loss.mean().item(), info.mean().item()
+        closed = (predicted.alpha <= -ALPHA_LIMIT).double().mean()
+        means = torch.stack([restricted.loss.mean().double(), info.detach().mean().double(), closed])
+        cross_entropy, nats, closed_share = means.tolist()
         loss = cross_entropy + self.beta * nats
         if math.isfinite(loss):
             optimizer.step()
-        closed = (predicted.alpha <= -ALPHA_LIMIT).double().mean().item()
-        return [loss, cross_entropy, nats, closed]
+        return [loss, cross_entropy, nats, closed_share]
 
 
 @dataclass(frozen=True)
