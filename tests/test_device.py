@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pretend_device
 import pytest
 import torch
@@ -15,9 +16,12 @@ from audio_nets import SoundNet, sounds
 from audio_nets import layers as audio_layers
 from contracts import FitSamples, PartialInMemory, close, seeded
 from pretend_device import DeviceError, watched
+from safetensors.torch import load_file
 from test_method_contract import ATTENTION, CHEAP, METHODS, Net, layers, load, pictures
+from test_training import TEXT, configured, table  # noqa: F401
 from text_nets import text_net, texts
-from tiny import ROOT
+from tiny import ROOT, only_cell, quickly, stored
+from tiny import pictures as small_pictures
 from torch import Tensor, nn
 
 from attrib.causal import CausalGraphs
@@ -28,6 +32,8 @@ from attrib.methods.readout import IBAReadout
 from attrib.models import Classifier
 from attrib.models.text import BiLSTM
 from attrib.noise import Noise
+from attrib.results import tables
+from attrib.training import recipe
 from attrib.types import Batch
 from attrib.units import Partition
 
@@ -197,11 +203,11 @@ LOADED = {path: load(path) for path in METHODS if path not in ATTENTION}  # test
 
 
 def presets(modality: str) -> list[Path]:
-    """One for each class of methods that explain such samples; of images all that are not the same in fewer steps."""
+    """One for each class of methods that explain such samples, and for each kind of functional information."""
     found: dict[Any, Path] = {}
     for path, method in LOADED.items():
         if modality in method.MODALITIES:
-            found.setdefault(method if modality == "image" else type(method), path)
+            found.setdefault((type(method), getattr(method, "measures", ())), path)
     return list(found.values())
 
 
@@ -323,3 +329,51 @@ def test_metric(name, kind):
     if name not in SAMPLE_BY_SAMPLE:
         both = map.repeat(2, *[1] * (map.ndim - 1))
         no_more_waits(lambda: scored(metric, far, batch, map), lambda: scored(more, far, twice(batch), both))
+
+
+# ---- runs and trainings ----------------------------------------------------------------------------------
+
+
+def test_a_run(capfd, tmp_path):
+    """With a fit, metrics, and a sample that fails, through the command line's own door."""
+    run, images = quickly(capfd), small_pictures(tmp_path, 5)
+    (images / "p004.png").write_bytes(b"no picture")
+    metrics = ("metric.insertion_deletion.steps=4", "metric.sensitivity_n.samples=4")
+    found = {}
+    for device in ("cpu", "pretend"):
+        root = tmp_path / device
+        result = run(
+            "dataset=tiny", "model=small_cnn", "method=iba", "metric=[ehr,insertion_deletion,sensitivity_n]", *metrics,
+            "method.steps=2", "run.batch=3", "run.progress=false", f"dataset.root={images}", f"run.root={root}",
+            f"run.device={device}",
+        )  # fmt: skip
+        assert result.status == 0, result.err
+        rows = {(r.metric, r.uid, r.column): r.value for r in tables.rows(root).itertuples()}
+        found[device] = stored(root), rows, only_cell(root).folder.name
+    maps, rows, name = found["pretend"]
+    assert (maps.keys(), name) == (found["cpu"][0].keys(), found["cpu"][2])
+    assert rows == pytest.approx(found["cpu"][1], rel=0, abs=1e-12, nan_ok=True)
+    assert len(maps) == 4
+    for uid, arrays in maps.items():
+        for key, value in arrays.items():
+            np.testing.assert_array_equal(value, found["cpu"][0][uid][key])
+
+
+@pytest.mark.parametrize("name", ["acd_cnn_digits", "tone_cnn_tones", "acd_lstm_sst2"])
+def test_a_training(name, tmp_path, table):  # noqa: F811
+    """The CPU's weights; a batch of twice as many needs no more waits."""
+    arguments = ["train.limit=40", "train.epochs=1", "train.progress=false"]
+    if name == "acd_lstm_sst2":
+        arguments += [*TEXT[1:], f"dataset.root={table}", "train.baseline=false"]
+    weights, waits = {}, []
+    for device, batch in (("cpu", 10), ("pretend", 10), ("pretend", 20)):
+        root = tmp_path / f"{device}-{batch}"
+        how = (f"train.batch={batch}", f"train.device={device}", f"train.root={root}")
+        with watched() as seen:
+            recipe.train(configured(f"train={name}", *arguments, *how))
+        waits.append(sum(n for place, n in seen.waits.items() if "attrib/training/loop.py" in place))
+        (path,) = root.rglob("model.safetensors")
+        weights[device, batch] = load_file(path)
+    for key, value in weights["cpu", 10].items():
+        torch.testing.assert_close(weights["pretend", 10][key], value, rtol=0, atol=1e-5)
+    assert 0 < waits[2] <= waits[1]

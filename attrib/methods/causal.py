@@ -194,7 +194,8 @@ class CausalPaths(Method):
             features = sites.at(self._before(structure, layer), batch.x).output
         else:
             features = reading.features(sites.at(path, batch.x).features)
-        rows, nodes = [], {graph.target: self._nodes(reading, structure, graph) for graph in graphs}
+        rows, each = [], {graph.target: graph for graph in graphs}
+        nodes = {target: self._nodes(reading, structure, graph) for target, graph in each.items()}
         for uid, graph, mine in zip(batch.uids, graphs, features, strict=True):
             if not nodes[graph.target]:
                 raise SampleError(f"{uid}: the causal graph of class {graph.target} has no paths at layer {path}")
