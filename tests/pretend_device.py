@@ -351,6 +351,8 @@ def _recurrent(run: Callable[..., tuple]) -> Callable[..., tuple]:
         out = run(*args)
         training = args[7 if isinstance(args[3], (list, tuple)) else 6]  # of packed sequences, or of padded ones
         cudnn = isinstance(args[0], Pretended) and torch.backends.cudnn.enabled
+        for seen in _watching if cudnn else ():
+            seen.launches["cudnn"] += 1
         if cudnn and out[0].requires_grad and not training:
             return (_OneWay.apply(out[0]), *out[1:])
         return out

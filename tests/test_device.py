@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from attrib.causal import CausalGraphs
 from attrib.config.objects import build
 from attrib.methods.fisher import FunctionalInformation
+from attrib.methods.iba import IBA
 from attrib.methods.parts.covariance import Covariance
 from attrib.methods.readout import IBAReadout
 from attrib.models import Classifier
 from attrib.models.text import BiLSTM
 from attrib.noise import Noise
+from attrib.process import exit_status
 from attrib.results import tables
 from attrib.training import recipe
 from attrib.types import Batch
@@ -243,38 +245,52 @@ def test_units_of_each_sample_are_found_without_waiting_for_each():
     no_more_waits(lambda: explained(method, far, batch, state), lambda: explained(method, far, twice(batch), state))
 
 
-@pytest.mark.parametrize("net", ["recurrent", "packed", "of a user"])
-def test_gradients_of_recurrent_nets(net):
-    """cuDNN refuses them in eval mode; the numbers are those of the CPU, and nothing is left switched off."""
-    nets = {
-        "recurrent": lambda: text_net("lstm"),
-        "packed": lambda: seeded(BiLSTM(12, embedding_dim=6, hidden_dim=5, num_classes=5, pad_id=1)),
-        "of a user": lambda: seeded(OfAUser()),
-    }
-    found = {}
-    for device in ("cpu", DEVICE):
-        model = on(device, nets[net](), {"embedding": "embedding"})
-        batch = texts(3)[[0, 0, 0]].to(device)  # of equal length, as the user's net sees padding
-        batch = batch.cut(int(batch.lengths[0]))
-        front = model.until("embedding", batch.x)
-        score = lambda logits, rows, batch=batch: logits.gather(1, batch.target[rows, None])[:, 0]  # noqa: E731
-        value, grad = model.gradient(front.z, score, "embedding", front.rest)
-        found[device] = {"value": value, "grad": grad, "logits": model.logits(batch.x)}
-        assert torch.backends.cudnn.enabled
-    same(found[DEVICE], found["cpu"])
-
-
 class OfAUser(nn.Module):
-    """A GRU that nobody prepared."""
+    """Recurrent layers that nobody prepared, over the columns of an image."""
 
-    pad_id = 1
-
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        self.embedding, self.gru, self.head = nn.Embedding(12, 6), nn.GRU(6, 4, batch_first=True), nn.Linear(4, 5)
+        self.rnn, self.head = kind(36, 5, 2, batch_first=True, bidirectional=True, dropout=0.5), nn.Linear(10, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.gru(self.embedding(x))[0].mean(1))
+        return self.head(self.rnn(x.flatten(1, 2).mT)[0].mean(1))
+
+
+def gradients(model: Classifier, batch: Batch, role: str | None) -> dict[str, Tensor]:
+    batch = batch.to(model.device)
+
+    def score(logits: Tensor, rows: slice) -> Tensor:
+        return logits.gather(1, batch.target[rows, None])[:, 0]
+
+    with watched() as seen:
+        if role is None:
+            value, grad = model.gradient(batch.x, score)
+        else:
+            front = model.until(role, batch.x)
+            value, grad = model.gradient(front.z, score, role, front.rest)
+    assert seen.launches["cudnn"] or model.device.type == "cpu"
+    return {"value": value, "grad": grad, "logits": model.logits(batch.x)}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_gradients_of_recurrent_layers(kind):
+    """cuDNN, which refuses them in eval mode, gives those of the CPU, and the layers are what they were."""
+    near, far = (on(device, seeded(OfAUser(kind)), {}) for device in ("cpu", DEVICE))
+    same(gradients(far, pictures(3), None), gradients(near, pictures(3), None))
+    assert (far.module.rnn.training, far.module.rnn.dropout) == (False, 0.5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_recurrent_nets_of_texts(packed):
+    near, far = (
+        on(
+            device,
+            seeded(BiLSTM(12, embedding_dim=6, hidden_dim=5, num_classes=5, pad_id=1)) if packed else text_net("lstm"),
+            {"embedding": "embedding"},
+        )
+        for device in ("cpu", DEVICE)
+    )
+    same(gradients(far, texts(3), "embedding"), gradients(near, texts(3), "embedding"))
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------
@@ -357,6 +373,36 @@ def test_a_run(capfd, tmp_path):
     for uid, arrays in maps.items():
         for key, value in arrays.items():
             np.testing.assert_array_equal(value, found["cpu"][0][uid][key])
+
+
+def test_a_device_that_is_lost_blames_no_sample(capfd, tmp_path, monkeypatch):
+    run, explain = quickly(capfd), IBA.attribute
+
+    def dying(self, model, batch, *more):
+        if calls and "p003" in batch.uids:
+            pretend_device.lose("an illegal memory access was encountered")
+        calls.append(batch)
+        return explain(self, model, batch, *more)
+
+    arguments = (
+        "dataset=tiny", "model=small_cnn", "method=iba", "metric=[]", "method.steps=2", "run.batch=2",
+        "run.progress=false", f"dataset.root={small_pictures(tmp_path, 5)}", f"run.root={tmp_path / 'work'}",
+        "run.device=pretend",
+    )  # fmt: skip
+    calls: list[Batch] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(IBA, "attribute", dying)
+        with pytest.raises(
+            torch.AcceleratorError, match="illegal memory access"
+        ):  # the tool prints it and exits with 1
+            run(*arguments)
+    assert exit_status.report_error(torch.AcceleratorError("CUDA error")) == 1  # which the tool does with it
+    assert len(calls) == 2  # not once more for each sample of the batch
+    cell = only_cell(tmp_path / "work")
+    assert len(cell.maps.index()) == 2
+    assert not list(cell.folder.glob("failures*"))
+    pretend_device.revive()
+    assert "maps_computed=3 maps_present=2" in run(*arguments).out
 
 
 @pytest.mark.parametrize("name", ["acd_cnn_digits", "tone_cnn_tones", "acd_lstm_sst2"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
+from attrib.methods.iba import IBA
 from attrib.results import tables
 from attrib.store.cell import Arrays, cells
 from attrib.store.files import picture_path
@@ -65,6 +68,25 @@ def test_a_second_run_computes_nothing(run):
     assert all(r["finished"] for r in records)
     folder = next(run.root.glob("*/runs/*/"))
     assert {"config.json", "environment.json", "summary.json"} <= {p.name for p in folder.iterdir()}
+
+
+def test_deterministic_algorithms_are_on_for_the_run_alone(run, monkeypatch):
+    seen, explain = [], IBA.attribute
+
+    def looking(self, *arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return explain(self, *arguments)
+
+    monkeypatch.setattr(IBA, "attribute", looking)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for root, wanted in (("as_usual", "false"), ("repeatable", "true")):
+        how = ("method=iba", "method.steps=2", "metric=[]", "run.limit=2", f"run.deterministic={wanted}")
+        assert run(*how, root=root).status == 0
+    assert seen == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    one, other = (maps(run.root.parent / root) for root in ("as_usual", "repeatable"))
+    assert all(np.array_equal(one[uid], other[uid]) for uid in one)
 
 
 def test_how_does_not_change_what(run):

@@ -14,7 +14,7 @@ from torch import Tensor
 from attrib.datasets import Dataset
 from attrib.experiment.targets import Contrast, Rule, Target, parsed, rules_of
 from attrib.models import Classifier, probabilities
-from attrib.models.classifier import is_out_of_memory, release_memory
+from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
@@ -306,8 +306,6 @@ class Samples:
 
 def parse_device(name: str) -> torch.device:
     """ "auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
-    # TF32 rounds to 10 bits: a GPU would give other numbers than a CPU.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
+from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
 from attrib.running.hooks import Heartbeat, standard_hooks
 from attrib.running.loop import Loop
@@ -48,7 +49,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
     """
     start = time.monotonic()  # the clock may be set while we run
     writer = writer_name(options.shard)
-    with watching(options.grace) as stop:
+    with watching(options.grace) as stop, repeatable(options.deterministic):
         with stop.immediately():
             try:
                 plan = make_plan(experiment, options, writer, stop)
