@@ -14,9 +14,13 @@ State = dict[str, Tensor]
 
 
 class FitData(Protocol):
-    """The samples that a state is fitted on (the estimation set)."""
+    """The samples that a state is fitted on (the estimation set).
+
+    asked   the classes that will be explained, for a fit that goes by classes; None: any
+    """
 
     uids: tuple[str, ...]
+    asked: frozenset[int] | None
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """These samples, in this order. Raises SampleError if one of them cannot be read."""
@@ -50,6 +54,7 @@ class Fit(Protocol):
 
     VERSION: ClassVar[int]  # raised whenever the numbers of the state change
     TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of text nets only, beside ``roles``
+    BY_CLASS: ClassVar[bool] = False  # whether its state has parts for classes, of which those explained suffice
 
     @property
     def TARGETS(self) -> bool:  # noqa: N802  like the constants of ``Method``
@@ -67,3 +72,11 @@ class Fit(Protocol):
         Where a job is told to stop, ``report`` is also where it ends.
         """
         ...
+
+    def covers(self, state: State, asked: frozenset[int] | None) -> bool:
+        """Whether a state has all that was looked for for these classes; None: for any."""
+        return True
+
+    def united(self, stored: State, new: State) -> State:
+        """What is kept of a state that was stored and one that was fitted meanwhile. The first decides."""
+        return stored

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attrib.experiment.samples import Samples
-from attrib.fit import FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, State
 from attrib.models import Classifier
 from attrib.running.states import load_confidence, load_state
 from attrib.types import Batch, SampleError, UserError
@@ -36,7 +36,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Counting:
+class Counting(Fit):
     """Counts its own runs in ``calls``; may be overtaken by another job, or fail."""
 
     VERSION: ClassVar[int] = 1

@@ -44,6 +44,7 @@ class Samples:
     inputs   false: the regions of images are read and not the images, so that ``Batch.x`` is (B, 0, H, W) and there
              are no targets
     classes  class of the dataset -> class of the net, see ``targets.matched``; None: the numbers are the same
+    asked    see ``fit.FitData``
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
@@ -63,6 +64,7 @@ class Samples:
         self.dataset, self.model = dataset, model
         self.target = None if target is None else parsed(target, model.classes)
         self.uids, self._size, self.classes, self._inputs = tuple(uids), batch, classes, inputs
+        self.asked: frozenset[int] | None = None
         self.skipped: dict[str, str] = {}  # uid -> reason, of what iterating could not read
 
     def _ready(self, batch: Batch) -> Batch:

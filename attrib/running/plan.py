@@ -52,10 +52,14 @@ class Plan:
                 self.fingerprints[uid] = self.experiment.dataset.fingerprint(uid)
 
     @property
+    def to_explain(self) -> list[str]:
+        """The samples that need the method: maps are missing, or scores of a metric that asks for maps."""
+        asking = [self.scored[name] for name, metric in self.experiment.metrics.items() if metric.NEEDS_EXPLAIN]
+        return [uid for uid in self.uids if any(uid not in done for done in (self.present, *asking))]
+
+    @property
     def explains(self) -> bool:
-        """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
-        asking = [name for name, metric in self.experiment.metrics.items() if metric.NEEDS_EXPLAIN]
-        return any(len(done) < len(self.uids) for done in (self.present, *(self.scored[name] for name in asking)))
+        return bool(self.to_explain)
 
     def __str__(self) -> str:
         missing = len(self.uids) - len(self.present)

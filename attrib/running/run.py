@@ -87,7 +87,8 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         if fit is None or plan.state_key is None:
             return {}
         samples = experiment.estimation_samples(options.read)
-        return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop)
+        asked = _classes(plan, options) if fit.BY_CLASS else None
+        return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop, asked)
 
     with stop.deferred():
         package = logging.getLogger("attrib")
@@ -132,6 +133,16 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         if failure is not None:
             raise _refused(plan, failure, loop.unwritten) from failure
     return summary
+
+
+def _classes(plan: Plan, options: Options) -> frozenset[int] | None:
+    """The classes that the method explains in this run; None where a sample has several."""
+    found: set[int] = set()
+    for batch in plan.experiment.samples(plan.to_explain or plan.uids, options.read):
+        if batch.target.ndim != 1:
+            return None
+        found.update(batch.target.tolist())
+    return frozenset(found)
 
 
 def _forget(folder: Path, writer: str) -> None:
