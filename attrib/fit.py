@@ -13,6 +13,24 @@ from attrib.types import Batch
 State = dict[str, Tensor]
 
 
+class Progress(str):
+    """A line of progress that also says how far its work is: ``done`` of ``total`` steps that take equally long.
+
+    >>> Progress("covariance", 12, 300, "samples")
+    'covariance: 12 / 300 samples'
+    """
+
+    what: str
+    done: int
+    total: int
+    unit: str
+
+    def __new__(cls, what: str, done: int, total: int, unit: str, more: str = "") -> Progress:
+        self = super().__new__(cls, f"{what}: {done} / {total} {unit}{more}")
+        self.what, self.done, self.total, self.unit = what, done, total, unit
+        return self
+
+
 class FitData(Protocol):
     """The samples that a state is fitted on (the estimation set).
 
@@ -67,7 +85,7 @@ class Fit(Protocol):
         ...
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        """The fitted state. ``report`` takes a line of progress for people, after every batch or step.
+        """The fitted state. ``report`` takes a line for people, best a ``Progress``, after every batch or step.
 
         Where a job is told to stop, ``report`` is also where it ends.
         """

@@ -15,6 +15,7 @@ from tiny import command, only_cell, pictures, write_image
 
 from attrib.methods.iba import IBA
 from attrib.results import tables
+from attrib.running.hooks import Heartbeat
 from attrib.store.cell import Arrays, cells
 from attrib.store.files import picture_path
 
@@ -301,6 +302,18 @@ def test_dry(run):
     assert "ehr: 2 present, 4 to compute" in result.out
     assert "insertion_deletion: 0 present, 6 to compute" in result.out
     assert "s per sample recorded" in result.out
+
+
+def test_a_fit_is_planned_and_shows_how_far_it_is(run, monkeypatch):
+    beats, mark = [], Heartbeat._mark
+    monkeypatch.setattr(Heartbeat, "_mark", lambda self, *n: beats.append((self._stage, *n)) or mark(self, *n))
+    how = ("method=iba", "method.steps=2", "metric=[]", "run.limit=2")
+    assert "FeatureStatistics: to be fitted first, on 6 samples" in run(*how, "run.dry=true").out
+    result = run(*how, "run.progress=true")
+    assert "feature statistics of" in result.err
+    assert "6/6" in result.err
+    assert beats == [("fit", 4, 6), ("fit", 6, 6), ("maps", 2, 2)]
+    assert "FeatureStatistics: fitted on 6 samples" in run("method=iba", "method.steps=2", "run.dry=true").out
 
 
 @pytest.mark.parametrize(

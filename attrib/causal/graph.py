@@ -18,7 +18,7 @@ from torch import Tensor
 from attrib.causal.interventions import Sites, edges, estimate, intervene
 from attrib.causal.structure import OUTPUT, Structure
 from attrib.checks import require
-from attrib.fit import Fit, FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, Progress, State
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
@@ -309,7 +309,7 @@ class CausalGraphs(Fit):
                 if (keep or not self.correct) and len(mine) < self.samples:
                     mine.append(uid)
             seen += len(batch)
-            report(f"causal graphs: {seen} / {len(data.uids)} samples read")
+            report(Progress("samples for causal graphs", seen, len(data.uids), "samples"))
             if wanted is not None and all(len(chosen.get(k, ())) == self.samples for k in wanted):
                 break
         if self.classes is not None:
@@ -344,7 +344,7 @@ class CausalGraphs(Fit):
             if target not in graphs:
                 graphs[target] = find(sites, x, target, self.search)
                 partial.save(to_state(graphs, None if asked is None else ()))
-            report(f"causal graphs: {done + 1} / {len(chosen)} classes")
+            report(Progress("causal graphs", done + 1, len(chosen), "classes"))
         if sites is None:  # nothing new
             return {**stored, "sought": torch.tensor(sorted(asked or ()))} if stored else {}
         return to_state(graphs, asked)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.checks import require
-from attrib.fit import Fit, FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, Progress, State
 from attrib.methods import Method
 from attrib.methods.iba import Gaussian, Restricted, capacity, restrict
 from attrib.methods.parts.layout import Layout, on_image
@@ -229,9 +229,9 @@ class ReadoutFit(Fit):
                     saved = time.monotonic()
                     so_far = curve[-step - 1 :]
                     total, cross_entropy, info, closed = (sum(column) / len(so_far) for column in zip(*so_far))
-                    at = "" if last else f", step {step + 1} of {steps}"
                     parts = f"cross-entropy {cross_entropy:.4g}, {info:.4g} nats, {closed:.1%} of units closed"
-                    report(f"{where}{at}: loss {total:.4g} ({parts})")
+                    what, more = f"readout of {model.path(self.layer)}", f", epoch {epoch + 1}: loss {total:.4g} ({parts})"
+                    report(Progress(what, len(curve), steps * self.epochs, "steps", more))
         return {name: value.float() if name.startswith("net.") else value for name, value in now().items()}
 
     def _start(self, model: Classifier, data: FitData, report: Callable[[str], None]) -> State:
@@ -242,7 +242,7 @@ class ReadoutFit(Fit):
             for role, value in model.record(self.roles, batch.x).items():
                 moments[role].add(value)
             read.update(batch.uids)
-            report(f"statistics of {len(self.roles)} layers: {len(read)} / {len(data.uids)} samples")
+            report(Progress(f"statistics of {len(self.roles)} layers", len(read), len(data.uids), "samples"))
         state = {f"{r}.{name}": v.contiguous() for r in self.roles for name, v in moments[r].state().items()}
         reading = self.read(model, batch.x[:1], state)
         outputs = reading.places.to_grid(reading.r).shape[1]

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
-from attrib.fit import State
+from attrib.fit import Progress, State
 from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
-from attrib.running.hooks import Heartbeat, standard_hooks
+from attrib.running.hooks import FitBar, Heartbeat, standard_hooks
 from attrib.running.loop import Loop
 from attrib.running.options import Options
 from attrib.running.plan import Plan, check_metrics, exam_of, make_plan, spec_of
@@ -88,7 +88,17 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             return {}
         samples = experiment.estimation_samples(options.read)
         asked = _classes(plan, options) if fit.BY_CLASS else None
-        return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop, asked)
+        bar = FitBar()
+
+        def show(progress: Progress) -> None:
+            heartbeat.fitting(progress)
+            if options.progress:
+                bar.show(progress)
+
+        try:
+            return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop, asked, show)
+        finally:
+            bar.close()
 
     with stop.deferred():
         package = logging.getLogger("attrib")

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from attrib import keys
 from attrib.experiment.samples import Samples
-from attrib.fit import Fit, State
+from attrib.fit import Fit, Progress, State
 from attrib.models import Classifier
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
@@ -61,6 +61,10 @@ def _read(path: Path) -> State | None:
         return None
 
 
+def state_path(root: Path, key: str) -> Path:
+    return root / "state" / f"{key[:8]}.safetensors"
+
+
 def load_state(
     root: Path,
     key: str,
@@ -69,6 +73,7 @@ def load_state(
     samples: Samples,
     stop: Stop | None = None,
     asked: frozenset[int] | None = None,
+    show: Callable[[Progress], None] | None = None,
 ) -> State:
     """The fitted state, from ``state/<key8>.safetensors`` or fitted now.
 
@@ -76,12 +81,12 @@ def load_state(
     file, so that all shards work with the same numbers also where a GPU does not repeat itself.
 
     ``asked`` are the classes that are explained: a state that goes by classes (``Fit.BY_CLASS``) and lacks some of
-    them is extended.
+    them is extended. ``show`` is told how far the fit is.
 
     Raises UserError if the estimation set cannot be used, Interrupted if ``stop`` says so when the fit next reports.
     """
     stop = stop or Stop()
-    path = root / "state" / f"{key[:8]}.safetensors"
+    path = state_path(root, key)
     state = _read(path)
     if state is not None and fit.covers(state, asked):
         return state
@@ -94,6 +99,8 @@ def load_state(
         if time.monotonic() - said >= SAY_SECONDS:
             said = time.monotonic()
             log.info(line)
+        if show is not None and isinstance(line, Progress):
+            show(line)
         stop.check()  # a fit reports after it has saved
 
     log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
