@@ -230,7 +230,8 @@ class ReadoutFit(Fit):
                     so_far = curve[-step - 1 :]
                     total, cross_entropy, info, closed = (sum(column) / len(so_far) for column in zip(*so_far))
                     parts = f"cross-entropy {cross_entropy:.4g}, {info:.4g} nats, {closed:.1%} of units closed"
-                    what, more = f"readout of {model.path(self.layer)}", f", epoch {epoch + 1}: loss {total:.4g} ({parts})"
+                    what = f"readout of {model.path(self.layer)}"
+                    more = f", epoch {epoch + 1}: loss {total:.4g} ({parts})"
                     report(Progress(what, len(curve), steps * self.epochs, "steps", more))
         return {name: value.float() if name.startswith("net.") else value for name, value in now().items()}
 
