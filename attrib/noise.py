@@ -56,11 +56,12 @@ class Noise:
         self.uids, self.seed, self.device, self.dtype = tuple(uids), seed, torch.device(device), dtype
         keys = [hashlib.sha256(f"{seed}/{uid}".encode()).digest() for uid in self.uids]
 
-        def column(part: slice, low_bit: int) -> Tensor:
-            values = [int.from_bytes(k[part], "big", signed=True) | low_bit for k in keys]
-            return torch.tensor(values, dtype=torch.int64, device=self.device).reshape(-1, 1)
+        def word(key: bytes) -> int:
+            return int.from_bytes(key, "big", signed=True)
 
-        self._start, self._step = column(slice(0, 8), 0), column(slice(8, 16), 1)
+        words = [[word(key[:8]) for key in keys], [word(key[8:16]) | 1 for key in keys]]
+        # One copy to the device for both.
+        self._start, self._step = torch.tensor(words, dtype=torch.int64, device=self.device).unsqueeze(2).unbind()
         self._count = 0  # 64-bit words drawn so far
         self._blocks = 0  # ragged draws so far
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from attrib.types import Batch, SampleError, UserError
 Kind = Literal["auto", "words", "tiles", "superpixels", "windows", "given"]
 
 
-class Units(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Units:
     """Which unit each place (token, pixel or moment) of B samples belongs to."""
 
     of: Tensor  # (B, *places) int64: the number of the place's unit, 0 .. n-1, or -1 if it belongs to none
@@ -77,9 +79,9 @@ class Units(NamedTuple):
         device = batch.x.device
         return cls(of.to(device).expand(len(batch), *of.shape), torch.full((len(batch),), n, device=device))
 
-    @property
+    @cached_property
     def most(self) -> int:
-        """The largest number of units of any sample, at least 1."""
+        """The largest number of units of any sample, at least 1. The device is asked once."""
         return max(1, int(self.n.max()))
 
     @property

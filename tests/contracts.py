@@ -147,6 +147,8 @@ def seeded(net: nn.Module, scale: float = 0.5) -> nn.Module:
 class FitSamples:
     """A batch as the data of a fit, handed out ``size`` samples at a time; texts with the padding that these need."""
 
+    asked: frozenset[int] | None = None
+
     def __init__(self, samples: Batch, size: int) -> None:
         self.samples, self.size, self.uids = samples, size, samples.uids
 

@@ -21,6 +21,7 @@ from attrib.causal.interventions import estimate
 from attrib.causal.stability import bootstrap, jaccard, soft
 from attrib.causal.subnetwork import logits, weights
 from attrib.models import Classifier, LeNet
+from attrib.running.states import load_state
 from attrib.types import Batch, SampleError, UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -336,3 +337,38 @@ def test_bad_input(model, sites, x):
     labels = Batch(("a", "b"), x[:2], torch.ones(2, 10))
     with pytest.raises(SampleError, match="one class each"):
         CausalGraphs().choose(model, FitSamples(labels, 2), print)
+
+
+def test_only_the_classes_that_are_explained_are_searched(model, x, tmp_path, monkeypatch):
+    """Others are added to the state later, and are those of a search for all."""
+    searched = []
+
+    def noted(sites, x, target, search):
+        searched.append(target)
+        return find(sites, x, target, search)
+
+    monkeypatch.setattr("attrib.causal.graph.find", noted)
+    fit = CausalGraphs(correct=False, samples=4)
+    given = samples(torch.cat((x, x.flip(0))), [1] * 6 + [7] * 7 + [5] * 6 + [3])
+    given.skipped = {}
+
+    def state(asked, root=tmp_path / "some"):
+        searched.clear()
+        return load_state(root, "k" * 64, fit, model, given, asked=asked)
+
+    assert state(frozenset({7}))["classes"].tolist() == searched == [7]
+    assert state(frozenset({7}))["classes"].tolist() == [7]
+    assert searched == []
+    both = state(frozenset({7, 5}))
+    assert (both["classes"].tolist(), searched) == ([7, 5], [5])
+    again = state(frozenset({3, 7}))  # 3 has one sample only, which is remembered
+    assert (again["classes"].tolist(), again["sought"].tolist()) == ([7, 5], [3, 5, 7])
+    everything = state(None)
+    assert (sorted(everything["classes"].tolist()), searched, "sought" in everything) == ([1, 5, 7], [1], False)
+    whole = state(None, tmp_path / "all")
+    order = everything["classes"].argsort()
+    assert whole.keys() == everything.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(everything[name][order], value, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(UserError, match="none of the classes that are explained has two samples"):
+        state(frozenset({3}), tmp_path / "none")

@@ -50,6 +50,18 @@ def test_a_meter_counts_rows_and_seconds_of_each_sample():
     assert 50 * 2**20 < cost["memory"] < 2**40
 
 
+def test_what_was_freed_before_the_first_batch_is_not_the_methods(monkeypatch):
+    done, peak = [], costs.Peak
+    monkeypatch.setattr(costs, "give_back", lambda: done.append("given back"))
+    monkeypatch.setattr(costs, "Peak", lambda device: done.append("looked") or peak(device))
+    monkeypatch.setattr(costs, "EVERY", 0.0)
+    meter = costs.Meter(Classifier(small_cnn(), {}))
+    for _ in range(2):
+        meter.begin()
+        meter.each(1)
+    assert done == ["given back", "looked", "looked"]
+
+
 def test_memory_is_absent_where_nothing_can_tell(monkeypatch):
     monkeypatch.setattr(costs.Peak, "bytes", lambda self: None)
     assert set(_each(Classifier(small_cnn(), {}), 1)) == {"seconds", "rows", "device"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -426,65 +424,6 @@ def test_a_net_that_cannot_be_copied():
     net.remembered = net(torch.zeros(1, *SHAPE))  # with its graph
     with pytest.raises(UserError, match="Sequential cannot be copied"):
         Classifier(net, input_shape=SHAPE)
-
-
-# Recurrent nets on a GPU ------------------------------------------------------------------------
-
-
-class Recurrent(nn.Module):
-    """A user's own: plain nn.LSTM, nn.GRU, nn.RNN over the columns of an image."""
-
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.rnn, self.head = kind(12, 5, batch_first=True, bidirectional=True), nn.Linear(10, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x.flatten(1, 2).mT)[0].mean(1))
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_gradients_of_recurrent_nets_do_not_ask_cudnn(kind, monkeypatch):
-    asked = []
-    forward = kind.forward
-    monkeypatch.setattr(
-        kind,
-        "forward",
-        lambda *args: asked.append((torch.is_grad_enabled(), torch.backends.cudnn.enabled)) or forward(*args),
-    )
-    net, batch = Recurrent(kind).double().eval(), pictures()
-    model = Classifier(net, {"rnn": "head"}, dtype=torch.float64, input_shape=SHAPE)
-    x = batch.x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(net(x).gather(1, batch.target[:, None]).sum(), x)
-    asked.clear()
-    found = Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"]
-    torch.testing.assert_close(found, expected.sum(1))
-    assert (True, False) in asked
-    assert (True, True) not in asked
-    assert (False, False) not in asked
-    assert torch.backends.cudnn.enabled
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_gradients_of_recurrent_nets_on_a_device(kind, tmp_path):
-    folder = Path("/work/shared")
-    if not (folder / "pretend_device.py").is_file():
-        pytest.skip("there is no pretended device here")
-    import subprocess
-
-    code = f"""
-import sys, torch; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parent)!r}]
-import pretend_device; pretend_device.install()
-from test_exam import Classifier, Gradient, Noise, Recurrent, nn, pictures
-net, batch = Recurrent(nn.{kind}).double().eval(), pictures()
-x = batch.x.clone().requires_grad_()
-(expected,) = torch.autograd.grad(net(x).gather(1, batch.target[:, None]).sum(), x)
-model = Classifier(net, dtype=torch.float64, device="pretend:0")
-there = batch.to("pretend:0")
-found = Gradient().attribute(model, there, {{}}, Noise(batch.uids, device="pretend:0", dtype=torch.float64))["map"]
-torch.testing.assert_close(found.cpu(), expected.sum(1))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_exam_is_plain():

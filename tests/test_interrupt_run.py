@@ -23,6 +23,7 @@ from tiny import ROOT, command, only_cell, pictures, quickly, tool
 import attrib.running.run
 from attrib.experiment import samples
 from attrib.experiment.samples import Samples
+from attrib.fit import Fit
 from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.process import signals
 from attrib.process.signals import LEFT, SIGNALS, Interrupted, watching
@@ -284,7 +285,7 @@ def test_a_fit_stops(run, monkeypatch):
     assert run("method=iba", "method.steps=1").status == 0
 
 
-class Steps:
+class Steps(Fit):
     """A fit of four steps that saves only when it is asked to."""
 
     VERSION = 1

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,13 @@ def pictures(n: int, seed: int = 0) -> Batch:
     return Batch(uids, torch.tensor(r.randn(n, 3, H, W)), torch.tensor(r.randint(0, K, n)))
 
 
-def load(path: Path) -> Any:
-    """The method of a YAML, made cheap."""
+def load(path: Path, values: Mapping[str, Any] = CHEAP) -> Any:
+    """The method of a YAML, made cheap by these values."""
     node = yaml.safe_load(path.read_text())
     node.pop("name"), node.pop("modalities", None)
 
     def cheap(node: dict[str, Any]) -> dict[str, Any]:
-        return {k: cheap(v) if isinstance(v, dict) else CHEAP.get(k, v) for k, v in node.items()}
+        return {k: cheap(v) if isinstance(v, dict) else values.get(k, v) for k, v in node.items()}
 
     return build(cheap(node), path.stem)
 

@@ -44,6 +44,8 @@ def test_a_process_takes_its_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert ranked(6, 8, local=2).device == "cuda:2"
+    assert ranked(6, 8, local=2, device="cuda").device == "cuda:2"  # not the first GPU for all of them
+    assert ranked(6, 8, local=2, device="cuda:1").device == "cuda:1"
     assert ranked(6, 8, local=2, device="cpu").device == "cpu"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # each process sees its own only
     assert ranked(6, 8, local=2).device == "cuda:0"

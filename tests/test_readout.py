@@ -365,7 +365,8 @@ def test_a_checkpoint_and_a_line_per_epoch():
     partial = OnDisk()
     _, lines = train(method(epochs=3).fit, classifier(), partial)
     assert partial.saves == 4
-    assert [line for line in lines if "epoch" in line][-1].startswith("readout of features.5: epoch 3 of 3: loss ")
+    last = [line for line in lines if "epoch" in line][-1]
+    assert last.startswith(f"readout of features.5: {last.total} / {last.total} steps, epoch 3: loss ")
 
 
 def test_training_lowers_the_loss():

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import command, only_cell, save
+from tiny import command, only_cell, pictures, quickly, save
 from torchvision.transforms import functional as tv
 
 from attrib.datasets import DigitsCanvas, ImageFolder, ImageTransform
+from attrib.datasets.images import ImageDataset
 from attrib.metrics import EHR, Localisation
 from attrib.noise import Noise
+from attrib.results import tables
 from attrib.types import UNREADABLE, Batch, SampleError, UserError
 
 SMALL = ImageTransform(16)
@@ -84,6 +86,8 @@ def test_binary_masks_beside_the_images(tmp_path):
     expected = SMALL.region(disc().astype(bool))
     assert batch.roi.shape == (3, 16, 16)
     assert all(torch.equal(roi, expected) for roi in batch.roi)
+    assert torch.equal(dataset.regions(dataset.uids), batch.roi)
+    assert ImageFolder(str(tmp_path / "images"), SMALL).regions(dataset.uids) is None
     assert dataset.box_area("cat/a") == pytest.approx(disc().mean())
 
 
@@ -172,6 +176,8 @@ def test_the_mask_of_a_digit_is_its_ink():
     assert torch.equal(masked.x, boxed.x)
     assert torch.equal(masked.roi, masked.x[:, 0] > 0), "without clutter nothing else is bright"
     assert (masked.roi <= boxed.roi).all()
+    assert torch.equal(masks.regions(some), masked.roi)
+    assert torch.equal(boxes.regions(some), boxed.roi)
     rows, columns = masked.roi.any(2), masked.roi.any(1)
     tight = rows[:, :, None] & columns[:, None, :]
     spans = [(r.nonzero().min(), r.nonzero().max()) for r in rows]
@@ -246,6 +252,25 @@ def test_a_missing_and_a_double_row_cost_their_samples_the_label(tmp_path, caplo
     assert "line 4: a second label for b.png, 2 after 1" in dataset.label_problems["b"]
     assert "label 7 is not one of the 3" in dataset.label_problems["c"]
     assert "has no row for e.png" in dataset.label_problems["e"]
+
+
+def test_metrics_of_map_and_region_decode_no_image(tmp_path, capfd, monkeypatch):
+    """And say the same as if they had; another metric in between does decode."""
+    run, arguments = quickly(capfd), ["dataset=tiny", "model=small_cnn", "method=random", "run.progress=false"]
+    arguments.append(f"dataset.root={pictures(tmp_path, 3)}")
+    whole, parts = f"run.root={tmp_path / 'whole'}", f"run.root={tmp_path / 'parts'}"
+    few = "metric.insertion_deletion.steps=2"
+    assert run(*arguments, "metric=[ehr,insertion_deletion,localisation]", few, whole).status == 0
+    assert run(*arguments, "metric=[]", parts).status == 0
+    monkeypatch.setattr(ImageDataset, "batch", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("attrib.running.run.check_metrics", lambda plan: None)  # looks for regions in one sample
+    assert "scores_computed=6" in run(*arguments, "metric=[ehr,localisation]", parts).out
+
+    def scores(root):
+        frame = tables.rows(tmp_path / root)
+        return {(r.metric, r.uid, r.column): r.value for r in frame.itertuples() if r.metric != "insertion_deletion"}
+
+    assert scores("whole") == scores("parts") != {}
 
 
 # A run with one of everything that can be wrong ------------------------------------------------------

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
+from attrib.methods.iba import IBA
 from attrib.results import tables
+from attrib.running.hooks import Heartbeat
 from attrib.store.cell import Arrays, cells
 from attrib.store.files import picture_path
 
@@ -65,6 +69,25 @@ def test_a_second_run_computes_nothing(run):
     assert all(r["finished"] for r in records)
     folder = next(run.root.glob("*/runs/*/"))
     assert {"config.json", "environment.json", "summary.json"} <= {p.name for p in folder.iterdir()}
+
+
+def test_deterministic_algorithms_are_on_for_the_run_alone(run, monkeypatch):
+    seen, explain = [], IBA.attribute
+
+    def looking(self, *arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return explain(self, *arguments)
+
+    monkeypatch.setattr(IBA, "attribute", looking)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for root, wanted in (("as_usual", "false"), ("repeatable", "true")):
+        how = ("method=iba", "method.steps=2", "metric=[]", "run.limit=2", f"run.deterministic={wanted}")
+        assert run(*how, root=root).status == 0
+    assert seen == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    one, other = (maps(run.root.parent / root) for root in ("as_usual", "repeatable"))
+    assert all(np.array_equal(one[uid], other[uid]) for uid in one)
 
 
 def test_how_does_not_change_what(run):
@@ -279,6 +302,18 @@ def test_dry(run):
     assert "ehr: 2 present, 4 to compute" in result.out
     assert "insertion_deletion: 0 present, 6 to compute" in result.out
     assert "s per sample recorded" in result.out
+
+
+def test_a_fit_is_planned_and_shows_how_far_it_is(run, monkeypatch):
+    beats, mark = [], Heartbeat._mark
+    monkeypatch.setattr(Heartbeat, "_mark", lambda self, *n: beats.append((self._stage, *n)) or mark(self, *n))
+    how = ("method=iba", "method.steps=2", "metric=[]", "run.limit=2")
+    assert "FeatureStatistics: to be fitted first, on 6 samples" in run(*how, "run.dry=true").out
+    result = run(*how, "run.progress=true")
+    assert "feature statistics of" in result.err
+    assert "6/6" in result.err
+    assert beats == [("fit", 4, 6), ("fit", 6, 6), ("maps", 2, 2)]
+    assert "FeatureStatistics: fitted on 6 samples" in run("method=iba", "method.steps=2", "run.dry=true").out
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from attrib.experiment.samples import Samples
-from attrib.fit import FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, Progress, State
 from attrib.models import Classifier
+from attrib.running.hooks import FitBar
 from attrib.running.states import load_confidence, load_state
 from attrib.types import Batch, SampleError, UserError
 
@@ -36,7 +37,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Counting:
+class Counting(Fit):
     """Counts its own runs in ``calls``; may be overtaken by another job, or fail."""
 
     VERSION: ClassVar[int] = 1
@@ -115,3 +116,13 @@ def test_confidence_is_remembered_by_content(tmp_path, samples):
     assert asked == [("a", "b"), ("c",), ("b",)]
     assert changed["a"] == first["a"]
     assert changed["b"] != first["b"]
+
+
+def test_a_fit_in_parts_shows_a_bar_for_each(capfd):
+    bar = FitBar()
+    for what, done in (("one", 1), ("one", 3), ("two", 2), ("two", 1), ("two", 3)):  # "two" runs again
+        bar.show(Progress(what, done, 3, "classes"))
+    bar.close()
+    said = capfd.readouterr().err
+    assert said.count("3/3") == 2
+    assert "classes" in said

@@ -202,23 +202,6 @@ def test_gradients_are_right(options):
     assert torch.autograd.gradcheck(lambda z: module(z, lengths), z.requires_grad_())
 
 
-@pytest.mark.parametrize(("training", "gradients"), [(True, True), (True, False), (False, True), (False, False)])
-def test_cudnn_is_off_only_where_it_has_no_backward_pass(training, gradients, monkeypatch):
-    """It refuses eval mode with gradients; whether it is asked can be seen without a GPU."""
-    seen, forward = [], nn.LSTM.forward
-
-    def spy(self, *arguments):
-        seen.append(torch.backends.cudnn.enabled)
-        return forward(self, *arguments)
-
-    monkeypatch.setattr(nn.LSTM, "forward", spy)
-    before = (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
-    with torch.set_grad_enabled(gradients):
-        recurrent().train(training)(torch.zeros(2, 3, 5), torch.tensor([3, 1]))
-    assert seen == [training or not gradients]
-    assert before == (torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark)
-
-
 # Roles ----------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ or layers that it comes from, is then a node there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from attrib.causal.interventions import Sites, edges, estimate, intervene
 from attrib.causal.structure import OUTPUT, Structure
 from attrib.checks import require
-from attrib.fit import Fit, FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, Progress, State
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
@@ -198,7 +198,7 @@ def _tested(
     Those that have an edge to an effect; of these the ``most`` with the lowest estimate.
     """
     site = sites.at(path, x)
-    outputs = effects.nonzero()[:, 0].to(site.z.device)
+    outputs = effects.nonzero()[:, 0]
     connected = [i for i in range(len(site.layer.units)) if len(edges(site, i, outputs).effects)]
     if most is not None and len(connected) > most:
         expected = estimate(sites.model, site, outputs, target, u)[connected]
@@ -211,8 +211,11 @@ def _tested(
 _PARTS = ("effects", "causes", "effect", "p")
 
 
-def to_state(graphs: Mapping[int, ClassGraph]) -> State:
-    """Tensors classes (K,), samples (K,), reference (K, 2), and per layer ``<path>.effects`` (K, out) and so on."""
+def to_state(graphs: Mapping[int, ClassGraph], sought: Iterable[int] | None = None) -> State:
+    """Tensors classes (K,), samples (K,), reference (K, 2), and per layer ``<path>.effects`` (K, out) and so on.
+
+    ``sought`` are the classes that graphs were looked for, as far as these were not all.
+    """
     state: State = {
         "classes": torch.tensor(list(graphs)),
         "samples": torch.tensor([g.samples for g in graphs.values()]),
@@ -225,7 +228,16 @@ def to_state(graphs: Mapping[int, ClassGraph]) -> State:
             state[f"{path}.{part}"] = values.to(torch.uint8) if values.dtype == torch.bool else values
         state[f"{path}.how"] = torch.tensor([f.how for f in found])
         state[f"{path}.u"] = torch.tensor([f.u for f in found], dtype=torch.float64)
+    if sought is not None:
+        state["sought"] = torch.tensor(sorted(sought), dtype=torch.long)
     return state
+
+
+def _sought(*states: State) -> frozenset[int] | None:
+    """The classes that graphs were looked for in any of these states; None if in one of them for all."""
+    if not all("sought" in state for state in states):
+        return None
+    return frozenset(target for state in states for target in state["sought"].tolist())
 
 
 def from_state(structure: Structure, state: State) -> dict[int, ClassGraph]:
@@ -256,14 +268,18 @@ def from_state(structure: Structure, state: State) -> dict[int, ClassGraph]:
 class CausalGraphs(Fit):
     """The causal graphs of several classes, from samples of the estimation set.
 
+    A run searches for those of the classes that it explains; later ones are added to the state.
+
     samples   how many samples of each class are used, at least 2: the first ones of the estimation set
-    classes   whose graphs are searched for; None for all of which the estimation set has two samples
+    classes   whose graphs are searched for; None for all that are explained and of which the estimation set has two
+              samples
     correct   use only samples that the net classifies correctly
     search    see ``Search``
     """
 
     NAME: ClassVar[str] = "attrib.causal.graph.CausalGraphs"
     VERSION: ClassVar[int] = 1
+    BY_CLASS: ClassVar[bool] = True
 
     samples: int = 50
     classes: tuple[int, ...] | None = None
@@ -283,7 +299,7 @@ class CausalGraphs(Fit):
         Raises UserError where a class has fewer than two, and SampleError for data with several labels per sample.
         """
         chosen: dict[int, list[str]] = {}
-        seen = 0
+        wanted, seen = data.asked if self.classes is None else self.classes, 0
         for batch in data:
             if batch.target.ndim != 1:
                 raise SampleError("causal graphs need samples with one class each")
@@ -293,8 +309,8 @@ class CausalGraphs(Fit):
                 if (keep or not self.correct) and len(mine) < self.samples:
                     mine.append(uid)
             seen += len(batch)
-            report(f"causal graphs: {seen} / {len(data.uids)} samples read")
-            if self.classes is not None and all(len(chosen.get(k, ())) == self.samples for k in self.classes):
+            report(Progress("samples for causal graphs", seen, len(data.uids), "samples"))
+            if wanted is not None and all(len(chosen.get(k, ())) == self.samples for k in wanted):
                 break
         if self.classes is not None:
             chosen = {target: chosen.get(target, []) for target in self.classes}
@@ -302,16 +318,24 @@ class CausalGraphs(Fit):
                 if len(uids) < 2:
                     which = "correctly classified samples" if self.correct else "samples"
                     raise UserError(f"class {target} has {len(uids)} {which} in the estimation set; 2 are needed")
-        found = {target: chosen[target] for target in sorted(chosen) if len(chosen[target]) > 1}
+        asked = chosen if wanted is None else wanted
+        found = {target: chosen[target] for target in sorted(chosen) if len(chosen[target]) > 1 and target in asked}
         if not found:
             which = " that the net classifies correctly" if self.correct else ""
-            raise UserError(f"no class has two samples in the estimation set{which}")
+            whose = "no class" if wanted is None else "none of the classes that are explained"
+            raise UserError(f"{whose} has two samples in the estimation set{which}")
         return found
 
     def run(self, model: Classifier, data: FitData, partial: Partial, report: Callable[[str], None]) -> State:
-        chosen = self.choose(model, data, report)
-        sites: Sites | None = None
         stored, graphs = partial.load(), {}
+        try:
+            chosen = self.choose(model, data, report)
+        except UserError:
+            if self.classes is not None or not stored:
+                raise
+            chosen = {}  # there are graphs of other classes; a sample of these fails by itself
+        asked = data.asked if self.classes is None else None
+        sites: Sites | None = None
         for done, (target, uids) in enumerate(chosen.items()):
             x = data.batch(uids).x
             if sites is None:
@@ -319,6 +343,20 @@ class CausalGraphs(Fit):
                 graphs = from_state(sites.structure, stored) if stored else {}
             if target not in graphs:
                 graphs[target] = find(sites, x, target, self.search)
-                partial.save(to_state(graphs))
-            report(f"causal graphs: {done + 1} / {len(chosen)} classes")
-        return to_state(graphs)
+                partial.save(to_state(graphs, None if asked is None else ()))
+            report(Progress("causal graphs", done + 1, len(chosen), "classes"))
+        if sites is None:  # nothing new
+            return {**stored, "sought": torch.tensor(sorted(asked or ()))} if stored else {}
+        return to_state(graphs, asked)
+
+    def covers(self, state: State, asked: frozenset[int] | None) -> bool:
+        sought = _sought(state)
+        return sought is None or (asked is not None and asked <= sought)
+
+    def united(self, stored: State, new: State) -> State:
+        sought, both = _sought(stored, new), [set(s["classes"].tolist()) for s in (stored, new)]
+        if both[1] <= both[0] and sought == _sought(stored):
+            return stored
+        more = torch.tensor([target not in both[0] for target in new["classes"].tolist()])
+        state = {name: torch.cat((value, new[name][more])) for name, value in stored.items() if name != "sought"}
+        return state if sought is None else {**state, "sought": torch.tensor(sorted(sought))}

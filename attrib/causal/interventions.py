@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from attrib.causal.layers import Edges, Weighted, WeightedLayer
+from attrib.causal.layers import Edges, Weighted, WeightedLayer, on_device
 from attrib.causal.structure import ADVICE, Structure
 from attrib.models import Classifier
 from attrib.models.graph import Graph, check_same
@@ -189,7 +189,7 @@ class Sites:
 
 
 def edges(site: Site, unit: int, effects: Tensor) -> Edges:
-    """The edges from a candidate, by its number, to the output channels ``effects`` (E,) int64."""
+    """The edges from a candidate, by its number, to the output channels ``effects`` (E,) int64, on the CPU."""
     return site.call.edges(site.layer.units[unit].features, effects)
 
 
@@ -200,16 +200,17 @@ def intervene(
     """The target's logit (len(units), n) for every sample under an intervention on each of these candidates.
 
     units     candidates, by their number in the layer
-    effects   (E,) int64, output channels of the layer; the edges from a candidate to all of them become u
+    effects   (E,) int64 on the CPU, output channels of the layer; the edges from a candidate to all of them become u
     """
     n, axis = len(site.z), site.call.axis
+    of_units = on_device([edges(site, unit, effects) for unit in units])
 
     def piece(rows: slice) -> Tensor:
         samples = torch.arange(rows.start, rows.stop, device=site.z.device) % n
         z = site.z[samples]
         for number in range(rows.start // n, (rows.stop - 1) // n + 1):
             start, stop = max(rows.start, number * n), min(rows.stop, (number + 1) * n)
-            mine = edges(site, units[number], effects)
+            mine = of_units[number]
             if not len(mine.effects):
                 continue
             x = site.x[start - number * n : stop - number * n].index_select(axis, mine.features)
@@ -240,7 +241,6 @@ def estimate(model: Classifier, site: Site, effects: Tensor, target: int, u: flo
 
     gradient = model.chunked(piece, len(site.z)).sum(0) / len(site.z)
     found = []
-    for unit in range(len(site.layer.units)):
-        mine = edges(site, unit, effects)
+    for mine in on_device([edges(site, unit, effects) for unit in range(len(site.layer.units))]):
         found.append((gradient[mine.effects[:, None], mine.columns] * mine.change(u)).sum())
     return torch.stack(found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -74,26 +76,51 @@ class Weighted(NamedTuple):
     def edges(self, features: Tensor, effects: Tensor) -> Edges:
         """Those from some of the channels that it reads (F,) to some of those that it gives (E,), both int64."""
         inputs, outputs = self.weight.shape[1], len(self.weight) // self.groups
-        features, effects = features.to(self.weight.device), effects.to(self.weight.device)
         linked = (features // inputs)[None] == (effects // outputs)[:, None]
         some = linked.any(1)
-        effects, linked = effects[some], linked[some]
-        return Edges(effects, features, features % inputs, self.weight[effects[:, None], features % inputs], linked)
+        return Edges(self, effects[some], features, features % inputs, linked[some])
 
 
 class Edges(NamedTuple):
-    """In a grouped convolution a channel reaches its own group only."""
+    """In a grouped convolution a channel reaches its own group only.
 
+    The numbers of channels lie on the CPU, so that no device is waited for to learn which edges there are;
+    ``on_device`` takes them to the weights.
+    """
+
+    call: Weighted
     effects: Tensor  # (E,) int64: the outputs that any of the features reaches
     features: Tensor  # (F,) int64
     columns: Tensor  # (F,) int64: where the features are in the weight
-    weight: Tensor  # (E, F, *kernel)
     linked: Tensor  # (E, F) bool
+
+    @property
+    def weight(self) -> Tensor:
+        """(E, F, *kernel)"""
+        return self.call.weight[self.effects[:, None], self.columns]
+
+    def each(self) -> Iterator[Edges]:
+        """Those to each of the effects, from the features that reach it."""
+        for row, linked in enumerate(self.linked):
+            mine = slice(row, row + 1)
+            yield Edges(
+                self.call, self.effects[mine], self.features[linked], self.columns[linked], self.linked[mine][:, linked]
+            )
 
     def change(self, u: float) -> Tensor:
         """(E, F, *kernel) what is added to the weights that become u."""
         linked = self.linked.reshape(*self.linked.shape, *[1] * (self.weight.ndim - 2))
         return torch.where(linked, u - self.weight, 0.0)
+
+
+def on_device(found: Sequence[Edges]) -> list[Edges]:
+    """The edges of several candidates, with all numbers where the weights are, by one copy for all."""
+    if not found:
+        return []
+    parts = [part for one in found for part in one[1:]]
+    flat = torch.cat([part.flatten() for part in parts]).to(found[0].call.weight.device)
+    moved = iter(zip(parts, flat.split([part.numel() for part in parts]), strict=True))
+    return [Edges(one.call, *(new.view(old.shape).to(old.dtype) for old, new in islice(moved, 4))) for one in found]
 
 
 def _turned(name: str, weight: Tensor, groups: int) -> Tensor:

@@ -46,13 +46,13 @@ def masks(structure: Structure, graph: ClassGraph, edges_only: bool) -> dict[str
         if part.how == FIRST and not edges_only:
             continue  # its candidates are the channels of the image
         call, units = structure.call(path), structure.layer(path).units
-        chosen = torch.zeros_like(call.weight, dtype=torch.bool)
+        chosen = torch.zeros(call.weight.shape, dtype=torch.bool)
         effects = (part.effects if edges_only else torch.ones_like(part.effects)).nonzero()[:, 0]
         for unit in part.causes.nonzero()[:, 0].tolist():
             mine = call.edges(units[unit].features, effects)
             rows, columns = mine.linked.nonzero().T
             chosen[mine.effects[rows], mine.columns[columns]] = True
-        found[path] = chosen
+        found[path] = chosen.to(call.weight.device)
     return found
 
 
@@ -90,7 +90,7 @@ def random_graph(structure: Structure, graph: ClassGraph, noise: Noise) -> Class
             able = [i for i, unit in enumerate(units) if len(call.edges(unit.features, outputs).effects)]
             order = noise.permutation(len(able))[0][: int(found.causes.sum())]
             causes = torch.zeros_like(causes)
-            causes[torch.tensor(able)[order.cpu()]] = True
+            causes[torch.tensor(able)[order]] = True
         if effects.any():
             nodes.reach(path, causes)
         layers[path] = GraphLayer(effects, causes & effects.any(), found.effect, found.p, found.how, found.u)

@@ -20,8 +20,8 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 def of_rank(options: Options, environment: Mapping[str, str]) -> Options:
     """The options of this process: the job's shard cut again into ``WORLD_SIZE`` parts, and GPU ``LOCAL_RANK``.
 
-    The same options where ``WORLD_SIZE`` is not set. A device that was chosen stays. Raises UserError if the
-    variables make no sense.
+    The same options where ``WORLD_SIZE`` is not set. A device that was chosen by its number stays. Raises UserError if
+    the variables make no sense.
     """
     if "WORLD_SIZE" not in environment:
         return options
@@ -31,7 +31,7 @@ def of_rank(options: Options, environment: Mapping[str, str]) -> Options:
         raise UserError(f"{values} make no sense; torchrun sets them, else unset WORLD_SIZE")
     rank, world, local = (int(given[name]) for name in NAMES)
     device = options.device
-    if device == "auto" and torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"  # one is visible where each process was given its own
     return dataclasses.replace(
         options,

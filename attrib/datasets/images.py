@@ -209,16 +209,32 @@ class ImageDataset(ABC):
             self._note(uid, content, (units, region))
         else:
             image = self.image(uid)
-        region = region if self._boxed else None
         with self._blame(uid):
             x = self.transform.tensor(image)
             own = None if units is None else self.transform.units(units)
-            if region is None or not region.size:
-                return x, self.transform.mask(self._few_boxes(uid), image.size), own
-            if region.shape != image.size[::-1]:
-                shapes = "x".join(map(str, region.shape)), "x".join(map(str, image.size[::-1]))
-                raise SampleError(f"{self.file(uid)}: its mask is {shapes[0]} pixels (height x width), not {shapes[1]}")
-            return x, self.transform.region(region), own
+            return x, self._inside(uid, region, image.size), own
+
+    def _inside(self, uid: str, region: np.ndarray | None, size: tuple[int, int]) -> Tensor:
+        """(H, W) bool: the region or the boxes of an image of ``size``, (width, height). Raises SampleError."""
+        if not self._boxed or region is None or not region.size:
+            return self.transform.mask(self._few_boxes(uid), size)
+        if region.shape != size[::-1]:
+            shapes = "x".join(map(str, region.shape)), "x".join(map(str, size[::-1]))
+            raise SampleError(f"{self.file(uid)}: its mask is {shapes[0]} pixels (height x width), not {shapes[1]}")
+        return self.transform.region(region)
+
+    def regions(self, uids: Sequence[str]) -> Tensor | None:
+        """``batch(uids).roi``, (B, H, W) bool; of the images no more than their sizes is read. Raises SampleError."""
+        if not self._boxed:
+            return None
+        own = type(self).image is not ImageDataset.image  # such images need not lie in a file with a header
+        found = []
+        for uid in uids:
+            size = self.image(uid).size if own else self.size(uid)
+            region = self.region(uid)
+            with self._blame(uid):
+                found.append(self._inside(uid, region, size))
+        return torch.stack(found)
 
     def picture(self, uid: str) -> np.ndarray:
         image = self.image(uid)

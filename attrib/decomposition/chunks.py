@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -91,11 +92,12 @@ def decompose(
         error = error.scatter_reduce(0, of, (total - logits[of]).abs().amax(1), "amax")
     error = error / logits.abs().amax(1).clamp(min=torch.finfo(logits.dtype).tiny)
     limit = tolerance if tolerance is not None else _TOLERANCE.get(decomposer.precision(x), _TOLERANCE_ELSE)
-    worst = int(error.nan_to_num(torch.inf).argmax())
-    if not error[worst] <= limit:
+    errors_of = error.tolist()
+    worst = max(range(len(x)), key=lambda i: math.inf if math.isnan(errors_of[i]) else errors_of[i])
+    if not errors_of[worst] <= limit:
         raise SampleError(
             f"contextual decomposition is not complete: relevant + irrelevant differs from the logits by "
-            f"{error[worst].item():.2g} of the largest (more than {limit:g}; sample {worst} of {len(x)}), "
+            f"{errors_of[worst]:.2g} of the largest (more than {limit:g}; sample {worst} of {len(x)}), "
             "so either a rule of attrib/decomposition is wrong for this net, or the net needs run.dtype=float64"
         )
     if shape is not None:

@@ -134,9 +134,10 @@ class Experiment:
     def samples(self, uids: Sequence[str], batch: int) -> Samples:
         return Samples(self.dataset, self.model, uids, target=self.target, batch=batch, classes=self.classes)
 
-    def stored_samples(self, uids: Sequence[str], batch: int) -> Samples:
-        """For work on stored maps, which say themselves what they explain."""
-        return Samples(self.dataset, self.model, uids, target=None, batch=batch)
+    def stored_samples(self, uids: Sequence[str], batch: int, *, inputs: bool = True) -> Samples:
+        """For work on stored maps, which say themselves what they explain; without ``inputs`` on maps and regions."""
+        inputs = inputs or self.model.output.read.per_sample or not hasattr(self.dataset, "regions")
+        return Samples(self.dataset, self.model, uids, target=None, batch=batch, inputs=inputs)
 
     @cached_property
     def classes(self) -> Mapping[int, int] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attrib.datasets import Dataset, Texts, holds_texts
 from attrib.experiment.targets import Contrast, Rule, Target, parsed, rules_of
 from attrib.models import Classifier, probabilities
-from attrib.models.classifier import is_out_of_memory, release_memory
+from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,10 @@ class Samples:
              randomised layers: the class that the original predicts), the one it would predict next ("second"), the
              one with this number, or a contrast of two of these, see ``targets``; None leaves the dataset's target as
              it is, for work that needs none or knows it already
+    inputs   false: the regions of images are read and not the images, so that ``Batch.x`` is (B, 0, H, W) and there
+             are no targets
     classes  class of the dataset -> class of the net, see ``targets.matched``; None: the numbers are the same
+    asked    see ``fit.FitData``
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
 
@@ -71,12 +74,14 @@ class Samples:
         target: Target | None = "label",
         batch: int = 8,
         classes: Mapping[int, int] | None = None,
+        inputs: bool = True,
     ) -> None:
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
         self.dataset, self.model = dataset, model
         self.target = None if target is None else parsed(target, model.classes)
-        self.uids, self._size, self.classes = tuple(uids), batch, classes
+        self.uids, self._size, self.classes, self._inputs = tuple(uids), batch, classes, inputs
+        self.asked: frozenset[int] | None = None
         self.skipped: dict[str, str] = {}  # uid -> reason, of what iterating could not read
 
     def _ready(self, batch: Batch) -> Batch:
@@ -197,12 +202,19 @@ class Samples:
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """Raises SampleError if one of them cannot be read or has no target."""
-        return self._ready(self.dataset.batch(uids))
+        return self._ready(self._batch(uids))
+
+    def _batch(self, uids: Sequence[str]) -> Batch:
+        roi = None if self._inputs else self.dataset.regions(uids)  # type: ignore[attr-defined]
+        if roi is None:
+            return self.dataset.batch(uids)
+        nothing = torch.empty(len(uids), 0, *roi.shape[1:])
+        return Batch(tuple(uids), nothing, torch.full((len(uids),), -1), roi)
 
     def _read(self, uids: Sequence[str]) -> Loaded:
         """In a worker thread: a bad sample costs the others nothing."""
         try:
-            return self.dataset.batch(uids), []
+            return self._batch(uids), []
         except Exception as error:  # a user's dataset may raise anything
             if isinstance(error, UserError):
                 raise
@@ -216,7 +228,7 @@ class Samples:
         if not good:
             return None, bad
         try:
-            return self.dataset.batch(good), bad
+            return self._batch(good), bad
         except Exception as error:
             raise UserError(
                 f"samples {good[0]} to {good[-1]} can be read one by one, but not as a batch "
@@ -267,7 +279,7 @@ class Samples:
 
     def _lengths_apart(self, batch: Batch | None, bad: list[tuple[str, str]]) -> Iterator[Loaded]:
         """The batch or, for a net that sees the padding of texts, one for each length in it, without padding."""
-        if batch is None or self.model.examine(batch.x, batch.lengths) or batch.lengths is None:
+        if batch is None or not self._inputs or self.model.examine(batch.x, batch.lengths) or batch.lengths is None:
             yield batch, bad
             return
         lengths = batch.lengths.tolist()
@@ -325,8 +337,6 @@ class Samples:
 
 def parse_device(name: str) -> torch.device:
     """ "auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
-    # TF32 rounds to 10 bits: a GPU would give other numbers than a CPU.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -123,14 +123,15 @@ class ACD(Method):
             name="ACD",
         )
         logits = scores.logits.double().cpu().numpy()
-        asked = [self._asked(batch, i, own) for i, own in enumerate(logits)]
+        targets = batch.target.tolist()
+        asked = [self._asked(batch.uids[i], targets[i], own) for i, own in enumerate(logits)]
         shapes = [self._shape(batch, n) for n in units.n.tolist()]
         rules = MergeRules(self.percentile, self.steps, self.absolute, self.smooth)
         some = [i for i, shape in enumerate(shapes) if shape != (0,)]  # a text may have no word at all
         device = batch.x.device
 
         def answer(walk: np.ndarray, sets: np.ndarray) -> np.ndarray:
-            owner = torch.tensor(some, device=device)[torch.from_numpy(walk).to(device)]
+            owner = torch.tensor(some)[torch.from_numpy(walk)].to(device)
             found = scores(owner, torch.from_numpy(sets).to(device)).double().cpu().numpy()
             bad = ~np.isfinite(found).all(1)
             if bad.any():  # there is nothing to choose by
@@ -139,7 +140,7 @@ class ACD(Method):
 
         walks = drive([agglomerate(shapes[i], asked[i][0], rules) for i in some], answer)
         trees = {i: self._tree(shapes[i], *asked[i], logits[i], walk) for i, walk in zip(some, walks, strict=True)}
-        values = torch.zeros(len(batch), units.most, dtype=model.dtype, device=device)
+        values = torch.zeros(len(batch), units.most, dtype=model.dtype)
         for (i, tree), walk in zip(trees.items(), walks, strict=True):
             nodes = tree.cut(self.level)
             scores_there = tree.paint(nodes, (node.score / node.size for node in nodes))
@@ -149,6 +150,7 @@ class ACD(Method):
             trees[i].to_json() if i in trees else Tree((0,), *asked[i][1:], (), ()).to_json() for i in range(len(batch))
         ]
         error = {"completeness_error": scores.error} if self.EXTRAS else {}
+        values = values.to(device)
         spread = units.paint(values) if self.shows == "order" else units.spread(values)
         return {"map": spread, "tree": documents, **error}
 
@@ -162,9 +164,11 @@ class ACD(Method):
             return (n,)
         return tuple(min(self.units.side, size) for size in batch.x.shape[-2:])
 
-    def _asked(self, batch: Batch, i: int, logits: np.ndarray) -> tuple[np.ndarray, int | list[int], int | None]:
+    def _asked(
+        self, uid: str, target: int | list[int], logits: np.ndarray
+    ) -> tuple[np.ndarray, int | list[int], int | None]:
         """What the sample is asked for: weights (K,) of the classes in a set's score, the target, the class against."""
-        weights, target = np.zeros(len(logits)), batch.target[i].tolist()
+        weights = np.zeros(len(logits))
         if isinstance(target, list):
             weights += np.array(target)
         else:
@@ -176,7 +180,7 @@ class ACD(Method):
             if not 0 <= against < len(logits):
                 raise UserError(f"ACD.against is {against}, but the model has classes 0 to {len(logits) - 1}")
             if weights[against] > 0:
-                raise SampleError(f"{batch.uids[i]}: ACD.against is class {against}, which is the one to explain")
+                raise SampleError(f"{uid}: ACD.against is class {against}, which is the one to explain")
             weights[against] = -1.0
         return weights, target, against
 

@@ -344,6 +344,8 @@ class DeepLiftShap(Method):
         total = torch.zeros_like(batch.x)
         change, most = torch.zeros_like(batch.x[:, 0, 0, 0]), torch.zeros_like(batch.x[:, 0, 0, 0])
         logits = model.logits(batch.x)
+        got: list[Tensor] = []
+        wanted: list[Tensor] = []
         for _ in range(self.samples):
             baseline = self.sigma * inputs.normal(noise)
 
@@ -351,10 +353,12 @@ class DeepLiftShap(Method):
                 return deep_lift(model, batch.x[rows], base[rows], batch.target[rows])
 
             found, end, start = model.chunked(piece, len(batch.x), cost=2)
-            check_same(model.module, torch.cat((end, start)), torch.cat((logits, model.logits(baseline))))
+            got += end, start
+            wanted += logits, model.logits(baseline)
             total += found / self.samples
             change += (target_score(end, batch.target) - target_score(start, batch.target)) / self.samples
             most = most.maximum(found.flatten(1).abs().sum(1))
+        check_same(model.module, torch.cat(got), torch.cat(wanted))
         delta = (total.flatten(1).sum(1) - change).abs()
         check_complete(batch.uids, delta, most, "DeepLIFT")
         return {"map": inputs.reduce(total, self.reduce), "delta": delta}

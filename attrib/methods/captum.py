@@ -24,7 +24,7 @@ from attrib.methods.parts.layout import Layout, on_image, resize
 from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.modules import check_modules_alone, check_relus
 from attrib.models import Classifier
-from attrib.models.classifier import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.models.reading import check_layout
 from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
@@ -283,7 +283,7 @@ class Captum(Method):
         except (UserError, SampleError):
             raise
         except Exception as error:  # captum raises anything
-            if _of_the_net(error) or is_out_of_memory(error):
+            if _of_the_net(error) or of_the_device(error):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise SampleError(f"{one.uids[0]}: captum's {self.algorithm} refuses it: {reason}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from attrib.causal.graph import CausalGraphs, ClassGraph, GraphLayer, from_state
 from attrib.causal.interventions import Sites
-from attrib.causal.layers import Weighted, WeightedLayer
+from attrib.causal.layers import Weighted, WeightedLayer, on_device
 from attrib.causal.rules import bound
 from attrib.causal.structure import OUTPUT, Structure
 from attrib.causal.subnetwork import Change, logits, masks, random_graph, weights
@@ -43,6 +43,16 @@ def graphs_of(batch: Batch, structure: Structure, state: State) -> list[ClassGra
     return found
 
 
+class _Node(NamedTuple):
+    """A node of a layer, and the features that its causes are; their numbers are on the model's device."""
+
+    number: int
+    features: Tensor  # (F,) int64
+    weight: Tensor  # (F, *kernel)
+    causes: int
+    cause: Tensor  # (F,) int64: the cause that each feature belongs to, 0 .. causes - 1
+
+
 @dataclass(frozen=True)
 class _Reading:
     """A layer, the features of an image that it reads, and how it weighs them."""
@@ -70,8 +80,32 @@ class _Reading:
             return x
         raise self._without_places()
 
-    def responses(self, features: Tensor, found: GraphLayer) -> list[tuple[int, Tensor]]:
-        """Each node of the layer with its map (h', w'), which is >= 0 and sums to 1.
+    def nodes(self, found: GraphLayer) -> list[_Node]:
+        """The nodes of the layer, by number."""
+        causes = [self.layer.units[c].features for c in found.causes.nonzero()[:, 0].tolist()]
+        if not causes:
+            return []
+        owner = torch.cat([torch.full_like(mine, i) for i, mine in enumerate(causes)])
+        edges = self.call.edges(torch.cat(causes), found.effects.nonzero()[:, 0])
+        kinds = [owner[linked].unique(return_inverse=True) for linked in edges.linked]
+        inverse = [which for _, which in kinds]
+        moved = torch.cat(inverse).to(self.call.weight.device).split([len(which) for which in inverse])
+        zeroed = self.layer.units[0].features.to(self.call.weight.device)
+
+        def weight(features: Tensor, weight: Tensor) -> Tensor:
+            if not self.as_released:
+                return weight
+            return weight.masked_fill(torch.isin(features, zeroed).view(-1, *[1] * (weight.ndim - 1)), 0)
+
+        return [
+            _Node(number, one.features, weight(one.features, one.weight[0]), len(of), cause)
+            for number, one, (of, _), cause in zip(
+                edges.effects.tolist(), on_device([*edges.each()]), kinds, moved, strict=True
+            )
+        ]
+
+    def response(self, features: Tensor, node: _Node) -> Tensor:
+        """The map of a node, (h', w'), which is >= 0 and sums to 1.
 
         features   (channels, h, w) of one sample, or (features,)
 
@@ -79,26 +113,13 @@ class _Reading:
         multiplied place by place with the weights of a linear layer, and added up. Then softmax over the places, and
         the mean over the causes.
         """
-        causes = [self.layer.units[c].features for c in found.causes.nonzero()[:, 0].tolist()]
-        if not causes:
-            return []
-        owner = torch.cat([torch.full_like(mine, i) for i, mine in enumerate(causes)]).to(features.device)
-        edges = self.call.edges(torch.cat(causes), found.effects.nonzero()[:, 0])
-        maps = []
-        for row, node in enumerate(edges.effects.tolist()):
-            of = edges.linked[row]  # in a grouped convolution: those of its group
-            x, w = features[edges.features[of]], edges.weight[row, of]
-            if self.as_released:
-                zeroed = torch.isin(edges.features[of], self.layer.units[0].features.to(of.device))
-                w = w.masked_fill(zeroed.view(-1, *[1] * (w.ndim - 1)), 0)
-            if features.ndim == 1:
-                v = (x * w).reshape(-1, *self.layer.places)
-            else:
-                slid = x * w[:, None, None] if w.ndim == 1 else self._slid(x, w)
-                kinds, at = owner[of].unique(return_inverse=True)
-                v = slid.new_zeros(len(kinds), *slid.shape[1:]).index_add_(0, at, slid)
-            maps.append((node, v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])))
-        return maps
+        x, w = features[node.features], node.weight
+        if features.ndim == 1:
+            v = (x * w).reshape(-1, *self.layer.places)
+        else:
+            slid = x * w[:, None, None] if w.ndim == 1 else self._slid(x, w)
+            v = slid.new_zeros(node.causes, *slid.shape[1:]).index_add_(0, node.cause, slid)
+        return v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])
 
     def _slid(self, x: Tensor, w: Tensor) -> Tensor:
         """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch."""
@@ -180,20 +201,26 @@ class CausalPaths(Method):
             features = sites.at(self._before(structure, layer), batch.x).output
         else:
             features = reading.features(sites.at(path, batch.x).features)
-        rows = []
+        rows, each = [], {graph.target: graph for graph in graphs}
+        nodes = {target: self._nodes(reading, structure, graph) for target, graph in each.items()}
         for uid, graph, mine in zip(batch.uids, graphs, features, strict=True):
-            found = graph.layers.get(path)
-            maps = reading.responses(mine, found) if found is not None else []
-            if not maps:
+            if not nodes[graph.target]:
                 raise SampleError(f"{uid}: the causal graph of class {graph.target} has no paths at layer {path}")
-            order = _strength(structure, graph, path)[[node for node, _ in maps]].argsort(stable=True)
-            ordered = torch.stack([maps[i][1] for i in order.tolist()])
+            ordered = torch.stack([reading.response(mine, node) for node in nodes[graph.target]])
             single = [ordered[min(i, len(ordered) - 1)] for i in range(self.nodes)]
             rows.append(torch.stack([ordered.mean(0), *single]))
         small = torch.stack(rows)
         large = F.interpolate(small, batch.x.shape[-2:], mode="bilinear", align_corners=False)
         named = {name: large[:, i] for i, name in enumerate(self.MAPS)}
         return {"places": small[:, 0], **named, **self._effects(model, structure, graphs, batch)}
+
+    @staticmethod
+    def _nodes(reading: _Reading, structure: Structure, graph: ClassGraph) -> list[_Node]:
+        """The nodes of a class at the layer, beginning with the one whose removal lowers the logit most."""
+        path = reading.layer.path
+        nodes = reading.nodes(graph.layers[path]) if path in graph.layers else []
+        order = _strength(structure, graph, path)[[node.number for node in nodes]].argsort(stable=True)
+        return [nodes[i] for i in order.tolist()]
 
     @staticmethod
     def _before(structure: Structure, layer: WeightedLayer) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
-from attrib.methods.parts.layout import image_size, resize
+from attrib.methods.parts.layout import image_size, resizing
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -259,7 +259,7 @@ class ExtremalPerturbation(Method):
         """
         count, image = len(self.areas), image_size(x)
         size = self.lattice(image)
-        k = kernel((image[0] / size[0], image[1] / size[1]), self.sigma, size)
+        k = kernel((image[0] / size[0], image[1] / size[1]), self.sigma, size).to(x)
         initial = 1 - self.initial if self.game == "delete" else self.initial
         parameters = x.new_full((len(x) * count, *size), initial).requires_grad_()
         optimizer: torch.optim.Optimizer
@@ -267,12 +267,12 @@ class ExtremalPerturbation(Method):
             optimizer = torch.optim.SGD([parameters], lr=self.lr, momentum=self.momentum)
         else:
             optimizer = torch.optim.Adam([parameters], lr=self.lr)
-        pyramid = self.pyramid(x)
+        pyramid, enlarge = self.pyramid(x), resizing(size, image, x)
         curves: list[tuple[Tensor, Tensor]] = []
 
         def masks() -> tuple[Tensor, Tensor]:
             small = smooth_max(parameters, k, self.temperature)
-            return small.unflatten(0, (-1, count)), resize(small, image).unflatten(0, (-1, count))
+            return small.unflatten(0, (-1, count)), enlarge(small).unflatten(0, (-1, count))
 
         for step in range(self.steps):
             optimizer.zero_grad()

@@ -253,6 +253,7 @@ def _named(stage: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check(stage: str, batch: Batch, *values: Tensor) -> None:
     """Raises SampleError that names the stage and the first sample for which a value is not finite."""
-    for i, uid in enumerate(batch.uids):
-        if not all(value[i].isfinite().all() for value in values):
+    finite = torch.stack([value.isfinite().reshape(len(batch), -1).all(1) for value in values]).all(0)
+    for uid, fine in zip(batch.uids, finite.tolist(), strict=True):
+        if not fine:
             raise SampleError(f"{uid}: the {stage} diverged (NaN or infinite values); lower its lr")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.checks import require
-from attrib.fit import Fit, FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, Progress, State
 from attrib.methods import Method
 from attrib.methods.iba import Gaussian, Restricted, capacity, restrict
 from attrib.methods.parts.layout import Layout, on_image
@@ -229,9 +229,10 @@ class ReadoutFit(Fit):
                     saved = time.monotonic()
                     so_far = curve[-step - 1 :]
                     total, cross_entropy, info, closed = (sum(column) / len(so_far) for column in zip(*so_far))
-                    at = "" if last else f", step {step + 1} of {steps}"
                     parts = f"cross-entropy {cross_entropy:.4g}, {info:.4g} nats, {closed:.1%} of units closed"
-                    report(f"{where}{at}: loss {total:.4g} ({parts})")
+                    what = f"readout of {model.path(self.layer)}"
+                    more = f", epoch {epoch + 1}: loss {total:.4g} ({parts})"
+                    report(Progress(what, len(curve), steps * self.epochs, "steps", more))
         return {name: value.float() if name.startswith("net.") else value for name, value in now().items()}
 
     def _start(self, model: Classifier, data: FitData, report: Callable[[str], None]) -> State:
@@ -242,7 +243,7 @@ class ReadoutFit(Fit):
             for role, value in model.record(self.roles, batch.x).items():
                 moments[role].add(value)
             read.update(batch.uids)
-            report(f"statistics of {len(self.roles)} layers: {len(read)} / {len(data.uids)} samples")
+            report(Progress(f"statistics of {len(self.roles)} layers", len(read), len(data.uids), "samples"))
         state = {f"{r}.{name}": v.contiguous() for r in self.roles for name, v in moments[r].state().items()}
         reading = self.read(model, batch.x[:1], state)
         outputs = reading.places.to_grid(reading.r).shape[1]
@@ -275,12 +276,13 @@ class ReadoutFit(Fit):
             [predicted.lam, info],
             [restricted.grad / self.train_batch, torch.full_like(info, self.beta / self.train_batch)],
         )
-        cross_entropy, nats = restricted.loss.mean().item(), info.mean().item()
+        closed = (predicted.alpha <= -ALPHA_LIMIT).double().mean()
+        means = torch.stack([restricted.loss.mean().double(), info.detach().mean().double(), closed])
+        cross_entropy, nats, closed_share = means.tolist()
         loss = cross_entropy + self.beta * nats
         if math.isfinite(loss):
             optimizer.step()
-        closed = (predicted.alpha <= -ALPHA_LIMIT).double().mean().item()
-        return [loss, cross_entropy, nats, closed]
+        return [loss, cross_entropy, nats, closed_share]
 
 
 @dataclass(frozen=True)

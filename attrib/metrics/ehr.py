@@ -59,6 +59,7 @@ class EHR(Metric):
     NAME: ClassVar[str] = "attrib.metrics.ehr.EHR"
     VERSION: ClassVar[int] = 1
     CONTRASTS: ClassVar[bool] = True
+    NEEDS_INPUT: ClassVar[bool] = False
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"ehr": "higher"}

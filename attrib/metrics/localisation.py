@@ -50,6 +50,7 @@ class Localisation(Metric):
     NAME: ClassVar[str] = "attrib.metrics.localisation.Localisation"
     VERSION: ClassVar[int] = 1
     CONTRASTS: ClassVar[bool] = True
+    NEEDS_INPUT: ClassVar[bool] = False
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = dict.fromkeys(

@@ -20,6 +20,7 @@ class Metric(Protocol):
     """Numbers for the map of every sample of a batch."""
 
     VERSION: ClassVar[int]  # raised whenever numbers change
+    NEEDS_INPUT: ClassVar[bool] = True  # whether it looks at ``Batch.x``; else the images may not be read at all
     NEEDS_EXPLAIN: ClassVar[bool] = False  # whether it asks for maps of other inputs; its score then takes explain
 
     # The others may depend on the fields. Where they do not, a metric has a class variable in the property's place.
@@ -70,6 +71,8 @@ class Metric(Protocol):
         self, model: Classifier, batch: Batch, map: Tensor, noise: Noise, *args: Any, **kwargs: Any
     ) -> Mapping[str, Tensor]:
         """``map`` (B, H, W), of sounds (B, L), of texts (B, T), not changed -> every column (B,), every curve (B, S).
+
+        With NEEDS_INPUT false, ``batch.x`` may have no channels: (B, 0, H, W).
 
         For a sample that the metric is not defined on (no region of interest, NaN in its map) every
         column is NaN; the runner records it in the failure ledger.

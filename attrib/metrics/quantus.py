@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier, probabilities
-from attrib.models.classifier import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
 
@@ -268,7 +268,7 @@ class Quantus(Metric):
         except (UserError, SampleError):
             raise
         except Exception as error:  # quantus raises anything
-            if is_out_of_memory(error):
+            if of_the_device(error):
                 raise
             reason = str(error) or type(error).__name__
             raise SampleError(f"{given.uids[0]}: quantus' {self.metric} refuses it: {reason}") from error

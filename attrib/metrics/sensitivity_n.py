@@ -115,7 +115,7 @@ class SensitivityN(Metric):
         defined = finite & (units.n > 1)
         value = units.sum(torch.where(map.isfinite(), map, 0.0))
 
-        sizes = self.counts(units.n).repeat_interleave(self.samples, dim=1)
+        sizes = self.counts(units.n.cpu()).repeat_interleave(self.samples, dim=1)
         change, total = [], []
         base = baseline(batch.x, self.baseline) if batch.words is None else batch.x
         whole = self._scores(model, batch, base, units, torch.zeros_like(value[:, None], dtype=torch.bool))
@@ -128,15 +128,16 @@ class SensitivityN(Metric):
 
     @staticmethod
     def _subsets(units: Units, sizes: Tensor, noise: Noise, portion: int) -> Iterator[Tensor]:
-        """(B, M) sizes -> M random subsets in pieces of at most ``portion``, (B, m, n) bool."""
+        """(B, M) sizes, on the CPU -> M random subsets in pieces of at most ``portion``, (B, m, n) bool."""
         beyond = ~units.exist[:, 0]
         alike = bool((sizes == sizes[:1]).all())  # always of images: the one number can be found without a sort
-        for some in sizes.split(portion, dim=1):
+        there = sizes.to(beyond.device)
+        for some, first in zip(there.split(portion, dim=1), sizes[0].split(portion)):
             gone = []
-            for first, size in zip(some[0].tolist(), some.unbind(1)):  # one draw after another: portions do not matter
+            for one, size in zip(first.tolist(), some.unbind(1)):  # one draw after another: portions do not matter
                 bits = noise.ragged_bits((units.most,), 0).masked_fill(beyond, _LAST)
                 if alike:
-                    last = bits.kthvalue(first, dim=1, keepdim=True).values
+                    last = bits.kthvalue(one, dim=1, keepdim=True).values
                 else:
                     last = bits.sort(1).values.gather(1, size[:, None] - 1)
                 gone.append((bits <= last) & ~beyond)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attrib.models.device_memory import is_out_of_memory
+from attrib.models.device_memory import is_lost, is_out_of_memory
 from attrib.models.exam import Exam, examine, keep_lengths_apart, tolerance
 from attrib.models.output import Output
 from attrib.models.text import real_tokens
@@ -67,6 +67,8 @@ class Admission:
         except UserError:
             raise
         except Exception as error:  # of the net itself, on these samples: whoever brought them will meet it
+            if is_lost(error):
+                raise
             self._tight = self._tight or is_out_of_memory(error)
             return False
         if on == "samples":

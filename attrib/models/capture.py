@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import REPLACED, attribute, constant, operation
-from attrib.models.device_memory import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.types import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def captured(net: nn.Module, x: Tensor) -> fx.GraphModule:
         if not _free(program):
             program = _exported(net, x)
     except Exception as error:  # tracing runs arbitrary user code
-        if is_out_of_memory(error):
+        if of_the_device(error):
             raise
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(

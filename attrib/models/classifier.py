@@ -16,7 +16,7 @@ from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
-from attrib.models.device_memory import is_out_of_memory, release_memory
+from attrib.models.device_memory import is_out_of_memory, of_the_device, release_memory, without_tf32
 from attrib.models.exam import Exam, examine
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
@@ -85,6 +85,7 @@ class Classifier:
         self.layers = {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None}
         self.output = Output.of(output)
         self.rows, self.device, self.dtype = rows, torch.device(device), dtype
+        without_tf32(self.device)
         self.variant, self.original = variant, original or self
         self.precision: Arithmetic = "float32"
         self.input_shape = input_shape
@@ -127,7 +128,7 @@ class Classifier:
             try:
                 exam = examine(net, self.output, torch.cat((probe, 2 * other + 1)), "noise", pairs=self.rows > 1)
             except Exception as error:  # a user's net may raise anything
-                if isinstance(error, UserError) or is_out_of_memory(error):
+                if isinstance(error, UserError) or of_the_device(error):
                     raise
                 raise UserError(
                     f"{name} cannot be run on an input of {(1, *input_shape)}: {type(error).__name__}: {error}"

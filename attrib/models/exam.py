@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attrib.models.device_memory import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.models.output import Output, replace_forward
 from attrib.models.text import real_tokens
 from attrib.types import UserError
@@ -85,7 +85,7 @@ def examine(
         try:
             ab, ba, aa = run(0, 1), run(1, 0), run(0, 0)
         except Exception as error:  # a user's net may raise anything
-            if isinstance(error, UserError) or is_out_of_memory(error):
+            if isinstance(error, UserError) or of_the_device(error):
                 raise
             raise UserError(
                 f"{name} takes one sample alone, but not two together ({type(error).__name__}: {error}); a net must "
@@ -136,7 +136,7 @@ def _tried(net: nn.Module, x: Tensor) -> Tensor | None:
     try:
         return net(x.clone())
     except Exception as error:  # a user's net may raise anything
-        if is_out_of_memory(error):
+        if of_the_device(error):
             raise
         return None
 
@@ -205,7 +205,7 @@ def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
             with _Drawing(value):
                 found.append(run(0))
         except Exception as error:  # a net may raise anything, here because of the numbers
-            if is_out_of_memory(error):
+            if of_the_device(error):
                 raise
             return True
     return _apart(*found) > 0
@@ -282,7 +282,7 @@ def _random(net: nn.Module, x: Tensor, again: float, draws: bool) -> str:
         try:
             one, other = (_calls(net, x[:1], each) for each in within)
         except Exception as error:  # see _drawn_numbers_count
-            if is_out_of_memory(error):
+            if of_the_device(error):
                 raise
             continue
         where = _origin(net, one, other, tolerance(x) / 100)[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -95,10 +96,27 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
 
 
 def _recurrent(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
-    """The module's own forward; with gradients not by cuDNN, which has no way back in eval mode."""
-    native = torch.is_grad_enabled() and not self.training
-    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if native else nullcontext():
+    """The module's own forward."""
+    with with_gradients(self):
         return type(self).forward(self, *args, **kwargs)
+
+
+@contextmanager
+def with_gradients(layer: nn.RNNBase) -> Iterator[None]:
+    """Lets gradients through a recurrent layer in eval mode, where cuDNN refuses them.
+
+    In training mode it does not, and without dropout its numbers are the same. The alternative, torch's own kernels,
+    takes several launches for every step of a text.
+    """
+    if layer.training or not torch.is_grad_enabled() or layer.all_weights[0][0].device.type == "cpu":
+        yield
+        return
+    dropout = layer.dropout
+    layer.training, layer.dropout = True, 0.0
+    try:
+        yield
+    finally:
+        layer.training, layer.dropout = False, dropout
 
 
 def _compiled(module: Any) -> bool:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from attrib.metadata import resolve
-from attrib.models.device_memory import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.models.text import real_tokens
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
@@ -78,7 +78,7 @@ class _TextNet(nn.Module):
         try:
             return self.net(input_ids=x, attention_mask=real_tokens(x, self.pad_id).long()).logits
         except RuntimeError as error:
-            if is_out_of_memory(error) or "shape" not in str(error):
+            if of_the_device(error) or "shape" not in str(error):
                 raise
             # Nystromformer cuts a text into segments, which works for some lengths only.
             raise SampleError(

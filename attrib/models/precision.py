@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.models.device_memory import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.types import UserError, did_you_mean
 
 Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -85,7 +85,7 @@ def computed(
         with torch.autocast(device.type, half):
             found = function(*(_Grown.apply(x, 1 / grow) if x.is_floating_point() else x for x in inputs))
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if of_the_device(error):
             raise
         with torch.no_grad():
             function(*inputs)  # what fails here as well is no matter of precision

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from attrib.models.device_memory import of_the_device
 from attrib.models.ways_back import gradient, near
 from attrib.types import UserError
 
@@ -72,6 +73,8 @@ def trace(module: nn.Module, leaf: nn.Module | None = None, leaves: tuple[type[n
         defaults = {p.name: p.default for p in others if p.default is not p.empty}
         return _Tracer(leaf, leaves).trace(module, defaults or None)
     except Exception as error:  # tracing runs arbitrary user code on proxies
+        if of_the_device(error):
+            raise
         raise CannotSplitError(f"torch.fx cannot trace {type(module).__name__}: {error}") from error
 
 

@@ -7,13 +7,13 @@ module, so that it can have a role; all classifiers read it, and nothing that go
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from attrib.models.forms import with_gradients
 from attrib.types import UserError
 
 
@@ -36,12 +36,13 @@ def last_step(z: Tensor, lengths: Tensor) -> Tensor:
 def padded_lstm(z: Tensor, lengths: Tensor, weights: list[Tensor], layers: int, both_ways: bool) -> Tensor:
     """What ``Recurrent`` gives in eval mode, as one call in the graph of a net, for texts of any length."""
     zero = z.new_zeros((1 + both_ways) * layers, len(z), weights[1].shape[1])
+    train = torch.is_grad_enabled() and z.device.type != "cpu"  # see ``forms.with_gradients``; there is no dropout
     if both_ways:
         packed = pack_padded_sequence(z, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        out, *_ = torch._VF.lstm(packed.data, packed.batch_sizes, (zero, zero), weights, True, layers, 0.0, False, True)
+        out, *_ = torch._VF.lstm(packed.data, packed.batch_sizes, (zero, zero), weights, True, layers, 0.0, train, True)
         packed = PackedSequence(out, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
         return pad_packed_sequence(packed, batch_first=True, total_length=z.shape[1])[0]
-    out, *_ = torch._VF.lstm(z, (zero, zero), weights, True, layers, 0.0, False, False, True)
+    out, *_ = torch._VF.lstm(z, (zero, zero), weights, True, layers, 0.0, train, False, True)
     return _without_padding(out, lengths)
 
 
@@ -62,7 +63,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, list[Tensor], None, None]:
     z, lengths, *weights = ctx.saved_tensors
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+    with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (z, *weights)]
         out = padded_lstm._init_fn(leaves[0], lengths, leaves[1:], ctx.layers, ctx.both_ways)
         at_z, *at_weights = torch.autograd.grad(out, leaves, grad)
@@ -95,9 +96,7 @@ class Recurrent(nn.LSTM):
         lengths, steps = lengths.clamp(min=1), z.shape[1]
         if torch.compiler.is_compiling() and not self.training:
             return padded_lstm(z, lengths, list(self._flat_weights), self.num_layers, self.bidirectional)
-        # cuDNN has no backward pass in eval mode ("cudnn RNN backward can only be called in training mode").
-        native = torch.is_grad_enabled() and not self.training
-        with torch.backends.cudnn.flags(enabled=False, allow_tf32=False) if native else nullcontext():
+        with with_gradients(self):
             if self.bidirectional:
                 packed = pack_padded_sequence(z, lengths.cpu(), batch_first=True, enforce_sorted=False)
                 return pad_packed_sequence(super().forward(packed)[0], batch_first=True, total_length=steps)[0]

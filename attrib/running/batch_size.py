@@ -30,7 +30,7 @@ import torch
 
 from attrib.methods import Method
 from attrib.models import Classifier
-from attrib.models.classifier import release_memory
+from attrib.models.device_memory import is_lost, release_memory
 from attrib.process.free_memory import Peak, free_memory
 from attrib.process.memory import give_back
 from attrib.running.options import FIXED
@@ -119,6 +119,8 @@ class Budget:
         except UserError:
             raise
         except Exception as error:  # a user's method may raise anything, and this is only a hint
+            if is_lost(error):
+                raise
             log.warning("%s.bytes_per_sample: %s: %s", type(self.method).__name__, type(error).__name__, error)
         if self.open or self._declared is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from attrib.models import Classifier
 from attrib.process.free_memory import Peak
+from attrib.process.memory import give_back
 
 
 def device_name(device: torch.device) -> str:
@@ -29,12 +31,17 @@ class Meter:
     """Between :meth:`begin` and :meth:`each`, for one batch after the other."""
 
     def __init__(self, model: Classifier) -> None:
-        self._model = model
+        self._model, self._begun = model, False
         self._peak: Peak | None = None
         self._memory: dict[str, int] = {}
         self._looked = -math.inf
 
     def begin(self) -> None:
+        if not self._begun and self._model.device.type == "cpu":
+            # What fits, metrics and earlier cells took and freed is not this method's.
+            gc.collect()
+            give_back()
+        self._begun = True
         self._rows = self._model.passed
         self._peak = self._peak or Peak(self._model.device)
         self._start = time.perf_counter()
@@ -45,9 +52,9 @@ class Meter:
         seconds, rows   its share
         memory          bytes, of the whole batch. On a GPU the peak of torch's tensors, weights included; on a
                         CPU the peak of the whole process (resident pages: libraries, weights, what is kept for
-                        the next allocation), of batches shorter than ``EVERY`` several share one. It grows with
-                        ``run.batch`` and ``run.rows``, and two devices' cannot be compared. Absent where there is no
-                        way to tell.
+                        the next allocation), of batches shorter than ``EVERY`` several share one. What was freed
+                        before the first batch does not count. It grows with ``run.batch`` and ``run.rows``, and two
+                        devices' cannot be compared. Absent where there is no way to tell.
         device          see :func:`device_name`
         """
         now = time.perf_counter()

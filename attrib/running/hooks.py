@@ -19,6 +19,7 @@ from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.drawing.pictures import overlay, png, words_page
 from attrib.drawing.spectrogram import draw
 from attrib.errors import GoneError, printable
+from attrib.fit import Progress
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.store.files import picture_path, write_atomic, write_json
@@ -44,14 +45,7 @@ class ProgressHook(Hook):
         if self._bar is None or self._stage != loop.stage:
             self._close()
             self._stage = loop.stage
-            self._bar = tqdm(
-                total=loop.total,
-                desc=printable(f"{loop.plan.experiment.names['method']}: {loop.stage}"),
-                unit=" samples",
-                mininterval=0.2 if sys.stderr.isatty() else 30,
-                dynamic_ncols=True,
-                file=sys.stderr,
-            )
+            self._bar = _bar(f"{loop.plan.experiment.names['method']}: {loop.stage}", loop.total, "samples")
 
     def after_test_iter(
         self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None, outputs: Any = None
@@ -71,6 +65,41 @@ class ProgressHook(Hook):
 
     def after_test(self, runner: AttributionRunner) -> None:
         self._close()
+
+
+class FitBar:
+    """A bar for what a fit reports, with an ETA; for several, if it has several parts."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._about = ("", 0)
+
+    def show(self, progress: Progress) -> None:
+        about = progress.what, progress.total
+        if self._bar is None or about != self._about or progress.done < self._bar.n:
+            self.close()
+            self._about = about
+            self._bar = _bar(progress.what, progress.total, progress.unit, progress.done)
+        self._bar.update(progress.done - self._bar.n)
+        if progress.done == progress.total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+def _bar(what: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=printable(what),
+        unit=f" {unit}",
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )
 
 
 class Heartbeat(Hook):
@@ -124,12 +153,22 @@ class Heartbeat(Hook):
     ) -> None:
         if outputs.stage != self._stage:  # nothing of it could be read so far
             self._enter(outputs.stage, outputs.total)
+        self._failed = runner.attribution.summary.failed
+        self._mark(outputs.done, outputs.total)
+
+    def fitting(self, progress: Progress) -> None:
+        """The method's fit is so far."""
+        if progress.total != self._total or progress.done < self._done:  # another part of it
+            self._enter("fit", progress.total)
+        self._mark(progress.done, progress.total)
+
+    def _mark(self, done: int, total: int) -> None:
         now = time.monotonic()
         with self._lock:
-            self._done, self._total, self._failed = outputs.done, outputs.total, runner.attribution.summary.failed
+            self._done, self._total = done, total
             if len(self._marks) > 1 and now - self._marks[-2][0] < 1:
                 self._marks.pop()
-            self._marks.append((now, outputs.done))
+            self._marks.append((now, done))
             while len(self._marks) > 2 and now - self._marks[1][0] > self.WINDOW:
                 self._marks.popleft()
 

@@ -20,6 +20,7 @@ class Options:
     batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
               allows (``attrib.running.batch_size``)
     rows      rows that go through the net at once; halved when memory runs out
+    deterministic   the same bits in every run on the same GPU (``attrib.process.repeatable``)
     flush     seconds after which finished samples are made durable
     grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
     strict    exit with status 3 at the end if any sample failed (always, if no map, or no score of a metric, came out)
@@ -32,6 +33,7 @@ class Options:
     dtype: str = "float32"
     batch: int | Literal["auto"] = FIXED
     rows: int = 64
+    deterministic: bool = False
     shard: int = 0
     shards: int = 1
     flush: float = 5.0

@@ -20,7 +20,7 @@ from attrib.process.git import git_commit
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
 from attrib.running.options import Options
-from attrib.running.states import load_confidence
+from attrib.running.states import load_confidence, state_path
 from attrib.store.cell import FORMAT, Arrays, Cell, cells
 from attrib.store.files import Key
 from attrib.types import UNREADABLE, UserError
@@ -37,6 +37,8 @@ class Plan:
     fingerprints: dict[str, str]
     state_key: str | None
     original: str | None  # key of the cell of the net whose randomised copy is explained here
+    fitted: bool = True  # whether the method's state is stored
+    fits: int = 0  # samples that it is fitted on
     seconds: float | None = None  # per missing map, from what is recorded
     present: set[str] = field(default_factory=set)
     scored: dict[str, set[str]] = field(default_factory=dict)
@@ -52,16 +54,23 @@ class Plan:
                 self.fingerprints[uid] = self.experiment.dataset.fingerprint(uid)
 
     @property
+    def to_explain(self) -> list[str]:
+        """The samples that need the method: maps are missing, or scores of a metric that asks for maps."""
+        asking = [self.scored[name] for name, metric in self.experiment.metrics.items() if metric.NEEDS_EXPLAIN]
+        return [uid for uid in self.uids if any(uid not in done for done in (self.present, *asking))]
+
+    @property
     def explains(self) -> bool:
-        """Whether the method is needed: maps are missing, or the scores of a metric that asks for maps."""
-        asking = [name for name, metric in self.experiment.metrics.items() if metric.NEEDS_EXPLAIN]
-        return any(len(done) < len(self.uids) for done in (self.present, *(self.scored[name] for name in asking)))
+        return bool(self.to_explain)
 
     def __str__(self) -> str:
         missing = len(self.uids) - len(self.present)
         lines = [
             f"{self.cell.folder.name}: {len(self.uids)} samples, {len(self.present)} maps present, {missing} to compute"
         ]
+        if self.experiment.method.fit is not None and self.explains:
+            what, of = type(self.experiment.method.fit).__name__, f"{self.fits} samples"
+            lines.append(f"  {what}: fitted on {of}" if self.fitted else f"  {what}: to be fitted first, on {of}")
         for name, done in self.scored.items():
             due, each = len(self.uids) - len(done), self.score_seconds.get(name)
             time = f", about {each * due:.0f} s" if due and each is not None else ""
@@ -95,7 +104,9 @@ def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: 
     prints.save()
     alike = _alike(cell, root)
     original, seconds = experiment.original_key(fitted_on), _mean_seconds(c.maps for c in alike)
-    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, original, seconds)
+    fitted = state_key is None or state_path(root, state_key).exists()
+    fits = 0 if fitted_on is None else len(fitted_on.uids)
+    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, original, fitted, fits, seconds)
     index = cell.maps.index()
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:

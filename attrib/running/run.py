@@ -17,9 +17,10 @@ from pathlib import Path
 
 from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
-from attrib.fit import State
+from attrib.fit import Progress, State
+from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
-from attrib.running.hooks import Heartbeat, standard_hooks
+from attrib.running.hooks import FitBar, Heartbeat, standard_hooks
 from attrib.running.loop import Loop
 from attrib.running.options import Options
 from attrib.running.plan import Plan, check_metrics, exam_of, make_plan, spec_of
@@ -48,7 +49,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
     """
     start = time.monotonic()  # the clock may be set while we run
     writer = writer_name(options.shard)
-    with watching(options.grace) as stop:
+    with watching(options.grace) as stop, repeatable(options.deterministic):
         with stop.immediately():
             try:
                 plan = make_plan(experiment, options, writer, stop)
@@ -86,7 +87,18 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         if fit is None or plan.state_key is None:
             return {}
         samples = experiment.estimation_samples(options.read)
-        return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop)
+        asked = _classes(plan, options) if fit.BY_CLASS else None
+        bar = FitBar()
+
+        def show(progress: Progress) -> None:
+            heartbeat.fitting(progress)
+            if options.progress:
+                bar.show(progress)
+
+        try:
+            return load_state(Path(options.root), plan.state_key, fit, experiment.model, samples, stop, asked, show)
+        finally:
+            bar.close()
 
     with stop.deferred():
         package = logging.getLogger("attrib")
@@ -131,6 +143,16 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         if failure is not None:
             raise _refused(plan, failure, loop.unwritten) from failure
     return summary
+
+
+def _classes(plan: Plan, options: Options) -> frozenset[int] | None:
+    """The classes that the method explains in this run; None where a sample has several."""
+    found: set[int] = set()
+    for batch in plan.experiment.samples(plan.to_explain or plan.uids, options.read):
+        if batch.target.ndim != 1:
+            return None
+        found.update(batch.target.tolist())
+    return frozenset(found)
 
 
 def _forget(folder: Path, writer: str) -> None:

@@ -18,7 +18,7 @@ from attrib import keys
 from attrib.experiment.samples import Samples
 from attrib.fit import State
 from attrib.metrics.metric import Explain
-from attrib.models.classifier import is_out_of_memory, release_memory
+from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory
 from attrib.process.signals import Stop
 from attrib.running.batch_size import Budget
 from attrib.running.costs import Meter
@@ -38,6 +38,10 @@ LOOK_EVERY = 30.0  # seconds: reading all rows costs more than a few samples don
 NO_ROOM = (
     "this sample does not fit into memory even alone; take fewer draws, a smaller input (model.input.size) or layer, "
     "run.dtype=float32, or a device with more memory"
+)
+LOST = (
+    "%s failed: %s. No sample is to blame, and this process can do nothing there any more. What was computed is "
+    "stored: run the same command again. If it fails again, CUDA_LAUNCH_BLOCKING=1 shows in which operation"
 )
 
 Result = tuple[tuple[str, ...], Mapping[str, np.ndarray]]  # the samples that succeeded, and their arrays
@@ -130,7 +134,8 @@ class Stage(ABC):
         """``compute`` of the batch, or of pieces of it.
 
         If memory runs out, half as many samples at once from now on; after any other error each
-        sample of the batch alone, so that only the guilty ones are lost.
+        sample of the batch alone, so that only the guilty ones are lost. Errors of a device that failed for good
+        are raised: every sample would seem guilty.
         """
         model, budget = self.plan.experiment.model, self.budget
         if len(batch) > budget.most:
@@ -141,6 +146,9 @@ class Stage(ABC):
         except UserError:
             raise
         except Exception as error:  # a method or metric may raise anything
+            if is_lost(error):
+                log.error(LOST, model.device, error)
+                raise
             full = is_out_of_memory(error)
             if len(batch) == 1 and not full and not isinstance(error, SampleError):
                 log.exception("%s of %s", self.place, batch.uids[0])
@@ -275,7 +283,9 @@ class Scores(Stage):
             spec = {**spec, "precision": precision}
         _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES)
         self._looked = time.monotonic()
-        return self.plan.experiment.stored_samples(todo, self.shared.options.read)
+        return self.plan.experiment.stored_samples(
+            todo, self.shared.options.read, inputs=self._metric.NEEDS_INPUT or self._metric.NEEDS_EXPLAIN
+        )
 
     def compute(self, batch: Batch) -> Result:
         start = time.perf_counter()

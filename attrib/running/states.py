@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from attrib import keys
 from attrib.experiment.samples import Samples
-from attrib.fit import Fit, Partial, State
+from attrib.fit import Fit, Partial, Progress, State
 from attrib.models import Classifier
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
@@ -34,11 +34,14 @@ SAY_SECONDS = 10.0  # between two lines of progress of a fit
 class _Partial:
     """An unfinished fit on disk."""
 
-    def __init__(self, path: Path, stop: Stop) -> None:
-        self.path, self._stop = path, stop
+    def __init__(self, path: Path, stop: Stop, fit: Fit, stored: State | None) -> None:
+        self.path, self._stop, self._fit, self._stored = path, stop, fit, stored
 
     def load(self) -> State | None:
-        return _read(self.path)
+        saved = _read(self.path)
+        if saved is None or self._stored is None:
+            return self._stored if saved is None else saved
+        return self._fit.united(self._stored, saved)
 
     def save(self, state: State) -> None:
         write_atomic(self.path, safetensors.torch.save({k: v.contiguous() for k, v in state.items()}))
@@ -67,20 +70,37 @@ def fit_state(fit: Fit, model: Classifier, samples: Samples, partial: Partial, r
     return {name: value.contiguous().cpu() for name, value in fitted.items()}
 
 
-def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Samples, stop: Stop | None = None) -> State:
+def state_path(root: Path, key: str) -> Path:
+    return root / "state" / f"{key[:8]}.safetensors"
+
+
+def load_state(
+    root: Path,
+    key: str,
+    fit: Fit,
+    model: Classifier,
+    samples: Samples,
+    stop: Stop | None = None,
+    asked: frozenset[int] | None = None,
+    show: Callable[[Progress], None] | None = None,
+) -> State:
     """The fitted state, from ``state/<key8>.safetensors`` or fitted now.
 
     Jobs that need it at once all fit it, but the first to finish decides: the others take its
     file, so that all shards work with the same numbers also where a GPU does not repeat itself.
 
+    ``asked`` are the classes that are explained: a state that goes by classes (``Fit.BY_CLASS``) and lacks some of
+    them is extended. ``show`` is told how far the fit is.
+
     Raises UserError if the estimation set cannot be used, Interrupted if ``stop`` says so when the fit next reports.
     """
     stop = stop or Stop()
-    path = root / "state" / f"{key[:8]}.safetensors"
+    path = state_path(root, key)
     state = _read(path)
-    if state is not None:
+    if state is not None and fit.covers(state, asked):
         return state
-    partial = _Partial(path.with_suffix(".partial.safetensors"), stop)
+    samples.asked = asked
+    partial = _Partial(path.with_suffix(".partial.safetensors"), stop, fit, state)
     said = time.monotonic()
 
     def report(line: str) -> None:
@@ -88,6 +108,8 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
         if time.monotonic() - said >= SAY_SECONDS:
             said = time.monotonic()
             log.info(line)
+        if show is not None and isinstance(line, Progress):
+            show(line)
         stop.check()  # a fit reports after it has saved
 
     log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
@@ -96,26 +118,27 @@ def load_state(root: Path, key: str, fit: Fit, model: Classifier, samples: Sampl
             fitted = fit_state(fit, model, samples, partial, report)
         about = {"key": key, "fit": keys.spec(fit), "samples": list(samples.uids), "skipped": samples.skipped}
         write_json(path.with_suffix(".json"), about)
-        _publish(path, safetensors.torch.save(fitted))
+        # Another process may have been faster, perhaps with other classes.
+        while (state := _read(path)) is None or not fit.covers(state, asked):
+            whole = fitted if state is None else fit.united(state, fitted)
+            _publish(path, safetensors.torch.save(whole), over=state is not None)
         partial.path.unlink(missing_ok=True)
-    state = _read(path)
-    assert state is not None
     return state
 
 
-def _publish(path: Path, data: bytes) -> None:
-    """Write the file unless it is there by now; a damaged one is replaced, in one step.
+def _publish(path: Path, data: bytes, over: bool = False) -> None:
+    """Write the file, but ``over`` another only if told so; a damaged one is replaced, in one step.
 
     A link is refused where the file is there, so that the first of several jobs decides. On a file system without links
     the last one does, and whoever has read the file of another before goes on with numbers of its own: no job is hurt,
     but shards of a net that does not repeat itself may differ by its noise.
     """
-    if _read(path) is not None:
+    if not over and _read(path) is not None:
         return
     mine = temporary(path)
     try:
         write_synced(mine, data)
-        if os.path.lexists(path):  # and is damaged
+        if os.path.lexists(path):  # and is damaged, or lacks something
             os.replace(mine, path)
         else:
             _link(mine, path)

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from attrib.keys import stable_hash
+from attrib.models.device_memory import without_tf32
 from attrib.running.runner import AttributionRunner
 from attrib.store.files import write_atomic
 from attrib.training.batches import Augment, EpochBatches, LoadedSamples, learning_rate_factor
@@ -88,13 +89,13 @@ def evaluate(net: nn.Module, samples: LoadedSamples, device: torch.device) -> di
     """Accuracy and mean cross-entropy, in eval mode."""
     was_training = net.training
     net.eval()
-    right, loss = 0, 0.0
+    found = torch.zeros(2, dtype=torch.float64, device=device)  # how many are right, and the sum of their losses
     for positions in samples.portions(EVALUATION_BATCH):
         x, target = samples.pick(positions)
         logits, target = net(x.to(device)), target.to(device)
-        right += int((logits.argmax(1) == target).sum())
-        loss += float(cross_entropy(logits, target, reduction="sum"))
+        found += torch.stack([(logits.argmax(1) == target).sum(), cross_entropy(logits, target, reduction="sum")])
     net.train(was_training)
+    right, loss = found.tolist()
     return {"accuracy": right / len(samples), "loss": loss / len(samples)}
 
 
@@ -109,10 +110,11 @@ class Trainee(nn.Module):
         x, target = (part.to(self.device) for part in data)
         logits = self.net(x)
         loss = cross_entropy(logits, target)
-        value = float(loss.detach())
+        right = (logits.argmax(1) == target).float().mean()
+        value, accuracy = torch.stack([loss.detach(), right]).tolist()  # the one wait of a step
         if math.isfinite(value):  # else the weights stay as they are, and ``TrainingHook`` ends the training
             optim_wrapper.update_params(loss)
-        return {"loss": value, "accuracy": float((logits.argmax(1) == target).float().mean())}
+        return {"loss": value, "accuracy": accuracy}
 
     def val_step(self, data: LoadedSamples) -> dict[str, float]:
         return evaluate(self.net, data, self.device)
@@ -330,6 +332,7 @@ def fit(
     Raises UserError for a loss that is not finite, naming epoch and batch.
     """
     freeze(net, hyperparameters.freeze)
+    without_tf32(device)
     net.to(device)
     state = folder / "state.safetensors"
     trained = [p for p in net.parameters() if p.requires_grad]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attrib.fit import FitData
+from attrib.fit import FitData, Progress
 from attrib.methods.parts.inputs import EMBEDDING
 from attrib.models import Classifier
 from attrib.types import UserError
@@ -147,7 +147,7 @@ class Observations:
                 mine = batch.target == label if self.per_class else torch.ones(len(x), dtype=torch.bool)
                 yield label, x[mine.to(x.device)], None if batch.mask is None else batch.mask[mine]
             seen += len(batch)
-            self.report(f"covariance: {seen} / {len(self.data.uids)} samples")
+            self.report(Progress("covariance", seen, len(self.data.uids), "samples"))
 
     def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:

@@ -96,6 +96,12 @@ class Groups:
         return (first[:, None] + places).flatten()
 
 
+def _root(matrix: Tensor) -> Tensor:
+    """(..., F, F) Cholesky's factor; NaN, without waiting for the device, of what is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return factor.masked_fill((info != 0)[..., None, None], torch.nan)
+
+
 @dataclass(frozen=True)
 class Dense:
     """One matrix for all groups, or one for each; ``matrix`` = ``factor`` ``factor``', both (1 or G, F, F)."""
@@ -120,7 +126,7 @@ class Dense:
     def conditional(self, places: Tensor) -> Quadratic:
         at = self.groups.features(places, self.matrix.shape[-1])
         part = self._precision[:, at][:, :, at]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(part))
+        inverse = torch.cholesky_inverse(_root(part))
 
         def value(v: Tensor) -> Tensor:
             inside = self.groups(v)[..., at]
@@ -163,7 +169,7 @@ class LowRank:
         at = self.groups.features(places, len(self.rest))
         basis, root = self.basis[at], self.rest[at].sqrt()
         others = torch.diag(1 + 1 / self.gain) - basis.T @ basis  # V' V = 1
-        half = torch.linalg.cholesky(torch.linalg.inv(others))
+        half = _root(torch.linalg.inv_ex(others).inverse)
 
         def value(v: Tensor) -> Tensor:
             w = self.groups(v)[..., at] * root.to(v)

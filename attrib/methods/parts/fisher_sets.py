@@ -9,7 +9,7 @@ complement), and the log-Sobolev inequality holds for that distribution. The inf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,20 +52,28 @@ class Sets:
         self.spread, self.levels = spread, levels
         self._prepared = None if spread.independent else [self._prepare(units) for units in levels]
 
-    def _prepare(self, units: Units) -> list[tuple[Tensor, list[tuple[int, Quadratic]]]]:
-        """[(samples, [(unit, its quadratic form)])]: samples with the same covariance and units share the forms."""
-        of, index = units.of.flatten(1), self.spread.index
-        groups: list[tuple[Tensor, Tensor, int]] = []  # samples, their units, their class
+    def _prepare(self, units: Units) -> list[tuple[list[int], list[tuple[int, Quadratic]]]]:
+        """[(samples, [(unit, its quadratic form)])]: samples with the same covariance and units share the forms.
+
+        Which places a unit has is found out on the CPU, so that a device is not waited for unit by unit.
+        """
+        of = units.of.flatten(1).cpu()
         same = bool((of == of[:1]).all())
-        for k in index.unique().tolist():
-            members = (index == k).nonzero()[:, 0]
-            groups += [(members, of[0], k)] if same else [(i[None], of[i], k) for i in members]
-        found = []
-        for members, row, k in groups:
-            numbers = [int(u) for u in row.unique() if u >= 0]
-            forms = [(u, self.spread.operators[k].conditional((row == u).nonzero()[:, 0])) for u in numbers]
-            found.append((members, forms))
-        return found
+        groups: dict[tuple[int, int], list[int]] = {}  # class, and a sample that has these units -> samples
+        for i, k in enumerate(self.spread.index.tolist()):
+            groups.setdefault((k, 0 if same else i), []).append(i)
+        parts = [
+            (key, unit, (of[key[1]] == unit).nonzero()[:, 0])
+            for key in groups
+            for unit in of[key[1]].unique().tolist()
+            if unit >= 0
+        ]
+        sizes = [len(places) for *_, places in parts]
+        moved = torch.cat([of.new_empty(0), *(places for *_, places in parts)]).to(units.of.device).split(sizes)
+        forms: dict[tuple[int, int], list[tuple[int, Quadratic]]] = {key: [] for key in groups}
+        for (key, unit, _), places in zip(parts, moved, strict=True):
+            forms[key].append((unit, self.spread.operators[key[0]].conditional(places)))
+        return [(members, forms[key]) for key, members in groups.items()]
 
     def of(self, score: Tensor, local: Tensor | None, at: Tensor) -> Tensor:
         """(b, d, L, *places): each unit's information, divided equally among its places; the sum over the levels.
@@ -76,6 +84,20 @@ class Sets:
         """
         first, *others = (self._of_level(level, score, local, at) for level in range(len(self.levels)))
         return sum(others, start=first)
+
+    def _rows(self, level: int, at: Tensor) -> Iterator[tuple[slice | Tensor, list[tuple[int, Quadratic]]]]:
+        """Which rows of ``at`` (b,) share quadratic forms, and those."""
+        assert self._prepared is not None
+        prepared = self._prepared[level]
+        if len(prepared) == 1:
+            yield slice(None), prepared[0][1]
+            return
+        place = {sample: row for row, sample in enumerate(at.tolist())}
+        groups = [([place[i] for i in members if i in place], forms) for members, forms in prepared]
+        rows = torch.tensor([row for some, _ in groups for row in some], device=at.device)
+        for mine, (some, forms) in zip(rows.split([len(some) for some, _ in groups]), groups, strict=True):
+            if some:
+                yield mine, forms
 
     def _of_level(self, level: int, score: Tensor, local: Tensor | None, at: Tensor) -> Tensor:
         units = self.levels[level]
@@ -88,10 +110,9 @@ class Sets:
             assert local is not None
             values.scatter_add_(2, where, local.reshape(flat.shape) * inside)
         else:
-            for members, forms in self._prepared[level]:
-                rows = torch.isin(at, members)
+            for rows, forms in self._rows(level, at):
                 part = score[rows]
-                for unit, form in forms if len(part) else ():
+                for unit, form in forms:
                     values[rows, :, unit] = form(part).flatten(1)
         places = torch.zeros_like(values).scatter_add_(2, where, inside.to(values))
         return ((values / places.clamp(min=1)).gather(2, where) * inside).view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -245,7 +246,10 @@ def _resize_matrix(size: int, new: int) -> np.ndarray:
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, h, w) -> (B, H, W), linear; the same numbers as skimage.transform.resize(order=1)."""
-    rows, columns = (
-        torch.from_numpy(_resize_matrix(old, new)).to(maps) for old, new in zip(maps.shape[-2:], size, strict=True)
-    )
-    return rows @ maps @ columns.T
+    return resizing(image_size(maps), size, maps)(maps)
+
+
+def resizing(old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Callable[[Tensor], Tensor]:
+    """``resize`` from one size to another for tensors like ``like``; made once where it is needed often."""
+    rows, columns = (torch.from_numpy(_resize_matrix(a, b)).to(like) for a, b in zip(old, new, strict=True))
+    return lambda maps: rows @ maps @ columns.T

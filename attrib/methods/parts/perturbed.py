@@ -17,7 +17,7 @@ from torch import Tensor
 from attrib.methods.parts.covariance import Spread
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier, log_probabilities
-from attrib.models.classifier import is_out_of_memory
+from attrib.models.device_memory import of_the_device
 from attrib.models.output_kinds import Link
 from attrib.noise import Noise
 
@@ -174,7 +174,7 @@ def _jacobian(total: Tensor, leaf: Tensor, together: int) -> Tensor:
                 ]
                 return torch.cat(found)
         except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
+            if of_the_device(error):
                 raise
     found = [torch.autograd.grad(total[k], leaf, retain_graph=k + 1 < len(total))[0] for k in range(len(total))]
     return torch.stack(found)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attrib.fit import Fit, FitData, Partial, State
+from attrib.fit import Fit, FitData, Partial, Progress, State
 from attrib.methods.parts.layout import TextLayout
 from attrib.models import Classifier
 from attrib.types import UserError
@@ -80,5 +80,5 @@ class FeatureStatistics(Fit):
             per_token = batch.mask is not None and TextLayout.of(z, batch.mask).real is not None
             moments.add(z[batch.mask] if per_token else z)
             seen += len(batch)
-            report(f"feature statistics of {model.path(self.layer)}: {seen} / {len(data.uids)} samples")
+            report(Progress(f"feature statistics of {model.path(self.layer)}", seen, len(data.uids), "samples"))
         return moments.state()
