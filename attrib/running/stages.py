@@ -283,9 +283,8 @@ class Scores(Stage):
             spec = {**spec, "precision": precision}
         _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES)
         self._looked = time.monotonic()
-        return self.plan.experiment.stored_samples(
-            todo, self.shared.options.read, inputs=self._metric.NEEDS_INPUT or self._metric.NEEDS_EXPLAIN
-        )
+        reads = getattr(self._metric, "NEEDS_INPUT", True) or self._metric.NEEDS_EXPLAIN  # a user's may be older
+        return self.plan.experiment.stored_samples(todo, self.shared.options.read, inputs=reads)
 
     def compute(self, batch: Batch) -> Result:
         start = time.perf_counter()
