@@ -27,7 +27,7 @@ from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
 from attrib.models import Classifier
-from attrib.models.classifier import is_out_of_memory, release_memory
+from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory
 from attrib.noise import Noise
 from attrib.running.costs import Meter
 from attrib.running.returned import checked
@@ -251,6 +251,8 @@ def _scored(
     except UserError:
         raise
     except Exception as error:  # a metric may raise anything
+        if is_lost(error):
+            raise
         if len(batch) > 1:
             parts = [_scored(cell, name, kind, batch[i : i + 1], maps[i : i + 1], state) for i in range(len(batch))]
             return {uid: rows for part in parts for uid, rows in part.items()}
