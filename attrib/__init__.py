@@ -6,18 +6,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from attrib.api import Comparison, Explanation, compare, dataset, evaluate, explain
+    from attrib.api.comparison import Comparison
+    from attrib.api.explanation import Explanation
+    from attrib.api.front import compare, evaluate, explain
+    from attrib.api.parts import dataset
 
 __version__ = "0.1.0"
 
-__all__ = ["Comparison", "Explanation", "compare", "dataset", "evaluate", "explain"]
+__all__ = ["Comparison", "Explanation", "compare", "dataset", "evaluate", "explain", "results"]
+
+_HOMES = {
+    "Comparison": "attrib.api.comparison",
+    "Explanation": "attrib.api.explanation",
+    "compare": "attrib.api.front",
+    "dataset": "attrib.api.parts",
+    "evaluate": "attrib.api.front",
+    "explain": "attrib.api.front",
+}
 
 
 def __getattr__(name: str) -> Any:
     """What ``attrib.api`` offers, imported when it is asked for: torch takes seconds."""
-    if name not in __all__:
+    if name == "results":  # a package that can be called
+        return importlib.import_module("attrib.results")
+    if name not in _HOMES:
         raise AttributeError(f"module 'attrib' has no attribute {name!r}")
-    return getattr(importlib.import_module("attrib.api"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

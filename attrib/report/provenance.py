@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from attrib.results import formats
+from attrib.results import formats, tables
 from attrib.results.labels import AXES, Labelled
 from attrib.store.cell import Cell
 from attrib.store.reading import document
@@ -24,10 +24,9 @@ MOST_UIDS = 50  # uids listed per kind of failure
 
 def failures(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Failures grouped by stage and reason: how many there are, and the first uids."""
-    names = ["dataset", "model", "method", "stage", "reason"]
-    failed = frame.loc[frame["state"] == "failed", [*names, "uid"]].astype(str).drop_duplicates()
+    names = [*AXES, "stage", "reason"]
     found = []
-    for key, group in failed.groupby(names, sort=False):
+    for key, group in tables.failed(frame).groupby(names, sort=False):
         uids = list(group["uid"])
         found.append(
             {**dict(zip(names, key)), "count": len(uids), "uids": uids[:MOST_UIDS], "more": len(uids[MOST_UIDS:])}

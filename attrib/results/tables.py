@@ -210,9 +210,9 @@ def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.Da
             raise UserError(f"--where knows no field {name!r}, only {', '.join(WHERE)}")
         labels = [label for label in frame[name].cat.categories if label]
         for value in values:
-            if not any(_named(label, value) for label in labels):
+            if not any(named(label, value) for label in labels):
                 raise UserError(f"no results have {name}={value}; there are: {', '.join(labels) or 'none'}")
-        kept = [label for label in labels if any(_named(label, value) for value in values)]
+        kept = [label for label in labels if any(named(label, value) for value in values)]
         frame = frame[frame[name].isin(kept)]
     if frame.empty:
         raise UserError("no results meet all --where conditions at once")
@@ -222,8 +222,16 @@ def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.Da
     return frame
 
 
-def _named(label: str, value: str) -> bool:
+def named(label: str, value: str) -> bool:
+    """Whether a label is meant: by all of it, or by the name that it begins with."""
     return value in (label, label.split(" (")[0])
+
+
+def failed(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell, sample and reason why it failed: dataset, model, method, stage, reason, uid, as texts."""
+    names = [*AXES, "stage", "reason", "uid"]
+    found = frame.loc[frame["state"] == "failed", names].astype(str)
+    return found.drop_duplicates(ignore_index=True)
 
 
 # Computing ----------------------------------------------------------------------------------------------
