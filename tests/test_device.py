@@ -357,6 +357,7 @@ SAMPLES: dict[str, tuple[Callable[[Any, str], Classifier], Batch]] = {
 SAMPLE_BY_SAMPLE = {  # of images
     "quantus": "quantus works on the host",
     "quantus_2": "quantus works on the host",
+    "adversarial": "the attacks of ART work on the host",
     "irof": "its images are made sample by sample, each with as many as it has superpixels",
 }
 
