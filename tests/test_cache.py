@@ -172,6 +172,21 @@ def test_repair_moves_damage_away_and_the_next_run_finds_the_rest(root, capsys):
     assert [c.folder.name for c in cells(root)] == [NAME]
 
 
+@pytest.mark.parametrize("target", ["spec.json", "/dev/zero", "/nowhere"])
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_damaged_file_that_is_a_link_goes_as_a_link(root, target, delete, tmp_path):
+    """What it leads to stays, and one link does not keep the others from being repaired."""
+    for name in ("spec.json", "maps/z.safetensors"):
+        (root / NAME / name).unlink(missing_ok=True)
+        (root / NAME / name).symlink_to(target)
+    (root / NAME / "maps" / "index.cache").unlink(missing_ok=True)
+    (root / NAME / "maps" / "index.cache").mkdir()
+    assert main("repair", root, "--yes", *(["--delete"] if delete else [])) == 0
+    assert not list(root.glob(f"{NAME}/**/*.json")) + list(root.glob(f"{NAME}/maps/z*"))
+    assert not (root / NAME / "maps" / "index.cache").is_dir()
+    assert main("verify", root) in (0, 2)  # 2: the only cell has no spec.json
+
+
 def test_what_others_put_beside_the_states_is_not_repaired(root):
     """Nor a file of confidences that is empty because no sample could be read."""
     (root / "state" / "notes.json").write_text("[1]")
