@@ -177,8 +177,8 @@ def _thumbnail(cell: Experiment, uid: str, labels: Collection[int], predicted: i
 def page(found: Found) -> str:
     """Self-contained HTML."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("dataset.html.jinja").render(found=found)
 
