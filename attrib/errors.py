@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 UNREADABLE = ""  # the fingerprint of a sample whose file could not be read
 
@@ -47,3 +48,8 @@ def printable(text: str) -> str:
     'two lines \ufffd[2J'
     """
     return "".join(c if c.isprintable() else " " if c in "\t\n" else "\ufffd" for c in text)
+
+
+def plain(value: Any) -> Any:
+    """A text of several lines, each :func:`printable`; what is no plain text (HTML that a template made) as it is."""
+    return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value

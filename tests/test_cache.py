@@ -172,6 +172,25 @@ def test_repair_moves_damage_away_and_the_next_run_finds_the_rest(root, capsys):
     assert [c.folder.name for c in cells(root)] == [NAME]
 
 
+@pytest.mark.parametrize("target", ["spec.json", "/dev/zero", "/nowhere"])
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_damaged_file_that_is_a_link_goes_as_a_link(root, target, delete, tmp_path):
+    """What it leads to stays, and one link does not keep the others from being repaired."""
+    for name in ("spec.json", "maps/z.safetensors"):
+        (root / NAME / name).unlink(missing_ok=True)
+        (root / NAME / name).symlink_to(target)
+    assert main("repair", root, "--yes", *(["--delete"] if delete else [])) == 0
+    assert not any(os.path.lexists(root / NAME / name) for name in ("spec.json", "maps/z.safetensors"))
+
+
+def test_a_folder_in_the_place_of_an_index_makes_way(root):
+    index = root / NAME / "maps" / "index.cache"
+    index.unlink(missing_ok=True)
+    index.mkdir()
+    assert main("repair", root, "--yes") == 0
+    assert index.is_file()
+
+
 def test_what_others_put_beside_the_states_is_not_repaired(root):
     """Nor a file of confidences that is empty because no sample could be read."""
     (root / "state" / "notes.json").write_text("[1]")

@@ -304,6 +304,16 @@ def test_writers_add_files_and_damage_is_harmless(tmp_path, read):
     assert len(read) == 4
 
 
+def test_what_is_no_memory_is_passed_over(tmp_path):
+    """A FIFO would wait for ever, a device has no end."""
+    folder = tmp_path / "work" / "state" / "fingerprints"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "a.cache")
+    (folder / "b.cache").symlink_to("/dev/zero")
+    (folder / "c.cache").mkdir()
+    assert Fingerprints(tmp_path / "work")._read() == {}
+
+
 def test_many_files_are_put_together(tmp_path, monkeypatch, read):
     monkeypatch.setattr(fingerprints, "MOST", 3)
     data = images(tmp_path / "data", 6)

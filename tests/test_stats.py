@@ -38,6 +38,16 @@ def test_wide_confidence_is_wider():
     assert outer.lo < inner.lo < inner.mean < inner.hi < outer.hi
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-12, 3.0, 0.1, 1e150, 7e299])
+@pytest.mark.parametrize("n", [3, 5, 7])
+def test_the_unit_of_few_scores_changes_no_interval(n, unit):
+    """Many resamples of few scores hold each once: their mean is the observed one, in whatever order it is added up."""
+    a, b = np.random.default_rng(n).random((2, n))
+    one, other = stats.paired_test(a, b), stats.paired_test(a * unit, b * unit)
+    assert (other.lo / unit, other.hi / unit) == pytest.approx((one.lo, one.hi), rel=1e-9)
+    assert other.p == one.p
+
+
 def test_closed_form_agrees_with_the_bootstrap_where_it_takes_over():
     x = sample(stats.LARGE_BOOTSTRAP)
     se = x.std() / math.sqrt(x.size)

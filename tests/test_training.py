@@ -33,6 +33,7 @@ from attrib.store.files import write_atomic
 from attrib.training import batches, recipe, state
 from attrib.training.batches import EpochBatches, LoadedSamples, crop_flip, learning_rate_factor, uid_fraction
 from attrib.training.loop import Hyperparameters, evaluate
+from attrib.training.record import Trained, TrainingResult, read
 from attrib.training.state import Progress, load_state, save_state
 from attrib.types import Batch, SampleError, UserError
 
@@ -299,6 +300,24 @@ def test_a_damaged_state(tmp_path):
     save_state(path, other, torch.optim.Adam(other.parameters()), Progress())
     with pytest.raises(UserError, match="restart"):
         load_state(path, net, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("result.json", TrainingResult, '{"name": "n", "folder": "f"}'),
+        ("result.json", TrainingResult, '{"name": "n", "folder": "f", "accuracy": {}, "samples": {}, "epochs": 1, '
+         '"best_epoch": 1, "seconds": 1}'),
+        ("config.json", Trained, '{"dataset": 3}'),
+        ("config.json", Trained, "[" * 100_000),
+        ("config.json", Trained, None),
+    ],
+)  # fmt: skip
+def test_a_record_that_is_something_else(name, kind, text, tmp_path):
+    path = tmp_path / name
+    os.mkfifo(path) if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: .*restart"):
+        read(path, kind)
 
 
 # ---- whole trainings ----------------------------------------------------------------------------

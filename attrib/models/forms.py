@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -120,7 +121,8 @@ def with_gradients(layer: nn.RNNBase) -> Iterator[None]:
 
 
 def _compiled(module: Any) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule)
+    dynamo = sys.modules.get("torch._dynamo")  # without it nothing is compiled, and it takes two seconds to import
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def _has(net: nn.Module, path: str) -> bool:

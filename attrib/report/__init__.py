@@ -19,7 +19,7 @@ import pandas as pd
 import attrib
 from attrib import sanity
 from attrib.drawing import pictures
-from attrib.errors import printable
+from attrib.errors import plain, printable
 from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
@@ -101,6 +101,7 @@ def page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=plain,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -15,6 +15,7 @@ from torch import Tensor
 from attrib.classes import shown_target
 from attrib.datasets import Selection, holds_images, holds_sounds, holds_texts
 from attrib.drawing import pictures, spectrogram
+from attrib.errors import plain
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import Samples
 from attrib.experiment.targets import labels_of, matched
@@ -176,8 +177,8 @@ def _thumbnail(cell: Experiment, uid: str, labels: Collection[int], predicted: i
 def page(found: Found) -> str:
     """Self-contained HTML."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("dataset.html.jinja").render(found=found)
 

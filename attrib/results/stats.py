@@ -251,12 +251,19 @@ def _constant(x: np.ndarray) -> bool:
 
 
 def _bootstrap(x: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    centre, error = float(x.mean()), ROUNDING * float(np.abs(x).mean())
+
+    def mean(drawn: np.ndarray, axis: int) -> np.ndarray:
+        """BCa counts how many lie below the observed mean, so one that equals it must do so to the last bit."""
+        found = drawn.mean(axis)
+        return np.where(np.abs(found - centre) <= error, centre, found)
+
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # answered by the second method
             found = stats.bootstrap(
                 (x,),
-                np.mean,
+                mean,
                 confidence_level=confidence,
                 n_resamples=RESAMPLES,
                 batch=max(1, _BATCH // x.size),
