@@ -1,7 +1,7 @@
 """Three lines of Python over the objects of the runner, with the same numbers: explain, evaluate, compare.
 
-``parts`` makes objects of what people say, ``inputs`` a dataset of what they hand over; ``computing`` does with them
-what a run does, without a work directory.
+``nets`` and ``parts`` make objects of what people say, ``inputs`` a dataset of what they hand over; ``computing`` does
+with them what a run does, without a work directory.
 """
 
 from attrib.api.comparison import Comparison
