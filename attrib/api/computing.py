@@ -22,7 +22,7 @@ from attrib.config.objects import check_modality
 from attrib.config.trained import check_encoder, check_transform
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
-from attrib.experiment.samples import Samples, example, in_order
+from attrib.experiment.samples import Samples, classes_of, example, in_order
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
@@ -135,8 +135,14 @@ class _Memory:
         return False
 
 
-def state_of(cell: Experiment, batch: int, root: str | Path | None, known: dict[str, State] | None = None) -> State:
-    """What the method learned from data, as a run stores it.
+def state_of(
+    cell: Experiment,
+    uids: Sequence[str],
+    batch: int,
+    root: str | Path | None,
+    known: dict[str, State] | None = None,
+) -> State:
+    """What the method learned from data to explain these samples, as a run stores it.
 
     root    a work directory where it is looked for, and kept
     known   states of other methods that were fitted on the same data, with the same net; this one is added
@@ -146,11 +152,13 @@ def state_of(cell: Experiment, batch: int, root: str | Path | None, known: dict[
         return {}
     key = keys.digest(fit)
     if key not in known:
+        asked = classes_of(_batches(cell.samples(uids, batch), uids)) if fit.BY_CLASS else None
         samples = cell.estimation_samples(batch)
         if root is not None:
-            known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples)
+            known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples, asked=asked)
         else:
             log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
+            samples.asked = asked
             known[key] = fit_state(fit, cell.model, samples, _Memory(), log.info)
     return known[key]
 

@@ -76,7 +76,7 @@ def explain(
     )
     found, rule = samples(x, door, uids, target)
     cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
-    state = state_of(cell, door.options.read, root)
+    state = state_of(cell, found.uids, door.options.read, root)
     known = explained(cell, found.uids, door.options.read, state)
     return Explanation(cell, found.uids, known, state, Origin(door, chosen, _name(fit), tuple(overrides)))
 
@@ -187,7 +187,7 @@ def compare(
     for name, one in chosen.items():
         model = model or classifier_of(door, found, one)
         cell = cell_of(door, found, rule, one, named, seed, fit, overrides, model)
-        state = state_of(cell, door.options.read, root, states)
+        state = state_of(cell, found.uids, door.options.read, root, states)
         known = explained(cell, found.uids, door.options.read, state)
         origin = Origin(door, one, _name(fit), tuple(overrides))
         explanations[name] = Explanation(cell, found.uids, known, state, origin)

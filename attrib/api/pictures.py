@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 signed = pictures.is_signed
 MOST = 24  # samples that are drawn, of as many as there may be
 INCH = 2.4  # of a picture in a figure
-LINE = 64  # characters of a text in a line of a figure
+LINE = 72  # characters of a text in a line of a figure
+LETTER = 0.602 * 8 / 72  # inches: width of a letter of matplotlib's monospace font at 8 points
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def _of_texts(drawn: Sequence[Drawn]) -> Figure:
 
     blocks = [(one, kind, _lines(one.tile(kind).words)) for one in drawn for kind in one.maps]
     height = sum(0.28 * (len(lines) + 1) + 0.1 for _, _, lines in blocks)
-    made = Figure(figsize=(LINE * 0.105, height + 0.1))
+    width = LINE * LETTER + 0.2
+    made = Figure(figsize=(width, height + 0.1))
     y = 1.0 - 0.15 / (height + 0.1)
     step = 0.28 / (height + 0.1)
     for one, kind, lines in blocks:
@@ -161,7 +163,7 @@ def _of_texts(drawn: Sequence[Drawn]) -> Figure:
                 made.text(
                     x, y, text, family="monospace", fontsize=8, color=ink, va="center", bbox=box, parse_math=False
                 )
-                x += (len(text) + 1) * 0.98 / (LINE + 1)
+                x += (len(text) + 1) * LETTER / width
         y -= step + 0.1 / (height + 0.1)
     return made
 

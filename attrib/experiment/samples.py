@@ -335,6 +335,16 @@ class Samples:
         return found
 
 
+def classes_of(samples: Iterable[Batch]) -> frozenset[int] | None:
+    """The classes that are explained of some samples; None where a sample has several."""
+    found: set[int] = set()
+    for batch in samples:
+        if batch.target.ndim != 1:
+            return None
+        found.update(batch.target.tolist())
+    return frozenset(found)
+
+
 def parse_device(name: str) -> torch.device:
     """ "auto" is the first GPU, or the CPU. Raises UserError for a device this machine does not have."""
     if name == "auto":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
+from attrib.experiment.samples import classes_of
 from attrib.fit import Progress, State
 from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
@@ -87,7 +88,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         if fit is None or plan.state_key is None:
             return {}
         samples = experiment.estimation_samples(options.read)
-        asked = _classes(plan, options) if fit.BY_CLASS else None
+        asked = classes_of(experiment.samples(plan.to_explain or plan.uids, options.read)) if fit.BY_CLASS else None
         bar = FitBar()
 
         def show(progress: Progress) -> None:
@@ -143,16 +144,6 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         if failure is not None:
             raise _refused(plan, failure, loop.unwritten) from failure
     return summary
-
-
-def _classes(plan: Plan, options: Options) -> frozenset[int] | None:
-    """The classes that the method explains in this run; None where a sample has several."""
-    found: set[int] = set()
-    for batch in plan.experiment.samples(plan.to_explain or plan.uids, options.read):
-        if batch.target.ndim != 1:
-            return None
-        found.update(batch.target.tolist())
-    return frozenset(found)
 
 
 def _forget(folder: Path, writer: str) -> None:
