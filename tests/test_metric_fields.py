@@ -20,6 +20,8 @@ PRESETS = {
 }
 # Beyond what no number of any metric can be: negative, or NaN.
 BEYOND: dict[str, list[tuple[str, Any]]] = {
+    "AdversarialAgreement": [("attack", "poison"), ("settings", 3), ("margin", -1.0), ("margin", math.inf),
+                             ("min_confidence", 1.5)],
     "Degradation": [("tile", (8,)), ("tile", (0, 8)), ("baseline", "noise")],
     "EHR": [("base_threshold", 1.2), ("steps", 1), ("normalize", "minmax")],
     "Eraser": [("bins", ()), ("bins", (0.1, 1.2)), ("words", "drop")],
