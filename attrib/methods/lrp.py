@@ -62,7 +62,7 @@ class LRP(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.lrp.LRP"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)

@@ -80,6 +80,23 @@ def passed(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tenso
     return [_summed_to(relevance, sources[0])], _nothing(relevance)
 
 
+def of_function(compute: Callable[..., Tensor], epsilon: float) -> Back:
+    """A function of one value: the identity rule, but for f(0), a constant, which keeps its share f(0) / f(x).
+
+    Else the sigmoid of a gate would pass on relevance that is not in proportion to its input, and the layer in front
+    of it, which divides by that, would let it explode. Where f(0) is infinite, all of it is passed on.
+    """
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        (x,) = sources
+        constant = compute(torch.zeros_like(x))
+        constant = torch.where(constant.isfinite(), constant, 0.0)
+        kept = torch.where(constant == 0, 0.0, relevance * constant / stable(compute(x), epsilon))
+        return [_summed_to(relevance - kept, x)], kept.sum(dtype=torch.float64)
+
+    return back
+
+
 def held(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
     """A constant in the place of a source keeps all of it."""
     return [torch.zeros_like(source) for source in sources], relevance.sum(dtype=torch.float64)
@@ -95,14 +112,33 @@ def scaled(by: Tensor | float) -> Back:
     return back
 
 
-def halved(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-    """Half of it to each factor of an element-wise product: the uniform rule."""
-    return [_summed_to(relevance / 2, source) for source in sources], _nothing(relevance)
+def factors(constants: Sequence[float], epsilon: float) -> Back:
+    """An element-wise product: half of it to each factor (the uniform rule), if neither has a constant.
 
+    Of a factor c + v, such as a gate with the sigmoid's c = 1/2, the product with c is linear in the other factor alone,
+    which therefore gets all of that: (a + c) / 2a of the relevance for a factor beside a. What c itself would
+    keep of the factor's half is booked where it is added (``of_function``, ``shared``), so it is taken back here.
+    """
 
-def gated(dim: int) -> Back:
     def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        return [torch.cat((relevance, relevance), dim) / 2], _nothing(relevance)
+        half = relevance / 2
+        more = [
+            half * constant / stable(value, epsilon) if constant else torch.zeros_like(half)
+            for value, constant in zip(sources, constants, strict=True)
+        ]
+        found = [_summed_to(half + extra, source) for extra, source in zip(reversed(more), sources, strict=True)]
+        return found, -sum_of(more).sum(dtype=torch.float64)
+
+    return back
+
+
+def gated(dim: int, epsilon: float) -> Back:
+    """What is gated times the sigmoid of the gate, as ``factors`` has it."""
+
+    def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        gate = sources[0].chunk(2, dim)[1].sigmoid()
+        open_ = relevance / 4 / stable(gate, epsilon)  # the share of the sigmoid's 1/2 in the gate's half
+        return [torch.cat((relevance / 2 + open_, relevance / 2 - open_), dim)], _nothing(relevance)
 
     return back
 

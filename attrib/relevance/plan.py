@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Literal
 
+import torch
 from torch import fx
 
 from attrib.models.activations import BATCH_NORM, ELEMENTWISE, LINEAR
-from attrib.models.calls import OF_SHAPE, operation
+from attrib.models.calls import OF_SHAPE, call, operation
 from attrib.models.graph import Graph
 from attrib.relevance.recurrent import RECURRENT, given
 from attrib.types import UserError
@@ -48,7 +50,7 @@ _FILLS = frozenset((
     "cat", "stack", "where", "masked_fill", "pad", "constant_pad_nd", "slice_scatter", "select_scatter",
     "diagonal_scatter", "as_strided_scatter", "scatter", "tril", "triu", "copy", "fill",
 ))  # fmt: skip
-_NORMS = frozenset(("layer_norm", "rms_norm", "group_norm"))
+_NORMS = frozenset(("layer_norm", "group_norm"))
 _SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
 _LOG_SOFTMAX = frozenset(("log_softmax", "_log_softmax"))
 # What statistics are made of, and what brings them to the shape of what they were taken of.
@@ -80,6 +82,7 @@ class Step:
 class Plan:
     """The steps of a graph, from ``start``, the node whose relevance is wanted, to its logits.
 
+    constants   of a node whose value is v + c, with relevance for v alone, as a sigmoid's is: its c
     normaliser  a log_softmax that makes the net's logits, with only moves behind it; relevance begins in front of it
 
     Raises UserError, which names the module, for a call that gets relevance and has no rule.
@@ -90,6 +93,7 @@ class Plan:
         self._carries = self._carriers()
         if graph.output not in self._carries:
             raise UserError(f"LRP: no relevance flows from the logits of {graph.name} to {graph.where(start)}")
+        self.constants = dict(self._constants())
         self.steps: dict[fx.Node, Step] = {}
         self._merged = dict(self._mergers())
         self.merged = frozenset(self._merged.values())  # the batch norms that are computed with the layer before them
@@ -186,6 +190,9 @@ class Plan:
             first_argument = node.args[0]
             if sources == (first_argument,):
                 return Step("norm", sources)
+        elif name == "rms_norm":
+            if sources == (node.args[0],):
+                return Step("pass", sources)
         elif name in _SOFTMAX:
             return Step("softmax", sources)
         elif name in _LOG_SOFTMAX:
@@ -241,6 +248,25 @@ class Plan:
             return Step("pass", (b,))
         return Step("product", sources)
 
+    def _constants(self) -> Iterator[tuple[fx.Node, float]]:
+        found: dict[fx.Node, float] = {}
+        for node in self.graph.nodes:
+            sources, name = self._sources(node), operation(node)
+            if len(sources) != 1 or node is self.start or any(n is not sources[0] for n in node.all_input_nodes):
+                continue
+            before = found.get(sources[0], 0.0)
+            if name in _MOVES - _FILLS:
+                value = before
+            elif name in ("add", "sub", "rsub", "mul") or (name == "div" and node.args[0] is sources[0]):
+                value = _of_numbers(node, sources[0], before)
+            elif name in ELEMENTWISE - _NOT_ONE_VALUE:
+                value = _of_numbers(node, sources[0], 0.0)
+            else:
+                continue
+            if value and isfinite(value):
+                found[node] = value
+        return iter(found.items())
+
     @cached_property
     def _dominators(self) -> dict[fx.Node, list[fx.Node]]:
         """Each node -> itself, and the nodes, nearest first, of which it is an element-wise function."""
@@ -272,6 +298,13 @@ class Plan:
             reduced = reduced or operation(at) in _REDUCTIONS
             open_ += self._sources(at)
         return reduced
+
+
+def _of_numbers(node: fx.Node, source: fx.Node, value: float) -> float:
+    """What a call gives for a number in the place of its one source."""
+    number = torch.tensor(value, dtype=torch.float64)
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), {source: number}.__getitem__)
+    return float(call(node)(*args, **kwargs))
 
 
 def output_of(graph: Graph, path: str) -> fx.Node:

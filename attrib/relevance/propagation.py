@@ -15,12 +15,14 @@ from attrib.models.activations import BATCH_NORM
 from attrib.models.calls import call, of_sizes, operation
 from attrib.models.graph import Graph
 from attrib.relevance.composites import Composite
+from attrib.relevance.norms import affine, of_statistics
 from attrib.relevance.operations import (
     Back,
     by_rule,
+    factors,
     gated,
-    halved,
     moved,
+    of_function,
     of_log_softmax,
     of_softmax,
     passed,
@@ -99,13 +101,6 @@ def _constant(graph: Graph, given: Any) -> Any:
     return operator.attrgetter(str(given.target))(graph.net) if isinstance(given, fx.Node) else given
 
 
-def _affine(graph: Graph, norm: fx.Node) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies its channels by, and then adds."""
-    weight, bias, mean, variance = (_constant(graph, given) for given in norm.args[1:5])
-    scale = (variance + norm.args[-1]).rsqrt() * (1 if weight is None else weight)
-    return scale, (0 if bias is None else bias) - mean * scale
-
-
 def _layer(graph: Graph, node: fx.Node, step: Step, args: tuple[Any, ...]) -> Layer:
     """A layer with weights, with the batch norm behind it if there is one."""
     assert step.at is not None
@@ -128,7 +123,7 @@ def _layer(graph: Graph, node: fx.Node, step: Step, args: tuple[Any, ...]) -> La
             return product(x, weight) if at < weight_at else product(weight, x)
 
     if step.merged is not None:
-        scale, shift = _affine(graph, step.merged)
+        scale, shift = of_statistics(*(_constant(graph, given) for given in step.merged.args[1:5]), step.merged.args[-1])
         if name.startswith("conv_transpose"):  # (in, out / groups, ...), the groups one after the other
             groups = args[6] if len(args) > 6 else 1
             grouped = weight.unflatten(0, (groups, -1))
@@ -242,25 +237,29 @@ class Propagation:
             layer = _layer(self._plan.graph, node, step, args)
             rule = self._composite.rule(node, step.first)
             return _Stepped.apply(layer, by_rule(rule, layer), ledger, values[step.sources[0]])
+        back: Back
         if step.kind == "norm" and operation(node) in BATCH_NORM:  # of several results the first counts
             x = values[step.sources[0]]
             if node not in self._plan.merged:
-                x = _Stepped.apply(lambda *x: compute(*x)[0], passed, ledger, x)
+                back = shared(affine(node, args, kwargs), self._epsilon)
+                x = _Stepped.apply(lambda *x: compute(*x)[0], back, ledger, x)
             return x, None, None
         if step.kind == "recurrent":
             rule = self._composite.rule(node, first=False)  # it also reads its own states
             return recurrent(node, args, step.sources, rule, self._epsilon, partial(_tell, ledger))
         sources = [values[source] if source in values else far[source] for source in step.sources]
-        back: Back
         match step.kind:
-            case "norm" | "pass":
-                if step.sources[0] not in values:
-                    result = function(*args, **kwargs).detach()
+            case "norm":
+                back = shared(affine(node, args, kwargs), self._epsilon)
+            case "pass":
+                if step.sources[0] in values:
+                    back = of_function(compute, self._epsilon)
+                else:  # a function of it that several calls make
+                    result, back = function(*args, **kwargs).detach(), passed
 
                     def compute(*_: Tensor) -> Tensor:
                         return result
 
-                back = passed
             case "scale":
                 (factor,) = (
                     value for given, value in zip(node.args[:2], args[:2], strict=True) if given is not step.sources[0]
@@ -275,9 +274,12 @@ class Propagation:
             case "log_softmax":
                 back = of_log_softmax(compute, args[1], self._epsilon)
             case "glu":
-                back = gated(args[1] if len(args) > 1 else -1)
+                back = gated(args[1] if len(args) > 1 else -1, self._epsilon)
             case "product":
                 compute = function
-                elementwise = operation(node) in ("mul", "div")
-                back = halved if elementwise else shared(function, self._epsilon, 0.5)
+                if operation(node) in ("mul", "div"):
+                    constants = self._plan.constants if operation(node) == "mul" else {}
+                    back = factors([constants.get(source, 0.0) for source in step.sources], self._epsilon)
+                else:
+                    back = shared(function, self._epsilon, 0.5)
         return _Stepped.apply(compute, back, ledger, *sources)
