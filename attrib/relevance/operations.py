@@ -36,23 +36,27 @@ def _vjp(compute: Callable[..., Tensor], sources: tuple[Tensor, ...], grad: Call
     return torch.autograd.grad(result, leaves, grad(result.detach()))
 
 
-def shared(compute: Callable[..., Tensor], epsilon: float, factor: float = 1.0) -> Back:
-    """In proportion to what each source contributes to a result that is linear in them, or (factor) in each."""
+def shared(compute: Callable[..., Tensor], epsilon: float, factors: Sequence[float] = ()) -> Back:
+    """In proportion to what each source contributes to a result that is linear in it.
+
+    factors  what a source's contribution counts: 1/2 for each of two that are multiplied; 1 by default
+    """
 
     def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         kept: list[Tensor] = []
 
         def quotient(result: Tensor) -> Tensor:
-            # Linear up to a constant, which keeps its share.
-            constant = compute(*map(torch.zeros_like, sources)) if factor == 1 else 0
+            # What no source contributes to keeps its share.
+            constant = compute(*map(torch.zeros_like, sources))
             finite = result.isfinite()  # what a mask hides by minus infinity has no relevance to share
             found = torch.where(finite, relevance / stable(result, epsilon), 0.0)
             passed_on = torch.where(finite, found * (result - constant), 0.0)
             kept.append((relevance - passed_on).sum(dtype=torch.float64))
-            return factor * found
+            return found
 
         grads = _vjp(compute, sources, quotient)
-        return [source * grad for source, grad in zip(sources, grads, strict=True)], kept[0]
+        shares = [source * grad for source, grad in zip(sources, grads, strict=True)]
+        return [f * share for f, share in zip(factors or [1.0] * len(shares), shares, strict=True)], kept[0]
 
     return back
 
@@ -112,7 +116,7 @@ def scaled(by: Tensor | float) -> Back:
     return back
 
 
-def factors(constants: Sequence[float], epsilon: float) -> Back:
+def multiplied(constants: Sequence[float], epsilon: float) -> Back:
     """An element-wise product: half of it to each factor (the uniform rule), if neither has a constant.
 
     Of a factor c + v, such as a gate with the sigmoid's c = 1/2, the product with c is linear in the other factor alone,
@@ -133,7 +137,7 @@ def factors(constants: Sequence[float], epsilon: float) -> Back:
 
 
 def gated(dim: int, epsilon: float) -> Back:
-    """What is gated times the sigmoid of the gate, as ``factors`` has it."""
+    """What is gated times the sigmoid of the gate, as ``multiplied`` has it."""
 
     def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         gate = sources[0].chunk(2, dim)[1].sigmoid()

@@ -15,25 +15,26 @@ from typing import Literal
 import torch
 from torch import fx
 
-from attrib.models.activations import BATCH_NORM, ELEMENTWISE, LINEAR
+from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR
 from attrib.models.calls import OF_SHAPE, call, operation
 from attrib.models.graph import Graph
 from attrib.relevance.recurrent import RECURRENT, given
+from attrib.relevance.written import merged, softmax
 from attrib.types import UserError
 
-Kind = Literal["move", "fill", "share", "layer", "product", "pass", "scale", "softmax", "log_softmax", "norm", "glu",
-               "recurrent"]  # fmt: skip
+Kind = Literal["move", "fill", "share", "layer", "merged", "product", "factors", "pass", "scale", "softmax",
+               "log_softmax", "norm", "glu", "recurrent"]  # fmt: skip
 
 # Layers: which arguments are the input, the weight and the bias, and how many dimensions behind the bias'.
 CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3, "conv_transpose1d": 1, "conv_transpose2d": 2,
                  "conv_transpose3d": 3}  # fmt: skip
-# Products of two values that may both depend on the input.
-_PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "mul", "div", "linear", *CONVOLUTIONS)
+# Choices between a value and a constant: a function of the value.
+_EXTREMES = frozenset(("maximum", "minimum", "fmax", "fmin"))
 # What is largest takes all, and what is selected: numbers move, and none is computed.
 _WINNERS = frozenset((
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "amax", "amin", "max", "min", "maximum",
-    "minimum", "topk", "sort", "median", "kthvalue", "cummax", "cummin",
+    "minimum", "fmax", "fmin", "topk", "sort", "median", "kthvalue", "cummax", "cummin",
 ))  # fmt: skip
 # Sums of several numbers, or a change of sign: not only moves. In ``LINEAR``.
 _MIXED = frozenset((
@@ -69,14 +70,16 @@ class Step:
 
     at     of a layer: which arguments are its input, its weight and its bias (None: it has none)
     first  of a layer: whether there is none with weights between it and the input
-    merged the batch norm that is computed with the layer
+    merged of a layer: the calls behind it that are computed with it
+    dim    of a softmax: its axis
     """
 
     kind: Kind
     sources: tuple[fx.Node, ...]
     at: tuple[int, int, int | None] | None = None
     first: bool = False
-    merged: fx.Node | None = None
+    merged: tuple[fx.Node, ...] = ()
+    dim: int | None = None
 
 
 class Plan:
@@ -96,7 +99,7 @@ class Plan:
         self.constants = dict(self._constants())
         self.steps: dict[fx.Node, Step] = {}
         self._merged = dict(self._mergers())
-        self.merged = frozenset(self._merged.values())  # the batch norms that are computed with the layer before them
+        self._behind = {node for nodes in self._merged.values() for node in nodes}  # computed with a layer
         self.normaliser = self._normaliser()
         needed = {graph.output}
         for node in reversed(graph.nodes):
@@ -124,14 +127,12 @@ class Plan:
             if node.op != "call_function" or node.meta["size"] or operation(node) in OF_SHAPE:
                 continue
             dtype = node.meta.get("dtype")
-            if not found.isdisjoint(node.all_input_nodes) and (
-                dtype is None or dtype.is_floating_point or dtype.is_complex
-            ):
+            if not found.isdisjoint(_read(node)) and (dtype is None or dtype.is_floating_point or dtype.is_complex):
                 found.add(node)
         return found
 
     def _sources(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        return tuple(used for used in node.all_input_nodes if used in self._carries)
+        return tuple(used for used in _read(node) if used in self._carries)
 
     @cached_property
     def _weighted(self) -> set[fx.Node]:
@@ -146,12 +147,12 @@ class Plan:
     def _layer(self, node: fx.Node) -> tuple[int, int, int | None] | None:
         """Where a layer with weights has its input, weight and bias; None if the node is none."""
         name, sources = operation(node), self._sources(node)
-        if len(sources) != 1 or node.kwargs:
+        if len(sources) != 1 or set(node.kwargs) - {"alpha", "beta"}:
             return None
         places: tuple[tuple[int, int, int | None], ...] = ()
         if name in CONVOLUTIONS or name == "linear":
             places = ((0, 1, 2),)
-        elif name in ("addmm", "baddbmm"):
+        elif name in ("addmm", "baddbmm", "addmv"):
             places = ((1, 2, 0), (2, 1, 0))
         elif name in ("matmul", "mm", "bmm", "mv"):
             places = ((0, 1, None), (1, 0, None))
@@ -161,21 +162,17 @@ class Plan:
                 return x, weight, bias if given else None
         return None
 
-    def _mergers(self) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """The layers whose output goes to a batch norm with fixed statistics and nowhere else, with that."""
+    def _mergers(self) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+        """The layers behind which something is computed with them, and that."""
         for node in self.graph.nodes:
-            if operation(node) in BATCH_NORM and self._fixed(node):
-                before = node.args[0]
-                assert isinstance(before, fx.Node)
-                channels = operation(before) in CONVOLUTIONS or len(before.meta["shape"]) == 2  # are its dimension 1
-                if before in self._carries and channels and self._layer(before) and len(before.users) == 1:
-                    yield before, node
-
-    @staticmethod
-    def _fixed(node: fx.Node) -> bool:
-        """Whether a batch norm uses the statistics of training."""
-        training = BATCH_NORM[operation(node)]
-        return training is None or not node.args[training]
+            if node in self._carries and node is not self.start and (at := self._layer(node)):
+                convolution = operation(node) in CONVOLUTIONS
+                if convolution or at[0] < at[1]:
+                    found = merged(self.graph, node, 1 if convolution else -1)
+                    norm = any(operation(behind) in BATCH_NORM for behind in found)
+                    plain = convolution or len(node.meta["shape"]) == 2  # the channels of a batch norm are dimension 1
+                    if found and self.start not in found and (plain or not norm):
+                        yield node, found
 
     # ---- the steps ----------------------------------------------------------------------------------
 
@@ -183,7 +180,12 @@ class Plan:
         name, sources = operation(node), self._sources(node)
         if at := self._layer(node):
             first = sources[0] not in self._weighted
-            return Step("layer", sources, at, first, self._merged.get(node))
+            return Step("layer", sources, at, first, self._merged.get(node, ()))
+        if node in self._behind:
+            return Step("merged", sources)
+        if written := softmax(node, self._sources):
+            of, dim = written
+            return Step("softmax", (of,), dim=dim)
         if not name:  # getitem
             return Step("move", sources)
         if name in BATCH_NORM or name in _NORMS:
@@ -194,7 +196,7 @@ class Plan:
             if sources == (node.args[0],):
                 return Step("pass", sources)
         elif name in _SOFTMAX:
-            return Step("softmax", sources)
+            return Step("softmax", sources, dim=node.args[1])
         elif name in _LOG_SOFTMAX:
             return Step("log_softmax", sources)
         elif name in RECURRENT:
@@ -202,9 +204,13 @@ class Plan:
                 return Step("recurrent", sources)
         elif name == "glu":
             return Step("glu", sources)
-        elif name in _PRODUCTS:
-            if found := self._product(node, name, sources):
-                return found
+        elif name in ("mul", "div"):
+            return self._factors(node, name, sources)
+        elif name in BILINEAR:
+            if self._multiplies(node, name, sources):
+                return Step("product", sources)
+        elif len(sources) == 1 and name in _EXTREMES:
+            return Step("pass", sources)
         elif name in _WINNERS or name in _MOVES:
             if name not in LINEAR or set(sources) <= set(self._linear_arguments(node, name)):
                 return Step("fill" if name in _FILLS else "move", sources)
@@ -231,11 +237,15 @@ class Plan:
                     v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)
                 )
 
-    def _product(self, node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> Step | None:
-        if name not in ("mul", "div"):
-            factors = tuple(arg for arg in node.args[:3] if isinstance(arg, fx.Node))
-            alone = len(factors) == 2 and all(factor in self._carries for factor in factors)
-            return Step("product", factors) if alone and not node.kwargs else None
+    @staticmethod
+    def _multiplies(node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> bool:
+        """Whether two values are multiplied that depend on the input, perhaps beside a third that is added."""
+        pair, added = BILINEAR[name]
+        ends = [node.args[at] for at in pair]
+        summand = node.args[added] if added is not None and added < len(node.args) else None
+        return all(end in sources for end in ends) and set(sources) <= {*ends, summand} and summand not in ends
+
+    def _factors(self, node: fx.Node, name: str, sources: tuple[fx.Node, ...]) -> Step:
         if len(sources) == 1:
             return Step("scale" if name == "mul" and node.args[0] is not node.args[1] else "pass", sources)
         a, b = sources
@@ -246,7 +256,7 @@ class Plan:
             return Step("pass", (a,))
         if name == "mul" and self._statistic(a, b):
             return Step("pass", (b,))
-        return Step("product", sources)
+        return Step("factors", sources)
 
     def _constants(self) -> Iterator[tuple[fx.Node, float]]:
         found: dict[fx.Node, float] = {}
@@ -298,6 +308,13 @@ class Plan:
             reduced = reduced or operation(at) in _REDUCTIONS
             open_ += self._sources(at)
         return reduced
+
+
+def _read(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a call reads, not those that it overwrites."""
+    if operation(node) in ("fill", "copy"):
+        return [given for given in node.args[1:] if isinstance(given, fx.Node)]
+    return node.all_input_nodes
 
 
 def _of_numbers(node: fx.Node, source: fx.Node, value: float) -> float:

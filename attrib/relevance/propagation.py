@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attrib.models.activations import BATCH_NORM
+from attrib.models.activations import BATCH_NORM, BILINEAR
 from attrib.models.calls import call, of_sizes, operation
-from attrib.models.graph import Graph
 from attrib.relevance.composites import Composite
-from attrib.relevance.norms import affine, of_statistics
+from attrib.relevance.layers import layer_of
+from attrib.relevance.norms import affine
 from attrib.relevance.operations import (
     Back,
     by_rule,
-    factors,
     gated,
     moved,
+    multiplied,
     of_function,
     of_log_softmax,
     of_softmax,
@@ -29,9 +29,8 @@ from attrib.relevance.operations import (
     scaled,
     shared,
 )
-from attrib.relevance.plan import CONVOLUTIONS, Plan, Step
+from attrib.relevance.plan import Plan
 from attrib.relevance.recurrent import recurrent
-from attrib.relevance.rules import Layer
 
 
 class Ledger:
@@ -85,58 +84,16 @@ def _tell(ledger: Ledger, compute: Callable[..., Tensor], back: Back, *sources: 
     return found
 
 
+def _given(result: Tensor, *_: Tensor) -> Tensor:
+    return result
+
+
 @dataclass(frozen=True)
 class _Normalised:
     """Log-probabilities as the logits before log_softmax, and what it takes off them."""
 
     logits: Tensor
     off: Tensor
-
-
-# ---- layers --------------------------------------------------------------------------------------------
-
-
-def _constant(graph: Graph, given: Any) -> Any:
-    """A parameter or buffer of the net, or whatever else a call is given."""
-    return operator.attrgetter(str(given.target))(graph.net) if isinstance(given, fx.Node) else given
-
-
-def _layer(graph: Graph, node: fx.Node, step: Step, args: tuple[Any, ...]) -> Layer:
-    """A layer with weights, with the batch norm behind it if there is one."""
-    assert step.at is not None
-    name = operation(node)
-    function: Any = call(node)
-    at, weight_at, bias_at = step.at
-    weight, bias = args[weight_at], None if bias_at is None else args[bias_at]
-    if name in CONVOLUTIONS:
-        beyond = [1] * CONVOLUTIONS[name]
-        bias = None if bias is None else bias.view(-1, *beyond)
-
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
-            return function(x, weight, None, *args[3:])
-
-    else:
-        beyond = []
-        product: Any = {"addmm": torch.mm, "baddbmm": torch.bmm}.get(name, function)
-
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
-            return product(x, weight) if at < weight_at else product(weight, x)
-
-    if step.merged is not None:
-        scale, shift = of_statistics(*(_constant(graph, given) for given in step.merged.args[1:5]), step.merged.args[-1])
-        if name.startswith("conv_transpose"):  # (in, out / groups, ...), the groups one after the other
-            groups = args[6] if len(args) > 6 else 1
-            grouped = weight.unflatten(0, (groups, -1))
-            weight = (grouped * scale.view(groups, 1, -1, *beyond)).flatten(0, 1)
-        elif name in CONVOLUTIONS or name == "linear":
-            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-        elif at < weight_at:
-            weight = weight * scale
-        else:
-            weight = weight * scale.unsqueeze(-1)
-        shift = shift.view(-1, *beyond)
-        bias = shift if bias is None else bias * scale.view(-1, *beyond) + shift
-    return Layer(compute, weight, bias)
 
 
 # ---- the net -------------------------------------------------------------------------------------------
@@ -234,15 +191,16 @@ class Propagation:
             return function(*new_args, **new_kwargs)
 
         if step.kind == "layer":
-            layer = _layer(self._plan.graph, node, step, args)
+            layer = layer_of(self._plan.graph, node, step, args, kwargs)
             rule = self._composite.rule(node, step.first)
             return _Stepped.apply(layer, by_rule(rule, layer), ledger, values[step.sources[0]])
         back: Back
-        if step.kind == "norm" and operation(node) in BATCH_NORM:  # of several results the first counts
+        if step.kind == "merged":
             x = values[step.sources[0]]
-            if node not in self._plan.merged:
-                back = shared(affine(node, args, kwargs), self._epsilon)
-                x = _Stepped.apply(lambda *x: compute(*x)[0], back, ledger, x)
+            return (x, None, None) if operation(node) in BATCH_NORM else x
+        if step.kind == "norm" and operation(node) in BATCH_NORM:  # of several results the first counts
+            back = shared(affine(node, args, kwargs), self._epsilon)
+            x = _Stepped.apply(lambda *x: compute(*x)[0], back, ledger, values[step.sources[0]])
             return x, None, None
         if step.kind == "recurrent":
             rule = self._composite.rule(node, first=False)  # it also reads its own states
@@ -255,11 +213,7 @@ class Propagation:
                 if step.sources[0] in values:
                     back = of_function(compute, self._epsilon)
                 else:  # a function of it that several calls make
-                    result, back = function(*args, **kwargs).detach(), passed
-
-                    def compute(*_: Tensor) -> Tensor:
-                        return result
-
+                    compute, back = partial(_given, function(*args, **kwargs).detach()), passed
             case "scale":
                 (factor,) = (
                     value for given, value in zip(node.args[:2], args[:2], strict=True) if given is not step.sources[0]
@@ -270,16 +224,19 @@ class Propagation:
             case "share":
                 back = shared(compute, self._epsilon)
             case "softmax":
-                back = of_softmax(compute, args[1])
+                assert step.dim is not None
+                if step.sources[0] not in values:  # written out, in several calls
+                    compute = partial(_given, function(*args, **kwargs).detach())
+                back = of_softmax(compute, step.dim)
             case "log_softmax":
                 back = of_log_softmax(compute, args[1], self._epsilon)
             case "glu":
                 back = gated(args[1] if len(args) > 1 else -1, self._epsilon)
+            case "factors":
+                constants = self._plan.constants if operation(node) == "mul" else {}
+                back = multiplied([constants.get(source, 0.0) for source in step.sources], self._epsilon)
             case "product":
-                compute = function
-                if operation(node) in ("mul", "div"):
-                    constants = self._plan.constants if operation(node) == "mul" else {}
-                    back = factors([constants.get(source, 0.0) for source in step.sources], self._epsilon)
-                else:
-                    back = shared(function, self._epsilon, 0.5)
+                pair, _ = BILINEAR[operation(node)]
+                of_pair = {node.args[at] for at in pair}
+                back = shared(compute, self._epsilon, [0.5 if source in of_pair else 1.0 for source in step.sources])
         return _Stepped.apply(compute, back, ledger, *sources)
