@@ -239,8 +239,14 @@ def attn_lrp(net: Block, x: torch.Tensor, target: int) -> torch.Tensor:
     logit = torch.zeros(4, dtype=x.dtype)
     logit[target] = net.head(pooled)[target]
     r_product = product / t / pooled * linear(net.head, pooled, logit)
-    # Half to each factor; SiLU and the norm pass what they get.
-    r_residual = linear(net.up, z, r_product / 2) + linear(net.gate, z, r_product / 2)
+    # Half to each factor; SiLU passes what it gets. The norm is linear in its input, for the deviation is a constant.
+    r_z = linear(net.up, z, r_product / 2) + linear(net.gate, z, r_product / 2)
+    r_residual = torch.zeros_like(residual)
+    for i in range(t):
+        deviation = (residual[i].var(correction=0) + net.norm.eps).sqrt()
+        for j in range(6):  # z_j = w_j (x_j - mean of x) / deviation + b_j
+            by = net.norm.weight[j] / deviation * (torch.eye(6, dtype=x.dtype)[j] - 1 / 6)
+            r_residual[i] += residual[i] * by / z[i, j] * r_z[i, j]
     r_x = x / residual * r_residual
     r_mixed = linear(net.o, mixed, out / residual * r_residual)
     r_q, r_k, r_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -315,6 +321,146 @@ def test_it_does_not_matter_how_the_net_is_written(composite):
         for net in (Named(), Written())
     )
     torch.testing.assert_close(one["map"], other["map"], rtol=0, atol=1e-6 * one["map"].abs().max().item())
+
+
+class Forms(nn.Module):
+    """A net with something in its middle, ``form(net, z)`` of z (N, 6, 16, 16)."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.second, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 5)
+        self.bn, self.ln, self.frozen = nn.BatchNorm2d(6), nn.LayerNorm(6), torchvision.ops.FrozenBatchNorm2d(6, 1e-5)
+        self.a, self.b, self.square = (nn.Parameter(torch.randn(size)) for size in ((6,), (6,), (6, 6)))
+        for value in (self.bn.weight, self.bn.bias, self.bn.running_mean, self.ln.weight, self.ln.bias):
+            value.data.normal_()
+        self.bn.running_var.uniform_(0.5, 2)
+        self.frozen.load_state_dict({k: v for k, v in self.bn.state_dict().items() if "num" not in k})
+        self.form = form
+        self.double().eval()
+
+    def forward(self, x):
+        z = self.form(self, self.conv(x))
+        return self.fc(z.mean((2, 3)) if z.ndim == 4 else z)
+
+
+def lrp_of(form, composite: str = "epsilon_plus_flat") -> torch.Tensor:
+    method = LRP(composite=composite, epsilon=1e-9)
+    return method.attribute(Classifier(Forms(form), dtype=torch.float64), images(2), {}, None)["map"]
+
+
+def _first_of(weights, z):
+    return weights[..., :1].mean(-1) + z.mean((2, 3))
+
+
+def _softmax(exponent, hidden=None):
+    def form(net, z):
+        flat = z.flatten(2)
+        e = exponent(flat).exp()
+        return _first_of(e / e.sum(-1, keepdim=True), z)
+
+    return form
+
+
+def _layer_norm(net, z):
+    z = z.mean((2, 3))
+    centred = z - z.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * net.ln.weight + net.ln.bias
+
+
+def _by_frozen(net, z, weight):
+    scale = weight * (net.bn.running_var + 1e-5).rsqrt()
+    return z * scale.view(1, -1, 1, 1) + (net.bn.bias - net.bn.running_mean * scale).view(1, -1, 1, 1)
+
+
+def _weighted_norm(net, z):
+    return F.batch_norm(z, net.bn.running_mean, net.bn.running_var, F.softplus(net.a), net.bn.bias)
+
+
+def _added(z):
+    return z.flatten(2).transpose(1, 2)
+
+
+WRITTEN = {
+    "layer norm": (lambda net, z: net.ln(z.mean((2, 3))), _layer_norm),
+    "frozen batch norm": (lambda net, z: net.second(net.bn(z).relu()), lambda net, z: net.second(net.frozen(z).relu())),
+    "batch norm with a weight that is computed": (
+        _weighted_norm,
+        lambda net, z: _by_frozen(net, z, F.softplus(net.a)),
+    ),
+    "bias added": (
+        lambda net, z: net.second(z.relu()),
+        lambda net, z: F.conv2d(z.relu(), net.second.weight, padding=1) + net.second.bias.view(-1, 1, 1),
+    ),
+    "addmm": (
+        lambda net, z: F.linear(z.mean((2, 3)), 2 * net.square.T, net.a / 2),
+        lambda net, z: torch.addmm(net.a, z.mean((2, 3)), net.square, beta=0.5, alpha=2),
+    ),
+    "baddbmm of two": (
+        lambda net, z: (_added(z) + _added(z) @ z.flatten(2)[..., :6]).mean(1),
+        lambda net, z: torch.baddbmm(_added(z), _added(z), z.flatten(2)[..., :6]).mean(1),
+    ),
+    "gate": (
+        lambda net, z: F.glu(torch.cat((z, net.second(z)), 1), 1),
+        lambda net, z: z * net.second(z).sigmoid(),
+    ),
+    "maximum with a number": (
+        lambda net, z: z.clamp(min=0.3),
+        lambda net, z: torch.maximum(z, torch.full_like(z, 0.3)),
+    ),
+    "softmax": (lambda net, z: _first_of(z.flatten(2).softmax(-1), z), _softmax(lambda z: z)),
+    "shifted softmax": (
+        lambda net, z: _first_of(z.flatten(2).softmax(-1), z),
+        _softmax(lambda z: z - z.amax(-1, keepdim=True)),
+    ),
+    "exp of log_softmax": (
+        lambda net, z: _first_of(z.flatten(2).softmax(-1), z),
+        lambda net, z: _first_of(z.flatten(2).log_softmax(-1).exp(), z),
+    ),
+    "overwritten": (lambda net, z: z * (torch.arange(16) > 0).view(1, 1, -1, 1), lambda net, z: _overwritten(z)),
+}
+
+
+def _overwritten(z):
+    z = z + 0.0
+    z[:, :, 0] = 0
+    return z
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_out_gets_what_a_module_gets(name):
+    one, other = (lrp_of(form) for form in WRITTEN[name])
+    same(other, one, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda net, z, sums: net.ln(sums),
+        lambda net, z, sums: z * sums.sigmoid()[..., None, None],
+        lambda net, z, sums: net.bn(sums[..., None, None].relu() + sums[..., None, None]),
+        lambda net, z, sums: F.linear(sums.sigmoid(), net.square),
+    ],
+    ids=["layer norm", "squeeze and excitation", "batch norm", "sigmoid"],
+)
+def test_relevance_does_not_explode_where_sums_are_nearly_zero(form):
+    """A sum divides its relevance by its value, so what comes back to it must be in proportion to that."""
+
+    class Near(Forms):
+        """One of the sums is as ``off`` makes it."""
+
+        def forward(self, x):
+            z = self.conv(x)
+            z = self.form(self, z, z.mean((2, 3)) + self.off)
+            return self.fc(z.mean((2, 3)) if z.ndim == 4 else z)
+
+    net, batch = Near(form), images(1)
+    net.register_buffer("off", torch.zeros(6, dtype=torch.float64))
+    method, model, sizes = LRP(composite="epsilon", epsilon=1e-12), Classifier(net, dtype=torch.float64), []
+    for near in (0.1, 1e-4, 1e-8):
+        model.module.off[0] = near - net.conv(batch.x).mean((2, 3))[0, 0].detach()
+        sizes.append(float(method.attribute(model, batch, {}, None)["map"].abs().sum()))
+    assert max(sizes) < 20 * min(sizes)
 
 
 def test_a_sum_that_is_not_conserved_is_noticed(monkeypatch):
@@ -401,7 +547,7 @@ def test_the_first_line_that_fits_counts():
     steps = [(node, step) for node, step in plan.steps.items() if step.kind == "layer"][::-1]
     rules = [type(composite.rule(node, step.first)).__name__ for node, step in steps]
     assert rules == ["WSquare", "Flat", "ZPlus", "Epsilon", "Epsilon"]
-    assert [step.merged is not None for _, step in steps] == [True, True, True, True, False]
+    assert [bool(step.merged) for _, step in steps] == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,11 @@ def _scaled(name: str, weight: Tensor, scale: Tensor, beyond: Sequence[int], gro
 
 def _affine(graph: Graph, node: fx.Node) -> tuple[Tensor | None, Tensor | None]:
     """What a call behind a layer multiplies its channels by, and then adds; one number for each, or None."""
-    values = [constant(graph, given) for given in node.args]
+    values: list[Any] = [constant(graph, given) for given in node.args]
     name = operation(node)
     if name in BATCH_NORM:
-        return of_statistics(*values[1:5], epsilon=values[-1])
+        weight, bias, mean, variance = values[1:5]
+        return of_statistics(weight, bias, mean, variance, values[-1])
     (other,) = (value.flatten() for given, value in zip(node.args, values, strict=True) if value is not None)
     if name in ("mul", "div"):
         return (other if name == "mul" else 1 / other), None

@@ -24,7 +24,7 @@ Affine = Callable[[Tensor], Tensor]
 def affine(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Affine:
     """A layer, group or batch norm with these arguments, as a function of its input alone, with a fixed scale."""
     given = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore[union-attr]
-    given |= dict(zip(given, args, strict=False)) | kwargs
+    given |= {**dict(zip(given, args, strict=False)), **kwargs}
     x, weight, bias = given["input"], given["weight"], given["bias"]
     if operation(node) in BATCH_NORM:
         channels = (-1, *[1] * (x.ndim - 2))

@@ -119,9 +119,9 @@ def scaled(by: Tensor | float) -> Back:
 def multiplied(constants: Sequence[float], epsilon: float) -> Back:
     """An element-wise product: half of it to each factor (the uniform rule), if neither has a constant.
 
-    Of a factor c + v, such as a gate with the sigmoid's c = 1/2, the product with c is linear in the other factor alone,
-    which therefore gets all of that: (a + c) / 2a of the relevance for a factor beside a. What c itself would
-    keep of the factor's half is booked where it is added (``of_function``, ``shared``), so it is taken back here.
+    A factor a may be c + v, as a gate is with the sigmoid's c = 1/2. The product of c and the other factor is linear in
+    the other one alone, which gets all of it: (a + c) / 2a of the relevance. The share of c in a's own half is booked
+    where c is added (``of_function``, ``shared``), and taken back here.
     """
 
     def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -196,7 +196,8 @@ class Plan:
             if sources == (node.args[0],):
                 return Step("pass", sources)
         elif name in _SOFTMAX:
-            return Step("softmax", sources, dim=node.args[1])
+            axis: Any = node.args[1]
+            return Step("softmax", sources, dim=axis)
         elif name in _LOG_SOFTMAX:
             return Step("log_softmax", sources)
         elif name in RECURRENT:

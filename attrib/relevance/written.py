@@ -16,6 +16,10 @@ _HIDES = ("mul", "masked_fill", "where")  # may set some of the numerators of a 
 _LOG_SOFTMAX = frozenset(("log_softmax", "_log_softmax"))
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 # ---- what stands behind a layer with weights -----------------------------------------------------------
 
 
@@ -24,14 +28,14 @@ def merged(graph: Graph, layer: fx.Node, axis: int) -> tuple[fx.Node, ...]:
 
     axis  that of the layer's channels, each of which has its own constant
 
-    The last of them adds. What multiplies alone, as a layer's scale does in ConvNeXt, changes no share and stays behind.
+    The last of them adds. What multiplies alone, as a layer's scale does in ConvNeXt, changes no share: it stays out.
     """
     found: list[fx.Node] = []
     at = layer
     while len(at.users) == 1:
         (user,) = at.users
-        if operation(user) in BATCH_NORM and user.args[0] is at and fixed(user):
-            weights = [given for given in user.args[1:5] if isinstance(given, fx.Node)]
+        if operation(user) in BATCH_NORM and _arguments(user)[0] is at and fixed(user):
+            weights = [given for given in _arguments(user)[1:5] if isinstance(given, fx.Node)]
             return (*found, user) if all(_of_net(graph, given) for given in weights) else _adding(found)
         if not _of_channels(graph, user, at, axis):
             break
@@ -48,14 +52,14 @@ def _adding(found: list[fx.Node]) -> tuple[fx.Node, ...]:
 def fixed(norm: fx.Node) -> bool:
     """Whether a batch norm uses the statistics of training."""
     training = BATCH_NORM[operation(norm)]
-    return training is None or not norm.args[training]
+    return training is None or not _arguments(norm)[training]
 
 
 def _of_channels(graph: Graph, node: fx.Node, before: fx.Node, axis: int) -> bool:
     """Whether a call adds to, or multiplies, what was before by one constant for each channel."""
-    if operation(node) not in ("add", "sub", "mul", "div") or len(node.args) != 2 or node.kwargs:
+    if operation(node) not in ("add", "sub", "mul", "div") or len(_arguments(node)) != 2 or node.kwargs:
         return False
-    first, second = node.args
+    first, second = _arguments(node)
     other = second if first is before else first
     if not isinstance(other, fx.Node) or other is before or not _of_net(graph, other):
         return False
@@ -87,23 +91,28 @@ def softmax(node: fx.Node, sources: Sources) -> tuple[fx.Node, int] | None:
     sources  the arguments of a call that the relevance may go to
     """
     if operation(node) == "exp":
-        return _of_logarithm(node.args[0])
+        return _of_logarithm(_arguments(node)[0])
     if operation(node) not in ("div", "mul") or node.kwargs or len(sources(node)) != 2:
         return None
-    numerator, under = node.args
+    numerator, under = _arguments(node)
     if operation(node) == "mul":
         if operation(numerator) == "reciprocal":
             numerator, under = under, numerator
         if operation(under) != "reciprocal":
             return None
-        under = under.args[0]
+        under = _arguments(under)[0]
     for total in _back(under, ("add", "clamp_min", "clamp", "unsqueeze"), sources):
-        if operation(total) == "sum" and total.args[0] is numerator and len(total.args) > 1 and len(total.args[1]) == 1:
-            axis = total.args[1][0] % len(numerator.meta["shape"])
+        if (
+            operation(total) == "sum"
+            and _arguments(total)[0] is numerator
+            and len(_arguments(total)) > 1
+            and len(_arguments(total)[1]) == 1
+        ):
+            axis = _arguments(total)[1][0] % len(numerator.meta["shape"])
             shape = tuple(1 if i == axis else n for i, n in enumerate(numerator.meta["shape"]))
             of = next((at for at in _back(numerator, _HIDES, sources) if operation(at) == "exp"), None)
             if of is not None and tuple(under.meta["shape"]) == shape:
-                return _unshifted(of.args[0], axis), axis
+                return _unshifted(_arguments(of)[0], axis), axis
     return None
 
 
@@ -119,23 +128,23 @@ def _of_logarithm(given: Any) -> tuple[fx.Node, int] | None:
     if not isinstance(given, fx.Node):
         return None
     if operation(given) in _LOG_SOFTMAX:
-        return given.args[0], given.args[1]
-    if operation(given) == "sub" and isinstance(given.args[1], fx.Node) and not given.kwargs:
-        of, total = given.args
-        if operation(total) == "logsumexp" and total.args[0] is of and total.args[2:] == (True,):
-            return (of, total.args[1][0]) if len(total.args[1]) == 1 else None
+        return _arguments(given)[0], _arguments(given)[1]
+    if operation(given) == "sub" and isinstance(_arguments(given)[1], fx.Node) and not given.kwargs:
+        of, total = _arguments(given)
+        if operation(total) == "logsumexp" and _arguments(total)[0] is of and _arguments(total)[2:] == (True,):
+            return (of, _arguments(total)[1][0]) if len(_arguments(total)[1]) == 1 else None
     return None
 
 
 def _unshifted(node: fx.Node, axis: int) -> fx.Node:
     """What was shifted by its own maximum, which changes no softmax."""
-    if operation(node) != "sub" or node.kwargs or not isinstance(node.args[1], fx.Node):
+    if operation(node) != "sub" or node.kwargs or not isinstance(_arguments(node)[1], fx.Node):
         return node
-    of, most = node.args
-    while operation(most) in ("detach", "alias", "clone", "") and isinstance(most.args[0], fx.Node):
-        most = most.args[0]
-    if operation(most) not in ("max", "amax") or most.args[0] is not of:
+    of, most = _arguments(node)
+    while operation(most) in ("detach", "alias", "clone", "") and isinstance(_arguments(most)[0], fx.Node):
+        most = _arguments(most)[0]
+    if operation(most) not in ("max", "amax") or _arguments(most)[0] is not of:
         return node
-    dims = most.args[1:2] or [[]]
-    reduced = [dim % len(of.meta["shape"]) for dim in (dims[0] if isinstance(dims[0], list | tuple) else dims)]
+    dims: Any = _arguments(most)[1] if len(_arguments(most)) > 1 else []
+    reduced = [dim % len(of.meta["shape"]) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
     return of if not reduced or axis in reduced else node
