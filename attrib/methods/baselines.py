@@ -31,10 +31,9 @@ from attrib.methods import Method
 from attrib.methods.cam import GradCAM as GradCAM  # where it stood before its family had a home of its own
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.losses import target_score
-from attrib.methods.parts.propagation import Rule, deconvolution, guided, hookable
+from attrib.methods.parts.propagation import Rule, deconvolution, guided, relus
 from attrib.methods.parts.rescale import check_complete, deep_lift
 from attrib.models import Classifier
-from attrib.models.activations import RELU_LIKE
 from attrib.models.graph import check_same
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -232,7 +231,7 @@ class SmoothGrad(Method):
 
 def _through_relus(rule: Rule, what: str, reduce: Reduce, model: Classifier, batch: Batch) -> Tensor:
     """(B, H, W): the gradient by a rule for ReLUs. Raises UserError on a net without any."""
-    net, inputs = hookable(model, RELU_LIKE), Inputs.of(model, batch)
+    net, inputs = relus(model), Inputs.of(model, batch)
     model.check_gradient(batch.x)
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
@@ -255,8 +254,9 @@ def _through_relus(rule: Rule, what: str, reduce: Reduce, model: Classifier, bat
 class GuidedBackprop(Method):
     """Gradient whose negative parts are set to zero at every ReLU (Springenberg et al., 2015).
 
-    What counts as a ReLU is what computes one, however it is written: also a clamp, threshold or maximum at zero, and
-    x * (x > 0). So does one with a ceiling, such as ReLU6; where it is cut off, nothing passes.
+    What counts as a ReLU is what computes one, or a multiple of it, however it is written: also a clamp, threshold or
+    maximum at zero, x * (x > 0), (x + |x|) / 2. So does one with a ceiling, such as ReLU6; where it is cut off, nothing
+    passes.
     Raises UserError on a net without ReLUs, where the method is not defined.
     Images only: the nets of texts have gates and GELUs, not ReLUs.
 
@@ -267,7 +267,7 @@ class GuidedBackprop(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.GuidedBackprop"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4
     CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient, signed"}
     reduce: Reduce = "sum"
@@ -296,7 +296,7 @@ class Deconvolution(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.baselines.Deconvolution"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "signal at the input, signed"}
     reduce: Reduce = "sum"

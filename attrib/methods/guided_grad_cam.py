@@ -36,7 +36,7 @@ class GuidedGradCAM(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.guided_grad_cam.GuidedGradCAM"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "guided gradient times Grad-CAM, signed"}
     layer: str = "cam"

@@ -71,7 +71,7 @@ def _argument(node: fx.Node, at: int, name: str, default: Any = None) -> Any:
     return node.args[at] if len(node.args) > at else node.kwargs.get(name, default)
 
 
-def _is_zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
     """Also of a node that makes a tensor of zeros, or of a tensor that the net keeps."""
     if not isinstance(value, fx.Node):
         return value is not None and value == 0
@@ -82,15 +82,15 @@ def _is_zero(value: Any) -> bool:
         return True
     if operation(value) in ("full", "full_like", "new_full", "scalar_tensor"):
         fill = value.args[{"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}[operation(value)]]
-        return _is_zero(fill)
+        return is_zero(fill)
     kept = ("expand", "reshape", "_to_copy", "unsqueeze")
-    return operation(value) in kept and _is_zero(value.args[0])
+    return operation(value) in kept and is_zero(value.args[0])
 
 
 def _clamped(node: fx.Node) -> int | None:
     # A ceiling makes a ReLU6 of it.
     low, high = _argument(node, 1, "min"), _argument(node, 2, "max")
-    return 0 if _is_zero(low) and (high is None or (not isinstance(high, fx.Node) and high > 0)) else None
+    return 0 if is_zero(low) and (high is None or (not isinstance(high, fx.Node) and high > 0)) else None
 
 
 def _negated(node: Any, x: Any) -> bool:
@@ -103,7 +103,7 @@ def _negated(node: Any, x: Any) -> bool:
 
 
 def _compared(node: Any, x: Any, how: tuple[str, ...]) -> bool:
-    return isinstance(node, fx.Node) and operation(node) in how and node.args[0] is x and _is_zero(node.args[1])
+    return isinstance(node, fx.Node) and operation(node) in how and node.args[0] is x and is_zero(node.args[1])
 
 
 def _positive(node: Any, x: Any) -> bool:
@@ -117,15 +117,15 @@ def _positive(node: Any, x: Any) -> bool:
 
 def _where(node: fx.Node) -> int | None:
     which, one, other = node.args
-    if _positive(which, one) and _is_zero(other):
+    if _positive(which, one) and is_zero(other):
         return 1
-    return 2 if _negated(which, other) and _is_zero(one) else None
+    return 2 if _negated(which, other) and is_zero(one) else None
 
 
 def _overwrites_negative(node: fx.Node) -> bool:
     """Whether it is x[x < 0] = 0."""
     at: Any = node.args[1]
-    return len(at) == 1 and _negated(at[0], node.args[0]) and _is_zero(node.args[2]) and len(node.args) < 4
+    return len(at) == 1 and _negated(at[0], node.args[0]) and is_zero(node.args[2]) and len(node.args) < 4
 
 
 def _either(node: fx.Node, fits: Callable[[Any, Any], bool]) -> int | None:
@@ -145,13 +145,13 @@ RELU_LIKE: dict[str, Callable[[fx.Node], int | None]] = {
     "relu6": lambda node: 0,
     "hardtanh": _clamped,
     "clamp": _clamped,
-    "clamp_min": lambda node: 0 if _is_zero(_argument(node, 1, "min")) else None,
-    "threshold": lambda node: 0 if _is_zero(node.args[1]) and _is_zero(node.args[2]) else None,
-    "maximum": lambda node: _either(node, lambda other, x: _is_zero(other)),
+    "clamp_min": lambda node: 0 if is_zero(_argument(node, 1, "min")) else None,
+    "threshold": lambda node: 0 if is_zero(node.args[1]) and is_zero(node.args[2]) else None,
+    "maximum": lambda node: _either(node, lambda other, x: is_zero(other)),
     "mul": lambda node: _either(node, lambda other, x: _positive(other, x)),
-    "fmax": lambda node: _either(node, lambda other, x: _is_zero(other)),
+    "fmax": lambda node: _either(node, lambda other, x: is_zero(other)),
     "where": _where,
-    "masked_fill": lambda node: 0 if _negated(node.args[1], node.args[0]) and _is_zero(node.args[2]) else None,
+    "masked_fill": lambda node: 0 if _negated(node.args[1], node.args[0]) and is_zero(node.args[2]) else None,
     "index_put": lambda node: 0 if _overwrites_negative(node) else None,
     "leaky_relu": lambda node: 0 if len(node.args) > 1 and node.args[1] == 0 else None,
 }

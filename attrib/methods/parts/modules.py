@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
-from attrib.methods.parts.propagation import hookable
+from attrib.methods.parts.propagation import relus
 from attrib.models import Classifier
-from attrib.models.activations import RELU_LIKE
 from attrib.models.calls import operation
 from attrib.types import UserError
 
@@ -19,12 +18,12 @@ SHAPE = frozenset((
 
 def check_relus(model: Classifier, x: Tensor, what: str, instead: str) -> None:
     """Raises UserError unless every ReLU of the net, on x (N, *input), is the call of a module of the class ReLU."""
-    relus = hookable(model, RELU_LIKE).found(x)
+    found = relus(model).found(x)
     modules = _modules(model)
-    seen = sum(isinstance(modules.get(_path(node)), nn.ReLU) for node in relus)
-    if not relus or seen < len(relus):
+    seen = sum(isinstance(modules.get(_path(node)), nn.ReLU) for node in found)
+    if not found or seen < len(found):
         raise UserError(
-            f"{what} replaces modules of the class ReLU, and only {seen} of the {len(relus)} ReLUs of "
+            f"{what} replaces modules of the class ReLU, and only {seen} of the {len(found)} ReLUs of "
             f"{type(model.module).__name__} are such; take {instead}"
         )
 
