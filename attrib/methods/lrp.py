@@ -34,10 +34,11 @@ class LRP(Method):
 
     Every call of the net has a rule (``attrib.relevance``). A layer with weights (a convolution, a linear layer, a
     product with a constant matrix) has the one that the composite says, with the batch norm behind it merged into it.
-    For the others: the identity rule for activations, layer, group and RMS norms (and batch norms behind no layer),
-    shares in proportion to the summands for sums, residuals, averages and interpolation, all of it to the largest
-    for max-poolings; in attention those of AttnLRP (Achtibat et al., 2024): half of it to each factor of a product,
-    and the Taylor expansion of the softmax. On a transformer ``composite="epsilon"`` is therefore AttnLRP. In the
+    For the others: shares in proportion to the summands for sums, residuals, averages and interpolation, and for layer,
+    group and batch norms, which are linear with a fixed scale; the identity rule for RMS norms and for activations, but
+    for their value at zero, which keeps its share; all of it to the largest for max-poolings; in attention those of
+    AttnLRP (Achtibat et al., 2024): half of it to each factor of a product, and the Taylor expansion of the softmax. On
+    a transformer ``composite="epsilon"`` is therefore AttnLRP. In the
     cells of LSTM, GRU and plain recurrence what is gated takes all, and the gates get none (Arras et al., 2017). Of a
     net that returns log-probabilities the logit in front of its log_softmax is explained.
 
