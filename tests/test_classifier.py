@@ -12,9 +12,11 @@ from contracts import forbid_global_rng
 from nets import SmallCNN, small_cnn
 from torch import Tensor, nn
 
+from attrib.methods.baselines import Gradient
+from attrib.methods.cam import GradCAM
 from attrib.models import Classifier
 from attrib.models.split import hooked
-from attrib.types import SampleError, UserError
+from attrib.types import Batch, SampleError, UserError
 
 LAYERS = {"bottleneck": "features.5", "embedding": "pool"}
 
@@ -476,3 +478,29 @@ def test_key():
     keys = [same[0], key(changed), key(other), key(spec={"arch": "x"}), key(spec={"arch": "y"}), key(net.double())]
     assert len(set(keys)) == len(keys)
     assert key(spec={"a": 1, "b": [2]}) == key(spec={"b": [2], "a": 1})
+
+
+class _NoWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "stops", [torch.no_grad()(lambda z: 2 * z), _NoWayBack.apply, lambda z: torch.from_numpy(z.detach().numpy())]
+)
+def test_where_autograd_cannot_go_back_gradients_are_refused(stops):
+    class Stopped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(stops(self.conv(x)).mean((2, 3)))
+
+    model, x = Classifier(Stopped(), {"cam": "conv"}), torch.rand(2, 3, 6, 6)
+    batch = Batch(("a", "b"), x, torch.tensor([0, 1]))
+    model.examine(x)
+    for method in (Gradient(), GradCAM()):
+        with pytest.raises(UserError, match="no gradient comes from the scores of Stopped to its input"):
+            method.attribute(model, batch, {}, None)

@@ -26,6 +26,7 @@ from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
+from attrib.models.ways_back import check_way_back
 from attrib.noise import Noise
 from attrib.process.memory import Heap
 from attrib.types import SampleError, UserError, did_you_mean
@@ -301,6 +302,8 @@ class Classifier:
         an item cannot be cut at all. When memory runs out, ``rows`` is halved for good and the
         piece tried again; when nothing is left to cut, SampleError is raised.
         ``function`` returns a tensor or a tuple of tensors and must not have side effects.
+
+        Raises UserError where it asks for a gradient that the net does not have.
         """
         pieces: list[Any] = []
         start = 0
@@ -311,6 +314,9 @@ class Classifier:
                     pieces.append(function(slice(start, start + size)))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
+                    if (shape := self.input_shape or self._admission.shape) is not None:
+                        x = torch.zeros(1, *shape, dtype=self.dtype, device=self.device)
+                        check_way_back(self.module, x, error)
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
             else:

@@ -1,11 +1,14 @@
-"""Whether gradients flow through one way of computing a net as through another."""
+"""Whether gradients flow through a net, and through one way of computing it as through another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from traceback import walk_tb
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from attrib.types import UserError
 
 
 def gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | None:
@@ -19,6 +22,23 @@ def gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | Non
         raise
     except RuntimeError:
         return None
+
+
+def check_way_back(net: nn.Module, x: Tensor, error: Exception) -> None:
+    """Raises UserError if an error comes of there being no gradient of the net's scores, for images or sounds x."""
+    if not _of_autograd(error) or gradient(net, x.clone().requires_grad_()) is not None:
+        return
+    name, reason = type(net).__name__, (str(error) or type(error).__name__).splitlines()[0]
+    raise UserError(
+        f"no gradient comes from the scores of {name} to its input: {reason}. It stops gradients (detach, no_grad), "
+        "or computes something that autograd cannot go back through. Take a method that needs no gradient, such as "
+        "occlusion or rise"
+    ) from error
+
+
+def _of_autograd(error: Exception) -> bool:
+    """Whether an error was raised on the way back."""
+    return any(frame.f_globals.get("__name__") == "torch.autograd" for frame, _ in walk_tb(error.__traceback__))
 
 
 def near(got: Tensor | None, expected: Tensor | None) -> bool:
