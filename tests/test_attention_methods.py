@@ -191,3 +191,68 @@ def test_attention_of_another_kind_is_refused(kind, message):
 def test_a_net_without_attention_is_refused():
     with pytest.raises(UserError, match="Sequential has none"):
         explain(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)), batch_of("vit"))
+
+
+# ---- attention that is written out ---------------------------------------------------------------------
+
+
+def _heads_first(q, k, v):
+    return (t.transpose(1, 2) for t in (q, k, v))
+
+
+def _plain(q, k, v):
+    q, k, v = _heads_first(q, k, v)
+    return ((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2)
+
+
+def _einsum(q, k, v):
+    weights = torch.einsum("nqhd,nkhd->nhqk", q, k).softmax(-1)
+    return torch.einsum("nhqk,nkhd->nqhd", weights, v)
+
+
+def _exponentials(q, k, v):
+    q, k, v = _heads_first(q, k, v)
+    scores = q @ k.transpose(2, 3)
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (powers / powers.sum(-1, keepdim=True) @ v).transpose(1, 2)
+
+
+def _heads_last(q, k, v):
+    weights = torch.einsum("nqhd,nkhd->nqkh", q, k).softmax(2)
+    return torch.einsum("nqkh,nkhd->nqhd", weights, v)
+
+
+def _keys_first(q, k, v):
+    q, k, v = _heads_first(q, k, v)
+    weights = (k @ q.transpose(2, 3)).softmax(-2)
+    return (v.transpose(2, 3) @ weights).permute(0, 3, 1, 2)
+
+
+class Written(Own):
+    def __init__(self, attention) -> None:
+        super().__init__("class")
+        self.attention = attention
+
+    def forward(self, x):
+        first = self.first.expand(x.shape[0], -1, -1)
+        z = torch.cat((first, self.patch(x).flatten(2).transpose(1, 2)), 1) + self.places
+        for qkv, mlp in zip(self.qkv, self.mlp):
+            z = z + mlp(self.attention(*qkv(z).unflatten(2, (3, 2, 4)).unbind(2)).flatten(2))
+        return self.head(z[:, 0])
+
+
+def test_it_does_not_matter_how_attention_is_written():
+    torch.manual_seed(0)
+    plain = Written(_plain)
+    batch = batch_of("vit").to("cpu", torch.float64)
+    expected = explain(plain, batch)["map"]
+    for attention in (_einsum, _exponentials):
+        other = Written(attention)
+        other.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(explain(other, batch)["map"], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", [_heads_last, _keys_first])
+def test_attention_in_another_order_is_refused(attention):
+    with pytest.raises(UserError, match="is not the left factor of a product alone"):
+        explain(Written(attention), batch_of("vit"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, fx
 
 from attrib.models.calls import call, operation
 from attrib.models.graph import Graph
+from attrib.relevance.written import softmax
 from attrib.types import UserError
 
 _SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 # What may stand between a softmax and the product with the values: numbers are hidden, scaled, or lie otherwise.
-_BETWEEN = ("masked_fill", "reshape", "expand", "_to_copy", "clone", "contiguous", "where", "unsqueeze", "squeeze")
+_BETWEEN = ("masked_fill", "reshape", "expand", "_to_copy", "clone", "contiguous", "where", "unsqueeze", "squeeze",
+            "permute", "transpose")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,16 @@ class Attentions:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        found = {softmax: node for node in graph.nodes if (softmax := _attends(graph, node)) is not None}
+        found = {of: node for node in graph.nodes if (of := _attends(graph, node)) is not None}
         for node in graph.nodes:
-            if node in graph.fed and operation(node) in _SOFTMAX and node not in found and not _ends(graph, node):
+            if node in graph.fed and _softmax_axis(graph, node) is not None and node not in found:
+                if _ends(graph, node):
+                    continue
                 raise UserError(
                     f"{_REFUSED}: the softmax in {graph.where(node)} is not the left factor of a product alone. {_ELSE}"
                 )
         self._products = list(found.values())
+        self._softmax = {product: of for of, product in found.items()}
         if not self._products:
             raise UserError(f"{_REFUSED}: {graph.name} has none (a product whose left factor is a softmax). {_ELSE}")
         self._check_line(list(found))
@@ -62,8 +68,8 @@ class Attentions:
         graph = self._graph
         ways = _Ways(graph)
         before: fx.Node | None = None
-        for softmax, product in zip(softmaxes, self._products, strict=True):
-            stream = ways.common([n for n in (softmax, product.args[1]) if isinstance(n, fx.Node)])
+        for weights, product in zip(softmaxes, self._products, strict=True):
+            stream = ways.common([n for n in (weights, product.args[1]) if isinstance(n, fx.Node)])
             if before is not None and before not in _ancestors(graph, stream):
                 raise UserError(
                     f"{_REFUSED}: what {graph.where(product)} attends to is not what the attention before it gives "
@@ -75,12 +81,21 @@ class Attentions:
         """Of inputs (N, *input)."""
         weights: list[Tensor] = []
         ends: list[Tensor] = []
-        products = set(self._products)
+        kept: dict[fx.Node, Tensor] = {}  # what a softmax gave
+
+        def watched(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = rule(node, args, kwargs)
+            if node in softmaxes:
+                kept[node] = result
+            return result
+
+        softmaxes = set(self._softmax.values())
 
         def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if node not in products:
+            if node not in self._softmax:
                 return call(node)(*args, **kwargs)
             weight, value = args[:2]
+            self._check_order(node, kept.pop(self._softmax[node]), weight)
             heads = self._of_heads(node, weight, len(x))
             if grad and not weight.requires_grad:
                 heads = heads.detach().requires_grad_()
@@ -99,8 +114,24 @@ class Attentions:
             return mixed
 
         with torch.set_grad_enabled(grad):
-            logits = self._graph.propagate(x, rule)
+            logits = self._graph.propagate(x, watched)
         return Passed(weights, ends[0], ends[1], logits)
+
+    def _check_order(self, node: fx.Node, given: Tensor, weight: Tensor) -> None:
+        """That rows, heads and tokens lie in the product's factor as in the softmax, as after an einsum."""
+        if not self._moved(node) or torch.equal(given.reshape(-1), weight.reshape(-1)):
+            return
+        raise UserError(
+            f"{_REFUSED}: {self._graph.where(node)} moves the axes of the softmax before it multiplies. {_ELSE}"
+        )
+
+    def _moved(self, node: fx.Node) -> bool:
+        at: Any = node.args[0]
+        while isinstance(at, fx.Node) and at is not self._softmax[node]:
+            if operation(at) in ("permute", "transpose"):
+                return True
+            at = _source(self._graph, at)
+        return False
 
     def _of_heads(self, node: fx.Node, weight: Tensor, rows: int) -> Tensor:
         """(N, heads, T, T). Raises UserError for what is no matrix for each row and head."""
@@ -174,15 +205,29 @@ def _attends(graph: Graph, node: fx.Node) -> fx.Node | None:
     """The softmax that is the left factor of a product."""
     if operation(node) not in ("matmul", "bmm") or node.args[1] not in graph.fed:
         return None
-    at = node.args[0]
-    while isinstance(at, fx.Node) and operation(at) in _BETWEEN:
-        sources = [used for used in at.all_input_nodes if used in graph.fed and _is_float(used)]
-        if len(sources) != 1:
-            return None
-        at = sources[0]
-    if not isinstance(at, fx.Node) or operation(at) not in _SOFTMAX:
-        return None
-    return at if at.args[1] in (-1, len(at.meta["shape"]) - 1) else None
+    at: Any = node.args[0]
+    while isinstance(at, fx.Node) and (axis := _softmax_axis(graph, at)) is None and operation(at) in _BETWEEN:
+        at = _source(graph, at)
+    return at if isinstance(at, fx.Node) and axis == len(at.meta["shape"]) - 1 else None
+
+
+def _source(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """What a call takes its numbers from, if there is one."""
+    sources = _sources(graph, node)
+    return sources[0] if len(sources) == 1 else None
+
+
+def _sources(graph: Graph, node: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(used for used in node.all_input_nodes if used in graph.fed and _is_float(used))
+
+
+def _softmax_axis(graph: Graph, node: fx.Node) -> int | None:
+    """The axis of a softmax, also of one that is written out; None if a call is none."""
+    if operation(node) in _SOFTMAX:
+        axis: Any = node.args[1]
+        return int(axis) % len(node.meta["shape"])
+    written = softmax(node, partial(_sources, graph))
+    return None if written is None else written[1]
 
 
 def _is_float(node: fx.Node) -> bool:
