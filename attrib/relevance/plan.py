@@ -86,6 +86,7 @@ class Plan:
     """The steps of a graph, from ``start``, the node whose relevance is wanted, to its logits.
 
     constants   of a node whose value is v + c, with relevance for v alone, as a sigmoid's is: its c
+    merged      the calls that are computed with the layer before them
     normaliser  a log_softmax that makes the net's logits, with only moves behind it; relevance begins in front of it
 
     Raises UserError, which names the module, for a call that gets relevance and has no rule.
@@ -99,7 +100,7 @@ class Plan:
         self.constants = dict(self._constants())
         self.steps: dict[fx.Node, Step] = {}
         self._merged = dict(self._mergers())
-        self._behind = {node for nodes in self._merged.values() for node in nodes}  # computed with a layer
+        self.merged = {node for nodes in self._merged.values() for node in nodes}
         self.normaliser = self._normaliser()
         needed = {graph.output}
         for node in reversed(graph.nodes):
@@ -181,7 +182,7 @@ class Plan:
         if at := self._layer(node):
             first = sources[0] not in self._weighted
             return Step("layer", sources, at, first, self._merged.get(node, ()))
-        if node in self._behind:
+        if node in self.merged:
             return Step("merged", sources)
         if written := softmax(node, self._sources):
             of, dim = written
