@@ -421,6 +421,11 @@ WRITTEN = {
 }
 
 
+@pytest.mark.parametrize("function", [F.logsigmoid, F.rrelu])
+def test_functions_with_a_second_result_have_a_rule(function):
+    assert lrp_of(lambda net, z: net.second(function(z))).abs().sum() > 0
+
+
 def _overwritten(z):
     z = z + 0.0
     z[:, :, 0] = 0

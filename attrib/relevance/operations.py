@@ -93,12 +93,18 @@ def of_function(compute: Callable[..., Tensor], epsilon: float) -> Back:
 
     def back(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         (x,) = sources
-        constant = compute(torch.zeros_like(x))
+        constant = _first(compute(torch.zeros_like(x)))
         constant = torch.where(constant.isfinite(), constant, 0.0)
-        kept = torch.where(constant == 0, 0.0, relevance * constant / stable(compute(x), epsilon))
+        kept = torch.where(constant == 0, 0.0, relevance * constant / stable(_first(compute(x)), epsilon))
         return [_summed_to(relevance - kept, x)], kept.sum(dtype=torch.float64)
 
     return back
+
+
+def _first(result: Any) -> Tensor:
+    """Some functions have a second result for torch's own way back."""
+    found: Tensor = result[0] if isinstance(result, tuple) else result
+    return found
 
 
 def held(sources: Sources, relevance: Tensor) -> tuple[Sequence[Tensor], Tensor]:

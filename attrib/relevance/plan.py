@@ -323,7 +323,8 @@ def _of_numbers(node: fx.Node, source: fx.Node, value: float) -> float:
     """What a call gives for a number in the place of its one source."""
     number = torch.tensor(value, dtype=torch.float64)
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), {source: number}.__getitem__)
-    return float(call(node)(*args, **kwargs))
+    result = call(node)(*args, **kwargs)
+    return float(result[0] if isinstance(result, tuple) else result)
 
 
 def output_of(graph: Graph, path: str) -> fx.Node:
