@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic import cell, metric_folder
 from tiny import command
 
 import attrib
+from attrib.api.stored import Place
 from attrib.results import labels, tables
 from attrib.types import UserError
 
@@ -115,3 +117,19 @@ def test_what_is_no_work_directory_is_refused(tmp_path):
 def test_results_need_no_torch(root):
     code = "import sys, attrib; attrib.results(sys.argv[1]).table(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(root)], check=True, timeout=120)
+
+
+def test_curves_under_the_names_of_metric_json(tmp_path):
+    made = cell(tmp_path, "photos.net.iba.iba0000")
+    made.maps.add("a", "f", {"map": np.zeros((2, 2), np.float32)})
+    made.maps.flush()
+    metric_folder(made, "road.33333333", {"road": "higher"}, {"road_curve": "x: share; y: accuracy"})
+    scores, curves = made.scores("road.33333333"), made.curves("road.33333333")
+    for uid in ("a", "b"):
+        scores.add(uid, "f", {("map", "road"): 0.5})
+    curves.add("a", "f", {"map/road_curve": np.arange(4.0)})
+    scores.flush()
+    curves.flush()
+    found = attrib.results(tmp_path).curves(curve="road_curve")
+    assert list(found) == [Place("photos", "net", "iba", "map", "road", "road_curve", "a")]  # b has none
+    assert found.array.tolist() == [0, 1, 2, 3]

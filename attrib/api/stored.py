@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -35,7 +35,16 @@ class Part:
     name: str
     keys: Mapping[str, Key]
 
-    def of(self, uids: set[str]) -> Part:
+    @classmethod
+    def of(cls, place: Place, arrays: Arrays, name: str, keys: Iterable[Key]) -> Part:
+        """Of those of ``keys`` that are stored. Raises UserError if the folder cannot be read."""
+        try:
+            index = arrays.index()
+        except OSError as error:
+            raise UserError(f"{printable(str(arrays.folder))} cannot be read: {printable(str(error))}") from error
+        return cls(place, arrays, name, {key[0]: key for key in keys if key in index and name in index[key].names})
+
+    def only(self, uids: set[str]) -> Part:
         return replace(self, keys={uid: key for uid, key in self.keys.items() if uid in uids})
 
 

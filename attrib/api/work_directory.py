@@ -18,6 +18,7 @@ from attrib.errors import UserError, printable
 from attrib.results import labels, tables
 from attrib.results.labels import Labelled, ScoreFolder
 from attrib.store.cell import cells as cell_folders
+from attrib.store.files import Key
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class Results:
             keys = self._current(item)
             for name in _chosen_names(map, item.spec["maps"]):
                 place = Place(item.dataset, item.model, item.method, name)
-                parts.append(Part(place, item.cell.maps, name, keys))
+                parts.append(Part.of(place, item.cell.maps, name, keys.values()))
         if not parts:
             known = _listed(name for item in self._cells for name in item.spec["maps"])
             raise UserError(f"no map is called {map}; there are: {known}")
@@ -197,7 +198,6 @@ class Results:
         """The curves behind scores, as :meth:`maps`: (S,) each. ``place.curve`` is its name, as in ``axes``."""
         parts, there = [], set()
         for item in self._chosen(dataset=dataset, model=model, method=method):
-            keys = self._current(item)
             for folder in self._metrics.get(item.cell.folder.name, ()):
                 names = [(m, c) for m in item.spec["maps"] for c in folder.curves]
                 there |= {(folder.label, m, c) for m, c in names}
@@ -205,7 +205,7 @@ class Results:
                 for m, c in names:
                     if _is_one(folder.label, metric) and _is_one(m, map) and _is_one(c, curve):
                         place = Place(item.dataset, item.model, item.method, m, folder.label, c)
-                        parts.append(Part(place, arrays, f"{m}/{c}", keys))
+                        parts.append(Part.of(place, arrays, f"{m}/{c}", self._scored(item, folder.label, m)))
         if not parts:
             known = _listed(f"{label} · {m}/{c}" for label, m, c in sorted(there))
             raise UserError(f"no curves meet the conditions; there are (metric · map/curve): {known}")
@@ -214,7 +214,7 @@ class Results:
     def _stored(self, parts: Sequence[Part], uid: Names) -> Stored:
         if uid is not None:
             wanted = _known_uids(uid, [u for part in parts for u in part.keys])
-            parts = [part.of(wanted) for part in parts]
+            parts = [part.only(wanted) for part in parts]
         return Stored([part for part in parts if part.keys])
 
     def _current(self, item: Labelled) -> dict[str, Any]:
@@ -223,6 +223,13 @@ class Results:
         keys = current_keys(item, self._rows)
         self._warn()
         return keys
+
+    def _scored(self, item: Labelled, metric: str, map: str) -> list[Key]:
+        """The samples of a cell that have scores, under the fingerprints that count."""
+        rows = self._rows
+        mine = rows[(rows["cell"] == item.cell.folder.name) & (rows["metric"] == metric) & (rows["map"] == map)]
+        mine = mine[mine["state"] == "ok"]
+        return list(dict.fromkeys(zip(mine["uid"], mine["fingerprint"], strict=True)))
 
     def _chosen(self, **names: Names) -> list[Labelled]:
         """The cells that meet all conditions."""
