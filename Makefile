@@ -6,7 +6,7 @@ N ?= 1000
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test test-slow test-slurm test-wheel test-torchtext fuzz torture nets lint bench clean
+.PHONY: demo docs test test-slow test-slurm test-wheel test-torchtext fuzz torture nets lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,9 @@ test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in 
 	$(PYTHON) -m venv .venv-torchtext
 	.venv-torchtext/bin/pip install --quiet --disable-pip-version-check -r requirements-torchtext.txt
 	PYTHONPATH=. .venv-torchtext/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest tests/torchtext_check.py
+
+docs: .venv/installed  ## the site, in site/; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -287,7 +287,7 @@ def test_without_biases_all_relevance_is_at_the_input():
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5, bias=False)),
     ).double()
     found = LRP(composite="epsilon", epsilon=0.0).attribute(Classifier(net, dtype=torch.float64), images(), {}, None)
-    assert found["delta"].abs().max() < 1e-12
+    assert found["bias_relevance"].abs().max() < 1e-12
 
 
 class Written(nn.Module):
@@ -513,7 +513,7 @@ def test_transformers_lose_nothing(name, monkeypatch):
         found = LRP(composite="epsilon").attribute(transformer(name, dtype), batch, {}, None)
         assert missing.pop() < limit
         scores = transformer(name, dtype).logits(batch.x).gather(1, batch.target[:, None])[:, 0]
-        total = found["map"].flatten(1).sum(1) + found["delta"]
+        total = found["map"].flatten(1).sum(1) + found["bias_relevance"]
         torch.testing.assert_close(
             total, scores, rtol=0, atol=1e3 * torch.finfo(dtype).eps * float(found["map"].abs().sum())
         )

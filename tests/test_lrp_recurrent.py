@@ -268,7 +268,7 @@ def test_of_log_probabilities_the_logit_is_explained(end, size):
     model = Classifier(nets[0], dtype=torch.float64)
     maps = LRP(composite="epsilon").attribute(model, batch, {}, None)
     score = model.logits(batch.x).gather(1, batch.target[:, None])[:, 0]
-    torch.testing.assert_close(maps["map"].flatten(1).sum(1) + maps["delta"], score)
+    torch.testing.assert_close(maps["map"].flatten(1).sum(1) + maps["bias_relevance"], score)
 
 
 def test_log_softmax_inside_is_its_taylor_expansion():

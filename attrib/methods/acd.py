@@ -51,8 +51,8 @@ class ACD(Method):
     >>> import attrib, torch
     >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
     >>> tree = attrib.explain(net, x, method=ACD(units=Partition(side=2))).documents["tree"][0]
-    >>> tree["shape"]
-    [2, 2]
+    >>> tuple(tree["shape"])
+    (2, 2)
     """
 
     NAME: ClassVar[str] = "attrib.methods.acd.ACD"

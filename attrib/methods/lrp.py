@@ -53,8 +53,8 @@ class LRP(Method):
 
     The relevance of a text is that of the layer with the role "embedding". Relevance is conserved, but for what
     biases, constants (position embeddings, class tokens), the softmax's expansion, a log_softmax and stabilisers
-    keep: ``delta`` is that part, and it is checked that it is no other. A net with a call that has no rule is refused
-    by name.
+    keep: ``bias_relevance`` is that part, and it is checked that it is no other. A net with a call that has no rule
+    is refused by name.
 
     >>> import attrib, torch
     >>> net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), torch.rand(1, 1, 4, 4)
@@ -67,9 +67,11 @@ class LRP(Method):
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
-    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the logit less delta"}
-    EXTRAS: ClassVar[Mapping[str, str]] = {"delta": "part of the logit that biases and constants keep, logit units"}
-    COLUMNS: ClassVar[Mapping[str, str]] = {"delta": "none"}
+    MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed; sums to the logit less bias_relevance"}
+    EXTRAS: ClassVar[Mapping[str, str]] = {
+        "bias_relevance": "part of the logit that biases and constants keep, logit units"
+    }
+    COLUMNS: ClassVar[Mapping[str, str]] = {"bias_relevance": "none"}
     composite: str = "epsilon_plus_flat"
     rules: Sequence[Mapping[str, Any]] = ()
     epsilon: float = 1e-6
@@ -127,8 +129,8 @@ class LRP(Method):
                     f"epsilon={self.epsilon}; try run.dtype=float64, or a larger method.epsilon"
                 )
         inputs = Inputs(relevance, batch.target, model.module, mask=batch.mask)
-        delta = target_score(logits, batch.target) - inputs.real(relevance).flatten(1).sum(1)
-        return {"map": inputs.reduce(relevance, self.reduce), "delta": delta}
+        kept = target_score(logits, batch.target) - inputs.real(relevance).flatten(1).sum(1)
+        return {"map": inputs.reduce(relevance, self.reduce), "bias_relevance": kept}
 
 
 def _of_target(logits: Tensor, target: Tensor) -> Tensor:

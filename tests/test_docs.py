@@ -1,0 +1,36 @@
+"""The pages of the site: nothing that exists is left out. ``make docs`` sees to their links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from attrib.config.places import configs
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("group", ["method", "metric"])
+def test_every_class_of_a_preset_is_in_the_reference(group: str) -> None:
+    page = (DOCS / "reference" / f"{group}s.md").read_text()
+    for path in sorted((configs() / group).glob("*.yaml")):
+        for target in re.findall(rf"_target_: (attrib\.{group}s\.\S+)", path.read_text()):
+            if "parts" not in target:
+                assert f"::: {target}\n" in page, f"{path.name}: {target}"
+
+
+def test_every_method_is_in_the_gallery_and_on_the_page_of_the_command_line() -> None:
+    gallery, command_line = (DOCS / "methods.md").read_text(), (DOCS / "use.md").read_text()
+    for path in sorted((configs() / "method").glob("*.yaml")):
+        assert f"`{path.stem}`" in gallery, path.stem
+        if path.stem != "input_iba_stages":  # of `attrib sanity` alone
+            assert f"`{path.stem}`" in command_line, path.stem
+
+
+def test_every_page_is_in_the_sites_contents() -> None:
+    contents = yaml.safe_load(re.sub(r"!!\S+", "", (DOCS.parent / "mkdocs.yml").read_text()))["nav"]
+    listed = set(re.findall(r"[\w/-]+\.md", str(contents)))
+    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} == listed
