@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib
 import io
 import os
@@ -76,6 +78,8 @@ def main(*before: str) -> None:
         from attrib.cli.completion import complete
 
         complete()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream that is no file
+        faulthandler.enable()  # an abort inside a library says where it happened
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8

@@ -2,6 +2,8 @@
 
 The package itself can be called: ``attrib.results("workdirs/demo")`` opens a work directory
 (:class:`attrib.api.work_directory.Results`).
+
+>>> attrib.results("workdirs/demo").compare("iba", "grad_cam")  # doctest: +SKIP
 """
 
 from __future__ import annotations
