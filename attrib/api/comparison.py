@@ -80,7 +80,10 @@ class Comparison:
 
     def _short(self) -> pd.DataFrame:
         shown = self.table
-        value = [f"{m:.3g} [{lo:.3g}, {hi:.3g}]" for m, lo, hi in zip(shown["mean"], shown["lo"], shown["hi"])]
+        value = [
+            f"{m:.3g}" if math.isnan(lo) else f"{m:.3g} [{lo:.3g}, {hi:.3g}]"  # of one sample there is no interval
+            for m, lo, hi in zip(shown["mean"], shown["lo"], shown["hi"])
+        ]
         arrows = shown["column"] + " " + shown["direction"]
         found = pd.DataFrame(
             {"method": shown["contender"], "metric": shown["metric"], "column": arrows, "n": shown["n"]}
