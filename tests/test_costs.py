@@ -12,6 +12,7 @@ from tiny import tool
 
 from attrib import report
 from attrib.models import Classifier
+from attrib.process import memory
 from attrib.results import formats, tables
 from attrib.running import costs
 from attrib.store import cell as store
@@ -52,7 +53,7 @@ def test_a_meter_counts_rows_and_seconds_of_each_sample():
 
 def test_what_was_freed_before_the_first_batch_is_not_the_methods(monkeypatch):
     done, peak = [], costs.Peak
-    monkeypatch.setattr(costs, "give_back", lambda: done.append("given back"))
+    monkeypatch.setattr(costs, "begin_small", lambda: done.append("given back"))
     monkeypatch.setattr(costs, "Peak", lambda device: done.append("looked") or peak(device))
     monkeypatch.setattr(costs, "EVERY", 0.0)
     meter = costs.Meter(Classifier(small_cnn(), {}))
@@ -208,3 +209,15 @@ def test_ranks_and_effect_sizes_are_in_the_report(root):
     assert all(-1 <= float(line[-1]) <= 1 for line in table.body)
     with pytest.raises(UserError):
         tables.where(tables.rows(root), {"metric": ["nope"]})
+
+
+def test_memory_is_given_back_only_where_the_process_has_grown(monkeypatch):
+    sizes, done = iter([10 * memory.NOTABLE, 2 * memory.NOTABLE, int(2.5 * memory.NOTABLE), 4 * memory.NOTABLE, 0]), []
+    monkeypatch.setattr(memory, "_left", 0)
+    monkeypatch.setattr(memory, "resident", lambda: next(sizes))
+    monkeypatch.setattr(memory, "give_back", lambda: done.append("given back"))
+    memory.begin_small()  # 10, and 2 are left
+    memory.begin_small()  # 2.5
+    assert len(done) == 1
+    memory.begin_small()  # 4
+    assert len(done) == 2

@@ -12,7 +12,7 @@ from generated_nets import Choices, generate, plain
 
 SEEDS, PER_TEST = 100, 10
 
-SHARE = 6  # each net meets one method in six: all of them on a hundred nets would take ten minutes
+SHARE = 12  # each net meets one method in twelve: all of them on a hundred nets would take ten minutes
 
 
 @pytest.mark.filterwarnings("ignore")

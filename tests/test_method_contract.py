@@ -108,8 +108,20 @@ def test_method(path):
     method_contract(method, build_model, batch, state)
 
 
+# They differ from lrp_epsilon in what they do with convolutions, of which these nets have none.
+OF_CONVOLUTIONS = ("lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box")
+
+
 @pytest.mark.parametrize("net", ["lstm", "mean"])
-@pytest.mark.parametrize("path", [p for p in METHODS if "text" in load(p).MODALITIES], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=[pytest.mark.slow] if p.stem in OF_CONVOLUTIONS else [])
+        for p in METHODS
+        if "text" in load(p).MODALITIES
+    ],
+    ids=lambda path: path.stem,
+)
 def test_method_of_texts(path, net):
     method, build_model = load(path), text_classifier(net)
     if path in ATTENTION:

@@ -182,6 +182,7 @@ def run(monkeypatch, capfd, configs, images, tmp_path):
     return run_here
 
 
+@pytest.mark.slow  # test_paper_command does the same in one command
 def test_a_multirun_computes_what_is_missing_and_the_table_says_what_is_left(run, configs, tmp_path):
     def table(*more):
         preset = presets.load("mine", [*run.common, *more], configs)
@@ -351,8 +352,9 @@ def embedded(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("rows", ["the first row", pytest.param("all rows", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", ["the first row", "all rows"])
 def test_every_preset_runs_in_its_tiny_size(name, rows, embedded, tmp_path):
     """On data that comes with the project; then nothing of what was run is missing."""
     tiny = yaml.safe_load((ROOT / "configs" / "paper" / f"{name}.yaml").read_text())["paper"]["tiny"]

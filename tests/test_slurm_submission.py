@@ -87,9 +87,10 @@ def test_waiting_ends_when_slurm_has_no_task_any_more(stand_in, tmp_path, capfd)
 
 def test_a_file_that_comes_late_is_waited_for(tmp_path):
     first, second, _ = made = tasks(tmp_path, None, 0, None)
-    threading.Timer(0.3, lambda: first.file.write_text('{"status": 3}')).start()
+    late = {"status": 3, "summary": {}, "said": "it failed"}
+    threading.Timer(0.3, lambda: first.file.write_text(json.dumps(late))).start()
     found = submission.read_outcomes(made, 1.0)
-    assert found[0] == {"status": 3}
+    assert found[0] == late
     assert found[1]["status"] == 0
     assert found[2] is None
     second.file.unlink()

@@ -48,9 +48,9 @@ def test_of_a_repeated_sample_the_latest_row_counts(root):
         EHR,
         [
             (UIDS[0], "f", "map", "ehr", 0.91, now + 20),  # twice, same fingerprint, later
-            (UIDS[1], "f", "map", "ehr", 0.92, now - 900),  # earlier: does not count
+            (UIDS[1], "f", "map", "ehr", 0.92, now - 86_400),  # earlier: does not count
             (UIDS[2], "new", "map", "ehr", 0.93, now + 20),  # another fingerprint, later
-            (UIDS[3], "old", "map", "ehr", 0.94, now - 900),
+            (UIDS[3], "old", "map", "ehr", 0.94, now - 86_400),
         ],
     )
     frame = only(tables.rows(root), method="iba", column="ehr").set_index("uid")
@@ -63,7 +63,7 @@ def test_of_a_repeated_sample_the_latest_row_counts(root):
 
 def test_failures_that_still_matter(root):
     made, now = iba(root), time.time()
-    late, early = now + 50, now - 900
+    late, early = now + 50, now - 86_400
     add_entry(made, "new/1", "f", "load", "cannot read", late)  # nothing else known
     add_entry(made, "new/1", "f", "load", "cannot read again", late + 1)  # the same sample
     add_entry(made, "new/2", "f", EHR, "no region of interest", late)  # in one metric only

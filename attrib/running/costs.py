@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from attrib.models import Classifier
 from attrib.process.free_memory import Peak
-from attrib.process.memory import give_back
+from attrib.process.memory import begin_small
 
 
 def device_name(device: torch.device) -> str:
@@ -38,9 +37,7 @@ class Meter:
 
     def begin(self) -> None:
         if not self._begun and self._model.device.type == "cpu":
-            # What fits, metrics and earlier cells took and freed is not this method's.
-            gc.collect()
-            give_back()
+            begin_small()  # what fits, metrics and earlier cells took and freed is not this method's
         self._begun = True
         self._rows = self._model.passed
         self._peak = self._peak or Peak(self._model.device)
