@@ -52,6 +52,7 @@ test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in 
 
 docs: .venv/installed  ## the site, in site/; a link that leads nowhere fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+	! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="(https?:)?//|<link[^>]* rel="(stylesheet|preconnect)"[^>]*href="(https?:)?//' site
 
 lint: .venv/installed
 	$(BIN)/ruff check .
