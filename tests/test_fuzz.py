@@ -27,6 +27,14 @@ def test_every_method_is_right_or_refuses(start: int) -> None:
                 pytest.fail(f"{method}, seed {seed}: {verdict.kind}: {verdict.text}\n{program}")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", [552, 775])
+def test_a_net_for_one_number_of_rows_has_no_causal_graph(seed: int) -> None:
+    verdict = Judge(seed).verdict("causal_paths")
+    assert verdict.outcome == "refused"
+    assert "any number of rows" in verdict.text
+
+
 # ---- the generator ------------------------------------------------------------------------------------
 
 

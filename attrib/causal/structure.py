@@ -58,9 +58,10 @@ class Structure:
     def of(cls, model: Classifier, x: Tensor) -> Structure:
         """That of a net for inputs like x (N, *input), found once per graph.
 
-        Raises UserError for a net without a graph.
+        Raises UserError for a net without a graph, or with one for a single number of rows.
         """
         graph = model.graph(x)
+        graph.check_any_rows("the search for causal paths")
         found: Structure | None = graph.net.meta.get(_KEPT)
         if found is None:
             found = graph.net.meta[_KEPT] = cls(graph)

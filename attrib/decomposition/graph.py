@@ -50,11 +50,7 @@ class Decomposer:
         else:
             fitting = (graph for graph in self._graphs if graph.fits(x))
             found = next(fitting, None) or self._captured(self._net, x)
-        if not found.any_rows:
-            raise UserError(
-                f"contextual decomposition sends any number of rows through the net at once, but {found.name} computes "
-                "something that depends on how many there are"
-            )
+        found.check_any_rows("contextual decomposition")
         if found not in self._plans:
             self._plans[found] = Plan.of(found)
         return found, self._plans[found]

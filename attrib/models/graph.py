@@ -94,6 +94,14 @@ class Graph:
         """Whether it is good for any number of rows."""
         return 0 in self.input.meta["free"]
 
+    def check_any_rows(self, what: str) -> None:
+        """Raises UserError in the name of ``what`` for a graph that is good for one number of rows alone."""
+        if not self.any_rows:
+            raise UserError(
+                f"{what} sends any number of rows through the net at once, but {self.name} computes something that "
+                "depends on how many there are"
+            )
+
     def where(self, node: fx.Node) -> str:
         """The module that makes a call, as "path (class)": for messages."""
         path, kind = node.meta["module"]
