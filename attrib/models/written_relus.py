@@ -49,6 +49,8 @@ def written_relus(graph: Graph, one_call: Callable[[fx.Node], bool]) -> dict[fx.
     """
     found: dict[fx.Node, WrittenReLU] = {}
     for node, of, between in _functions(graph):
+        if operation(of) == "abs":  # as inside F.lp_pool2d: nothing is cut off
+            continue
         relu = None if node in found or one_call(node) else _relu(node, of)
         if relu is None:
             continue
@@ -106,7 +108,8 @@ def _relu(node: fx.Node, of: fx.Node) -> WrittenReLU | None:
         factor = float(found[cut == 1] if (cut == 1).any() else 0.0)
         if factor:
             ceiling = float((found / factor).max())
-            if torch.allclose(found, factor * cut.clamp(max=ceiling), rtol=1e-5, atol=1e-6) and ceiling > 1:
+            off = bool((found[cut == 0] == 0).all())  # exactly: a norm kept from zero by 1e-12 is no ReLU
+            if off and torch.allclose(found, factor * cut.clamp(max=ceiling), rtol=1e-5, atol=1e-6) and ceiling > 1:
                 return WrittenReLU(of, factor, sign, ceiling if ceiling < 39 else float("inf"))
     return None
 
