@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, cast
 from attrib import keys
 from attrib.api.nets import RUN, Net
 from attrib.api.parts import Explainer, explainer, yaml_of
-from attrib.config.compose import CommandLine, compose_node, plain
+from attrib.config.compose import CommandLine, compose_node, plain, spelled
 from attrib.config.places import presets
 from attrib.experiment.cell import Experiment
 from attrib.experiment.targets import Contrast
@@ -52,23 +51,12 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
 
 
 def written(value: Any) -> str:
-    """A value as an override has it.
+    """A value as people write it in an override.
 
     >>> [written(v) for v in (None, True, 0.5, "conv1", "1", [1, "a b"], {"of": 3})]
     ['null', 'true', '0.5', 'conv1', "'1'", "[1,'a b']", '{of:3}']
     """
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{written(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(written, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int | float):
-        return repr(value)
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return spelled(value, quoted=False)
 
 
 def _layers(origin: Origin) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from attrib.config.objects import (
     estimation_of,
     method_of,
     metrics_of,
+    no_field,
 )
 from attrib.config.places import presets
 from attrib.datasets import Dataset, ImageTransform, Selection, TextDataset, WaveTransform
@@ -64,9 +64,7 @@ def explainer(method: Any, fields: Mapping[str, Any] | None = None, overrides: S
         known = [f.name for f in dataclasses.fields(method)]
         for name in fields:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"{type(method).__name__} has no field {name!r}{hint} (fields: {', '.join(known)})")
+                raise UserError(no_field(type(method).__name__, name, known))
         method = dataclasses.replace(method, **fields)
     return Explainer(method, _snake(type(method).__name__), {})
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from attrib.process.signals import LEFT, Interrupted, Stop, watching
 
 if TYPE_CHECKING:
     from attrib.config.compose import CommandLine, Composition
+    from attrib.results.written import TextTable
 
 
 class _Printable(logging.Formatter):
@@ -108,6 +110,21 @@ def each(
 def console(*, apart: bool = False) -> Console:
     """The terminal, or a stand-in for a file or a pipe (``apart``): a table must never be folded for one."""
     return Console(file=io.StringIO(), width=400) if apart or not sys.stdout.isatty() else Console()
+
+
+def show(tables: Iterable[TextTable]) -> None:
+    """Tables on the terminal, whose titles and notes are as wide as it is, however narrow they are."""
+    from rich.text import Text
+
+    from attrib.results.written import to_terminal  # brings pandas, which not every tool needs
+
+    on = console()
+    for table in tables:
+        on.print(Text(table.title, style="bold"))
+        on.print(to_terminal(dataclasses.replace(table, title="", notes=())))
+        for note in table.notes:
+            on.print(Text(note))
+    print(printed(on), end="")
 
 
 def printed(console: Console) -> str:

@@ -14,7 +14,6 @@ from attrib.config.places import checked_folder
 from attrib.process import exit_status
 from attrib.process.signals import LEFT, Stop
 from attrib.results import formats
-from attrib.running.options import Options
 from attrib.store.files import write_atomic
 from attrib.types import UserError
 
@@ -35,12 +34,10 @@ def _compute(args: argparse.Namespace, stop: Stop) -> int:
     if status == LEFT:
         return status
     preset = presets.load(args.name, args.words, checked_folder(args.config_dir))
-    roots = [o.removeprefix("run.root=") for o in preset.how if o.startswith("run.root=")]
-    root = Path(roots[-1] if roots else Options.root)
-    found = comparison.table(preset, root, args.confidence)
+    found = comparison.table(preset, preset.root, args.confidence)
     text = comparison.drawn(preset, found, args.confidence)
-    print(write([text], "terminal", argparse.Namespace(out=None)), end="")
-    place = root / "papers" / args.name
+    print(write([text], "terminal"), end="")
+    place = preset.root / "papers" / args.name
     place.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(place.with_suffix(".md"), formats.to_markdown(text).encode())
     drawn = figure.draw(preset, found, place.with_suffix(".png"))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from rich.text import Text
-
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
-from attrib.cli.run import cell
+from attrib.cli.run import computed, options
 from attrib.config.compose import Composition
-from attrib.config.objects import experiment, options_of
+from attrib.config.objects import experiment
 from attrib.models.precision import Precision
 from attrib.process.signals import LEFT
-from attrib.results.formats import to_terminal
 from attrib.running.plan import Plan, make_plan, metric_folder
 from attrib.sanity.precision import changes, table
 from attrib.types import UserError
@@ -31,17 +28,18 @@ def _compared(composition: Composition) -> int:
     asked = Precision.of(composition.values.get("precision"))
     if asked == Precision():
         raise UserError("precision=float32 is what others are compared with; set precision=bfloat16, tf32 or float16")
-    plans: list[Plan] = []
+    settings, plans = options(composition.values["run"]), list[Plan]()
     for precision in (Precision(), asked):
-        values = {**composition.values, "precision": dataclasses.asdict(precision)}
-        of_one = dataclasses.replace(composition, values=values)
-        outcome = cell(of_one)
+        made = experiment({**composition.values, "precision": dataclasses.asdict(precision)}, composition.files)
+        outcome = computed(made, settings)
         if outcome.summary is None or outcome.status == LEFT:
             return outcome.status
-        plans.append(make_plan(experiment(values, composition.files), options_of(values["run"])))
+        plans.append(make_plan(made, settings))
     fine, coarse = plans
-    folders = {name: (metric_folder(fine.experiment, name), metric_folder(coarse.experiment, name))
-               for name in fine.experiment.metrics}  # fmt: skip
+    folders = {
+        name: (metric_folder(fine.experiment, name), metric_folder(coarse.experiment, name))
+        for name in fine.experiment.metrics
+    }
     keys = [fine.key(uid) for uid in fine.uids]
     found = changes(fine.cell, coarse.cell, keys, tuple(fine.experiment.method.MAPS), folders)
     told = table(
@@ -49,10 +47,5 @@ def _compared(composition: Composition) -> int:
         {what: how for what, how in zip(("explained", "scored"), dataclasses.astuple(asked)) if how != "float32"},
         found,
     )
-    console = common.console()
-    console.print(Text(told.title, style="bold"))
-    console.print(to_terminal(dataclasses.replace(told, title="", notes=())))
-    for note in told.notes:
-        console.print(Text(note))
-    print(common.printed(console), end="")
+    common.show([told])
     return 0

@@ -14,6 +14,7 @@ from attrib.cluster import slurm, submission
 from attrib.cluster.ranks import of_rank
 from attrib.config.compose import CommandLine, Composition, compose
 from attrib.config.objects import build, experiment, options_of
+from attrib.experiment.cell import Experiment
 from attrib.papers import presets
 from attrib.process import exit_status
 from attrib.process.signals import LEFT, Interrupted, Stop, watching
@@ -49,18 +50,23 @@ def cell(composition: Composition) -> Outcome:
             with stop.immediately():
                 settings = options(composition.values["run"])
                 made = experiment(composition.values, composition.files)
-                if settings.dry:
-                    print(exit_status.lines(str(make_plan(made, settings))))
-                    return Outcome(0, None, "dry")
-            from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
-
-            summary = run(made, settings)
+            return computed(made, settings)
         except UserError as error:
             return Outcome(exit_status.report_error(error), None, f"error: {error}")
         except Interrupted as stopped:
             text = f"{stopped}; the same command goes on"
             print(text, flush=True)
             return Outcome(LEFT, None, text)
+
+
+def computed(made: Experiment, settings: Options) -> Outcome:
+    """Run an experiment, or say what would be computed. Prints as it goes. Raises UserError and Interrupted."""
+    if settings.dry:
+        print(exit_status.lines(str(make_plan(made, settings))))
+        return Outcome(0, None, "dry")
+    from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
+
+    summary = run(made, settings)
     text = f"{made.names['dataset']} {made.names['model']} {made.names['method']}: {summary}"
     print(exit_status.lines(text), flush=True)
     if summary.stopped:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from rich.console import Console
-from rich.text import Text
 
 from attrib import sanity
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
+from attrib.cli.run import computed
 from attrib.config.compose import Composition
 from attrib.config.objects import build, experiment, options_of
-from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import example
 from attrib.models.randomise import weighted_layers
 from attrib.models.variant import Randomise
 from attrib.process import exit_status
 from attrib.process.signals import LEFT
 from attrib.report.agreement import tables
-from attrib.results.formats import to_terminal
-from attrib.running.options import Options
-from attrib.running.plan import make_plan
-from attrib.running.run import run
 from attrib.types import UserError
 
 
@@ -76,12 +68,12 @@ def check(composition: Composition, roots: dict[str, None]) -> int:
     variants = [Randomise(layers=one, **how) for one in (layers if isinstance(layers, list) else [layers])]
     for variant in variants:
         variant.chosen(known)  # before anything is computed
-    statuses = [_explain(original, options)]
+    statuses = [computed(original, options).status]
     for variant in variants:
         if LEFT in statuses:
             return LEFT
         copy = {**plain, "model": {**plain["model"], "randomise": dataclasses.asdict(variant)}}
-        statuses.append(_explain(experiment(copy, composition.files), options))
+        statuses.append(computed(experiment(copy, composition.files), options).status)
     if not options.dry:
         found = sanity.compare(options.root, agreement)
         print(f"{found} samples compared with the original's", flush=True)
@@ -89,25 +81,7 @@ def check(composition: Composition, roots: dict[str, None]) -> int:
     return exit_status.worst(statuses)
 
 
-def _explain(cell: Experiment, options: Options) -> int:
-    if options.dry:
-        print(make_plan(cell, options))
-        return 0
-    summary = run(cell, options)
-    print(f"{cell.names['dataset']} {cell.names['model']} {cell.names['method']}: {summary}", flush=True)
-    if summary.stopped:
-        print(summary.ending, flush=True)
-        return LEFT
-    failed = summary.all_failed or (options.strict and summary.failed)
-    return exit_status.FAILED if failed else 0
-
-
 def draw(roots: Sequence[str]) -> None:
     """The tables of everything that was checked. Raises UserError if there is nothing to compare yet."""
-    console = Console(width=None if sys.stdout.isatty() else 200)
     for root in roots:
-        for table in tables(root):
-            console.print(Text(table.title, style="bold"))
-            console.print(to_terminal(dataclasses.replace(table, title="", notes=())))
-            for note in table.notes:
-                console.print(Text(note))
+        common.show(tables(root))

@@ -74,9 +74,9 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         ranked = tables.ranks(frame, args.confidence)
         if not len(ranked):
             raise UserError("--ranks: no column has a direction and scores of two methods on one dataset and model")
-        return (
-            formats.to_csv(ranked) if kind == "csv" else write(formats.rank_tables(ranked, args.confidence), kind, args)
-        )
+        if kind == "csv":
+            return formats.to_csv(ranked)
+        return write(formats.rank_tables(ranked, args.confidence), kind, apart=args.out is not None)
     table = tables.summary(frame, args.confidence)
     if kind == "csv":
         return formats.to_csv(table)
@@ -89,7 +89,7 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         tests = tables.all_paired(frame, args.pairs or (), args.confidence)
         if len(tests) or args.pairs is not None:
             drawn.append(formats.paired_table(tests, args.confidence, most=None if args.pairs is not None else SHORT))
-    return write(drawn, kind, args)
+    return write(drawn, kind, apart=args.out is not None)
 
 
 def draw_paper(args: argparse.Namespace, kind: str) -> str:
@@ -100,21 +100,20 @@ def draw_paper(args: argparse.Namespace, kind: str) -> str:
     [name] = [word.removeprefix("paper=") for word in args.root if word.startswith("paper=")]
     overrides = [word for word in args.root if not word.startswith("paper=")]
     preset = presets.load(name, overrides, checked_folder(args.config_dir))
-    roots = [o.removeprefix("run.root=") for o in preset.how if o.startswith("run.root=")]
-    found = comparison.table(preset, roots[-1] if roots else Options.root, args.confidence)
+    found = comparison.table(preset, preset.root, args.confidence)
     if args.commands:
         missing = found.loc[found["verdict"] == comparison.MISSING, "command"]
         return "".join(f"{line}\n" for line in dict.fromkeys(missing))
     if kind == "csv":
         return formats.to_csv(found)
-    return write([comparison.drawn(preset, found, args.confidence)], kind, args)
+    return write([comparison.drawn(preset, found, args.confidence)], kind, apart=args.out is not None)
 
 
-def write(drawn: Sequence[formats.TextTable], kind: str, args: argparse.Namespace) -> str:
-    """The tables as one text; "" if they went straight to the terminal."""
+def write(drawn: Sequence[formats.TextTable], kind: str, *, apart: bool = False) -> str:
+    """The tables as one text; "" if they went straight to the terminal, which those for a file (``apart``) never do."""
     if kind != "terminal":
         return "\n".join(map(formats.to_markdown if kind == "md" else formats.to_latex, drawn))
-    console = common.console(apart=args.out is not None)
+    console = common.console(apart=apart)
     for item in drawn:
         console.print(formats.to_terminal(item))
         for line in item.code:

@@ -90,13 +90,26 @@ def _one_target_each(given: Mapping[str, Override]) -> dict[str, Override]:
     return {("dataset.target" if key == TARGETS else key): sweep if key == TARGETS else o for key, o in given.items()}
 
 
-def spelled(value: Any) -> str:
-    """A value as it is written in an override."""
+_WORDS = ("null", "true", "false", "nan", "inf")  # that mean more than themselves
+
+
+def spelled(value: Any, quoted: bool = True) -> str:
+    """A value as it is written in an override. ``quoted``: whether words that need no quotes have some, too.
+
+    >>> [spelled(v) for v in (None, True, 0.5, "conv1", [1, "a b"], {"of": 3})]
+    ['null', 'true', '0.5', "'conv1'", "[1,'a b']", '{of:3}']
+    """
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{spelled(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, int):
-        return str(value)
+        return "{" + ",".join(f"{key}:{spelled(one, quoted)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(spelled(one, quoted) for one in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
     text = value.text if isinstance(value, QuotedString) else str(value)
+    if not quoted and re.fullmatch(r"[A-Za-z_][\w./-]*", text) and text.lower() not in _WORDS:
+        return text
     # Only in front of a quote, a backslash is more than itself.
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", text)) + "'"
 

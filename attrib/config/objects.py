@@ -41,7 +41,7 @@ DTYPES = ("float32", "float64")
 INPUT = ("size", "mean", "std", "resize", "resize_size", "interpolation")  # the fields of model.input
 
 
-def _known(what: str, given: str, known: Iterable[str]) -> str:
+def no_field(what: str, given: str, known: Iterable[str]) -> str:
     return f"{what} has no field {given!r}{did_you_mean(given, known)} (fields: {', '.join(known) or 'none'})"
 
 
@@ -76,7 +76,7 @@ def _checked(node: Node, where: str) -> tuple[Callable[..., Any], dict[str, Any]
             if field in known and not is_node(value) and not sloppy:
                 checked[field] = checked_value(f"{where}: {field}", known[field], value)
         elif len(named) == len(parameters):
-            raise UserError(f"{where}: {_known(str(node['_target_']), field, named)}")
+            raise UserError(f"{where}: {no_field(str(node['_target_']), field, named)}")
     return what, checked
 
 
@@ -366,5 +366,5 @@ def options_of(node: Node) -> Options:
     known = hints_of(Options)
     for field in node:
         if field not in known:
-            raise UserError(_known("run", field, known))
+            raise UserError(no_field("run", field, known))
     return Options(**{field: checked_value(f"run.{field}", known[field], value) for field, value in node.items()})

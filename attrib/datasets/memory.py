@@ -31,19 +31,40 @@ Labels = Mapping[str, Tensor]
 NONE: Labels = types.MappingProxyType({})
 
 
-def _label(labels: Labels, uid: str) -> int:
-    """The class; -1 where there is none, or several."""
-    value = labels.get(uid)
-    return -1 if value is None or value.ndim else int(value)
+class _Labelled:
+    """A dataset whose labels are in memory."""
+
+    _labels: Labels
+
+    def label(self, uid: str) -> int:
+        """The class; -1 where there is none, or several."""
+        value = self._labels.get(uid)
+        return -1 if value is None or value.ndim else int(value)
+
+    def batch(self, uids: Sequence[str]) -> Batch:
+        """With labels (B, K) where each sample has several."""
+        batch: Batch = super().batch(uids)  # type: ignore[misc]  # of the dataset that it stands in front of
+        several = [self._labels[uid] for uid in batch.uids if uid in self._labels and self._labels[uid].ndim]
+        return dataclasses.replace(batch, target=torch.stack(several)) if len(several) == len(batch) else batch
 
 
-def _labelled(batch: Batch, labels: Labels) -> Batch:
-    """With labels (B, K) where each sample has several."""
-    several = [labels[uid] for uid in batch.uids if uid in labels and labels[uid].ndim]
-    return dataclasses.replace(batch, target=torch.stack(several)) if len(several) == len(batch) else batch
+class _Marked:
+    """A dataset whose regions, as the network sees them, are in memory."""
+
+    _regions: Mapping[str, np.ndarray] | None
+
+    def with_regions(self, regions: Mapping[str, np.ndarray]) -> Self:
+        other = copy.copy(self)
+        other._regions = regions
+        return other
+
+    def _in_regions(self, batch: Batch) -> Batch:
+        if self._regions is None:
+            return batch
+        return dataclasses.replace(batch, roi=torch.stack([torch.from_numpy(self._regions[uid]) for uid in batch.uids]))
 
 
-class Pictures(ImageDataset):
+class Pictures(_Labelled, ImageDataset):
     """Pictures as the bytes of image files; ``regions``: (h, w) bool in pixels of the picture."""
 
     NAME: ClassVar[str] = "Pictures"
@@ -61,14 +82,8 @@ class Pictures(ImageDataset):
     def open(self, uid: str) -> BinaryIO:
         return io.BytesIO(self._images[uid])
 
-    def label(self, uid: str) -> int:
-        return _label(self._labels, uid)
-
     def region(self, uid: str) -> np.ndarray | None:
         return self._regions.get(uid)
-
-    def batch(self, uids: Sequence[str]) -> Batch:
-        return _labelled(super().batch(uids), self._labels)
 
     def with_regions(self, regions: Mapping[str, np.ndarray]) -> Self:
         other = copy.copy(self)
@@ -76,7 +91,7 @@ class Pictures(ImageDataset):
         return other
 
 
-class Sentences(TextDataset):
+class Sentences(_Labelled, TextDataset):
     """Texts."""
 
     NAME: ClassVar[str] = "Sentences"
@@ -88,14 +103,8 @@ class Sentences(TextDataset):
     def text(self, uid: str) -> str:
         return self._texts[uid]
 
-    def label(self, uid: str) -> int:
-        return _label(self._labels, uid)
 
-    def batch(self, uids: Sequence[str]) -> Batch:
-        return _labelled(super().batch(uids), self._labels)
-
-
-class Waves(AudioDataset):
+class Waves(_Labelled, _Marked, AudioDataset):
     """Sounds; ``regions``: (length,) bool over what the network hears."""
 
     NAME: ClassVar[str] = "Waves"
@@ -113,22 +122,11 @@ class Waves(AudioDataset):
     def sound(self, uid: str) -> Sound:
         return self._sounds[uid]
 
-    def label(self, uid: str) -> int:
-        return _label(self._labels, uid)
-
     def batch(self, uids: Sequence[str]) -> Batch:
-        batch = _labelled(super().batch(uids), self._labels)
-        if self._regions is None:
-            return batch
-        return dataclasses.replace(batch, roi=torch.stack([torch.from_numpy(self._regions[uid]) for uid in uids]))
-
-    def with_regions(self, regions: Mapping[str, np.ndarray]) -> Self:
-        other = copy.copy(self)
-        other._regions = regions
-        return other
+        return self._in_regions(super().batch(uids))
 
 
-class Tensors:
+class Tensors(_Marked):
     """Inputs as the network reads them: images (C, H, W), sounds (C, L), or ids of texts (T,).
 
     read    uid -> a batch of this one sample; it is called whenever the sample is asked for
@@ -167,15 +165,7 @@ class Tensors:
         for name in ("x", "target", "roi", "lengths", "words", "units"):
             values = [getattr(row, name) for row in rows]
             fields[name] = None if any(value is None for value in values) else torch.cat(values)
-        batch = Batch(tuple(uids), **fields)
-        if self._regions is None:
-            return batch
-        return dataclasses.replace(batch, roi=torch.stack([torch.from_numpy(self._regions[uid]) for uid in uids]))
-
-    def with_regions(self, regions: Mapping[str, np.ndarray]) -> Self:
-        other = copy.copy(self)
-        other._regions = regions
-        return other
+        return self._in_regions(Batch(tuple(uids), **fields))
 
     def fingerprint(self, uid: str) -> str:
         try:

@@ -80,10 +80,10 @@ def computed(
     half = _HALF.get(arithmetic)
     if half is None:
         return function(*inputs)
-    grow = GROWTH if arithmetic == "float16" else 1.0
+    grown = _Grown.apply if arithmetic == "float16" else lambda x, _: x
     try:
         with torch.autocast(device.type, half):
-            found = function(*(_Grown.apply(x, 1 / grow) if x.is_floating_point() else x for x in inputs))
+            found = function(*(grown(x, 1 / GROWTH) if x.is_floating_point() else x for x in inputs))
     except RuntimeError as error:
         if of_the_device(error):
             raise
@@ -93,7 +93,7 @@ def computed(
         raise UserError(
             f"the net cannot be computed in {arithmetic} on {device.type}: {why}. Set precision=float32"
         ) from error
-    return _Grown.apply(found.to(dtype) if found.is_floating_point() else found, grow)
+    return grown(found.to(dtype), GROWTH) if found.is_floating_point() else found
 
 
 class _Grown(torch.autograd.Function):

@@ -6,14 +6,14 @@ few numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from attrib.models.activations import ELEMENTWISE, is_zero
+from attrib.models.activations import ELEMENTWISE, RELU_LIKE, is_zero
 from attrib.models.calls import OF_SHAPE, attribute, call, operation
 from attrib.models.graph import Graph
 from attrib.types import UserError
@@ -41,21 +41,31 @@ class _NotOneNumberError(Exception):
     """A call is no function of the one number that is tried."""
 
 
-def written_relus(graph: Graph, one_call: Callable[[fx.Node], bool]) -> dict[fx.Node, WrittenReLU]:
-    """The last calls of ReLUs that are written out. ``one_call`` tells the calls that are ReLUs by themselves.
+_KEPT = "written ReLUs"  # of a graph's net
+
+
+def written_relus(graph: Graph) -> Mapping[fx.Node, WrittenReLU]:
+    """The last calls of ReLUs that are written out, looked for once per graph.
 
     Of x + relu(-x), say, it is the whole that counts, a ReLU of x. Raises UserError, which names the module, for a
     maximum with a zero that is stacked on the values.
     """
+    found: dict[fx.Node, WrittenReLU] | None = graph.net.meta.get(_KEPT)
+    if found is None:
+        found = graph.net.meta[_KEPT] = _found(graph)
+    return found
+
+
+def _found(graph: Graph) -> dict[fx.Node, WrittenReLU]:
     found: dict[fx.Node, WrittenReLU] = {}
     for node, of, between in _functions(graph):
         if operation(of) == "abs":  # as inside F.lp_pool2d: nothing is cut off
             continue
-        relu = None if node in found or one_call(node) else _relu(node, of)
+        relu = None if node in found or _one_call(node) else _relu(node, of)
         if relu is None:
             continue
         # A multiple of a ReLU that has been found already needs no other.
-        others = [_relu(inner, of) for inner in between if one_call(inner) or inner in found]
+        others = [_relu(inner, of) for inner in between if _one_call(inner) or inner in found]
         if not any(other and (other.sign, other.ceiling) == (relu.sign, relu.ceiling) for other in others):
             found[node] = relu
     for node in graph.nodes:
@@ -65,6 +75,12 @@ def written_relus(graph: Graph, one_call: Callable[[fx.Node], bool]) -> dict[fx.
                 "but is not read as one. Write it as one ReLU, or take method=gradient"
             )
     return found
+
+
+def _one_call(node: fx.Node) -> bool:
+    """Whether a call is a ReLU by itself."""
+    kind = RELU_LIKE.get(operation(node))
+    return kind is not None and kind(node) is not None
 
 
 def _with_zero(node: Any) -> bool:

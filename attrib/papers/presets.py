@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from attrib.config.compose import Composition, Override, compose, compose_node, parse_overrides
+from attrib.running.options import Options
 from attrib.types import UserError
 
 FULL, TINY = "full", "tiny"
@@ -107,6 +108,12 @@ class Preset:
     needs: str = ""
     duration: str = ""
     digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The work directory of its cells."""
+        given = [one.removeprefix("run.root=") for one in self.how if one.startswith("run.root=")]
+        return Path(given[-1] if given else Options.root)
 
     @property
     def jobs(self) -> list[tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
@@ -12,13 +11,12 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 import attrib
-from attrib.config.compose import compose, compose_node
+from attrib.config.compose import compose, compose_node, spelled
 from attrib.config.places import presets as known_presets
 from attrib.keys import digest
 from attrib.results import labels, tables
+from attrib.results.labels import AXES
 from attrib.types import UserError
-
-AXES = ("dataset", "model", "method")
 
 
 def digests(spec: Mapping[str, Any], samples: Mapping[str, str | None] | None) -> dict[str, str]:
@@ -121,7 +119,7 @@ class Part(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        set_ = [f"{'+' * (key in self.more)}{key}={_written(value)}" for key, value in self.fields.items()]
+        set_ = [f"{'+' * (key in self.more)}{key}={spelled(value)}" for key, value in self.fields.items()]
         return [f"{self.axis}={self.name}", *(f"~{key}" for key in self.without), *set_]
 
     @property
@@ -148,7 +146,7 @@ def _parts(config: Mapping[str, Any], folder: Path | None) -> dict[str, Part]:
     raw = OmegaConf.to_container(compose_node("run", chosen, folder))
     assert isinstance(raw, dict)
     open_ = [key for axis in AXES for key, value in _leaves(raw[axis], axis) if value == "???"]
-    given = [f"{key}={_written(ours[key.split('.')[0]][key])}" for key in open_ if key in ours[key.split(".")[0]]]
+    given = [f"{key}={spelled(ours[key.split('.')[0]][key])}" for key in open_ if key in ours[key.split(".")[0]]]
     base = compose("run", [*chosen, *given], folder).values
     found = {}
     for axis in AXES:
@@ -165,14 +163,3 @@ def _leaves(node: Any, at: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{at}.{key}")
     else:
         yield at, node
-
-
-def _written(value: Any) -> str:
-    """A value in the grammar of overrides."""
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_written(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_written, value)) + "]"
-    return json.dumps(value)

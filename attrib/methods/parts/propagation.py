@@ -108,8 +108,4 @@ def hookable(model: Classifier, kinds: Kinds) -> Hookable:
 def relus(model: Classifier) -> Hookable:
     """``model`` with a rule for its ReLUs, however they are written. See ``written_relus`` for what is refused."""
 
-    def one_call(node: fx.Node) -> bool:
-        kind = RELU_LIKE.get(operation(node))
-        return kind is not None and kind(node) is not None
-
-    return Hookable(model, RELU_LIKE, lambda graph: written_relus(graph, one_call))
+    return Hookable(model, RELU_LIKE, written_relus)
