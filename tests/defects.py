@@ -34,6 +34,7 @@ def healthy(root: Path) -> Path:
     """Three cells of four samples with scores, one failure and one run each."""
     synthetic.build(root, side=4, uids=UIDS)
     made = synthetic.iba(root)
+    _edit(made.folder / "spec.json", lambda spec: spec.update(state_key="01234567" * 8))
     write_json(made.folder / "samples.json", dict.fromkeys(UIDS, "f"))
     synthetic.add_entry(made, "val/003", "f", "maps", "an old failure", 1.0)
     run_folder(made, summary={"finished": True, "left": 0, "stopped": None, "failed": 0, "seconds": 2.0})

@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from attrib.store.schemas import (
     Spec,
 )
 from attrib.store.workers import PROGRESS, SUMMARY
-from attrib.upkeep.cache import FITTED, SHARED, check_inside
+from attrib.upkeep.cache import FITTED, SHARED, check_inside, references
 from attrib.upkeep.status import no_cells
 
 
@@ -88,18 +88,27 @@ def checks(root: Path | str) -> list[tuple[Path, FileCheck]]:
     tables = [path for path in tables if exists(path)]  # a pattern would not find a link to itself
     found += [(path, _graph_table) for path in tables]
     found += [(path, _picture) for path in sorted(root.glob("graphs/*/[!.]*.png"))]
-    state = root / "state"
+    state, used = root / "state", _used(root)
     found += [(state, _folder)] if exists(state) else []
     for path in sorted(state.glob("[!.]*")):
-        if path.is_dir():
-            found += [(one, chunk) for one in (_chunks(path) if SHARED.fullmatch(path.name) else ())]
-        elif FITTED.fullmatch(path.name):
+        fitted = FITTED.fullmatch(path.name)
+        if fitted and (not path.is_dir() or fitted["key"] in used):  # a folder in the place of one that a cell needs
             found.append((path, _state if path.suffix == ".safetensors" else _object))
+        elif path.is_dir():
+            found += [(one, chunk) for one in (_chunks(path) if SHARED.fullmatch(path.name) else ())]
         elif SHARED.fullmatch(path.name):
             found.append((path, _confidence))
     if not found:
         raise UserError(no_cells(root))
     return found
+
+
+def _used(root: Path) -> Set[str]:
+    """The states that cells refer to; none where a cell does not say any more, which is damage itself."""
+    try:
+        return references(root).keys()
+    except (UserError, OSError):
+        return frozenset()
 
 
 def chunk(path: Path) -> Damage | None:
