@@ -367,7 +367,8 @@ LRP_CONES = ("relu", "leaky_relu", "abs", "neg", "div")  # f(c x) = c f(x) for c
 
 
 def check_lrp(case: Case) -> None:
-    """Nothing is lost, by any composite. Of linear operations, ReLUs and maxima LRP-0 is input times gradient."""
+    """Nothing is lost, by any composite. Of linear operations, ReLUs and maxima LRP-0 is input times gradient
+    (what divides is a constant)."""
     for composite in ("epsilon_plus_flat", "epsilon_alpha2_beta1", "epsilon"):
         try:
             found = case.explain(LRP(composite=composite, epsilon=0.0 if composite == "epsilon" else 1e-6))
@@ -377,7 +378,7 @@ def check_lrp(case: Case) -> None:
     plan = Plan(graph, graph.input)
     passing = [(node, step.kind) for node, step in plan.steps.items() if step.kind not in LRP_LINEAR]
     if all((kind == "pass" and operation(node) in LRP_CONES) or node in plan.merged for node, kind in passing):
-        same(found["map"], summed(x * references.gradient(case.net, x, case.batch.target)), OTHER, atol=SINGLE)
+        same(found["map"], summed(references.lrp_zero(case.net, x, case.batch.target)), OTHER, atol=SINGLE)
 
 
 def check_attention(case: Case) -> None:

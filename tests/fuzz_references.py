@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from generated_nets import Generated, Place
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attrib.methods.parts.layout import resize
 from attrib.noise import Noise
@@ -75,6 +77,24 @@ def occlusion(net: nn.Module, x: Tensor, target: Tensor, window: int, stride: in
             fall = whole - score(net, x * (1 - mask[:, None]), target)
             total, covered = total + fall[:, None, None] * mask, covered + mask
     return total / covered
+
+
+class _ConstantDivisors(TorchFunctionMode):
+    """Meanwhile no gradient flows through what divides."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.softsign:  # written as a quotient
+            return args[0] / (1 + args[0].abs()).detach()
+        if func.__name__ in ("div", "__truediv__") and isinstance(args[1], Tensor):
+            args = (args[0], args[1].detach(), *args[2:])
+        return func(*args, **kwargs or {})
+
+
+def lrp_zero(net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """LRP-0 on a net of linear operations, ReLUs, maxima and quotients: input times gradient, where what divides counts
+    as a weight, as in Bach et al. (2015) and AttnLRP: a norm's deviation scales relevance and gets none."""
+    with _ConstantDivisors():
+        return x * gradient(net, x, target)
 
 
 # ---- rules for ReLUs and for elementwise functions ----------------------------------------------------

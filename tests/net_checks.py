@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from attrib.config.objects import build
 from attrib.datasets import HuggingFaceEncoder
 from attrib.methods.captum import Captum
+from attrib.methods.lrp import LRP
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
@@ -43,8 +44,7 @@ CHEAP: dict[str, Any] = {
 }  # fmt: skip
 FITTED_ON = 6
 TOLERANCE = 1e-6  # of a batch against its samples, relative to the largest number
-COMPLETE = {"delta": 1e-3, "completeness_error": 1e-3}  # columns of completeness, and how large they may be
-APPROXIMATE = {"delta"}  # captum's, of a method that sums over a few steps: its size says how few, and is no fault
+INCOMPLETE = 1e-3  # how much of the score may be missing of a method that says that it is complete
 NEGLIGIBLE = 1e-14  # a largest number below this is rounding
 
 Outcome = Literal["works", "zero", "refused", "wrong", "other"]  # other: a method of other data
@@ -115,6 +115,8 @@ class Case:
         try:
             cell: Cell = {"outcome": self._check(method), "text": ""}
         except (UserError, SampleError) as refusal:
+            if isinstance(method, LRP) and isinstance(refusal, SampleError):
+                raise AssertionError(f"relevance is lost: {refusal}") from refusal
             cell = {"outcome": "refused", "text": self._without_its_name(str(refusal))}
         self._judged.append((method, cell))
         return dict(cell)
@@ -161,10 +163,23 @@ class Case:
         for name in method.MAPS:
             expected = batch.x.shape if batch.lengths is not None else (len(batch), *batch.x.shape[2:])
             assert found[name].shape == expected, f"{name} is {tuple(found[name].shape)}, not {tuple(expected)}"
-        for name in set(method.COLUMNS) & set(COMPLETE) - (APPROXIMATE if isinstance(method, Captum) else set()):
-            size = max(1.0, float(found["map"].abs().flatten(1).sum(1).max()))
-            assert float(found[name].abs().max()) <= COMPLETE[name] * size, f"{name} is {found[name].tolist()}"
+        for name, missing in self._missing(method, found).items():
+            assert float(missing.abs().max()) <= INCOMPLETE, f"{name} is {found[name].tolist()}"
         return "works" if largest > NEGLIGIBLE else "zero"
+
+    def _missing(self, method: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By column (B,) what is missing of the score, as a share, of a method that says that nothing is."""
+        columns = set(method.COLUMNS)
+        if isinstance(method, Captum):
+            columns -= {"delta"}  # of a sum over a few steps: its size says how few, and is no fault
+        missing = {name: found[name] for name in columns & {"completeness_error"}}
+        size = found[next(iter(method.MAPS))].abs().flatten(1).sum(1).max().clamp(min=1.0)
+        missing |= {name: found[name] / size for name in columns & {"delta"}}
+        if "bias_relevance" in columns:
+            x, target = self.batch.x, self.batch.target
+            score = self.classifiers[0].logits(x).gather(1, target[:, None])[:, 0]
+            missing["bias_relevance"] = (found["map"].flatten(1).sum(1) + found["bias_relevance"] - score) / size
+        return missing
 
 
 def _noise(batch: Batch) -> Noise:

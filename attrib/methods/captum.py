@@ -26,6 +26,7 @@ from attrib.methods.parts.modules import check_modules_alone, check_relus
 from attrib.models import Classifier
 from attrib.models.device_memory import of_the_device
 from attrib.models.reading import check_layout
+from attrib.models.ways_back import with_contiguous_norms
 from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
 from attrib.units import Units
@@ -395,7 +396,8 @@ class _Score(nn.Module):
                 "lower its number of samples in method.arguments, or raise run.rows"
             )
         self.rows += len(x)
-        return target_score(self.net(x.clone(), *rest), target)
+        logits = self.net(x.clone(), *rest)
+        return target_score(with_contiguous_norms(logits) if len(x) == 1 else logits, target)
 
 
 def _of_the_net(error: Exception) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from attrib.models.ways_back import contiguous_back
 
 # The result depends on the shape of the input alone.
 OF_SHAPE = frozenset((
@@ -32,7 +35,16 @@ def operation(node: fx.Node) -> str:
 def call(node: fx.Node) -> Callable[..., Any]:
     """What a node calls."""
     assert callable(node.target)
-    return node.target
+    return partial(_norm, node.target) if "batch_norm" in operation(node) else node.target
+
+
+def _norm(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    """A batch norm, whose way back is right for one row too."""
+    found = function(x, *args, **kwargs)
+    node = (found if isinstance(found, Tensor) else found[0]).grad_fn
+    if node is not None and len(x) == 1:
+        contiguous_back(node)
+    return found
 
 
 def of_sizes(node: fx.Node) -> bool:

@@ -26,7 +26,7 @@ from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
-from attrib.models.ways_back import check_way_back
+from attrib.models.ways_back import check_way_back, with_contiguous_norms
 from attrib.noise import Noise
 from attrib.process.memory import Heap
 from attrib.types import SampleError, UserError, did_you_mean
@@ -215,7 +215,8 @@ class Classifier:
         return self._computed(self.module, x)
 
     def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        return computed(self.precision, self.device, self.dtype, function, *inputs)
+        found = computed(self.precision, self.device, self.dtype, function, *inputs)
+        return with_contiguous_norms(found) if len(inputs[0]) == 1 else found
 
     # ---- what is explained ------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attrib.models.calls import OF_SHAPE, REPLACED, attribute, call, constant, operation
 from attrib.models.capture import as_written, captured
-from attrib.models.ways_back import gradient, near
+from attrib.models.ways_back import gradient, near, with_contiguous_norms
 from attrib.types import UserError
 
 Rule = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -108,7 +108,7 @@ class Graph:
         return f"{path or 'its forward'} ({kind})" if kind else self.name
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return with_contiguous_norms(self.net(x)) if len(x) == 1 else self.net(x)
 
     def propagate(self, x: Any, rule: Rule) -> Any:
         """What the net gives for x, where ``rule(node, args, kwargs)`` computes each call that depends on x.

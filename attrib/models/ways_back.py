@@ -1,4 +1,4 @@
-"""Whether gradients flow through a net, and through one way of computing it as through another."""
+"""Whether gradients flow through a net, and through one way of computing it as through another; and rightly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from traceback import walk_tb
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from attrib.types import UserError
 
@@ -15,7 +16,7 @@ def gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | Non
     """Of a sum of what ``function`` gives, with different weights; None where autograd finds no way, or no way back."""
     try:
         with torch.enable_grad():
-            result = function(leaf.clone())
+            result = with_contiguous_norms(function(leaf.clone()))
             weights = torch.linspace(1, 2, result[0].numel(), dtype=result.dtype, device=result.device)
             return torch.autograd.grad((result.flatten(1) * weights).sum(), leaf)[0] if result.requires_grad else None
     except torch.OutOfMemoryError:
@@ -47,3 +48,26 @@ def near(got: Tensor | None, expected: Tensor | None) -> bool:
         return got is expected
     size = expected.abs().nan_to_num(0.0, 0.0).amax().item()
     return torch.allclose(got, expected, rtol=0, atol=1e-3 * size, equal_nan=True)
+
+
+def with_contiguous_norms(result: Tensor) -> Tensor:
+    """``result`` itself, computed of one row; on its way back every batch norm gets a gradient that is contiguous."""
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "BatchNorm" in node.name():
+            contiguous_back(node)
+        nodes += [function for function, _ in node.next_functions]
+    return result
+
+
+def contiguous_back(norm: Node) -> None:
+    """Lets the gradients that come back to a batch norm be contiguous.
+
+    Of one row, torch's kernel for the CPU (2.15) reads a gradient wrong whose channels lie last behind a view, as it is
+    where tokens are made: ``norm(x).flatten(2).transpose(1, 2)``. Of several rows it reads the same gradient right.
+    """
+    norm.register_prehook(lambda gradients: tuple(None if grad is None else grad.contiguous() for grad in gradients))
