@@ -377,6 +377,65 @@ class Gate(nn.Module):
         return self.head(self.act(self.conv(x)).mean((2, 3)))
 
 
+class Two(nn.Module):
+    """A function of two convolutions of the image."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.a(x), self.b(x)).mean((2, 3)))
+
+
+def _half(a: Tensor) -> Tensor:
+    return torch.full((), 0.5, dtype=a.dtype)
+
+
+def _spectrum(a: Tensor) -> Tensor:
+    return torch.fft.fft2(a)
+
+
+# What is computed, and the same in functions that have had rules before.
+SAME = {
+    "step": (lambda a, b: torch.heaviside(a, _half(a)), lambda a, b: (a > 0).to(a.dtype)),
+    "a step as a gate": (lambda a, b: b * torch.heaviside(a, _half(a)), lambda a, b: b * (a > 0).to(a.dtype)),
+    "a ReLU by a step": (lambda a, b: a * torch.heaviside(a, _half(a)), lambda a, b: a.relu()),
+    "between two": (lambda a, b: torch.lerp(a, b, 0.3), lambda a, b: a + 0.3 * (b - a)),
+    "between three": (
+        lambda a, b: torch.lerp(a, 2 * b, b.tanh().roll(1, 1)), lambda a, b: a + b.tanh().roll(1, 1) * (2 * b - a),
+    ),
+    "magnitudes": (
+        lambda a, b: _spectrum(a).abs(), lambda a, b: (_spectrum(a).real ** 2 + _spectrum(a).imag ** 2).sqrt(),
+    ),
+    "a complex square": (
+        lambda a, b: (_spectrum(a) * _spectrum(a)).real,
+        lambda a, b: _spectrum(a).real * _spectrum(a).real.clone() - _spectrum(a).imag * _spectrum(a).imag.clone(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_deep_lift_through_steps_interpolation_and_complex_numbers(name):
+    batch = pictures()
+    found, expected = (explain(DeepLiftShap(samples=1), seeded(Two(f)), batch)["map"] for f in SAME[name])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda a, b: (0.01 * _spectrum(a)).exp().real, "exp"),
+        (lambda a, b: (_spectrum(a) / (_spectrum(b) + 9)).real, "div"),
+        (lambda a, b: torch.heaviside(a, b), "heaviside"),
+    ],
+)
+def test_deep_lift_refuses_functions_of_complex_numbers_by_name(function, name):
+    with pytest.raises(UserError, match=f"DeepLIFT has no rule for {name} in its forward .Two."):
+        explain(DeepLiftShap(samples=1), seeded(Two(function)), pictures())
+
+
 def test_deep_lift_of_an_activation_written_out_is_that_of_the_activation():
     batch, net = pictures(), seeded(Gate())
     found = explain(DeepLiftShap(samples=3, sigma=0.7), net, batch)

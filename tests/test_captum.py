@@ -18,6 +18,7 @@ from contracts import KilledError, net_dies, padded, seeded, untouched
 from test_baselines import K, Mixed, pictures, same
 from test_cam import Net as Layouts
 from text_nets import text_classifier, texts
+from tiny import ROOT
 from torch import Tensor, nn
 
 from attrib import keys
@@ -209,6 +210,33 @@ def test_the_tokens_of_a_text_are_features_and_padding_does_not_matter(net):
     assert (found[~batch.mask] == 0).all()
     longer = padded(batch, batch.x, model.module.pad_id)[0]
     same(explain(method, model, longer)["map"][:, : batch.x.shape[1]], found)
+
+
+@pytest.mark.parametrize("net", ["lstm", "mean"])
+def test_sampled_shapley_values_of_tokens_add_up_and_padding_does_not_matter(net):
+    batch, model = texts(4), text_classifier(net)(64, torch.float64)
+    method = Captum("ShapleyValueSampling", {"n_samples": 2})
+    found = explain(method, model, batch)["map"]
+    front = model.until("embedding", batch.x)
+    whole, none = (model.after("embedding", z, front.rest) for z in (front.z, torch.zeros_like(front.z)))
+    change = (whole - none).gather(1, batch.target[:, None])[:, 0]
+    same(found.sum(1), change, 1e-5)  # of every order of the tokens
+    assert (found[~batch.mask] == 0).all()
+    alone = explain(method, model, batch[[2]].cut(int(batch.lengths[2])))["map"]
+    same(alone[0], found[2, : batch.lengths[2]])
+
+
+def test_the_page_has_all_algorithms():
+    page = (ROOT / "docs" / "how-to" / "use-captum.md").read_text()
+    table = page.partition("## Which work")[2].partition("\n\nOf the refusals")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")][2:]
+    listed = {name.strip(): row[1:4] for row in rows for name in row[0].split(",")}
+    assert sorted(listed) == AVAILABLE
+    for name in AVAILABLE:
+        works = tuple(
+            kind for kind, said in zip(("image", "text", "audio"), listed[name], strict=True) if said == "yes"
+        )
+        assert works == (method_of(name).MODALITIES if name in USABLE else ()), name
 
 
 def test_sounds():

@@ -30,6 +30,21 @@ def test_every_method_is_in_the_gallery_and_on_the_page_of_the_command_line() ->
             assert f"`{path.stem}`" in command_line, path.stem
 
 
+def test_every_preset_that_a_page_names_exists() -> None:
+    """In its commands. NAME, mine, and my_lstm are the reader's own."""
+    for page in (DOCS.parent / "README.md", *DOCS.rglob("*.md")):
+        text = page.read_text()
+        blocks, inline = (
+            re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL),
+            re.findall(r"`(attrib [^`]+)`", text),
+        )
+        for commands in (*blocks, *inline):
+            for group, names in re.findall(r"(?<![\w.])(dataset|model|method|train|paper)=([\w,]+)", commands):
+                for name in names.split(","):
+                    own = name.isupper() or name.startswith(("my_", "mine"))
+                    assert own or (configs() / group / f"{name}.yaml").exists(), f"{page.name}: {group}={name}"
+
+
 def test_every_page_is_in_the_sites_contents() -> None:
     contents = yaml.safe_load(re.sub(r"!!\S+", "", (DOCS.parent / "mkdocs.yml").read_text()))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(contents)))

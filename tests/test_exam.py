@@ -337,6 +337,18 @@ def test_layers_of_texts_with_padding_are_refused_where_it_is_seen(kind):
         Gradient().attribute(model, batch, {}, Noise(batch.uids))
 
 
+class Stops(Words):
+    def read(self, z: Tensor, real: Tensor) -> Tensor:
+        return (z.detach() * real[..., None]).sum(1)
+
+
+def test_a_text_net_without_a_way_back_to_its_embedding_is_refused():
+    _net, model = text_model(Stops)
+    batch = Texts().batch(Texts.uids)
+    with pytest.raises(UserError, match=r"no gradient comes from the scores of Stops to its input .of a text: its emb"):
+        Gradient().attribute(model, batch, {}, Noise(batch.uids))
+
+
 def test_padding_that_only_the_dataset_knows():
     class Secret(MeanOfAll):
         def __init__(self) -> None:

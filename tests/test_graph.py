@@ -1,15 +1,25 @@
 """The graph of a net: the same logits, for any number of rows, whatever the net is made of."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attrib
+from attrib.methods.baselines import DeepLiftShap, GuidedBackprop
+from attrib.methods.cd import CD
+from attrib.methods.lrp import LRP
 from attrib.models import BiLSTM, Classifier, DeepLSTM
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import call, operation
 from attrib.models.graph import Graph, taken_apart
-from attrib.types import UserError
+from attrib.models.randomise import randomised
+from attrib.models.variant import Randomise
+from attrib.noise import Noise
+from attrib.types import Batch, UserError
+from attrib.units import Partition
 
 
 class Net(nn.Module):
@@ -72,6 +82,25 @@ def test_one_capture_for_all_batches(monkeypatch):
     model = model_of(Net(nn.ReLU()))
     graphs = {id(model.graph(pictures(n))) for n in (1, 2, 5, 3)}
     assert len(graphs) == len(captures) == 1
+
+
+def test_several_methods_and_a_randomised_copy_share_one_capture(monkeypatch):
+    captures = []
+    of = Graph.of
+    monkeypatch.setattr(Graph, "of", lambda *given: captures.append(1) or of(*given))
+    net, x = Net(nn.ReLU()), pictures(3)
+    methods = [LRP(composite="epsilon"), GuidedBackprop(), DeepLiftShap(samples=1), CD(units=Partition(side=4))]
+    named = {type(method).__name__: method for method in methods}
+    run = {"dtype": "float64", "batch": 2, "device": "cpu"}
+    compared = attrib.compare(net, x, named, "insertion_deletion", target=0, run=run)
+    assert len(captures) == 1
+    (model,) = {id(found.cell.model): found.cell.model for found in compared.explanations.values()}.values()
+    copied = randomised(model, copy.deepcopy(net), Randomise("all"), x[:1])
+    for method in methods:
+        batch = Batch(("a", "b"), x[:2], torch.tensor([0, 1]))
+        method.attribute(copied, batch, {}, Noise(batch.uids, dtype=torch.float64))
+    assert len(captures) == 1
+    assert copied.graph(x) is not model.graph(x)
 
 
 def test_another_size_of_pictures_is_another_graph():

@@ -7,7 +7,7 @@ or layers that it comes from, is then a node there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -153,7 +153,7 @@ def select(y: Tensor, reference: Tensor, search: Search) -> tuple[Tensor, Tensor
 
 
 def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, float] | None = None) -> ClassGraph:
-    """The graph of a class, searched for with n of its samples, x (n, *input).
+    """The graph of a class, searched for with n of its samples, x (n, *input), of which texts may be padded.
 
     ``u`` gives the weights of some layers, by path, instead of ``search.u``. Raises UserError for fewer than two
     samples, and for a layer that cannot be searched.
@@ -162,7 +162,8 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
     if len(x) < 2:
         raise UserError(f"class {target}: a causal graph needs at least 2 samples, there is {len(x)}")
     nodes = Nodes(structure, target)
-    reference = model.logits(x)[:, target].double().cpu()
+    parts = model.of_one_length(x)
+    reference = torch.cat([model.logits(part)[:, target] for part in parts]).double().cpu()
     layers: dict[str, GraphLayer] = {}
     scope = structure.scope(search.layers)
     for path in reversed(scope):
@@ -179,7 +180,7 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
         if layer.first:
             layers[path] = GraphLayer(effects, ~chosen, nothing, nothing.clone(), FIRST, value)
             continue
-        y, units = _tested(sites, path, x, effects, target, value, search.candidates)
+        y, units = _tested(sites, path, parts, effects, target, value, search.candidates)
         causes, effect, p, how = select(y.cpu(), reference, search)
         chosen[units] = causes
         layers[path] = GraphLayer(
@@ -191,19 +192,21 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
 
 
 def _tested(
-    sites: Sites, path: str, x: Tensor, effects: Tensor, target: int, u: float, most: int | None
+    sites: Sites, path: str, parts: Sequence[Tensor], effects: Tensor, target: int, u: float, most: int | None
 ) -> tuple[Tensor, Tensor]:
     """The logits (m, n) under an intervention on each of the m candidates that are tested, and the candidates' numbers.
 
     Those that have an edge to an effect; of these the ``most`` with the lowest estimate.
     """
-    site = sites.at(path, x)
+    found = [sites.at(path, part) for part in parts]
     outputs = effects.nonzero()[:, 0]
-    connected = [i for i in range(len(site.layer.units)) if len(edges(site, i, outputs).effects)]
+    connected = [i for i in range(len(found[0].layer.units)) if len(edges(found[0], i, outputs).effects)]
     if most is not None and len(connected) > most:
-        expected = estimate(sites.model, site, outputs, target, u)[connected]
+        each = [estimate(sites.model, site, outputs, target, u) * len(site.z) for site in found]
+        expected = torch.stack(each).sum(0)[connected]
         connected = sorted(connected[i] for i in expected.argsort(stable=True)[:most].tolist())
-    return intervene(sites.model, site, connected, outputs, target, u), torch.tensor(connected)
+    y = [intervene(sites.model, site, connected, outputs, target, u) for site in found]
+    return torch.cat(y, 1), torch.tensor(connected)
 
 
 # ---- the graphs of several classes as a fitted state -----------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from attrib.causal.layers import Edges, Weighted, WeightedLayer, on_device
 from attrib.causal.structure import ADVICE, Structure
 from attrib.models import Classifier
+from attrib.models.admission import other_than
 from attrib.models.graph import Graph, check_same
 from attrib.noise import Noise
 from attrib.types import UserError
@@ -77,7 +78,7 @@ class Cut:
 
     def _tried(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         unlike = (row[None] for row in x if not torch.equal(row, x[0]))
-        one, other = x[:1], next(unlike, x[:1].flip(-1))
+        one, other = x[:1], next(unlike, other_than(x[:1]))
         if x.is_floating_point():
             one, other = (Noise([uid], device=x.device, dtype=x.dtype).normal(*x.shape[1:]) for uid in ("one", "other"))
         return [self._front(torch.cat(pair)) for pair in ((one, other), (one, one), (other, other))]
@@ -164,11 +165,13 @@ class Site(NamedTuple):
 
 
 class Sites:
-    """A net cut at its weighted layers; each cut is made once per graph."""
+    """A net cut at its weighted layers; each cut is made once per graph.
+
+    ``structure`` is the one that graphs are searched in. The net may have others, for texts of other lengths.
+    """
 
     def __init__(self, model: Classifier, structure: Structure) -> None:
         self.model, self.structure = model, structure
-        self._cuts: dict[str, Cut] = structure.graph.net.meta.setdefault(_KEPT, {})
 
     @torch.no_grad()
     def at(self, path: str, x: Tensor) -> Site:
@@ -176,14 +179,16 @@ class Sites:
 
         Raises UserError where the rows of samples cannot be told apart.
         """
-        layer, call, graph = self.structure.layer(path), self.structure.call(path), self.structure.graph
-        if path not in self._cuts:
+        structure = Structure.of(self.model, x)
+        layer, call, graph = structure.layer(path), structure.call(path), structure.graph
+        cuts: dict[str, Cut] = graph.net.meta.setdefault(_KEPT, {})
+        if path not in cuts:
             cut = Cut(graph, call, x)
             two = torch.cat((x[:1], x[-1:]))
             _, z, *rest = cut.front(two)
             check_same(self.model.module, cut.rear(z[[1, 0, 1]], [t[[1, 0, 1]] for t in rest]), graph(two)[[1, 0, 1]])
-            self._cuts[path] = cut
-        cut = self._cuts[path]
+            cuts[path] = cut
+        cut = cuts[path]
         read, z, *rest = self.model.chunked(lambda rows: cut.front(x[rows]), len(x))
         return Site(layer, call, read, z, tuple(rest), cut)
 

@@ -58,9 +58,11 @@ class Structure:
     def of(cls, model: Classifier, x: Tensor) -> Structure:
         """That of a net for inputs like x (N, *input), found once per graph.
 
+        Of texts of several lengths, with a net that sees padding, for those of the least.
+
         Raises UserError for a net without a graph, or with one for a single number of rows.
         """
-        graph = model.graph(x)
+        graph = model.graph(model.of_one_length(x)[0])
         graph.check_any_rows("the search for causal paths")
         found: Structure | None = graph.net.meta.get(_KEPT)
         if found is None:

@@ -1,4 +1,4 @@
-"""Maps along a class's causal paths: what the neurons of its causal graph respond to in an image."""
+"""Maps along a class's causal paths: what the neurons of its causal graph respond to in an image or a text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from attrib.causal.subnetwork import Change, logits, masks, random_graph, weight
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING, Inputs, check_per_token
 from attrib.models import Classifier
 from attrib.models.calls import call as called
 from attrib.noise import Noise
+from attrib.relevance.plan import output_of
 from attrib.types import Batch, SampleError, UserError
 
 
@@ -55,30 +57,40 @@ class _Node(NamedTuple):
 
 @dataclass(frozen=True)
 class _Reading:
-    """A layer, the features of an image that it reads, and how it weighs them."""
+    """A layer, the features of an image or a text that it reads, and how it weighs them."""
 
     call: Weighted
     layer: WeightedLayer
     as_released: bool
 
-    def _without_places(self) -> UserError:
-        return UserError(
-            f"layer {self.layer.path} reads no image features: a map needs a convolution, a linear layer that sees "
-            "places or tokens, or the one behind them"
-        )
+    def features(self, model: Classifier, batch: Batch) -> list[Tensor]:
+        """What the layer reads of each sample: (channels, h, w), (features,) where that is flattened, (channels, T).
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the layer reads of B samples as (B, channels, h, w); (B, features) where it is flattened.
-
-        Raises UserError if it has no places in an image.
+        A text has its own T. The class token of an image has no place and is left out. Raises UserError if the layer
+        sees neither an image's places nor a text's tokens.
         """
-        if self.call.weight.ndim == 4:
-            return x
-        if self.call.weight.ndim == 2 and x.ndim == 4:
-            return x.movedim(-1, 1)
-        if self.call.weight.ndim == 2 and x.ndim == 2 and len(self.layer.places) == 2:
-            return x
-        raise self._without_places()
+        path, flat = self.layer.path, self.call.weight.ndim == 2
+        x = _read(model, path, batch.x)
+        if batch.mask is not None:
+            if not flat or x.shape[:-1] != batch.mask.shape:
+                raise UserError(
+                    f"layer {path} does not read a vector of each token: a map of a text needs a linear layer that "
+                    "does, such as those of attention and MLP in a transformer; or take method=causal_gradient"
+                )
+            return [one[mask].T for one, mask in zip(x, batch.mask, strict=True)]
+        if self.call.weight.ndim == 4 or (flat and x.ndim == 2 and len(self.layer.places) == 2):
+            return list(x)
+        if flat and x.ndim == 4:
+            return list(x.movedim(-1, 1))
+        if flat and x.ndim == 3:
+            shape = tuple(batch.x.shape[1:])
+            name = f"input of {path}"
+            reading = model.read(name, lambda model, rows: _read(model, path, rows), shape, ("tokens",))
+            return list(x[:, reading.prefix :].mT.unflatten(2, reading.grid))
+        raise UserError(
+            f"layer {path} reads no image features: a map needs a convolution, a linear layer that sees places or "
+            "tokens, or the one behind them"
+        )
 
     def nodes(self, found: GraphLayer) -> list[_Node]:
         """The nodes of the layer, by number."""
@@ -105,9 +117,9 @@ class _Reading:
         ]
 
     def response(self, features: Tensor, node: _Node) -> Tensor:
-        """The map of a node, (h', w'), which is >= 0 and sums to 1.
+        """The map of a node, (h', w') or (T,), which is >= 0 and sums to 1.
 
-        features   (channels, h, w) of one sample, or (features,)
+        features   of one sample, see ``features``
 
         The channels of each cause are cross-correlated with their kernels, at all places that the kernels touch, or
         multiplied place by place with the weights of a linear layer, and added up. Then softmax over the places, and
@@ -117,7 +129,7 @@ class _Reading:
         if features.ndim == 1:
             v = (x * w).reshape(-1, *self.layer.places)
         else:
-            slid = x * w[:, None, None] if w.ndim == 1 else self._slid(x, w)
+            slid = x * w.view(-1, *[1] * (x.ndim - 1)) if w.ndim == 1 else self._slid(x, w)
             v = slid.new_zeros(node.causes, *slid.shape[1:]).index_add_(0, node.cause, slid)
         return v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])
 
@@ -130,12 +142,17 @@ class _Reading:
         return F.conv2d(x[None], w[:, None], padding=reach, dilation=dilation, groups=len(w))[0]
 
 
+def _read(model: Classifier, path: str, x: Tensor) -> Tensor:
+    """(N, ...) what a weighted layer reads."""
+    return Sites(model, Structure.of(model, x)).at(path, x).features
+
+
 @dataclass(frozen=True)
 class CausalPaths(Method):
     """What the nodes of a class's causal graph respond to at one layer (Interventional-Explanations).
 
-    layer         role of the layer: a convolution, the first linear layer, or a module that contains such layers,
-                  of which the last is taken
+    layer         role of the layer: a convolution, the first linear layer, one that reads an image's or a text's
+                  tokens, or a module that contains such layers, of which the last is taken
     nodes         how many maps of single nodes to give beside the mean of all, beginning with the node whose
                   removal lowers the logit most
     as_released   as in the authors' code: takes the raw output of the convolution before instead of what the layer
@@ -151,6 +168,8 @@ class CausalPaths(Method):
     NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
     VERSION: ClassVar[int] = 2
     NEEDS_PROBABILITIES: ClassVar[bool] = True
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    TOKENS: ClassVar[tuple[str, ...]] = ("places",)
     layer: str = "bottleneck"
     nodes: int = 0
     as_released: bool = False
@@ -175,7 +194,8 @@ class CausalPaths(Method):
         nets = {"kept": "with the causal nodes only", "removed": "without the causal nodes"}
         nets |= {f"random_{name}": f"{text}, of random graphs" for name, text in nets.items()}
         effects = {f"{net}_{k}": f"{what}, {text}" for net, text in nets.items() for k, what in about.items()}
-        return {"places": "the map at the layer's resolution, (h', w')", **(effects if self.draws else {})}
+        places = "the map at the layer's resolution, (h', w'); of a text the map, (T,)"
+        return {"places": places, **(effects if self.draws else {})}
 
     @property
     def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
@@ -192,15 +212,15 @@ class CausalPaths(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         structure = Structure.of(model, batch.x)
-        graphs = graphs_of(batch, structure, state)
         path = structure.at(model.path(self.layer))
+        graphs = graphs_of(batch, structure, state)
         call, layer = structure.call(path), structure.layer(path)
         reading = _Reading(call, layer, self.as_released)
-        sites = Sites(model, structure)
         if self.as_released:
-            features = sites.at(self._before(structure, layer), batch.x).output
+            before = self._before(structure, layer)
+            features = list(Sites(model, structure).at(before, batch.x).output)
         else:
-            features = reading.features(sites.at(path, batch.x).features)
+            features = reading.features(model, batch)
         rows, each = [], {graph.target: graph for graph in graphs}
         nodes = {target: self._nodes(reading, structure, graph) for target, graph in each.items()}
         for uid, graph, mine in zip(batch.uids, graphs, features, strict=True):
@@ -209,8 +229,11 @@ class CausalPaths(Method):
             ordered = torch.stack([reading.response(mine, node) for node in nodes[graph.target]])
             single = [ordered[min(i, len(ordered) - 1)] for i in range(self.nodes)]
             rows.append(torch.stack([ordered.mean(0), *single]))
-        small = torch.stack(rows)
-        large = F.interpolate(small, batch.x.shape[-2:], mode="bilinear", align_corners=False)
+        if batch.mask is None:
+            small = torch.stack(rows)
+            large = F.interpolate(small, batch.x.shape[-2:], mode="bilinear", align_corners=False)
+        else:
+            small = large = torch.stack([F.pad(row, (0, batch.x.shape[1] - row.shape[1])) for row in rows])
         named = {name: large[:, i] for i, name in enumerate(self.MAPS)}
         return {"places": small[:, 0], **named, **self._effects(model, structure, graphs, batch)}
 
@@ -237,7 +260,7 @@ class CausalPaths(Method):
         self, model: Classifier, structure: Structure, graphs: Sequence[ClassGraph], batch: Batch
     ) -> dict[str, Tensor]:
         """Every name in COLUMNS -> (B,)."""
-        found = {name: torch.zeros_like(batch.x[:, 0, 0, 0]) for name in self.COLUMNS}
+        found = {name: torch.zeros(len(batch), dtype=model.dtype, device=batch.x.device) for name in self.COLUMNS}
         changes: tuple[tuple[str, Change], ...] = (("kept", "keep nodes"), ("removed", "remove nodes"))
         for graph in {graph.target: graph for graph in graphs}.values() if self.draws else ():
             mine = (batch.target == graph.target).nonzero()[:, 0]
@@ -269,7 +292,7 @@ class CausalGradient(Method):
 
     The forward pass is unchanged; in the backward pass each layer of the graph passes gradients on along the graph's
     edges only. Layers that the search did not reach, or that were excluded from it, pass on everything. With a graph
-    that has all edges this is the gradient.
+    that has all edges this is the gradient. The input of a text is what the layer with the role "embedding" gives.
 
     multiply   whether to multiply by the input; otherwise the gradient alone
     graph      the causal graphs, which are fitted first
@@ -278,6 +301,8 @@ class CausalGradient(Method):
     NAME: ClassVar[str] = "attrib.methods.causal.CausalGradient"
     VERSION: ClassVar[int] = 1
     NEEDS_PROBABILITIES: ClassVar[bool] = True
+    MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
+    TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {
         "map": "change of the logit per unit of input along causal paths, times the input; signed, summed over channels"
     }
@@ -291,33 +316,47 @@ class CausalGradient(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         structure = Structure.of(model, batch.x)
-        maps = torch.zeros_like(batch.x)
+        net, text = structure.graph, batch.mask is not None
+        start = output_of(net, model.path(EMBEDDING)) if text else net.input
+        maps = torch.zeros(len(batch), *batch.x.shape[1 if text else 2 :], dtype=model.dtype, device=batch.x.device)
         for target, graph in {graph.target: graph for graph in graphs_of(batch, structure, state)}.items():
             mine = (batch.target == target).nonzero()[:, 0]
-            maps[mine] = _gradient(model, structure, graph, batch.x[mine])
-        return {"map": (maps * batch.x if self.multiply else maps).sum(1)}
+            value, gradient = _gradient(model, structure, graph, batch.x[mine], start)
+            if text:
+                check_per_token(model, value, batch.x[mine])
+            inputs = Inputs(value, batch.target[mine], model, mask=None if batch.mask is None else batch.mask[mine])
+            found = gradient * value if self.multiply else gradient
+            maps[mine] = inputs.reduce(found, "sum", "Set method.multiply=true")
+        return {"map": maps}
 
 
-def _gradient(model: Classifier, structure: Structure, graph: ClassGraph, x: Tensor) -> Tensor:
-    """(N, *input) the gradient of the logit of the graph's class along the graph's edges."""
-
+def _gradient(
+    model: Classifier, structure: Structure, graph: ClassGraph, x: Tensor, start: fx.Node
+) -> tuple[Tensor, Tensor]:
+    """(N, *start) what a node gives, and the gradient there of the logit of the graph's class along its edges."""
     kept = {}
     for path, mask in masks(structure, graph, edges_only=True).items():
         call = structure.call(path)
         kept[call.node] = call, call.weight * mask
 
-    def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        y = called(node)(*args, **kwargs)
-        if node not in kept:
-            return y
-        call, weight = kept[node]
-        along = call(call.read(args, kwargs), weight, call.groups)
-        return along + (y - along).detach()
+    def piece(rows: slice) -> tuple[Tensor, Tensor]:
+        leaves = []
 
-    def piece(rows: slice) -> Tensor:
+        def at_start(value: Tensor) -> Tensor:
+            leaves.append(value.detach().requires_grad_())
+            return leaves[0]
+
+        def rule(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            y = called(node)(*args, **kwargs)
+            if node in kept:
+                call, weight = kept[node]
+                along = call(call.read(args, kwargs), weight, call.groups)
+                y = along + (y - along).detach()
+            return at_start(y) if node is start else y
+
         with torch.enable_grad():
-            leaf = x[rows].detach().requires_grad_()
-            logit = structure.graph.propagate(leaf, rule)[:, graph.target]
-            return torch.autograd.grad(logit.sum(), leaf)[0]
+            given = at_start(x[rows]) if start is structure.graph.input else x[rows]
+            logit = structure.graph.propagate(given, rule)[:, graph.target]
+            return leaves[0].detach(), torch.autograd.grad(logit.sum(), leaves[0])[0]
 
-    return model.chunked(piece, len(x))
+    return model.chunked(piece, len(x))  # type: ignore[no-any-return]

@@ -61,7 +61,7 @@ class Admission:
         on: Literal["sample", "samples"] = "sample" if pair is None else "samples"
         if pair is None:
             one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
-            pair = torch.cat((one, _other(one)))
+            pair = torch.cat((one, other_than(one)))
         try:
             self.exam = examine(self._examined, self._output, pair, on, pad, pairs)
         except UserError:
@@ -90,6 +90,13 @@ class Admission:
                 "length together only, without padding; a run does that itself"
             )
 
+    def of_one_length(self, x: Tensor) -> list[Tensor]:
+        """x (N, *input) in parts that ``check_padding`` lets pass, which together are all rows."""
+        if not self.lengths_apart or self._pad is None:
+            return [x]
+        lengths = real_tokens(x, self._pad).sum(1)
+        return [x[lengths == length, :length] for length in lengths.unique().tolist()]
+
     def _pair(self, x: Tensor, pad: int | None) -> Tensor | None:
         """Two different samples (2, *input), texts of equal length; None if there was only one so far."""
         known, first = x[:LOOKED_AT], self._sample
@@ -114,7 +121,7 @@ def _behind(x: Tensor, lengths: Tensor) -> int | None:
     return int(x[shorter[0], int(lengths[shorter[0]])]) if len(shorter) else None
 
 
-def _other(one: Tensor) -> Tensor:
+def other_than(one: Tensor) -> Tensor:
     """Another sample, made of the only one (1, *input): a text of its tokens or, of one kind of token, of other ids."""
     if one.is_floating_point():
         return 3 * one.flip(-1) + 1

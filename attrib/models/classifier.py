@@ -173,6 +173,14 @@ class Classifier:
             self._splits.clear()
         return not self._admission.lengths_apart
 
+    def of_one_length(self, x: Tensor) -> list[Tensor]:
+        """Texts (N, T) in parts whose layers can be read, without padding if the net sees it; other inputs as they are.
+
+        The parts have all rows, but not in their order.
+        """
+        self.examine(x)
+        return self._admission.of_one_length(x)
+
     def _admit(self, x: Tensor) -> None:
         """What comes before the layers of a net are read for x."""
         self.examine(x)
@@ -315,9 +323,9 @@ class Classifier:
                     pieces.append(function(slice(start, start + size)))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
-                    if (shape := self.input_shape or self._admission.shape) is not None:
-                        x = torch.zeros(1, *shape, dtype=self.dtype, device=self.device)
-                        check_way_back(self.module, x, error)
+                    shape = self.input_shape or self._admission.shape
+                    x = None if shape is None else torch.zeros(1, *shape, dtype=self.dtype, device=self.device)
+                    check_way_back(self.module, x, error)
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
             else:

@@ -25,15 +25,19 @@ def gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | Non
         return None
 
 
-def check_way_back(net: nn.Module, x: Tensor, error: Exception) -> None:
-    """Raises UserError if an error comes of there being no gradient of the net's scores, for images or sounds x."""
-    if not _of_autograd(error) or gradient(net, x.clone().requires_grad_()) is not None:
+def check_way_back(net: nn.Module, x: Tensor | None, error: Exception) -> None:
+    """Raises UserError if an error comes of there being no gradient of the net's scores.
+
+    x  images or sounds, with which that is tried; None for others, such as texts, whose ids have no gradient anyway
+    """
+    if not _of_autograd(error) or (x is not None and gradient(net, x.clone().requires_grad_()) is not None):
         return
     name, reason = type(net).__name__, (str(error) or type(error).__name__).splitlines()[0]
+    start, instead = ("its input (of a text: its embedding)", "lime") if x is None else ("its input", "rise")
     raise UserError(
-        f"no gradient comes from the scores of {name} to its input: {reason}. It stops gradients (detach, no_grad), "
+        f"no gradient comes from the scores of {name} to {start}: {reason}. It stops gradients (detach, no_grad), "
         "or computes something that autograd cannot go back through. Take a method that needs no gradient, such as "
-        "occlusion or rise"
+        f"occlusion or {instead}"
     ) from error
 
 

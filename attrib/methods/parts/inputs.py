@@ -47,6 +47,15 @@ def _captum() -> Iterator[None]:
         yield
 
 
+def check_per_token(model: Classifier, z: Tensor, x: Tensor) -> None:
+    """Raises UserError unless z, what the layer with the role "embedding" gives for x (B, T), is (B, T, E)."""
+    if z.ndim != 3 or z.shape[:2] != x.shape:
+        raise UserError(
+            f"model.layers.{EMBEDDING}: {model.path(EMBEDDING)} gives {tuple(z.shape)} for tokens "
+            f"{tuple(x.shape)}; it must be the layer that gives one vector per token, (B, T, E)"
+        )
+
+
 @dataclass(frozen=True)
 class Inputs:
     """B samples, and the net that takes them as its input.
@@ -72,11 +81,7 @@ class Inputs:
             model.examine(batch.x)
             return cls(batch.x, batch.target, model)
         front = model.until(EMBEDDING, batch.x)
-        if front.z.ndim != 3 or front.z.shape[:2] != batch.x.shape:
-            raise UserError(
-                f"model.layers.{EMBEDDING}: {model.path(EMBEDDING)} gives {tuple(front.z.shape)} for tokens "
-                f"{tuple(batch.x.shape)}; it must be the layer that gives one vector per token, (B, T, E)"
-            )
+        check_per_token(model, front.z, batch.x)
         return cls(front.z, batch.target, model.rear(EMBEDDING), front.rest, batch.mask)
 
     def score(self) -> nn.Module:
@@ -124,10 +129,11 @@ class Inputs:
             return value
         return value.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (value.ndim - 2)), 0)
 
-    def reduce(self, attribution: Tensor, how: Reduce) -> Tensor:
+    def reduce(self, attribution: Tensor, how: Reduce, instead: str = "Set method.reduce=abs_sum") -> Tensor:
         """Over channels: (B, C, *places) -> (B, *places); of texts (B, T, E) -> (B, T), zero on padding.
 
-        Raises UserError where the channels of all places of a sample cancel, so that their sum is rounding.
+        Raises UserError where the channels of all places of a sample cancel, so that their sum is rounding; it says
+        what to do ``instead``.
         """
         channels = 1 if self.mask is None else -1
         attribution = self.real(attribution.detach())
@@ -141,7 +147,7 @@ class Inputs:
         if ((total.flatten(1).abs().amax(1) <= rounding) & (rounding > 0)).any():
             raise UserError(
                 "reduce=sum leaves nothing: the channels of each place cancel, as gradients do behind a LayerNorm (the "
-                "embedding of BERT or GPT-2). Set method.reduce=abs_sum, or take method=input_x_gradient or "
+                f"embedding of BERT or GPT-2). {instead}, or take method=input_x_gradient or "
                 "method=integrated_gradients"
             )
         return total

@@ -96,10 +96,15 @@ def linear(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def rescale(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Pair:
-    """An element-wise function of one pair, or of several that are element-wise functions of the same one."""
+    """An element-wise function of one pair, or of several that are element-wise functions of the same one.
+
+    A function of complex numbers is one of two values each.
+    """
     pairs = _pairs(args, kwargs)
     y, y0 = _both(function, *args, **kwargs)
-    if not (y.is_floating_point() or y.is_complex()):  # a switch: what reads it has to know what it is a function of
+    if y.is_complex() or any(pair.x.is_complex() or pair.root.x.is_complex() for pair in pairs):
+        raise NoRuleError
+    if not y.is_floating_point():  # a switch: what reads it has to know what it is a function of
         return Pair(y, y0, _common_root(pairs))
     if len({id(pair) for pair in pairs}) == 1 and pairs[0].differentiable:
         source = pairs[0]
@@ -197,6 +202,22 @@ def _extreme(name: str, *args: Any) -> Pair:
 
 
 # ---- what is made of these -------------------------------------------------------------------------
+
+
+def _step(*args: Any) -> Pair:
+    """Which torch has no derivative of, not even zero."""
+    return rescale(torch.no_grad()(torch.heaviside), *args)
+
+
+def _magnitude(pair: Pair) -> Pair:
+    """Of complex numbers."""
+    return _norm(linear(torch.view_as_real, pair), 2, [-1])
+
+
+def _between(start: Any, end: Any, weight: Any) -> Pair:
+    """start + weight * (end - start)"""
+    change = linear(torch.sub, end, start)
+    return linear(torch.add, start, _bilinear("mul", torch.mul, (change, weight), {}))
 
 
 def _times(a: Pair, b: Pair) -> Pair:
@@ -371,6 +392,12 @@ def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _with_root(linear(function, *args, **kwargs), name, pairs)
     if name not in ELEMENTWISE:
         raise NoRuleError
+    if name == "heaviside":
+        return _step(*args)
+    if name == "abs" and pairs[0].x.is_complex():
+        return _magnitude(pairs[0])
+    if name == "lerp" and _common_root(pairs) is None:
+        return _between(*args)
     if name in ("maximum", "minimum") and len(pairs) == 2 and _common_root(pairs) is None:
         return _extreme(name, *pairs)
     if name in ("log_sigmoid_forward", "rrelu_with_noise_functional"):  # the second result is for torch's way back
@@ -390,7 +417,8 @@ def _bilinear(name: str, function: Callable[..., Tensor], args: tuple[Any, ...],
         if all(pair.differentiable for pair in pairs):
             return _with_root(linear(function, *args, **kwargs), name, pairs)
         return rescale(function, *args, **kwargs)
-    if name == "mul" and (_common_root([a, b]) is not None or not (a.differentiable and b.differentiable)):
+    alike = _common_root([a, b]) is not None and not (a.x.is_complex() or b.x.is_complex())
+    if name == "mul" and (alike or not (a.differentiable and b.differentiable)):
         return rescale(function, *args, **kwargs)
     return product(lambda *values: function(*values, **kwargs), (first, second), beside, *args)
 
