@@ -12,6 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+WIDE = ("methods.md",)  # pages with tables that need the room of the contents
 STYLE = re.compile(r"<style[^>]*>(.*?)</style>", re.S)
 
 
@@ -31,6 +32,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     """On GitHub links lead to the notebooks, here to their pages."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     return re.sub(r"(\]\(\S*notebooks/\S+)\.ipynb\)", r"\1.md)", markdown)
 
 
