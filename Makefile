@@ -6,7 +6,7 @@ N ?= 1000
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo docs test test-slow test-slurm test-wheel test-torchtext fuzz torture nets lint bench clean
+.PHONY: demo docs browser test test-slow test-slurm test-wheel test-torchtext fuzz torture nets lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -54,6 +54,11 @@ docs: .venv/installed  ## the site, in site/; a link that leads nowhere fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 	! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="(https?:)?//|<link[^>]* rel="(stylesheet|preconnect)"[^>]*href="(https?:)?//' site
 
+browser: docs  ## the site, and REPORT=a/report.html, in headless Chromium at two widths (apt-get install chromium; 2 min)
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install --quiet --disable-pip-version-check playwright==1.65.2
+	.venv-browser/bin/python tests/browser_check.py site $(REPORT)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +75,4 @@ bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench/bench_runner.py --overhead --repeat 2
 
 clean:
-	rm -rf .venv .venv-torchtext build *.egg-info
+	rm -rf .venv .venv-torchtext .venv-browser build *.egg-info

@@ -29,6 +29,13 @@ class Batch:
     units    (B, *places) number 0, 1, 2 ... of the user's own unit that a pixel belongs to, -1 for none
 
     A text is padded on the right, so its real tokens are the first ``lengths`` of its row.
+
+    >>> texts, target = torch.tensor([[5, 7, 0], [5, 7, 9]]), torch.tensor([0, 1])
+    >>> batch = Batch(("a", "b"), texts, target, lengths=torch.tensor([2, 3]))
+    >>> batch.mask.tolist()
+    [[True, True, False], [True, True, True]]
+    >>> batch[:1].cut(2).x.tolist()
+    [[5, 7]]
     """
 
     uids: tuple[str, ...]

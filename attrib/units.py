@@ -121,6 +121,10 @@ class Partition:
     side          number of tiles along each side of an image
     segments      number of windows, or about the number of superpixels
     compactness   of superpixels, as in scikit-image: the higher, the squarer
+
+    >>> batch = Batch(("a",), torch.rand(1, 3, 4, 4), torch.tensor([0]))
+    >>> Partition(side=2).of(batch).of[0].tolist()
+    [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
     """
 
     NAME: ClassVar[str] = "attrib.units.Partition"

@@ -48,4 +48,5 @@ def test_every_preset_that_a_page_names_exists() -> None:
 def test_every_page_is_in_the_sites_contents() -> None:
     contents = yaml.safe_load(re.sub(r"!!\S+", "", (DOCS.parent / "mkdocs.yml").read_text()))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(contents)))
-    assert {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} == listed
+    pages = [*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in DOCS.rglob("*.ipynb"))]
+    assert {str(page.relative_to(DOCS)) for page in pages} == listed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,12 +16,12 @@ from attrib.config.objects import target
 from attrib.config.places import presets
 
 # Rooms whose examples are run: those that people call from Python.
-ROOMS = ("api", "methods", "metrics", "checks", "errors", "keys", "models.zoo", "config.compose")
+ROOMS = ("api", "methods", "metrics", "models", "checks", "errors", "keys", "types", "units", "config.compose")
+REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 WITHOUT = {
     "Attention": "needs a net with attention: tests/test_attention_methods.py",
     "CausalPaths": "needs a net that is right about some classes: docs/tutorials/causal-paths.md",
     "CausalGradient": "as CausalPaths",
-    "InputIBAStages": "as InputIBA, whose fields it takes",
     "Eraser": "needs a net of texts: docs/how-to",
     "AdversarialAgreement": "needs ART, which is optional",
     "quantus_metric": "needs quantus, which is optional",
@@ -63,3 +65,12 @@ def test_every_method_and_metric_has_one():
     for name in attrib.__all__:
         documented = getattr(attrib, name)
         assert ">>>" in documented.__doc__, name
+
+
+def test_everything_in_the_reference_has_one():
+    paths = [path for page in REFERENCE.glob("*.md") for path in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+    assert len(paths) > 60
+    for path in paths:
+        module, name = path.rsplit(".", 1)
+        documented = getattr(importlib.import_module(module), name)
+        assert name in WITHOUT or ">>>" in (documented.__doc__ or ""), path

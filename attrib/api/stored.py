@@ -53,6 +53,9 @@ class Stored(Mapping[Place, np.ndarray]):
 
     Iterating over ``items()`` holds one array at a time. An array that is damaged on disk raises UserError, which
     names the file.
+
+    >>> maps = attrib.results("workdirs/demo").maps(method="iba")  # doctest: +SKIP
+    >>> {place.uid: maps[place].max() for place in maps}  # doctest: +SKIP
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:

@@ -48,6 +48,9 @@ class InputBottleneck:
     beta, steps, lr, batch, initial_alpha   see ``IBA``
     sigma        standard deviation of the smoothing of lambda, in pixels; None for none. Images only
     mean, std    of the noise, in units of the normalised input, or of the embedding
+
+    >>> InputIBA(input=InputBottleneck(steps=20)).input.beta
+    20.0
     """
 
     NAME: ClassVar[str] = "attrib.methods.input_iba.InputBottleneck"

@@ -32,6 +32,9 @@ class InputIBAStages(InputIBA):
     code (evaluation/sanity_check.py), the feature bottleneck is always that of the original net.
 
     randomised_from   the first stage that uses the randomised net: "gan", or "input", which is the last one
+
+    >>> InputIBAStages(randomised_from="input").feature.beta
+    20.0
     """
 
     NAME: ClassVar[str] = "attrib.methods.input_iba_stages.InputIBAStages"

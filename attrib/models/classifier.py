@@ -63,6 +63,12 @@ class Classifier:
     precision    the arithmetic of the net, see ``with_precision``
 
     Raises UserError for a layer that does not exist, and for a net that is refused.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    >>> model = Classifier(net, {"cam": "1"}, input_shape=(3, 4, 4), classes=("cat", "dog"))
+    >>> model.logits(torch.rand(5, 3, 4, 4)).shape, model.path("cam")
+    (torch.Size([5, 2]), '1')
     """
 
     def __init__(

@@ -42,6 +42,11 @@ class Exam:
     together  of a sample alone and in a batch, in either order, and twice in a batch; None if rows go one by one
     padding   of a text alone and with padding, infinite if the net does not take any; None for what is no text, or
               where it is not known what pads
+
+    >>> from attrib.models import Classifier
+    >>> model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), input_shape=(3, 2, 2))
+    >>> model.exam.on, model.exam.again, model.exam.padding
+    ('noise', 0.0, None)
     """
 
     on: Literal["noise", "sample", "samples"]

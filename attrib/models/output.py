@@ -51,6 +51,9 @@ class Output:
 
     take   a field of it ("logits"), an index (0), or a function of it; None: it is what ``read`` wants
     read   an ``OutputKind``, or the name of one: "classes", "sigmoid", "value", "region", "similarity", "next_token"
+
+    >>> Output.of({"take": "logits", "read": "sigmoid"}).spec
+    {'take': 'logits', 'read': 'sigmoid'}
     """
 
     take: Take | None = None

@@ -32,6 +32,11 @@ class Precision:
     tf32       11 bits in convolutions and matrix products; of NVIDIA's GPUs from Ampere on
     bfloat16   8 bits, the range of float32
     float16    11 bits, numbers up to 65,504; see ``GROWTH``
+
+    >>> Precision.of("bfloat16")
+    Precision(explain='bfloat16', score='bfloat16')
+    >>> Precision.of({"score": "bfloat16"})
+    Precision(explain='float32', score='bfloat16')
     """
 
     explain: Arithmetic = "float32"

@@ -207,6 +207,29 @@ def timed(what: str, command: list[str]) -> str:
     return out
 
 
+LOOK = """
+import sys, time
+import attrib
+
+def lap(what, made):
+    start, cpu = time.perf_counter(), time.process_time()
+    found = made()
+    print(f"    {what}: {time.perf_counter() - start:.2f} s, {time.process_time() - cpu:.2f} CPU s")
+    return found
+
+results = attrib.results(sys.argv[1])
+rows = lap("scores()", results.scores)
+lap("scores(uid=...)", lambda: results.scores(uid=rows["uid"].iloc[-1]))
+lap("table()", results.table)
+maps = lap("maps(uid=...)", lambda: results.maps(uid=rows["uid"].iloc[-1]))
+lap("one map", lambda: maps.array)
+maps = lap("maps()", results.maps)
+places = list(maps)
+lap(f"1,000 of {len(places)} maps in order", lambda: [maps[place] for place in places[:1000]])
+lap("1,000 maps, scattered", lambda: [maps[place] for place in places[::max(1, len(places) // 1000)]])
+"""
+
+
 def _peak(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -243,6 +266,7 @@ def stored(arguments: argparse.Namespace) -> None:
             timed("  table", [*ATTRIB, "table", str(root)])
             timed("  status", [*ATTRIB, "status", str(root)])
             timed("  help", [*ATTRIB, "--help"])
+        print(timed("attrib.results", ["-c", LOOK, str(root)]), end="", flush=True)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
