@@ -102,6 +102,22 @@ def test_long_lists_of_pairs_say_what_they_hide(root):
     assert any("5 more pairs" in note for note in table.notes)
 
 
+def test_too_few_samples_for_any_test_are_said(root):
+    frame = tables.rows(root)
+    assert not any("can be significant" in note for note in formats.paired_table(tables.all_paired(frame)).notes)
+    few = frame[frame["uid"].isin(UIDS[:6])]
+    tests = tables.all_paired(few)
+    assert not (tests["better"] != "").any()
+    (said,) = [note for note in formats.paired_table(tests).notes if "can be significant" in note]
+    assert said == (
+        "With 6 common samples no difference can be significant at 95 %: the smallest possible p is .031, times 3 pairs "
+        "(Holm) .094; it takes 7 samples at least."
+    )
+    assert significance.hopeless(tests, 0.9) == []  # .094 is below .1
+    least = np.arange(1.0, 8.0)  # the promise is kept: all differences of one sign
+    assert stats.paired_test(least, 0 * least).p == stats.smallest_p(7) == 2 / 2**7
+
+
 def test_unequal_n_is_said(root):
     add_entry(iba(root), UIDS[1], "changed", "ehr.11111111", "gone", time.time() + 9)
     table = tables.summary(tables.rows(root))

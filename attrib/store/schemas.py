@@ -51,7 +51,7 @@ class Entry(TypedDict):
 
 
 Confidences = dict[str, tuple[str, float]]  # uid -> fingerprint and the model's confidence
-SampleList = dict[str, str | None]  # samples.json: uid -> fingerprint that counts
+SampleList = dict[str, str | None]  # samples.json: uid -> fingerprint that counts, see Cell.samples
 
 
 # ---- cells ------------------------------------------------------------------------------------------
@@ -115,6 +115,8 @@ class MetricNote(Struct):
     spec: dict[str, Any] | None = None
     columns: dict[str, Literal["higher", "lower", "none"]] = {}
     curves: dict[str, str] = {}
+    about: dict[str, str] = {}
+    bounds: dict[str, tuple[float, float]] = {}
 
 
 # ---- runs -------------------------------------------------------------------------------------------
