@@ -6,13 +6,14 @@ import math
 import re
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import rich.console
 from synthetic import UIDS, add_entry, add_rows, cell, iba, metric_folder
 from tiny import tool
 
-from attrib.results import formats, tables, written
+from attrib.results import formats, significance, stats, tables, written
 
 
 def test_rounding_follows_the_interval():
@@ -110,8 +111,8 @@ def test_too_few_samples_for_any_test_are_said(root):
     assert not (tests["better"] != "").any()
     (said,) = [note for note in formats.paired_table(tests).notes if "can be significant" in note]
     assert said == (
-        "With 6 common samples no difference can be significant at 95 %: the smallest possible p is .031, times 3 pairs "
-        "(Holm) .094; it takes 7 samples at least."
+        "With 6 common samples no difference can be significant at 95 %: the smallest possible p is .031, times 3 "
+        "pairs (Holm) .094; it takes 7 samples at least."
     )
     assert significance.hopeless(tests, 0.9) == []  # .094 is below .1
     least = np.arange(1.0, 8.0)  # the promise is kept: all differences of one sign

@@ -58,7 +58,7 @@ class Degradation(Metric):
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "degradation": "area between the two curves below, lerf - morf: how much better the map orders the tiles than its reverse",
+        "degradation": "lerf - morf: how much better the map orders the tiles than its reverse does",
         "morf": "mean score of the target while tiles are removed, the most relevant first",
         "lerf": "mean score of the target while tiles are removed, the least relevant first",
     }
@@ -84,7 +84,8 @@ class Degradation(Metric):
 
     @property
     def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802
-        return dict.fromkeys(self.CURVES, (0.0, 1.0)) if self.output == "probability" and self.normalize == "none" and not self.as_released else {}
+        as_it_is = self.output == "probability" and self.normalize == "none" and not self.as_released
+        return dict.fromkeys(self.CURVES, (0.0, 1.0)) if as_it_is else {}
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802

@@ -64,7 +64,7 @@ class EHR(Metric):
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"ehr": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "ehr": "effective heat ratio: how much of the map's heat, per pixel that has any, lies in the region of interest",
+        "ehr": "effective heat ratio: heat inside the region of interest, per pixel that is hot",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
         "ehr_curve": "x: quantile of the effective heats, 0 to 1 in equal steps; y: heat in the region per pixel"

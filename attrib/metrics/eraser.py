@@ -51,8 +51,8 @@ class Eraser(Metric):
     MODALITIES: ClassVar[tuple[str, ...]] = ("text",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"comprehensiveness": "higher", "sufficiency": "lower"}
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "comprehensiveness": "fall of the score when the most relevant words are taken out, mean over shares of the words",
-        "sufficiency": "fall of the score when only the most relevant words are left, mean over shares of the words",
+        "comprehensiveness": "fall of the score without the most relevant words, mean over shares of the words",
+        "sufficiency": "fall of the score with only the most relevant words, mean over shares of the words",
     }
 
     bins: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5)

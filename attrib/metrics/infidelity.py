@@ -80,7 +80,7 @@ class Infidelity(Metric):
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"infidelity": "lower", "infidelity_unscaled": "lower"}
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "infidelity": "squared error of the map, at its best scale, as a forecast of how perturbations change the score",
+        "infidelity": "squared error of the map, at its best scale, as a forecast of what perturbations cost",
         "infidelity_unscaled": "the same of the map as it is",
     }
 

@@ -61,7 +61,7 @@ class IROF(Metric):
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"irof": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "irof": "share of the target's probability that is lost on average while superpixels are removed, the most relevant first",
+        "irof": "mean loss of the target's probability while superpixels are removed, the most relevant first",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
         "irof_curve": "x: share of superpixels removed, highest first; y: share of the probability that is left"

@@ -60,8 +60,8 @@ class Localisation(Metric):
         "bbox_ratio": "of the hottest pixels, as many as the region of interest has, the share that lies in it",
         "pointing": "pointing game: 1 where the hottest pixel lies in the region of interest, else 0",
         "energy": "share of the map's heat that lies in the region of interest",
-        "iou": "overlap of the map above a threshold with the region of interest (intersection over union), mean over thresholds",
-        "iou_best": "the largest such overlap over the thresholds",
+        "iou": "intersection over union of the map above a threshold and the region, mean over thresholds",
+        "iou_best": "the largest intersection over union over the thresholds",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
         "iou_curve": "x: threshold of the heat, from 0 in equal steps to below 1; y: intersection over union"

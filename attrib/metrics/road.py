@@ -74,7 +74,7 @@ class ROAD(Metric):
     }  # fmt: skip
     ABOUT: ClassVar[Mapping[str, str]] = {
         "road": "lerf_accuracy - morf_accuracy",
-        "morf_accuracy": "share of the removals, the most relevant pixels first, after which the net still recognises the target",
+        "morf_accuracy": "how often the target is recognised after the most relevant pixels were removed and filled in",
         "lerf_accuracy": "the same, the least relevant pixels first",
         "road_probability": "lerf_probability - morf_probability",
         "morf_probability": "mean probability of the target after the most relevant pixels were removed and filled in",

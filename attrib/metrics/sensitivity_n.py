@@ -57,7 +57,7 @@ class SensitivityN(Metric):
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "sensitivity_n": "correlation of a random set's relevance with what its removal takes from the score, mean over sizes of sets",
+        "sensitivity_n": "correlation of a random set's relevance with what its removal costs, mean over sizes of sets",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
         "sensitivity_n_curve": "x: size of the subsets, log-spaced from 1 to the largest; y: correlation"

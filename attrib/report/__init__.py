@@ -72,28 +72,35 @@ def page(
     cells = labels.labelled(root, broken)
     frame = tables.rows(root, broken)
     every, frame = frame, sanity.without_randomised(cells, frame)  # randomised nets have a section of their own
-    context = _one(root, cells, frame, sample) if sample else _all(root, cells, every, frame, samples, confidence, broken)
+    if sample is None:
+        context = _all(root, cells, every, frame, samples, confidence, broken)
+    else:
+        context = _one(root, cells, frame, sample)
     if (state := root / "state").exists() and not state.is_dir():
         broken.append(f"{state}: not a folder")
     broken[:] = dict.fromkeys(broken)
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    return _environment().get_template("page.html.jinja").render(
-        title=f"{root.resolve().name}: {f'sample {sample}' if sample else 'attribution report'}",
-        broken=[printable(line) for line in broken],
-        level=formats.percent(confidence),
-        legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
-        percentile=pictures.PERCENTILE,
-        sheet=(HERE / "page.css").read_text(encoding="utf-8"),
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        drawn={
-            "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-            "command": command,
-            "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
-            "attrib": attrib.__version__,
-            "work directory": str(root.resolve()),
-        },
-        **context,
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=f"{root.resolve().name}: {'attribution report' if sample is None else f'sample {sample}'}",
+            broken=[printable(line) for line in broken],
+            level=formats.percent(confidence),
+            legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
+            percentile=pictures.PERCENTILE,
+            sheet=(HERE / "page.css").read_text(encoding="utf-8"),
+            script=script,
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            drawn={
+                "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+                "command": command,
+                "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
+                "attrib": attrib.__version__,
+                "work directory": str(root.resolve()),
+            },
+            **context,
+        )
     )
 
 

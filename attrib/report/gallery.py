@@ -169,14 +169,12 @@ def _sample(
 
 
 def _prediction(info: Mapping[str, Any]) -> tuple[str, bool | None, float | None]:
-    """``says``, ``right`` and ``sure`` of a sample, from what a run has kept beside its input; nothing else is known."""
-    number, name, sure, right = (info.get(k) for k in ("predicted", "predicted_name", "probability", "right"))
-    if not isinstance(number, int):
+    """``says``, ``right`` and ``sure`` of a sample, from what a run has kept beside its input."""
+    if "predicted" not in info:
         return "", None, None
-    sure = float(sure) if isinstance(sure, int | float) and 0 <= sure <= 1 else None
+    sure = info.get("probability")
     share = "" if sure is None else f", {100 * sure:.3g} %"
-    right = right if isinstance(right, bool) else None
-    return shown_target(str(name or ""), number) + share, right, sure
+    return shown_target(info.get("predicted_name", ""), info["predicted"]) + share, info.get("right"), sure
 
 
 def _photo(image: np.ndarray) -> bool:

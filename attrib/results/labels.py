@@ -209,7 +209,9 @@ def metrics(cell_list: Iterable[Cell], broken: list[str] | None = None) -> dict[
         if (name, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
         seen.add((name, label))
-        result.setdefault(name, []).append(ScoreFolder(folder, label, d.columns, d.curves, about=d.about, bounds=d.bounds))
+        result.setdefault(name, []).append(
+            ScoreFolder(folder, label, d.columns, d.curves, about=d.about, bounds=d.bounds)
+        )
     return result
 
 

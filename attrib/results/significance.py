@@ -56,8 +56,8 @@ def _sentence(ones: Sequence[Hopeless], several: bool, confidence: float) -> str
     where = f" in {', '.join(dict.fromkeys(each.column for each in ones))}" if several else ""
     times = f", times {one.pairs} pairs (Holm) {_p(min(1.0, one.p * one.pairs))}" if one.pairs > 1 else ""
     return (
-        f"With {samples} no difference{where} can be significant at {100 * confidence:.4g} %: the smallest possible p is "
-        f"{_p(one.p)}{times}; it takes {one.needed} samples at least."
+        f"With {samples} no difference{where} can be significant at {100 * confidence:.4g} %: "
+        f"the smallest possible p is {_p(one.p)}{times}; it takes {one.needed} samples at least."
     )
 
 

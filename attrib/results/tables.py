@@ -255,11 +255,11 @@ def failed(frame: pd.DataFrame) -> pd.DataFrame:
 def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """One row per cell, map and column, from :func:`rows`.
 
-    n samples (of a cell that was asked for maps alone: those that have one), failed and pending ones; mean with its bootstrap interval (:func:`attrib.results.stats.interval`);
-    direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and column, if there
-    are at least two and the column has a direction (several are best if they are equal up to rounding); mean seconds
-    and rows through the net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not
-    known.
+    n samples (of a cell that was asked for maps alone: those that have one), failed and pending ones; mean with its
+    bootstrap interval (:func:`attrib.results.stats.interval`); direction ↑ (higher is better), ↓ or nothing; ``best``:
+    the best mean of its dataset, model and column, if there are at least two and the column has a direction (several
+    are best if they are equal up to rounding); mean seconds and rows through the net per sample, peak memory in bytes,
+    device (several are joined by +), NaN and "" where not known.
     """
     found = []
     for names, group in frame.groupby(_GROUP, observed=True, sort=False):

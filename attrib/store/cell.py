@@ -31,13 +31,13 @@ from attrib.store.schemas import SampleList
 
 __all__ = [
     "READING",
+    "UNASKED",
     "Arrays",
     "Cell",
     "DamagedError",
     "Key",
     "Ledger",
     "Record",
-    "UNASKED",
     "ScoreRows",
     "cells",
     "counts",

@@ -29,6 +29,10 @@ class Info(TypedDict, total=False):
     name: str
     tokens: list[str]
     rate: Annotated[float, Meta(ge=1, le=1e9)]
+    predicted: int  # the class that the net takes the sample for
+    predicted_name: str
+    probability: Annotated[float, Meta(ge=0, le=1)]  # of that class
+    right: bool  # whether it is the sample's label
 
 
 class SampleNote(TypedDict):
