@@ -103,6 +103,12 @@ def metric_contract(
     assert set(metric.COLUMNS.values()) <= {"higher", "lower", "none"}
     assert {2: "text", 3: "audio", 4: "image"}[batch.x.ndim] in metric.MODALITIES
     assert all(isinstance(role, str) for role in metric.roles)
+    assert metric.COLUMNS.keys() <= metric.ABOUT.keys()
+    assert all(text and not text.endswith(".") and "\n" not in text for text in metric.ABOUT.values())
+    assert metric.BOUNDS.keys() <= metric.CURVES.keys()
+    for name, (least, greatest) in metric.BOUNDS.items():
+        inside = scores[name][~scores[name].isnan()]
+        assert ((inside >= least - 1e-9) & (inside <= greatest + 1e-9)).all()
     assert all(scores[name].shape == (len(batch),) for name in metric.COLUMNS)
     assert all(scores[name].ndim == 2 and len(scores[name]) == len(batch) for name in metric.CURVES)
 

@@ -6,13 +6,14 @@ import math
 import re
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import rich.console
 from synthetic import UIDS, add_entry, add_rows, cell, iba, metric_folder
 from tiny import tool
 
-from attrib.results import formats, tables, written
+from attrib.results import formats, significance, stats, tables, written
 
 
 def test_rounding_follows_the_interval():
@@ -100,6 +101,22 @@ def test_long_lists_of_pairs_say_what_they_hide(root):
     table = formats.paired_table(tests, most=4)
     assert len(table.body) == 4
     assert any("5 more pairs" in note for note in table.notes)
+
+
+def test_too_few_samples_for_any_test_are_said(root):
+    frame = tables.rows(root)
+    assert not any("can be significant" in note for note in formats.paired_table(tables.all_paired(frame)).notes)
+    few = frame[frame["uid"].isin(UIDS[:6])]
+    tests = tables.all_paired(few)
+    assert not (tests["better"] != "").any()
+    (said,) = [note for note in formats.paired_table(tests).notes if "can be significant" in note]
+    assert said == (
+        "With 6 common samples no difference can be significant at 95 %: the smallest possible p is .031, times 3 "
+        "pairs (Holm) .094; it takes 7 samples at least."
+    )
+    assert significance.hopeless(tests, 0.9) == []  # .094 is below .1
+    least = np.arange(1.0, 8.0)  # the promise is kept: all differences of one sign
+    assert stats.paired_test(least, 0 * least).p == stats.smallest_p(7) == 2 / 2**7
 
 
 def test_unequal_n_is_said(root):

@@ -1,21 +1,24 @@
 """The page is whole, escaped and self-contained; pictures show what they should."""
 
 import base64
+import hashlib
 import io
+import json
 import re
 import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec
+from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec, values_of
 from tiny import tool
 
 from attrib import report
 from attrib.drawing import pictures
-from attrib.report import gallery, terminal
+from attrib.report import curves, gallery, terminal
 from attrib.results import formats, labels, tables
 from attrib.store import cell as store
 from attrib.types import UserError
@@ -29,10 +32,29 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.open, self.tags, self.links, self.text, self.script = [], [], [], "", ""
         self.feed(text)
         self.close()
         assert self.open == []
+        self.check_what_runs()
+
+    def check_what_runs(self):
+        """One script, our own, which the policy names by its digest; nothing else that a browser would run or load."""
+        assert [attrs for tag, attrs in self.tags if tag == "script"] == [{}]
+        assert self.script == (Path(report.__file__).parent / "page.js").read_text()
+        digest = base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()
+        (policy,) = [attrs["content"] for _, attrs in self.tags if "http-equiv" in attrs]
+        assert policy == (
+            f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+            "base-uri 'none'; form-action 'none'"
+        )
+        assert not [name for _, attrs in self.tags for name in attrs if name.startswith("on")]
+        assert not {tag for tag, _ in self.tags} & {"link", "iframe", "object", "embed", "base", "form"}
+        ids = [attrs["id"] for _, attrs in self.tags if "id" in attrs]
+        assert len(ids) == len(set(ids))
+        assert {link for link in self.links if link.startswith("#")} <= {f"#{name}" for name in ids}
+        assert all(link.startswith(("data:image/", "#")) for link in self.links)
+        assert all(attrs.get("alt") is not None for tag, attrs in self.tags if tag == "img")
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -44,7 +66,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if self.open[-1:] == ["script"]:
+            self.script += data
+        elif "style" not in self.open:
             self.text += data + "\n"
 
     def count(self, tag):
@@ -59,8 +83,6 @@ def test_the_page_is_whole_and_loads_nothing(root, capsys):
     for method in METHODS:
         assert method in page.text
     assert page.links
-    assert all(link.startswith("data:image/") for link in page.links)
-    assert page.count("script") == page.count("link") == page.count("iframe") == 0
     assert not re.search(r"https?://|url\(|@import|\son\w+=", text)
     assert len(text) < 15e6
     for part in ("Failures", "Costs", "Optimisation losses", "Paired tests", "attrib report", "torch 2.15.0"):
@@ -110,11 +132,95 @@ def test_everything_from_data_is_escaped(tmp_path):
     inputs.flush()
     text = report.page(root)
     page = Page(text)
-    assert page.count("script") == 0
     assert all(attrs.get("src", "").startswith("data:image/") for tag, attrs in page.tags if tag == "img")
     assert EVIL in page.text
     assert "onerror" not in {name for _, attrs in page.tags for name in attrs}
     assert EVIL not in text
+
+
+def test_the_script_writes_no_html():
+    """Texts come from data: they are set as text and as values, never as HTML or as code."""
+    script = (Path(report.__file__).parent / "page.js").read_text()
+    unsafe = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function|setTimeout|fetch|XMLHttp"
+    assert not re.search(unsafe, script)
+    assert set(re.findall(r"setAttribute\(\"?([\w-]+)", script)) <= {
+        "aria-sort", "x", "y", "text-anchor", "cx", "cy", "role"
+    }  # fmt: skip
+    assert "</script" not in script
+
+
+def test_the_script_gets_the_scores_of_every_sample(root):
+    (given,) = [attrs["data-scores"] for _, attrs in Page(report.page(root)).tags if "data-scores" in attrs]
+    scores = json.loads(given)
+    assert (scores["methods"], scores["uids"]) == (list(METHODS), list(UIDS))
+    names = [(column["name"], column["direction"]) for column in scores["columns"]]
+    assert names == [("ehr", "higher"), ("insertion", "higher"), ("deletion", "lower")]
+    for j, column in enumerate(scores["columns"]):
+        for method, values in zip(METHODS, column["values"]):
+            np.testing.assert_allclose(values, values_of(method)[:, j], rtol=1e-3)
+
+
+def test_what_the_net_says_is_shown_where_it_is_known(root):
+    inputs = store.Arrays(root / "state" / "pictures.cafecafe", "w1")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    sure = {"predicted": 3, "predicted_name": "zebra", "probability": 0.934, "right": False}
+    for uid, said in ((UIDS[6], sure), (UIDS[7], {"predicted": 7}), (UIDS[8], {})):
+        inputs.add(uid, "f", {"image": picture}, name="", target=7, **said)
+    inputs.flush()
+    page = Page(report.page(root, samples=9))
+    said = [line for line in page.text.splitlines() if line.startswith("net: ") and "abab" not in line]
+    assert said == ["net: zebra (3), 93.4 %, wrong", "net: class 7"]
+    rights = [attrs["data-right"] for _, attrs in page.tags if "data-right" in attrs]
+    assert rights == [*[""] * 6, "0", "", ""]
+
+
+def test_a_page_for_one_sample(root, capsys):
+    assert tool("report").main([str(root), "--sample", UIDS[2]]) == 0
+    text = (root / "sample.html").read_text()
+    page = Page(text)
+    assert f"sample {UIDS[2]}" in page.text
+    assert text.count('loading="lazy"') == 4
+    assert UIDS[1] not in text
+    assert f"{values_of('iba')[2, 0]:.3g}" in page.text
+    assert tool("report").main([str(root), "--sample", EVIL]) == 2
+    assert "holds no map" in capsys.readouterr().err
+
+
+def test_metrics_are_explained(root):
+    path = iba(root).folder / "scores" / "ehr.11111111" / "metric.json"
+    store.write_json(path, {**json.loads(path.read_text()), "about": {"ehr": f"heat in {EVIL}"}})
+    page = Page(report.page(root, samples=0))
+    assert f"heat in {EVIL}" in page.text
+    assert page.text.count("effective heat ratio") == page.text.count("effective heat ratio (InputIBA)") == 1  # ranks
+
+
+def test_bands_stay_inside_the_bounds_of_the_metric(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "plot", lambda lines, **_: drawn.append(lines[0]) or "")
+    values = np.zeros((20, 2))
+    values[0, 0], values[:, 1] = 1, 1
+    styles = {"iba": curves.style(0)}
+    for bounds in (None, (0.0, 1.0)):
+        curves._mean_plot([("iba", values)], "", styles, bounds)
+    free, kept = drawn
+    assert free.lo[0] < 0
+    assert (kept.lo[0], kept.hi[0]) == (0, free.hi[0])
+    assert (kept.lo[1], kept.hi[1]) == (1, 1)
+
+
+def test_too_few_samples_for_a_test_are_said(root):
+    assert "can be significant" not in report.page(root, samples=0)
+    for made in store.cells(root):
+        made.write_samples(UIDS[:6], {})
+    assert "With 6 common samples no difference can be significant at 95 %" in report.page(root, samples=0)
+
+
+@pytest.mark.parametrize(
+    ("about", "signed"),
+    [("logit units, signed", True), ("units, signed unless relu=true, upsampled", False), ("bits, >= 0", False)],
+)
+def test_maps_that_say_they_are_signed_are_drawn_signed(about, signed):
+    assert gallery.says_signed(about) is signed
 
 
 def test_failures_are_grouped_and_answered_ones_left_out(root):

@@ -77,6 +77,17 @@ def test_only_what_counts_is_done(tmp_path):
     assert (found.samples, maps.done, maps.todo, maps.unseen) == (4, 1, 3, 1)
 
 
+def test_samples_beyond_the_limit_are_not_waited_for(tmp_path):
+    made = cell(tmp_path, maps=4, scores=4)
+    made.write_samples([f"p{i}" for i in range(10)], {}, ("p0", "p1", "p2", "p3"))
+    assert look(tmp_path).exit == LEFT  # an earlier run was asked for all ten
+    (made.folder / "samples.json").unlink()
+    made.write_samples([f"p{i}" for i in range(10)], {}, ("p0", "p1", "p2", "p3"))
+    (found,) = look(tmp_path).cells
+    assert (found.samples, *((s.done, s.todo, s.unseen) for s in found.stages)) == (4, (4, 0, 0), (4, 0, 0))
+    assert look(tmp_path).exit == DONE
+
+
 def test_a_cell_that_does_not_say_its_samples(tmp_path):
     cell(tmp_path, samples=None)
     status = look(tmp_path)
@@ -489,8 +500,8 @@ def test_of_a_real_run(monkeypatch, capfd, tmp_path):
     assert (worker.stage, worker.done, worker.total, worker.failed) == ("ehr", 3, 3, 2)
     (found,) = look(root).cells
     maps, scores = found.stages
-    assert (maps.done, maps.todo, maps.failed, maps.unseen) == (3, 1, 2, 1)
-    assert (scores.done, scores.todo, scores.failed, scores.asked) == (3, 1, 0, True)
+    assert (maps.done, maps.todo, maps.failed, maps.unseen) == (3, 0, 2, 0)  # the sixth is beyond the limit
+    assert (scores.done, scores.todo, scores.failed, scores.asked) == (3, 0, 0, True)
     assert {f.uid: f.reason.splitlines()[0] for f in found.failures} == {
         "p001": "RuntimeError: no luck",
         "p004": "the map has NaN or infinite values",

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attrib.store.arrays import to_safetensors
-from attrib.store.cell import Arrays, Cell, ScoreRows, cells
+from attrib.store.cell import UNASKED, Arrays, Cell, ScoreRows, cells, counts
 from attrib.store.files import Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.types import UNREADABLE, UserError
@@ -610,6 +610,18 @@ def test_fingerprints_of_other_shards_and_of_unreadable_files_stay(tmp_path):
     assert cell.samples() == {"a": "1", "b": "1", "c": "1", "d": None}
     cell.write_samples("abce", {"a": "2", "b": UNREADABLE})  # a changed, b out of reach, d gone, e new
     assert cell.samples() == {"a": "2", "b": "1", "c": "1", "e": None}
+    cell.write_samples("abcd", {})
+    assert cell.samples()["d"] is None
+
+
+def test_samples_beyond_the_limit_are_not_asked_for_until_a_run_is(tmp_path):
+    cell = Cell(tmp_path)
+    cell.write_samples("abcd", {"a": "1"}, "ab")  # run.limit=2, shard 0
+    assert cell.samples() == {"a": "1", "b": None, "c": UNASKED, "d": UNASKED}
+    cell.write_samples("abcd", {"c": "1"}, "abc")
+    cell.write_samples("abcd", {"a": "1"}, "a")  # what was asked for stays asked for
+    assert cell.samples() == {"a": "1", "b": None, "c": "1", "d": UNASKED}
+    assert counts(cell.samples(), "d", "1")  # a result that is there counts
     cell.write_samples("abcd", {})
     assert cell.samples()["d"] is None
 

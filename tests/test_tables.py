@@ -104,6 +104,33 @@ def test_a_failure_under_a_folders_name_is_that_metrics_alone(root):
     }
 
 
+def test_samples_beyond_the_limit_are_not_pending(root):
+    made, later = iba(root), [f"later/{i}" for i in range(280)]
+    made.write_samples([*UIDS, *later], dict.fromkeys(UIDS, "f"), UIDS)
+    frame = tables.rows(root)
+    row = only(tables.summary(frame), method="iba", column="ehr").iloc[0]
+    assert (row["n"], row["failed"], row["pending"]) == (20, 0, 0)
+    assert set(only(frame, state="unasked")["uid"]) == set(later)
+    for asking in (tables.whole(frame), None):  # a paper's table is about all; a job array that has not begun is due
+        if asking is None:
+            made.write_samples([*UIDS, *later], {})
+        row = only(tables.summary(tables.rows(root) if asking is None else asking), method="iba", column="ehr").iloc[0]
+        assert (row["n"], row["pending"]) == (20, 280)
+
+
+def test_maps_without_metrics_are_counted_as_maps(tmp_path):
+    made = cell(tmp_path, "photos.net.ig.1", method="ig")
+    for uid in UIDS[:6]:
+        made.maps.add(uid, "f", {"map": np.zeros((4, 4), np.float32)})
+    made.maps.flush()
+    made.write_samples([*UIDS[:7], "more"], dict.fromkeys(UIDS[:7], "f"), UIDS[:7])
+    progress = made.folder / "runs" / "20261101-7-0" / "progress.json"
+    for metrics, text in (([], "6 maps, 1 pending"), (["ehr.11111111"], "n=0, 7 pending")):
+        store.write_json(progress, {"metrics": metrics, "shards": 1})
+        (block,) = formats.wide(tables.summary(tables.rows(tmp_path)))
+        assert block.unscored == {"ig": text}
+
+
 def test_samples_that_went_are_counted_nowhere(root):
     made, now = iba(root), time.time() + 9
     late = store.Arrays(made.folder / "maps", "w1")

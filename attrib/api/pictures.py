@@ -66,7 +66,7 @@ class Drawn:
     @property
     def input_uri(self) -> str:
         found = self.input
-        return "" if found is None else pictures.data_uri(found, photo=max(found.shape) > 64, longest=gallery.LONGEST)
+        return "" if found is None else pictures.data_uri(found, photo=max(found.shape) > 64, longest=gallery.SIZES[0])
 
     @property
     def hierarchy(self) -> trees.Hierarchy | None:

@@ -214,8 +214,9 @@ TABLE_FIELDS = ("dataset", "model", "method", "metric", "map", "column")
 def report() -> Parser:
     p = _parser("report", "One self-contained HTML page about a work directory.")
     _root(p)
-    p.add_argument("--out", type=Path, metavar="FILE", help="default: ROOT/report.html")
+    p.add_argument("--out", type=Path, metavar="FILE", help="default: ROOT/report.html, of one sample ROOT/sample.html")
     p.add_argument("--samples", type=int, default=12, help="at most so many rows in each gallery (12)")
+    p.add_argument("--sample", metavar="UID", help="a page about this sample alone, its maps larger")
     _confidence(p)
     return p
 

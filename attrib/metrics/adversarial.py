@@ -49,6 +49,11 @@ class AdversarialAgreement(Metric):
     NEEDS_EXPLAIN: ClassVar[bool] = True
     NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "agreement": "rank correlation between the map of a sample and that of its adversarial copy",
+        "distance": "how far the attack moved the input (L2 norm)",
+        "released": "the same correlation by the authors' ranks",
+    }
 
     attack: Attack = "fgsm"
     settings: Mapping[str, Any] = field(default_factory=dict)

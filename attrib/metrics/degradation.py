@@ -57,6 +57,11 @@ class Degradation(Metric):
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "degradation": "lerf - morf: how much better the map orders the tiles than its reverse does",
+        "morf": "mean score of the target while tiles are removed, the most relevant first",
+        "lerf": "mean score of the target while tiles are removed, the least relevant first",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "morf_curve": "x: share of tiles removed, most relevant first; y: score of the target",
         "lerf_curve": "x: share of tiles removed, least relevant first; y: score of the target",
@@ -76,6 +81,11 @@ class Degradation(Metric):
         require(self, "output", one_of=OUTPUTS)
         if self.as_released and self.normalize != "none":
             raise UserError("Degradation: as_released has its own normalisation; set normalize to none")
+
+    @property
+    def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802
+        as_it_is = self.output == "probability" and self.normalize == "none" and not self.as_released
+        return dict.fromkeys(self.CURVES, (0.0, 1.0)) if as_it_is else {}
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802

@@ -63,6 +63,9 @@ class EHR(Metric):
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"ehr": "higher"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "ehr": "effective heat ratio: heat inside the region of interest, per pixel that is hot",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "ehr_curve": "x: quantile of the effective heats, 0 to 1 in equal steps; y: heat in the region per pixel"
     }
@@ -76,6 +79,10 @@ class EHR(Metric):
         require(self, "base_threshold", at_least=0, at_most=1)
         require(self, "steps", at_least=2)
         require(self, "normalize", one_of=("positive", "absolute", "none"))
+
+    @property
+    def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802
+        return dict.fromkeys(self.CURVES, (0.0, 1.0)) if self.normalize != "none" else {}
 
     def score(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> dict[str, Tensor]:
         """``map`` (B, H, W), sound (B, L) -> ``ehr`` (B,) and ``ehr_curve`` (B, steps). Uses neither model nor noise.

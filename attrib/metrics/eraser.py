@@ -50,6 +50,10 @@ class Eraser(Metric):
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("text",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"comprehensiveness": "higher", "sufficiency": "lower"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "comprehensiveness": "fall of the score without the most relevant words, mean over shares of the words",
+        "sufficiency": "fall of the score with only the most relevant words, mean over shares of the words",
+    }
 
     bins: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.5)
     words: Removal = "delete"

@@ -79,6 +79,10 @@ class Infidelity(Metric):
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"infidelity": "lower", "infidelity_unscaled": "lower"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "infidelity": "squared error of the map, at its best scale, as a forecast of what perturbations cost",
+        "infidelity_unscaled": "the same of the map as it is",
+    }
 
     perturbation: Perturbation = "square"
     samples: int = 500

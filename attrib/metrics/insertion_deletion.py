@@ -81,6 +81,11 @@ class InsertionDeletion(Metric):
         "deletion": "lower",
         "insertion_deletion": "higher",
     }
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "insertion": "mean score of the target while the input is put in, the most relevant places first",
+        "deletion": "mean score of the target while the input is taken away, the most relevant places first",
+        "insertion_deletion": "insertion - deletion",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "insertion_curve": "x: fraction of pixels, samples or words inserted, highest first; y: score of the target",
         "deletion_curve": "x: fraction of pixels, samples or words deleted, highest first; y: score of the target",
@@ -110,6 +115,10 @@ class InsertionDeletion(Metric):
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
             raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be a positive odd number, or null")
         require(self, "output", one_of=OUTPUTS)
+
+    @property
+    def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802
+        return dict.fromkeys(self.CURVES, (0.0, 1.0)) if self.output == "probability" else {}
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802

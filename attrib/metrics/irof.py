@@ -60,6 +60,9 @@ class IROF(Metric):
     NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"irof": "higher"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "irof": "mean loss of the target's probability while superpixels are removed, the most relevant first",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "irof_curve": "x: share of superpixels removed, highest first; y: share of the probability that is left"
     }

@@ -55,6 +55,10 @@ class Lipschitz(Metric):
     NEEDS_EXPLAIN: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"lipschitz": "lower", "max_sensitivity": "lower"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "lipschitz": "largest change of the map per change of the input, among inputs that differ a little",
+        "max_sensitivity": "largest change of the map among inputs that differ a little",
+    }
 
     samples: int = 10
     radius: float = 0.05

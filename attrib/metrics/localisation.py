@@ -56,9 +56,17 @@ class Localisation(Metric):
     COLUMNS: ClassVar[Mapping[str, Direction]] = dict.fromkeys(
         ("bbox_ratio", "pointing", "energy", "iou", "iou_best"), "higher"
     )
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "bbox_ratio": "of the hottest pixels, as many as the region of interest has, the share that lies in it",
+        "pointing": "pointing game: 1 where the hottest pixel lies in the region of interest, else 0",
+        "energy": "share of the map's heat that lies in the region of interest",
+        "iou": "intersection over union of the map above a threshold and the region, mean over thresholds",
+        "iou_best": "the largest intersection over union over the thresholds",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "iou_curve": "x: threshold of the heat, from 0 in equal steps to below 1; y: intersection over union"
     }
+    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {"iou_curve": (0.0, 1.0)}
 
     normalize: Normalize = "positive"
     thresholds: int = 50

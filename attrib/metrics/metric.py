@@ -36,6 +36,16 @@ class Metric(Protocol):
         return {}
 
     @property
+    def ABOUT(self) -> Mapping[str, str]:  # noqa: N802
+        """For every column a line that says to the reader of a report what the number is, without a full stop."""
+        return {}
+
+    @property
+    def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802
+        """For every curve whose points cannot be smaller or larger: the least and the greatest value."""
+        return {}
+
+    @property
     @abstractmethod
     def MODALITIES(self) -> tuple[str, ...]:  # noqa: N802
         """The data whose maps it scores: "image", "text", "audio"."""

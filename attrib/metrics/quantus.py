@@ -138,6 +138,10 @@ class Quantus(Metric):
         return {self.column: self._direction()}
 
     @property
+    def ABOUT(self) -> Mapping[str, str]:  # noqa: N802
+        return {self.column: f"{self.metric} of the package quantus, {self._class().evaluation_category.value.lower()}"}
+
+    @property
     def CURVES(self) -> Mapping[str, str]:  # noqa: N802
         return {f"{self.column}_curve": CURVES[self.metric]} if self._has_curve() else {}
 

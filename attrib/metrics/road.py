@@ -72,11 +72,20 @@ class ROAD(Metric):
         "road": "higher", "morf_accuracy": "lower", "lerf_accuracy": "higher",
         "road_probability": "higher", "morf_probability": "lower", "lerf_probability": "higher",
     }  # fmt: skip
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "road": "lerf_accuracy - morf_accuracy",
+        "morf_accuracy": "how often the target is recognised after the most relevant pixels were removed and filled in",
+        "lerf_accuracy": "the same, the least relevant pixels first",
+        "road_probability": "lerf_probability - morf_probability",
+        "morf_probability": "mean probability of the target after the most relevant pixels were removed and filled in",
+        "lerf_probability": "the same, the least relevant pixels first",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         f"{order}_{what}_curve": f"x: the shares of pixels imputed, {first} relevant first; y: {y}"
         for order, first in (("morf", "most"), ("lerf", "least"))
         for what, y in (("accuracy", "1 if the target is recognised"), ("probability", "probability of the target"))
     }
+    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = dict.fromkeys(CURVES, (0.0, 1.0))
 
     shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     noise: float = 0.01

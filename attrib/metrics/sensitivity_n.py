@@ -56,9 +56,13 @@ class SensitivityN(Metric):
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
+    ABOUT: ClassVar[Mapping[str, str]] = {
+        "sensitivity_n": "correlation of a random set's relevance with what its removal costs, mean over sizes of sets",
+    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "sensitivity_n_curve": "x: size of the subsets, log-spaced from 1 to the largest; y: correlation"
     }
+    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {"sensitivity_n_curve": (-1.0, 1.0)}
 
     points: int = 10
     fraction: float = 0.8

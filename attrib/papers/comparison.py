@@ -201,7 +201,7 @@ def _numbers(root: Path, found: Sequence[Cell], confidence: float) -> tuple[dict
     """Summary rows by (cell, metric, map, column), and the names that (cell, folder of scores) have there."""
     if not found:
         return {}, {}
-    frame = tables.rows(root)
+    frame = tables.whole(tables.rows(root))
     frame = frame[frame["cell"].isin([cell.folder.name for cell in found])]
     if frame.empty:
         return {}, {}

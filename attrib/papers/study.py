@@ -33,7 +33,7 @@ def as_preset(name: str, root: Path, folder: Path | None = None, confidence: flo
     compute scores of one name in different ways.
     """
     items = labels.labelled(root)
-    frame = tables.rows(root)
+    frame = tables.whole(tables.rows(root))
     if frame.empty:
         raise UserError(f"{root}: there are no scores to export")
     summary = tables.summary(frame, confidence)

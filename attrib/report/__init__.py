@@ -1,17 +1,21 @@
 """One self-contained HTML page from a work directory: which method is best, by how much, and what the maps look like.
 
-Every text that comes from data or files (uids, class names, reasons, labels) is escaped by the template;
-pictures are data: URIs, plots are SVG images, so nothing on the page can run or load anything.
+Every text that comes from data or files (uids, class names, reasons, labels) is escaped by the template; pictures are
+data: URIs, plots are SVG images. One script runs, ``page.js``, which the page's policy lets through by its digest, and
+nothing is loaded. Without it the page shows the same; with it tables sort, and samples are found and compared.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
@@ -19,17 +23,18 @@ import pandas as pd
 import attrib
 from attrib import sanity
 from attrib.drawing import pictures
-from attrib.errors import plain, printable
-from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, trees
+from attrib.errors import UserError, plain, printable
+from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, scores, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
 from attrib.report.headline import HeadlineScore, Leader
 from attrib.report.ranks import Diagram
 from attrib.report.trees import Hierarchy
-from attrib.results import formats, labels, tables
+from attrib.results import formats, labels, significance, tables
 from attrib.store.files import write_atomic
 
-IMAGE_BYTES = 11_000_000  # of all galleries together, so that the page stays below 15 MB
+HERE = Path(__file__).parent
+IMAGE_BYTES = 16_000_000  # of all galleries together, so that the page stays below 25 MB
 
 
 def write(
@@ -40,10 +45,11 @@ def write(
     confidence: float = 0.95,
     command: str = "",
     broken: list[str] | None = None,
+    sample: str | None = None,
 ) -> Path:
-    """Write the page of a work directory. Raises UserError if there is nothing to show. ``broken``: see ``page``."""
+    """Write the page of a work directory. Raises UserError if there is nothing to show. The options: see ``page``."""
     out = Path(out)
-    text = page(root, samples=samples, confidence=confidence, command=command, broken=broken)
+    text = page(root, samples=samples, confidence=confidence, command=command, broken=broken, sample=sample)
     write_atomic(out, text.encode(errors="replace"))
     return out
 
@@ -55,29 +61,85 @@ def page(
     confidence: float = 0.95,
     command: str = "",
     broken: list[str] | None = None,
+    sample: str | None = None,
 ) -> str:
     """The HTML. ``samples``: rows of each gallery, fewer where the pictures would make the page too large.
 
-    ``broken`` gets a line for each file that cannot be read; the page names them, too.
+    ``broken`` gets a line for each file that cannot be read; the page names them, too. ``sample``: a uid; the page then
+    shows its maps and scores alone, the maps larger. Raises UserError for one without maps.
     """
     root, broken = Path(root), [] if broken is None else broken
     cells = labels.labelled(root, broken)
     frame = tables.rows(root, broken)
     every, frame = frame, sanity.without_randomised(cells, frame)  # randomised nets have a section of their own
+    if sample is None:
+        context = _all(root, cells, every, frame, samples, confidence, broken)
+    else:
+        context = _one(root, cells, frame, sample)
+    if (state := root / "state").exists() and not state.is_dir():
+        broken.append(f"{state}: not a folder")
+    broken[:] = dict.fromkeys(broken)
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=f"{root.resolve().name}: {'attribution report' if sample is None else f'sample {sample}'}",
+            broken=[printable(line) for line in broken],
+            level=formats.percent(confidence),
+            legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
+            percentile=pictures.PERCENTILE,
+            sheet=(HERE / "page.css").read_text(encoding="utf-8"),
+            script=script,
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            drawn={
+                "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+                "command": command,
+                "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
+                "attrib": attrib.__version__,
+                "work directory": str(root.resolve()),
+            },
+            **context,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=plain,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _all(
+    root: Path,
+    cells: Sequence[labels.Labelled],
+    every: pd.DataFrame,
+    frame: pd.DataFrame,
+    samples: int,
+    confidence: float,
+    broken: list[str],
+) -> dict[str, Any]:
+    """What the template shows of a whole work directory. ``every``: the rows with those of randomised nets."""
     summary = tables.summary(frame, confidence)
     tests = tables.all_paired(frame, confidence=confidence)
     summary["tie"] = tables.ties(summary, tests, confidence)
-    scores = labels.metrics(item.cell for item in cells)  # what is damaged of them is known by now
+    by_cell = labels.metrics(item.cell for item in cells)  # what is damaged of them is known by now
+    about = {(m.label, column): text for listed in by_cell.values() for m in listed for column, text in m.about.items()}
     styles = {c: curves.style(i) for i, c in enumerate(dict.fromkeys(summary["contender"]))}
-
     wides = formats.wide(summary)
     blocks = []
     for wide in wides:
         own = [c for c in cells if (c.dataset, c.model) == (wide.dataset, wide.model)]
-        inside = (frame["dataset"] == wide.dataset) & (frame["model"] == wide.model)
-        part = frame[inside]
+        part = frame[(frame["dataset"] == wide.dataset) & (frame["model"] == wide.model)]
         ranked = tables.ranks(part, confidence)
         mine = tests[(tests["dataset"] == wide.dataset) & (tests["model"] == wide.model)]
+        names = scores.contenders(part)
+        explained = [(title, about[place]) for title, place in zip(wide.columns, wide.places) if place in about]
         blocks.append(
             Block(
                 dataset=wide.dataset,
@@ -85,58 +147,55 @@ def page(
                 device=wide.device,
                 columns=list(zip(wide.columns, wide.counts)),
                 costs=wide.costs,
-                notes=formats.spelt_out(wide.columns),
+                explained=explained,
+                notes=() if explained else formats.spelt_out(wide.columns),
+                never=significance.sentence(significance.hopeless(mine, confidence), confidence) if len(mine) else "",
                 lines=headline.lines(wide, styles),
+                numbers={name: i for i, name in enumerate(names)},
+                scores=scores.as_json(part, about),
                 unscored=wide.unscored,
                 verdicts=headline.verdicts(summary, wide, mine, confidence),
                 pairs=formats.paired_table(mine, confidence) if len(mine) else None,
                 ranks=_rank_table(ranked, confidence),
                 diagrams=ranks.diagrams(ranked, styles),
-                curves=curves.means(own, part, scores, styles),
-                gallery=gallery.gallery(root, own, part, samples, IMAGE_BYTES // len(wides)),
-                hierarchies=trees.hierarchies(root, own, part, samples, IMAGE_BYTES // 3 // len(wides)),
+                curves=curves.means(own, part, by_cell, styles),
+                gallery=gallery.gallery(root, own, part, samples, IMAGE_BYTES // len(wides), names),
+                hierarchies=trees.hierarchies(root, own, part, samples, IMAGE_BYTES // 4 // len(wides)),
                 losses=curves.losses(own, part, styles),
             )
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=plain,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    causal = graphs.graphs(root, IMAGE_BYTES // 3)
+    causal = graphs.graphs(root, IMAGE_BYTES // 4)
     records = [run for item in cells for run in provenance.runs(item.cell, broken)]
     broken += [f"{root / 'graphs' / one.title}: {problem}" for one in causal for problem in one.problems]
-    if (state := root / "state").exists() and not state.is_dir():
-        broken.append(f"{state}: not a folder")
-    broken[:] = dict.fromkeys(broken)
-    return environment.get_template("page.html.jinja").render(
-        title=f"{root.resolve().name}: attribution report",
-        facts=headline.facts(frame),
-        blocks=blocks,
-        checks=agreement.checks(cells, every, styles, confidence),
-        graphs=causal,
-        broken=[printable(line) for line in broken],
-        styles=styles,
-        long=formats.long_table(summary, confidence),
-        level=formats.percent(confidence),
-        legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
-        percentile=pictures.PERCENTILE,
-        failures=provenance.failures(every),
-        costs=provenance.costs(cells),
-        provenance=provenance.provenance(cells),
-        runs=records,
-        specs=[(c.cell.folder.name, json.dumps(c.spec, indent=2, ensure_ascii=False)) for c in cells],
-        drawn={
-            "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-            "command": command,
-            "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
-            "attrib": attrib.__version__,
-            "work directory": str(root.resolve()),
-        },
-    )
+    return {
+        "single": False,
+        "facts": headline.facts(frame),
+        "blocks": blocks,
+        "checks": agreement.checks(cells, every, styles, confidence),
+        "graphs": causal,
+        "long": formats.long_table(summary, confidence),
+        "failures": provenance.failures(every),
+        "costs": provenance.costs(cells),
+        "provenance": provenance.provenance(cells),
+        "runs": records,
+        "specs": [(c.cell.folder.name, json.dumps(c.spec, indent=2, ensure_ascii=False)) for c in cells],
+    }
+
+
+def _one(root: Path, cells: Sequence[labels.Labelled], frame: pd.DataFrame, uid: str) -> dict[str, Any]:
+    """What the template shows of a single sample."""
+    blocks = []
+    for dataset, model in dict.fromkeys((c.dataset, c.model) for c in cells):
+        own = [c for c in cells if (c.dataset, c.model) == (dataset, model)]
+        part = frame[(frame["dataset"] == dataset) & (frame["model"] == model)]
+        names = scores.contenders(part)
+        shown = gallery.gallery(root, own, part, 1, IMAGE_BYTES, names, only=uid)
+        if shown is not None:
+            numbers = {name: i for i, name in enumerate(names)}
+            blocks.append(Block(dataset, model, gallery=shown, numbers=numbers))
+    if not blocks:
+        raise UserError(f"--sample {uid}: {root} holds no map of a sample of this name")
+    return {"single": True, "facts": (), "blocks": blocks, "checks": (), "graphs": ()}
 
 
 def _rank_table(table: pd.DataFrame, confidence: float) -> formats.TextTable | None:
@@ -146,21 +205,25 @@ def _rank_table(table: pd.DataFrame, confidence: float) -> formats.TextTable | N
 
 @dataclass(frozen=True)
 class Block:
-    """Everything about one dataset and model."""
+    """Everything about one dataset and model. ``numbers``: of the methods, by which the page's script knows them."""
 
     dataset: str
     model: str
-    device: str
-    columns: Sequence[tuple[str, str]]
-    costs: Sequence[str]
-    notes: Sequence[str]
-    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[HeadlineScore | None]]]
-    unscored: Mapping[str, str]
-    verdicts: Sequence[Leader]
-    pairs: formats.TextTable | None
-    ranks: formats.TextTable | None
-    diagrams: Sequence[Diagram]
-    curves: Sequence[Curve]
-    gallery: Gallery | None
-    hierarchies: Sequence[Hierarchy]
-    losses: Sequence[Curve]
+    device: str = ""
+    columns: Sequence[tuple[str, str]] = ()
+    costs: Sequence[str] = ()
+    explained: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+    never: str = ""  # a sentence, where no test could become significant
+    lines: Sequence[tuple[str, Style, Sequence[str], Sequence[HeadlineScore | None]]] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    scores: str = ""
+    unscored: Mapping[str, str] = field(default_factory=dict)
+    verdicts: Sequence[Leader] = ()
+    pairs: formats.TextTable | None = None
+    ranks: formats.TextTable | None = None
+    diagrams: Sequence[Diagram] = ()
+    curves: Sequence[Curve] = ()
+    gallery: Gallery | None = None
+    hierarchies: Sequence[Hierarchy] = ()
+    losses: Sequence[Curve] = ()

@@ -95,7 +95,10 @@ def means(
                 wanted = list(dict.fromkeys(zip(group["uid"], group["fingerprint"])))
                 for curve, about in folder.curves.items():
                     values, damaged = _read(arrays, wanted[:MOST_CURVES], f"{map_name}/{curve}")
-                    entry = plots.setdefault((folder.label, curve), {"about": about, "lines": [], "notes": []})
+                    entry = plots.setdefault(
+                        (folder.label, curve),
+                        {"about": about, "bounds": folder.bounds.get(curve), "lines": [], "notes": []},
+                    )
                     if len(wanted) > MOST_CURVES:
                         entry["notes"].append(f"{contender}: the first {MOST_CURVES} of {len(wanted)} samples.")
                     if damaged:
@@ -106,8 +109,8 @@ def means(
     return [
         Curve(
             title=curve.removesuffix("_curve") + ("" if label in curve else f" · {label}"),
-            about=entry["about"],
-            image=_mean_plot(entry["lines"], entry["about"], styles),
+            about=f"Mean curves of {', '.join(contender for contender, _ in entry['lines'])}. {entry['about']}",
+            image=_mean_plot(entry["lines"], entry["about"], styles, entry["bounds"]),
             lines=[(contender, styles[contender], len(values)) for contender, values in entry["lines"]],
             notes=entry["notes"],
         )
@@ -116,13 +119,20 @@ def means(
     ]
 
 
-def _mean_plot(lines: Sequence[tuple[str, np.ndarray]], about: str, styles: Mapping[str, Style]) -> str:
+def _mean_plot(
+    lines: Sequence[tuple[str, np.ndarray]],
+    about: str,
+    styles: Mapping[str, Style],
+    bounds: tuple[float, float] | None = None,
+) -> str:
     drawn = []
     for contender, values in lines:
         mean, style, band = values.mean(0), styles[contender], None
         if len(values) > 1:
             band = 1.96 * values.std(0, ddof=1) / np.sqrt(len(values))
         lo, hi = (None, None) if band is None else (mean - band, mean + band)
+        if bounds is not None and lo is not None and hi is not None:
+            lo, hi = np.maximum(lo, bounds[0]), np.minimum(hi, bounds[1])
         drawn.append(pictures.PlotLine(mean, style.colour, lo, hi, dashed=style.dashed))
     x, y = _axes(about)
     return pictures.plot(drawn, x=x, y=y)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from attrib.store.files import Key
 from attrib.store.inputs import NO_INPUT, drawable, kept_input, stored_array
 from attrib.store.inputs import known as known_inputs
 
-LONGEST = 224  # pixels of a thumbnail's longer side
+SIZES = (224, 192, 160, 128, 112)  # pixels of a thumbnail's longer side: the largest that fits the budget
+BYTES = 0.42  # of a thumbnail as base64, per pixel: what a JPEG of an overlay takes, and a bit
+SINGLE = 448  # pixels, on the page of a single sample
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,27 @@ class Tile:
     limit: str = ""
     scores: Sequence[tuple[str, str]] = ()
     problem: str = ""
+    alt: str = ""
 
 
 @dataclass(frozen=True)
 class Sample:
+    """``says``: what the net takes it for, and how surely; ``right``: whether it is, None where that is not known."""
+
     uid: str
     name: str
     image: str
     tiles: Sequence[Tile]
     pixelated: bool = False
+    says: str = ""
+    right: bool | None = None
+    sure: float | None = None
 
 
 @dataclass(frozen=True)
 class Gallery:
-    columns: Sequence[tuple[str, str, bool]]  # contender, what the map is, whether it is signed
+    columns: Sequence[tuple[str, str, bool]]  # method (and map), what the map is, whether it is signed
+    methods: Sequence[int]  # of each column: its contender's place in the scores of the page
     samples: Sequence[Sample]
     note: str
     sound: bool = False  # whether the samples are sounds
@@ -54,8 +64,19 @@ class Gallery:
         return any(tile.words for sample in self.samples for tile in sample.tiles)
 
 
-def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples: int, budget: int) -> Gallery | None:
-    """Samples × maps. Rows stop where the pictures would exceed ``budget`` bytes."""
+def gallery(
+    root: Path,
+    cells: Sequence[Labelled],
+    frame: pd.DataFrame,
+    samples: int,
+    budget: int,
+    contenders: Sequence[str] = (),
+    only: str | None = None,
+) -> Gallery | None:
+    """Samples × maps. Pictures are as large as fits ``budget`` bytes, and rows stop where they would exceed it.
+
+    ``contenders``: those of the page's scores, which a column may be one of. ``only``: this sample alone.
+    """
     stores = list(dict.fromkeys(c.spec["pictures"] for c in cells))
     inputs = [Arrays(root / "state" / f"pictures.{key}") for key in stores]
     keys_of = [current_keys(c, frame) for c in cells]
@@ -63,6 +84,8 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
     pictured = list(dict.fromkeys(key[0] for store in inputs for key in known_inputs(store) if key in current))
     stored = list(dict.fromkeys(uid for known in keys_of for uid in known))
     uids = pictured or sorted(stored)
+    if only is not None:
+        uids = [only] if only in stored else []
     if not uids or samples < 1:
         return None
 
@@ -74,21 +97,33 @@ def gallery(root: Path, cells: Sequence[Labelled], frame: pd.DataFrame, samples:
             if maps:
                 several = len(item.spec["maps"]) > 1
                 label = f"{item.method} · {name}" if several else item.method
-                columns.append((item, known, name, label, about, any(map(pictures.is_signed, maps))))
+                signed = says_signed(about) or any(map(pictures.is_signed, maps))
+                columns.append((item, known, name, label, about, signed))
 
     shown: list[Sample] = []
     used = 0
+    each = budget / (len(uids[:samples]) * (len(columns) + 1))
+    longest = SINGLE if only is not None else next((s for s in SIZES if s * s * BYTES <= each), SIZES[-1])
     for uid in uids[:samples]:
-        sample = _sample(uid, inputs, columns, frame[frame["uid"] == uid])
+        sample = _sample(uid, inputs, columns, frame[frame["uid"] == uid], longest)
         used += len(sample.image) + sum(len(tile.image) for tile in sample.tiles)
         if used > budget and shown:
             break
         shown.append(sample)
-    note = f"{len(shown)} of {len(stored)} samples with maps." if len(shown) < len(stored) else ""
+    part = len(shown) < len(stored) and only is None
+    note = f"{len(shown)} of {len(stored)} samples with maps." if part else ""
     if not pictured:
         note += " The work directory holds no pictures of the inputs: maps are drawn alone."
     sound = any(map(_is_sound, cells))
-    return Gallery([(label, about, signed) for *_, label, about, signed in columns], shown, note.strip(), sound)
+    titles = [(label, about, signed) for *_, label, about, signed in columns]
+    places = {contender: i for i, contender in enumerate(contenders)}
+    methods = [places.get(label, places.get(item.method, -1)) for item, _, _, label, _, _ in columns]
+    return Gallery(titles, methods, shown, note.strip(), sound)
+
+
+def says_signed(about: str) -> bool:
+    """Whether a method says of its map (``Method.MAPS``) that it is signed, whatever its fields are."""
+    return re.search(r"\bsigned\b(?! unless)", about) is not None
 
 
 def _is_sound(item: Labelled) -> bool:
@@ -103,12 +138,14 @@ def current_keys(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
     return known | {u: (u, f) for u, f in rows.itertuples(index=False, name=None) if (u, f) in index}
 
 
-def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame) -> Sample:
+def _sample(
+    uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame, longest: int = SIZES[0]
+) -> Sample:
     keys = dict.fromkeys(known[uid] for _, known, *_ in columns if uid in known)
     inputs_of = {key: kept_input(inputs, key) for key in keys}  # more than one where cells are about other data
     image, roi, info = next((found for found in inputs_of.values() if found is not NO_INPUT), NO_INPUT)
     tiles = []
-    for item, known, name, _, _, signed in columns:
+    for item, known, name, label, _, signed in columns:
         mine = frame[(frame["cell"] == item.cell.folder.name) & frame["map"].isin([name, ""])]
         scores = mine[mine["state"] == "ok"]
         numbers = [(c, f"{v:.3g}") for c, v in zip(scores["column"], scores["value"])]
@@ -120,13 +157,24 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: p
             tiles.append(Tile(scores=numbers, problem=problem or absent))
         else:
             own_image, own_roi, own_info = inputs_of[known[uid]]
-            tiles.append(tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item)))
+            drawn = tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item), longest)
+            said = ", ".join(f"{column} {value}" for column, value in numbers)
+            tiles.append(replace(drawn, alt=f"Map of {label} for {uid}" + (f": {said}" if said else "")))
     image = None if "tokens" in info else image
     if image is not None:
         image = spectrogram.draw(image, int(info["rate"]), roi=roi) if "rate" in info else pictures.outlined(image, roi)
-    drawn = "" if image is None else pictures.data_uri(image, photo=_photo(image), longest=LONGEST)
+    drawn = "" if image is None else pictures.data_uri(image, photo=_photo(image), longest=longest)
     name = shown_target(str(info.get("name") or ""), info.get("target"))
-    return Sample(uid, name, drawn, tiles, image is not None and max(image.shape) < 64)
+    return Sample(uid, name, drawn, tiles, image is not None and max(image.shape) < 64, *_prediction(info))
+
+
+def _prediction(info: Mapping[str, Any]) -> tuple[str, bool | None, float | None]:
+    """``says``, ``right`` and ``sure`` of a sample, from what a run has kept beside its input."""
+    if "predicted" not in info:
+        return "", None, None
+    sure = info.get("probability")
+    share = "" if sure is None else f", {100 * sure:.3g} %"
+    return shown_target(info.get("predicted_name", ""), info["predicted"]) + share, info.get("right"), sure
 
 
 def _photo(image: np.ndarray) -> bool:
@@ -142,6 +190,7 @@ def tile(
     scores: Sequence[tuple[str, str]],
     problem: str,
     sound: bool,
+    longest: int = SIZES[0],
 ) -> Tile:
     """A map as it is shown: over its ``image``, below its sound (``info["rate"]``), or as the colours of its words.
 
@@ -157,7 +206,7 @@ def tile(
             drawn = spectrogram.draw(image, int(info["rate"]), map, roi, signed)
         else:  # the map alone, below silence
             drawn = spectrogram.draw(np.zeros(map.shape), len(map), map, None, signed)
-        uri = pictures.data_uri(drawn, photo=True, longest=LONGEST)
+        uri = pictures.data_uri(drawn, photo=True, longest=longest)
         return Tile(uri, (), f"{sign}{spectrogram.limit(map):.3g}", scores, problem)
     limit = f"{sign}{pictures.scale(map, signed).limit:.3g}"
     if map.ndim == 1:
@@ -168,4 +217,4 @@ def tile(
     if map.ndim != 2:
         return Tile(scores=scores, problem=problem or f"a map of shape {map.shape} cannot be drawn")
     drawn = pictures.heat(map, signed) if image is None else pictures.overlay(image, map, roi, signed)
-    return Tile(pictures.data_uri(drawn, photo=_photo(drawn), longest=LONGEST), (), limit, scores, problem)
+    return Tile(pictures.data_uri(drawn, photo=_photo(drawn), longest=longest), (), limit, scores, problem)

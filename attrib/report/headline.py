@@ -15,8 +15,12 @@ from attrib.results import formats
 
 @dataclass(frozen=True)
 class HeadlineScore:
-    """One number of the headline table, with its interval as places (0 to 100) on its column's axis."""
+    """One number of the headline table, with its interval as places (0 to 100) on its column's axis.
 
+    ``value`` is what the table is sorted by.
+    """
+
+    value: float | None
     mean: str
     half: str
     exact: str
@@ -76,6 +80,7 @@ def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]
         if np.isfinite(lo):
             left, width = round(100 * (lo - low) / span, 2), round(100 * (hi - lo) / span, 2)
     return HeadlineScore(
+        value=float(mean) if np.isfinite(mean) else None,
         mean=formats.rounded(mean, lo, hi),
         half=formats.rounded((hi - lo) / 2, lo, hi) if hi > lo else "",
         exact=f"{mean!r} [{lo!r}, {hi!r}]",
@@ -125,7 +130,7 @@ def facts(frame: pd.DataFrame) -> list[tuple[int, str]]:
         (frame["method"].nunique(), "method"),
         (frame["dataset"].nunique(), "dataset"),
         (frame["model"].nunique(), "model"),
-        (len(frame[["dataset", "uid"]].drop_duplicates()), "sample"),
+        (len(frame.loc[frame["state"] != "unasked", ["dataset", "uid"]].drop_duplicates()), "sample"),
         (int((frame["state"] == "ok").sum()), "score"),
         (len(failed), "failure"),
     ]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from attrib.results import significance
 from attrib.results.written import TextTable, to_csv, to_latex, to_markdown, to_terminal
 
 __all__ = [
@@ -129,6 +130,13 @@ def count_text(n: int, failed: int, pending: int) -> str:
     return ", ".join(filter(None, parts))
 
 
+def maps_text(row: Mapping[str, Any]) -> str:
+    """The counts of a cell without scores, a row of ``tables.summary``: ``6 maps, 1 failed``."""
+    text = count_text(row["n"], row["failed"], row["pending"])
+    maps = "1 map" if row["n"] == 1 else f"{row['n']} maps"
+    return text.replace(f"n={row['n']}", maps, 1) if row["n"] else text
+
+
 def long_table(table: pd.DataFrame, confidence: float = 0.95) -> TextTable:
     """A summary with one line per cell, map and column; the best in bold."""
     names = [*_shared_last(table, ["dataset", "model"]), "contender"]
@@ -165,9 +173,10 @@ class Wide:
     counts   below each title, the counts that all its entries share (``n=20, 1 failed``), or ""
     lines    (contender, its costs as ``cost_texts`` and, where they differ, its device; one summary row or None
              per column)
-    unscored the counts of contenders without any score: ``n=0, 3 failed``
+    unscored the counts of contenders without any score: ``6 maps``, or ``n=0, 3 failed`` where scores are due
     device   the one that all lines have in common
     costs    titles of the costs
+    places   (metric, column) of each title
     """
 
     dataset: str
@@ -178,6 +187,7 @@ class Wide:
     unscored: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     costs: Sequence[str] = COSTS
+    places: Sequence[tuple[str, str]] = ()
 
 
 def wide(table: pd.DataFrame) -> list[Wide]:
@@ -204,9 +214,9 @@ def wide(table: pd.DataFrame) -> list[Wide]:
             found = {count_text(row["n"], row["failed"], row["pending"]) for row in scored}
             counts.append(found.pop() if len(found) == 1 else "")
         bare = [r for r in block.to_dict("records") if not r["column"]]
-        unscored = {r["contender"]: count_text(r["n"], r["failed"], r["pending"]) for r in bare}
+        unscored = {r["contender"]: maps_text(r) for r in bare}
         heads = (*COSTS, *(["device"] if several else []))
-        blocks.append(Wide(str(dataset), str(model), titles, counts, lines, unscored, device, heads))
+        blocks.append(Wide(str(dataset), str(model), titles, counts, lines, unscored, device, heads, places))
     return blocks
 
 
@@ -244,6 +254,8 @@ def paired_table(tests: pd.DataFrame, confidence: float = 0.95, *, most: int | N
     if most is not None and len(tests) > most:
         shown = tests.sort_values("p_holm", kind="stable").head(most)
         notes.append(f"{len(tests) - most} more pairs are not shown; --pairs COLUMN shows all of a column.")
+    if never := significance.sentence(significance.hopeless(tests, confidence), confidence):
+        notes.append(never)
     names = _shared_last(tests, ["dataset", "model"])
     names += ["metric"] if tests["metric"].ne(tests["column"]).any() else []
     header = [*names, "column", "a", "b", "n common", "difference", f"{percent(confidence)} CI"]

@@ -31,7 +31,8 @@ class Labelled:
     """A cell, its spec and the names under which tables show its dataset, model and method.
 
     ``samples``: the uids the cell is about now, with the fingerprint that counts or None, if any does;
-    None if the cell has no samples.json (no run filled it); all that it holds counts then.
+    (UNASKED for one that no run was asked for); None if the cell has no samples.json (no run filled it); all that it
+    holds counts then.
     ``broken``: files of the work directory that turned out to be damaged, one list for all its cells.
     """
 
@@ -167,6 +168,8 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 class ScoreFolder:
     """A folder of scores: its metric's label, its columns (name -> direction) and curves (name -> axes).
 
+    ``about``: a line for each column; ``bounds``: what no point of a curve is below or above. Folders of earlier
+    versions have neither.
     ``lost``: there is no such folder, only the ledger knows the metric.
     """
 
@@ -175,6 +178,8 @@ class ScoreFolder:
     columns: Mapping[str, str]
     curves: Mapping[str, str]
     lost: bool = False
+    about: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def metrics(cell_list: Iterable[Cell], broken: list[str] | None = None) -> dict[str, list[ScoreFolder]]:
@@ -204,7 +209,9 @@ def metrics(cell_list: Iterable[Cell], broken: list[str] | None = None) -> dict[
         if (name, label) in seen:  # one metric twice in a cell, under two keys
             label = f"{label} [{folder.rsplit('.', 1)[-1]}]"
         seen.add((name, label))
-        result.setdefault(name, []).append(ScoreFolder(folder, label, d.columns, d.curves))
+        result.setdefault(name, []).append(
+            ScoreFolder(folder, label, d.columns, d.curves, about=d.about, bounds=d.bounds)
+        )
     return result
 
 

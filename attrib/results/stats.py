@@ -165,6 +165,13 @@ def paired_test(a: ArrayLike, b: ArrayLike, confidence: float = 0.95, *, seed: i
     return Paired(mean.n, mean.mean, mean.lo, mean.hi, p, _effect(d), _rank_biserial(d))
 
 
+def smallest_p(n: int) -> float:
+    """The smallest p that :func:`paired_test` can have for ``n`` pairs: 2 / 2**n where all signs are walked through."""
+    if n > LARGE_PERMUTATION:
+        return 0.0
+    return min(1.0, 2.0 ** (1 - n)) if n <= EXACT else 1 / (RESAMPLES + 1)
+
+
 def in_unit(x: np.ndarray) -> tuple[np.ndarray, float]:
     """``x`` (n,) over the power of two below its largest size, and that power: exact, and squares stay finite."""
     _, exponent = math.frexp(float(np.abs(x).max(initial=0.0)))

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import pandas as pd
 from attrib.errors import UNREADABLE, UserError, printable
 from attrib.results import stats
 from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
+from attrib.store.cell import UNASKED
 from attrib.store.ledger import Ledger
+from attrib.store.workers import asked, workers
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +51,12 @@ def rows(root: Path | str, broken: list[str] | None = None) -> pd.DataFrame:
       under another fingerprint only if it is later. That a file could not be read is answered by
       any success that counts. A value that was computed before the data changed and then failed
       is not shown;
-    * ``pending``: none of the two, but the sample is selected (``samples.json``) or its map is stored.
+    * ``pending``: none of the two, but a run was asked for the sample (``samples.json``) or its map is stored;
+    * ``mapped``: its map is stored, the cell has no score at all, and its newest run was asked for none;
+    * ``unasked``: it is selected, but no run was asked for it (``run.limit``).
 
     A sample that a cell is no longer about has no rows. A cell without any score has
-    its failed and pending samples under an empty metric, map and column. ``contender`` is the method,
+    these samples under an empty metric, map and column. ``contender`` is the method,
     with its map where a method has several. ``seconds``, ``rows``, ``memory`` and ``device`` are what the
     map took (:mod:`attrib.running.costs`; NaN and "" where nothing is noted), ``time`` is Unix time.
 
@@ -75,6 +80,7 @@ def _rows(root: Path | str, broken: list[str]) -> pd.DataFrame:
     for item in listed:
         maps = _maps(item)
         due = _due(item, maps)
+        unasked = {u for u, f in (item.samples or {}).items() if f == UNASKED} - set(maps["uid"])
         entries = _entries(item)
         broken += item.cell.ledger.broken
         broken += [f"{path}: not a folder" for path in item.cell.misplaced()]
@@ -83,6 +89,10 @@ def _rows(root: Path | str, broken: list[str]) -> pd.DataFrame:
         for scores in (*own, *lost(entries["stage"], name, by_cell)):
             mine = entries[entries["stage"].isin({"load", "maps", scores.folder})]
             part = _metric_rows(item, scores, maps, due, mine)
+            waiting = part["state"] == "pending"
+            part["state"] = part["state"].mask(waiting & part["uid"].isin(unasked), "unasked")
+            if not scores.label and asked(workers(item.cell.folder, time.time())) == set():
+                part["state"] = part["state"].mask(waiting & part["uid"].isin(maps["uid"]), "mapped")
             parts.append(
                 part.assign(
                     cell=name,
@@ -227,6 +237,11 @@ def named(label: str, value: str) -> bool:
     return value in (label, label.split(" (")[0])
 
 
+def whole(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows for whoever needs the whole selection: samples that no run was asked for are pending, too."""
+    return frame.assign(state=frame["state"].astype(str).replace("unasked", "pending").astype("category"))
+
+
 def failed(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per cell, sample and reason why it failed: dataset, model, method, stage, reason, uid, as texts."""
     names = [*AXES, "stage", "reason", "uid"]
@@ -240,11 +255,11 @@ def failed(frame: pd.DataFrame) -> pd.DataFrame:
 def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """One row per cell, map and column, from :func:`rows`.
 
-    n samples, failed and pending ones; mean with its bootstrap interval (:func:`attrib.results.stats.interval`);
-    direction ↑ (higher is better), ↓ or nothing; ``best``: the best mean of its dataset, model and column, if there
-    are at least two and the column has a direction (several are best if they are equal up to rounding); mean seconds
-    and rows through the net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not
-    known.
+    n samples (of a cell that was asked for maps alone: those that have one), failed and pending ones; mean with its
+    bootstrap interval (:func:`attrib.results.stats.interval`); direction ↑ (higher is better), ↓ or nothing; ``best``:
+    the best mean of its dataset, model and column, if there are at least two and the column has a direction (several
+    are best if they are equal up to rounding); mean seconds and rows through the net per sample, peak memory in bytes,
+    device (several are joined by +), NaN and "" where not known.
     """
     found = []
     for names, group in frame.groupby(_GROUP, observed=True, sort=False):
@@ -254,7 +269,7 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
         found.append(
             {
                 **dict(zip(_GROUP, names, strict=True)),
-                "n": mean.n,
+                "n": mean.n + int(states.get("mapped", 0)),
                 "failed": int(states.get("failed", 0)),
                 "pending": int(states.get("pending", 0)),
                 "mean": mean.mean,

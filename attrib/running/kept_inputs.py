@@ -12,11 +12,12 @@ from attrib.classes import joined
 from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import Samples
+from attrib.models import probabilities
 from attrib.running.plan import Plan
 from attrib.store.cell import Arrays
-from attrib.types import UserError
+from attrib.types import Batch, UserError
 
-MOST = 24
+MOST = 100
 
 
 def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
@@ -32,6 +33,7 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
             batch = samples.batch([uid])
             plan.refresh_fingerprints([uid])
             arrays, info = shown_input(samples, uid)
+            info |= said(experiment, samples, batch)
         except UserError:
             raise
         except Exception:
@@ -41,6 +43,25 @@ def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
         target = plain(batch.target[0])
         kept.add(*plan.key(uid), arrays, name=target_name(experiment, target), target=target, **info)
     kept.flush()
+
+
+def said(experiment: Experiment, samples: Samples, batch: Batch) -> dict[str, Any]:
+    """Which class the net takes the one sample of a batch for, how surely, and whether that is its label.
+
+    ``predicted``, ``predicted_name``, ``probability``, ``right``, as far as they are known: no net without a decision
+    is asked, nor for a sample that has several labels, and what is right is known where the label is explained.
+    """
+    model = samples.model.original
+    if not model.output.read.decides or batch.target.ndim != 1:
+        return {}
+    logits = model.logits(batch.x)
+    if not logits.isfinite().all():
+        return {}
+    best = int(logits[0].argmax())
+    found: dict[str, Any] = {"predicted": best, "predicted_name": experiment.class_name(best)}
+    if model.link is not None:
+        found["probability"] = float(probabilities(logits, link=model.link)[0, best])
+    return {**found, "right": best == int(batch.target[0])} if samples.target == "label" else found
 
 
 def target_name(experiment: Experiment, target: int | list[int]) -> str:

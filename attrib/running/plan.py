@@ -33,6 +33,7 @@ class Plan:
     experiment: Experiment
     cell: Cell
     selected: tuple[str, ...]  # by the rules of the dataset, before limit and shard
+    asked: tuple[str, ...]  # those within the limit, of all shards together
     uids: tuple[str, ...]  # of this run
     fingerprints: dict[str, str]
     state_key: str | None
@@ -93,7 +94,8 @@ def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: 
     prints = Fingerprints(root, writer)
     whole = experiment.samples(experiment.dataset.uids, options.read)
     selected = experiment.select.apply(experiment.dataset, lambda u: load_confidence(root, whole, u, stop, prints))
-    uids = tuple(u for u in selected[: options.limit] if keys.shard_of(u, options.shards) == options.shard)
+    asked = selected[: options.limit]
+    uids = tuple(u for u in asked if keys.shard_of(u, options.shards) == options.shard)
     fitted_on = None if experiment.method.fit is None else experiment.estimation_samples(options.read)
     if fitted_on is not None:
         prints.of(fitted_on.dataset, fitted_on.uids)
@@ -106,7 +108,7 @@ def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: 
     original, seconds = experiment.original_key(fitted_on), _mean_seconds(c.maps for c in alike)
     fitted = state_key is None or state_path(root, state_key).exists()
     fits = 0 if fitted_on is None else len(fitted_on.uids)
-    found = Plan(experiment, cell, selected, uids, fingerprints, state_key, original, fitted, fits, seconds)
+    found = Plan(experiment, cell, selected, asked, uids, fingerprints, state_key, original, fitted, fits, seconds)
     index = cell.maps.index()
     found.present = {u for u in uids if found.key(u) in index}
     for name in experiment.metrics:

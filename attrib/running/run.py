@@ -190,5 +190,5 @@ def _open(plan: Plan) -> None:
         raise UserError(f"{error}; if it is damaged, `attrib cache repair` moves it away") from error
     if there != spec["key"]:
         raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
-    plan.cell.write_samples(plan.selected, plan.fingerprints)
+    plan.cell.write_samples(plan.selected, plan.fingerprints, plan.asked)
     plan.cell.begin()

@@ -281,7 +281,9 @@ class Scores(Stage):
         spec, precision = keys.spec(self._metric), self.plan.experiment.score_precision
         if precision != "float32":
             spec = {**spec, "precision": precision}
-        _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES)
+        about = getattr(self._metric, "ABOUT", {})  # as below: a user's metric may be older
+        bounds = getattr(self._metric, "BOUNDS", {})
+        _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES, about, bounds)
         self._looked = time.monotonic()
         reads = getattr(self._metric, "NEEDS_INPUT", True) or self._metric.NEEDS_EXPLAIN  # a user's may be older
         return self.plan.experiment.stored_samples(todo, self.shared.options.read, inputs=reads)
@@ -339,7 +341,7 @@ def own_scores(maps: Maps) -> None:
         present = rows.present()
         missing = maps.targets(u for u in plan.uids if plan.key(u) not in present)
         if missing:
-            _describe(rows, column, {"class": column}, {column: direction}, {})
+            _describe(rows, column, {"class": column}, {column: direction}, {}, {column: method.EXTRAS.get(column, "")})
         for uid in missing:
             try:
                 value = float(maps.read(uid, [column])[column])
@@ -351,11 +353,21 @@ def own_scores(maps: Maps) -> None:
         rows.flush()
 
 
-def _describe(rows: ScoreRows, name: str, spec: Any, columns: Mapping[str, str], curves: Mapping[str, str]) -> None:
+def _describe(
+    rows: ScoreRows,
+    name: str,
+    spec: Any,
+    columns: Mapping[str, str],
+    curves: Mapping[str, str],
+    about: Mapping[str, str],
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """``metric.json`` of a folder of scores, unless it is there."""
     path = rows.folder / "metric.json"
     if not path.exists():
-        write_json(path, {"name": name, "spec": spec, "columns": dict(columns), "curves": dict(curves)})
+        declared = {"columns": dict(columns), "curves": dict(curves)}
+        said = {"about": {c: about[c] for c in columns if about.get(c)}, "bounds": dict(bounds or {})}
+        write_json(path, {"name": name, "spec": spec, **declared, **said})
 
 
 def _only(uids: tuple[str, ...], arrays: Mapping[str, np.ndarray], keep: np.ndarray) -> Result:

@@ -17,7 +17,7 @@ target, boxes), so data that changed on disk is computed anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from attrib.store.schemas import SampleList
 
 __all__ = [
     "READING",
+    "UNASKED",
     "Arrays",
     "Cell",
     "DamagedError",
@@ -46,6 +47,7 @@ __all__ = [
     "write_json",
 ]
 
+UNASKED = ""  # in the place of the fingerprint of a sample that no run was asked for (``limit``)
 FORMAT = 1  # of a cell's folder, see docs/work-directory.md; a cell that does not say has this one, too
 
 
@@ -90,22 +92,28 @@ class Cell:
         if not (self.folder / "spec.json").exists():
             write_json(self.folder / "spec.json", spec)
 
-    def write_samples(self, uids: Sequence[str], fingerprints: Mapping[str, str]) -> None:
+    def write_samples(
+        self, uids: Sequence[str], fingerprints: Mapping[str, str], asked: Collection[str] | None = None
+    ) -> None:
         """Which samples the cell is about now: the whole selection, each with the fingerprint that counts.
 
         ``fingerprints`` holds those known now. For other uids, and for files that cannot be read now, the
         fingerprint noted earlier stays. Data that was taken away or changed later is not in the cell's table.
+        ``asked``: those within the run's limit, default all. What an earlier run was asked for stays asked for.
         """
         # Two shards that write in the same instant may lose each other's fingerprints. Then the latest
         # result of those samples counts, until the next run.
         before = self.samples()
         readable = {uid: value for uid, value in fingerprints.items() if value != UNREADABLE}
-        after = {uid: readable.get(uid, before.get(uid)) for uid in uids}
+        mine = set(uids if asked is None else asked)
+        after = {uid: readable.get(uid, before.get(uid, UNASKED)) for uid in uids}
+        after |= {uid: None for uid, value in after.items() if value == UNASKED and uid in mine}
         if after != before or not self._samples_path.exists():
             write_json(self._samples_path, after)
 
     def samples(self) -> dict[str, str | None]:
-        """uid -> fingerprint that counts, None for a sample no run has looked at yet (``limit``, ``shard``).
+        """uid -> fingerprint that counts, None for a sample no run has looked at yet (of a shard that has not begun),
+        ``UNASKED`` for one that no run was asked for.
 
         Empty where nobody has written it. Raises UserError if the file is damaged.
         """
@@ -146,7 +154,7 @@ class Cell:
 
 def counts(about: Mapping[str, str | None] | None, uid: str, fingerprint: str) -> bool:
     """Whether a stored result is of a sample as it is now. ``about``: see ``Cell.about``."""
-    return about is None or (uid in about and about[uid] in (None, fingerprint))
+    return about is None or (uid in about and about[uid] in (None, UNASKED, fingerprint))
 
 
 def cells(root: Path) -> list[Cell]:

@@ -29,6 +29,10 @@ class Info(TypedDict, total=False):
     name: str
     tokens: list[str]
     rate: Annotated[float, Meta(ge=1, le=1e9)]
+    predicted: int  # the class that the net takes the sample for
+    predicted_name: str
+    probability: Annotated[float, Meta(ge=0, le=1)]  # of that class
+    right: bool  # whether it is the sample's label
 
 
 class SampleNote(TypedDict):
@@ -51,7 +55,7 @@ class Entry(TypedDict):
 
 
 Confidences = dict[str, tuple[str, float]]  # uid -> fingerprint and the model's confidence
-SampleList = dict[str, str | None]  # samples.json: uid -> fingerprint that counts
+SampleList = dict[str, str | None]  # samples.json: uid -> fingerprint that counts, see Cell.samples
 
 
 # ---- cells ------------------------------------------------------------------------------------------
@@ -115,6 +119,8 @@ class MetricNote(Struct):
     spec: dict[str, Any] | None = None
     columns: dict[str, Literal["higher", "lower", "none"]] = {}
     curves: dict[str, str] = {}
+    about: dict[str, str] = {}
+    bounds: dict[str, tuple[float, float]] = {}
 
 
 # ---- runs -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from attrib.errors import UNREADABLE, UserError, printable
 from attrib.process.exit_status import DAMAGED
 from attrib.process.signals import LEFT
-from attrib.store.cell import Cell, Record, ScoreRows, cells, counts
+from attrib.store.cell import UNASKED, Cell, Record, ScoreRows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
 from attrib.store.reading import document
@@ -36,8 +36,8 @@ class StageStatus:
     """Maps, or one metric's scores, of a cell, counted in samples.
 
     name      "maps" or the score folder, ``<name>.<key8>``
-    todo      samples that lack it and did not fail; no run has looked at ``unseen`` of them yet (run.limit, or a shard
-              that has not begun)
+    todo      samples that lack it and did not fail; no run has looked at ``unseen`` of them yet (of a shard that
+              has not begun)
     asked     whether the newest run computes it; scores of an earlier configuration are not waited for
     rate      samples per second of all workers that are running this stage; None if there are none
     seconds   of one worker per sample: as measured now, else as recorded; None if neither is known
@@ -67,7 +67,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class CellStatus:
-    """``samples`` are those that the cell is about (None: it does not say, all that is stored counts).
+    """``samples`` are those that runs were asked for (None: the cell does not say, all that is stored counts).
 
     ``broken`` names files that could not be read, each with the error; what they held counts as to do. ``readable``:
     whether spec.json and, if there is one, samples.json could be read. ``workers`` are the running ones and the last of
@@ -233,7 +233,7 @@ class Observer:
         index = _tried(cell.maps.index, nothing, broken, cell.maps.folder)
         broken += cell.maps.broken
         mapped = counted(index)
-        due = mapped if said is None else set(said)
+        due = mapped if said is None else mapped | {uid for uid, f in said.items() if f != UNASKED}
         failures = _failures(cell.ledger, said, broken)
         runs = workers(cell.folder, now, self._silent)
         broken += [line for worker in runs for line in worker.broken]
@@ -267,7 +267,7 @@ class Observer:
             named += bad.values()
         found = CellStatus(
             name=cell.folder.name,
-            samples=None if said is None else len(said),
+            samples=None if said is None else len(due),
             stages=tuple(stages),
             workers=tuple(current(runs)),
             runs=len(runs),
@@ -365,7 +365,7 @@ def _failures(
     broken += ledger.broken
     for entry in entries:
         uid, stage = entry["uid"], entry["stage"]
-        if said is None or (uid in said and (said[uid] is None or entry["fingerprint"] in (said[uid], UNREADABLE))):
+        if said is None or (uid in said and (not said[uid] or entry["fingerprint"] in (said[uid], UNREADABLE))):
             found.setdefault(stage, {})[uid] = Failure(uid, stage, entry["reason"], entry["time"])
     return found
 
