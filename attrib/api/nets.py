@@ -89,6 +89,7 @@ class Net:
             dtype=getattr(torch, self.options.dtype),
             spec=getattr(net, "spec", {}),
             input_shape=shape,
+            fold=self.options.fold,
         )
 
     def _wrapped(self) -> nn.Module:

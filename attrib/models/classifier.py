@@ -18,6 +18,7 @@ from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
 from attrib.models.device_memory import is_out_of_memory, of_the_device, release_memory, without_tf32
 from attrib.models.exam import Exam, examine
+from attrib.models.fast import fast_net, fast_split
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
@@ -61,6 +62,8 @@ class Classifier:
                  predictions (of the class to explain, of the samples to select), it goes by the original's.
                  Any other classifier is its own original
     precision    the arithmetic of the net, see ``with_precision``
+    fold         whether the net may be computed with its batch norms folded into the layers in front of them, and in
+                 another memory format (``attrib.models.fast``). ``module`` stays as it is
 
     Raises UserError for a layer that does not exist, and for a net that is refused.
     """
@@ -79,6 +82,7 @@ class Classifier:
         original: Classifier | None = None,
         output: Output | Mapping[str, Any] | Take | None = None,
         classes: ClassNames | None = None,
+        fold: bool = True,
     ) -> None:
         if rows < 1:
             raise UserError(f"run.rows must be at least 1, not {rows}")
@@ -101,6 +105,8 @@ class Classifier:
         if self._outputs is not None:
             self.check_classes(self._outputs)
         self._admission = Admission(self.module, self.output, exam)
+        self.fold = fold and not self.output.read.per_sample  # a graph would keep the region of the first sample
+        self._net: Callable[[Tensor], Tensor] = fast_net(self.module) if self.fold else self.module
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
         self._graphs = Graphs(self.module)
@@ -212,7 +218,7 @@ class Classifier:
 
         For what is cut into pieces elsewhere, see ``chunked``; else ``logits`` and ``gradient`` are the way.
         """
-        return self._computed(self.module, x)
+        return self._computed(self._net, x)
 
     def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return computed(self.precision, self.device, self.dtype, function, *inputs)
@@ -456,7 +462,8 @@ class Classifier:
         if role not in self._splits:
             if x is None:
                 raise RuntimeError(f"call until({role!r}, x) before after({role!r}, ...)")
-            self._splits[role] = split(self.module, self.path(role), x)
+            cut = split(self.module, self.path(role), x)
+            self._splits[role] = fast_split(cut, self.module, self.path(role)) if self.fold else cut
         return self._splits[role]
 
     @torch.no_grad()
@@ -534,6 +541,7 @@ class Classifier:
                 again = not kept
                 leaf, z = front(rows, True) if again else kept.pop()
                 (found,) = torch.autograd.grad(z, leaf, grad[rows])
+                found = found.contiguous()
                 if not again:
                     self.passed -= len(x)  # they went through the net once, and were counted then
                 return found
@@ -566,7 +574,7 @@ class Classifier:
             with ExitStack() as stack:
                 for role in found:
                     stack.enter_context(hooked(self.layer(role), catch(role)))
-                self(x[rows].clone())
+                self._computed(self.module, x[rows].clone())
             for role, outputs in found.items():
                 if len(outputs) != 1:
                     raise UserError(
@@ -630,6 +638,6 @@ class Classifier:
                 out = self(value) if role is None else self._rear(role, value, rest, rows, len(z))
                 values = objective(out, rows)
                 (grad,) = torch.autograd.grad(values.sum(), leaf)
-            return values.detach(), grad
+            return values.detach(), grad.contiguous()
 
         return self.chunked(piece, len(z))

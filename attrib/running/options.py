@@ -20,6 +20,8 @@ class Options:
     batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
               allows (``attrib.running.batch_size``)
     rows      rows that go through the net at once; halved when memory runs out
+    fold      compute nets with their batch norms folded into the layers in front of them, and in the memory format that
+              is faster (``attrib.models.fast``)
     deterministic   the same bits in every run on the same GPU (``attrib.process.repeatable``)
     flush     seconds after which finished samples are made durable
     grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
@@ -33,6 +35,7 @@ class Options:
     dtype: str = "float32"
     batch: int | Literal["auto"] = FIXED
     rows: int = 64
+    fold: bool = True
     deterministic: bool = False
     shard: int = 0
     shards: int = 1
