@@ -264,6 +264,17 @@ def test_hooks_see_the_net_as_it_is_written(always):
     assert len(seen) == 1
 
 
+def test_weights_are_cast_once_for_half_precision(always):
+    net, x = drawn(SharedNorm).float(), images().float()
+    fast = fast_net(net)
+    fast(x)
+    (way_,) = fast._ways
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(fast(x), way_(x))
+        assert {p.dtype for p in way_.within(torch.bfloat16).graph.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in way_.graph.parameters()} == {torch.float32}
+
+
 def test_a_method_gives_the_same_maps_in_half_precision_too(always):
     net = drawn(SharedNorm).float()
     batch = Batch(("a", "b"), images(2).float(), torch.tensor([0, 2]))

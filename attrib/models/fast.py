@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
-from attrib.models.folding import channels_last, folded, graph_of, hooked
+from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
 from attrib.models.split import CannotSplitError, Front, GraphSplit, Split
 from attrib.models.ways_back import gradient, near
 
@@ -45,7 +45,10 @@ class Fast:
         self._known: dict[tuple[torch.Size, ...], bool] = {}  # shapes of inputs -> whether the fast one does
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self._way(inputs)(*inputs)
+        way, device = self._way(inputs), inputs[0].device.type
+        if isinstance(way, _Way) and torch.is_autocast_enabled(device):
+            way = way.within(torch.get_autocast_dtype(device))
+        return way(*inputs)
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         if self._ways == () or not all(map(_suits, inputs)) or hooked(self._slow):
@@ -87,19 +90,17 @@ class Fast:
         return False
 
     def _made(self, inputs: list[Tensor]) -> list[_Way]:
-        """The ways that may be faster."""
-        graph = self._slow
-        if not isinstance(graph, fx.GraphModule):
-            graph = graph_of(graph)
-            one = [x[:1] for x in inputs]
-            if not near(*(_gradient(function, one) for function in (graph, self._slow))):
-                raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
-        new, mostly = folded(graph, *(x[:1] for x in inputs))
-        found = [_Way(new, False, new is not graph)]
+        """The ways that may be faster. Raises CannotSplitError for a net whose graph is another function."""
+        graph = self._slow if isinstance(self._slow, fx.GraphModule) else graph_of(self._slow)
+        one = [x[:1] for x in inputs]
+        new, mostly = folded(graph, *one)
+        found = [_Way(new, False, True)] if new is not graph else []
         # Which format is faster is measured, and may be another one in another run.
         if mostly and inputs[0].ndim == 4 and not torch.are_deterministic_algorithms_enabled():
-            found.append(_Way(channels_last(new), True, new is not graph))
-        return found if len(found) > 1 or new is not graph else []
+            found = [_Way(new, False, new is not graph), _Way(channels_last(new), True, new is not graph)]
+        if found and graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
+            raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
+        return found
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
         """Whether a way gives what the function as it was does."""
@@ -122,8 +123,15 @@ class _Way:
     """A graph that computes in one memory format, and takes and gives tensors as they are elsewhere."""
 
     def __init__(self, graph: fx.GraphModule, last: bool, folds: bool) -> None:
-        self.graph, self.last = graph, last
+        self.graph, self.last, self._folds = graph, last, folds
+        self._within: dict[torch.dtype, _Way] = {}
         self.described = f"{'norms folded, ' if folds else ''}{'channels_last' if last else 'contiguous'} memory"
+
+    def within(self, dtype: torch.dtype) -> _Way:
+        """The same for use within torch.autocast, which else would cast frozen weights anew in every pass."""
+        if dtype not in self._within:
+            self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
+        return self._within[dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:
         if not self.last:

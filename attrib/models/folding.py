@@ -9,6 +9,7 @@ reads, is in the graph; that the one layer gives what the two did is not taken f
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from attrib.models.device_memory import of_the_device
 from attrib.models.split import CannotSplitError, trace
 from attrib.models.ways_back import gradient
+
+_Convert = Callable[[Tensor], Tensor]
 
 # Of the largest number that a norm gives: rounding, of which deep sums make some hundred times the precision.
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-12}
@@ -70,24 +73,35 @@ def _with(graph: fx.GraphModule, new: fx.Graph, more: dict[str, nn.Module]) -> d
 
 def channels_last(graph: fx.GraphModule) -> fx.GraphModule:
     """The same function with the weights of 2-d convolutions in this memory format; all else is shared."""
+    two = (nn.Conv2d, nn.ConvTranspose2d)
+    return _converted(graph, two, lambda p: p.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p)
+
+
+def cast(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    """The same function within torch.autocast to ``dtype``, which casts the weights of these layers in every pass."""
+    return _converted(graph, (nn.modules.conv._ConvNd, nn.Linear), lambda p: p.to(dtype))
+
+
+def _converted(graph: fx.GraphModule, kinds: tuple[type[nn.Module], ...], to: _Convert) -> fx.GraphModule:
+    """The graph with converted parameters of layers of these kinds."""
     found = _with(graph, graph.graph, {})
     for target, module in found.items():
         if isinstance(module, nn.Module):
-            found[target] = _channels_last(module)
+            found[target] = _converted_module(module, kinds, to)
     return fx.GraphModule(found, copy.deepcopy(graph.graph))
 
 
-def _channels_last(module: nn.Module) -> nn.Module:
+def _converted_module(module: nn.Module, kinds: tuple[type[nn.Module], ...], to: _Convert) -> nn.Module:
     if isinstance(module, fx.GraphModule):
-        return channels_last(module)
+        return _converted(module, kinds, to)
     if isinstance(module, nn.Sequential):
-        return nn.Sequential(*map(_channels_last, module))
-    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d) or is_parametrized(module) or _hooks(module):
+        return nn.Sequential(*(_converted_module(each, kinds, to) for each in module))
+    if not isinstance(module, kinds) or is_parametrized(module) or _hooks(module):
         return module
     new = copy.copy(module)
-    new._parameters = dict(module._parameters)
-    weight = module.weight.contiguous(memory_format=torch.channels_last)
-    new._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    new._parameters = {
+        name: None if p is None else nn.Parameter(to(p), requires_grad=False) for name, p in module._parameters.items()
+    }
     return new
 
 
