@@ -66,6 +66,7 @@ lint: .venv/installed
 	$(BIN)/lint-imports
 
 bench: .venv/installed  ## speed as ratios to plain loops in the same run
+	$(BIN)/python tools/bench/bench_peers.py
 	$(BIN)/python tools/bench/bench.py
 	$(BIN)/python tools/bench/bench_fisher.py --draws 8 --rows 8
 	$(BIN)/python tools/bench/bench_cd.py

@@ -23,7 +23,7 @@ from attrib.models.zoo import input_of, timm_net
 from attrib.running.options import Options
 from attrib.types import UserError
 
-RUN = ("device", "dtype", "batch", "rows")  # the settings of run.* that mean something here
+RUN = ("device", "dtype", "batch", "rows", "fold")  # the settings of run.* that mean something here
 
 
 def named(group: str, name: str) -> str:
@@ -89,6 +89,7 @@ class Net:
             dtype=getattr(torch, self.options.dtype),
             spec=getattr(net, "spec", {}),
             input_shape=shape,
+            fold=self.options.fold,
         )
 
     def _wrapped(self) -> nn.Module:

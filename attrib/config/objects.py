@@ -241,6 +241,7 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         input_shape=shape,
         output=output_of(node.get("output"), f"{where}: output"),
         classes=names_of_classes(node, target(arguments, where), where),
+        fold=options.fold,
     )
     if not how.layers:
         return model

@@ -26,6 +26,7 @@ from attrib.methods.parts.modules import check_modules_alone, check_relus
 from attrib.models import Classifier
 from attrib.models.device_memory import of_the_device
 from attrib.models.reading import check_layout
+from attrib.models.sizes import START
 from attrib.models.ways_back import with_contiguous_norms
 from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
@@ -386,7 +387,8 @@ class _Score(nn.Module):
     def __init__(self, net: Callable[..., Tensor], model: Classifier) -> None:
         super().__init__()
         self.net = net
-        self._limit = max(model.rows, 2)  # an input and its baseline cannot be parted
+        rows = max(model.rows, START) if model.rows_given == "auto" else model.rows
+        self._limit = max(rows, 2)  # an input and its baseline cannot be parted
         self.rows = 0
 
     def forward(self, x: Tensor, target: Tensor, *rest: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
-from attrib.models.device_memory import is_out_of_memory, of_the_device, release_memory, without_tf32
+from attrib.models.device_memory import is_lost, is_out_of_memory, of_the_device, release_memory, without_tf32
 from attrib.models.exam import Exam, examine
+from attrib.models.fast import fast_net, fast_split
 from attrib.models.forms import own_path, private_copy, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
 from attrib.models.output_kinds import Classes, Link
 from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.reading import Name, Reading, described, find
+from attrib.models.sizes import START, fitting_rows
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
 from attrib.models.ways_back import check_way_back, with_contiguous_norms
@@ -49,7 +51,8 @@ class Classifier:
     module       maps (N, *input) to logits (N, K) or to other scores, perhaps by way of ``output``
     layers       role -> module path, e.g. {"bottleneck": "features.17"}. None leaves the role out, as if it were not
                  named: cam and bottleneck are then found out when they are asked for (``default_layers``)
-    rows         how many rows go through the net at a time; halved when memory runs out
+    rows         how many rows go through the net at a time; halved when memory runs out. "auto": found out when the net
+                 is first tried, see ``attrib.models.sizes``
     spec         plain description of how the net was built, part of ``key``
     input_shape  if given, the net is tried on noise images of this shape, and their logits are compared before and
                  after the preparation
@@ -61,6 +64,8 @@ class Classifier:
                  predictions (of the class to explain, of the samples to select), it goes by the original's.
                  Any other classifier is its own original
     precision    the arithmetic of the net, see ``with_precision``
+    fold         whether the net may be computed with its batch norms folded into the layers in front of them, and in
+                 another memory format (``attrib.models.fast``). ``module`` stays as it is
 
     Raises UserError for a layer that does not exist, and for a net that is refused.
 
@@ -76,7 +81,7 @@ class Classifier:
         module: nn.Module,
         layers: Mapping[str, str | None] | None = None,
         *,
-        rows: int = 64,
+        rows: int | Literal["auto"] = START,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         spec: Mapping[str, Any] | None = None,
@@ -85,13 +90,16 @@ class Classifier:
         original: Classifier | None = None,
         output: Output | Mapping[str, Any] | Take | None = None,
         classes: ClassNames | None = None,
+        fold: bool = True,
     ) -> None:
-        if rows < 1:
-            raise UserError(f"run.rows must be at least 1, not {rows}")
+        if rows != "auto" and rows < 1:
+            raise UserError(f"run.rows must be at least 1, or auto, not {rows}")
         given, module = module, unwrapped(module)
         self.layers = {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None}
         self.output = Output.of(output)
-        self.rows, self.device, self.dtype = rows, torch.device(device), dtype
+        self.device, self.dtype = torch.device(device), dtype
+        self.rows_given = rows
+        self.rows, self._rows_open = (START, True) if rows == "auto" else (rows, False)
         without_tf32(self.device)
         self.variant, self.original = variant, original or self
         self.precision: Arithmetic = "float32"
@@ -107,6 +115,8 @@ class Classifier:
         if self._outputs is not None:
             self.check_classes(self._outputs)
         self._admission = Admission(self.module, self.output, exam)
+        self.fold = fold and not self.output.read.per_sample  # a graph would keep the region of the first sample
+        self._net: Callable[[Tensor], Tensor] = fast_net(self.module) if self.fold else self.module
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
         self._graphs = Graphs(self.module)
@@ -143,6 +153,7 @@ class Classifier:
             with torch.no_grad(), self.output.alone(net):
                 before = net(probe.clone())
             self._outputs = before.shape[1]
+            self._fit_rows(net, probe)
         seen: set[int] = set()
         for path, child in list(net.named_modules(remove_duplicate=False)):
             if getattr(child, "inplace", False):
@@ -177,6 +188,7 @@ class Classifier:
         """
         if self._admission.see(x, lengths, self.rows):
             self._splits.clear()
+        self._fit_rows(self.module, x[:1])
         return not self._admission.lengths_apart
 
     def of_one_length(self, x: Tensor) -> list[Tensor]:
@@ -186,6 +198,20 @@ class Classifier:
         """
         self.examine(x)
         return self._admission.of_one_length(x)
+
+    def _fit_rows(self, net: nn.Module, x: Tensor) -> None:
+        """Decide how many ``rows`` there are at a time, if that is open and x (1, *input) goes through."""
+        if not self._rows_open or not len(x):
+            return
+        self._rows_open = False
+        try:
+            with self.output.alone(net):
+                self.rows = fitting_rows(net, x)
+        except Exception as error:  # of the net itself, on this sample: whoever brought it will meet it
+            if is_lost(error):
+                raise
+            return
+        log.info("run.rows=auto: %d rows at a time", self.rows)
 
     def _admit(self, x: Tensor) -> None:
         """What comes before the layers of a net are read for x."""
@@ -226,7 +252,7 @@ class Classifier:
 
         For what is cut into pieces elsewhere, see ``chunked``; else ``logits`` and ``gradient`` are the way.
         """
-        return self._computed(self.module, x)
+        return self._computed(self._net, x)
 
     def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         found = computed(self.precision, self.device, self.dtype, function, *inputs)
@@ -471,7 +497,8 @@ class Classifier:
         if role not in self._splits:
             if x is None:
                 raise RuntimeError(f"call until({role!r}, x) before after({role!r}, ...)")
-            self._splits[role] = split(self.module, self.path(role), x)
+            cut = split(self.module, self.path(role), x)
+            self._splits[role] = fast_split(cut, self.module, self.path(role)) if self.fold else cut
         return self._splits[role]
 
     @torch.no_grad()
@@ -549,6 +576,7 @@ class Classifier:
                 again = not kept
                 leaf, z = front(rows, True) if again else kept.pop()
                 (found,) = torch.autograd.grad(z, leaf, grad[rows])
+                found = found.contiguous()
                 if not again:
                     self.passed -= len(x)  # they went through the net once, and were counted then
                 return found
@@ -581,7 +609,7 @@ class Classifier:
             with ExitStack() as stack:
                 for role in found:
                     stack.enter_context(hooked(self.layer(role), catch(role)))
-                self(x[rows].clone())
+                self._computed(self.module, x[rows].clone())
             for role, outputs in found.items():
                 if len(outputs) != 1:
                     raise UserError(
@@ -645,6 +673,6 @@ class Classifier:
                 out = self(value) if role is None else self._rear(role, value, rest, rows, len(z))
                 values = objective(out, rows)
                 (grad,) = torch.autograd.grad(values.sum(), leaf)
-            return values.detach(), grad
+            return values.detach(), grad.contiguous()
 
         return self.chunked(piece, len(z))

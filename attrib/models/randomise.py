@@ -178,4 +178,5 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         variant=about,
         original=original,
         output=original.output,
+        fold=original.fold,
     )

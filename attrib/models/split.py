@@ -93,7 +93,11 @@ def writes(node: fx.Node) -> bool:
 
 
 class GraphSplit:
-    """The net as two graphs, cut at the output of the module at ``path``."""
+    """The net as two graphs, cut at the output of the module at ``path``.
+
+    front_graph   x -> (z, *rest)
+    rear_graph    z, *rest -> logits
+    """
 
     def __init__(self, module: nn.Module, path: str) -> None:
         graph = trace(module, module.get_submodule(path))
@@ -114,8 +118,8 @@ class GraphSplit:
         rest = [n for n in graph.nodes if n in inputs and n not in behind and n in needs_input]
         # Parameters and what is computed from them alone are not handed over but computed again.
         constants = [n for n in graph.nodes if n not in needs_input]
-        self._front = self._build(module, graph, [], [n for n in graph.nodes if n not in rear_nodes], (cut, *rest))
-        self._rear = self._build(module, graph, [cut, *rest], constants + rear_nodes, None)
+        self.front_graph = self._build(module, graph, [], [n for n in graph.nodes if n not in rear_nodes], (cut, *rest))
+        self.rear_graph = self._build(module, graph, [cut, *rest], constants + rear_nodes, None)
 
     @staticmethod
     def _build(
@@ -142,11 +146,11 @@ class GraphSplit:
         return net
 
     def front(self, x: Tensor) -> Front:
-        z, *rest = self._front(x)
+        z, *rest = self.front_graph(x)
         return Front(z, tuple(rest))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        return self._rear(z, *rest)
+        return self.rear_graph(z, *rest)
 
 
 class _StopForwardError(Exception):

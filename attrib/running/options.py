@@ -19,7 +19,10 @@ class Options:
     limit     only the first N samples of the selection
     batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
               allows (``attrib.running.batch_size``)
-    rows      rows that go through the net at once; halved when memory runs out
+    rows      rows that go through the net at once; halved when memory runs out; "auto": as many as suit the caches of a
+              CPU, or the free memory of a GPU (``attrib.models.sizes``)
+    fold      compute nets with their batch norms folded into the layers in front of them, and in the memory format that
+              is faster (``attrib.models.fast``)
     deterministic   the same bits in every run on the same GPU (``attrib.process.repeatable``)
     flush     seconds after which finished samples are made durable
     grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
@@ -32,7 +35,8 @@ class Options:
     device: str = "auto"
     dtype: str = "float32"
     batch: int | Literal["auto"] = FIXED
-    rows: int = 64
+    rows: int | Literal["auto"] = "auto"
+    fold: bool = True
     deterministic: bool = False
     shard: int = 0
     shards: int = 1

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -86,48 +87,64 @@ def tiles(count: int, size: int) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def acd(arguments: argparse.Namespace) -> None:
-    """The hierarchy of one digit, pixel by pixel: the method ``acd``, and the same walk whose sets go one at a time."""
+def both_ways(
+    rows: int, percentile: float = 99.0, steps: int = 5, released: bool = False, device: str = "cpu"
+) -> tuple[Callable[[], Tree], Callable[[], tuple[Tree, int]]]:
+    """The hierarchy of one digit, pixel by pixel: by the method ``acd``, and by the same walk with one set at a time.
+
+    The second also says how many sets those were.
+    """
     torch.manual_seed(0)
     module = AcdCNN().eval().requires_grad_(False)
-    model = Classifier(module, rows=arguments.rows, device=arguments.device)
+    model = Classifier(module, rows=rows, device=device)
     # A flat background with a figure on it, as a digit has.
     image = torch.zeros(1, 1, 28, 28) - 0.4242
     image[..., 5:23, 12:16] = 2.5
     image[..., 5:9, 8:20] = 1.8
     batch = Batch(("digit",), image.to(model.device), model.logits(image.to(model.device)).argmax(1))
-    fields = {"units": Partition(side=28), "percentile": arguments.percentile, "steps": arguments.steps}
-    method, asked = ACD(**fields, as_released=arguments.both), 0
+    method = ACD(units=Partition(side=28), percentile=percentile, steps=steps, as_released=released)
     layers = [module.conv1, nn.MaxPool2d(2), nn.ReLU(), module.conv2, nn.MaxPool2d(2), nn.ReLU()]
     layers += [nn.Flatten(), module.fc1, nn.ReLU(), module.fc2]
+    weights = np.eye(10)[int(batch.target)]
 
-    def one_at_a_time(_: np.ndarray, sets: np.ndarray) -> np.ndarray:
-        nonlocal asked
-        asked += len(sets)
-        masks = torch.from_numpy(sets).view(-1, 28, 28).to(batch.x)
-        return torch.cat([one_mask(layers, batch.x, mask)[0] for mask in masks]).double().cpu().numpy()
-
-    def fast() -> Tree:
+    def together() -> Tree:
         found = method.attribute(model, batch, {}, Noise(batch.uids, 0, device=model.device))
         return Tree.from_json(found["tree"][0])
 
+    @torch.no_grad()
+    def one_at_a_time() -> tuple[Tree, int]:
+        asked = 0
+
+        def scores(_: np.ndarray, sets: np.ndarray) -> np.ndarray:
+            nonlocal asked
+            asked += len(sets)
+            masks = torch.from_numpy(sets).view(-1, 28, 28).to(batch.x)
+            return torch.cat([one_mask(layers, batch.x, mask)[0] for mask in masks]).double().cpu().numpy()
+
+        walk = agglomerate((28, 28), weights, Rules(percentile, steps))
+        (found,) = drive([walk], scores)
+        tree = grow((28, 28), found.units, found.levels, found.whole, weights, range(10), int(batch.target), None)
+        return tree, asked
+
+    return together, one_at_a_time
+
+
+def acd(arguments: argparse.Namespace) -> None:
+    """Prints how long both ways take."""
+    fast, slow = both_ways(arguments.rows, arguments.percentile, arguments.steps, arguments.both, arguments.device)
     fast()  # warm
     start = time.perf_counter()
     ours = fast()
     together_s = time.perf_counter() - start
-    weights = np.eye(10)[int(batch.target)]
-    with torch.no_grad():
-        start = time.perf_counter()
-        walk = agglomerate((28, 28), weights, Rules(arguments.percentile, arguments.steps))
-        (found,) = drive([walk], one_at_a_time)
-        slow_s = time.perf_counter() - start
-    theirs = grow((28, 28), found.units, found.levels, found.whole, weights, range(10), int(batch.target), None)
+    start = time.perf_counter()
+    theirs, asked = slow()
+    slow_s = time.perf_counter() - start
     names = [{node.id for node in tree.nodes[tree.n :]} for tree in (ours, theirs)]
     print(
         f"acd of a 28 px digit, percentile {arguments.percentile:g}, {arguments.steps} steps, {asked} sets, "
-        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {model.device}: one at a "
-        f"time {slow_s:.2f} s, method=acd {together_s:.2f} s with rows={model.rows}: {slow_s / together_s:.1f} times; "
-        f"{len(names[0] & names[1])} of {len(names[1])} components are the same"
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}: one "
+        f"at a time {slow_s:.2f} s, method=acd {together_s:.2f} s with rows={arguments.rows}: "
+        f"{slow_s / together_s:.1f} times; {len(names[0] & names[1])} of {len(names[1])} components are the same"
     )
 
 

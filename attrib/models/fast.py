@@ -1,0 +1,215 @@
+"""A net as it is best computed: batch norms folded, and in the memory format that is faster. A *how*."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attrib.models.device_memory import is_lost
+from attrib.models.exam import tolerance
+from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
+from attrib.models.split import CannotSplitError, Front, GraphSplit, Split
+from attrib.models.ways_back import gradient, near
+
+log = logging.getLogger(__name__)
+
+LEAST = 10**7  # products a row, below which a net is too small to gain anything
+GAIN = 0.95  # the share of the time that another memory format may take at most
+REPEATS = 2
+
+
+class Fast:
+    """A function of tensors, (N, ...) each, as it is best computed.
+
+    How is found out at its first call, which takes as long as about twenty rows: all samples shall be computed alike.
+    Its results are the same up to rounding, which is tried on rows of the inputs, for every shape of them. That
+    gradients flow in the same way is tried on the graph before anything is folded: it makes the very same calls, while
+    rounding alone turns some ReLUs on or off, and a single one in a deep layer can change a gradient by a percent.
+    Where something is not the same, where torch.fx cannot trace the function, or while somebody has hooks on its
+    modules, it is computed as it was.
+
+    slow    the function as it was: a net, or a part of one
+    name    of the net, for the log
+    what    "" for the net, else what part of it that is
+    """
+
+    def __init__(self, slow: nn.Module, name: str, what: str = "") -> None:
+        self._slow, self._name, self._what = slow, name, what
+        self._ways: tuple[_Way, ...] | None = None  # once it was made: the fast one, or none
+        self._known: dict[tuple[torch.Size, ...], bool] = {}  # shapes of inputs -> whether the fast one does
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        way, device = self._way(inputs), inputs[0].device.type
+        if isinstance(way, _Way) and torch.is_autocast_enabled(device):
+            way = way.within(torch.get_autocast_dtype(device))
+        return way(*inputs)
+
+    def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+        if self._ways == () or not all(map(_suits, inputs)) or hooked(self._slow):
+            return self._slow
+        shapes = tuple(x.shape[1:] for x in inputs)
+        if shapes not in self._known:
+            self._known[shapes] = self._try(inputs)
+        return self._ways[0] if self._ways and self._known[shapes] else self._slow
+
+    def _try(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether there is a fast way for inputs of these shapes."""
+        if self._ways is None and _products(self._slow, inputs[0]) < LEAST:
+            return False
+        dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
+        two = [x[:2].detach().to(dtype) for x in inputs]
+        device = two[0].device.type
+        try:
+            with torch.autocast(device, enabled=False):
+                ways = self._made(two) if self._ways is None else self._ways
+                good = [way for way in ways if self._same(way, two)]
+        except CannotSplitError as reason:
+            return self._not(str(reason))
+        except Exception as error:  # of memory, which is short, or of a net that does not run as a graph
+            if is_lost(error):
+                raise
+            return self._not(f"{type(error).__name__}: {error}".splitlines()[0])
+        if not good:
+            return self._not("its logits are not the same up to rounding" if ways else "")
+        if self._ways is None:
+            self._ways = (min(good, key=self._times(good, two).__getitem__),) if len(good) > 1 else (good[0],)
+            log.info("%s%s: %s", self._name, self._what, self._ways[0].described)
+        return True
+
+    def _not(self, reason: str) -> bool:
+        if self._ways is None:
+            self._ways = ()
+        if reason:
+            log.info("%s%s is computed as it is written, not with its norms folded: %s", self._name, self._what, reason)
+        return False
+
+    def _made(self, inputs: list[Tensor]) -> list[_Way]:
+        """The ways that may be faster. Raises CannotSplitError for a net whose graph is another function."""
+        graph = self._slow if isinstance(self._slow, fx.GraphModule) else graph_of(self._slow)
+        one = [x[:1] for x in inputs]
+        new, mostly = folded(graph, *one)
+        found = [_Way(new, False, True)] if new is not graph else []
+        # Which format is faster is measured, and may be another one in another run.
+        if mostly and inputs[0].ndim == 4 and not torch.are_deterministic_algorithms_enabled():
+            found = [_Way(new, False, new is not graph), _Way(channels_last(new), True, new is not graph)]
+        if found and graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
+            raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
+        return found
+
+    def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
+        """Whether a way gives what the function as it was does."""
+        with torch.no_grad():
+            pairs = list(zip(_tensors(way(*_copies(inputs))), _tensors(self._slow(*_copies(inputs))), strict=True))
+        return all(_close(got, expected) for got, expected in pairs)
+
+    def _times(self, ways: list[_Way], inputs: list[Tensor]) -> dict[_Way, float]:
+        """Seconds forwards and backwards, a memory format other than the given one with a handicap."""
+        best = dict.fromkeys(ways, math.inf)
+        for _ in range(REPEATS):
+            for way in ways:
+                start = _now(inputs[0].device)
+                _gradient(way, [x[:1] for x in inputs])
+                best[way] = min(best[way], _now(inputs[0].device) - start)
+        return {way: seconds / (GAIN if way.last else 1) for way, seconds in best.items()}
+
+
+class _Way:
+    """A graph that computes in one memory format, and takes and gives tensors as they are elsewhere."""
+
+    def __init__(self, graph: fx.GraphModule, last: bool, folds: bool) -> None:
+        self.graph, self.last, self._folds = graph, last, folds
+        self._within: dict[torch.dtype, _Way] = {}
+        self.described = f"{'norms folded, ' if folds else ''}{'channels_last' if last else 'contiguous'} memory"
+
+    def within(self, dtype: torch.dtype) -> _Way:
+        """The same for use within torch.autocast, which else would cast frozen weights anew in every pass."""
+        if dtype not in self._within:
+            self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
+        return self._within[dtype]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if not self.last:
+            return self.graph(*inputs)
+        found = self.graph(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
+        return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
+
+
+class FastSplit:
+    """A net that is cut by its graph, with both parts as they are best computed."""
+
+    def __init__(self, cut: GraphSplit, name: str, path: str) -> None:
+        self._front = Fast(cut.front_graph, name, f" before {path}")
+        self._rear = Fast(cut.rear_graph, name, f" behind {path}")
+
+    def front(self, x: Tensor) -> Front:
+        z, *rest = self._front(x)
+        return Front(z, tuple(rest))
+
+    def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        logits: Tensor = self._rear(z, *rest)
+        return logits
+
+
+def fast_net(net: nn.Module) -> Fast:
+    """A net (N, *input) -> logits (N, K).
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 2)).eval()
+    >>> fast_net(net)(torch.ones(1, 3, 8, 8)).shape
+    torch.Size([1, 2])
+    """
+    return Fast(net, type(net).__name__)
+
+
+def fast_split(cut: Split, net: nn.Module, path: str) -> Split:
+    """One that is cut by hooks runs the net's own modules, as it must."""
+    return FastSplit(cut, type(net).__name__, path) if isinstance(cut, GraphSplit) else cut
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether a tensor is one of images, sounds or features, with numbers of its own."""
+    return (
+        x.is_floating_point() and x.ndim > 1 and len(x) > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _products(net: nn.Module, x: Tensor) -> int:
+    """At most so many products a row take the layers with weights, if none makes its input larger."""
+    places = math.prod(x.shape[2:])
+    each = (
+        sum(p.numel() for p in module.parameters(recurse=False)) * (1 if isinstance(module, nn.Linear) else places)
+        for module in net.modules()
+    )
+    return sum(each)
+
+
+def _copies(inputs: list[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in inputs]  # a net may change what it is given in place
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    """Whether numbers are equal up to rounding; what an input makes infinite or NaN must be so in both."""
+    size = expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=torch.finfo(torch.float32).tiny).item()
+    bound = tolerance(expected) * size
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=0, atol=bound, equal_nan=True)
+
+
+def _gradient(function: Callable[..., Any], inputs: list[Tensor]) -> Tensor | None:
+    first, *others = _copies(inputs)
+    return gradient(lambda x: _tensors(function(x, *others))[0], first.requires_grad_())
+
+
+def _now(device: torch.device) -> float:
+    """Seconds. Those of the process are the same however busy the machine is, where it computes in one thread."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()

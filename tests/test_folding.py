@@ -1,0 +1,283 @@
+"""Folded nets are the nets as they were, up to rounding, and what cannot be folded is left alone."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from attrib.methods.baselines import Gradient
+from attrib.models import Classifier
+from attrib.models.fast import Fast, fast_net
+from attrib.models.folding import channels_last, folded, graph_of
+from attrib.noise import Noise
+from attrib.types import Batch
+
+
+def images(n: int = 4, side: int = 8) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(3)).double()
+
+
+class Block(nn.Module):
+    """Layers that a subclass connects, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm, self.second, self.act = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+
+class NormFirst(Block):
+    def features(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.other(self.act(self.norm(self.act(x))))
+
+
+class AfterSum(Block):
+    def features(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.norm(x + self.other(x))
+
+
+class SharedNorm(Block):
+    def features(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.other(self.act(self.norm(self.conv(x))))))
+
+
+class UsedTwice(Block):
+    def features(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x)))
+        return self.second(self.other(self.act(self.norm(self.other(x)))))
+
+
+class ReadElsewhere(Block):
+    def features(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.act(self.norm(x)) * x
+
+
+class Fused(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchNormAct2d(4)
+
+
+class Grouped(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 3, groups=4))
+
+
+class Transposed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(3, 4, 3, stride=2)
+
+
+class TransposedInGroups(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 4, 3, groups=2))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that is not linear in its weights (Qiao et al., 2019)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+class WithStandardised(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Standardised(3, 4, 3)
+
+
+class Stopped(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach()) + 0 * x
+
+
+class WithStopped(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Stopped(4)
+
+
+class Vectors(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU()
+        )
+
+
+def drawn(kind: type[nn.Module]) -> nn.Module:
+    """A net in float64 and eval mode, whose norms have statistics and weights."""
+    torch.manual_seed(0)
+    net = kind().double().eval().requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                module.weight.uniform_(-2, 2)
+                module.bias.normal_()
+    return net
+
+
+def norms(net: nn.Module) -> int:
+    return sum(
+        isinstance(net.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
+        for node in net.graph.nodes
+        if node.op == "call_module"
+    )
+
+
+def way(function, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    logits = function(leaf)
+    return logits.detach(), torch.autograd.grad(logits[:, 1].sum(), leaf)[0]
+
+
+# net -> norms that stay
+CASES = {
+    Block: 0, NormFirst: 1, AfterSum: 1, SharedNorm: 0, UsedTwice: 0, ReadElsewhere: 1, Fused: 0, Grouped: 0,
+    Transposed: 0, TransposedInGroups: 1, WithStandardised: 1, WithStopped: 1, Vectors: 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+def test_a_folded_net_is_the_same_function(kind):
+    net, x = drawn(kind), images()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    graph = graph_of(net)
+    new, _ = folded(graph, x[:2])
+    assert norms(new) == CASES[kind]
+    assert (new is graph) == (norms(new) == norms(graph))
+    for each in (new, channels_last(new)):
+        for got, expected in zip(way(each, x), way(net, x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.state_dict().keys() == before.keys()
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Nets of any size are folded."""
+    monkeypatch.setattr("attrib.models.fast.LEAST", 0)
+
+
+@pytest.mark.parametrize("layer", ["conv", "norm", "act", "features_of", "norm2"])
+def test_a_cut_net_gives_what_its_layer_gives(always, layer):
+    net = drawn(SharedNorm)
+    net.norm2 = nn.BatchNorm2d(4).double().eval()
+    if layer == "features_of":
+        net = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 3, 1), drawn(Block).conv, drawn(Block).norm), nn.ReLU(), nn.Flatten()
+        )
+        layer = "0"
+    elif layer == "norm2":
+        net = nn.Sequential(drawn(Block).conv, nn.BatchNorm2d(4), nn.Flatten()).double()
+        layer = "1"
+    elif layer != "conv":
+        net = drawn(Block)
+    slow, fast = (Classifier(net, {"a": layer}, dtype=torch.float64, fold=fold) for fold in (False, True))
+    x = images()
+    (z, rest), (expected, other) = fast.until("a", x), slow.until("a", x)
+    torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-12)
+    assert z.is_contiguous()
+    torch.testing.assert_close(z, slow.record(["a"], x)["a"], rtol=1e-10, atol=1e-12)
+    objective = lambda logits, rows: logits[:, 0]  # noqa: E731
+    for got, wanted in zip(fast.gradient(z, objective, "a", rest), slow.gradient(z, objective, "a", other)):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_it_is_made_once_and_tried_for_every_shape(always, caplog):
+    caplog.set_level(logging.INFO, "attrib.models.fast")
+    net = drawn(Fused)
+    fast = fast_net(net)
+    for side in (8, 10):
+        x = images(2, side)
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-10, atol=1e-12)
+    assert fast._ways
+    assert len(fast._known) == 2
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["Fused"]
+
+
+def test_small_nets_and_texts_stay_as_they_are():
+    net = drawn(Block)
+    fast = fast_net(net)
+    fast(images())
+    assert fast._ways is None
+    embedding = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+    assert Fast(embedding, "texts")(torch.ones(4, 2, dtype=torch.long)).shape == (4, 2)
+
+
+class Branching(Block):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x if x.mean() > 100 else -x)
+
+
+class Detached(Block):
+    def features(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.act(self.norm(self.conv(x)))
+        return gate * self.second(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(Branching, "cannot trace"), (Detached, "stops gradients"), (NormFirst, None)]
+)
+def test_a_net_that_cannot_be_folded_stays_and_the_log_says_why(always, caplog, kind, reason):
+    caplog.set_level(logging.INFO, "attrib.models.fast")
+    net, x = drawn(kind), images()
+    fast = fast_net(net)
+    for _ in range(2):
+        for got, expected in zip(way(fast, x), way(net, x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    if reason is not None:
+        (record,) = caplog.records
+        assert reason in record.message
+
+
+def test_hooks_see_the_net_as_it_is_written(always):
+    model = Classifier(drawn(Block), {"norm": "norm"}, dtype=torch.float64)
+    x, seen = images(), []
+    model.logits(x)
+    handle = model.layer("norm").register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model.logits(x)
+    handle.remove()
+    assert len(seen) == 1
+    model.logits(x)
+    assert len(seen) == 1
+
+
+def test_weights_are_cast_once_for_half_precision(always):
+    net, x = drawn(SharedNorm).float(), images().float()
+    fast = fast_net(net)
+    fast(x)
+    (way_,) = fast._ways
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(fast(x), way_(x))
+        assert {p.dtype for p in way_.within(torch.bfloat16).graph.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in way_.graph.parameters()} == {torch.float32}
+
+
+def test_a_method_gives_the_same_maps_in_half_precision_too(always):
+    net = drawn(SharedNorm).float()
+    batch = Batch(("a", "b"), images(2).float(), torch.tensor([0, 2]))
+    models = [Classifier(net, fold=fold).with_precision("bfloat16") for fold in (False, True)]
+    slow, fast = (Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"] for model in models)
+    assert (slow - fast).norm() < 0.05 * slow.norm()
