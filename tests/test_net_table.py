@@ -14,7 +14,8 @@ from net_zoo import ZOO, Entry
 from torch import Tensor, nn
 
 from attrib.methods.baselines import Gradient
-from attrib.types import UserError
+from attrib.methods.lrp import LRP
+from attrib.types import SampleError, UserError
 
 CELLS = {
     "vit with registers": {"grad_cam": "works", "iba": "works", "gradient": "works"},
@@ -65,6 +66,17 @@ class Broken(Gradient):
         raise ValueError("no luck")
 
 
+class Lost(LRP):
+    def attribute(self, model, batch, state, noise):
+        raise SampleError("a: LRP did not conserve the relevance")
+
+
+class Incomplete(LRP):
+    def attribute(self, model, batch, state, noise):
+        found = super().attribute(model, batch, state, noise)
+        return {**found, "map": found["map"] / 2}
+
+
 OUTCOMES = {
     Gradient: ("works", ""),
     OfTheBatch: ("wrong", "AssertionError: map of sample . alone differs"),
@@ -72,6 +84,8 @@ OUTCOMES = {
     Small: ("wrong", "map is \\(2, 32, 64\\)"),
     Refuses: ("refused", "the layer conv1"),
     Broken: ("wrong", "ValueError: no luck"),
+    Lost: ("wrong", "relevance is lost"),
+    Incomplete: ("wrong", "bias_relevance is"),
 }
 
 

@@ -145,7 +145,8 @@ class Output:
         wanted = "a classifier returns a tensor (N, K) of logits"
         if not isinstance(logits, Tensor):
             raise UserError(
-                f"{net} returns {_described(logits)}{taken}; {wanted}. Set model.output to {_advice(logits)}"
+                f"{net} returns {_described(logits)}{taken}; {wanted}. Set model.output (in Python: "
+                f"Classifier(net, output=...)) to {_advice(logits)}"
             )
         shape = tuple(logits.shape)
         if logits.ndim == 2 and shape[0] == rows and shape[1] >= self.read.LEAST and logits.is_floating_point():
@@ -251,7 +252,8 @@ def _described(raw: Any) -> str:
     if isinstance(raw, tuple | list):
         return f"a {kind} of {len(raw)} ({', '.join(map(_short, raw[:4]))}{', ...' if len(raw) > 4 else ''})"
     fields = [f"{name} {_short(value)}" for name, value in list(_fields(raw).items())[:6]]
-    return f"a {kind}{' with ' + ', '.join(fields) if fields else ''}"
+    article = "an" if kind[0] in "AEIOU" else "a"
+    return f"{article} {kind}{' with ' + ', '.join(fields) if fields else ''}"
 
 
 def _short(value: Any) -> str:

@@ -56,7 +56,8 @@ def near(got: Tensor | None, expected: Tensor | None) -> bool:
 
 def with_contiguous_norms(result: Tensor) -> Tensor:
     """``result`` itself, computed of one row; on its way back every batch norm gets a gradient that is contiguous."""
-    nodes, seen = [result.grad_fn], set()
+    nodes: list[Node | None] = [result.grad_fn]
+    seen: set[Node] = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
