@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,9 @@ def forbid_global_rng() -> Iterator[None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a global random state was used; draw from the sample's Noise")
 
-    torch.overrides.get_overridable_functions()  # torch.fx asks for this list once; it must not see the patches
+    # torch.fx asks for this list once, and torch.export loads that module; neither must see the patches.
+    torch.overrides.get_overridable_functions()
+    importlib.import_module("torch._dynamo")
     with pytest.MonkeyPatch.context() as patch:
         for owner, names in ((torch, _TORCH), (torch.Tensor, _TENSOR), (np.random, _NUMPY), (random, _PYTHON)):
             for name in (*names, "seed" if owner in (np.random, random) else "manual_seed"):

@@ -262,7 +262,7 @@ def test_padding_does_not_change_a_graph(case):
         torch.testing.assert_close(found.effect, graphs[1].layers[path].effect, rtol=0, atol=1e-10, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", [Last, Convolved])
+@pytest.mark.parametrize("kind", [pytest.param(Last, marks=pytest.mark.slow), Convolved])
 def test_a_net_that_sees_padding_is_searched_with_texts_of_one_length_at_a_time(kind):
     net, model = text_model(kind)
     batch = Texts().batch(Texts.uids)
@@ -280,6 +280,7 @@ def test_a_net_that_sees_padding_is_searched_with_texts_of_one_length_at_a_time(
         assert found.effect[unit].item() == pytest.approx(sum(falls) / len(falls), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_layers_that_see_no_tokens_have_no_map_of_a_text():
     model, x = prepared("Bert")
     batch, structure = batch_of(x), Structure.of(model, x)

@@ -116,7 +116,8 @@ def test_method(path):
     method_contract(method, build_model, explained(method, pictures(4), state), state)
 
 
-# They differ from lrp_epsilon in what they do with convolutions, of which these nets have none.
+# They differ from lrp_epsilon in what they do with convolutions, of which these nets have none. (causal_gradient makes
+# many graphs; test_causal_transformers.py has quick tests of it on texts.)
 OF_CONVOLUTIONS = ("lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box")
 
 
@@ -124,7 +125,7 @@ OF_CONVOLUTIONS = ("lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box")
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(p, marks=[pytest.mark.slow] if p.stem in OF_CONVOLUTIONS else [])
+        pytest.param(p, marks=[pytest.mark.slow] if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") else [])
         for p in METHODS
         if "text" in load(p).MODALITIES
     ],

@@ -340,7 +340,7 @@ def _gradient(
         kept[call.node] = call, call.weight * mask
 
     def piece(rows: slice) -> tuple[Tensor, Tensor]:
-        leaves = []
+        leaves: list[Tensor] = []
 
         def at_start(value: Tensor) -> Tensor:
             leaves.append(value.detach().requires_grad_())
@@ -359,4 +359,4 @@ def _gradient(
             logit = structure.graph.propagate(given, rule)[:, graph.target]
             return leaves[0].detach(), torch.autograd.grad(logit.sum(), leaves[0])[0]
 
-    return model.chunked(piece, len(x))  # type: ignore[no-any-return]
+    return model.chunked(piece, len(x))
