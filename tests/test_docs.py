@@ -11,6 +11,7 @@ import yaml
 from attrib.config.places import configs
 
 DOCS = Path(__file__).parent.parent / "docs"
+GROUPS = ("dataset", "model", "method", "metric", "paper", "train")
 
 
 @pytest.mark.parametrize("group", ["method", "metric"])
@@ -45,8 +46,39 @@ def test_every_preset_that_a_page_names_exists() -> None:
                     assert own or (configs() / group / f"{name}.yaml").exists(), f"{page.name}: {group}={name}"
 
 
+def test_the_gallery_leaves_nothing_out() -> None:
+    """Each method in one row: name and picture, formula, use, limits, cost, paper."""
+    lines = (DOCS / "methods.md").read_text().splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(names) == sorted(path.stem for path in (configs() / "method").glob("*.yaml"))
+    for row in rows:
+        assert len(row) == 6, row
+        assert all(cell.strip(" –") for cell in row), row
+        shown = [DOCS / source for source in re.findall(r'src="(\S+?)"', row[0])]
+        assert shown or re.findall(r"`(\w+)`", row[0])[0] in ("captum", "input_iba_stages"), row[0]
+        assert all(picture.is_file() and picture.stat().st_size > 500 for picture in shown), row[0]
+    assert sum(path.stat().st_size for path in (DOCS / "pictures" / "methods").iterdir()) < 600_000
+
+
 def test_every_page_is_in_the_sites_contents() -> None:
     contents = yaml.safe_load(re.sub(r"!!\S+", "", (DOCS.parent / "mkdocs.yml").read_text()))["nav"]
     listed = set(re.findall(r"[\w/-]+\.md", str(contents)))
     pages = [*DOCS.rglob("*.md"), *(path.with_suffix(".md") for path in DOCS.rglob("*.ipynb"))]
     assert {str(page.relative_to(DOCS)) for page in pages} == listed
+
+
+OWN = {"mine", "scans", "positive_cam", "pointing", "my_lstm"}  # what the pages tell how to add
+
+
+def test_commands_name_what_there_is() -> None:
+    known = {group: {path.stem for path in (configs() / group).glob("*.yaml")} for group in GROUPS}
+    pages = [DOCS.parent / "README.md", *DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]
+    found = 0
+    for page in pages:
+        for command in re.findall(r"attrib [a-z]+ [^\n`]*(?:\\\n[^\n]*)*", page.read_text()):
+            for group, names in re.findall(rf"(?<![\w.+])({'|'.join(GROUPS)})=\[?([a-z_0-9,]+)(?![\w(.])", command):
+                for name in filter(None, names.split(",")):
+                    assert name in known[group] | OWN, f"{page.name}: {command}"
+                    found += 1
+    assert found > 100

@@ -63,7 +63,7 @@ class Experiment:
             if holds not in part.MODALITIES:
                 raise UserError(
                     f"{name} is for {' and '.join(part.MODALITIES)} data, but dataset {self.names['dataset']} holds "
-                    f"{holds}; {advice.get(name, 'README.md lists the methods for it')}"
+                    f"{holds}; {advice.get(name, 'docs/use.md lists the methods for it')}"
                 )
         object.__setattr__(self, "target", parsed(self.target, self._known_classes))
         self._check_output()
