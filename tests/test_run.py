@@ -16,7 +16,7 @@ from tiny import command, only_cell, pictures, write_image
 from attrib.methods.iba import IBA
 from attrib.results import tables
 from attrib.running.hooks import Heartbeat
-from attrib.store.cell import Arrays, cells
+from attrib.store.cell import UNASKED, Arrays, cells
 from attrib.store.files import picture_path
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
@@ -109,6 +109,15 @@ def test_how_does_not_change_what(run):
 
 def test_limit_grows_the_same_cell(run):
     assert summary(run("method=random", "run.limit=2"))["maps_computed"] == 2
+    cell = only_cell(run.root)
+    assert [value == UNASKED for value in cell.samples().values()].count(True) == 4
+    (rows,) = [group for name, group in tables.rows(run.root).groupby("column") if name == "insertion"]
+    assert rows["state"].value_counts().to_dict() == {"ok": 2, "unasked": 4}
+    (kept,) = (run.root / "state").glob("pictures.*")
+    for record in Arrays(kept).index().values():  # what the net says of them, for the report
+        said = record.info
+        assert said["right"] == (said["predicted"] == said["target"])
+        assert 0 < said["probability"] <= 1
     again = summary(run("method=random"))
     assert (again["maps_computed"], again["maps_present"]) == (4, 2)
 

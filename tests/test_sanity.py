@@ -88,8 +88,8 @@ def test_chosen_layers_and_what_is_compared(check):
     table = summary(check.root).reset_index()
     assert table["column"].unique().tolist() == ["hog"]
     assert table["place"].tolist() == [2, 6]  # the classifier is the last two layers
-    assert table[["n", "pending"]].to_numpy().tolist() == [[3, 3]] * 2
-    assert "at most: 3 pending" in result.out
+    assert table[["n", "pending"]].to_numpy().tolist() == [[3, 0]] * 2
+    assert "pending" not in result.out
     assert len(cells(check.root)) == 3
     alone = check("method=gradient", "sanity.layers=features.5", "sanity.mode=independent", "run.limit=3")
     assert "small_cnn-random-only-features-5" in {c.folder.name.split(".")[1] for c in cells(check.root)}

@@ -107,8 +107,8 @@ class Results:
     ) -> pd.DataFrame:
         """One row per sample, cell, map, metric and column: the rows of ``attrib table --rows``.
 
-        A row without a value is a sample that failed (``stage``, ``reason``) or is still to be computed; ``state``
-        says which of the three. The columns are described at :func:`attrib.results.tables.rows`.
+        A row without a value is a sample that failed (``stage``, ``reason``), or one that has no score yet; ``state``
+        says which. The columns are described at :func:`attrib.results.tables.rows`.
         """
         frame = self._where(dataset=dataset, model=model, method=method, metric=metric, map=map, column=column)
         if uid is None:

@@ -38,7 +38,8 @@ def hopeless(tests: pd.DataFrame, confidence: float = 0.95) -> list[Hopeless]:
         if pairs and p * pairs > 1 - confidence:
             sizes = range(n, stats.LARGE_PERMUTATION + 2)
             needed = next(k for k in sizes if stats.smallest_p(k) * pairs <= 1 - confidence)
-            found.append(Hopeless(*map(str, names), n, pairs, p, needed))
+            dataset, model, metric, column = map(str, names)
+            found.append(Hopeless(dataset, model, metric, column, n, pairs, p, needed))
     return found
 
 

@@ -83,6 +83,7 @@ class CellStatus:
     broken: tuple[str, ...]
     eta: float | None = None
     readable: bool = True
+    unasked: int = 0  # selected samples without maps that no run was asked for (run.limit)
 
     @property
     def left(self) -> bool:
@@ -191,7 +192,7 @@ class Observer:
         """For each stage that lacks results, the folder that has more of them under an older path of the class."""
         for status in statuses:
             maps, *scores = status.stages
-            if maps.todo or not maps.done:
+            if maps.todo or status.unasked or not maps.done:
                 for folder in every.keys() - self._specs.keys():
                     self._specs[folder] = read_object(every[folder].folder / "spec.json")
                 known = {folder: self._specs[folder] for folder in every}
@@ -274,6 +275,7 @@ class Observer:
             failures=tuple(sorted(named, key=lambda failure: -failure.time)),
             broken=tuple(printable(line) for line in dict.fromkeys(broken)),
             readable=readable,
+            unasked=0 if said is None else len(said) - len(due & said.keys()),
         )
         if not running or found.seconds is None:
             return found
