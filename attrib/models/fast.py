@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
-from attrib.models.split import CannotSplitError, Front, GraphSplit, Split
+from attrib.models.split import CannotSplitError, GraphSplit, Split
 from attrib.models.ways_back import gradient, near
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,28 @@ class Fast:
     def __init__(self, slow: nn.Module, name: str, what: str = "") -> None:
         self._slow, self._name, self._what = slow, name, what
         self._ways: tuple[_Way, ...] | None = None  # once it was made: the fast one, or none
+        self._graph = slow  # as it was traced
+        self._alike: dict[torch.dtype, bool] = {}  # of torch.autocast -> whether the graph does the same in it
         self._known: dict[tuple[torch.Size, ...], bool] = {}  # shapes of inputs -> whether the fast one does
 
     def __call__(self, *inputs: Tensor) -> Any:
         way, device = self._way(inputs), inputs[0].device.type
         if isinstance(way, _Way) and torch.is_autocast_enabled(device):
-            way = way.within(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            if dtype not in self._alike:
+                self._alike[dtype] = self._same_within(inputs)
+            way = way.within(dtype) if self._alike[dtype] else self._slow
         return way(*inputs)
+
+    def _same_within(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether the graph does what the function does within torch.autocast, on which a net may depend."""
+        if self._graph is self._slow:
+            return True
+        one = [x[:1].detach() for x in inputs]
+        with torch.no_grad():
+            expected, got = _tensors(self._slow(*_copies(one))), _tensors(self._graph(*_copies(one)))
+        same = all(a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(expected, got))
+        return same or self._not("it depends on torch.autocast, which torch.fx does not see")
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         if self._ways == () or not all(map(_suits, inputs)) or hooked(self._slow):
@@ -100,6 +115,7 @@ class Fast:
             found = [_Way(new, False, new is not graph), _Way(channels_last(new), True, new is not graph)]
         if found and graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
             raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
+        self._graph = graph
         return found
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
@@ -140,22 +156,6 @@ class _Way:
         return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 
-class FastSplit:
-    """A net that is cut by its graph, with both parts as they are best computed."""
-
-    def __init__(self, cut: GraphSplit, name: str, path: str) -> None:
-        self._front = Fast(cut.front_graph, name, f" before {path}")
-        self._rear = Fast(cut.rear_graph, name, f" behind {path}")
-
-    def front(self, x: Tensor) -> Front:
-        z, *rest = self._front(x)
-        return Front(z, tuple(rest))
-
-    def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        logits: Tensor = self._rear(z, *rest)
-        return logits
-
-
 def fast_net(net: nn.Module) -> Fast:
     """A net (N, *input) -> logits (N, K).
 
@@ -167,8 +167,12 @@ def fast_net(net: nn.Module) -> Fast:
 
 
 def fast_split(cut: Split, net: nn.Module, path: str) -> Split:
-    """One that is cut by hooks runs the net's own modules, as it must."""
-    return FastSplit(cut, type(net).__name__, path) if isinstance(cut, GraphSplit) else cut
+    """A net cut at ``path``, with both parts as they are best computed; one that is cut by hooks needs its modules."""
+    if not isinstance(cut, GraphSplit):
+        return cut
+    name = type(net).__name__
+    front, rear = cut.front_graph, cut.rear_graph
+    return cut.computed_by(Fast(front, name, f" before {path}"), Fast(rear, name, f" behind {path}"))
 
 
 def _suits(x: Tensor) -> bool:
