@@ -84,6 +84,7 @@ class Fast:
             with torch.autocast(device, enabled=False):
                 ways = self._made(two) if self._ways is None else self._ways
                 good = [way for way in ways if self._same(way, two)]
+                seconds = self._times(good, two) if self._ways is None and len(good) > 1 else {}
         except CannotSplitError as reason:
             return self._not(str(reason))
         except Exception as error:  # of memory, which is short, or of a net that does not run as a graph
@@ -93,7 +94,7 @@ class Fast:
         if not good:
             return self._not("its logits are not the same up to rounding" if ways else "")
         if self._ways is None:
-            self._ways = (min(good, key=self._times(good, two).__getitem__),) if len(good) > 1 else (good[0],)
+            self._ways = (min(good, key=lambda way: seconds.get(way, 0.0)),)
             log.info("%s%s: %s", self._name, self._what, self._ways[0].described)
         return True
 
