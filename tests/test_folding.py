@@ -252,6 +252,21 @@ def test_a_net_that_cannot_be_folded_stays_and_the_log_says_why(always, caplog, 
         assert reason in record.message
 
 
+class InFloat(Block):
+    def features(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().features(x.float())
+
+
+def test_a_net_that_depends_on_autocast_stays_as_it_is_there(always):
+    net, x = drawn(InFloat).float(), images().float()
+    fast = fast_net(net)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            assert torch.equal(fast(x), net(x))
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
+
+
 def test_hooks_see_the_net_as_it_is_written(always):
     model = Classifier(drawn(Block), {"norm": "norm"}, dtype=torch.float64)
     x, seen = images(), []

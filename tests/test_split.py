@@ -458,7 +458,7 @@ def test_tied_weights_and_shared_storage():
     model.until("layer", images(1, 3, 32, 32))
     halves = model._splits["layer"]
     own = {id(p) for p in model.module.parameters()}
-    assert {id(p) for half in (halves._front, halves._rear) for p in half.parameters()} <= own
+    assert {id(p) for half in (halves.front_graph, halves.rear_graph) for p in half.parameters()} <= own
 
 
 # Hooks do not stay --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
-from attrib.models.split import CannotSplitError, Front, GraphSplit, Split
+from attrib.models.split import CannotSplitError, GraphSplit, Split
 from attrib.models.ways_back import gradient, near
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,29 @@ class Fast:
     def __init__(self, slow: nn.Module, name: str, what: str = "") -> None:
         self._slow, self._name, self._what = slow, name, what
         self._ways: tuple[_Way, ...] | None = None  # once it was made: the fast one, or none
+        self._graph = slow  # as it was traced
+        self._alike: dict[torch.dtype, bool] = {}  # of torch.autocast -> whether the graph does the same in it
         self._known: dict[tuple[torch.Size, ...], bool] = {}  # shapes of inputs -> whether the fast one does
 
     def __call__(self, *inputs: Tensor) -> Any:
         way, device = self._way(inputs), inputs[0].device.type
         if isinstance(way, _Way) and torch.is_autocast_enabled(device):
-            way = way.within(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            if dtype not in self._alike:
+                self._alike[dtype] = self._same_within(inputs)
+            way = way.within(dtype) if self._alike[dtype] else self._slow
         return way(*inputs)
+
+    def _same_within(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether the graph does what the function does within torch.autocast, on which a net may depend."""
+        if self._graph is self._slow:
+            return True
+        one = [x[:1].detach() for x in inputs]
+        with torch.no_grad():
+            expected, got = _tensors(self._slow(*_copies(one))), _tensors(self._graph(*_copies(one)))
+        back = [_gradient(function, one) for function in (self._slow, self._graph)]  # finer than a few rounded logits
+        same = all(map(_identical, [*expected, back[0]], [*got, back[1]]))
+        return same or self._not("it depends on torch.autocast, which torch.fx does not see")
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         if self._ways == () or not all(map(_suits, inputs)) or hooked(self._slow):
@@ -69,6 +85,7 @@ class Fast:
             with torch.autocast(device, enabled=False):
                 ways = self._made(two) if self._ways is None else self._ways
                 good = [way for way in ways if self._same(way, two)]
+                seconds = self._times(good, two) if self._ways is None and len(good) > 1 else {}
         except CannotSplitError as reason:
             return self._not(str(reason))
         except Exception as error:  # of memory, which is short, or of a net that does not run as a graph
@@ -78,7 +95,7 @@ class Fast:
         if not good:
             return self._not("its logits are not the same up to rounding" if ways else "")
         if self._ways is None:
-            self._ways = (min(good, key=self._times(good, two).__getitem__),) if len(good) > 1 else (good[0],)
+            self._ways = (min(good, key=lambda way: seconds.get(way, 0.0)),)
             log.info("%s%s: %s", self._name, self._what, self._ways[0].described)
         return True
 
@@ -100,6 +117,7 @@ class Fast:
             found = [_Way(new, False, new is not graph), _Way(channels_last(new), True, new is not graph)]
         if found and graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
             raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
+        self._graph = graph
         return found
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
@@ -140,22 +158,6 @@ class _Way:
         return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 
-class FastSplit:
-    """A net that is cut by its graph, with both parts as they are best computed."""
-
-    def __init__(self, cut: GraphSplit, name: str, path: str) -> None:
-        self._front = Fast(cut.front_graph, name, f" before {path}")
-        self._rear = Fast(cut.rear_graph, name, f" behind {path}")
-
-    def front(self, x: Tensor) -> Front:
-        z, *rest = self._front(x)
-        return Front(z, tuple(rest))
-
-    def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        logits: Tensor = self._rear(z, *rest)
-        return logits
-
-
 def fast_net(net: nn.Module) -> Fast:
     """A net (N, *input) -> logits (N, K).
 
@@ -167,8 +169,12 @@ def fast_net(net: nn.Module) -> Fast:
 
 
 def fast_split(cut: Split, net: nn.Module, path: str) -> Split:
-    """One that is cut by hooks runs the net's own modules, as it must."""
-    return FastSplit(cut, type(net).__name__, path) if isinstance(cut, GraphSplit) else cut
+    """A net cut at ``path``, with both parts as they are best computed; one that is cut by hooks needs its modules."""
+    if not isinstance(cut, GraphSplit):
+        return cut
+    name = type(net).__name__
+    front, rear = cut.front_graph, cut.rear_graph
+    return cut.computed_by(Fast(front, name, f" before {path}"), Fast(rear, name, f" behind {path}"))
 
 
 def _suits(x: Tensor) -> bool:
@@ -201,6 +207,12 @@ def _close(got: Tensor, expected: Tensor) -> bool:
     size = expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=torch.finfo(torch.float32).tiny).item()
     bound = tolerance(expected) * size
     return got.shape == expected.shape and torch.allclose(got, expected, rtol=0, atol=bound, equal_nan=True)
+
+
+def _identical(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _gradient(function: Callable[..., Any], inputs: list[Tensor]) -> Tensor | None:

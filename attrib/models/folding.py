@@ -46,7 +46,7 @@ def folded(graph: fx.GraphModule, *inputs: Tensor) -> tuple[fx.GraphModule, bool
     mostly = trial.convolved > trial.multiplied / 4
     if not trial.replaced:
         return graph, mostly
-    new, copies = fx.Graph(), {}
+    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     root: dict[str, nn.Module] = {}
     for node in graph.graph.nodes:
         if node in trial.replaced:

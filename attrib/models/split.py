@@ -8,10 +8,11 @@ as ``rest``. ``HookSplit`` does the same job on nets that cannot be traced, by f
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -120,6 +121,14 @@ class GraphSplit:
         constants = [n for n in graph.nodes if n not in needs_input]
         self.front_graph = self._build(module, graph, [], [n for n in graph.nodes if n not in rear_nodes], (cut, *rest))
         self.rear_graph = self._build(module, graph, [cut, *rest], constants + rear_nodes, None)
+        self._front: Callable[..., Any] = self.front_graph
+        self._rear: Callable[..., Any] = self.rear_graph
+
+    def computed_by(self, front: Callable[..., Any], rear: Callable[..., Any]) -> GraphSplit:
+        """The same cut, whose graphs are computed by other functions."""
+        new = copy.copy(self)
+        new._front, new._rear = front, rear
+        return new
 
     @staticmethod
     def _build(
@@ -146,11 +155,12 @@ class GraphSplit:
         return net
 
     def front(self, x: Tensor) -> Front:
-        z, *rest = self.front_graph(x)
+        z, *rest = self._front(x)
         return Front(z, tuple(rest))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
-        return self.rear_graph(z, *rest)
+        logits: Tensor = self._rear(z, *rest)
+        return logits
 
 
 class _StopForwardError(Exception):
