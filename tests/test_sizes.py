@@ -46,6 +46,6 @@ def test_it_is_decided_once_and_a_number_stays_what_it_is():
     given = Classifier(wide(1024), rows=40, input_shape=(1, 64, 64))
     given.logits(x)
     assert given.rows == 40
-    with pytest.raises(UserError, match="run.rows must be at least 1"):
+    with pytest.raises(UserError, match=r"run\.rows must be at least 1"):
         Classifier(small_cnn(), rows=0)
     assert Options().rows == "auto"
