@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attrib.methods import Method
@@ -21,6 +22,10 @@ def checked(method: Method, batch: Batch, returned: Mapping[str, Any]) -> dict[s
     """
     name = type(method).__name__
     declared = {*method.MAPS, *method.EXTRAS, *method.DOCUMENTS}
+    if not isinstance(returned, Mapping):
+        raise UserError(
+            f"{name}.attribute returned a {type(returned).__name__}; it must be a mapping with {sorted(declared)}"
+        )
     if set(returned) != declared:
         raise UserError(f"{name}.attribute returned {sorted(returned)}, but MAPS and EXTRAS say {sorted(declared)}")
     arrays = {key: packed(returned[key]) for key in returned if key in method.DOCUMENTS}
@@ -28,10 +33,15 @@ def checked(method: Method, batch: Batch, returned: Mapping[str, Any]) -> dict[s
         if key not in arrays:
             if not isinstance(value, Tensor):
                 raise UserError(f"{name}: {key} is a {type(value).__name__}; it must be a tensor")
+            if value.is_complex() or value.layout != torch.strided:
+                kind = "complex" if value.is_complex() else f"of the layout {value.layout}"
+                raise UserError(f"{name}: {key} is {kind}; it must be a dense tensor of real numbers")
             arrays[key] = value.detach().float().cpu().numpy()
     for key, value in arrays.items():
         if not _fits(method, batch, key, value.shape):
-            raise UserError(f"{name}: {key} has shape {value.shape} for inputs {tuple(batch.x.shape)}")
+            places = batch.x.shape[2:] if batch.mask is None else batch.x.shape[1:]
+            wanted = f"; it must be {(len(batch), *places)}" if key in method.MAPS else ""
+            raise UserError(f"{name}: {key} has shape {value.shape} for inputs {tuple(batch.x.shape)}{wanted}")
         if batch.mask is not None and key in method.MAPS and value[~batch.mask.cpu().numpy()].any():
             raise UserError(f"{name}: {key} is not zero on the padding of the texts")
     return arrays
