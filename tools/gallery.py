@@ -53,8 +53,10 @@ TRAINING = {
 }  # good enough
 FIELDS: dict[str, dict[str, Any]] = {  # cheaper, or for a small estimation set, than the preset
     "extremal_perturbation": {"optimizer": "adam", "lr": 0.05, "steps": 80, "area_growth": 1.0355},
-    "iba_readout": {"lr": 1e-3, "epochs": 3},
-    "rise": {"samples": 500},
+    "iba_readout": {"lr": 1e-3, "epochs": 1},
+    "rise": {"samples": 300},
+    "lime": {"samples": 200},
+    "kernel_shap": {"samples": 200},
     **{name: {"samples": 25} for name in FISHER},
 }
 
