@@ -157,9 +157,9 @@ def _sample(
             tiles.append(Tile(scores=numbers, problem=problem or absent))
         else:
             own_image, own_roi, own_info = inputs_of[known[uid]]
-            drawn = tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item), longest)
+            shown = tile(map, own_image, own_roi, own_info, signed, numbers, problem, _is_sound(item), longest)
             said = ", ".join(f"{column} {value}" for column, value in numbers)
-            tiles.append(replace(drawn, alt=f"Map of {label} for {uid}" + (f": {said}" if said else "")))
+            tiles.append(replace(shown, alt=f"Map of {label} for {uid}" + (f": {said}" if said else "")))
     image = None if "tokens" in info else image
     if image is not None:
         image = spectrogram.draw(image, int(info["rate"]), roi=roi) if "rate" in info else pictures.outlined(image, roi)
