@@ -211,7 +211,7 @@ def test_it_is_made_once_and_tried_for_every_shape(always, caplog):
     for side in (8, 10):
         x = images(2, side)
         torch.testing.assert_close(fast(x), net(x), rtol=1e-10, atol=1e-12)
-    assert fast._ways
+    assert fast._fast is not None
     assert len(fast._known) == 2
     assert [record.message.partition(":")[0] for record in caplog.records] == ["Fused"]
 
@@ -220,7 +220,7 @@ def test_small_nets_and_texts_stay_as_they_are():
     net = drawn(Block)
     fast = fast_net(net)
     fast(images())
-    assert fast._ways is None
+    assert not fast._made
     embedding = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
     assert Fast(embedding, "texts")(torch.ones(4, 2, dtype=torch.long)).shape == (4, 2)
 
@@ -283,7 +283,7 @@ def test_weights_are_cast_once_for_half_precision(always):
     net, x = drawn(SharedNorm).float(), images().float()
     fast = fast_net(net)
     fast(x)
-    (way_,) = fast._ways
+    way_ = fast._fast
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(fast(x), way_(x))
         assert {p.dtype for p in way_.within(torch.bfloat16).graph.parameters()} == {torch.bfloat16}

@@ -1,10 +1,14 @@
-"""A net as it is best computed: batch norms folded, and in the memory format that is faster. A *how*."""
+"""A net as it is best computed: batch norms folded, and in the memory format that is faster. A *how*.
+
+On a CPU, nets whose work is mostly 2-d convolutions are computed in ``channels_last`` (docs/performance.md). This is a
+rule and not a measurement, which would choose differently in another run: then maps would agree up to rounding alone,
+and not to the bit.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +24,14 @@ from attrib.models.ways_back import gradient, near
 log = logging.getLogger(__name__)
 
 LEAST = 10**7  # products a row, below which a net is too small to gain anything
-GAIN = 0.95  # the share of the time that another memory format may take at most
-REPEATS = 2
 
 
 class Fast:
     """A function of tensors, (N, ...) each, as it is best computed.
 
-    How is found out at its first call, which takes as long as about twenty rows: all samples shall be computed alike.
-    Its results are the same up to rounding, which is tried on rows of the inputs, for every shape of them. That
-    gradients flow in the same way is tried on the graph before anything is folded: it makes the very same calls, while
+    How is found out at its first call, which takes as long as about ten rows: all samples shall be computed alike. Its
+    results are the same up to rounding, which is tried on rows of the inputs, for every shape of them. That gradients
+    flow in the same way is tried on the graph before anything is folded: it makes the very same calls, while
     rounding alone turns some ReLUs on or off, and a single one in a deep layer can change a gradient by a percent.
     Where something is not the same, where torch.fx cannot trace the function, or while somebody has hooks on its
     modules, it is computed as it was.
@@ -41,7 +43,8 @@ class Fast:
 
     def __init__(self, slow: nn.Module, name: str, what: str = "") -> None:
         self._slow, self._name, self._what = slow, name, what
-        self._ways: tuple[_Way, ...] | None = None  # once it was made: the fast one, or none
+        self._made = False
+        self._fast: _Way | None = None  # once it was made, if there is one
         self._graph = slow  # as it was traced
         self._alike: dict[torch.dtype, bool] = {}  # of torch.autocast -> whether the graph does the same in it
         self._known: dict[tuple[torch.Size, ...], bool] = {}  # shapes of inputs -> whether the fast one does
@@ -67,74 +70,61 @@ class Fast:
         return same or self._not("it depends on torch.autocast, which torch.fx does not see")
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        if self._ways == () or not all(map(_suits, inputs)) or hooked(self._slow):
+        given_up = self._made and self._fast is None
+        if given_up or not all(map(_suits, inputs)) or hooked(self._slow):
             return self._slow
         shapes = tuple(x.shape[1:] for x in inputs)
         if shapes not in self._known:
             self._known[shapes] = self._try(inputs)
-        return self._ways[0] if self._ways and self._known[shapes] else self._slow
+        return self._fast if self._fast is not None and self._known[shapes] else self._slow
 
     def _try(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether there is a fast way for inputs of these shapes."""
-        if self._ways is None and _products(self._slow, inputs[0]) < LEAST:
+        if not self._made and _products(self._slow, inputs[0]) < LEAST:
             return False
         dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
         two = [x[:2].detach().to(dtype) for x in inputs]
-        device = two[0].device.type
         try:
-            with torch.autocast(device, enabled=False):
-                ways = self._made(two) if self._ways is None else self._ways
-                good = [way for way in ways if self._same(way, two)]
-                seconds = self._times(good, two) if self._ways is None and len(good) > 1 else {}
+            with torch.autocast(two[0].device.type, enabled=False):
+                way = self._fast if self._made else self._make(two)
+                same = way is not None and self._same(way, two)
         except CannotSplitError as reason:
             return self._not(str(reason))
         except Exception as error:  # of memory, which is short, or of a net that does not run as a graph
             if is_lost(error):
                 raise
             return self._not(f"{type(error).__name__}: {error}".splitlines()[0])
-        if not good:
-            return self._not("its logits are not the same up to rounding" if ways else "")
-        if self._ways is None:
-            self._ways = (min(good, key=lambda way: seconds.get(way, 0.0)),)
-            log.info("%s%s: %s", self._name, self._what, self._ways[0].described)
+        if way is None or not same:
+            return self._not("" if way is None else "its logits are not the same up to rounding")
+        if not self._made:
+            self._made, self._fast = True, way
+            log.info("%s%s: %s", self._name, self._what, way.described)
         return True
 
     def _not(self, reason: str) -> bool:
-        if self._ways is None:
-            self._ways = ()
+        self._made = True  # a fast way that serves other shapes stays
         if reason:
             log.info("%s%s is computed as it is written, not with its norms folded: %s", self._name, self._what, reason)
         return False
 
-    def _made(self, inputs: list[Tensor]) -> list[_Way]:
-        """The ways that may be faster. Raises CannotSplitError for a net whose graph is another function."""
+    def _make(self, inputs: list[Tensor]) -> _Way | None:
+        """A way that may be faster. Raises CannotSplitError for a net whose graph is another function."""
         graph = self._slow if isinstance(self._slow, fx.GraphModule) else graph_of(self._slow)
         one = [x[:1] for x in inputs]
         new, mostly = folded(graph, *one)
-        found = [_Way(new, False, True)] if new is not graph else []
-        # Which format is faster is measured, and may be another one in another run.
-        if mostly and inputs[0].ndim == 4 and not torch.are_deterministic_algorithms_enabled():
-            found = [_Way(new, False, new is not graph), _Way(channels_last(new), True, new is not graph)]
-        if found and graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
+        last = mostly and inputs[0].ndim == 4 and inputs[0].device.type == "cpu"
+        if new is graph and not last:
+            return None
+        if graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
             raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
         self._graph = graph
-        return found
+        return _Way(channels_last(new) if last else new, last, new is not graph)
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
         """Whether a way gives what the function as it was does."""
         with torch.no_grad():
             pairs = list(zip(_tensors(way(*_copies(inputs))), _tensors(self._slow(*_copies(inputs))), strict=True))
         return all(_close(got, expected) for got, expected in pairs)
-
-    def _times(self, ways: list[_Way], inputs: list[Tensor]) -> dict[_Way, float]:
-        """Seconds forwards and backwards, a memory format other than the given one with a handicap."""
-        best = dict.fromkeys(ways, math.inf)
-        for _ in range(REPEATS):
-            for way in ways:
-                start = _now(inputs[0].device)
-                _gradient(way, [x[:1] for x in inputs])
-                best[way] = min(best[way], _now(inputs[0].device) - start)
-        return {way: seconds / (GAIN if way.last else 1) for way, seconds in best.items()}
 
 
 class _Way:
@@ -218,10 +208,3 @@ def _identical(a: Tensor | None, b: Tensor | None) -> bool:
 def _gradient(function: Callable[..., Any], inputs: list[Tensor]) -> Tensor | None:
     first, *others = _copies(inputs)
     return gradient(lambda x: _tensors(function(x, *others))[0], first.requires_grad_())
-
-
-def _now(device: torch.device) -> float:
-    """Seconds. Those of the process are the same however busy the machine is, where it computes in one thread."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.process_time() if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
