@@ -1,4 +1,4 @@
-"""What folding batch norms and ``channels_last`` gain, and how far from float64 the numbers are. See docs/performance.md.
+"""What folding batch norms and ``channels_last`` gain, and how far from float64 numbers are. See docs/performance.md.
 
 Weights are random in the table of speed, and trained in that of numbers.
 """
@@ -58,8 +58,8 @@ def speed() -> None:
         net, x = net.eval().requires_grad_(False), torch.randn(4 if name == "vgg16" else 8, 3, 224, 224)
         for way, function in ways(net, x).items():
             with torch.no_grad():
-                forward = seconds(lambda f=function: f(x), 3)
-            both = seconds(lambda f=function: gradient(f, x), 2)
+                forward = seconds(lambda f=function, x=x: f(x), 3)
+            both = seconds(lambda f=function, x=x: gradient(f, x), 2)
             print(f"| {name} | {way} | {forward:.3f} | {both:.3f} |", flush=True)
 
 
