@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from contracts import metric_contract
-from test_acd_2d import GOLDEN, net, walked_on_golden
+from test_acd_2d import GOLDEN, net, rounds_as_theirs, walked_on_golden
 from test_lipschitz import With, classifier, explainer, samples, small_net
 from torch import Tensor
 
@@ -164,6 +164,8 @@ def by_the_authors(scores_list: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("run", ["im3_cd_p99_s1_n5", "im4_cd_p95_s2_n4"])
 def test_the_ranks_are_those_of_the_authors(run):
     found, _ = walked_on_golden(run, as_released=True)
+    if not rounds_as_theirs(run, found):
+        pytest.skip("this machine rounds otherwise than the authors' did: see test_acd_2d.py")
     order = found.order().ravel()
     theirs = by_the_authors(list(GOLDEN[f"{run}_scores"][: int(GOLDEN[f"{run}_num_before_final"])]))
     assert np.corrcoef(released(order), theirs)[0, 1] > 0.999  # equal scores may change places

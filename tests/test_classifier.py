@@ -210,7 +210,7 @@ def test_an_unknown_role():
 
 
 def test_rows_must_be_positive():
-    with pytest.raises(UserError, match=r"run\.rows must be at least 1, not 0"):
+    with pytest.raises(UserError, match=r"run\.rows must be at least 1, or auto, not 0"):
         Classifier(SmallCNN(), rows=0)
 
 

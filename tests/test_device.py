@@ -28,6 +28,7 @@ from transformer_nets import batch_of, net_of
 
 from attrib.causal import CausalGraphs
 from attrib.config.objects import build
+from attrib.methods.causal import CausalPaths
 from attrib.methods.fisher import FunctionalInformation
 from attrib.methods.iba import IBA
 from attrib.methods.parts.covariance import Covariance
@@ -194,6 +195,7 @@ def on(device: str, net: nn.Module, names: dict[str, str]) -> Classifier:
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[tuple[str, ...]], dict[str, str]]]] = {
     "image": (lambda: seeded(Net()), layers),
     "text": (lambda: text_net("mean"), lambda _: {"embedding": "embedding", "bottleneck": "embedding"}),
+    "tokens": (lambda: text_net("per_token"), lambda _: {"bottleneck": "hidden"}),
     "audio": (lambda: seeded(SoundNet()), audio_layers),
 }
 
@@ -210,7 +212,7 @@ def of_images(method: Any, device: str) -> Classifier:
 
 
 def of_texts(method: Any, device: str) -> Classifier:
-    return shared("text", (), device)
+    return shared("tokens" if isinstance(method, CausalPaths) else "text", (), device)
 
 
 def of_sounds(method: Any, device: str) -> Classifier:
@@ -233,18 +235,22 @@ def presets(modality: str) -> list[Path]:
     return list(found.values())
 
 
+def of_seen_classes(path: Path, batch: Batch, samples: Batch) -> tuple[Batch, Batch]:
+    """For a method that explains only classes that its fit has seen: every class of the fit is one of two samples."""
+    if isinstance(LOADED[path].fit, CausalGraphs):
+        batch = dataclasses.replace(batch, target=torch.full((3,), 2))
+        samples = dataclasses.replace(samples, target=torch.tensor([2, 2, 2, 0, 0, 0, 1, 1]))
+    return batch, samples
+
+
 @pytest.mark.parametrize("path", presets("image"), ids=lambda path: path.stem)
 def test_method(path):
-    batch, samples = pictures(3), pictures(8, seed=1)
-    if isinstance(LOADED[path].fit, CausalGraphs):  # explains only classes that its fit has seen
-        batch = dataclasses.replace(batch, target=torch.full((3,), 3))
-        samples = dataclasses.replace(samples, target=torch.tensor([3, 3, 3, 0, 0, 0, 1, 1]))
-    method_on_the_device(path, of_images, batch, samples)
+    method_on_the_device(path, of_images, *of_seen_classes(path, pictures(3), pictures(8, seed=1)))
 
 
 @pytest.mark.parametrize("path", presets("text"), ids=lambda path: path.stem)
 def test_method_of_texts(path):
-    method_on_the_device(path, of_texts, texts(3), texts(8, seed=1))
+    method_on_the_device(path, of_texts, *of_seen_classes(path, texts(3), texts(8, seed=1)))
 
 
 @pytest.mark.parametrize("path", presets("audio"), ids=lambda path: path.stem)
@@ -390,7 +396,7 @@ def test_a_run(capfd, tmp_path):
         result = run(
             "dataset=tiny", "model=small_cnn", "method=iba", "metric=[ehr,insertion_deletion,sensitivity_n]", *metrics,
             "method.steps=2", "run.batch=3", "run.progress=false", f"dataset.root={images}", f"run.root={root}",
-            f"run.device={device}",
+            f"run.device={device}", "run.fold=false",
         )  # fmt: skip
         assert result.status == 0, result.err
         rows = {(r.metric, r.uid, r.column): r.value for r in tables.rows(root).itertuples()}

@@ -45,6 +45,14 @@ class Around(MeanEmbedding):
         return self.head(torch.tanh(self.hidden(mean)) * around[:, 0].sum(1, keepdim=True))
 
 
+class PerToken(MeanEmbedding):
+    """A hidden layer that reads a vector of each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        real = real_tokens(x, self.pad_id).unsqueeze(-1)
+        return self.head((torch.tanh(self.hidden(self.embedding(x))) * real).sum(1) / real.sum(1))
+
+
 class Untraceable(MeanEmbedding):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() >= 0 else super().forward(x) * 2
@@ -54,8 +62,8 @@ def lstm() -> DeepLSTM:
     return DeepLSTM(WORDS, embedding_dim=6, hidden_dim=5, num_classes=K, pad_id=PAD, mask_id=UNKNOWN)
 
 
-NETS = {"lstm": lstm, "mean": MeanEmbedding, "around": Around, "untraceable": Untraceable}
-BOTTLENECK = {"lstm": "rnn_2"}
+NETS = {"lstm": lstm, "mean": MeanEmbedding, "around": Around, "per_token": PerToken, "untraceable": Untraceable}
+BOTTLENECK = {"lstm": "rnn_2", "per_token": "hidden"}
 
 
 def text_net(name: str) -> nn.Module:

@@ -77,7 +77,8 @@ class _Reading:
                     f"layer {path} does not read a vector of each token: a map of a text needs a linear layer that "
                     "does, such as those of attention and MLP in a transformer; or take method=causal_gradient"
                 )
-            return [one[mask].T for one, mask in zip(x, batch.mask, strict=True)]
+            lengths = batch.mask.sum(1).tolist()  # padding stands on the right
+            return [one[:length].T for one, length in zip(x, lengths, strict=True)]
         if self.call.weight.ndim == 4 or (flat and x.ndim == 2 and len(self.layer.places) == 2):
             return list(x)
         if flat and x.ndim == 4:

@@ -38,12 +38,12 @@ def call(node: fx.Node) -> Callable[..., Any]:
     return partial(_norm, node.target) if "batch_norm" in operation(node) else node.target
 
 
-def _norm(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+def _norm(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A batch norm, whose way back is right for one row too."""
-    found = function(x, *args, **kwargs)
-    node = (found if isinstance(found, Tensor) else found[0]).grad_fn
-    if node is not None and len(x) == 1:
-        contiguous_back(node)
+    found = function(*args, **kwargs)
+    first = found if isinstance(found, Tensor) else found[0]
+    if first.grad_fn is not None and len(first) == 1:
+        contiguous_back(first.grad_fn)
     return found
 
 
