@@ -268,7 +268,7 @@ def test_a_net_that_depends_on_autocast_stays_as_it_is_there(always):
 
 
 def test_hooks_see_the_net_as_it_is_written(always):
-    model = Classifier(drawn(Block), {"norm": "norm"}, dtype=torch.float64)
+    model = Classifier(drawn(Block), {"norm": "norm"}, dtype=torch.float64, fold=True)
     x, seen = images(), []
     model.logits(x)
     handle = model.layer("norm").register_forward_hook(lambda module, inputs, output: seen.append(output))

@@ -21,8 +21,8 @@ class Options:
               allows (``attrib.running.batch_size``)
     rows      rows that go through the net at once; halved when memory runs out; "auto": as many as suit the caches of a
               CPU, or the free memory of a GPU (``attrib.models.sizes``)
-    fold      compute nets with their batch norms folded into the layers in front of them, and in the memory format that
-              is faster (``attrib.models.fast``)
+    fold      compute nets with their batch norms folded into the layers in front of them, and on a CPU in the faster
+              memory format (``attrib.models.fast``)
     deterministic   the same bits in every run on the same GPU (``attrib.process.repeatable``)
     flush     seconds after which finished samples are made durable
     grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
@@ -36,7 +36,7 @@ class Options:
     dtype: str = "float32"
     batch: int | Literal["auto"] = FIXED
     rows: int | Literal["auto"] = "auto"
-    fold: bool = True
+    fold: bool = False
     deterministic: bool = False
     shard: int = 0
     shards: int = 1
