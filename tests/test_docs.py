@@ -11,7 +11,7 @@ import yaml
 from attrib.config.places import configs
 
 DOCS = Path(__file__).parent.parent / "docs"
-WITHOUT = {"captum", "input_iba_stages", "iba_readout", "kernel_shap"}  # of the gallery, without a picture
+WITHOUT = {"captum", "input_iba_stages", "iba_readout"}  # of the gallery, without a picture
 GROUPS = ("dataset", "model", "method", "metric", "paper", "train")
 
 
@@ -30,21 +30,6 @@ def test_every_method_is_in_the_gallery_and_on_the_page_of_the_command_line() ->
         assert f"`{path.stem}`" in gallery, path.stem
         if path.stem != "input_iba_stages":  # of `attrib sanity` alone
             assert f"`{path.stem}`" in command_line, path.stem
-
-
-def test_every_preset_that_a_page_names_exists() -> None:
-    """In its commands. NAME, mine, and my_lstm are the reader's own."""
-    for page in (DOCS.parent / "README.md", *DOCS.rglob("*.md")):
-        text = page.read_text()
-        blocks, inline = (
-            re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL),
-            re.findall(r"`(attrib [^`]+)`", text),
-        )
-        for commands in (*blocks, *inline):
-            for group, names in re.findall(r"(?<![\w.])(dataset|model|method|train|paper)=([\w,]+)", commands):
-                for name in names.split(","):
-                    own = name.isupper() or name.startswith(("my_", "mine"))
-                    assert own or (configs() / group / f"{name}.yaml").exists(), f"{page.name}: {group}={name}"
 
 
 def test_the_gallery_leaves_nothing_out() -> None:
@@ -73,13 +58,17 @@ OWN = {"mine", "scans", "positive_cam", "pointing", "my_lstm"}  # what the pages
 
 
 def test_commands_name_what_there_is() -> None:
+    """In blocks of commands, between backticks and in notebooks. NAME is the reader's own, too."""
     known = {group: {path.stem for path in (configs() / group).glob("*.yaml")} for group in GROUPS}
     pages = [DOCS.parent / "README.md", *DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]
     found = 0
     for page in pages:
-        for command in re.findall(r"attrib [a-z]+ [^\n`]*(?:\\\n[^\n]*)*", page.read_text()):
-            for group, names in re.findall(rf"(?<![\w.+])({'|'.join(GROUPS)})=\[?([a-z_0-9,]+)(?![\w(.])", command):
+        text = page.read_text()
+        commands = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) + re.findall(r"`(attrib [^`]+)`", text)
+        commands += re.findall(r"attrib [a-z]+ [^\n`]*(?:\\\n[^\n]*)*", text)
+        for command in commands:
+            for group, names in re.findall(rf"(?<![\w.+])({'|'.join(GROUPS)})=\[?([\w,]+)", command):
                 for name in filter(None, names.split(",")):
-                    assert name in known[group] | OWN, f"{page.name}: {command}"
+                    assert name in known[group] | OWN or name.isupper(), f"{page.name}: {group}={name}"
                     found += 1
     assert found > 100

@@ -398,8 +398,7 @@ class _Score(nn.Module):
                 "lower its number of samples in method.arguments, or raise run.rows"
             )
         self.rows += len(x)
-        logits = self.net(x.clone(), *rest)
-        return target_score(with_contiguous_norms(logits) if len(x) == 1 else logits, target)
+        return target_score(with_contiguous_norms(self.net(x.clone(), *rest), len(x)), target)
 
 
 def _of_the_net(error: Exception) -> bool:

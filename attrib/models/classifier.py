@@ -256,7 +256,7 @@ class Classifier:
 
     def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         found = computed(self.precision, self.device, self.dtype, function, *inputs)
-        return with_contiguous_norms(found) if len(inputs[0]) == 1 else found
+        return with_contiguous_norms(found, len(inputs[0]))
 
     # ---- what is explained ------------------------------------------------------------------
 

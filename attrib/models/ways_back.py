@@ -16,7 +16,7 @@ def gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | Non
     """Of a sum of what ``function`` gives, with different weights; None where autograd finds no way, or no way back."""
     try:
         with torch.enable_grad():
-            result = with_contiguous_norms(function(leaf.clone()))
+            result = with_contiguous_norms(function(leaf.clone()), len(leaf))
             weights = torch.linspace(1, 2, result[0].numel(), dtype=result.dtype, device=result.device)
             return torch.autograd.grad((result.flatten(1) * weights).sum(), leaf)[0] if result.requires_grad else None
     except torch.OutOfMemoryError:
@@ -54,9 +54,9 @@ def near(got: Tensor | None, expected: Tensor | None) -> bool:
     return torch.allclose(got, expected, rtol=0, atol=1e-3 * size, equal_nan=True)
 
 
-def with_contiguous_norms(result: Tensor) -> Tensor:
-    """``result`` itself, computed of one row; on its way back every batch norm gets a gradient that is contiguous."""
-    nodes: list[Node | None] = [result.grad_fn]
+def with_contiguous_norms(result: Tensor, rows: int) -> Tensor:
+    """``result`` itself; if computed of one row, every batch norm gets a contiguous gradient on the way back."""
+    nodes: list[Node | None] = [result.grad_fn] if rows == 1 else []
     seen: set[Node] = set()
     while nodes:
         node = nodes.pop()

@@ -81,7 +81,7 @@ def page(
     broken[:] = dict.fromkeys(broken)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return (
-        _environment()
+        environment()
         .get_template("page.html.jinja")
         .render(
             title=f"{root.resolve().name}: {'attribution report' if sample is None else f'sample {sample}'}",
@@ -104,7 +104,8 @@ def page(
     )
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Where the templates of pages are; texts that they are given are escaped."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,

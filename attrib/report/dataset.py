@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 from torch import Tensor
 
 from attrib.classes import shown_target
 from attrib.datasets import Selection, holds_images, holds_sounds, holds_texts
 from attrib.drawing import pictures, spectrogram
-from attrib.errors import plain
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import Samples
 from attrib.experiment.targets import labels_of, matched
+from attrib.report import environment
 from attrib.report.label_order import LabelOrder, label_order
 from attrib.types import UserError
 
@@ -176,11 +174,7 @@ def _thumbnail(cell: Experiment, uid: str, labels: Collection[int], predicted: i
 
 def page(found: Found) -> str:
     """Self-contained HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=plain,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("dataset.html.jinja").render(found=found)
+    return environment().get_template("dataset.html.jinja").render(found=found)
 
 
 def file_name(cell: Experiment) -> str:

@@ -6,13 +6,12 @@ Weights are random in the table of speed, and trained in that of numbers.
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable
 
 import timm
 import torch
 import torch.nn.functional as F
+from bench_fisher import clock
 from skimage.data import chelsea, coffee
 from torch import Tensor, nn
 
@@ -32,16 +31,6 @@ def ways(net: nn.Module, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """CPU seconds of the fastest."""
-    best = math.inf
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        best = min(best, time.process_time() - start)
-    return best
-
-
 def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Logits, and the gradient of the best, both float64."""
     leaf = x.clone().requires_grad_()
@@ -58,8 +47,8 @@ def speed() -> None:
         net, x = net.eval().requires_grad_(False), torch.randn(4 if name == "vgg16" else 8, 3, 224, 224)
         for way, function in ways(net, x).items():
             with torch.no_grad():
-                forward = seconds(lambda f=function, x=x: f(x), 3)
-            both = seconds(lambda f=function, x=x: gradient(f, x), 2)
+                forward = clock(x.device, lambda f=function, x=x: f(x), 3)
+            both = clock(x.device, lambda f=function, x=x: gradient(f, x), 2)
             print(f"| {name} | {way} | {forward:.3f} | {both:.3f} |", flush=True)
 
 
