@@ -100,7 +100,7 @@ def test_a_net_that_returns_something_else_has_the_same_numbers(give, output, sh
 @pytest.mark.parametrize(
     ("give", "output", "why"),
     [
-        (lambda y: {"logits": y}, None, "a dict with logits .*model.output .*to the field of the logits: logits"),
+        (lambda y: {"logits": y}, None, "a dict with logits .*model.output to the field of the logits: logits"),
         (lambda y: Returned(y), None, "a Returned with logits .*the field of the logits: logits"),
         (lambda y: (y, y), None, "a tuple of 2 .*the index of the logits, 0 to 1"),
         (lambda y: [y], None, "a list of 1 "),

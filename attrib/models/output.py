@@ -145,8 +145,8 @@ class Output:
         wanted = "a classifier returns a tensor (N, K) of logits"
         if not isinstance(logits, Tensor):
             raise UserError(
-                f"{net} returns {_described(logits)}{taken}; {wanted}. Set model.output (in Python: "
-                f"Classifier(net, output=...)) to {_advice(logits)}"
+                f"{net} returns {_described(logits)}{taken}; {wanted}. Set model.output to {_advice(logits)} "
+                "(in Python: Classifier(net, output=...))"
             )
         shape = tuple(logits.shape)
         if logits.ndim == 2 and shape[0] == rows and shape[1] >= self.read.LEAST and logits.is_floating_point():

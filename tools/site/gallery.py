@@ -1,4 +1,4 @@
-"""The pictures of docs/methods.md: python tools/gallery.py [METHOD ...], into docs/pictures/methods.
+"""The pictures of docs/methods.md: python tools/site/gallery.py [METHOD ...], into docs/pictures/methods.
 
 One picture per method, of the same photograph, sentence or digit. Nothing is downloaded. The networks of the sentence,
 the digit and the sound are trained first where no run has left them in workdirs/train. All of them take about
@@ -21,7 +21,7 @@ import attrib
 from attrib.api import pictures
 from attrib.config.places import presets
 
-FOLDER = Path(__file__).parent.parent / "docs" / "pictures" / "methods"
+FOLDER = Path(__file__).parent.parent.parent / "docs" / "pictures" / "methods"
 FITTED = "workdirs/gallery"
 SIZE = 160  # pixels of a picture's longer side; the page shows fewer
 SENTENCE = "a dull film , saved by one brilliant scene"
