@@ -244,4 +244,4 @@ def test_shapes_that_do_not_fit():
         draw(np.zeros(10), 8000, np.zeros(9))
     with pytest.raises(ValueError, match="a roi of shape"):
         draw(np.zeros(10), 8000, None, np.zeros((10, 1), bool))
-    assert SIZE[1] == gallery.LONGEST  # drawn as large as it is shown
+    assert SIZE[1] == gallery.SIZES[0]  # drawn as large as it is shown

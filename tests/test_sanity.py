@@ -107,7 +107,8 @@ def test_shards_and_dry_runs(check):
     check("method=gradient", "sanity.layers=[3]", root="whole")
     parts, whole = summary(check.root), summary(check.root.parent / "whole")
     assert set(parts["n"]) == {6}
-    assert parts["mean"].to_numpy() == pytest.approx(whole["mean"].to_numpy(), abs=1e-6)
+    # Batches of other sizes round otherwise.
+    assert parts["mean"].to_numpy() == pytest.approx(whole["mean"].to_numpy(), abs=1e-5)
 
 
 def test_the_original_says_which_class_and_which_samples(check):
