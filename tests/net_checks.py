@@ -33,7 +33,8 @@ from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 
 ROOT = Path(__file__).parent.parent
-METHODS = {path.stem: path for path in sorted((ROOT / "configs" / "method").glob("*.yaml"))}
+# The oracle asks no net anything, and wants regions.
+METHODS = {p.stem: p for p in sorted((ROOT / "configs" / "method").glob("*.yaml")) if p.stem != "oracle"}
 
 # What makes a method cheap, wherever it has such a field; all else is as in its preset.
 CHEAP: dict[str, Any] = {

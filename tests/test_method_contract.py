@@ -78,7 +78,8 @@ def classifier(roles: Sequence[str]) -> Callable[[int, torch.dtype], Classifier]
 def pictures(n: int, seed: int = 0) -> Batch:
     r = np.random.RandomState(seed)
     uids = tuple(f"{seed}/{i}" for i in range(n))
-    return Batch(uids, torch.tensor(r.randn(n, 3, H, W)), torch.tensor(r.randint(0, K, n)))
+    x, target = torch.tensor(r.randn(n, 3, H, W)), torch.tensor(r.randint(0, K, n))
+    return Batch(uids, x, target, torch.tensor(r.rand(n, H, W) < 0.3))
 
 
 def load(path: Path, values: Mapping[str, Any] = CHEAP) -> Any:

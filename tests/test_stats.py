@@ -132,6 +132,39 @@ def test_paired_test_agrees_with_scipy_and_t_when_larger(n):
     assert found == stats.paired_test(a, b)
 
 
+@pytest.mark.parametrize(
+    "d",
+    [
+        np.random.default_rng(0).normal(1.5, 1, 18),
+        np.random.default_rng(1).exponential(1, 16),
+        np.where(np.arange(18) < 1, -1.0, 1.0),  # the sum takes few values
+        np.where(np.arange(16) < 13, 1.0, 0.0),  # what is equal counts for neither
+        np.array([-0.001, *np.ones(16)]),
+    ],
+    ids=["normal", "all ahead", "lattice", "ties", "one tiny"],
+)
+def test_a_small_p_is_that_of_all_outcomes(d):
+    """Slowly: all 2**n of them. Fewer than ten of 9,999 random ones would be as extreme."""
+    d, size = d.astype(float), np.abs(d)
+    sums = np.zeros(1)
+    for one in size:
+        sums = np.concatenate((sums - one, sums + one))
+    exact = float((np.abs(sums) >= abs(d.sum()) - 1e-9).mean())
+    assert exact < 10 / stats.RESAMPLES
+    found = stats.paired_test(d, np.zeros(d.size)).p
+    assert found == pytest.approx(exact, rel=0.1)
+    assert found == stats.paired_test(-d[::-1], np.zeros(d.size)).p
+
+
+def test_a_small_p_of_many_samples():
+    """No p below 1 / 10,000 would survive the correction of a table of 500 pairs."""
+    d = np.random.default_rng(2).normal(0.6, 1, 300)
+    found = stats.paired_test(d, 0 * d)
+    assert found.p == pytest.approx(scipy_stats.ttest_1samp(d, 0).pvalue, rel=5)  # of another test
+    assert found.p < 1e-16
+    assert stats.paired_test(np.ones(200), np.zeros(200)).p == pytest.approx(stats.smallest_p(200), rel=0.1)
+
+
 def test_normal_limit_agrees_with_the_permutations_where_it_takes_over(monkeypatch):
     n = stats.LARGE_PERMUTATION
     d = np.random.default_rng(0).standard_t(4, n) + 0.05

@@ -53,6 +53,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _papers(folder: Path | None) -> int:
     """Each table with what it needs, how much of it is published, and how long it takes."""
+    from attrib.papers import study
     from attrib.papers.presets import load  # composes configurations
 
     drawn = Table(box=None, pad_edge=False, header_style="bold")
@@ -67,6 +68,10 @@ def _papers(folder: Path | None) -> int:
         known = sum(entry.published is not None for entry in preset.entries)
         published = f"{known} of {len(preset.entries)}" if known else "none read yet"
         drawn.add_row(name, Text(preset.title), Text(preset.needs or "?"), published, Text(preset.duration or "?"))
+    for name in study.names(folder):
+        made = study.load(name, folder=folder)
+        about = f"{made.title} (a study: {', '.join(part.name for part in made.parts)})"
+        drawn.add_row(name, Text(about), Text(made.needs or "?"), "–", Text(made.duration or "?"))
     console = common.console()
     console.print(drawn)
     print(common.printed(console), end="")

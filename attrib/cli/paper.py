@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attrib.cli import common, run
 from attrib.cli.parsers import PARSERS
@@ -17,6 +18,9 @@ from attrib.results import formats
 from attrib.store.files import write_atomic
 from attrib.types import UserError
 
+if TYPE_CHECKING:
+    from attrib.papers.study import Study
+
 
 def main(argv: Sequence[str]) -> int:
     args = PARSERS["paper"]().parse(argv)
@@ -27,13 +31,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compute(args: argparse.Namespace, stop: Stop) -> int:
-    from attrib.papers import comparison, figure, presets
+    from attrib.papers import comparison, figure, presets, study
 
+    folder = checked_folder(args.config_dir)
+    if args.name in study.names(folder):
+        return _study(args, study.load(args.name, args.words, folder))
     line = CommandLine.of([f"paper={args.name}", *args.words], args.config_dir, multirun=True)
     status = run.of_paper(args.name, line)
     if status == LEFT:
         return status
-    preset = presets.load(args.name, args.words, checked_folder(args.config_dir))
+    preset = presets.load(args.name, args.words, folder)
     found = comparison.table(preset, preset.root, args.confidence)
     text = comparison.drawn(preset, found, args.confidence)
     print(write([text], "terminal"), end="")
@@ -45,8 +52,27 @@ def _compute(args: argparse.Namespace, stop: Stop) -> int:
     return status
 
 
+def _study(args: argparse.Namespace, wanted: Study) -> int:
+    """Every command of every part, then the document."""
+    from attrib.cli import sanity, train  # which bring what trains and what compares
+    from attrib.papers import findings
+
+    mains = {"train": train.main, "run": run.main, "sanity": sanity.main}
+    config = ["--config-dir", str(args.config_dir)] if args.config_dir else []
+    statuses = []
+    for part in wanted.parts:
+        for command in part.commands:
+            print(f"{part.name}: {command}", flush=True)
+            many = [] if command.tool == "train" else ["-m"]
+            statuses.append(mains[command.tool]([*config, *many, *command.words]))
+            if statuses[-1] == LEFT:
+                return LEFT
+    print(f"wrote {findings.write(wanted, args.confidence)}")
+    return exit_status.worst(statuses)
+
+
 def _export(args: argparse.Namespace) -> int:
-    from attrib.papers import study
+    from attrib.papers import export
 
     if len(args.words) != 1:
         raise UserError("--export NAME takes one work directory: attrib paper --export my_study workdirs/x")
@@ -56,7 +82,7 @@ def _export(args: argparse.Namespace) -> int:
     path = (folder or Path("configs")) / "paper" / f"{args.name}.yaml"
     if path.exists():
         raise UserError(f"{path} is there already; take another name")
-    text = study.as_preset(args.name, Path(args.words[0]), folder, args.confidence)
+    text = export.as_preset(args.name, Path(args.words[0]), folder, args.confidence)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text.encode())
     print(exit_status.lines(f"wrote {path}; attrib paper -cd {path.parent.parent} {args.name} computes it again"))

@@ -174,6 +174,8 @@ def table() -> Parser:
         "A csv then holds the tests instead of the means",
     )
     p.add_argument("--ranks", action="store_true", help="mean ranks of the methods with Friedman's test and Nemenyi's")
+    p.add_argument("--power", action="store_true", help="how many samples it takes to tell methods apart, by column")
+    p.add_argument("--agreement", action="store_true", help="rank correlation between metrics over the methods")
     p.add_argument("--rows", action="store_true", help="csv of every sample's scores instead of means")
     p.add_argument(
         "--where",

@@ -6,12 +6,14 @@ import argparse
 import re
 from collections.abc import Sequence
 
+import pandas as pd
+
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
 from attrib.config.places import checked_folder
 from attrib.errors import UserError
 from attrib.process import exit_status
-from attrib.results import formats, tables
+from attrib.results import agreement, formats, power, tables
 from attrib.running.options import Options
 
 SUFFIXES = {".csv": "csv", ".md": "md", ".markdown": "md", ".tex": "tex", ".txt": "terminal"}
@@ -77,6 +79,8 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         if kind == "csv":
             return formats.to_csv(ranked)
         return write(formats.rank_tables(ranked, args.confidence), kind, apart=args.out is not None)
+    if args.power or args.agreement:
+        return _of_a_study(args, frame, kind)
     table = tables.summary(frame, args.confidence)
     if kind == "csv":
         return formats.to_csv(table)
@@ -92,9 +96,26 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
     return write(drawn, kind, apart=args.out is not None)
 
 
+def _of_a_study(args: argparse.Namespace, frame: pd.DataFrame, kind: str) -> str:
+    """How many samples tell methods apart, or whether metrics agree."""
+    apart = args.out is not None
+    if args.power:
+        found = power.sizes(tables.all_paired(frame, confidence=args.confidence), confidence=args.confidence)
+        if not len(found):
+            raise UserError("--power: no column has scores of two methods on two common samples")
+        return formats.to_csv(found) if kind == "csv" else write([power.table(found)], kind, apart=apart)
+    found = agreement.agreement(frame, args.confidence)
+    if not len(found):
+        raise UserError("--agreement: no two columns with a direction have scores of three methods in common")
+    return (
+        formats.to_csv(found) if kind == "csv" else write(agreement.tables(found, args.confidence), kind, apart=apart)
+    )
+
+
 def draw_paper(args: argparse.Namespace, kind: str) -> str:
-    if args.wide or args.ranks or args.rows or args.where or args.pairs is not None:
-        raise UserError("paper=NAME has one layout: no --wide, --ranks, --rows, --where, --pairs")
+    views = (args.wide, args.ranks, args.rows, args.where, args.pairs is not None, args.power, args.agreement)
+    if any(views):
+        raise UserError("paper=NAME has one layout: no --wide, --ranks, --rows, --where, --pairs, --power, --agreement")
     from attrib.papers import comparison, presets  # compose configurations, which takes seconds to import
 
     [name] = [word.removeprefix("paper=") for word in args.root if word.startswith("paper=")]

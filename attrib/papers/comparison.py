@@ -19,8 +19,8 @@ import pandas as pd
 
 from attrib import keys
 from attrib.config.objects import build, completed
+from attrib.papers.export import digests
 from attrib.papers.presets import FULL, Preset, TableEntry, configuration
-from attrib.papers.study import digests
 from attrib.results import formats, labels, tables
 from attrib.store.cell import Cell, cells
 from attrib.store.workers import read_object

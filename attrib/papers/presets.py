@@ -93,7 +93,7 @@ class Preset:
     """A table of a paper, row by row. ``changed``: what the command line chose, replaced or added.
 
     needs, duration   for people: data and weights that must be there, and how long the table takes to compute
-    digests           of an exported study: row -> "weights" and "data" of its net and samples (``papers.study``)
+    digests           of an exported study: row -> "weights" and "data" of its net and samples (``papers.export``)
     """
 
     name: str

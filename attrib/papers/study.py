@@ -1,165 +1,200 @@
-"""A finished study as a preset that others run again: values, tolerances from intervals, digests of data and nets."""
+"""Studies: several grids of runs and what is asked of them, described in ``configs/study``.
+
+``configs/study/NAME.yaml`` lists parts; each part is a file beside it: commands of ``attrib train``, ``run`` and
+``sanity``, and which findings its results are read for (:mod:`attrib.papers.findings`). So a study has no engine of its
+own: its commands are what anybody could type, they compute what is missing, and each part has its work directory,
+``run.root``/PART.
+"""
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import OmegaConf
 
-import attrib
-from attrib.config.compose import compose, compose_node, spelled
-from attrib.config.places import presets as known_presets
-from attrib.keys import digest
-from attrib.results import labels, tables
-from attrib.results.labels import AXES
+from attrib.config.compose import Override, parse_overrides
+from attrib.config.places import presets, shown
+from attrib.errors import did_you_mean
+from attrib.papers.presets import FULL, TINY
+from attrib.running.options import Options
 from attrib.types import UserError
 
+TOOLS = ("train", "run", "sanity")
+# What can be found out from a part's results.
+MEANS, SAMPLES, AGREEMENT, COST, WEIGHTS = "means", "samples", "agreement", "cost", "weights"
+FINDINGS = (MEANS, SAMPLES, AGREEMENT, COST, WEIGHTS)
+_STUDY = ("title", "note", "needs", "duration", "parts")
+_PART = ("like", "title", "question", "note", "with", "commands", "tiny", "find", "columns", "pairs", "cost")
 
-def digests(spec: Mapping[str, Any], samples: Mapping[str, str | None] | None) -> dict[str, str]:
-    """What tells whether a cell is about the same net and the same samples, 16 digits each."""
-    return {"weights": str(spec["weights"])[:16], "data": digest(dict(samples or {}))[:16]}
+
+@dataclass(frozen=True)
+class Command:
+    """One command line: ``tool`` of TOOLS and its overrides."""
+
+    tool: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        many = ["-m"] if self.tool != "train" else []
+        return shlex.join(["attrib", self.tool, *many, *self.words])
 
 
-def as_preset(name: str, root: Path, folder: Path | None = None, confidence: float = 0.95) -> str:
-    """The YAML of ``paper/NAME.yaml`` for what a work directory holds: a row per cell and map, a column per score.
+@dataclass(frozen=True)
+class Part:
+    """A question and the commands that answer it.
 
-    Columns are the scores that all cells have. A value's tolerance is half the width of its interval.
-
-    Raises UserError for a work directory without scores, and for cells whose parts no preset describes, or that
-    compute scores of one name in different ways.
+    find     which findings (FINDINGS) the results are read for
+    columns  the scores that are looked at; none: all that the metrics have
+    pairs    pairs of contenders of which it is asked how many samples tell them apart, beside the median pair
+    cost     the column that is set against the cost
     """
-    items = labels.labelled(root)
-    frame = tables.whole(tables.rows(root))
-    if frame.empty:
-        raise UserError(f"{root}: there are no scores to export")
-    summary = tables.summary(frame, confidence)
-    pending = summary[summary["pending"] > 0]
-    if len(pending):
-        raise UserError(f"{root}: {pending['cell'].iloc[0]} is not finished; the same attrib run goes on")
-    summary = summary[summary["n"] > 0]
-    items = [item for item in items if item.cell.folder.name in set(summary["cell"])]
-    several = {axis for axis in AXES if len({getattr(item, axis) for item in items}) > 1}
-    parts = [_parts(item.spec["config"], folder) for item in items]
-    shared = [a for a in AXES[:2] if not parts[0][a].without and all(part[a] == parts[0][a] for part in parts)]
-    metrics: dict[str, Any] = {}
-    rows: dict[str, Any] = {}
-    seen: dict[str, Any] = {}
-    columns: list[str] = []
-    for item, part in zip(items, parts, strict=True):
-        for metric, node in (item.spec["config"].get("metric") or {}).items():
-            if metrics.setdefault(metric, node) != node:
-                raise UserError(
-                    f"{root}: the metric {metric} has other settings in {item.cell.folder.name} than before"
-                )
-        mine = summary[summary["cell"] == item.cell.folder.name]
-        own = list(dict.fromkeys(f"{line['metric']}.{line['column']}" for line in mine.to_dict("records")))
-        columns = [column for column in columns if column in own] if rows else own
-        maps = list(dict.fromkeys(mine["map"]))
-        label = ", ".join(getattr(item, axis) for axis in AXES if axis in several or axis == "method")
-        seed = item.spec["config"].get("seed")
-        words = [word for axis in AXES if axis not in shared for word in part[axis].overrides]
-        for kind in maps:
-            lines = mine[mine["map"] == kind].to_dict("records")
-            row = label if len(maps) == 1 else f"{label}: {kind}"
-            published = {f"{line['metric']}.{line['column']}": _value(line) for line in lines}
-            rows[row] = {
-                "with": shlex.join([*words, *([f"seed={seed}"] if seed else [])]),
-                "map": kind,
-                "published": published,
-            }
-            seen[row] = digests(item.spec, item.samples)
-    if not columns:
-        raise UserError(f"{root}: no score is there in all cells, so they make no table")
-    for row_node in rows.values():
-        row_node["published"] = {column: row_node["published"].get(column) for column in columns}
-    paper = {
-        "title": name,
-        "source": f"a study of our own, attrib {attrib.__version__}",
-        "place": f"exported from {root.name}",
-        "tolerance": None,
-        "needs": None,
-        "duration": None,
-        "note": f"Tolerances are half the widths of the study's {confidence:.0%} intervals.",
-        "digests": seen,
-        "size": "full",
-        "columns": {column: column for column in columns},
-        "rows": rows,
-    }
-    defaults: list[dict[str, Any]] = [{f"override /{axis}": parts[0][axis].name} for axis in shared] + [
-        {"override /metric": []}
-    ]
-    fields = {axis: parts[0][axis].nested for axis in shared}
-    node = {"defaults": defaults, **fields, "metric": metrics, "paper": paper}
-    head = f"# @package _global_\n# {name}: a study exported by attrib paper --export; attrib paper {name}\n"
-    return head + str(OmegaConf.to_yaml(OmegaConf.create(node)))
 
-
-def _value(line: Mapping[str, Any]) -> dict[str, float] | None:
-    half = (line["hi"] - line["lo"]) / 2
-    if not (math.isfinite(line["mean"]) and math.isfinite(half)):
-        return None
-    return {"value": float(f"{line['mean']:.6g}"), "tolerance": float(f"{half:.3g}")}
-
-
-# The parts of a cell ---------------------------------------------------------------------------------------
-
-
-class Part(NamedTuple):
-    """A data set, net or method as its preset, and what differs from it: fields by their keys, and fields it lacks."""
-
-    axis: str
     name: str
-    fields: Mapping[str, Any]
-    more: frozenset[str]  # of ``fields``, those that the preset does not have
-    without: tuple[str, ...]
-
-    @property
-    def overrides(self) -> list[str]:
-        set_ = [f"{'+' * (key in self.more)}{key}={spelled(value)}" for key, value in self.fields.items()]
-        return [f"{self.axis}={self.name}", *(f"~{key}" for key in self.without), *set_]
-
-    @property
-    def nested(self) -> dict[str, Any]:
-        """The fields as they stand in YAML below the axis."""
-        found: dict[str, Any] = {}
-        for key, value in self.fields.items():
-            *path, last = key.split(".")[1:]
-            node = found
-            for step in path:
-                node = node.setdefault(step, {})
-            node[last] = value
-        return found
+    title: str
+    question: str
+    note: str
+    root: Path
+    commands: tuple[Command, ...]
+    find: tuple[str, ...]
+    columns: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+    cost: str = ""
 
 
-def _parts(config: Mapping[str, Any], folder: Path | None) -> dict[str, Part]:
-    """Raises UserError if a part has a name that no preset has."""
-    names = {axis: config[axis].get("name") for axis in AXES}
-    for axis, name in names.items():
-        if name not in known_presets(axis, folder):
-            raise UserError(f"{axis}: no preset is called {name!r}, so the study cannot be written as presets")
-    chosen = [*(f"{axis}={name}" for axis, name in names.items()), "metric=[]"]
-    ours = {axis: dict(_leaves(config[axis], axis)) for axis in AXES}
-    raw = OmegaConf.to_container(compose_node("run", chosen, folder))
-    assert isinstance(raw, dict)
-    open_ = [key for axis in AXES for key, value in _leaves(raw[axis], axis) if value == "???"]
-    given = [f"{key}={spelled(ours[key.split('.')[0]][key])}" for key in open_ if key in ours[key.split(".")[0]]]
-    base = compose("run", [*chosen, *given], folder).values
-    found = {}
-    for axis in AXES:
-        theirs = dict(_leaves(base[axis], axis))
-        fields = {k: v for k, v in ours[axis].items() if k not in theirs or theirs[k] != v or k in open_}
-        gone = tuple(k for k in theirs if k not in ours[axis] and not any(o.startswith(f"{k}.") for o in ours[axis]))
-        found[axis] = Part(axis, names[axis], fields, frozenset(fields.keys() - theirs.keys()), gone)
-    return found
+@dataclass(frozen=True)
+class Study:
+    """``root``: the folder of the parts' work directories; ``size``: full or tiny."""
+
+    name: str
+    title: str
+    note: str
+    root: Path
+    parts: tuple[Part, ...]
+    size: str = FULL
+    needs: str = ""
+    duration: str = ""
 
 
-def _leaves(node: Any, at: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{at}.{key}")
-    else:
-        yield at, node
+def names(folder: Path | None = None) -> list[str]:
+    """The studies that there are: files that list parts."""
+    return [name for name, path in presets("study", folder).items() if "parts" in _read(path)]
+
+
+def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> Study:
+    """A study as the overrides of a command line leave it.
+
+    ``paper.size=tiny`` adds the overrides of ``tiny``, in the place of what is there, of which ~KEY takes away KEY and
+    what is below it; ``paper.parts=[a,b]`` these parts alone; ``run.root`` is the folder
+    of all; any other is added to every ``run`` and ``sanity``, in the place of what is there.
+
+    Raises UserError that names the file and the field.
+    """
+    known = presets("study", folder)
+    if name not in known:
+        raise UserError(f"no study is called {name!r}{did_you_mean(name, known)}")
+    path = known[name]
+    given = parse_overrides(words)
+    own = {key: given.pop(key) for key in list(given) if key in ("paper.size", "paper.parts", "run.root")}
+    if strange := sorted(key for key in given if key.split(".")[0] == "paper"):
+        raise UserError(f"a study has no {strange[0]}, only paper.size and paper.parts")
+    size = _text(own.get("paper.size"), FULL)
+    if size not in (FULL, TINY):
+        raise UserError(f"there is no paper.size={size}; {FULL} or {TINY}")
+    node = _fields(path, _read(path), _STUDY)
+    parts = _texts(path, "parts", node.get("parts"))
+    if "paper.parts" in own:
+        wanted = own["paper.parts"].value()
+        wanted = [str(one) for one in (wanted if isinstance(wanted, list) else [wanted])]
+        if strange := [one for one in wanted if one not in parts]:
+            raise UserError(f"{shown(path)} has no part {strange[0]!r}; its parts are {', '.join(parts)}")
+        parts = [one for one in parts if one in wanted]
+    root = Path(_text(own.get("run.root"), Options.root))
+    found = []
+    for one in parts:
+        if one not in known:
+            raise UserError(f"{shown(path)}: there is no part {one!r} beside it{did_you_mean(one, known)}")
+        found.append(_part(one, known, root / one, size == TINY, given))
+    about = {key: " ".join(str(node.get(key) or "").split()) for key in ("title", "note", "needs", "duration")}
+    return Study(
+        name, about["title"] or name, about["note"], root, tuple(found), size, about["needs"], about["duration"]
+    )
+
+
+def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: Mapping[str, Override]) -> Part:
+    path = known[name]
+    node, at, shared = _fields(path, _read(path), _PART), shown(path), {}
+    if like := node.get("like"):
+        if like not in known:
+            raise UserError(f"{at}: like: there is no part {like!r} beside it{did_you_mean(str(like), known)}")
+        other = _fields(known[like], _read(known[like]), _PART)
+        node, shared = {**other, **node}, _words(shown(known[like]), "with", other.get("with"))
+    shared = _replaced(shared, _words(at, "with", node.get("with")))
+    small = node.get("tiny") or {}
+    if not isinstance(small, Mapping) or set(small) - set(TOOLS):
+        raise UserError(f"{at}: tiny has overrides for {', '.join(TOOLS)}, not {small!r}")
+    commands = []
+    for line in _texts(path, "commands", node.get("commands")):
+        tool, *rest = shlex.split(line)
+        if tool not in TOOLS:
+            raise UserError(f"{at}: a command is one of {', '.join(TOOLS)} and its overrides, not {line!r}")
+        mine = parse_overrides(rest, at)
+        less = _words(at, "tiny", small.get(tool)) if tiny else {}
+        full = _replaced({**({} if tool == "train" else shared), **mine}, less)
+        more = {} if tool == "train" else {**given, **parse_overrides([f"run.root={root}"])}
+        commands.append(Command(tool, _lines({**full, **more})))
+    find = tuple(_texts(path, "find", node.get("find")))
+    if strange := [one for one in find if one not in FINDINGS]:
+        raise UserError(f"{at}: nothing is known to find as {strange[0]!r}, only {', '.join(FINDINGS)}")
+    pairs = node.get("pairs") or []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"{at}: pairs is a list of pairs of methods, not {pairs!r}")
+    if COST in find and not node.get("cost"):
+        raise UserError(f"{at}: cost must name the column that is set against what a map costs")
+    columns = tuple(_texts(path, "columns", node["columns"])) if "columns" in node else ()
+    both = tuple((str(one), str(other)) for one, other in pairs)
+    texts = [" ".join(str(node.get(key) or "").split()) for key in ("title", "question", "note")]
+    return Part(name, *texts, root, tuple(commands), find, columns, both, str(node.get("cost") or ""))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        node = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of the YAML library, or of OmegaConf
+        raise UserError(f"{shown(path)} cannot be read: {error}") from error
+    return {str(key): value for key, value in node.items()} if isinstance(node, dict) else {}
+
+
+def _fields(path: Path, node: Mapping[str, Any], known: Sequence[str]) -> Mapping[str, Any]:
+    if unknown := [key for key in node if key not in known]:
+        raise UserError(f"{shown(path)} has no field {unknown[0]!r} (fields: {', '.join(known)})")
+    return node
+
+
+def _texts(path: Path, field: str, value: Any) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise UserError(f"{shown(path)}: {field} must be a list of texts, not {value!r}")
+    return value
+
+
+def _words(at: str, field: str, value: Any) -> dict[str, Override]:
+    return parse_overrides(shlex.split(str(value or "")), f"{at}: {field}")
+
+
+def _replaced(full: Mapping[str, Override], less: Mapping[str, Override]) -> dict[str, Override]:
+    """``full`` with the overrides of ``less``; a ~KEY there takes away KEY and what is below it."""
+    gone = [key for key, o in less.items() if o.is_delete()]
+    kept = {key: o for key, o in full.items() if not any(key == g or key.startswith(f"{g}.") for g in gone)}
+    return kept | {key: o for key, o in less.items() if key not in gone}
+
+
+def _text(override: Override | None, default: str) -> str:
+    return default if override is None else str(override.get_value_element_as_str()).strip("'\"")
+
+
+def _lines(pairs: Mapping[str, Override]) -> tuple[str, ...]:
+    """In the order in which people write them: parts (model=vgg16) before their fields."""
+    return tuple(str(o.input_line) for o in sorted(pairs.values(), key=lambda o: "." in o.key_or_group))

@@ -1,0 +1,45 @@
+"""The method that is the answer: what its maps are, and what it refuses. Its contract is that of every method."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from test_method_contract import classifier, pictures
+
+from attrib.methods.oracle import Oracle
+from attrib.noise import Noise
+from attrib.types import UserError
+
+
+def test_it_is_the_region_mixed_with_noise():
+    batch, model = pictures(3), classifier(())(8, torch.float64)
+    noise = Noise(batch.uids, 4, dtype=torch.float64)
+
+    def map_of(method):
+        return method.attribute(model, batch, {}, Noise(batch.uids, 4, dtype=torch.float64))["map"]
+
+    roi, uniform = batch.roi.double(), noise.uniform(*batch.roi.shape[1:])
+    assert torch.equal(map_of(Oracle()), roi)
+    assert torch.equal(map_of(Oracle(opposite=True)), 1 - roi)
+    assert torch.equal(map_of(Oracle(noise=1.0)), uniform)
+    torch.testing.assert_close(map_of(Oracle(noise=0.3)), 0.7 * roi + 0.3 * uniform)
+
+
+def test_more_noise_is_a_worse_map():
+    batch, model = pictures(20), classifier(())(8, torch.float64)
+    shares = []
+    for level in (0.0, 0.3, 0.6, 0.9, 1.0):
+        found = Oracle(noise=level).attribute(model, batch, {}, Noise(batch.uids, 0, dtype=torch.float64))["map"]
+        shares.append(float((found * batch.roi).sum() / found.sum()))
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 1.0
+
+
+def test_data_without_regions_are_refused():
+    batch = dataclasses.replace(pictures(2), roi=None)
+    with pytest.raises(UserError, match="these data have none"):
+        Oracle().attribute(classifier(())(8, torch.float64), batch, {}, Noise(batch.uids))
+    with pytest.raises(UserError, match=r"Oracle\.noise is 1\.5, must be"):
+        Oracle(noise=1.5)

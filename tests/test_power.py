@@ -1,0 +1,97 @@
+"""How many samples a comparison needs: against the exact power of a t-test, a simulation, and the plain definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from attrib.results import formats, power, stats
+
+
+def power_of_t(effect: float, n: int, alpha: float) -> float:
+    """Of a two-sided paired t-test: the mean over what the estimated variance may turn out to be."""
+    limit = scipy_stats.t.ppf(1 - alpha / 2, n - 1)
+    variance = scipy_stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1) / (n - 1)
+    shift = effect * math.sqrt(n)
+    tails = scipy_stats.norm.sf(limit * np.sqrt(variance) - shift) + scipy_stats.norm.cdf(
+        -limit * np.sqrt(variance) - shift
+    )
+    return float(tails.mean())
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 378])
+@pytest.mark.parametrize("wanted", [0.8, 0.95])
+@pytest.mark.parametrize("effect", [0.1, 0.35, 0.8])
+def test_the_size_is_that_of_an_exact_t_test(effect, wanted, alpha):
+    n = power.needed(effect, wanted, alpha)
+    assert power.needed(-effect, wanted, alpha) == n
+    assert power_of_t(effect, n + 2, alpha) >= wanted
+    assert power_of_t(effect, n - 3, alpha) < wanted
+
+
+def test_the_permutation_test_finds_a_difference_as_often_as_it_is_said_to():
+    effect, rng = 0.6, np.random.default_rng(0)
+    n = power.needed(effect)
+    draws = rng.normal(effect, 1, (250, n))
+    found = [stats.paired_test(d, np.zeros(n)).p <= 0.05 for d in draws]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.075)  # three standard errors
+
+
+def test_edges():
+    assert power.needed(0.0) == math.inf
+    assert math.isnan(power.needed(math.nan))
+    assert power.needed(math.inf) == 6  # 2 / 2**6 is the first below .05
+    assert power.needed(50.0) == 6
+    assert power.needed(math.inf, alpha=0.05 / 378) == 14
+    for wrong in ({"power": 1.0}, {"alpha": 0.0}):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            power.needed(0.5, **wrong)
+
+
+def pairs_of(effects, n=20, confidence=0.95):
+    rng = np.random.default_rng(1)
+    lines = []
+    for i, effect in enumerate(effects):
+        d = rng.normal(effect, 1, n)
+        test = stats.paired_test(d, np.zeros(n), confidence)
+        place = {"dataset": "d", "model": "m", "metric": "ehr", "column": "ehr", "a": "one", "b": f"other {i}"}
+        lines.append({**place, **vars(test), "p_holm": 0.0, "n_a": n, "n_b": n, "better": ""})
+    return pd.DataFrame(lines)
+
+
+def test_sizes_are_those_of_the_median_and_the_upper_quarter():
+    tests = pairs_of([0.1, 0.5, 1.0, 2.0])
+    tests["p_holm"] = [1.0, 0.3, 0.01, 0.001]
+    (row,) = power.sizes(tests).to_dict("records")
+    effects = sorted(abs(tests["effect"]))
+    assert (row["pairs"], row["apart"], row["n"]) == (4, 2, 20)
+    assert row["effect"] == pytest.approx(np.median(effects))
+    assert row["needed"] == power.needed(np.median(effects))
+    assert row["needed_holm"] == power.needed(np.median(effects), alpha=0.05 / 4) > row["needed"]
+    assert row["easy"] == power.needed(np.quantile(effects, 0.75)) <= row["needed"]
+    assert row["half"] == pytest.approx(((tests["hi"] - tests["lo"]) / 2).median())
+    (line,) = power.table(power.sizes(tests)).body
+    assert line[:4] == ["ehr", "4", "2", "20"]
+
+
+def test_a_pair_is_found_whichever_way_round_it_was_tested():
+    tests = pairs_of([1.0, 0.5])
+    (forth,) = power.of_pair(tests, "one", "other 0").to_dict("records")
+    (back,) = power.of_pair(tests, "other 0", "one").to_dict("records")
+    assert forth["needed"] == back["needed"] == power.needed(forth["effect"])
+    for name in ("difference", "effect", "rank_biserial"):
+        assert back[name] == -forth[name]
+    assert (back["lo"], back["hi"]) == (-forth["hi"], -forth["lo"])
+    assert (back["a"], back["b"]) == ("other 0", "one")
+    assert power.of_pair(tests, "one", "nobody").empty
+    (line,) = power.pair_table(power.of_pair(tests, "one", "other 0")).body
+    assert line[-1] == str(forth["needed"])
+    assert formats.to_markdown(power.pair_table(power.of_pair(tests, "one", "other 0")))
+
+
+def test_no_pairs():
+    assert power.sizes(pairs_of([0.5], n=20).assign(n=1)).empty

@@ -1,0 +1,196 @@
+"""Studies: what a file says, the commands it stands for, what is found, and each of ours in its tiny size (slow)."""
+
+from __future__ import annotations
+
+import shlex
+
+import pandas as pd
+import pytest
+from test_paper import configs, images  # noqa: F401 (fixtures)
+from tiny import called, tool
+
+from attrib.config.compose import CommandLine, compose
+from attrib.papers import findings, study, study_figures
+from attrib.results.tables import rows
+from attrib.types import UserError
+
+MINE = """\
+title: A study
+note: Of nothing.
+parts: [maps, copies]
+"""
+MAPS = """\
+title: Maps
+question: Which is best?
+with: dataset=tiny model=small_cnn metric=[ehr,localisation] metric.ehr.steps=3 run.progress=false
+commands:
+  - run method=random,gradient
+  - run method=iba method.steps=2
+tiny:
+  run: dataset.select.count=2 ~metric.ehr ~method.steps
+columns: [ehr, energy]
+find: [means, samples, agreement, cost]
+pairs: [[random, gradient]]
+cost: ehr
+"""
+COPIES = """\
+like: maps
+title: Copies
+question:
+with: metric=[] ~metric.ehr
+commands:
+  - sanity method=gradient sanity.layers=[all] sanity.measures=[spearman,spearman_abs]
+find: [weights]
+"""
+
+
+@pytest.fixture
+def folder(configs):  # noqa: F811
+    (configs / "study").mkdir()
+    for name, text in (("mine", MINE), ("maps", MAPS), ("copies", COPIES)):
+        (configs / "study" / f"{name}.yaml").write_text(text)
+    return configs
+
+
+def words(part):
+    return [set(command.words) for command in part.commands]
+
+
+def test_commands(folder):
+    made = study.load("mine", ["run.root=/w"], folder)
+    maps, copies = made.parts
+    assert (made.title, made.note, maps.question) == ("A study", "Of nothing.", "Which is best?")
+    common = {"dataset=tiny", "model=small_cnn", "run.progress=false"}
+    shared = {*common, "metric.ehr.steps=3"}
+    assert words(maps) == [
+        {*shared, "metric=[ehr,localisation]", "method=random,gradient", "run.root=/w/maps"},
+        {*shared, "metric=[ehr,localisation]", "method=iba", "method.steps=2", "run.root=/w/maps"},
+    ]
+    (copy,) = words(copies)  # what it does not say itself is that of the part that it is like
+    assert {*common, "metric=[]", "method=gradient", "run.root=/w/copies"} < copy
+    assert "metric.ehr.steps=3" not in copy
+    assert (copies.title, copies.question, copies.find) == ("Copies", "", ("weights",))
+    assert shlex.split(str(maps.commands[0]))[:3] == ["attrib", "run", "-m"]
+    assert study.names(folder)[-1] == "mine"
+
+
+def test_the_command_line_adds_replaces_and_chooses(folder):
+    small, _ = study.load("mine", ["paper.size=tiny"], folder).parts
+    assert "dataset.select.count=2" in words(small)[0]
+    assert not any(word.startswith(("metric.ehr", "method.steps")) for one in words(small) for word in one)
+    (only,) = study.load("mine", ["paper.parts=[copies]", "metric=[ehr]", "run.rows=3"], folder).parts
+    assert {"metric=[ehr]", "run.rows=3"} < words(only)[0]
+    assert [part.name for part in study.load("mine", ["paper.parts=maps"], folder).parts] == ["maps"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("maps", "columns:", "colums:", r"maps\.yaml has no field 'colums'"),
+        ("maps", "- run method=iba", "- walk method=iba", "a command is one of train, run, sanity"),
+        ("maps", "find: [means", "find: [meaning", "nothing is known to find as 'meaning'"),
+        ("maps", "cost: ehr", "cost:", "cost must name the column"),
+        ("maps", "pairs: [[random, gradient]]", "pairs: [random]", "pairs is a list of pairs"),
+        ("maps", "tiny:\n  run:", "tiny:\n  stroll:", "tiny has overrides for train, run, sanity"),
+        ("maps", "columns: [ehr, energy]", "columns: ehr", "columns must be a list of texts"),
+        ("copies", "like: maps", "like: map", "no part 'map' beside it.*maps"),
+        ("mine", "parts: [maps, copies]", "parts: [mops]", "no part 'mops' beside it"),
+        ("maps", "title: Maps", "title: [", "cannot be read"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(folder, file, old, new, message):
+    path = folder / "study" / f"{file}.yaml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=message):
+        study.load("mine", [], folder)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("paper.size=small", r"no paper\.size=small"),
+        ("paper.parts=[graphs]", "no part 'graphs'; its parts are maps, copies"),
+        ("paper.rows=3", r"a study has no paper\.rows"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(folder, word, message):
+    with pytest.raises(UserError, match=message):
+        study.load("mine", [word], folder)
+    with pytest.raises(UserError, match="no study is called 'mne'"):
+        study.load("mne", [], folder)
+
+
+def test_a_study_in_one_command_which_goes_on(folder, images, tmp_path, capfd):  # noqa: F811
+    root = tmp_path / "work"
+
+    def attrib(*more):
+        line = ["mine", f"run.root={root}", f"dataset.root={images}", *more, "--config-dir", str(folder)]
+        return called(capfd, lambda: tool("paper").main(line))
+
+    first = attrib()
+    assert first.status == 0, first.err
+    assert first.out.count("maps_computed=4") == 5
+    text = (root / "studies" / "mine.md").read_text()
+    for part in ("# A study", "## Maps", "Which is best?", "## Copies", "attrib sanity -m"):
+        assert part in text
+    numbers = root / "studies" / "mine"
+    means = pd.read_csv(numbers / "maps_means.csv")
+    assert set(means["column"]) == {"ehr", "energy"}  # of the many that localisation has
+    assert len(pd.read_csv(numbers / "maps_samples.csv")) == 2 * 3
+    assert list(pd.read_csv(numbers / "maps_agreement.csv")["methods"].unique()) == [3]
+    assert pd.read_csv(numbers / "maps_cost.csv")["front"].any()
+    assert pd.read_csv(numbers / "copies_weights.csv")["column"].tolist() == ["spearman", "spearman_abs"]
+    for picture in ("maps_agreement", "maps_cost", "copies_weights"):
+        assert (numbers / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"mine/{picture}.png" in text
+    assert "| random − gradient |" in text.replace("\\", "")
+    again = attrib()
+    assert again.out.count("maps_computed=0 maps_present=4") == 5
+    assert (root / "studies" / "mine.md").read_text() == text
+
+
+def test_a_part_that_was_not_run_is_named(folder, tmp_path):
+    place = findings.write(study.load("mine", [f"run.root={tmp_path / 'none'}"], folder))
+    assert place.read_text().count("No results yet in") == 2
+
+
+def test_a_cell_that_fails_is_the_status_and_the_document_is_written(folder, images, tmp_path, capfd):  # noqa: F811
+    path = folder / "study" / "maps.yaml"
+    path.write_text(path.read_text().replace("method=iba method.steps=2", "method=iba method.steps=0"))
+    line = ["mine", f"run.root={tmp_path / 'work'}", f"dataset.root={images}", "paper.parts=maps"]
+    found = called(capfd, lambda: tool("paper").main([*line, "--config-dir", str(folder)]))
+    assert found.status != 0
+    assert "steps" in found.err
+    assert set(rows(tmp_path / "work" / "maps")["method"]) == {"random", "gradient"}
+    assert (tmp_path / "work" / "studies" / "mine.md").is_file()
+
+
+def test_the_front_is_what_nothing_beats():
+    summary = pd.DataFrame({
+        "contender": ["cheap", "dear", "wasted", "twin", "unknown"],
+        "mean": [1.0, 2.0, 1.5, 2.0, 3.0],
+        "seconds": [0.1, 1.0, 2.0, 1.0, float("nan")],
+        "direction": "↑",
+    })  # fmt: skip
+    assert study_figures.front(summary)["front"].tolist() == [True, True, False, True, False]
+    lower = study_figures.front(summary.assign(direction="↓"))["front"].tolist()
+    assert lower == [True, False, False, False, False]
+
+
+def test_ours_are_listed(capfd):
+    assert "study_2026" in study.names()
+    found = called(capfd, lambda: tool("list").main(["papers"]))
+    assert "study_2026" in found.out
+    for part in study.load("study_2026").parts:
+        assert part.commands
+        assert part.question
+
+
+@pytest.mark.slow  # a minute: Hydra composes each
+def test_every_command_of_ours_composes():
+    """The first of what a line sweeps over; `make study-tiny` computes all of it in the small size."""
+    for part in study.load("study_2026").parts:
+        for command in part.commands:
+            first = CommandLine.of(list(command.words), None, command.tool != "train").cells()[0]
+            assert compose(command.tool, first, None).values["dataset"], command
