@@ -6,7 +6,7 @@ N ?= 1000
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo docs browser test test-slow test-slurm test-wheel test-torchtext fuzz torture nets lint bench clean
+.PHONY: demo docs browser test test-slow test-slurm test-wheel test-torchtext fuzz torture study-tiny nets lint bench clean
 
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,9 @@ fuzz: .venv/installed  ## N=1000 random nets against every method: right, refuse
 torture: .venv/installed  ## N=500 faults of a disk at every place of a run, a training, a repair, an export: none does harm (needs gcc)
 	$(TEST_ENV) PYTHONPATH=.:tests $(BIN)/python tests/torture.py --count $(if $(filter file,$(origin N)),500,$(N)) \
 	  --folder $$(mktemp -d)
+
+study-tiny: .venv/installed  ## the study in small: every command and every finding, on data that come with pip (FOLDER=)
+	$(TEST_ENV) $(BIN)/attrib paper study_2026 paper.size=tiny run.root=$(or $(FOLDER),$(shell mktemp -d)) run.progress=false
 
 nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (20 min on a free core; goes on where it was stopped)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/net_table.py --out docs/nets.md

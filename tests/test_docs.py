@@ -11,7 +11,7 @@ import yaml
 from attrib.config.places import configs
 
 DOCS = Path(__file__).parent.parent / "docs"
-WITHOUT = {"captum", "input_iba_stages", "iba_readout"}  # of the gallery, without a picture
+WITHOUT = {"captum", "input_iba_stages", "iba_readout", "oracle"}  # of the gallery, without a picture
 GROUPS = ("dataset", "model", "method", "metric", "paper", "train")
 
 

@@ -1,4 +1,6 @@
-"""A hundred generated nets, shared out among the methods; ``make fuzz N=1000`` judges all, ``tests/fuzz.py`` one."""
+"""Generated nets, shared out among the methods: twenty, or a hundred if there is time; ``make fuzz N=1000`` judges all,
+``tests/fuzz.py`` one.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ import torch
 from fuzz_checks import CHECKS, Judge, pattern
 from generated_nets import Choices, generate, plain
 
-SEEDS, PER_TEST = 100, 10
+SEEDS, QUICK, PER_TEST = 100, 20, 10
 
 SHARE = 12  # each net meets one method in twelve: all of them on a hundred nets would take ten minutes
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("start", range(0, SEEDS, PER_TEST))
+@pytest.mark.parametrize(
+    "start",
+    [start if start < QUICK else pytest.param(start, marks=pytest.mark.slow) for start in range(0, SEEDS, PER_TEST)],
+)
 def test_every_method_is_right_or_refuses(start: int) -> None:
     for seed in range(start, start + PER_TEST):
         judge = Judge(seed)

@@ -157,7 +157,7 @@ def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: M
     columns = tuple(_texts(path, "columns", node["columns"])) if "columns" in node else ()
     both = tuple((str(one), str(other)) for one, other in pairs)
     texts = [" ".join(str(node.get(key) or "").split()) for key in ("title", "question", "note")]
-    return Part(name, *texts, root, tuple(commands), find, columns, both, str(node.get("cost") or ""))
+    return Part(name, *texts, root, tuple(dict.fromkeys(commands)), find, columns, both, str(node.get("cost") or ""))
 
 
 def _read(path: Path) -> dict[str, Any]:
