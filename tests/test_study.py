@@ -144,10 +144,22 @@ def test_a_study_in_one_command_which_goes_on(folder, images, tmp_path, capfd): 
     for picture in ("maps_agreement", "maps_cost", "copies_weights"):
         assert (numbers / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
         assert f"mine/{picture}.png" in text
+    assert pd.read_csv(numbers / "maps_cost.csv")["contender"].tolist() == ["gradient", "iba", "random"]
     assert "| random − gradient |" in text.replace("\\", "")
     again = attrib()
     assert again.out.count("maps_computed=0 maps_present=4") == 5
     assert (root / "studies" / "mine.md").read_text() == text
+
+
+def test_what_stands_aside_has_means_and_no_say(folder, images, tmp_path, capfd):  # noqa: F811
+    path, root = folder / "study" / "maps.yaml", tmp_path / "work"
+    path.write_text(path.read_text() + "aside: [random]\n")
+    line = ["mine", f"run.root={root}", f"dataset.root={images}", "paper.parts=maps", "--config-dir", str(folder)]
+    assert called(capfd, lambda: tool("paper").main(line)).status == 0
+    numbers = root / "studies" / "mine"
+    assert "random" in set(pd.read_csv(numbers / "maps_means.csv")["contender"])
+    assert "random" not in set(pd.read_csv(numbers / "maps_cost.csv")["contender"])
+    assert not (numbers / "maps_agreement.csv").exists()  # of two methods there is no rank correlation worth the name
 
 
 def test_a_part_that_was_not_run_is_named(folder, tmp_path):

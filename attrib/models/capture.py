@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
     free = {0: auto} if example.is_floating_point() else dict.fromkeys(range(example.ndim), auto)
     with as_written():
         program = torch.export.export(net, (example,), dynamic_shapes=(free,), strict=False)
-        return program.run_decompositions(_taken_apart())
+        return program.run_decompositions(dict(_taken_apart(tuple(torch.ops))))
 
 
 def _free(program: ExportedProgram) -> bool:
@@ -91,8 +92,9 @@ def _given(program: ExportedProgram) -> fx.Node:
     return next(node for node in program.graph.nodes if node.name in names)
 
 
-def _taken_apart() -> dict[Any, Callable[..., Any]]:
-    """The composite operations that are not kept, and what each consists of."""
+@functools.cache  # torch takes as long to list them as to export a small net
+def _taken_apart(libraries: tuple[str, ...]) -> Mapping[Any, Callable[..., Any]]:
+    """The composite operations of these libraries (``torch.ops``) that are not kept, and what each consists of."""
     found = {
         op: parts
         for op, parts in torch.export.default_decompositions().items()

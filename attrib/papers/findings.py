@@ -72,11 +72,14 @@ def findings(part: Part, confidence: float = 0.95) -> Iterator[Found]:
     listed = labels.labelled(part.root)
     frame = tables.rows(part.root)
     scores = _asked(sanity.without_randomised(listed, frame), listed, part)
+    compared = _without(
+        scores, scores["method"].astype(str).map(lambda label: any(tables.named(label, n) for n in part.aside))
+    )
     make: dict[str, Callable[[], Found]] = {
         MEANS: lambda: _means(scores, confidence),
         SAMPLES: lambda: _samples(scores, part, confidence),
-        AGREEMENT: lambda: _agreement(scores, confidence),
-        COST: lambda: _cost(scores, part, confidence),
+        AGREEMENT: lambda: _agreement(compared, confidence),
+        COST: lambda: _cost(compared, part, confidence),
         WEIGHTS: lambda: _weights(listed, frame, part, confidence),
     }
     for name in part.find:
@@ -91,7 +94,11 @@ def _asked(frame: pd.DataFrame, listed: list[labels.Labelled], part: Part) -> pd
     kept = frame["metric"].astype(str).str.split(" (", regex=False).str[0].isin(metrics)
     if part.columns:
         kept &= frame["column"].isin(part.columns)
-    kept = frame[kept].copy()
+    return _without(frame, ~kept)
+
+
+def _without(frame: pd.DataFrame, gone: pd.Series) -> pd.DataFrame:
+    kept = frame[~gone].copy()
     for name in kept.select_dtypes("category"):
         kept[name] = kept[name].cat.remove_unused_categories()
     return kept

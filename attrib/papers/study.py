@@ -28,7 +28,7 @@ TOOLS = ("train", "run", "sanity")
 MEANS, SAMPLES, AGREEMENT, COST, WEIGHTS = "means", "samples", "agreement", "cost", "weights"
 FINDINGS = (MEANS, SAMPLES, AGREEMENT, COST, WEIGHTS)
 _STUDY = ("title", "note", "needs", "duration", "parts")
-_PART = ("like", "title", "question", "note", "with", "commands", "tiny", "find", "columns", "pairs", "cost")
+_PART = ("like", "title", "question", "note", "with", "commands", "tiny", "find", "columns", "pairs", "aside", "cost")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Part:
     find     which findings (FINDINGS) the results are read for
     columns  the scores that are looked at; none: all that the metrics have
     pairs    pairs of contenders of which it is asked how many samples tell them apart, beside the median pair
+    aside    methods, such as oracles, that have means and tests but do not say whether metrics agree, nor what is cheap
     cost     the column that is set against the cost
     """
 
@@ -62,6 +63,7 @@ class Part:
     find: tuple[str, ...]
     columns: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
+    aside: tuple[str, ...] = ()
     cost: str = ""
 
 
@@ -89,7 +91,7 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
 
     ``paper.size=tiny`` adds the overrides of ``tiny``, in the place of what is there, of which ~KEY takes away KEY and
     what is below it; ``paper.parts=[a,b]`` these parts alone; ``run.root`` is the folder
-    of all; any other is added to every ``run`` and ``sanity``, in the place of what is there.
+    of all; any other is added to every ``run`` and ``sanity`` in the same way.
 
     Raises UserError that names the file and the field.
     """
@@ -144,8 +146,9 @@ def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: M
         mine = parse_overrides(rest, at)
         less = _words(at, "tiny", small.get(tool)) if tiny else {}
         full = _replaced({**({} if tool == "train" else shared), **mine}, less)
-        more = {} if tool == "train" else {**given, **parse_overrides([f"run.root={root}"])}
-        commands.append(Command(tool, _lines({**full, **more})))
+        if tool != "train":
+            full = _replaced(full, {**given, **parse_overrides([f"run.root={root}"])})
+        commands.append(Command(tool, _lines(full)))
     find = tuple(_texts(path, "find", node.get("find")))
     if strange := [one for one in find if one not in FINDINGS]:
         raise UserError(f"{at}: nothing is known to find as {strange[0]!r}, only {', '.join(FINDINGS)}")
@@ -155,9 +158,12 @@ def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: M
     if COST in find and not node.get("cost"):
         raise UserError(f"{at}: cost must name the column that is set against what a map costs")
     columns = tuple(_texts(path, "columns", node["columns"])) if "columns" in node else ()
+    aside = tuple(_texts(path, "aside", node["aside"])) if "aside" in node else ()
     both = tuple((str(one), str(other)) for one, other in pairs)
     texts = [" ".join(str(node.get(key) or "").split()) for key in ("title", "question", "note")]
-    return Part(name, *texts, root, tuple(dict.fromkeys(commands)), find, columns, both, str(node.get("cost") or ""))
+    return Part(
+        name, *texts, root, tuple(dict.fromkeys(commands)), find, columns, both, aside, str(node.get("cost") or "")
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
