@@ -90,8 +90,8 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
     """A study as the overrides of a command line leave it.
 
     ``paper.size=tiny`` adds the overrides of ``tiny``, in the place of what is there, of which ~KEY takes away KEY and
-    what is below it; ``paper.parts=[a,b]`` these parts alone; ``run.root`` is the folder
-    of all; any other is added to every ``run`` and ``sanity`` in the same way.
+    what is below it; ``paper.parts=[a,b]`` takes these parts alone; ``run.root`` is the folder of all; any other is
+    added to every ``run`` and ``sanity`` in the same way.
 
     Raises UserError that names the file and the field.
     """
@@ -120,9 +120,15 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
         if one not in known:
             raise UserError(f"{shown(path)}: there is no part {one!r} beside it{did_you_mean(one, known)}")
         found.append(_part(one, known, root / one, size == TINY, given))
-    about = {key: " ".join(str(node.get(key) or "").split()) for key in ("title", "note", "needs", "duration")}
     return Study(
-        name, about["title"] or name, about["note"], root, tuple(found), size, about["needs"], about["duration"]
+        name=name,
+        title=_line(node, "title") or name,
+        note=_line(node, "note"),
+        root=root,
+        parts=tuple(found),
+        size=size,
+        needs=_line(node, "needs"),
+        duration=_line(node, "duration"),
     )
 
 
@@ -153,17 +159,27 @@ def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: M
     if strange := [one for one in find if one not in FINDINGS]:
         raise UserError(f"{at}: nothing is known to find as {strange[0]!r}, only {', '.join(FINDINGS)}")
     pairs = node.get("pairs") or []
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UserError(f"{at}: pairs is a list of pairs of methods, not {pairs!r}")
     if COST in find and not node.get("cost"):
         raise UserError(f"{at}: cost must name the column that is set against what a map costs")
-    columns = tuple(_texts(path, "columns", node["columns"])) if "columns" in node else ()
-    aside = tuple(_texts(path, "aside", node["aside"])) if "aside" in node else ()
-    both = tuple((str(one), str(other)) for one, other in pairs)
-    texts = [" ".join(str(node.get(key) or "").split()) for key in ("title", "question", "note")]
     return Part(
-        name, *texts, root, tuple(dict.fromkeys(commands)), find, columns, both, aside, str(node.get("cost") or "")
+        name=name,
+        title=_line(node, "title") or name,
+        question=_line(node, "question"),
+        note=_line(node, "note"),
+        root=root,
+        commands=tuple(dict.fromkeys(commands)),
+        find=find,
+        columns=tuple(_texts(path, "columns", node["columns"])) if "columns" in node else (),
+        pairs=tuple((str(one), str(other)) for one, other in pairs),
+        aside=tuple(_texts(path, "aside", node["aside"])) if "aside" in node else (),
+        cost=_line(node, "cost"),
     )
+
+
+def _line(node: Mapping[str, Any], field: str) -> str:
+    return " ".join(str(node.get(field) or "").split())
 
 
 def _read(path: Path) -> dict[str, Any]:
