@@ -276,8 +276,11 @@ def method_contract(
     everything, state, text = list(range(len(batch))), dict(state), batch.lengths is not None
     per_token = (*method.MAPS, *method.TOKENS) if text else ()
 
+    others: dict[int, Classifier] = {}  # by their row limit: to read a net anew is what takes the time
+
     def explain(batch: Batch, model: Classifier | None = None, rows: int = 64) -> dict[str, Tensor]:
-        model = model or classifier(rows, torch.float64)
+        if model is None:
+            model = others[rows] if rows in others else others.setdefault(rows, classifier(rows, torch.float64))
         return dict(method.attribute(model, batch, state, Noise(batch.uids, 3, dtype=model.dtype)))
 
     def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], atol: float = atol) -> None:
