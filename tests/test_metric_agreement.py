@@ -76,15 +76,52 @@ def test_a_column_against_itself_is_one_half_against_the_other():
     assert entry(found, "noise", "noise")["rho"] < entry(found, "sure", "sure")["rho"]
 
 
-def test_methods_without_a_score_of_both_are_left_out():
+def test_methods_are_compared_on_common_samples():
     values = drawn()
-    gone = {("b", 2, i) for i in range(15)} | {("a", 1, 0)}
+    gone = {("b", 2, i) for i in range(15)} | {("a", 1, 0), ("b", 4, 3)}
     row = entry(agreement.agreement(frame_of(values, drop=gone)), "a", "b")
-    kept = [k for k in range(6) if k != 2]
-    a = values["a"].copy()
-    a[1, 0] = np.nan
-    assert row["methods"] == 5
-    assert row["rho"] == pytest.approx(spearmanr(np.nanmean(a, 1)[kept], values["b"].mean(1)[kept]).statistic)
+    kept, common = [0, 1, 3, 4, 5], [i for i in range(15) if i not in (0, 3)]
+    means = [values[name][kept][:, common].mean(1) for name in "ab"]
+    assert (row["methods"], row["n"]) == (5, 13)
+    assert row["rho"] == pytest.approx(spearmanr(*means).statistic)
+
+
+def test_methods_that_were_tried_on_easy_samples_alone_look_no_better():
+    """Of ten equal methods, four saw the easy half only: by both columns their own means would be the best."""
+    rng = np.random.default_rng(4)
+    easy = np.where(np.arange(40) < 20, 5.0, 0.0)
+    values = {name: easy + rng.normal(0, 1, (10, 40)) for name in "ab"}
+    gone = {(name, k, i) for name in "ab" for k in range(4) for i in range(20, 40)}
+    found = entry(agreement.agreement(frame_of(values, drop=gone)), "a", "b")
+    assert found["n"] == 20
+    assert found["rho"] == pytest.approx(spearmanr(*(values[name][:, :20].mean(1) for name in "ab")).statistic)
+    assert found["lo"] < 0 < found["hi"]
+
+
+def test_one_sample_has_no_interval():
+    found = agreement.agreement(frame_of(drawn(n=1)))
+    row = entry(found, "a", "b")
+    assert row["n"] == 1
+    assert np.isnan([row["lo"], row["hi"]]).all()
+    assert np.isnan(entry(found, "a", "a")["rho"])  # there are no halves
+    (table,) = agreement.tables(found)
+    assert table.body[0][1] == "–"
+    assert "[" not in table.body[1][1]
+
+
+def test_many_samples_are_drawn_in_blocks(monkeypatch):
+    whole = agreement.agreement(frame_of(drawn()))
+    monkeypatch.setattr(agreement, "_BLOCK", 15 * 100)
+    parts = agreement.agreement(frame_of(drawn()))
+    assert parts[["rho", "n"]][parts["a"] != parts["b"]].equals(whole[["rho", "n"]][whole["a"] != whole["b"]])
+    np.testing.assert_allclose(parts[["lo", "hi"]], whole[["lo", "hi"]], atol=0.08)
+
+
+def test_columns_of_one_name_under_two_metrics():
+    frame = frame_of(drawn())
+    frame["metric"] = frame["metric"].replace("b", "other")
+    frame["column"] = "x"
+    assert set(agreement.agreement(frame)["a"]) == {"x · a", "x · other"}
 
 
 def test_two_methods_or_no_direction_or_no_difference():

@@ -30,22 +30,23 @@ def test_the_size_is_that_of_an_exact_t_test(effect, wanted, alpha):
     n = power.needed(effect, wanted, alpha)
     assert power.needed(-effect, wanted, alpha) == n
     assert power_of_t(effect, n + 2, alpha) >= wanted
-    assert power_of_t(effect, n - 3, alpha) < wanted
+    assert power_of_t(effect, n - 4, alpha) < wanted
 
 
-def test_the_permutation_test_finds_a_difference_as_often_as_it_is_said_to():
-    effect, rng = 0.6, np.random.default_rng(0)
-    n = power.needed(effect)
+@pytest.mark.parametrize(("effect", "alpha"), [(0.6, 0.05), (1.4, 0.05), (1.5, 0.05 / 378)])
+def test_the_permutation_test_finds_a_difference_as_often_as_it_is_said_to(effect, alpha):
+    rng = np.random.default_rng(0)
+    n = power.needed(effect, alpha=alpha)
     draws = rng.normal(effect, 1, (250, n))
-    found = [stats.paired_test(d, np.zeros(n)).p <= 0.05 for d in draws]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.075)  # three standard errors
+    found = np.mean([stats.paired_test(d, np.zeros(n)).p <= alpha for d in draws])
+    assert 0.8 - 0.075 < found < (0.875 if n >= 20 else 0.95)  # three standard errors; few samples have few possible p
 
 
 def test_edges():
     assert power.needed(0.0) == math.inf
     assert math.isnan(power.needed(math.nan))
     assert power.needed(math.inf) == 6  # 2 / 2**6 is the first below .05
-    assert power.needed(50.0) == 6
+    assert power.needed(50.0) == 7
     assert power.needed(math.inf, alpha=0.05 / 378) == 14
     for wrong in ({"power": 1.0}, {"alpha": 0.0}):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -68,13 +69,14 @@ def test_sizes_are_those_of_the_median_and_the_upper_quarter():
     tests["p_holm"] = [1.0, 0.3, 0.01, 0.001]
     (row,) = power.sizes(tests).to_dict("records")
     effects = sorted(abs(tests["effect"]))
+    middle = effects[1]  # of an even number the lower of the two: infinite effects have no mean
     assert (row["pairs"], row["apart"], row["n"]) == (4, 2, 20)
-    assert row["effect"] == pytest.approx(np.median(effects))
-    assert row["needed"] == power.needed(np.median(effects))
-    assert row["needed_holm"] == power.needed(np.median(effects), alpha=0.05 / 4) > row["needed"]
-    assert row["easy"] == power.needed(np.quantile(effects, 0.75)) <= row["needed"]
+    assert row["effect"] == middle
+    assert row["needed"] == power.needed(middle)
+    assert row["needed_holm"] == power.needed(middle, alpha=0.05 / 4) > row["needed"]
+    assert row["easy"] == power.needed(effects[2]) <= row["needed"]
     assert row["half"] == pytest.approx(((tests["hi"] - tests["lo"]) / 2).median())
-    (line,) = power.table(power.sizes(tests)).body
+    (line,) = power.table(tests).body
     assert line[:4] == ["ehr", "4", "2", "20"]
 
 
@@ -93,5 +95,22 @@ def test_a_pair_is_found_whichever_way_round_it_was_tested():
     assert formats.to_markdown(power.pair_table(power.of_pair(tests, "one", "other 0")))
 
 
+def test_pairs_without_any_spread():
+    tests = pairs_of([0.5, 0.5, 0.5, 0.5])
+    tests["effect"] = [0.5, 1.0, math.inf, -math.inf]
+    (row,) = power.sizes(tests).to_dict("records")
+    assert (row["needed"], row["easy"]) == (power.needed(1.0), power.needed(math.inf))
+
+
+def test_columns_of_one_name_are_told_apart():
+    tests = pairs_of([0.5, 1.0])
+    tests = pd.concat([tests, tests.assign(metric="ehr (steps=3)"), tests.assign(dataset="other")])
+    rows = [tuple(row[:3]) for row in power.table(tests).body]
+    assert rows == [("d", "ehr", "ehr"), ("d", "ehr (steps=3)", "ehr"), ("other", "ehr", "ehr")]
+    rows = [tuple(row[:3]) for row in power.pair_table(power.of_pair(tests, "one", "other 0")).body]
+    assert len(set(rows)) == 3
+
+
 def test_no_pairs():
+    assert power.of_pair(pairs_of([0.5])[:0], "one", "other").empty
     assert power.sizes(pairs_of([0.5], n=20).assign(n=1)).empty

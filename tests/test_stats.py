@@ -140,8 +140,9 @@ def test_paired_test_agrees_with_scipy_and_t_when_larger(n):
         np.where(np.arange(18) < 1, -1.0, 1.0),  # the sum takes few values
         np.where(np.arange(16) < 13, 1.0, 0.0),  # what is equal counts for neither
         np.array([-0.001, *np.ones(16)]),
+        np.array([1000.0, *np.ones(16), -1.0]),  # of hardly a sign but the largest does the sum depend
     ],
-    ids=["normal", "all ahead", "lattice", "ties", "one tiny"],
+    ids=["normal", "all ahead", "lattice", "ties", "one tiny", "one enormous"],
 )
 def test_a_small_p_is_that_of_all_outcomes(d):
     """Slowly: all 2**n of them. Fewer than ten of 9,999 random ones would be as extreme."""
@@ -154,6 +155,18 @@ def test_a_small_p_is_that_of_all_outcomes(d):
     found = stats.paired_test(d, np.zeros(d.size)).p
     assert found == pytest.approx(exact, rel=0.1)
     assert found == stats.paired_test(-d[::-1], np.zeros(d.size)).p
+
+
+@pytest.mark.parametrize(("n", "ahead", "outlier"), [(100, 80, 1000.0), (60, 50, 100.0), (200, 150, 300.0)])
+def test_a_small_p_with_an_outlier(n, ahead, outlier):
+    """Where all signs but one are coins of equal size, the sum is that of a binomial distribution."""
+    d = np.concatenate(([outlier], np.ones(ahead), -np.ones(n - ahead)))
+    least = outlier + 2 * ahead - n
+    # The outlier is +, and at least ``ahead`` of the others are; or all of it turned round.
+    exact = scipy_stats.binom.sf(ahead - 1, n, 0.5)
+    assert outlier > n  # so the outlier alone decides the sign of the sum
+    assert stats.paired_test(d, 0 * d).p == pytest.approx(exact, rel=0.1)
+    assert d.sum() == least
 
 
 def test_a_small_p_of_many_samples():

@@ -47,6 +47,7 @@ find: [weights]
 @pytest.fixture
 def folder(configs):  # noqa: F811
     (configs / "study").mkdir()
+    (configs / "paper" / "mine.yaml").rename(configs / "paper" / "table.yaml")
     for name, text in (("mine", MINE), ("maps", MAPS), ("copies", COPIES)):
         (configs / "study" / f"{name}.yaml").write_text(text)
     return configs
@@ -80,20 +81,69 @@ def test_the_command_line_adds_replaces_and_chooses(folder):
     assert not any(word.startswith(("metric.ehr", "method.steps")) for one in words(small) for word in one)
     (only,) = study.load("mine", ["paper.parts=[copies]", "metric=[ehr]", "run.rows=3"], folder).parts
     assert {"metric=[ehr]", "run.rows=3"} < words(only)[0]
-    assert [part.name for part in study.load("mine", ["paper.parts=maps"], folder).parts] == ["maps"]
+    for given, expected in {
+        "maps": ["maps"],
+        "copies,maps": ["maps", "copies"],
+        "[maps,copies]": ["maps", "copies"],
+    }.items():
+        assert [part.name for part in study.load("mine", [f"paper.parts={given}"], folder).parts] == expected
+
+
+def test_what_is_like_another_that_is_like_a_third(folder):
+    (folder / "study" / "more.yaml").write_text("like: copies\ntitle: More\nwith: model=other\n")
+    (folder / "study" / "mine.yaml").write_text("title: A study\nparts: [more]\n")
+    (more,) = study.load("mine", ["run.root=/w"], folder).parts
+    assert {"model=other", "dataset=tiny", "metric=[]", "run.root=/w/more"} < words(more)[0]
+    assert (more.title, more.find) == ("More", ("weights",))
+
+
+def test_a_broken_file_stops_nothing_but_its_study(folder, capfd):
+    (folder / "study" / "broken.yaml").write_text("parts: [")
+    assert "broken" not in study.names(folder)
+    assert study.load("mine", [], folder).parts
+    listed = called(capfd, lambda: tool("list").main(["papers", "--config-dir", str(folder)]))
+    assert (listed.status, "A study" in listed.out) == (0, True)
+    (folder / "study" / "maps.yaml").write_text("title: [")
+    listed = called(capfd, lambda: tool("list").main(["papers", "--config-dir", str(folder)]))
+    assert "mine" in listed.out
+    assert "cannot be read" in listed.out
+
+
+def test_a_name_that_is_no_study(folder, capfd):
+    def said(name, command="paper"):
+        return called(capfd, lambda: tool(command).main([name, "--config-dir", str(folder)])).err
+
+    assert "there is no paper 'minr'" in said("minr")
+    assert "mine" in said("minr")  # among those that there are
+    assert "a part of the study mine: attrib paper mine paper.parts=maps" in said("maps")
+    assert "mine is a study; attrib paper mine computes it" in said("paper=mine", "table")
+    (folder / "paper" / "twice.yaml").write_text((folder / "paper" / "table.yaml").read_text())
+    (folder / "study" / "twice.yaml").write_text(MINE)
+    assert "the name of a study and of a table" in said("twice")
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
         ("maps", "columns:", "colums:", r"maps\.yaml has no field 'colums'"),
-        ("maps", "- run method=iba", "- walk method=iba", "a command is one of train, run, sanity"),
-        ("maps", "find: [means", "find: [meaning", "nothing is known to find as 'meaning'"),
+        ("maps", "- run method=iba", "- walk method=iba", "a command begins with one of train, run, sanity"),
+        ("maps", "find: [means", "find: [meaning", "there is no finding 'meaning'"),
         ("maps", "cost: ehr", "cost:", "cost must name the column"),
         ("maps", "pairs: [[random, gradient]]", "pairs: [random]", "pairs is a list of pairs"),
         ("maps", "tiny:\n  run:", "tiny:\n  stroll:", "tiny has overrides for train, run, sanity"),
         ("maps", "columns: [ehr, energy]", "columns: ehr", "columns must be a list of texts"),
         ("copies", "like: maps", "like: map", "no part 'map' beside it.*maps"),
+        ("copies", "like: maps", "like: copies", "copies is like copies, which says nothing"),
+        ("copies", "like: maps", "like: [maps]", "no part .*beside it"),
+        ("maps", "- run method=iba method.steps=2", '- ""', "a command begins with one of train, run, sanity, not ''"),
+        (
+            "maps",
+            "- run method=iba method.steps=2",
+            "- run method='iba",
+            "maps.yaml: commands: .* is not understood: No clos",
+        ),
+        ("maps", "metric.ehr.steps=3", "'", "maps.yaml: with: .* is not understood: No clos"),
+        ("mine", "parts: [maps, copies]", "parts: [maps, maps]", "names one twice"),
         ("mine", "parts: [maps, copies]", "parts: [mops]", "no part 'mops' beside it"),
         ("maps", "title: Maps", "title: [", "cannot be read"),
     ],
@@ -112,6 +162,8 @@ def test_mistakes_in_a_file_are_named(folder, file, old, new, message):
         ("paper.size=small", r"no paper\.size=small"),
         ("paper.parts=[graphs]", "no part 'graphs'; its parts are maps, copies"),
         ("paper.rows=3", r"a study has no paper\.rows"),
+        ("paper.parts=[]", r"paper\.parts names no part; mine has maps, copies"),
+        ("~paper.parts", r"paper\.parts names parts, or is left out"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(folder, word, message):
@@ -137,7 +189,8 @@ def test_a_study_in_one_command_which_goes_on(folder, images, tmp_path, capfd): 
     numbers = root / "studies" / "mine"
     means = pd.read_csv(numbers / "maps_means.csv")
     assert set(means["column"]) == {"ehr", "energy"}  # of the many that localisation has
-    assert len(pd.read_csv(numbers / "maps_samples.csv")) == 2 * 3
+    assert len(pd.read_csv(numbers / "maps_pairs.csv")) == 2 * 3
+    assert len(pd.read_csv(numbers / "maps_samples.csv")) == 2
     assert list(pd.read_csv(numbers / "maps_agreement.csv")["methods"].unique()) == [3]
     assert pd.read_csv(numbers / "maps_cost.csv")["front"].any()
     assert pd.read_csv(numbers / "copies_weights.csv")["column"].tolist() == ["spearman", "spearman_abs"]
@@ -159,12 +212,62 @@ def test_what_stands_aside_has_means_and_no_say(folder, images, tmp_path, capfd)
     numbers = root / "studies" / "mine"
     assert "random" in set(pd.read_csv(numbers / "maps_means.csv")["contender"])
     assert "random" not in set(pd.read_csv(numbers / "maps_cost.csv")["contender"])
-    assert not (numbers / "maps_agreement.csv").exists()  # of two methods there is no rank correlation worth the name
+    assert pd.read_csv(
+        numbers / "maps_agreement.csv"
+    ).empty  # of two methods there is no rank correlation worth the name
 
 
 def test_a_part_that_was_not_run_is_named(folder, tmp_path):
-    place = findings.write(study.load("mine", [f"run.root={tmp_path / 'none'}"], folder))
-    assert place.read_text().count("No results yet in") == 2
+    place, problems, _ = findings.write(study.load("mine", [f"run.root={tmp_path / 'none'}"], folder))
+    assert place.read_text().count("no results yet in") == len(problems) == 2
+
+
+def test_what_cannot_be_found_out_is_said_and_the_rest_is_written(folder, images, tmp_path, capfd):  # noqa: F811
+    root = tmp_path / "work"
+    line = ["mine", f"run.root={root}", f"dataset.root={images}", "paper.parts=maps", "--config-dir", str(folder)]
+    assert called(capfd, lambda: tool("paper").main(line)).status == 0
+    path, text = folder / "study" / "maps.yaml", (folder / "study" / "maps.yaml").read_text()
+
+    def found(old, new):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        place, problems, _ = findings.write(study.load("mine", [f"run.root={root}", "paper.parts=maps"], folder))
+        return place.read_text(), problems
+
+    said, problems = found("columns: [ehr, energy]", "columns: [ehrr]")
+    assert problems == [f"maps: no score is called 'ehrr'; there are {', '.join(known(root))}"]
+    assert "'ehrr'" in said
+    assert "no score is called 'speed'" in found("cost: ehr", "cost: speed")[1][0]
+    said, problems = found("[[random, gradient]]", "[[random, nobody], [random, gradient]]")
+    assert not problems
+    assert "No results of both: random and nobody." in said
+    said, problems = found("find: [means", "find: [weights, means")
+    assert "no maps of randomised networks" in problems[0]
+
+
+def known(root):
+    return list(dict.fromkeys(rows(root / "maps").query("metric in ('ehr', 'localisation')")["column"].astype(str)))
+
+
+def test_metrics_that_a_later_run_adds_are_found(folder, images, tmp_path, capfd):  # noqa: F811
+    """spec.json keeps the first command's configuration."""
+    path = folder / "study" / "maps.yaml"
+    text = (
+        path.read_text().replace("columns: [ehr, energy]\n", "").replace("[means, samples, agreement, cost]", "[means]")
+    )
+    line = [
+        "mine",
+        f"run.root={tmp_path / 'work'}",
+        f"dataset.root={images}",
+        "paper.parts=maps",
+        "--config-dir",
+        str(folder),
+    ]
+    for metrics in ("[ehr]", "[ehr,localisation]"):
+        path.write_text(text.replace("[ehr,localisation]", metrics))
+        assert called(capfd, lambda: tool("paper").main(line)).status == 0
+    means = pd.read_csv(tmp_path / "work" / "studies" / "mine" / "maps_means.csv")
+    assert {"ehr", "energy"} <= set(means["column"])
 
 
 def test_a_cell_that_fails_is_the_status_and_the_document_is_written(folder, images, tmp_path, capfd):  # noqa: F811

@@ -69,7 +69,11 @@ def _papers(folder: Path | None) -> int:
         published = f"{known} of {len(preset.entries)}" if known else "none read yet"
         drawn.add_row(name, Text(preset.title), Text(preset.needs or "?"), published, Text(preset.duration or "?"))
     for name in study.names(folder):
-        made = study.load(name, folder=folder)
+        try:
+            made = study.load(name, folder=folder)
+        except UserError as error:
+            drawn.add_row(name, Text(f"cannot be read: {error}"))
+            continue
         about = f"{made.title} (a study: {', '.join(part.name for part in made.parts)})"
         drawn.add_row(name, Text(about), Text(made.needs or "?"), "–", Text(made.duration or "?"))
     console = common.console()

@@ -12,6 +12,7 @@ from attrib.cli.parsers import PARSERS
 from attrib.cli.table import write
 from attrib.config.compose import CommandLine
 from attrib.config.places import checked_folder
+from attrib.config.places import presets as presets_of
 from attrib.process import exit_status
 from attrib.process.signals import LEFT, Stop
 from attrib.results import formats
@@ -31,11 +32,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compute(args: argparse.Namespace, stop: Stop) -> int:
+    if not 0 < args.confidence < 1:
+        raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
     from attrib.papers import comparison, figure, presets, study
 
     folder = checked_folder(args.config_dir)
-    if args.name in study.names(folder):
+    known = presets_of("paper", folder)
+    if study.is_study(args.name, folder):
+        if args.name in known:
+            raise UserError(f"{args.name} is the name of a study and of a table; give one of them another")
         return _study(args, study.load(args.name, args.words, folder))
+    if args.name not in known:
+        hint = study.hint(args.name, folder)
+        names = [*known, *study.names(folder)]
+        raise UserError(f"there is no paper {args.name!r}{hint} (there are: {', '.join(names)})")
     line = CommandLine.of([f"paper={args.name}", *args.words], args.config_dir, multirun=True)
     status = run.of_paper(args.name, line)
     if status == LEFT:
@@ -67,8 +77,13 @@ def _study(args: argparse.Namespace, wanted: Study) -> int:
             statuses.append(mains[command.tool]([*config, *many, *command.words]))
             if statuses[-1] == LEFT:
                 return LEFT
-    print(f"wrote {findings.write(wanted, args.confidence)}")
-    return exit_status.worst(statuses)
+    try:
+        written = findings.write(wanted, args.confidence)
+    except OSError as error:
+        raise UserError(f"what was found cannot be written: {error}") from error
+    print(exit_status.lines(f"wrote {written.path}"))
+    statuses += [exit_status.report_error(UserError(problem)) for problem in written.problems]
+    return exit_status.worst([*statuses, exit_status.report_broken(written.broken)])
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -61,6 +61,10 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
     if not 0 < args.confidence < 1:
         raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
 
+    views = {name: getattr(args, name) for name in ("rows", "ranks", "power", "agreement", "wide")}
+    chosen = [f"--{name}" for name, given in views.items() if given]
+    if len(chosen) > 1 or (args.pairs is not None and (args.power or args.agreement or args.ranks)):
+        raise UserError(f"give one of {', '.join([*chosen, *(['--pairs'] if args.pairs is not None else [])])}")
     if any(word.startswith("paper=") for word in args.root):
         return draw_paper(args, kind)
     if len(args.root) > 1 or args.commands:
@@ -100,10 +104,15 @@ def _of_a_study(args: argparse.Namespace, frame: pd.DataFrame, kind: str) -> str
     """How many samples tell methods apart, or whether metrics agree."""
     apart = args.out is not None
     if args.power:
-        found = power.sizes(tables.all_paired(frame, confidence=args.confidence), confidence=args.confidence)
+        tests = tables.all_paired(frame, confidence=args.confidence)
+        found = power.sizes(tests, confidence=args.confidence)
         if not len(found):
             raise UserError("--power: no column has scores of two methods on two common samples")
-        return formats.to_csv(found) if kind == "csv" else write([power.table(found)], kind, apart=apart)
+        return (
+            formats.to_csv(found)
+            if kind == "csv"
+            else write([power.table(tests, confidence=args.confidence)], kind, apart=apart)
+        )
     found = agreement.agreement(frame, args.confidence)
     if not len(found):
         raise UserError("--agreement: no two columns with a direction have scores of three methods in common")
@@ -116,11 +125,16 @@ def draw_paper(args: argparse.Namespace, kind: str) -> str:
     views = (args.wide, args.ranks, args.rows, args.where, args.pairs is not None, args.power, args.agreement)
     if any(views):
         raise UserError("paper=NAME has one layout: no --wide, --ranks, --rows, --where, --pairs, --power, --agreement")
-    from attrib.papers import comparison, presets  # compose configurations, which takes seconds to import
+    from attrib.papers import comparison, presets, study  # compose configurations, which takes seconds to import
 
     [name] = [word.removeprefix("paper=") for word in args.root if word.startswith("paper=")]
     overrides = [word for word in args.root if not word.startswith("paper=")]
-    preset = presets.load(name, overrides, checked_folder(args.config_dir))
+    folder = checked_folder(args.config_dir)
+    if study.is_study(name, folder):
+        raise UserError(
+            f"{name} is a study; attrib paper {name} computes it, and writes what it found to studies/{name}.md"
+        )
+    preset = presets.load(name, overrides, folder)
     found = comparison.table(preset, preset.root, args.confidence)
     if args.commands:
         missing = found.loc[found["verdict"] == comparison.MISSING, "command"]

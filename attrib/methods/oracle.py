@@ -18,13 +18,14 @@ from attrib.types import Batch, UserError
 
 @dataclass(frozen=True)
 class Oracle(Method):
-    """The sample's region of interest as its map, or the opposite, mixed with uniform noise.
+    """The sample's region of interest as its map, or the opposite, with noise in some of its places.
 
-    It asks the net nothing, so it is no explanation. It is what a metric can be tried out with: where the region is
-    all that the net can have seen, such as the ink of the only digit (``dataset=digits_canvas
-    dataset.regions=masks``), a metric that does not prefer the oracle to its opposite measures something else.
+    It asks the net nothing, so it is no explanation. It serves to test metrics: where the region is all that the net
+    can have seen, such as the ink of the only digit (``dataset=digits_canvas dataset.regions=masks``), a metric that
+    does not prefer the oracle to its opposite measures something else.
 
-    noise     share of uniform noise in the map, 0 to 1: oracles with more of it are worse, by construction
+    noise     share of the places, drawn at random, whose value is uniform noise on [0, 1): with more of it the order of
+              the places is a worse one, by construction
     opposite  high outside the region, low inside
 
     Raises UserError for data without regions.
@@ -55,6 +56,6 @@ class Oracle(Method):
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         if batch.roi is None:
             raise UserError("the oracle is the region of interest, and these data have none: take another method")
-        drawn = noise.uniform(*batch.roi.shape[1:])
-        known = (batch.roi != self.opposite).to(drawn)
-        return {"map": (1 - self.noise) * known + self.noise * drawn}
+        places = batch.roi.shape[1:]
+        drawn, lost = noise.uniform(*places), noise.uniform(*places) < self.noise
+        return {"map": drawn.where(lost, (batch.roi != self.opposite).to(drawn))}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -14,160 +15,212 @@ from attrib.papers import study_figures
 from attrib.papers.presets import FULL
 from attrib.papers.study import AGREEMENT, COST, MEANS, SAMPLES, WEIGHTS, Part, Study
 from attrib.results import agreement, formats, labels, power, tables
-from attrib.results.written import TextTable, one_line, to_csv, to_markdown
+from attrib.results.written import TextTable, markdown, one_line, to_csv, to_markdown
 from attrib.store.cell import cells
 from attrib.store.files import write_atomic
+from attrib.store.workers import read_object
+from attrib.types import UserError
 
 
 class Found(NamedTuple):
-    """One finding: tables for people, the numbers behind them, and pictures as PNG."""
+    """One finding: tables for people, the numbers behind them by what they are of, and pictures as PNG."""
 
-    name: str
-    tables: list[TextTable]
-    numbers: pd.DataFrame
-    pictures: list[bytes]
+    tables: Sequence[TextTable] = ()
+    numbers: dict[str, pd.DataFrame] = {}
+    pictures: Sequence[bytes] = ()
 
 
-def write(study: Study, confidence: float = 0.95) -> Path:
-    """Write ``ROOT/studies/NAME.md`` and, in a folder beside it, pictures and the numbers as CSV. The document's path.
+class Written(NamedTuple):
+    """A document, a sentence for each part of which something could not be found out, files that cannot be read."""
 
-    A part without results is named as such; so is every sample that failed or is pending.
+    path: Path
+    problems: list[str]
+    broken: list[str]
+
+
+def write(study: Study, confidence: float = 0.95) -> Written:
+    """Write ``ROOT/studies/NAME.md`` and, in a folder beside it, pictures and the numbers as CSV.
+
+    What could not be found out, samples that failed or are pending, and what cannot be read are said in the document.
     """
     place = study.root / "studies" / f"{study.name}.md"
     folder = place.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    text = [f"# {one_line(study.title)}", study.note] if study.note else [f"# {one_line(study.title)}"]
+    text = [f"# {markdown(study.title)}", *filter(None, [markdown(study.note)])]
+    problems: list[str] = []
+    broken: list[str] = []
     if study.size != FULL:
         text.append(
             f"paper.size={study.size}: small data and nets, to see that every command works. The numbers mean nothing."
         )
     for part in study.parts:
-        text += [f"## {one_line(part.title)}", *filter(None, (part.question, part.note))]
-        if not cells(part.root):
-            text.append(f"No results yet in {part.root}.")
-        else:
-            for found in findings(part, confidence):
-                text += _drawn(found, part, folder, place.parent)
+        text += [f"## {markdown(part.title)}", *filter(None, (markdown(part.question), markdown(part.note)))]
+        unread: list[str] = []
+        try:
+            for name, found in findings(part, confidence, unread):
+                text += _drawn(name, found, part, folder)
+        except UserError as error:
+            problems.append(f"{part.name}: {one_line(error)}")
+            text.append(markdown(str(error)))
+        if unread:
+            text.append(markdown(f"Left out: {len(unread)} files cannot be read, the first: {unread[0]}"))
         text += ["```bash\n" + "\n".join(map(str, part.commands)) + "\n```"]
+        broken += unread
     write_atomic(place, ("\n\n".join(text) + "\n").encode())
-    return place
+    return Written(place, problems, broken)
 
 
-def _drawn(found: Found, part: Part, folder: Path, base: Path) -> Iterator[str]:
-    name = f"{part.name}_{found.name}"
-    write_atomic(folder / f"{name}.csv", to_csv(found.numbers).encode())
+def _drawn(name: str, found: Found, part: Part, folder: Path) -> Iterator[str]:
+    for what, numbers in found.numbers.items():
+        write_atomic(folder / f"{part.name}_{what}.csv", to_csv(numbers).encode())
     for i, picture in enumerate(found.pictures):
-        path = folder / (f"{name}.png" if i == 0 else f"{name}_{i + 1}.png")
+        path = folder / (f"{part.name}_{name}.png" if i == 0 else f"{part.name}_{name}_{i + 1}.png")
         write_atomic(path, picture)
-        yield f"![{one_line(part.title)}: {found.name}]({os.path.relpath(path, base)})"
+        yield f"![{markdown(part.title)}: {name}]({quote(os.path.relpath(path, folder.parent))})"
     for table in found.tables:
         yield to_markdown(table).rstrip()
+    if not found.tables:
+        yield f"Nothing to say of {name}: too few methods have scores of the same samples."
 
 
-def findings(part: Part, confidence: float = 0.95) -> Iterator[Found]:
-    """What the part is asked for, in the order in which it asks.
+def findings(part: Part, confidence: float = 0.95, broken: list[str] | None = None) -> Iterator[tuple[str, Found]]:
+    """What is missing, then what the part is asked for, in the order in which it asks.
 
-    Raises UserError for a work directory without results.
+    ``broken`` gets the files that cannot be read.
+
+    Raises UserError for a work directory without results, and for columns and methods that it does not have.
     """
-    listed = labels.labelled(part.root)
-    frame = tables.rows(part.root)
+    if not cells(part.root):
+        raise UserError(f"no results yet in {part.root}")
+    broken = [] if broken is None else broken
+    listed = labels.labelled(part.root, broken)
+    frame = tables.rows(part.root, broken)
     scores = _asked(sanity.without_randomised(listed, frame), listed, part)
-    compared = _without(
-        scores, scores["method"].astype(str).map(lambda label: any(tables.named(label, n) for n in part.aside))
-    )
+    aside = [any(tables.named(label, name) for name in part.aside) for label in scores["method"].astype(str)]
+    compared = _only(scores, ~pd.Series(aside, index=scores.index, dtype=bool))
     make: dict[str, Callable[[], Found]] = {
         MEANS: lambda: _means(scores, confidence),
         SAMPLES: lambda: _samples(scores, part, confidence),
         AGREEMENT: lambda: _agreement(compared, confidence),
         COST: lambda: _cost(compared, part, confidence),
-        WEIGHTS: lambda: _weights(listed, frame, part, confidence),
+        WEIGHTS: lambda: _weights(listed, frame, confidence),
     }
+    if said := _missing(frame):
+        yield "samples", Found([TextTable("", ["missing", "samples", "the first reason"], said, left=1)])
     for name in part.find:
-        found = make[name]()
-        if found.tables:
-            yield found
+        if name != WEIGHTS and scores.empty:
+            raise UserError(f"no scores yet in {part.root}")
+        yield name, make[name]()
 
 
-def _asked(frame: pd.DataFrame, listed: list[labels.Labelled], part: Part) -> pd.DataFrame:
+def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -> pd.DataFrame:
     """The scores that the part looks at: its columns, or all of metrics, without what methods say of themselves."""
-    metrics = {name for item in listed for name in item.spec["config"].get("metric") or {}}
+    metrics: set[str] = set()
+    for item in listed:
+        runs = (read_object(path) for path in sorted(item.cell.folder.glob("runs/*/config.json")))
+        for config in (item.spec["config"], *runs):
+            metrics.update(config.get("metric") or {})
     kept = frame["metric"].astype(str).str.split(" (", regex=False).str[0].isin(metrics)
+    known = frame.loc[kept, "column"].astype(str).unique()
+    if unknown := [column for column in (*part.columns, part.cost) if column and len(known) and column not in known]:
+        raise UserError(f"no score is called {unknown[0]!r}; there are {', '.join(known)}")
     if part.columns:
         kept &= frame["column"].isin(part.columns)
-    return _without(frame, ~kept)
+    return _only(frame, kept)
 
 
-def _without(frame: pd.DataFrame, gone: pd.Series) -> pd.DataFrame:
-    kept = frame[~gone].copy()
-    for name in kept.select_dtypes("category"):
-        kept[name] = kept[name].cat.remove_unused_categories()
-    return kept
+def _missing(frame: pd.DataFrame) -> list[list[str]]:
+    """For each method, how many samples failed or are pending, and why the first of them did."""
+    found = []
+    rows = frame[frame["state"].isin(["failed", "pending"])].astype({"contender": str, "method": str, "state": str})
+    for (method, state), group in rows.groupby(["method", "state"], sort=False):
+        reasons = [reason for reason in group["reason"].astype(str) if reason]
+        found.append([f"{method}, {state}", str(group["uid"].nunique()), reasons[0] if reasons else ""])
+    return found
+
+
+def _only(frame: pd.DataFrame, kept: pd.Series) -> pd.DataFrame:
+    frame = frame[kept].copy()
+    for name in frame.select_dtypes("category"):
+        frame[name] = frame[name].cat.remove_unused_categories()
+    return frame
 
 
 def _means(frame: pd.DataFrame, confidence: float) -> Found:
     summary = tables.summary(frame, confidence)
-    return Found(MEANS, [formats.wide_table(block) for block in formats.wide(summary)], summary, [])
+    return Found([formats.wide_table(block) for block in formats.wide(summary)], {MEANS: summary})
 
 
 def _samples(frame: pd.DataFrame, part: Part, confidence: float) -> Found:
     tests = tables.all_paired(frame, confidence=confidence)
     sizes = power.sizes(tests, confidence=confidence)
-    drawn = [power.table(sizes, confidence=confidence)] if len(sizes) else []
-    pairs = [power.of_pair(tests, *pair, confidence=confidence) for pair in part.pairs]
-    known = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
-    if len(known):
-        drawn.append(power.pair_table(known, confidence=confidence))
-    return Found(SAMPLES, drawn, tests, [])
+    drawn = [power.table(tests, confidence=confidence)] if len(sizes) else []
+    numbers = {SAMPLES: sizes, "pairs": tests}
+    if part.pairs:
+        found = [power.of_pair(tests, *pair, confidence=confidence) for pair in part.pairs]
+        known = pd.concat(found, ignore_index=True)
+        missing = [f"{a} and {b}" for (a, b), rows in zip(part.pairs, found, strict=True) if rows.empty]
+        table = power.pair_table(known, confidence=confidence)
+        notes = [*table.notes, *([f"No results of both: {'; '.join(missing)}."] if missing else [])]
+        drawn.append(TextTable(table.title, table.header, table.body, left=table.left, notes=notes))
+    return Found(drawn, numbers)
 
 
 def _agreement(frame: pd.DataFrame, confidence: float) -> Found:
     found = agreement.agreement(frame, confidence)
     blocks = [block for _, block in found.groupby(["dataset", "model"], sort=False)]
-    return Found(
-        AGREEMENT, agreement.tables(found, confidence), found, [study_figures.squares(block) for block in blocks]
-    )
+    return Found(agreement.tables(found, confidence), {AGREEMENT: found}, [study_figures.squares(b) for b in blocks])
 
 
 def _cost(frame: pd.DataFrame, part: Part, confidence: float) -> Found:
-    summary = (
-        tables.summary(frame[frame["column"] == part.cost], confidence)
-        if (frame["column"] == part.cost).any()
-        else None
-    )
-    if summary is None:
-        return Found(COST, [], pd.DataFrame(), [])
-    front = pd.concat([study_figures.front(block) for _, block in summary.groupby(["dataset", "model"], sort=False)])
-    shown, drawn = front[front["front"]].sort_values("seconds"), []
-    names = ["dataset", "model"] if front[["dataset", "model"]].drop_duplicates().shape[0] > 1 else []
+    """On the samples that all methods have, because a method that was tried on easy ones only would look better."""
+    fronts = []
+    wanted = frame[(frame["column"] == part.cost) & (frame["state"] == "ok")]
+    for _, block in wanted.groupby(["dataset", "model", "metric"], observed=True, sort=False):
+        names = ["uid", "fingerprint"]
+        each = block.groupby(names, observed=True)["contender"].nunique()
+        common = each[each == block["contender"].nunique()].index
+        block = block[pd.MultiIndex.from_frame(block[names]).isin(common)]
+        if block.empty:
+            raise UserError(f"cost: no sample has the {part.cost} of every method")
+        if (block["direction"] == "none").any():
+            raise UserError(f"cost: {part.cost} has no direction, so no method is better than another")
+        fronts.append(study_figures.front(tables.summary(block, confidence)))
+    if not fronts:
+        return Found()
+    found = pd.concat(fronts)
+    names = [name for name in ("dataset", "model", "metric") if found[name].nunique() > 1]
+    arrow = str(found["direction"].iloc[0])
     body = [
         [
             *(row[name] for name in names),
             row["contender"],
+            str(row["n"]),
             formats.with_half(row["mean"], row["lo"], row["hi"]),
             *formats.cost_texts(row),
         ]
-        for row in shown.to_dict("records")
+        for row in found[found["front"]].sort_values("seconds").to_dict("records")
     ]
-    note = "Only methods of which none that is at least as good costs less time."
-    header = [*names, "method", part.cost, *formats.COSTS]
-    drawn = [TextTable("The best for their price", header, body, left=len(names) + 1, notes=(note,))]
-    pictures = [study_figures.costs(block, part.cost) for _, block in front.groupby(["dataset", "model"], sort=False)]
-    return Found(COST, drawn, front, pictures)
+    note = "Only methods of which none that is at least as good takes less time, on the samples that all methods have."
+    header = [*names, "method", "n", f"{part.cost} {arrow}", *formats.COSTS]
+    drawn = TextTable("The best for their price", header, body, left=len(names) + 1, notes=(note,))
+    return Found([drawn], {COST: found}, [study_figures.costs(block, part.cost) for block in fronts])
 
 
-def _weights(listed: list[labels.Labelled], frame: pd.DataFrame, part: Part, confidence: float) -> Found:
+def _weights(listed: list[labels.Labelled], frame: pd.DataFrame, confidence: float) -> Found:
     summary = sanity.summary(listed, frame, confidence)
     if summary.empty:
-        return Found(WEIGHTS, [], summary, [])
+        raise UserError("no maps of randomised networks to compare; attrib sanity makes them")
     blocks = [block for _, block in summary.groupby(sanity.PLACE, sort=False)]
-    return Found(WEIGHTS, [_verdicts(block) for block in blocks], summary, [study_figures.weights(b) for b in blocks])
+    ranked = [block for block in blocks if block["column"].isin(study_figures.RANKS).any()]
+    tables_ = [_verdicts(block) for block in blocks]
+    return Found(tables_, {WEIGHTS: summary}, [study_figures.weights(block) for block in ranked])
 
 
 def _verdicts(block: pd.DataFrame) -> TextTable:
     """Methods x (measure, layers), and whether the method passes."""
-    variants = list(
-        dict.fromkeys(block[["column", "place"]].sort_values(["column", "place"]).itertuples(index=False, name=None))
-    )
+    ordered = block[["column", "place"]].sort_values(["column", "place"])
+    variants = list(dict.fromkeys(ordered.itertuples(index=False, name=None)))
     layers = dict(zip(block["place"], block["layer"]))
     cell = {(row["contender"], row["column"], row["place"]): row for row in block.to_dict("records")}
     passed = {verdict.contender: verdict for verdict in sanity.verdicts(block)}
@@ -177,13 +230,15 @@ def _verdicts(block: pd.DataFrame) -> TextTable:
         rows = [cell.get((name, *variant)) for variant in variants]
         entries = ["–" if row is None else formats.with_half(row["mean"], row["lo"], row["hi"]) for row in rows]
         body.append([name, *entries, words[passed[name].passed] if name in passed else "–"])
-    header = ["method", *(f"{column}, down to {layers[place]}" for column, place in variants), "depends on the weights"]
+    how = study_figures.reach(block)
+    header = ["method", *(f"{column}, {how} {layers[place]}" for column, place in variants), "depends on the weights"]
     least, most = block["n"].min(), block["n"].max()
     counts = f"n={most}" if least == most else f"n={least} to {most}"
     dataset, model = block["dataset"].iloc[0], block["model"].iloc[0]
     note = (
-        "Rank correlation with the trained network's map, of values and of magnitudes. With all layers random: no if "
-        "the whole interval of one is above a half (of the magnitudes alone: the place does not depend, the signs do), "
-        "yes if both intervals are below. A map that is constant has no rank and does not count in n."
+        "Agreement with the trained network's map; spearman is the rank correlation, spearman_abs that of the "
+        "magnitudes. With all layers random: no if the whole interval of a rank correlation is above a half (of the "
+        "magnitudes alone: the place does not depend, the signs do), yes if all are below. A constant map has no rank "
+        "and does not count in n."
     )
-    return TextTable(f"{dataset}, {model}, {counts}", header, body, left=1, notes=(note,))
+    return TextTable(formats.title(f"{dataset}, {model}", counts), header, body, left=1, notes=(note,))

@@ -8,6 +8,8 @@ own: its commands are what anybody could type, they compute what is missing, and
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from attrib.config.compose import Override, parse_overrides
+from attrib.config.compose import Override, QuotedString, parse_overrides, spelled
 from attrib.config.places import presets, shown
 from attrib.errors import did_you_mean
 from attrib.papers.presets import FULL, TINY
@@ -81,9 +83,28 @@ class Study:
     duration: str = ""
 
 
+def is_study(name: str, folder: Path | None = None) -> bool:
+    """Whether a file of this name lists parts. Raises UserError if it cannot be read."""
+    path = presets("study", folder).get(name)
+    return path is not None and "parts" in _read(path)
+
+
 def names(folder: Path | None = None) -> list[str]:
-    """The studies that there are: files that list parts."""
-    return [name for name, path in presets("study", folder).items() if "parts" in _read(path)]
+    """The studies that there are; files that cannot be read are passed over."""
+    found = []
+    for name in presets("study", folder):
+        with contextlib.suppress(UserError):
+            if is_study(name, folder):
+                found.append(name)
+    return found
+
+
+def hint(name: str, folder: Path | None = None) -> str:
+    """Of a name that is a part's: how to compute the part; "" of others."""
+    for one in names(folder):
+        if name in (_read(presets("study", folder)[one]).get("parts") or []):
+            return f", but a part of the study {one}: attrib paper {one} paper.parts={name}"
+    return ""
 
 
 def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> Study:
@@ -108,15 +129,20 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
         raise UserError(f"there is no paper.size={size}; {FULL} or {TINY}")
     node = _fields(path, _read(path), _STUDY)
     parts = _texts(path, "parts", node.get("parts"))
+    if len(set(parts)) < len(parts):
+        raise UserError(f"{shown(path)}: parts names one twice: {', '.join(parts)}")
     if "paper.parts" in own:
-        wanted = own["paper.parts"].value()
-        wanted = [str(one) for one in (wanted if isinstance(wanted, list) else [wanted])]
+        wanted = _several(own["paper.parts"])
         if strange := [one for one in wanted if one not in parts]:
             raise UserError(f"{shown(path)} has no part {strange[0]!r}; its parts are {', '.join(parts)}")
+        if not wanted:
+            raise UserError(f"paper.parts names no part; {name} has {', '.join(parts)}")
         parts = [one for one in parts if one in wanted]
     root = Path(_text(own.get("run.root"), Options.root))
     found = []
     for one in parts:
+        if not re.fullmatch(r"[\w .-]+", one) or one == "studies":
+            raise UserError(f"{shown(path)}: a part's work directory cannot be called {one!r}; take letters and digits")
         if one not in known:
             raise UserError(f"{shown(path)}: there is no part {one!r} beside it{did_you_mean(one, known)}")
         found.append(_part(one, known, root / one, size == TINY, given))
@@ -134,30 +160,27 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
 
 def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: Mapping[str, Override]) -> Part:
     path = known[name]
-    node, at, shared = _fields(path, _read(path), _PART), shown(path), {}
-    if like := node.get("like"):
-        if like not in known:
-            raise UserError(f"{at}: like: there is no part {like!r} beside it{did_you_mean(str(like), known)}")
-        other = _fields(known[like], _read(known[like]), _PART)
-        node, shared = {**other, **node}, _words(shown(known[like]), "with", other.get("with"))
-    shared = _replaced(shared, _words(at, "with", node.get("with")))
+    at = shown(path)
+    node, shared = _inherited(name, known)
     small = node.get("tiny") or {}
     if not isinstance(small, Mapping) or set(small) - set(TOOLS):
         raise UserError(f"{at}: tiny has overrides for {', '.join(TOOLS)}, not {small!r}")
     commands = []
     for line in _texts(path, "commands", node.get("commands")):
-        tool, *rest = shlex.split(line)
+        tool, *rest = _split(f"{at}: commands", line) or [""]
         if tool not in TOOLS:
-            raise UserError(f"{at}: a command is one of {', '.join(TOOLS)} and its overrides, not {line!r}")
+            raise UserError(f"{at}: a command begins with one of {', '.join(TOOLS)}, not {line!r}")
         mine = parse_overrides(rest, at)
+        if "run.root" in mine:
+            raise UserError(f"{at}: {line!r}: the work directory of a part is the study's run.root and the part's name")
         less = _words(at, "tiny", small.get(tool)) if tiny else {}
         full = _replaced({**({} if tool == "train" else shared), **mine}, less)
         if tool != "train":
-            full = _replaced(full, {**given, **parse_overrides([f"run.root={root}"])})
+            full = _replaced(full, {**given, **parse_overrides([f"run.root={_path(root)}"])})
         commands.append(Command(tool, _lines(full)))
     find = tuple(_texts(path, "find", node.get("find")))
     if strange := [one for one in find if one not in FINDINGS]:
-        raise UserError(f"{at}: nothing is known to find as {strange[0]!r}, only {', '.join(FINDINGS)}")
+        raise UserError(f"{at}: there is no finding {strange[0]!r}, only {', '.join(FINDINGS)}")
     pairs = node.get("pairs") or []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UserError(f"{at}: pairs is a list of pairs of methods, not {pairs!r}")
@@ -170,7 +193,7 @@ def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: M
         note=_line(node, "note"),
         root=root,
         commands=tuple(dict.fromkeys(commands)),
-        find=find,
+        find=tuple(dict.fromkeys(find)),
         columns=tuple(_texts(path, "columns", node["columns"])) if "columns" in node else (),
         pairs=tuple((str(one), str(other)) for one, other in pairs),
         aside=tuple(_texts(path, "aside", node["aside"])) if "aside" in node else (),
@@ -178,7 +201,29 @@ def _part(name: str, known: Mapping[str, Path], root: Path, tiny: bool, given: M
     )
 
 
+def _inherited(name: str, known: Mapping[str, Path], seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], Any]:
+    """The fields of a part with those of what it is ``like``, and the words of its ``with``."""
+    path = known[name]
+    node, at = _fields(path, _read(path), _PART), shown(path)
+    own, like = _words(at, "with", node.get("with")), node.get("like")
+    if like is None:
+        return dict(node), own
+    if not isinstance(like, str) or like not in known:
+        raise UserError(f"{at}: like: there is no part {like!r} beside it{did_you_mean(str(like), known)}")
+    if like in (name, *seen):
+        raise UserError(f"{at}: like: {' is like '.join((*seen, name, like))}, which says nothing")
+    other, words = _inherited(like, known, (*seen, name))
+    return {**other, **node}, _replaced(words, own)
+
+
+def _path(path: Path) -> str:
+    """As people write it, with quotes only around what means something to Hydra."""
+    return str(path) if re.fullmatch(r"[\w./~ -]+", str(path)) else spelled(str(path))
+
+
 def _line(node: Mapping[str, Any], field: str) -> str:
+    if isinstance(node.get(field), list | dict):
+        raise UserError(f"{field} must be a text, not {node[field]!r}")
     return " ".join(str(node.get(field) or "").split())
 
 
@@ -203,7 +248,24 @@ def _texts(path: Path, field: str, value: Any) -> list[str]:
 
 
 def _words(at: str, field: str, value: Any) -> dict[str, Override]:
-    return parse_overrides(shlex.split(str(value or "")), f"{at}: {field}")
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{at}: {field} must be a text of overrides, not {value!r}")
+    return parse_overrides(_split(f"{at}: {field}", value or ""), f"{at}: {field}")
+
+
+def _split(where: str, line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:  # a quote that is never closed
+        raise UserError(f"{where}: {line!r} is not understood: {error}") from error
+
+
+def _several(override: Override) -> list[str]:
+    """a,b or [a,b]. Raises UserError for ~KEY."""
+    if override.is_delete():
+        raise UserError(f"{override.input_line}: paper.parts names parts, or is left out")
+    value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
 def _replaced(full: Mapping[str, Override], less: Mapping[str, Override]) -> dict[str, Override]:
@@ -214,7 +276,14 @@ def _replaced(full: Mapping[str, Override], less: Mapping[str, Override]) -> dic
 
 
 def _text(override: Override | None, default: str) -> str:
-    return default if override is None else str(override.get_value_element_as_str()).strip("'\"")
+    """The one value of an override, with what it takes from the environment. Raises UserError for none or several."""
+    if override is None:
+        return default
+    value = None if override.is_delete() or override.is_sweep_override() else override.value()
+    text = value.text if isinstance(value, QuotedString) else value
+    if not isinstance(text, str) or not text:
+        raise UserError(f"{override.input_line}: a study has one {override.key_or_group}")
+    return str(OmegaConf.create({"it": text}).it)
 
 
 def _lines(pairs: Mapping[str, Override]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from attrib.drawing import pictures
 
 BLUE, RED = "#1f5fa8", "#c0392b"
+RANKS = ("spearman", "spearman_abs")
 
 
 def squares(block: pd.DataFrame) -> bytes:
@@ -83,9 +84,14 @@ def costs(found: pd.DataFrame, column: str) -> bytes:
     return _png(figure)
 
 
+def reach(part: pd.DataFrame) -> str:
+    """What the layer of a row says: how far the new weights reach, or which layer alone has them."""
+    return "down to" if part["mode"].iloc[0] == "cascade" else "only"
+
+
 def weights(part: pd.DataFrame) -> bytes:
     """Rank correlation with the trained net's maps, a line per method, a panel per number of random layers."""
-    known = part[part["column"].isin(["spearman", "spearman_abs"]) & part["mean"].notna()]
+    known = part[part["column"].isin(RANKS) & part["mean"].notna()]
     places = list(dict.fromkeys(known[["place", "layer"]].sort_values("place").itertuples(index=False, name=None)))
     contenders = list(dict.fromkeys(known["contender"]))
     figure = Figure(figsize=(2.4 + 1.9 * max(1, len(places)), 1.0 + 0.2 * len(contenders)), layout="constrained")
@@ -97,8 +103,8 @@ def weights(part: pd.DataFrame) -> bytes:
             ends = np.nan_to_num(np.stack((rows["mean"] - rows["lo"], rows["hi"] - rows["mean"]))).clip(min=0)
             axes.errorbar(rows["mean"], y, xerr=ends, fmt="o", color=colour, markersize=3, linewidth=0.8)
         axes.axvline(0, color=pictures.GREY, linewidth=0.6)
-        axes.set_xlim(-0.6, 1.05)
-        axes.set_title(pictures.plain(f"down to {layer}"), fontsize=7, parse_math=False)
+        axes.set_xlim(-1.05, 1.05)
+        axes.set_title(pictures.plain(f"{reach(part)} {layer}"), fontsize=7, parse_math=False)
         axes.tick_params(labelsize=6)
         axes.grid(axis="x", linewidth=0.3)
     panels[0].set(ylim=(len(contenders) - 0.5, -0.5))

@@ -8,9 +8,10 @@ import math
 import pandas as pd
 from scipy.stats import norm
 
-from attrib.results import formats, stats
+from attrib.results import formats, significance, stats
 from attrib.results.written import TextTable
 
+NONE = 1e-4  # an effect that nobody can find: it takes hundreds of millions of samples, and may be rounding
 PLACE = ["dataset", "model", "metric", "column"]
 
 
@@ -18,9 +19,9 @@ def needed(effect: float, power: float = 0.8, alpha: float = 0.05) -> float:
     """Samples from which on a two-sided paired test finds a difference with this probability; inf for no difference.
 
     The size for a paired t-test (Guenther, The American Statistician 35(4), 1981): the sum of the quantiles over the
-    effect, squared, and half the square of the first because the deviation is estimated. The permutation test
-    of :func:`attrib.results.stats.paired_test` has the same power to within a sample (tests/test_power.py), but cannot
-    be significant with fewer than a number of samples, which counts here.
+    effect, squared, and half the square of the first because the deviation is estimated. The permutation test of
+    :func:`attrib.results.stats.paired_test` has the same power (tests/test_power.py). Of few samples it has few
+    possible p, so it needs one sample more below twenty, and enough of them for any p to be small enough.
 
     effect  Cohen's d_z: mean difference over the standard deviation of the differences
     power   the probability to find it
@@ -35,13 +36,14 @@ def needed(effect: float, power: float = 0.8, alpha: float = 0.05) -> float:
         raise ValueError(f"power and alpha lie between 0 and 1, got {power} and {alpha}")
     if math.isnan(effect):
         return math.nan
-    if effect == 0:
+    if abs(effect) < NONE:
         return math.inf
     least = next(n for n in itertools.count(2) if stats.smallest_p(n) <= alpha)
     if math.isinf(effect):
         return least
     z = float(norm.ppf(1 - alpha / 2))
-    return max(least, math.ceil(((z + float(norm.ppf(power))) / effect) ** 2 + z**2 / 2))
+    n = max(least, math.ceil(((z + float(norm.ppf(power))) / effect) ** 2 + z**2 / 2))
+    return n + (n < 20)
 
 
 def sizes(tests: pd.DataFrame, power: float = 0.8, confidence: float = 0.95) -> pd.DataFrame:
@@ -59,7 +61,7 @@ def sizes(tests: pd.DataFrame, power: float = 0.8, confidence: float = 0.95) -> 
     for place, group in tests[tests["n"] > 1].groupby(PLACE, sort=False):
         effects = group["effect"].abs().dropna()
         alpha = 1 - confidence
-        median, large = float(effects.median()), float(effects.quantile(0.75))
+        median, large = (float(effects.quantile(q, interpolation="lower")) for q in (0.5, 0.75))  # none between inf
         found.append(
             {
                 **dict(zip(PLACE, map(str, place), strict=True)),
@@ -82,7 +84,8 @@ def of_pair(tests: pd.DataFrame, one: str, other: str, power: float = 0.8, confi
 
     The difference is ``one`` - ``other``, whichever of them the tests named first.
     """
-    mine = tests[[{a, b} == {one, other} for a, b in zip(tests["a"], tests["b"])]].copy()
+    asked = [{a, b} == {one, other} for a, b in zip(tests["a"], tests["b"])]
+    mine = tests[pd.Series(asked, index=tests.index, dtype=bool)].copy()
     turned = mine["a"] == other
     for name in ("difference", "effect", "rank_biserial"):
         mine.loc[turned, name] = -mine.loc[turned, name]
@@ -91,9 +94,10 @@ def of_pair(tests: pd.DataFrame, one: str, other: str, power: float = 0.8, confi
     return mine.assign(needed=[needed(effect, power, 1 - confidence) for effect in mine["effect"]])
 
 
-def table(found: pd.DataFrame, power: float = 0.8, confidence: float = 0.95) -> TextTable:
-    """``sizes`` for people, a line per column of scores."""
-    places = [name for name in ("dataset", "model") if found[name].nunique() > 1]
+def table(tests: pd.DataFrame, power: float = 0.8, confidence: float = 0.95) -> TextTable:
+    """``sizes`` for people, a line per column of scores; and whether any test could have been significant."""
+    found = sizes(tests, power, confidence)
+    places = _places(found)
     header = [*places, "column", "pairs", "told apart", "n", "± of a difference", "|d_z|"]
     header += ["n for the median pair", "… corrected", "n for the easy quarter"]
     body = [
@@ -117,13 +121,17 @@ def table(found: pd.DataFrame, power: float = 0.8, confidence: float = 0.95) -> 
         "difference over the standard deviation of the differences, median of the pairs, estimated on these samples: "
         "of few it is too large."
     )
-    return TextTable("How many samples", header, body, frozenset(), len(places) + 1, (note,))
+    never = significance.sentence(significance.hopeless(tests, confidence), confidence)
+    notes = (note, never) if never else (note,)
+    return TextTable("How many samples", header, body, frozenset(), len(places) + 1, notes)
 
 
 def pair_table(found: pd.DataFrame, power: float = 0.8, confidence: float = 0.95) -> TextTable:
     """Rows of ``of_pair`` for people."""
+    places = _places(found)
     body = [
         [
+            *(row[name] for name in places),
             row["column"],
             f"{row['a']} − {row['b']}",
             str(row["n"]),
@@ -133,10 +141,17 @@ def pair_table(found: pd.DataFrame, power: float = 0.8, confidence: float = 0.95
         ]
         for row in found.to_dict("records")
     ]
-    header = ["column", "pair", "n", "difference", "d_z", f"n for {formats.percent(power)}"]
+    header = [*places, "column", "pair", "n", "difference", "d_z", f"n for {formats.percent(power)}"]
     share, level = formats.percent(power), formats.percent(1 - confidence)
     note = f"n for {share}: samples from which on a test at {level} finds the difference with that probability."
-    return TextTable("Pairs of which the order is known", header, body, frozenset(), 2, (note,))
+    return TextTable("Pairs that were asked for", header, body, frozenset(), len(places) + 2, (note,))
+
+
+def _places(found: pd.DataFrame) -> list[str]:
+    """What tells rows of the same column apart."""
+    homes = found.groupby("column")["metric"].nunique()
+    names = [name for name in ("dataset", "model") if found[name].nunique() > 1]
+    return [*names, *(["metric"] if (homes > 1).any() else [])]
 
 
 def _count(value: float) -> str:

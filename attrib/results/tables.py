@@ -33,6 +33,8 @@ _GROUP = ["cell", "dataset", "model", "method", "map", "contender", "metric", "c
 COSTS = ["seconds", "rows", "memory", "device"]  # as attrib.running.costs notes them beside a map
 ROWS = [*_GROUP, "uid", "fingerprint", "value", "state", "stage", "reason", *COSTS, "time"]
 _ITEM = ["uid", "map", "column"]
+PAIRED = ["dataset", "model", "metric", "column", "a", "b", "n", "n_a", "n_b", "difference", "lo", "hi", "p", "p_holm"]
+PAIRED += ["effect", "rank_biserial", "better"]
 
 
 # Reading ------------------------------------------------------------------------------------------------
@@ -327,16 +329,14 @@ def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.Dat
             clear = p <= 1 - confidence and names[3] != "none"
             row |= {"p_holm": float(p), "better": ahead if clear else ""}
             found.append({**dict(zip(("dataset", "model", "metric"), names[:3])), "column": column, **row})
-    order = ("dataset", "model", "metric", "column", "a", "b", "n", "n_a", "n_b")
-    measures = ("difference", "lo", "hi", "p", "p_holm", "effect", "rank_biserial", "better")
-    return pd.DataFrame(found, columns=[*order, *measures])
+    return pd.DataFrame(found, columns=PAIRED)
 
 
 def all_paired(frame: pd.DataFrame, columns: Sequence[str] = (), confidence: float = 0.95) -> pd.DataFrame:
     """:func:`paired` for these columns, or for all."""
     names = list(columns) or [c for c in frame["column"].astype(str).unique() if c]
     if not names:
-        return pd.DataFrame(columns=["dataset", "model", "metric", "column", "a", "b", "p_holm"])
+        return pd.DataFrame(columns=PAIRED)
     return pd.concat([paired(frame, name, confidence) for name in names], ignore_index=True)
 
 

@@ -60,17 +60,18 @@ def to_markdown(table: TextTable) -> str:
     def line(texts: Iterable[str]) -> str:
         return "| " + " | ".join(texts) + " |"
 
-    lines = [f"**{_md(table.title)}**", ""] if table.title else []
-    lines.append(line(map(_md, table.header)))
+    lines = [f"**{markdown(table.title)}**", ""] if table.title else []
+    lines.append(line(map(markdown, table.header)))
     lines.append(line(":--" if j < table.left else "--:" for j in range(len(table.header))))
     for i, row in enumerate(table.body):
-        lines.append(line(f"**{_md(t)}**" if (i, j) in table.bold else _md(t) for j, t in enumerate(row)))
-    lines += [f"\n{_md(note)}" for note in table.notes]
+        lines.append(line(f"**{markdown(t)}**" if (i, j) in table.bold else markdown(t) for j, t in enumerate(row)))
+    lines += [f"\n{markdown(note)}" for note in table.notes]
     lines += ["\n```bash", *table.code, "```"] if table.code else []
     return "\n".join(lines) + "\n"
 
 
-def _md(text: str) -> str:
+def markdown(text: str) -> str:
+    """A text as one line of Markdown that shows it as it is."""
     return re.sub(r"([\\`*_|<>\[\]~#$])", r"\\\1", one_line(text))
 
 
