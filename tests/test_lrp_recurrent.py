@@ -162,8 +162,16 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("composite", ["epsilon", "epsilon_plus_flat"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "composite"),
+    [
+        pytest.param(
+            options, composite, marks=[pytest.mark.slow] if composite != "epsilon" and options != "plain" else []
+        )
+        for options in OPTIONS
+        for composite in ("epsilon", "epsilon_plus_flat")
+    ],
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_nothing_is_lost(kind, options, composite):
     """``relevance`` checks it: states that the layer begins with, and biases, keep their share; time may come first."""

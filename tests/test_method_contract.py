@@ -122,15 +122,29 @@ def test_method(path):
 OF_CONVOLUTIONS = ("lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box")
 
 
-@pytest.mark.parametrize("net", ["lstm", "mean"])
+def of_modality(modality: str) -> list[Path]:
+    return [p for p in METHODS if modality in load(p).MODALITIES]
+
+
+def alike(path: Path, modality: str) -> bool:
+    """Whether a preset before it has the same class: the slow tests have all of them on every net."""
+    return any(type(load(p)) is type(load(path)) for p in of_modality(modality) if p.stem < path.stem)
+
+
 @pytest.mark.parametrize(
-    "path",
+    ("path", "net"),
     [
-        pytest.param(p, marks=[pytest.mark.slow] if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") else [])
-        for p in METHODS
-        if "text" in load(p).MODALITIES
+        pytest.param(
+            p,
+            net,
+            marks=[pytest.mark.slow]
+            if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") or (net == "mean" and alike(p, "text"))
+            else [],
+            id=f"{p.stem}-{net}",
+        )
+        for p in of_modality("text")
+        for net in ("lstm", "mean")
     ],
-    ids=lambda path: path.stem,
 )
 def test_method_of_texts(path, net):
     method, build_model = load(path), text_classifier(net)

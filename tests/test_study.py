@@ -237,6 +237,7 @@ def test_what_cannot_be_found_out_is_said_and_the_rest_is_written(folder, images
     said, problems = found("columns: [ehr, energy]", "columns: [ehrr]")
     assert problems == [f"maps: no score is called 'ehrr'; there are {', '.join(known(root))}"]
     assert "'ehrr'" in said
+    assert "energy" in found("columns: [ehr, energy]", "columns: [ehr, localisation.energy]")[0]
     assert "no score is called 'speed'" in found("cost: ehr", "cost: speed")[1][0]
     said, problems = found("[[random, gradient]]", "[[random, nobody], [random, gradient]]")
     assert not problems
@@ -246,7 +247,8 @@ def test_what_cannot_be_found_out_is_said_and_the_rest_is_written(folder, images
 
 
 def known(root):
-    return list(dict.fromkeys(rows(root / "maps").query("metric in ('ehr', 'localisation')")["column"].astype(str)))
+    found = rows(root / "maps").query("metric in ('ehr', 'localisation')").astype({"metric": str, "column": str})
+    return [*found["column"].unique(), *(found["metric"] + "." + found["column"]).unique()]
 
 
 def test_metrics_that_a_later_run_adds_are_found(folder, images, tmp_path, capfd):  # noqa: F811

@@ -120,12 +120,15 @@ def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -
         runs = (read_object(path) for path in sorted(item.cell.folder.glob("runs/*/config.json")))
         for config in (item.spec["config"], *runs):
             metrics.update(config.get("metric") or {})
-    kept = frame["metric"].astype(str).str.split(" (", regex=False).str[0].isin(metrics)
-    known = frame.loc[kept, "column"].astype(str).unique()
-    if unknown := [column for column in (*part.columns, part.cost) if column and len(known) and column not in known]:
+    metric = frame["metric"].astype(str).str.split(" (", regex=False).str[0]
+    column = frame["column"].astype(str)
+    kept = metric.isin(metrics)
+    names = {"": column, ".": metric + "." + column}  # a column by its own name, or as METRIC.COLUMN
+    known = [*column[kept].unique(), *names["."][kept].unique()]
+    if unknown := [name for name in (*part.columns, part.cost) if name and known and name not in known]:
         raise UserError(f"no score is called {unknown[0]!r}; there are {', '.join(known)}")
     if part.columns:
-        kept &= frame["column"].isin(part.columns)
+        kept &= names[""].isin(part.columns) | names["."].isin(part.columns)
     return _only(frame, kept)
 
 

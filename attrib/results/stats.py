@@ -27,6 +27,7 @@ EXACT = 14  # up to so many pairs all 2**n sign flips are walked through
 LARGE_BOOTSTRAP = 100  # above, the closed form differs from BCa by less than BCa's own Monte-Carlo noise
 LARGE_PERMUTATION = 1_000  # above, the same holds for the normal limit of the sign-flip distribution
 _BATCH = 1_000_000  # elements drawn at a time: bounds memory, fits the cache
+_TILTED = 2_500  # draws for a tail, of which about half count
 _FEW = 10  # hits among RESAMPLES below which a p is estimated as a tail
 # Relative error of a score by rounding: some thousand units in the last place of float64, eight of float32, because a
 # score is the end of many operations.
@@ -316,7 +317,7 @@ def _sign_flip(d: np.ndarray, seed: int, error: float = 0.0) -> float:
     if d.size <= EXACT:
         signs = np.array(list(itertools.product((-1.0, 1.0), repeat=d.size)))
         return float((np.abs(signs @ size) >= least).mean())
-    sums = (2 * (coins.astype(np.float64) @ size) - size.sum() for coins in _coins(d.size, seed))
+    sums = (2 * (coins @ size) - size.sum() for coins in _coins(d.size, seed))
     hits = sum(int((np.abs(found) >= least).sum()) for found in sums)
     if hits < _FEW:
         return _tail(size, least, seed)
@@ -324,14 +325,14 @@ def _sign_flip(d: np.ndarray, seed: int, error: float = 0.0) -> float:
 
 
 @functools.lru_cache(
-    maxsize=4
+    maxsize=1
 )  # a table tests hundreds of pairs of as many samples: to draw takes longer than to count
 def _coins(n: int, seed: int) -> tuple[np.ndarray, ...]:
     """``RESAMPLES`` times n coins, 0 or 1, in blocks (count, n)."""
     rng, left, blocks = np.random.default_rng(seed), RESAMPLES, []
     while left:
         count = min(left, max(1, _BATCH // n))
-        blocks.append(rng.integers(0, 2, (count, n), dtype=np.int8))
+        blocks.append(rng.integers(0, 2, (count, n), dtype=np.int8).astype(np.float64))
         left -= count
     return tuple(blocks)
 
@@ -355,14 +356,14 @@ def _tail(size: np.ndarray, least: float, seed: int) -> float:
     t = most if short(most) <= 0 else float(optimize.brentq(short, 0.0, most))
     likely = 1 / (1 + np.exp(-2 * t * scaled))
     log_cosh = np.logaddexp(t * scaled, -t * scaled).sum() - scaled.size * math.log(2)
-    rng, weights, left = np.random.default_rng(seed), 0.0, RESAMPLES
+    rng, weights, left = np.random.default_rng(seed), 0.0, _TILTED
     while left:
         count = min(left, max(1, _BATCH // size.size))
         sums = (2.0 * (rng.random((count, size.size)) < likely) - 1) @ scaled
         hit = sums[sums >= bound]
         weights += float(np.exp(log_cosh - t * hit).sum())
         left -= count
-    return min(1.0, max(2 * weights / RESAMPLES, smallest_p(size.size)))
+    return min(1.0, max(2 * weights / _TILTED, smallest_p(size.size)))
 
 
 def _effect(d: np.ndarray) -> float:
