@@ -79,14 +79,15 @@ def test_the_command_line_adds_replaces_and_chooses(folder):
     small, _ = study.load("mine", ["paper.size=tiny"], folder).parts
     assert "dataset.select.count=2" in words(small)[0]
     assert not any(word.startswith(("metric.ehr", "method.steps")) for one in words(small) for word in one)
-    (only,) = study.load("mine", ["paper.parts=[copies]", "metric=[ehr]", "run.rows=3"], folder).parts
+    _, only = study.load("mine", ["paper.parts=[copies]", "metric=[ehr]", "run.rows=3"], folder).parts
     assert {"metric=[ehr]", "run.rows=3"} < words(only)[0]
     for given, expected in {
         "maps": ["maps"],
         "copies,maps": ["maps", "copies"],
         "[maps,copies]": ["maps", "copies"],
     }.items():
-        assert [part.name for part in study.load("mine", [f"paper.parts={given}"], folder).parts] == expected
+        made = study.load("mine", [f"paper.parts={given}"], folder)
+        assert [part.name for part in made.parts if part.chosen] == expected
 
 
 def test_what_is_like_another_that_is_like_a_third(folder):
@@ -210,6 +211,7 @@ def test_what_stands_aside_has_means_and_no_say(folder, images, tmp_path, capfd)
     line = ["mine", f"run.root={root}", f"dataset.root={images}", "paper.parts=maps", "--config-dir", str(folder)]
     assert called(capfd, lambda: tool("paper").main(line)).status == 0
     numbers = root / "studies" / "mine"
+    assert "Not computed yet." in numbers.with_suffix(".md").read_text()  # of the copies
     assert "random" in set(pd.read_csv(numbers / "maps_means.csv")["contender"])
     assert "random" not in set(pd.read_csv(numbers / "maps_cost.csv")["contender"])
     assert pd.read_csv(

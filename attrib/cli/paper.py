@@ -70,7 +70,7 @@ def _study(args: argparse.Namespace, wanted: Study) -> int:
     mains = {"train": train.main, "run": run.main, "sanity": sanity.main}
     config = ["--config-dir", str(args.config_dir)] if args.config_dir else []
     statuses = []
-    for part in wanted.parts:
+    for part in (part for part in wanted.parts if part.chosen):
         for command in part.commands:
             print(f"{part.name}: {command}", flush=True)
             many = [] if command.tool == "train" else ["-m"]

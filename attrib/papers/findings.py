@@ -56,6 +56,9 @@ def write(study: Study, confidence: float = 0.95) -> Written:
     for part in study.parts:
         text += [f"## {markdown(part.title)}", *filter(None, (markdown(part.question), markdown(part.note)))]
         unread: list[str] = []
+        if not part.chosen and not cells(part.root):
+            text.append("Not computed yet.")
+            continue
         try:
             for name, found in findings(part, confidence, unread):
                 text += _drawn(name, found, part, folder)

@@ -12,7 +12,7 @@ import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Part:
     pairs    pairs of contenders of which it is asked how many samples tell them apart, beside the median pair
     aside    methods, such as oracles, that have means and tests but do not say whether metrics agree, nor what is cheap
     cost     the column that is set against the cost
+    chosen   whether the command line asks to compute it; the document is about all parts
     """
 
     name: str
@@ -67,6 +68,7 @@ class Part:
     pairs: tuple[tuple[str, str], ...] = ()
     aside: tuple[str, ...] = ()
     cost: str = ""
+    chosen: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
     """A study as the overrides of a command line leave it.
 
     ``paper.size=tiny`` adds the overrides of ``tiny``, in the place of what is there, of which ~KEY takes away KEY and
-    what is below it; ``paper.parts=[a,b]`` takes these parts alone; ``run.root`` is the folder of all; any other is
+    what is below it; ``paper.parts=[a,b]`` computes these parts alone; ``run.root`` is the folder of all; any other is
     added to every ``run`` and ``sanity`` in the same way.
 
     Raises UserError that names the file and the field.
@@ -131,13 +133,13 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
     parts = _texts(path, "parts", node.get("parts"))
     if len(set(parts)) < len(parts):
         raise UserError(f"{shown(path)}: parts names one twice: {', '.join(parts)}")
+    wanted = parts
     if "paper.parts" in own:
         wanted = _several(own["paper.parts"])
         if strange := [one for one in wanted if one not in parts]:
             raise UserError(f"{shown(path)} has no part {strange[0]!r}; its parts are {', '.join(parts)}")
         if not wanted:
             raise UserError(f"paper.parts names no part; {name} has {', '.join(parts)}")
-        parts = [one for one in parts if one in wanted]
     root = Path(_text(own.get("run.root"), Options.root))
     found = []
     for one in parts:
@@ -145,7 +147,7 @@ def load(name: str, words: Sequence[str] = (), folder: Path | None = None) -> St
             raise UserError(f"{shown(path)}: a part's work directory cannot be called {one!r}; take letters and digits")
         if one not in known:
             raise UserError(f"{shown(path)}: there is no part {one!r} beside it{did_you_mean(one, known)}")
-        found.append(_part(one, known, root / one, size == TINY, given))
+        found.append(replace(_part(one, known, root / one, size == TINY, given), chosen=one in wanted))
     return Study(
         name=name,
         title=_line(node, "title") or name,
