@@ -91,14 +91,14 @@ def findings(part: Part, confidence: float = 0.95, broken: list[str] | None = No
 
     ``broken`` gets the files that cannot be read.
 
-    Raises UserError for a work directory without results, and for columns and methods that it does not have.
+    Raises UserError for a work directory without results, or without those that are needed.
     """
     if not cells(part.root):
         raise UserError(f"no results yet in {part.root}")
     broken = [] if broken is None else broken
     listed = labels.labelled(part.root, broken)
     frame = tables.rows(part.root, broken)
-    scores = _asked(sanity.without_randomised(listed, frame), listed, part)
+    scores, unknown = _asked(sanity.without_randomised(listed, frame), listed, part)
     aside = [any(tables.named(label, name) for name in part.aside) for label in scores["method"].astype(str)]
     compared = _only(scores, ~pd.Series(aside, index=scores.index, dtype=bool))
     make: dict[str, Callable[[], Found]] = {
@@ -108,16 +108,19 @@ def findings(part: Part, confidence: float = 0.95, broken: list[str] | None = No
         COST: lambda: _cost(compared, part, confidence),
         WEIGHTS: lambda: _weights(listed, frame, confidence),
     }
-    if said := _missing(frame):
-        yield "samples", Found([TextTable("", ["missing", "samples", "the first reason"], said, left=1)])
+    if said := [*_missing(frame), *unknown]:
+        yield "missing", Found([TextTable("", ["missing", "samples", "why"], said, left=1)])
     for name in part.find:
         if name != WEIGHTS and scores.empty:
             raise UserError(f"no scores yet in {part.root}")
         yield name, make[name]()
 
 
-def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -> pd.DataFrame:
-    """The scores that the part looks at: its columns, or all of metrics, without what methods say of themselves."""
+def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -> tuple[pd.DataFrame, list[list[str]]]:
+    """The scores that the part looks at: its columns, or all of metrics, without what methods say of themselves.
+
+    And a line for each column that no score has.
+    """
     metrics: set[str] = set()
     for item in listed:
         runs = (read_object(path) for path in sorted(item.cell.folder.glob("runs/*/config.json")))
@@ -126,13 +129,13 @@ def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -
     metric = frame["metric"].astype(str).str.split(" (", regex=False).str[0]
     column = frame["column"].astype(str)
     kept = metric.isin(metrics)
-    names = {"": column, ".": metric + "." + column}  # a column by its own name, or as METRIC.COLUMN
-    known = [*column[kept].unique(), *names["."][kept].unique()]
-    if unknown := [name for name in (*part.columns, part.cost) if name and known and name not in known]:
-        raise UserError(f"no score is called {unknown[0]!r}; there are {', '.join(known)}")
+    by_metric = metric + "." + column  # a column is named by itself, or as METRIC.COLUMN
+    known = [*column[kept].unique(), *by_metric[kept].unique()]
+    unknown = [name for name in (*part.columns, part.cost) if name and known and name not in known]
     if part.columns:
-        kept &= names[""].isin(part.columns) | names["."].isin(part.columns)
-    return _only(frame, kept)
+        kept &= column.isin(part.columns) | by_metric.isin(part.columns)
+    lines = [[f"{name}: no score is called so yet", "", f"there are {', '.join(known)}"] for name in unknown]
+    return _only(frame, kept), lines
 
 
 def _missing(frame: pd.DataFrame) -> list[list[str]]:
