@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
+from tiny import called, tool
 
-from attrib.results import formats, power, stats
+from attrib.results import formats, power, stats, tables
 
 
 def power_of_t(effect: float, n: int, alpha: float) -> float:
@@ -114,3 +115,39 @@ def test_columns_of_one_name_are_told_apart():
 def test_no_pairs():
     assert power.of_pair(pairs_of([0.5])[:0], "one", "other").empty
     assert power.sizes(pairs_of([0.5], n=20).assign(n=1)).empty
+
+
+def said(root, capfd, *words):
+    return called(capfd, lambda: tool("table").main([str(root), *words]))
+
+
+def test_on_the_command_line(root, tmp_path, capfd):
+    shown = said(root, capfd, "--power")
+    assert shown.status == 0, shown.err
+    assert "two-sided, at 5 %" in " ".join(shown.out.split())
+    assert "two-sided, at 1 %" in " ".join(said(root, capfd, "--power", "--confidence", "0.99").out.split())
+    place = tmp_path / "power.csv"
+    assert said(root, capfd, "--power", "--out", str(place)).status == 0
+    found = pd.read_csv(place)
+    frame = tables.rows(root)
+    assert found["column"].tolist() == power.sizes(tables.all_paired(frame))["column"].tolist()
+    agreed = said(root, capfd, "--agreement", "--format", "md")
+    assert agreed.status == 0
+    assert "do metrics agree?" in agreed.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--power", "--agreement"), ("--power", "--ranks"), ("--power", "--pairs", "ehr"), ("--agreement", "--wide")],
+)
+def test_one_view_at_a_time(root, capfd, words):
+    found = said(root, capfd, *words)
+    assert found.status == 2
+    assert "give one of --" in found.err
+
+
+def test_a_directory_of_one_method_is_refused_in_a_sentence(root, capfd):
+    for view, why in (("--power", "two methods on two common samples"), ("--agreement", "scores of three methods")):
+        found = said(root, capfd, view, "--where", "method=iba")
+        assert found.status == 2
+        assert why in found.err
