@@ -33,7 +33,7 @@ torture: .venv/installed  ## N=500 faults of a disk at every place of a run, a t
 	$(TEST_ENV) PYTHONPATH=.:tests $(BIN)/python tests/torture.py --count $(if $(filter file,$(origin N)),500,$(N)) \
 	  --folder $$(mktemp -d)
 
-study-tiny: .venv/installed  ## the study in small: every command and every finding, on data that come with pip (FOLDER=)
+study-tiny: .venv/installed  ## the study on small data that come with pip: every command, every finding (FOLDER=)
 	$(TEST_ENV) $(BIN)/attrib paper study_2026 paper.size=tiny run.root=$(or $(FOLDER),$(shell mktemp -d)) run.progress=false
 
 nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (20 min on a free core; goes on where it was stopped)
