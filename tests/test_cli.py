@@ -240,12 +240,13 @@ def test_own_configurations_and_modules_of_the_current_folder(tmp_path):
 def test_list(attrib, what):
     from attrib.cli.list import GROUP
     from attrib.config.places import presets
+    from attrib.papers import study
 
     result = attrib("list", what)
     assert result.status == 0, result.err
     lines = result.out.splitlines()[1:]
-    known = presets(GROUP[what])
-    assert [line.split()[0] for line in lines] == list(known)
+    known = [*presets(GROUP[what]), *(study.names() if what == "papers" else [])]
+    assert [line.split()[0] for line in lines] == known
     assert all(len(line.split()) >= 3 for line in lines), "a line each: name, data, what it is"
     assert "?" not in {line.split()[1] for line in lines}
 

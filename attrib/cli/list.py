@@ -74,8 +74,7 @@ def _papers(folder: Path | None) -> int:
         except UserError as error:
             drawn.add_row(name, Text(f"cannot be read: {error}"))
             continue
-        about = f"{made.title} (a study: {', '.join(part.name for part in made.parts)})"
-        drawn.add_row(name, Text(about), Text(made.needs or "?"), "–", Text(made.duration or "?"))
+        drawn.add_row(name, Text(f"{made.title} (a study of {len(made.parts)} parts)"), Text(made.needs or "?"), "–", Text(made.duration or "?"))
     console = common.console()
     console.print(drawn)
     print(common.printed(console), end="")
