@@ -74,7 +74,13 @@ def _papers(folder: Path | None) -> int:
         except UserError as error:
             drawn.add_row(name, Text(f"cannot be read: {error}"))
             continue
-        drawn.add_row(name, Text(f"{made.title} (a study of {len(made.parts)} parts)"), Text(made.needs or "?"), "–", Text(made.duration or "?"))
+        drawn.add_row(
+            name,
+            Text(f"{made.title} (a study of {len(made.parts)} parts)"),
+            Text(made.needs or "?"),
+            "–",
+            Text(made.duration or "?"),
+        )
     console = common.console()
     console.print(drawn)
     print(common.printed(console), end="")
