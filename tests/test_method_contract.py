@@ -122,13 +122,12 @@ def test_method(path):
 OF_CONVOLUTIONS = ("lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box")
 
 
-def of_modality(modality: str) -> list[Path]:
-    return [p for p in METHODS if modality in load(p).MODALITIES]
+OF_TEXTS = {p: type(method) for p in METHODS if "text" in (method := load(p)).MODALITIES}
 
 
-def alike(path: Path, modality: str) -> bool:
+def alike(path: Path) -> bool:
     """Whether a preset before it has the same class: the slow tests have all of them on every net."""
-    return any(type(load(p)) is type(load(path)) for p in of_modality(modality) if p.stem < path.stem)
+    return any(of is OF_TEXTS[path] for p, of in OF_TEXTS.items() if p.stem < path.stem)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +137,11 @@ def alike(path: Path, modality: str) -> bool:
             p,
             net,
             marks=[pytest.mark.slow]
-            if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") or (net == "mean" and alike(p, "text"))
+            if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") or (net == "mean" and alike(p))
             else [],
             id=f"{p.stem}-{net}",
         )
-        for p in of_modality("text")
+        for p in OF_TEXTS
         for net in ("lstm", "mean")
     ],
 )

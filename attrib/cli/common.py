@@ -38,6 +38,12 @@ def prepare() -> None:
     keep_freed_memory()
 
 
+def check_confidence(value: float) -> None:
+    """Raises UserError."""
+    if not 0 < value < 1:
+        raise UserError(f"--confidence {value}: expected a number between 0 and 1, such as 0.95")
+
+
 def guarded(work: Callable[[], int]) -> int:
     """The exit status of a subcommand that reads or writes files: 2 with one line for what a person can put right."""
     try:

@@ -32,8 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _compute(args: argparse.Namespace, stop: Stop) -> int:
-    if not 0 < args.confidence < 1:
-        raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
+    common.check_confidence(args.confidence)
     from attrib.papers import comparison, figure, presets, study
 
     folder = checked_folder(args.config_dir)
@@ -73,8 +72,7 @@ def _study(args: argparse.Namespace, wanted: Study) -> int:
     for part in (part for part in wanted.parts if part.chosen):
         for command in part.commands:
             print(f"{part.name}: {command}", flush=True)
-            many = [] if command.tool == "train" else ["-m"]
-            statuses.append(mains[command.tool]([*config, *many, *command.words]))
+            statuses.append(mains[command.tool]([*config, *command.arguments]))
             if statuses[-1] == LEFT:
                 return LEFT
     try:

@@ -58,8 +58,7 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         raise UserError("--wide is for md, tex and terminal; a csv has one line per cell and column")
     if args.rows and kind != "csv":
         raise UserError("--rows is for csv only; add --format csv or --out FILE.csv")
-    if not 0 < args.confidence < 1:
-        raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
+    common.check_confidence(args.confidence)
 
     views = {name: getattr(args, name) for name in ("rows", "ranks", "power", "agreement", "wide")}
     chosen = [f"--{name}" for name, given in views.items() if given]

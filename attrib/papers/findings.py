@@ -100,7 +100,7 @@ def findings(part: Part, confidence: float = 0.95, broken: list[str] | None = No
     frame = tables.rows(part.root, broken)
     scores, unknown = _asked(sanity.without_randomised(listed, frame), listed, part)
     aside = [any(tables.named(label, name) for name in part.aside) for label in scores["method"].astype(str)]
-    compared = _only(scores, ~pd.Series(aside, index=scores.index, dtype=bool))
+    compared = tables.only(scores, ~pd.Series(aside, index=scores.index, dtype=bool))
     make: dict[str, Callable[[], Found]] = {
         MEANS: lambda: _means(scores, confidence),
         SAMPLES: lambda: _samples(scores, part, confidence),
@@ -135,7 +135,7 @@ def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -
     if part.columns:
         kept &= column.isin(part.columns) | by_metric.isin(part.columns)
     lines = [[f"{name}: no score is called so yet", "", f"there are {', '.join(known)}"] for name in unknown]
-    return _only(frame, kept), lines
+    return tables.only(frame, kept), lines
 
 
 def _missing(frame: pd.DataFrame) -> list[list[str]]:
@@ -146,13 +146,6 @@ def _missing(frame: pd.DataFrame) -> list[list[str]]:
         reasons = [reason for reason in group["reason"].astype(str) if reason]
         found.append([f"{method}, {state}", str(group["uid"].nunique()), reasons[0] if reasons else ""])
     return found
-
-
-def _only(frame: pd.DataFrame, kept: pd.Series) -> pd.DataFrame:
-    frame = frame[kept].copy()
-    for name in frame.select_dtypes("category"):
-        frame[name] = frame[name].cat.remove_unused_categories()
-    return frame
 
 
 def _means(frame: pd.DataFrame, confidence: float) -> Found:
@@ -241,8 +234,7 @@ def _verdicts(block: pd.DataFrame) -> TextTable:
         body.append([name, *entries, words[passed[name].passed] if name in passed else "–"])
     how = study_figures.reach(block)
     header = ["method", *(f"{column}, {how} {layers[place]}" for column, place in variants), "depends on the weights"]
-    least, most = block["n"].min(), block["n"].max()
-    counts = f"n={most}" if least == most else f"n={least} to {most}"
+    counts = f"n={formats.span(block['n'])}"
     dataset, model = block["dataset"].iloc[0], block["model"].iloc[0]
     note = (
         "Agreement with the trained network's map; spearman is the rank correlation, spearman_abs that of the "

@@ -40,9 +40,13 @@ class Command:
     tool: str
     words: tuple[str, ...]
 
+    @property
+    def arguments(self) -> list[str]:
+        """What follows the tool's name."""
+        return [*([] if self.tool == "train" else ["-m"]), *self.words]
+
     def __str__(self) -> str:
-        many = ["-m"] if self.tool != "train" else []
-        return shlex.join(["attrib", self.tool, *many, *self.words])
+        return shlex.join(["attrib", self.tool, *self.arguments])
 
 
 @dataclass(frozen=True)

@@ -114,18 +114,13 @@ def _tables(part: pd.DataFrame) -> list[formats.TextTable]:
             entries = [_entry(cell.get((*variant, contender))) for contender in contenders]
             body.append([str(variant[0]), variant[1], *entries])
         title = f"{_title(place)}. {MEASURES[column.split(' ')[0]].capitalize()} ({column}) with the original's maps, "
-        title += _counts(group)
+        title += f"n={formats.span(group['n'])}"
         most = group[["failed", "pending"]].max()
         more = [f"{most[name]} {name}" for name in ("failed", "pending") if most[name]]
         body_notes = [*notes, *([f"Samples that are in no mean, at most: {', '.join(more)}."] if more else [])]
         found.append(formats.TextTable(title, ["layers", "down to", *contenders], body, left=2, notes=body_notes))
         notes = []
     return found
-
-
-def _counts(group: pd.DataFrame) -> str:
-    least, most = group["n"].min(), group["n"].max()
-    return f"n={most}" if least == most else f"n={least} to {most}"
 
 
 def _entry(row: Mapping[str, float] | None) -> str:
@@ -148,7 +143,7 @@ def _plot(part: pd.DataFrame, column: str, styles: Mapping[str, Style]) -> Plot:
             for name in ("mean", "lo", "hi")
         )
         drawn.append(pictures.PlotLine(mean, look.colour, lo, hi, dashed=look.dashed))
-        lines.append((str(contender), look, _counts(group)))
+        lines.append((str(contender), look, f"n={formats.span(group['n'])}"))
     about = MEASURES[column.split(" ")[0]]
     image = pictures.plot(
         drawn,

@@ -104,15 +104,10 @@ def tables(found: pd.DataFrame, confidence: float = 0.95) -> list[TextTable]:
         for i, one in enumerate(names):
             entries = [cell.get((other, one)) for other in names[: i + 1]]
             body.append([one, *map(_entry, entries), *[""] * (len(names) - i - 1)])
-        counts = [_range(block[name]) for name in ("methods", "n")]
+        counts = [formats.span(block[name]) for name in ("methods", "n")]
         title = formats.title(f"{dataset}, {model}: do metrics agree?", f"{counts[0]} methods", f"n={counts[1]}")
         drawn.append(TextTable(title, ["", *names], body, frozenset(), 1, (note,)))
     return drawn
-
-
-def _range(values: pd.Series) -> str:
-    least, most = values.min(), values.max()
-    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def _entry(row: Mapping[str, float] | None) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "rounded",
     "rows_text",
     "seconds_text",
+    "span",
     "spelt_out",
     "title",
     "to_csv",
@@ -123,6 +124,12 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return "–"
     return "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
+
+
+def span(values: pd.Series) -> str:
+    """``12``, or ``12 to 20``."""
+    least, most = values.min(), values.max()
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def count_text(n: int, failed: int, pending: int) -> str:

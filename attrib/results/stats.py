@@ -324,9 +324,8 @@ def _sign_flip(d: np.ndarray, seed: int, error: float = 0.0) -> float:
     return (hits + 1) / (RESAMPLES + 1)
 
 
-@functools.lru_cache(
-    maxsize=1
-)  # a table tests hundreds of pairs of as many samples: to draw takes longer than to count
+# A table tests hundreds of pairs of as many samples, and to draw takes longer than to count.
+@functools.lru_cache(maxsize=1)
 def _coins(n: int, seed: int) -> tuple[np.ndarray, ...]:
     """``RESAMPLES`` times n coins, 0 or 1, in blocks (count, n)."""
     rng, left, blocks = np.random.default_rng(seed), RESAMPLES, []

@@ -234,6 +234,14 @@ def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.Da
     return frame
 
 
+def only(frame: pd.DataFrame, kept: pd.Series) -> pd.DataFrame:
+    """The rows that are ``kept`` (bool), whose categories are those that they have."""
+    frame = frame[kept].copy()
+    for name in frame.select_dtypes("category"):
+        frame[name] = frame[name].cat.remove_unused_categories()
+    return frame
+
+
 def named(label: str, value: str) -> bool:
     """Whether a label is meant: by all of it, or by the name that it begins with."""
     return value in (label, label.split(" (")[0])

@@ -16,7 +16,7 @@ import pandas as pd
 
 from attrib import keys
 from attrib.models.variant import ROOT
-from attrib.results import stats
+from attrib.results import stats, tables
 from attrib.results.labels import Labelled, labelled
 from attrib.sanity.measures import MEASURES, Agreement
 from attrib.store.cell import Cell
@@ -208,7 +208,4 @@ def without_randomised(cells: Sequence[Labelled], frame: pd.DataFrame) -> pd.Dat
     bare = {pair.variant.cell.folder.name for pair in pairs(cells)} - set(scored["cell"].astype(str))
     if not bare:
         return frame
-    kept = frame[~frame["cell"].isin(bare)].copy()
-    for name in kept.select_dtypes("category"):
-        kept[name] = kept[name].cat.remove_unused_categories()
-    return kept
+    return tables.only(frame, ~frame["cell"].isin(bare))
