@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.table import Table
 from rich.text import Text
 
 from attrib.cli import common
 from attrib.cli.parsers import PARSERS
-from attrib.config.compose import compose_node
+from attrib.config.compose import preset
 from attrib.config.objects import target
 from attrib.config.places import checked_folder, presets
 from attrib.types import UserError
@@ -94,22 +93,14 @@ def described(group: str, name: str, path: Path, folder: Path | None) -> tuple[s
     """
     head = re.match(r"(?:# @package.*\n)?# *(.+)", path.read_text(encoding="utf-8"))
     line = head[1] if head else ""
-    if group in ("paper", "train"):
-        whole = compose_node("run" if group == "paper" else "train", [f"{group}={name}"], folder)
-        return "", str(whole.paper.get("title") or line) if group == "paper" else line
+    if group == "train":
+        return "", line
     try:
-        node = _node(group, name, folder)
+        node = preset(group, name, folder)
         kind = target(node, f"{group} {name}")
     except UserError as error:
         return "?", line or f"cannot be read: {error}"
     return ", ".join(_modalities(group, node, kind)), line or (kind.__doc__ or "").strip().split("\n")[0]
-
-
-def _node(group: str, name: str, folder: Path | None) -> Mapping[str, Any]:
-    chosen = f"[{name}]" if group == "metric" else name
-    whole = OmegaConf.to_container(compose_node("run", [f"{group}={chosen}"], folder))
-    assert isinstance(whole, dict)
-    return whole["metric"][name] if group == "metric" else whole[group]
 
 
 def _modalities(group: str, node: Mapping[str, Any], kind: Any) -> Sequence[str]:

@@ -36,6 +36,7 @@ __all__ = [
     "compose_node",
     "parse_overrides",
     "plain",
+    "preset",
     "resolved",
     "spelled",
 ]
@@ -212,6 +213,18 @@ def compose_node(name: str, overrides: Sequence[str] = (), folder: Path | None =
             hint = 'a file that sets what others read begins with the line "# @package _global_"'
             raise UserError(f"nothing reads {key!r}, which the configuration holds now; {hint}")
     return config
+
+
+def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
+    """One file of a group by itself, with the files it builds on; unresolved. Raises UserError.
+
+    >>> preset("method", "grad_cam")["_target_"]
+    'attrib.methods.GradCAM'
+    """
+    node: Any = OmegaConf.to_container(_composed(f"{group}/{name}", (), folder))
+    for key in (*group.split("/"), *([name] if group == "metric" else [])):
+        node = node[key]
+    return {str(key): value for key, value in node.items()}
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
