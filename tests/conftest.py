@@ -3,9 +3,37 @@
 import gc
 import shutil
 import signal
+from fnmatch import fnmatch
 
+import captures
 import pytest
 from synthetic import build
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """``quick("vit-*", ...)`` names those of a grid that ``make test`` runs, ``quick(but=[...])`` the slow ones.
+
+    Both are patterns of what stands in brackets behind a test's name.
+    """
+    grids = {}
+    for item in items:
+        if mark := item.get_closest_marker("quick"):
+            matches = any(fnmatch(item.callspec.id, pattern) for pattern in mark.args or mark.kwargs["but"])
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(matches)
+            if matches == ("but" in mark.kwargs):
+                item.add_marker("slow")
+    for name, grid in grids.items():
+        if len(grid) > 1 and len({*grid}) == 1:  # one alone: asked for by its name
+            raise pytest.UsageError(f"{name}: quick(...) matches all of it, or nothing")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _captures_are_direct():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in captures.DIRECT.items():
+            patch.setattr(captures.PLACE, name, function)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

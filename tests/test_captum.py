@@ -86,6 +86,7 @@ def test_what_captum_has():
 
 
 @pytest.mark.parametrize("name", USABLE)
+@pytest.mark.quick(but=["Neuron*onv*", "NeuronGuidedBackprop", "LayerLRP", "Deconvolution"])
 def test_every_algorithm(name):
     """It says something, a batch equals singles, in any order, at any row limit; all else is left as it was."""
     method, batch, model = method_of(name), pictures(), model_of()

@@ -231,6 +231,7 @@ def test_one_channel_is_a_channel():
 @pytest.mark.parametrize(
     ("name", "layers"), [("resnet18", 21), ("mobilenet_v3_small", 54), ("convnext_tiny", 59), ("vgg11_bn", 11)]
 )
+@pytest.mark.quick("resnet18-*")
 def test_architectures(name, layers):
     models = pytest.importorskip("torchvision.models")
     model = Classifier(getattr(models, name)(weights=None, num_classes=10))

@@ -86,6 +86,7 @@ KINDS = ("vit", "deit", "swin", "Bert", "Roberta", "DistilBert", "GPT2", "Llama"
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick("vit", "Bert", "GPT2")
 def test_transformers_are_complete(kind: str) -> None:
     """The irrelevant part of every mask on its own; by our rules and by CD-T's."""
     for dtype, limit in ((F64, 1e-6 if kind == "Llama" else 1e-9), (torch.float32, 1e-4)):  # Llama's norms: float32
@@ -101,6 +102,7 @@ def test_transformers_are_complete(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["swin", "GPT2"])
+@pytest.mark.quick("swin")
 def test_windows_and_steps_in_the_rows_do_not_mix_samples(kind: str) -> None:
     model, x, masks = case(kind, F64)
     found = decompose(model, x, masks)
@@ -262,6 +264,7 @@ def test_a_state_to_begin_with() -> None:
     lambda x: torch.cat([x, 3 * x], 0).view(2, x.shape[0], -1).sum(0),
     lambda x: x.transpose(0, 1).reshape(-1, 1).tanh().view(4, -1).t(),
 ])  # fmt: skip
+@pytest.mark.quick("<lambda>1")
 def test_rows_in_any_order_inside_the_net(op) -> None:
     """Two copies one after the other, columns before rows: then each row is computed with a whole of its own."""
     x, factors = pair(4)

@@ -207,6 +207,7 @@ def completeness(name: str, size: int, dtype: torch.dtype, rows: int) -> tuple[f
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES])
+@pytest.mark.quick(but=["mobilenet_v3_small"])
 def test_parts_add_up_to_the_logits(name: str) -> None:
     size = 64
     for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-9)):

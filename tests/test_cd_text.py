@@ -243,6 +243,7 @@ def classifiers() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("name", classifiers())
+@pytest.mark.quick("bi mean", "acd")
 def test_parts_of_text_nets_add_up_whatever_the_batch_is(name: str) -> None:
     net = seeded(classifiers()[name], 0.9)
     batch = texts(3)

@@ -11,6 +11,7 @@ import pytest
 from tiny import ROOT, Result, called, command, pictures
 
 from attrib.cli import parsers
+from attrib.cli.list import described
 from attrib.cli.main import GROUPS, dispatch
 from attrib.cli.parsers import PARSERS
 from attrib.results import tables
@@ -209,7 +210,7 @@ class Mine(Method):
 """
 
 
-def test_own_configurations_and_modules_of_the_current_folder(tmp_path):
+def test_own_configurations_and_modules_of_the_current_folder(tmp_path, monkeypatch):
     """As a new user: another folder, a class of one's own, the command itself."""
     (tmp_path / "mine_module.py").write_text(MINE)
     for part, text in {
@@ -230,7 +231,8 @@ def test_own_configurations_and_modules_of_the_current_folder(tmp_path):
     small = ["dataset=digits", "model=lenet", "run.limit=2", "run.device=cpu"]
     assert "maps_computed=2" in attrib("run", *small, "metric=[]", "--config-dir", "conf", "method=mine")
     assert "mine" in attrib("table", "--config-dir", "conf", "paper=mine", *small)
-    assert "A map of ones." in attrib("list", "methods", "--config-dir", "conf")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert described("method", "mine", tmp_path / "conf/method/mine.yaml", tmp_path / "conf")[1] == "A map of ones."
 
 
 # ---- what there is ----

@@ -2,6 +2,7 @@
 
 import copy
 
+import captures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from attrib.methods.lrp import LRP
 from attrib.models import BiLSTM, Classifier, DeepLSTM
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import call, operation
+from attrib.models.capture import captured
 from attrib.models.graph import Graph, taken_apart
 from attrib.models.randomise import randomised
 from attrib.models.variant import Randomise
@@ -51,6 +53,21 @@ def written_through_a_view(z):
     z[:, :2].relu_()
     z.transpose(1, 2)[:, 0].mul_(2)
     return z
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "lstm", "transformer"])
+def test_the_direct_captures_of_the_tests_are_those_of_torch(kind, monkeypatch):
+    x = pictures(dtype=torch.float32)
+    ids = torch.randint(2, 20, (3, 7), generator=torch.Generator().manual_seed(0))
+    net, x = {
+        "convolutions": (Net(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout())), x),
+        "lstm": (BiLSTM(30, 4, 5, 2), ids),
+        "transformer": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), x[:, 0]),
+    }[kind]
+    direct = captured(net.eval(), x)
+    for name, function in captures.TORCHS.items():
+        monkeypatch.setattr(captures.PLACE, name, function)
+    assert direct.code == captured(net, x).code
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def conserves(found, batch: Batch, relative: float) -> None:
 
 @pytest.mark.parametrize("name", COMPOSITES)
 @pytest.mark.parametrize("net", ["cnn", "resnet18"])
+@pytest.mark.quick("cnn-*", "resnet18-epsilon_gamma_box")
 def test_composites_are_zennits(name, net):
     box = {"low": LOW, "high": HIGH} if name == "epsilon_gamma_box" else {}
     tensors = {key: torch.full((1, 3, 1, 1), value, dtype=torch.float64) for key, value in box.items()}
@@ -495,6 +496,7 @@ def test_a_net_for_one_number_of_rows_alone():
 
 
 @pytest.mark.parametrize("name", [*TEXT, "vit", "deit", "swin"])
+@pytest.mark.quick("vit", "bert")
 def test_transformers_lose_nothing(name, monkeypatch):
     """What is missing, of the most that flowed through one call: measured by what the rules say that they keep."""
     right, missing = Propagation.relevance, []
@@ -528,6 +530,7 @@ def likeness(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("composite", ["epsilon", "epsilon_plus_flat", "epsilon_alpha2_beta1"])
+@pytest.mark.quick("epsilon")
 def test_maps_depend_on_the_weights(composite):
     """Adebayo et al. (2018): from the last layer alone to all of them, new weights make other maps."""
     x = small_cnn_images("est_images")[0][:12].double()

@@ -173,6 +173,7 @@ OPTIONS = {
     ],
 )
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.quick("lstm-both ways*", "gru-states-*", "rnn-plain-*", "lstm-projection-*")
 def test_nothing_is_lost(kind, options, composite):
     """``relevance`` checks it: states that the layer begins with, and biases, keep their share; time may come first."""
     if (options, kind) in (("projection", "gru"), ("projection", "rnn"), ("relu", "gru"), ("relu", "lstm")):
@@ -217,6 +218,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick("mean")
 def test_padding_changes_nothing(name):
     torch.manual_seed(1)
     net, batch = NETS[name]().double().eval(), texts()

@@ -109,6 +109,7 @@ def explained(method: Any, batch: Batch, state: Mapping[str, Tensor]) -> Batch:
 
 
 @pytest.mark.parametrize("path", [p for p in METHODS if p not in ATTENTION], ids=lambda path: path.stem)
+@pytest.mark.quick(but=["lrp_*", "acd_text", "input_iba_fast", "input_iba_text", "deconvolution"])
 def test_method(path):
     method = load(path)
     roles = (*method.roles, *(method.fit.roles if method.fit else ()))
@@ -145,6 +146,9 @@ def alike(path: Path) -> bool:
         for net in ("lstm", "mean")
     ],
 )
+@pytest.mark.quick(
+    but=["acd_text-lstm", "acd-lstm", "cd-lstm", "lrp_epsilon-*", "captum-lstm", "input_iba_*", "input_iba-mean"]
+)
 def test_method_of_texts(path, net):
     method, build_model = load(path), text_classifier(net)
     if path in NEED_A_TRANSFORMER:
@@ -156,6 +160,7 @@ def test_method_of_texts(path, net):
 
 
 @pytest.mark.parametrize("path", [p for p in METHODS if "audio" in load(p).MODALITIES], ids=lambda path: path.stem)
+@pytest.mark.quick(but=["lrp_*", "acd_text", "acd"])
 def test_method_of_sounds(path):
     method = load(path)
     build_model = audio_classifier((*method.roles, *(method.fit.roles if method.fit else ())))

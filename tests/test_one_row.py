@@ -58,6 +58,7 @@ METHODS = (Gradient(), GuidedBackprop(), Deconvolution(), HiResCAM(), Captum("Sa
     [Tokens(), Tokens(norm=by_function), Tokens(nn.InstanceNorm2d)],
     ids=["batch_norm", "function", "instance_norm"],
 )
+@pytest.mark.quick(but=["*-Deconvolution*", "instance_norm-GuidedBackprop*"])
 def test_one_row_gets_the_gradient_of_the_norm_written_out(method, net):
     expected = maps(method, Tokens(norm=written), 2)
     for rows in (1, 2):

@@ -325,6 +325,7 @@ def test_a_class_without_pixels_fails_alone():
 
 @pytest.mark.parametrize("metric", [InsertionDeletion(steps=4, output="logit"), Infidelity(samples=5)])
 @pytest.mark.parametrize("method", [Gradient(), GradCAM(), GuidedBackprop(), IntegratedGradients(steps=3)])
+@pytest.mark.quick(but=["method2-metric0"])
 def test_a_run_with_predicted_regions_is_that_of_single_samples(method, metric):
     model, batch = model_of(Segments(), PREDICTED), batch_of(3)
     first = filled(Segments()).double()(batch.x).argmax(1)[:, 0, 0]

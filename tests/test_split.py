@@ -143,6 +143,7 @@ class Calls:
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.quick(but=["densenet121", "efficientnet_b0", "vgg11"])
 def test_every_cut_gives_the_whole_net(name, caplog):
     model = build(name)
     net, x = model.module, images(2)

@@ -343,6 +343,7 @@ NETS = {
 
 
 @pytest.mark.parametrize("kind", NETS)
+@pytest.mark.quick("both_ways", "vector")
 def test_padding_and_company_do_not_matter(kind):
     build, layer, embedding = NETS[kind]
     net, batch = build(), texts(SENTENCES)

@@ -125,6 +125,7 @@ def test_equals_the_algorithm_one_word_at_a_time(fields, make, removal):
 
 @pytest.mark.parametrize("removal", REMOVALS)
 @pytest.mark.parametrize("make", [bag_of_words, lstm])
+@pytest.mark.quick(but=["lstm-zero"])
 def test_contract(removal, make):
     sentences = [*some_sentences(special=True), *some_sentences(), sentence(special=True)]
     batch = texts(sentences)

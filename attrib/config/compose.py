@@ -221,7 +221,9 @@ def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
     >>> preset("method", "grad_cam")["_target_"]
     'attrib.methods.GradCAM'
     """
-    node: Any = OmegaConf.to_container(_composed(f"{group}/{name}", (), folder))
+    own = folder is not None and presets(group, folder).get(name, configs()).is_relative_to(folder)
+    here, beside = (folder, configs()) if own else (configs(), folder)  # Hydra wants the first file in the first place
+    node: Any = OmegaConf.to_container(_composed(f"{group}/{name}", (), beside, here))
     for key in (*group.split("/"), *([name] if group == "metric" else [])):
         node = node[key]
     return {str(key): value for key, value in node.items()}
@@ -300,10 +302,10 @@ def _for_hydra(override: Override, folder: Path | None) -> str:
     return f"+{line}" if override.is_add() and not presets(override.key_or_group, folder) else line
 
 
-def _composed(name: str, lines: Sequence[str], folder: Path | None) -> DictConfig:
+def _composed(name: str, lines: Sequence[str], folder: Path | None, home: Path | None = None) -> DictConfig:
     more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     try:
-        with initialize_config_dir(str(configs()), version_base="1.3"):
+        with initialize_config_dir(str(home or configs()), version_base="1.3"):
             return hydra.compose(name, [*lines, *more], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explained(error, name, lines, folder)) from error
