@@ -12,20 +12,25 @@ from synthetic import build
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """``quick("vit-*", ...)`` names those of a grid that ``make test`` runs, ``quick(but=[...])`` the slow ones.
+    """Of a grid of tests, which ones ``make test`` runs; the others are slow.
 
-    Both are patterns of what stands in brackets behind a test's name.
+    ``quick("vit-*", ...)`` names them by patterns of what stands in brackets behind a test's name, ``quick(but=[...])``
+    the others; ``quick(every=3)`` takes the first of three.
     """
     grids = {}
     for item in items:
         if mark := item.get_closest_marker("quick"):
-            matches = any(fnmatch(item.callspec.id, pattern) for pattern in mark.args or mark.kwargs["but"])
-            grids.setdefault(item.nodeid.partition("[")[0], []).append(matches)
-            if matches == ("but" in mark.kwargs):
-                item.add_marker("slow")
+            grids.setdefault(item.nodeid.partition("[")[0], []).append((item, mark))
     for name, grid in grids.items():
-        if len(grid) > 1 and len({*grid}) == 1:  # one alone: asked for by its name
-            raise pytest.UsageError(f"{name}: quick(...) matches all of it, or nothing")
+        slow = []
+        for i, (item, mark) in enumerate(grid):
+            named = any(fnmatch(item.callspec.id, pattern) for pattern in mark.args or mark.kwargs.get("but", ()))
+            if i % mark.kwargs["every"] if "every" in mark.kwargs else named == ("but" in mark.kwargs):
+                slow.append(item)
+        if len(grid) > 1 and len(slow) in (0, len(grid)):  # one alone: asked for by its name
+            raise pytest.UsageError(f"{name}: quick(...) names all of it, or nothing")
+        for item in slow:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

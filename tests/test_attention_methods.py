@@ -111,6 +111,7 @@ def test_images_whatever_the_logits_read(follow, reads):
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "torchvision", "mean"])
+@pytest.mark.quick(every=2)
 def test_shares_sum_to_one(name):
     """What the logits read is shared out among all tokens; the tokens that they read are the pooling's."""
     batch = batch_of(name, 2)
@@ -128,9 +129,8 @@ def test_shares_sum_to_one(name):
     ("name", "follow"),
     [
         ("torchvision", "gradient"),
-        ("distilbert", "rollout"),
         *(pytest.param("torchvision", follow, marks=pytest.mark.slow) for follow in ("last_layer", "rollout")),
-        *(pytest.param("distilbert", follow, marks=pytest.mark.slow) for follow in ("last_layer", "gradient")),
+        *(pytest.param("distilbert", follow, marks=pytest.mark.slow) for follow in FOLLOW),
     ],
 )
 def test_contract(name, follow):

@@ -353,6 +353,7 @@ RULES = ["GuidedBackprop", "Deconvolution", "GuidedGradCam", "NeuronGuidedBackpr
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(("build", "seen"), [(Functional, "0 of the 2"), (Relu6, "1 of the 2"), (Gelu, None)])
+@pytest.mark.quick(every=2)
 def test_rules_for_relus_need_modules_of_the_class(name, build, seen):
     layer = "conv2"
     if seen is None:  # its one ReLU is seen, and a GELU has no rule
@@ -425,6 +426,7 @@ class Watch(nn.Module):
 @pytest.mark.parametrize("rows", [2, 4, 10])
 # ``Watch`` has no graph, which those with rules need: they send one row.
 @pytest.mark.parametrize("name", [name for name in USABLE if name not in (*RULES, "LRP", "LayerLRP")])
+@pytest.mark.quick(every=3)
 def test_never_more_rows_than_the_limit_and_all_are_counted(name, rows):
     net = seeded(Net(), 0.5)
     net.conv1 = nn.Sequential(Watch(), net.conv1)

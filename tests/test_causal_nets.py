@@ -125,6 +125,7 @@ def plainly(net: nn.Module, path: str, units: list[Unit], effects: Tensor, u: fl
 @pytest.mark.parametrize("u", [0.0, 0.37])
 @pytest.mark.parametrize("kind", NETS)
 @torch.no_grad()
+@pytest.mark.quick(every=3)
 def test_interventions_are_those_of_set_weights(kind, u):
     model, x = prepared(kind, rows=7)
     sites = Sites(model, Structure.of(model, x))

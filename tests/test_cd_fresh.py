@@ -68,6 +68,7 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("both", [False, True])
+@pytest.mark.quick(every=3)
 def test_two_ways_to_write_it_are_the_same(name: str, both: bool) -> None:
     one, other, layer = SAME[name]
     x, factors = pair(2, 6, 6)

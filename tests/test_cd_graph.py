@@ -173,6 +173,7 @@ DIVIDED = {
 
 
 @pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.quick(every=2)
 def test_a_divisor_is_that_of_the_whole(name: str) -> None:
     op, divisor = DIVIDED[name]
     check(net(op), *pair(4, 3), lambda r, q: (r / divisor(r + q), q / divisor(r + q)))
@@ -224,6 +225,7 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.quick(every=2)
 def test_numbers_are_chosen_by_the_whole(name: str) -> None:
     op = CHOSEN[name]
 

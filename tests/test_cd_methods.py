@@ -67,6 +67,7 @@ def tile(side: int, number: int, h: int = 8, w: int = 10) -> torch.Tensor:
 @pytest.mark.parametrize("score", ["cd", "occlusion", "build_up", "input_x_gradient", "integrated_gradients"])
 def test_each_score_as_slowly_derived(score):
     batch, side, module = images(), 4, net()
+    decomposer = Decomposer(module)  # reads the net once
     output = "probability" if score in ("occlusion", "integrated_gradients") else "logit"
     method = CD(score, Partition("tiles", side=side), output=output, steps=7)
     found = by_tile(batch, explained(method, batch)["map"], side)
@@ -85,7 +86,7 @@ def test_each_score_as_slowly_derived(score):
         for number in range(side * side):
             inside = tile(side, number)
             if score == "cd":
-                expected = Decomposer(module).decompose(x[None], inside[None, None]).relevant[0, 0, target]
+                expected = decomposer.decompose(x[None], inside[None, None]).relevant[0, 0, target]
             elif score == "occlusion":
                 expected = value(x, target) - value(x * ~inside, target)
             elif score == "build_up":

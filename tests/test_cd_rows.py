@@ -143,11 +143,8 @@ def test_rows_that_are_merged_with_something_else() -> None:
     x, masks = blobs()
     net = seeded(Windows(nn.Linear(96, 4)), 0.6).double().eval()
     found = decompose(Classifier(net, rows=3, dtype=torch.float64), x, masks)
-    one = [
-        Decomposer(net).decompose(x[i : i + 1], masks[i : i + 1, j : j + 1]).relevant
-        for i in range(4)
-        for j in range(5)
-    ]
+    decomposer = Decomposer(net)  # reads the net once
+    one = [decomposer.decompose(x[i : i + 1], masks[i : i + 1, j : j + 1]).relevant for i in range(4) for j in range(5)]
     assert torch.allclose(torch.cat(one).reshape(4, 5, 4), found.relevant, atol=1e-12)
 
 

@@ -116,6 +116,7 @@ AFFINE = {
 
 
 @pytest.mark.parametrize("name", AFFINE)
+@pytest.mark.quick(every=3)
 def test_linear_operations(name: str) -> None:
     op, shape = AFFINE[name]
     module = net(op)
@@ -182,6 +183,7 @@ def each(f: Callable[[float], float], values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", RELU_LIKE)
+@pytest.mark.quick(every=3)
 def test_activations_that_are_zero_at_zero(name: str) -> None:
     op, f = RELU_LIKE[name]
     check(net(op), *pair(3, 4), lambda r, q: (each(f, r), each(f, r + q) - each(f, r)))
@@ -398,6 +400,7 @@ ELEMENTWISE = {
 
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.quick(every=3)
 def test_elementwise_functions_by_the_values_of_shapley(name: str, both: bool) -> None:
     """A player's value is the mean of what it adds when it comes first and last; f(0) is shared by magnitude."""
     f, (x, factors) = ELEMENTWISE[name], pair(4)

@@ -142,6 +142,7 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.quick(every=2)
 def test_the_rescale_rule_holds_for_any_elementwise_function(name):
     net, batch = made(ELEMENTWISE[name]), pictures()
     found = explain(DeepLiftShap(samples=1, sigma=0.0), net, batch)
@@ -288,6 +289,7 @@ COMPLETE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.quick(every=2)
 def test_what_is_made_of_the_rules_is_complete_and_leaves_the_logits(name):
     net, batch = made(COMPLETE[name]), pictures(3)
     found = explain(DeepLiftShap(samples=2, sigma=0.7), net, batch)
@@ -343,6 +345,7 @@ def _backward(net: Net, x: Tensor, target: Tensor, rule: type[Method], ceiling: 
 
 @pytest.mark.parametrize("rule", [GuidedBackprop, Deconvolution])
 @pytest.mark.parametrize("name", RELUS)
+@pytest.mark.quick(every=3)
 def test_a_relu_is_a_relu_however_it_is_written(name, rule):
     net, batch = made(RELUS[name]), pictures()
     same(explain(rule(), net, batch)["map"], _backward(net, batch.x, batch.target, rule))

@@ -1,4 +1,4 @@
-"""Generated nets, shared out among the methods: twenty, or a hundred if there is time; ``make fuzz N=1000`` judges all,
+"""Generated nets, shared out among the methods: ten, or a hundred if there is time; ``make fuzz N=1000`` judges all,
 ``tests/fuzz.py`` one.
 """
 
@@ -12,7 +12,7 @@ import torch
 from fuzz_checks import CHECKS, Judge, pattern
 from generated_nets import Choices, generate, plain
 
-SEEDS, QUICK, PER_TEST = 100, 20, 10
+SEEDS, QUICK, PER_TEST = 100, 10, 5
 
 SHARE = 12  # each net meets one method in twelve: all of them on a hundred nets would take ten minutes
 

@@ -130,6 +130,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", ["conv", "transposed", "linear"])
+@pytest.mark.quick(every=2)
 def test_rules_are_zennits(rule, kind):
     """Inputs of both signs, with and without bias; what is kept is counted by the rule's own formula."""
     values, theirs = RULES[rule]
@@ -434,6 +435,7 @@ def _overwritten(z):
 
 
 @pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.quick(every=2)
 def test_what_is_written_out_gets_what_a_module_gets(name):
     one, other = (lrp_of(form) for form in WRITTEN[name])
     same(other, one, 1e-6)

@@ -268,6 +268,7 @@ LOGS = {
 
 @pytest.mark.parametrize("end", LOGS)
 @pytest.mark.parametrize("size", [1.0, 200.0])  # with 200 the logarithm of the probability is 0, or far below
+@pytest.mark.quick(every=2)
 def test_of_log_probabilities_the_logit_is_explained(end, size):
     nets, batch = (Ends(LOGS[end]), Ends(nn.Identity())), rows()
     for net in nets:

@@ -269,6 +269,7 @@ ATTENTION = [name for name in presets("method") if name.startswith("attention_")
 
 
 @pytest.mark.parametrize("method", [name for name in presets("method") if name not in (*FOR_TEXTS, *ATTENTION)])
+@pytest.mark.quick(every=2)
 def test_every_method(method, tmp_path: Path):
     node = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())
     parts = {"method.": node, **{f"method.{k}.": v for k, v in node.items() if isinstance(v, dict)}}

@@ -282,6 +282,7 @@ def test_a_task_leaves_how_it_ended(monkeypatch, tmp_path, capfd, what, status, 
         (signal.SIGUSR2, 0, 1, False, "UncompletedJobError: Job not requeued because: timed-out too many times."),
     ],
 )
+@pytest.mark.quick(every=3)
 def test_a_task_that_is_told_to_stop(stand_in, tmp_path, number, requeues, status, requeued, said):
     """A process as Slurm starts it."""
     from submitit.core.utils import DelayedSubmission

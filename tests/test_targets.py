@@ -152,6 +152,7 @@ METHODS: list[Method] = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.quick(every=2)
 def test_the_map_of_a_contrast_is_that_of_the_difference(method):
     assert method.CONTRASTS
     assert not method.NEEDS_PROBABILITIES

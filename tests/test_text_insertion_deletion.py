@@ -108,6 +108,7 @@ def reference(
         {"steps": 3, "as_released": True},
     ],
 )
+@pytest.mark.quick(every=3)
 def test_equals_the_algorithm_one_word_at_a_time(fields, make, removal):
     metric, net = InsertionDeletion(words=removal, **fields), make()
     sentences = some_sentences(special=True)

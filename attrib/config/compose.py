@@ -219,7 +219,7 @@ def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
     """One file of a group by itself, with the files it builds on; unresolved. Raises UserError.
 
     >>> preset("method", "grad_cam")["_target_"]
-    'attrib.methods.GradCAM'
+    'attrib.methods.cam.GradCAM'
     """
     own = folder is not None and presets(group, folder).get(name, configs()).is_relative_to(folder)
     here, beside = (folder, configs()) if own else (configs(), folder)  # Hydra wants the first file in the first place

@@ -217,6 +217,7 @@ def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.Da
     A value is a label or the name it begins with (``iba`` is every ``iba (...)``). Raises UserError for
     an unknown field or a value that nothing has.
     """
+    meets = pd.Series(True, index=frame.index)
     for name, values in conditions.items():
         if name not in WHERE:
             raise UserError(f"--where knows no field {name!r}, only {', '.join(WHERE)}")
@@ -224,14 +225,10 @@ def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.Da
         for value in values:
             if not any(named(label, value) for label in labels):
                 raise UserError(f"no results have {name}={value}; there are: {', '.join(labels) or 'none'}")
-        kept = [label for label in labels if any(named(label, value) for value in values)]
-        frame = frame[frame[name].isin(kept)]
-    if frame.empty:
+        meets &= frame[name].isin([label for label in labels if any(named(label, value) for value in values)])
+    if not meets.any():
         raise UserError("no results meet all --where conditions at once")
-    frame = frame.copy()
-    for name in _GROUP:
-        frame[name] = frame[name].cat.remove_unused_categories()
-    return frame
+    return only(frame, meets)
 
 
 def only(frame: pd.DataFrame, kept: pd.Series) -> pd.DataFrame:

@@ -36,7 +36,7 @@ class Options:
     dtype: str = "float32"
     batch: int | Literal["auto"] = FIXED
     rows: int | Literal["auto"] = "auto"
-    fold: bool = False
+    fold: bool = True
     deterministic: bool = False
     shard: int = 0
     shards: int = 1
