@@ -90,7 +90,7 @@ class Classifier:
         original: Classifier | None = None,
         output: Output | Mapping[str, Any] | Take | None = None,
         classes: ClassNames | None = None,
-        fold: bool = False,
+        fold: bool = True,
     ) -> None:
         if rows != "auto" and rows < 1:
             raise UserError(f"run.rows must be at least 1, or auto, not {rows}")
