@@ -36,6 +36,7 @@ DIGITS = ("acd", "causal_gradient", "causal_paths")  # for these a deep network 
 SOUNDS = {"sound": "functional_information"}  # a picture beside those of the methods
 WITHOUT = {
     "captum": "it is whichever algorithm is named",
+    "iba_readout": "what ten photographs teach it in some minutes is not yet its map",
     "input_iba": "input_iba_fast, which stands in the same row, makes nearly the same map in a sixth of the time",
     "input_iba_stages": "a check: docs/how-to/check-sanity.md",
 }
@@ -53,7 +54,6 @@ TRAINING = {
 }  # good enough
 FIELDS: dict[str, dict[str, Any]] = {  # cheaper, or for a small estimation set, than the preset
     "extremal_perturbation": {"optimizer": "adam", "lr": 0.05, "steps": 80, "area_growth": 1.0355},
-    "iba_readout": {"lr": 1e-3, "epochs": 1},
     "rise": {"samples": 300},
     "lime": {"samples": 200},
     "kernel_shap": {"samples": 200},
