@@ -11,7 +11,7 @@ from synthetic import build
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Of a grid of tests, which ones ``make test`` runs; the others are slow.
 
     ``quick("vit-*", ...)`` names them by patterns of what stands in brackets behind a test's name, ``quick(but=[...])``
@@ -20,15 +20,19 @@ def pytest_collection_modifyitems(items):
     grids = {}
     for item in items:
         if mark := item.get_closest_marker("quick"):
-            grids.setdefault(item.nodeid.partition("[")[0], []).append((item, mark))
-    for name, grid in grids.items():
-        slow = []
-        for i, (item, mark) in enumerate(grid):
-            named = any(fnmatch(item.callspec.id, pattern) for pattern in mark.args or mark.kwargs.get("but", ()))
-            if i % mark.kwargs["every"] if "every" in mark.kwargs else named == ("but" in mark.kwargs):
-                slow.append(item)
-        if len(grid) > 1 and len(slow) in (0, len(grid)):  # one alone: asked for by its name
-            raise pytest.UsageError(f"{name}: quick(...) names all of it, or nothing")
+            grids.setdefault(item.nodeid.partition("[")[0], (mark, []))[1].append(item)
+    for name, (mark, grid) in grids.items():
+        patterns, every = mark.args or mark.kwargs.get("but", ()), mark.kwargs.get("every")
+        named = {item for item in grid for pattern in patterns if fnmatch(item.callspec.id, pattern)}
+        slow = [
+            item for i, item in enumerate(grid) if (i % every if every else (item in named) == ("but" in mark.kwargs))
+        ]
+        if not any("::" in given for given in config.args):  # else perhaps some are not there
+            for pattern in patterns:
+                if not any(fnmatch(item.callspec.id, pattern) for item in grid):
+                    raise pytest.UsageError(f"{name}: quick(...) says {pattern!r}, which matches nothing")
+            if len(slow) in (0, len(grid)):
+                raise pytest.UsageError(f"{name}: quick(...) names all of it, or nothing")
         for item in slow:
             item.add_marker("slow")
 

@@ -14,6 +14,7 @@ from attrib.cli import parsers
 from attrib.cli.list import described
 from attrib.cli.main import GROUPS, dispatch
 from attrib.cli.parsers import PARSERS
+from attrib.config.compose import preset
 from attrib.results import tables
 from attrib.store import damaged, workers
 from attrib.store.cell import cells
@@ -251,6 +252,27 @@ def test_list(attrib, what):
     assert [line.split()[0] for line in lines] == known
     assert all(len(line.split()) >= 3 for line in lines), "a line each: name, data, what it is"
     assert "?" not in {line.split()[1] for line in lines}
+
+
+def test_presets_of_a_folder_are_listed_beside_those_of_attrib(attrib, tmp_path):
+    """Whatever they build on and override, and wherever the folder lies."""
+    for name, text in {
+        "method/mine": "defaults: [grad_cam, _self_]\nname: mine\n",
+        "method/sub/inner": "# Further inside.\nname: inner\n_target_: attrib.methods.baselines.Random\n",
+        "method/both": "# @package _global_\n# Sets the data, too.\ndefaults:\n  - override /dataset: digits\n"
+        "method: {name: both, _target_: attrib.methods.baselines.Random}\n",
+    }.items():
+        path = tmp_path / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    lines = {
+        line.split()[0]: line for line in attrib("list", "methods", "--config-dir", str(tmp_path)).out.splitlines()
+    }
+    assert {"mine", "sub/inner", "both", "grad_cam"} <= lines.keys()
+    assert "?" not in {line.split()[1] for name, line in lines.items() if name != "method="}
+    assert "Sets the data, too." in lines["both"]
+    for folder in (ROOT, ROOT.parent):  # above attrib's own
+        assert preset("method", "grad_cam", folder)["name"] == "grad_cam"
 
 
 def completions(line: str) -> list[str]:

@@ -296,3 +296,49 @@ def test_a_method_gives_the_same_maps_in_half_precision_too(always):
     models = [Classifier(net, fold=fold).with_precision("bfloat16") for fold in (False, True)]
     slow, fast = (Gradient().attribute(model, batch, {}, Noise(batch.uids))["map"] for model in models)
     assert (slow - fast).norm() < 0.05 * slow.norm()
+
+
+def test_a_first_call_without_gradients_makes_nothing_without_them(always):
+    net, x = drawn(SharedNorm), images()
+    fast = fast_net(net)
+    with torch.inference_mode():
+        fast(x), fast(x.clone())
+    assert fast._fast is not None
+    for got, expected in zip(way(fast, x), way(net, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_weights_that_are_changed_later_are_noticed(always):
+    net, x = drawn(SharedNorm), images()
+    fast = fast_net(net)
+    for change in (
+        lambda: net.conv.weight.mul_(2),
+        lambda: net.norm.running_mean.add_(1),
+        lambda: net.head.bias.zero_(),
+    ):
+        before = fast(x)
+        with torch.no_grad():
+            change()
+        assert not torch.allclose(fast(x), before)
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-10, atol=1e-12)
+    net.conv = nn.Conv2d(3, 4, 3, padding=1).double().requires_grad_(False)
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-10, atol=1e-12)
+
+
+def test_it_is_tried_with_all_bits_whatever_the_precision_is(always, monkeypatch):
+    seen, convolve, matmul = [], nn.Conv2d.forward, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+
+    def forward(module, x):
+        seen.append(matmul.allow_tf32)
+        return convolve(module, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
+    try:
+        matmul.allow_tf32 = True
+        fast_net(drawn(Block))(images())
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    assert seen.count(True) == 1  # the call itself
+    assert len(seen) > 5

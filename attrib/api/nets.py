@@ -143,7 +143,7 @@ def net_of(
         raise UserError(f"{own[0]}: only a model that is chosen by its name takes overrides")
     if isinstance(net, Classifier):
         if set(run or {}) - {"batch"}:
-            raise UserError("run: a Classifier has its own device, dtype and rows; only batch can be set here")
+            raise UserError("run: a Classifier has its own device, dtype, rows and fold; only batch can be set here")
         if net.precision != "float32":
             if precision is not None:
                 raise UserError(f"precision: this Classifier is computed in {net.precision} already")

@@ -7,6 +7,7 @@ and not to the bit.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attrib.models.device_memory import is_lost
+from attrib.models.device_memory import all_bits, is_lost
 from attrib.models.exam import tolerance
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
 from attrib.models.split import CannotSplitError, GraphSplit, Split
@@ -34,7 +35,8 @@ class Fast:
     flow in the same way is tried on the graph before anything is folded: it makes the very same calls, while
     rounding alone turns some ReLUs on or off, and a single one in a deep layer can change a gradient by a percent.
     Where something is not the same, where torch.fx cannot trace the function, or while somebody has hooks on its
-    modules, it is computed as it was.
+    modules, it is computed as it was. What the function does beside computing its result (counting, keeping an
+    activation) does not happen. Weights that were changed since are noticed, and how is found out anew.
 
     slow    the function as it was: a net, or a part of one
     name    of the net, for the log
@@ -43,9 +45,14 @@ class Fast:
 
     def __init__(self, slow: nn.Module, name: str, what: str = "") -> None:
         self._slow, self._name, self._what = slow, name, what
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is known of the function, of which these are the weights."""
+        self._weights = _versions(self._slow)
         self._made = False
         self._fast: _Way | None = None  # once it was made, if there is one
-        self._graph = slow  # as it was traced
+        self._graph = self._slow  # as it was traced
         self._alike: dict[torch.dtype, bool] = {}  # of torch.autocast -> whether the graph does the same in it
         self._known: dict[tuple[torch.Size, ...], bool] = {}  # shapes of inputs -> whether the fast one does
 
@@ -58,11 +65,12 @@ class Fast:
             way = way.within(dtype) if self._alike[dtype] else self._slow
         return way(*inputs)
 
+    @torch.inference_mode(False)  # what is made in it has no gradients, ever
     def _same_within(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether the graph does what the function does within torch.autocast, on which a net may depend."""
         if self._graph is self._slow:
             return True
-        one = [x[:1].detach() for x in inputs]
+        one = [x[:1].detach().clone() for x in inputs]
         with torch.no_grad():
             expected, got = _tensors(self._slow(*_copies(one))), _tensors(self._graph(*_copies(one)))
         back = [_gradient(function, one) for function in (self._slow, self._graph)]  # finer than a few rounded logits
@@ -73,19 +81,22 @@ class Fast:
         given_up = self._made and self._fast is None
         if given_up or not all(map(_suits, inputs)) or hooked(self._slow):
             return self._slow
+        if self._weights != _versions(self._slow):
+            self._begin()
         shapes = tuple(x.shape[1:] for x in inputs)
         if shapes not in self._known:
             self._known[shapes] = self._try(inputs)
         return self._fast if self._fast is not None and self._known[shapes] else self._slow
 
+    @torch.inference_mode(False)
     def _try(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether there is a fast way for inputs of these shapes."""
         if not self._made and _products(self._slow, inputs[0]) < LEAST:
             return False
         dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
-        two = [x[:2].detach().to(dtype) for x in inputs]
+        two = [x[:2].detach().clone().to(dtype) for x in inputs]
         try:
-            with torch.autocast(two[0].device.type, enabled=False):
+            with torch.autocast(two[0].device.type, enabled=False), all_bits():
                 way = self._fast if self._made else self._make(two)
                 same = way is not None and self._same(way, two)
         except CannotSplitError as reason:
@@ -135,6 +146,7 @@ class _Way:
         self._within: dict[torch.dtype, _Way] = {}
         self.described = f"{'norms folded, ' if folds else ''}{'channels_last' if last else 'contiguous'} memory"
 
+    @torch.inference_mode(False)
     def within(self, dtype: torch.dtype) -> _Way:
         """The same for use within torch.autocast, which else would cast frozen weights anew in every pass."""
         if dtype not in self._within:
@@ -165,6 +177,12 @@ def fast_split(cut: Split, net: nn.Module, path: str) -> Split:
     name = type(net).__name__
     front, rear = cut.front_graph, cut.rear_graph
     return cut.computed_by(Fast(front, name, f" before {path}"), Fast(rear, name, f" behind {path}"))
+
+
+def _versions(net: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors its weights are, and how often each was written to."""
+    tensors = itertools.chain(net.parameters(), net.buffers())
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _suits(x: Tensor) -> bool:
