@@ -23,13 +23,14 @@ def pytest_collection_modifyitems(config, items):
             grids.setdefault(item.nodeid.partition("[")[0], (mark, []))[1].append(item)
     for name, (mark, grid) in grids.items():
         patterns, every = mark.args or mark.kwargs.get("but", ()), mark.kwargs.get("every")
-        named = {item for item in grid for pattern in patterns if fnmatch(item.callspec.id, pattern)}
+        matches = {pattern: {item for item in grid if fnmatch(item.callspec.id, pattern)} for pattern in patterns}
+        named = set().union(*matches.values())
         slow = [
             item for i, item in enumerate(grid) if (i % every if every else (item in named) == ("but" in mark.kwargs))
         ]
         if not any("::" in given for given in config.args):  # else perhaps some are not there
-            for pattern in patterns:
-                if not any(fnmatch(item.callspec.id, pattern) for item in grid):
+            for pattern, found in matches.items():
+                if not found:
                     raise pytest.UsageError(f"{name}: quick(...) says {pattern!r}, which matches nothing")
             if len(slow) in (0, len(grid)):
                 raise pytest.UsageError(f"{name}: quick(...) names all of it, or nothing")

@@ -416,10 +416,8 @@ SAME = {
 }  # fmt: skip
 
 
-QUICK = ("a step as a gate", "between three", "magnitudes")
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SAME])
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.quick("a step as a gate", "between three", "magnitudes")
 def test_deep_lift_through_steps_interpolation_and_complex_numbers(name):
     batch = pictures()
     found, expected = (explain(DeepLiftShap(samples=1), seeded(Two(f)), batch)["map"] for f in SAME[name])

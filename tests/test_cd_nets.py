@@ -158,7 +158,6 @@ ARCHITECTURES = (
     "alexnet", "vgg11_bn", "resnet18", "resnet50", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
     "efficientnet_b0", "convnext_tiny", "squeezenet1_1", "googlenet", "vit_b_16", "tf_efficientnet_lite0",
 )  # fmt: skip
-QUICK = {"resnet18", "mobilenet_v3_small", "squeezenet1_1"}
 
 
 def architecture(name: str, size: int) -> nn.Module:
@@ -206,8 +205,8 @@ def completeness(name: str, size: int, dtype: torch.dtype, rows: int) -> tuple[f
     return found.error.max().item(), largest.max().item()
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES])
-@pytest.mark.quick(but=["mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.quick("resnet18", "squeezenet1_1")
 def test_parts_add_up_to_the_logits(name: str) -> None:
     size = 64
     for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-9)):

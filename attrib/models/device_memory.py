@@ -48,11 +48,11 @@ def without_tf32(device: torch.device) -> None:
 
 
 @contextmanager
-def all_bits() -> Iterator[None]:
-    """Products of float32 on a GPU have all their bits for as long as this lasts, whatever the precision is."""
+def tf32(on: bool) -> Iterator[None]:
+    """Meanwhile products of float32 on a GPU have the bits of TF32, or all of theirs; forwards and backwards."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_tf32 = cudnn.allow_tf32 = on
     try:
         yield
     finally:

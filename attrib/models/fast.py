@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attrib.models.device_memory import all_bits, is_lost
+from attrib.models.device_memory import is_lost, tf32
 from attrib.models.exam import tolerance
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
 from attrib.models.split import CannotSplitError, GraphSplit, Split
@@ -96,7 +96,7 @@ class Fast:
         dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
         two = [x[:2].detach().clone().to(dtype) for x in inputs]
         try:
-            with torch.autocast(two[0].device.type, enabled=False), all_bits():
+            with torch.autocast(two[0].device.type, enabled=False), tf32(False):
                 way = self._fast if self._made else self._make(two)
                 same = way is not None and self._same(way, two)
         except CannotSplitError as reason:
@@ -146,11 +146,11 @@ class _Way:
         self._within: dict[torch.dtype, _Way] = {}
         self.described = f"{'norms folded, ' if folds else ''}{'channels_last' if last else 'contiguous'} memory"
 
-    @torch.inference_mode(False)
     def within(self, dtype: torch.dtype) -> _Way:
         """The same for use within torch.autocast, which else would cast frozen weights anew in every pass."""
         if dtype not in self._within:
-            self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
+            with torch.inference_mode(False):
+                self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
         return self._within[dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from attrib.models.device_memory import of_the_device
+from attrib.models.device_memory import of_the_device, tf32
 from attrib.types import UserError, did_you_mean
 
 Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -114,16 +114,6 @@ class _Grown(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-@contextmanager
-def multiplied(arithmetic: Arithmetic) -> Iterator[None]:
+def multiplied(arithmetic: Arithmetic) -> AbstractContextManager[None]:
     """Meanwhile products on a GPU are computed in TF32, if that is the arithmetic; forwards and backwards."""
-    if arithmetic != "tf32":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    return tf32(True) if arithmetic == "tf32" else nullcontext()

@@ -79,7 +79,7 @@ def original(net: nn.Module, device: torch.device) -> nn.Module:
 def captum(device: torch.device, name: str, net: nn.Module) -> Iterator[Comparison]:
     """Integrated gradients 4 x 16 steps, SmoothGrad 4 x 8 copies, occlusion of 49 squares."""
     batch, frozen = images(4, device), original(net, device).requires_grad_(False)
-    model = Classifier(net, rows="auto", fold=True, device=device, input_shape=(3, 224, 224))
+    model = Classifier(net, rows="auto", device=device, input_shape=(3, 224, 224))
     x, target = batch.x, batch.target
     peers: dict[str, tuple[Method, Callable[[int], Work]]] = {
         "integrated gradients": (
@@ -121,7 +121,7 @@ def quantus(device: torch.device, steps: int = 16) -> Iterator[Comparison]:
     """As many rows for both: quantus also scores the whole image, attrib that and the empty one."""
     batch, net = images(4, device), torchvision_net("resnet50")
     frozen = original(net, device).requires_grad_(False)
-    model = Classifier(net, rows="auto", fold=True, device=device, input_shape=(3, 224, 224))
+    model = Classifier(net, rows="auto", device=device, input_shape=(3, 224, 224))
     map = Noise(batch.uids, device=device).normal(224, 224)
     metric = InsertionDeletion(steps=steps, insertion_baseline="zero")
     flips = {"features_in_step": 224 * 224 // steps, "perturb_baseline": 0.0}
@@ -140,7 +140,7 @@ def quantus(device: torch.device, steps: int = 16) -> Iterator[Comparison]:
 
 def information(device: torch.device, draws: int) -> Iterator[Comparison]:
     net, batch = torchvision_net("resnet50"), images(1, device)
-    model = Classifier(net, rows="auto", fold=True, device=device, input_shape=(3, 224, 224))
+    model = Classifier(net, rows="auto", device=device, input_shape=(3, 224, 224))
     trainable = original(net, device).requires_grad_(True)
     method = FunctionalInformation(("functional_information",), draws)
     yield Comparison(
@@ -155,7 +155,7 @@ def information(device: torch.device, draws: int) -> Iterator[Comparison]:
 def iba(device: torch.device) -> Iterator[Comparison]:
     net, batch, layer = torchvision_net("vgg16"), images(1, device), "features.17"
     method = IBA(steps=10)
-    model = Classifier(net, {"bottleneck": layer}, rows="auto", fold=True, device=device, input_shape=(3, 224, 224))
+    model = Classifier(net, {"bottleneck": layer}, rows="auto", device=device, input_shape=(3, 224, 224))
     state, trainable = statistics_of(model, device), original(net, device).requires_grad_(True)
     yield Comparison(
         f"IBA, VGG16 `{layer}`, 10 steps",
@@ -174,7 +174,7 @@ def input_iba(device: torch.device) -> Iterator[Comparison]:
         gan=WGAN(dataset_size=224, batch=32, epochs=1),  # 7 steps of the critic, 2 of the generator
         input=InputBottleneck(steps=3),
     )
-    model = Classifier(net, {"bottleneck": layer}, rows="auto", fold=True, device=device, input_shape=(3, 224, 224))
+    model = Classifier(net, {"bottleneck": layer}, rows="auto", device=device, input_shape=(3, 224, 224))
     state, trainable = statistics_of(model, device), original(net, device).requires_grad_(True)
     yield Comparison(
         f"InputIBA, EfficientNet-Lite0 `{layer}`, 1/20 of the GAN",
