@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +74,32 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device; floating-point inputs also in ``dtype``."""
-        moved = {name: value.to(device) for name, value in self._tensors()}
+        soon = torch.device(device).type == "cuda"  # what comes next there waits for it anyway
+        moved = {name: value.to(device, non_blocking=soon) for name, value in self._tensors()}
         if dtype is not None and moved["x"].is_floating_point():
             moved["x"] = moved["x"].to(dtype)
         if all(value is moved[name] for name, value in self._tensors()):
             return self  # it is there already
         return dataclasses.replace(self, uids=self.uids, **moved)
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for _, value in self._tensors())
+
+    def pinned(self) -> Batch:
+        """In memory from which a GPU copies while the CPU goes on."""
+        return dataclasses.replace(self, uids=self.uids, **{n: value.pin_memory() for n, value in self._tensors()})
+
+    @staticmethod
+    def joined(parts: Sequence[Batch]) -> Batch:
+        """Batches one behind the other; a field that one of them lacks is None.
+
+        Raises RuntimeError if their samples have different shapes.
+        """
+        names = [name for name, _ in parts[0]._tensors() if all(getattr(part, name) is not None for part in parts)]
+        fields: dict[str, Any] = dict.fromkeys(name for name, _ in parts[0]._tensors())
+        fields |= {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return dataclasses.replace(parts[0], uids=tuple(uid for part in parts for uid in part.uids), **fields)
 
     def __getitem__(self, rows: Sequence[int] | slice) -> Batch:
         """The sub-batch at these positions."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo import lookup_backend
 
 from attrib.methods.baselines import Gradient
 from attrib.models import Classifier
+from attrib.models.compiled import Compiled
 from attrib.models.fast import Fast, fast_net
 from attrib.models.folding import channels_last, folded, graph_of
 from attrib.noise import Noise
-from attrib.types import Batch
+from attrib.types import Batch, UserError
 
 
 def images(n: int = 4, side: int = 8) -> Tensor:
@@ -342,3 +348,92 @@ def test_it_is_tried_with_all_bits_whatever_the_precision_is(always, monkeypatch
         matmul.allow_tf32 = before
     assert seen.count(True) == 1  # the call itself
     assert len(seen) > 5
+
+
+# Compiled ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """By all of torch.compile but the C++ compiler; counts the graphs that are compiled."""
+    made: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:
+        made.append(graph)
+        return lookup_backend("aot_eager")(graph, example)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return made
+
+
+def test_a_compiled_net_is_the_same_function(always, quickly_compiled):
+    net = drawn(SharedNorm)
+    slow, fast = (Classifier(net, {"a": "conv"}, dtype=torch.float64, compile=on) for on in (False, True))
+    objective, made = lambda logits, rows: logits[:, 0], []
+    for n in (4, 3, 7):
+        x = images(n)
+        torch.testing.assert_close(fast.logits(x), slow.logits(x), rtol=1e-10, atol=1e-12)
+        (z, rest), _ = fast.until("a", x), slow.until("a", x)
+        torch.testing.assert_close(fast.after("a", z, rest), slow.after("a", z, rest), rtol=1e-10, atol=1e-12)
+        for where in ((x, objective), (z, objective, "a", rest)):
+            for got, wanted in zip(fast.gradient(*where), slow.gradient(*where)):
+                torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+        made.append(len(quickly_compiled))
+    # The net and what is behind the layer, each with and without gradients, and not anew for other numbers of rows.
+    assert made[0] >= 4
+    assert made[1:] == made[:1] * 2
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no compiler"), FileNotFoundError("g++"), torch.OutOfMemoryError("full")]
+)
+def test_what_cannot_be_compiled_is_computed_as_it_is(always, monkeypatch, caplog, error):
+    def failing(graph: nn.Module, dynamic: bool) -> Callable[..., Any]:
+        def call(*inputs: Tensor) -> Tensor:
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    net, x = drawn(SharedNorm), images()
+    graph = graph_of(net)
+    compiled = Compiled(graph, "SharedNorm")
+    if isinstance(error, torch.OutOfMemoryError):  # whoever asked takes fewer rows
+        with pytest.raises(torch.OutOfMemoryError):
+            compiled(x)
+        assert not caplog.records
+        return
+    assert torch.equal(compiled(x), graph(x))
+    assert torch.equal(compiled(x), graph(x))
+    (record,) = caplog.records
+    assert f"SharedNorm is not compiled, but computed as it is: {type(error).__name__}: {error}" in record.message
+    model = Classifier(net, dtype=torch.float64, compile=True)
+    torch.testing.assert_close(model.logits(x), net(x), rtol=1e-10, atol=1e-12)
+
+
+def test_an_error_of_the_net_is_not_the_compilers(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: graph)
+    with pytest.raises(RuntimeError, match=r"size|shape|channels"):
+        Compiled(graph_of(drawn(Block)), "Block")(images()[:, :2])
+    assert not caplog.records
+
+
+def test_what_is_not_folded_is_not_compiled_either(always, caplog):
+    with pytest.raises(UserError, match=r"run\.compile=true .* run\.fold=true"):
+        Classifier(drawn(Block), fold=False, compile=True)
+    model = Classifier(drawn(Branching), dtype=torch.float64, compile=True)
+    model.logits(images())
+    (record,) = caplog.records
+    assert "Branching is computed as it is written, not compiled" in record.message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_net_is_compiled_in_earnest(always, caplog):
+    net, x = drawn(SharedNorm).float(), images().float()
+    model = Classifier(net, compile=True)
+    torch.testing.assert_close(model.logits(x), net(x), rtol=1e-5, atol=1e-5)
+    gradient = model.gradient(x, lambda logits, rows: logits[:, 0])[1]
+    expected = Classifier(net).gradient(x, lambda logits, rows: logits[:, 0])[1]
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+    assert not [record for record in caplog.records if record.name.startswith("attrib")]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
 
+from attrib.experiment import reading
+from attrib.experiment.reading import Kept, Reader
 from attrib.experiment.samples import Samples, parse_device
 from attrib.models import Classifier
 from attrib.types import Batch, SampleError, UserError
@@ -21,7 +25,7 @@ UIDS = tuple("abcdefghij")
 class Data:
     """Sample i is the vector (i, 1) of class i % 3; some are damaged or unlabelled."""
 
-    uids, key = UIDS, "data"
+    uids, key, modality = UIDS, "data", "image"
 
     def __init__(self, bad: dict[str, Exception] | None = None, unlabelled: Sequence[str] = ()) -> None:
         self.bad, self.unlabelled = bad or {}, unlabelled
@@ -76,7 +80,8 @@ def test_results_keep_their_order_when_reading_takes_unequally_long():
     assert [b.uids[0] for b in samples(Slow(), batch=1)] == list(UIDS)
 
 
-def test_reads_two_ahead_and_no_more():
+def test_reads_two_ahead_and_no_more(monkeypatch):
+    monkeypatch.setattr(reading, "readers", lambda: 2)
     data = Data()
     stream = samples(data, batch=1).load([(u,) for u in UIDS])
     for done in range(1, 11):
@@ -84,6 +89,93 @@ def test_reads_two_ahead_and_no_more():
         time.sleep(0.01)
         assert len(data.asked) <= min(10, done + 2)
     assert list(stream) == []
+
+
+@pytest.mark.parametrize("size", [1, 5, 9, 64, 99])
+def test_as_many_threads_as_cores(monkeypatch, size):
+    """Whatever the size of a batch, all threads read at once; batches are what one thread would give."""
+    monkeypatch.setattr(reading, "readers", lambda: 6)
+    together, busy, most = threading.Barrier(6), [], []
+
+    class Large(Data):
+        def batch(self, uids):
+            busy.append(1)
+            most.append(len(busy))
+            with suppress(threading.BrokenBarrierError):
+                together.wait(0.2)
+            busy.pop()
+            rows = [int(uid) for uid in uids]
+            return Batch(tuple(uids), torch.tensor(rows)[:, None] / 1, torch.tensor(rows) % 3)
+
+    uids = [str(i) for i in range(120)]
+    found = list(samples(Large(), target=None, batch=size, uids=uids))
+    assert [uid for b in found for uid in b.uids] == uids
+    assert torch.cat([b.x for b in found])[:, 0].tolist() == list(range(120))
+    assert {len(b) for b in found[:-1]} <= {size}
+    assert max(most) == 6
+    gc.collect()
+    assert threads() == 0
+
+
+def test_bad_samples_among_the_parts_of_a_batch(monkeypatch):
+    monkeypatch.setattr(reading, "PIECE", 3)
+    data = Data({"b": OSError("gone"), **dict.fromkeys("def", SampleError("bad"))})
+    ((batch, bad),) = samples(data, batch=99).load([UIDS])
+    assert batch.uids == tuple("acghij")
+    assert [uid for uid, _ in bad] == list("bdef")
+
+
+def test_a_dataset_that_pads_its_batches_is_asked_for_the_whole(monkeypatch):
+    monkeypatch.setattr(reading, "PIECE", 3)
+
+    class Sounds(Data):
+        def batch(self, uids):
+            longest = max(UIDS.index(uid) for uid in uids) + 1
+            return Batch(tuple(uids), torch.ones(len(uids), 1, longest), torch.zeros(len(uids)).long())
+
+    ((batch, _),) = samples(Sounds(), target=None, batch=99).load([UIDS])
+    assert batch.x.shape == (10, 1, 10)
+
+
+def test_batches_behind_one_another():
+    x, target = torch.rand(5, 2), torch.arange(5)
+    whole = Batch(UIDS[:5], x, target, roi=x > 0.5)
+    again = Batch.joined([whole[:2], whole[[2]], whole[3:]])
+    assert again.uids == whole.uids
+    assert all(torch.equal(getattr(again, name), getattr(whole, name)) for name in ("x", "target", "roi"))
+    assert Batch.joined([whole[:2], dataclasses.replace(whole[2:], roi=None)]).roi is None
+    with pytest.raises(RuntimeError):
+        Batch.joined([whole, dataclasses.replace(whole, x=torch.rand(5, 3))])
+
+
+# Kept images ------------------------------------------------------------------------------------
+
+
+def test_what_was_read_is_not_read_again():
+    data = Data({"b": SampleError("bad")})
+    first, second = (Reader(data, kept=kept) for kept in [Kept(10**6)] * 2)
+    assert first.read("abc")[0].uids == ("a", "c")
+    asked = len(data.asked)
+    batch, bad = second.read("edcba")
+    assert batch.uids == tuple("edca")
+    assert [uid for uid, _ in bad] == ["b"]
+    assert batch.x[:, 0].tolist() == [4, 3, 2, 0]
+    assert batch.target.tolist() == [1, 0, 2, 0]
+    assert not {"a", "c"} & {uid for uids in data.asked[asked:] for uid in uids}
+    batch.x.zero_()  # whoever changes it changes a copy
+    assert second.batch("a").x.tolist() == [[0, 1]]
+    assert second.batch("ed").x.tolist() == [[4, 1], [3, 1]]
+
+
+def test_only_so_many_are_kept():
+    data = Data()
+    row = data.batch("a").bytes
+    reader = Reader(data, kept=Kept(3 * row + 1))
+    assert reader.batch("abcd").uids == reader.batch("abcd").uids == tuple("abcd")
+    assert data.asked[-1] == ("d",)
+    assert reader.batch("e").uids == reader.batch("e").uids == ("e",)
+    assert data.asked[-2:] == [("e",)] * 2
+    assert Kept().of("a") == {}
 
 
 def test_wrong_settings():

@@ -23,7 +23,7 @@ from attrib.models.zoo import input_of, timm_net
 from attrib.running.options import Options
 from attrib.types import UserError
 
-RUN = ("device", "dtype", "batch", "rows", "fold")  # the settings of run.* that mean something here
+RUN = ("device", "dtype", "batch", "rows", "fold", "compile")  # the settings of run.* that mean something here
 
 
 def named(group: str, name: str) -> str:
@@ -90,6 +90,7 @@ class Net:
             spec=getattr(net, "spec", {}),
             input_shape=shape,
             fold=self.options.fold,
+            compile=self.options.compile,
         )
 
     def _wrapped(self) -> nn.Module:
@@ -143,7 +144,9 @@ def net_of(
         raise UserError(f"{own[0]}: only a model that is chosen by its name takes overrides")
     if isinstance(net, Classifier):
         if set(run or {}) - {"batch"}:
-            raise UserError("run: a Classifier has its own device, dtype, rows and fold; only batch can be set here")
+            raise UserError(
+                "run: a Classifier has its own device, dtype, rows, fold and compile; only batch can be set here"
+            )
         if net.precision != "float32":
             if precision is not None:
                 raise UserError(f"precision: this Classifier is computed in {net.precision} already")

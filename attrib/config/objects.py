@@ -242,6 +242,7 @@ def classifier(node: Node, options: Options, where: str = "model", dataset: Data
         output=output_of(node.get("output"), f"{where}: output"),
         classes=names_of_classes(node, target(arguments, where), where),
         fold=options.fold,
+        compile=options.compile,
     )
     if not how.layers:
         return model

@@ -128,10 +128,14 @@ class ImageTransform:
 
     def tensor(self, image: Image.Image) -> Tensor:
         """(C, H, W) float32, normalised. Raises like ``picture``."""
-        pixels = torch.from_numpy(np.array(self.picture(image)))
-        x = pixels.reshape(*self._size, len(self.mean)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
-        mean, std = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
-        return x.sub_(mean).div_(std)
+        # By numpy, as images are read by many threads, and torch would have each of them employ all cores.
+        pixels = np.array(self.picture(image)).reshape(*self._size, len(self.mean))
+        x = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+        mean, std = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        x /= 255
+        x -= mean
+        x /= std
+        return torch.from_numpy(x)
 
     def units(self, labels: np.ndarray) -> Tensor:
         """(H, W) int64: an image of labels (h, w), where 0 is none, as units 0, 1, 2, ... and -1 for none.

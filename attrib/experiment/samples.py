@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 
 import torch
 from torch import Tensor
 
 from attrib.datasets import Dataset, Texts, holds_texts
+from attrib.experiment.reading import Kept, Loaded, Reader
 from attrib.experiment.targets import Contrast, Rule, Target, parsed, rules_of
 from attrib.models import Classifier, probabilities
 from attrib.models.device_memory import is_out_of_memory, release_memory
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
-
-PATIENCE = 2.0  # seconds that whoever stops early gives to what is being read: on a dead file server it may hang
-
-Loaded = tuple[Batch | None, list[tuple[str, str]]]  # what could be read; (uid, reason) of what could not
 
 
 def example(dataset: Dataset) -> Tensor:
@@ -61,6 +57,7 @@ class Samples:
     inputs   false: the regions of images are read and not the images, so that ``Batch.x`` is (B, 0, H, W) and there
              are no targets
     classes  class of the dataset -> class of the net, see ``targets.matched``; None: the numbers are the same
+    kept     where decoded images are looked for first, and left for others
     asked    see ``fit.FitData``
     Iterating skips what cannot be read, with a warning and an entry in ``skipped``.
     """
@@ -75,12 +72,14 @@ class Samples:
         batch: int = 8,
         classes: Mapping[int, int] | None = None,
         inputs: bool = True,
+        kept: Kept | None = None,
     ) -> None:
         if batch < 1:
             raise UserError(f"run.batch must be at least 1, not {batch}")
         self.dataset, self.model = dataset, model
         self.target = None if target is None else parsed(target, model.classes)
-        self.uids, self._size, self.classes, self._inputs = tuple(uids), batch, classes, inputs
+        self.uids, self._size, self.classes = tuple(uids), batch, classes
+        self._reader = Reader(dataset, inputs=inputs, kept=kept, pinned=model.device.type == "cuda")
         self.asked: frozenset[int] | None = None
         self.skipped: dict[str, str] = {}  # uid -> reason, of what iterating could not read
 
@@ -202,57 +201,13 @@ class Samples:
 
     def batch(self, uids: Sequence[str]) -> Batch:
         """Raises SampleError if one of them cannot be read or has no target."""
-        return self._ready(self._batch(uids))
-
-    def _batch(self, uids: Sequence[str]) -> Batch:
-        roi = None if self._inputs else self.dataset.regions(uids)  # type: ignore[attr-defined]
-        if roi is None:
-            return self.dataset.batch(uids)
-        nothing = torch.empty(len(uids), 0, *roi.shape[1:])
-        return Batch(tuple(uids), nothing, torch.full((len(uids),), -1), roi)
-
-    def _read(self, uids: Sequence[str]) -> Loaded:
-        """In a worker thread: a bad sample costs the others nothing."""
-        try:
-            return self._batch(uids), []
-        except Exception as error:  # a user's dataset may raise anything
-            if isinstance(error, UserError):
-                raise
-            if len(uids) == 1:
-                return None, [(uids[0], f"{type(error).__name__}: {error}")]
-        good, bad = [], []
-        for uid in uids:
-            batch, failed = self._read([uid])
-            bad += failed
-            good += [uid] if batch is not None else []
-        if not good:
-            return None, bad
-        try:
-            return self._batch(good), bad
-        except Exception as error:
-            raise UserError(
-                f"samples {good[0]} to {good[-1]} can be read one by one, but not as a batch "
-                f"({type(error).__name__}: {error}); try run.batch=1"
-            ) from error
+        return self._ready(self._reader.batch(uids))
 
     def load(self, chunks: Iterable[Sequence[str]]) -> Iterator[Loaded]:
-        """Each chunk of uids as one batch, or several if the device has no room; the next two are read while one is
-        worked on."""
-        pool = ThreadPoolExecutor(2)
-        waiting: deque[Future[Loaded]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(self._read, chunk))
-                if len(waiting) > 2:
-                    yield from self._finish(waiting[0].result())
-                    waiting.popleft()
-            while waiting:
-                yield from self._finish(waiting[0].result())
-                waiting.popleft()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if not wait([f for f in waiting if not f.cancelled()], PATIENCE).not_done:
-                pool.shutdown()
+        """Each chunk of uids as one batch, or several if the device has no room, read ahead."""
+        with closing(self._reader.ahead(chunks)) as ahead:
+            for loaded in ahead:
+                yield from self._finish(loaded)
 
     def _finish(self, loaded: Loaded) -> Iterator[Loaded]:
         batch, bad = loaded
@@ -279,7 +234,12 @@ class Samples:
 
     def _lengths_apart(self, batch: Batch | None, bad: list[tuple[str, str]]) -> Iterator[Loaded]:
         """The batch or, for a net that sees the padding of texts, one for each length in it, without padding."""
-        if batch is None or not self._inputs or self.model.examine(batch.x, batch.lengths) or batch.lengths is None:
+        if (
+            batch is None
+            or not self._reader.inputs
+            or self.model.examine(batch.x, batch.lengths)
+            or batch.lengths is None
+        ):
             yield batch, bad
             return
         lengths = batch.lengths.tolist()

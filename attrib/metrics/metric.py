@@ -94,3 +94,8 @@ class Metric(Protocol):
         the input. They may hold NaN. One call costs as much as the maps of a batch; never ask for more samples at
         once than ``batch`` has.
         """
+
+
+def reads_inputs(metric: Metric) -> bool:
+    """Whether its samples must be read whole, and not just their regions."""
+    return getattr(metric, "NEEDS_INPUT", True) or metric.NEEDS_EXPLAIN  # a user's may be older

@@ -66,6 +66,7 @@ class Classifier:
     precision    the arithmetic of the net, see ``with_precision``
     fold         whether the net may be computed with its batch norms folded into the layers in front of them, and in
                  another memory format (``attrib.models.fast``). ``module`` stays as it is
+    compile      whether ``torch.compile`` makes what runs often faster still: the net, and what is behind a layer
 
     Raises UserError for a layer that does not exist, and for a net that is refused.
 
@@ -91,9 +92,12 @@ class Classifier:
         output: Output | Mapping[str, Any] | Take | None = None,
         classes: ClassNames | None = None,
         fold: bool = True,
+        compile: bool = False,
     ) -> None:
         if rows != "auto" and rows < 1:
             raise UserError(f"run.rows must be at least 1, or auto, not {rows}")
+        if compile and not fold:
+            raise UserError("run.compile=true compiles nets as run.fold=true prepares them; set that as well")
         given, module = module, unwrapped(module)
         self.layers = {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None}
         self.output = Output.of(output)
@@ -116,7 +120,8 @@ class Classifier:
             self.check_classes(self._outputs)
         self._admission = Admission(self.module, self.output, exam)
         self.fold = fold and not self.output.read.per_sample  # a graph would keep the region of the first sample
-        self._net: Callable[[Tensor], Tensor] = fast_net(self.module) if self.fold else self.module
+        self.compile = compile and self.fold
+        self._net: Callable[[Tensor], Tensor] = fast_net(self.module, compile) if self.fold else self.module
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
         self._graphs = Graphs(self.module)
@@ -498,7 +503,7 @@ class Classifier:
             if x is None:
                 raise RuntimeError(f"call until({role!r}, x) before after({role!r}, ...)")
             cut = split(self.module, self.path(role), x)
-            self._splits[role] = fast_split(cut, self.module, self.path(role)) if self.fold else cut
+            self._splits[role] = fast_split(cut, self.module, self.path(role), self.compile) if self.fold else cut
         return self._splits[role]
 
     @torch.no_grad()

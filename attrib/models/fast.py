@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attrib.models.compiled import Compiled
 from attrib.models.device_memory import is_lost, tf32
 from attrib.models.exam import tolerance
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
@@ -38,13 +39,13 @@ class Fast:
     modules, it is computed as it was. What the function does beside computing its result (counting, keeping an
     activation) does not happen. Weights that were changed since are noticed, and how is found out anew.
 
-    slow    the function as it was: a net, or a part of one
-    name    of the net, for the log
-    what    "" for the net, else what part of it that is
+    slow      the function as it was: a net, or a part of one
+    name      for the log
+    compile   whether it is compiled as well, see ``compiled.Compiled``
     """
 
-    def __init__(self, slow: nn.Module, name: str, what: str = "") -> None:
-        self._slow, self._name, self._what = slow, name, what
+    def __init__(self, slow: nn.Module, name: str, compile: bool = False) -> None:
+        self._slow, self._name, self._compile = slow, name, compile
         self._begin()
 
     def _begin(self) -> None:
@@ -109,13 +110,14 @@ class Fast:
             return self._not("" if way is None else "its logits are not the same up to rounding")
         if not self._made:
             self._made, self._fast = True, way
-            log.info("%s%s: %s", self._name, self._what, way.described)
+            log.info("%s: %s", self._name, way.described)
         return True
 
     def _not(self, reason: str) -> bool:
         self._made = True  # a fast way that serves other shapes stays
         if reason:
-            log.info("%s%s is computed as it is written, not with its norms folded: %s", self._name, self._what, reason)
+            what, level = ("compiled", logging.WARNING) if self._compile else ("with its norms folded", logging.INFO)
+            log.log(level, "%s is computed as it is written, not %s: %s", self._name, what, reason)
         return False
 
     def _make(self, inputs: list[Tensor]) -> _Way | None:
@@ -124,12 +126,13 @@ class Fast:
         one = [x[:1] for x in inputs]
         new, mostly = folded(graph, *one)
         last = mostly and inputs[0].ndim == 4 and inputs[0].device.type == "cpu"
-        if new is graph and not last:
+        if new is graph and not last and not self._compile:
             return None
         if graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
             raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
         self._graph = graph
-        return _Way(channels_last(new) if last else new, last, new is not graph)
+        name = self._name if self._compile else None
+        return _Way(channels_last(new) if last else new, last, new is not graph, name)
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
         """Whether a way gives what the function as it was does."""
@@ -139,44 +142,52 @@ class Fast:
 
 
 class _Way:
-    """A graph that computes in one memory format, and takes and gives tensors as they are elsewhere."""
+    """A graph that computes in one memory format, and takes and gives tensors as they are elsewhere.
 
-    def __init__(self, graph: fx.GraphModule, last: bool, folds: bool) -> None:
-        self.graph, self.last, self._folds = graph, last, folds
+    compiled   its name for the log, if it is compiled
+    """
+
+    def __init__(self, graph: fx.GraphModule, last: bool, folds: bool, compiled: str | None = None) -> None:
+        self.graph, self.last, self._folds, self._compiled = graph, last, folds, compiled
+        self._run: Callable[..., Any] = graph if compiled is None else Compiled(graph, compiled)
         self._within: dict[torch.dtype, _Way] = {}
-        self.described = f"{'norms folded, ' if folds else ''}{'channels_last' if last else 'contiguous'} memory"
+        how = "norms folded, " * folds + "compiled, " * (compiled is not None)
+        self.described = f"{how}{'channels_last' if last else 'contiguous'} memory"
 
     def within(self, dtype: torch.dtype) -> _Way:
         """The same for use within torch.autocast, which else would cast frozen weights anew in every pass."""
         if dtype not in self._within:
             with torch.inference_mode(False):
-                self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
+                self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds, self._compiled)
         return self._within[dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:
         if not self.last:
-            return self.graph(*inputs)
-        found = self.graph(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
+            return self._run(*inputs)
+        found = self._run(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
         return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 
-def fast_net(net: nn.Module) -> Fast:
+def fast_net(net: nn.Module, compile: bool = False) -> Fast:
     """A net (N, *input) -> logits (N, K).
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 2)).eval()
     >>> fast_net(net)(torch.ones(1, 3, 8, 8)).shape
     torch.Size([1, 2])
     """
-    return Fast(net, type(net).__name__)
+    return Fast(net, type(net).__name__, compile)
 
 
-def fast_split(cut: Split, net: nn.Module, path: str) -> Split:
-    """A net cut at ``path``, with both parts as they are best computed; one that is cut by hooks needs its modules."""
+def fast_split(cut: Split, net: nn.Module, path: str, compile: bool = False) -> Split:
+    """A net cut at ``path``, with both parts as they are best computed; one that is cut by hooks needs its modules.
+
+    What is behind the cut runs often, so ``compile`` is for that alone.
+    """
     if not isinstance(cut, GraphSplit):
         return cut
     name = type(net).__name__
     front, rear = cut.front_graph, cut.rear_graph
-    return cut.computed_by(Fast(front, name, f" before {path}"), Fast(rear, name, f" behind {path}"))
+    return cut.computed_by(Fast(front, f"{name} before {path}"), Fast(rear, f"{name} behind {path}", compile))
 
 
 def _versions(net: nn.Module) -> list[tuple[int, int]]:

@@ -179,4 +179,5 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         original=original,
         output=original.output,
         fold=original.fold,
+        compile=original.compile,
     )

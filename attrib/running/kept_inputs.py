@@ -22,46 +22,56 @@ MOST = 100
 
 def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
     """Those of ``plan`` that are not there yet; one that cannot be read is left out."""
-    experiment = plan.experiment
-    kept = Arrays(root / "state" / f"pictures.{experiment.pictures_key}", plan.cell.writer)
-    present = kept.index()
-    mine = set(plan.uids)
-    for uid in plan.selected[:MOST]:
-        if uid not in mine or plan.key(uid) in present:
-            continue
-        try:
-            batch = samples.batch([uid])
-            plan.refresh_fingerprints([uid])
-            arrays, info = shown_input(samples, uid)
-            info |= said(experiment, samples, batch)
-        except UserError:
-            raise
-        except Exception:
-            continue  # the ledger will say so when its map is due
-        if batch.roi is not None and batch.roi.any():
-            arrays["roi"] = batch.roi[0].cpu().numpy()
-        target = plain(batch.target[0])
-        kept.add(*plan.key(uid), arrays, name=target_name(experiment, target), target=target, **info)
+    kept = Arrays(root / "state" / f"pictures.{plan.experiment.pictures_key}", plan.cell.writer)
+    present, mine = kept.index(), set(plan.uids)
+    missing = [uid for uid in plan.selected[:MOST] if uid in mine and plan.key(uid) not in present]
+    for batch, _ in samples.load(samples.chunks(missing)):
+        if batch is not None:
+            plan.refresh_fingerprints(batch.uids)
+            _keep(kept, plan, samples, batch)
     kept.flush()
 
 
-def said(experiment: Experiment, samples: Samples, batch: Batch) -> dict[str, Any]:
-    """Which class the net takes the one sample of a batch for, how surely, and whether that is its label.
+def _keep(kept: Arrays, plan: Plan, samples: Samples, batch: Batch) -> None:
+    """The samples of a batch, without those of which something cannot be had: the ledger will say so in time."""
+    try:
+        found = [
+            (*shown_input(samples, uid), more)
+            for uid, more in zip(batch.uids, said(plan.experiment, samples, batch), strict=True)
+        ]
+    except UserError:
+        raise
+    except Exception:
+        for i in range(len(batch) if len(batch) > 1 else 0):
+            _keep(kept, plan, samples, batch[[i]])
+        return
+    for i, (uid, (arrays, info, more)) in enumerate(zip(batch.uids, found, strict=True)):
+        if batch.roi is not None and batch.roi[i].any():
+            arrays["roi"] = batch.roi[i].cpu().numpy()
+        target = plain(batch.target[i])
+        info = {**info, **more, "name": target_name(plan.experiment, target), "target": target}
+        kept.add(*plan.key(uid), arrays, **info)
+
+
+def said(experiment: Experiment, samples: Samples, batch: Batch) -> list[dict[str, Any]]:
+    """Which class the net takes each sample of a batch for, how surely, and whether that is its label.
 
     ``predicted``, ``predicted_name``, ``probability``, ``right``, as far as they are known: no net without a decision
-    is asked, nor for a sample that has several labels, and what is right is known where the label is explained.
+    is asked, nor for samples that have several labels, and what is right is known where the label is explained.
     """
     model = samples.model.original
     if not model.output.read.decides or batch.target.ndim != 1:
-        return {}
+        return [{} for _ in batch.uids]
     logits = model.logits(batch.x)
-    if not logits.isfinite().all():
-        return {}
-    best = int(logits[0].argmax())
-    found: dict[str, Any] = {"predicted": best, "predicted_name": experiment.class_name(best)}
+    best, finite = logits.argmax(1).tolist(), logits.isfinite().all(1).tolist()
+    found = [{"predicted": c, "predicted_name": experiment.class_name(c)} if f else {} for c, f in zip(best, finite)]
     if model.link is not None:
-        found["probability"] = float(probabilities(logits, link=model.link)[0, best])
-    return {**found, "right": best == int(batch.target[0])} if samples.target == "label" else found
+        sure = probabilities(logits, link=model.link).amax(1).tolist()
+        found = [{**one, "probability": p} if one else {} for one, p in zip(found, sure)]
+    if samples.target == "label":
+        rights = (logits.argmax(1) == batch.target).tolist()
+        found = [{**one, "right": right} if one else {} for one, right in zip(found, rights)]
+    return found
 
 
 def target_name(experiment: Experiment, target: int | list[int]) -> str:

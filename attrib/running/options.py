@@ -23,6 +23,7 @@ class Options:
               CPU, or the free memory of a GPU (``attrib.models.sizes``)
     fold      compute nets with their batch norms folded into the layers in front of them, and on a CPU in the faster
               memory format (``attrib.models.fast``)
+    compile   compile what runs often with ``torch.compile`` (``attrib.models.compiled``)
     deterministic   the same bits in every run on the same GPU (``attrib.process.repeatable``)
     flush     seconds after which finished samples are made durable
     grace     seconds that the batch in work gets when the run is told to stop (``attrib.process.signals``)
@@ -37,6 +38,7 @@ class Options:
     batch: int | Literal["auto"] = FIXED
     rows: int | Literal["auto"] = "auto"
     fold: bool = True
+    compile: bool = False
     deterministic: bool = False
     shard: int = 0
     shards: int = 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from attrib import keys
 from attrib.experiment.samples import Samples
 from attrib.fit import State
-from attrib.metrics.metric import Explain
+from attrib.metrics.metric import Explain, reads_inputs
 from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory
 from attrib.process.signals import Stop
 from attrib.running.batch_size import Budget
@@ -285,8 +285,7 @@ class Scores(Stage):
         bounds = getattr(self._metric, "BOUNDS", {})
         _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES, about, bounds)
         self._looked = time.monotonic()
-        reads = getattr(self._metric, "NEEDS_INPUT", True) or self._metric.NEEDS_EXPLAIN  # a user's may be older
-        return self.plan.experiment.stored_samples(todo, self.shared.options.read, inputs=reads)
+        return self.plan.experiment.stored_samples(todo, self.shared.options.read, inputs=reads_inputs(self._metric))
 
     def compute(self, batch: Batch) -> Result:
         start = time.perf_counter()
