@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -115,6 +116,22 @@ def test_any_array_comes_back(tmp_path_factory, arrays, uid):
             assert found[name].shape == value.shape
             assert found[name].dtype == value.dtype.newbyteorder("=")
             np.testing.assert_array_equal(found[name], value)
+
+
+def test_files_are_what_the_library_writes():
+    """Every kind of number, each where the processor wants it."""
+    numbers = {f"{i}/é": np.arange(3 + i).astype(np.dtype(kind).newbyteorder("=")) for i, kind in enumerate(DTYPES)}
+    numbers |= {"none": np.zeros((0, 3)), "one": np.array(True)}
+    data = b"".join(to_safetensors(numbers, {"about": "ü\n"}))
+    expected = safetensors.numpy.save(numbers, {"about": "ü\n"})
+    assert len(data) % 8 == len(expected) % 8
+    found, known = (dict(safetensors.deserialize(each)) for each in (data, expected))
+    assert found == known
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert header.pop("__metadata__") == {"about": "ü\n"}
+    for name, entry in header.items():
+        assert (8 + size + entry["data_offsets"][0]) % numbers[name].itemsize == 0
 
 
 def test_strided_scalar_and_large(tmp_path):
@@ -261,7 +278,7 @@ def test_foreign_files_do_no_harm(tmp_path):
     (tmp_path / "metric.json").write_text("{}")
     assert len(read_all(tmp_path)) == 3
     for content in ('"text"', "[1]", '[{"uid": "a"}]', "3", "null"):
-        data = to_safetensors({"0/m": np.zeros(1)}, {"samples": content})
+        data = b"".join(to_safetensors({"0/m": np.zeros(1)}, {"samples": content}))
         (tmp_path / "x.safetensors").write_bytes(data)
         reader = Arrays(tmp_path)
         assert len(reader.index()) == 3

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
 
 from attrib.store.files import Buffered, Key
 from attrib.store.listing import Folder, Memory, Stamp, stamp_of
@@ -21,6 +20,11 @@ from attrib.store.schemas import SampleNote
 
 # What libraries raise for a file that is not what it should be.
 READING = (SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
+
+_DTYPES = {
+    "bool": "BOOL", "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64",
+    **{f"{sign * 'u'}int{bits}": f"{'IU'[sign]}{bits}" for sign in (0, 1) for bits in (8, 16, 32, 64)},
+}  # fmt: skip
 
 
 class DamagedError(UnreadableError):
@@ -74,7 +78,7 @@ class Arrays(Buffered):
         packed = {k: _packed(v) for k, v in arrays.items()}
         self._add((uid, fingerprint), (packed, info), sum(value.nbytes for value in packed.values()))
 
-    def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
+    def _encoded(self, samples: Mapping[Key, Any]) -> list[bytes | memoryview]:
         tensors: dict[str, np.ndarray] = {}
         described = []
         for i, ((uid, fingerprint), (arrays, info)) in enumerate(samples.items()):
@@ -183,6 +187,23 @@ class Arrays(Buffered):
         """A chunk of this name is no longer there, or of no use: its samples are those of other chunks, or missing."""
         self._chunks.pop(chunk, None)
         self._index = {key: record for key, record in (self._index or {}).items() if record.chunk != chunk}
+
+
+def to_safetensors(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A file of the format, in parts; arrays in C order are not copied.
+
+    The library's own ``save`` holds Python's lock, 60 ms for 50 MB, while the next batch is to be explained; its
+    ``save_file`` leaves a file of an unknown name behind if it is killed.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(about)}
+    parts, end = [], 0
+    for name, value in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # so that all are aligned
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": _DTYPES[value.dtype.name], "shape": value.shape, "data_offsets": (start, end)}
+        parts.append(value.reshape(-1).view(np.uint8).data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *parts]
 
 
 def described(chunk: Any) -> list[SampleNote]:

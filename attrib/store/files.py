@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,8 +26,8 @@ def writer_name(shard: int = 0) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{shard}-{secrets.token_hex(2)}"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing, also when the machine dies in between."""
+def write_atomic(path: Path, data: bytes | Sequence[bytes | memoryview]) -> None:
+    """Write a whole file, of bytes or of parts, or nothing, also when the machine dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
     try:
@@ -40,9 +40,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes | Sequence[bytes | memoryview]) -> None:
     with open(path, "wb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -170,6 +170,6 @@ class Buffered:
             if not path.exists():
                 return path
 
-    def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
-        """Samples as the content of one file."""
+    def _encoded(self, samples: Mapping[Key, Any]) -> bytes | Sequence[bytes | memoryview]:
+        """Samples as the content of one file, or the parts of it."""
         raise NotImplementedError
