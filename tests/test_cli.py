@@ -92,6 +92,19 @@ def test_tools_that_look_do_without_torch():
     assert not {"'torch'", "'hydra'"} & set(found.replace("[", "").split(", "))
 
 
+def test_a_run_starts_without_what_it_may_not_need(tmp_path):
+    """Each of these takes more than a second, and a grid starts many processes."""
+    code = (
+        "import sys; from attrib.cli.main import dispatch; "
+        "dispatch(['run', 'method=random', 'metric=[]', 'run.limit=1', "
+        f"'run.root={tmp_path}', 'run.progress=false']); print(sorted(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    modules = set(found.replace("[", "").split(", "))
+    assert "'mmengine.runner'" in modules
+    assert not {"'transformers'", "'scipy.stats'", "'quantus'"} & modules
+
+
 def test_what_the_options_offer_is_what_there_is():
     assert parsers.EXPORT_FORMATS == export.FORMATS
     assert parsers.TABLE_FIELDS == tables.WHERE

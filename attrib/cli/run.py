@@ -17,6 +17,7 @@ from attrib.config.objects import build, experiment, options_of
 from attrib.experiment.cell import Experiment
 from attrib.papers import presets
 from attrib.process import exit_status
+from attrib.process.imports import without
 from attrib.process.signals import LEFT, Interrupted, Stop, watching
 from attrib.running.options import Options
 from attrib.running.plan import make_plan
@@ -64,7 +65,8 @@ def computed(made: Experiment, settings: Options) -> Outcome:
     if settings.dry:
         print(exit_status.lines(str(make_plan(made, settings))))
         return Outcome(0, None, "dry")
-    from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
+    with without("transformers"):  # which mmengine loads for the sake of one optimiser
+        from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
 
     summary = run(made, settings)
     text = f"{made.names['dataset']} {made.names['model']} {made.names['method']}: {summary}"

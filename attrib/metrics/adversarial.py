@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from attrib.checks import require
@@ -129,6 +128,8 @@ def _of(model: Classifier, x: Tensor) -> Tensor:
 
 def ranked(values: np.ndarray) -> np.ndarray:
     """(n,) -> (n,): 1 for the largest; equal values share their mean rank."""
+    from scipy.stats import rankdata  # takes a second to import
+
     return rankdata(-values)
 
 
