@@ -87,18 +87,21 @@ class Batch:
         return sum(value.numel() * value.element_size() for _, value in self._tensors())
 
     def pinned(self) -> Batch:
-        """In memory from which a GPU copies while the CPU goes on."""
-        return dataclasses.replace(self, uids=self.uids, **{n: value.pin_memory() for n, value in self._tensors()})
+        """In memory from which a GPU copies while the CPU goes on; what lies on a GPU stays there."""
+        moved = {name: t.pin_memory() if t.device.type == "cpu" else t for name, t in self._tensors()}
+        return dataclasses.replace(self, uids=self.uids, **moved)
 
     @staticmethod
     def joined(parts: Sequence[Batch]) -> Batch:
-        """Batches one behind the other; a field that one of them lacks is None.
+        """Batches one behind the other.
 
-        Raises RuntimeError if their samples have different shapes.
+        Raises ValueError if some of them lack a field that others have, RuntimeError if their samples have different
+        shapes.
         """
-        names = [name for name, _ in parts[0]._tensors() if all(getattr(part, name) is not None for part in parts)]
-        fields: dict[str, Any] = dict.fromkeys(name for name, _ in parts[0]._tensors())
-        fields |= {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        names = [name for name, _ in parts[0]._tensors()]
+        if any([name for name, _ in part._tensors()] != names for part in parts):
+            raise ValueError("some of the batches lack a field that others have")
+        fields: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return dataclasses.replace(parts[0], uids=tuple(uid for part in parts for uid in part.uids), **fields)
 
     def __getitem__(self, rows: Sequence[int] | slice) -> Batch:

@@ -370,7 +370,7 @@ def test_a_compiled_net_is_the_same_function(always, quickly_compiled):
     net = drawn(SharedNorm)
     slow, fast = (Classifier(net, {"a": "conv"}, dtype=torch.float64, compile=on) for on in (False, True))
     objective, made = lambda logits, rows: logits[:, 0], []
-    for n in (4, 3, 7):
+    for n in (4, 3, 7, 1):
         x = images(n)
         torch.testing.assert_close(fast.logits(x), slow.logits(x), rtol=1e-10, atol=1e-12)
         (z, rest), _ = fast.until("a", x), slow.until("a", x)
@@ -379,20 +379,19 @@ def test_a_compiled_net_is_the_same_function(always, quickly_compiled):
             for got, wanted in zip(fast.gradient(*where), slow.gradient(*where)):
                 torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
         made.append(len(quickly_compiled))
-    # The net and what is behind the layer, each with and without gradients, and not anew for other numbers of rows.
-    assert made[0] >= 4
-    assert made[1:] == made[:1] * 2
+    # The net and what is behind the layer, and not anew for other numbers of rows.
+    assert made[1] >= 2
+    assert made[1:] == made[1:2] * 3
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("no compiler"), FileNotFoundError("g++"), torch.OutOfMemoryError("full")]
-)
-def test_what_cannot_be_compiled_is_computed_as_it_is(always, monkeypatch, caplog, error):
+@pytest.mark.parametrize("error", [RuntimeError("no\ncompiler"), OSError("no g++"), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_what_cannot_be_compiled_is_computed_as_it_is(always, monkeypatch, caplog, error, when):
     def failing(graph: nn.Module, dynamic: bool) -> Callable[..., Any]:
         def call(*inputs: Tensor) -> Tensor:
             raise error
 
-        return call
+        return call if when == "called" else call()
 
     monkeypatch.setattr(torch, "compile", failing)
     net, x = drawn(SharedNorm), images()
@@ -406,9 +405,47 @@ def test_what_cannot_be_compiled_is_computed_as_it_is(always, monkeypatch, caplo
     assert torch.equal(compiled(x), graph(x))
     assert torch.equal(compiled(x), graph(x))
     (record,) = caplog.records
-    assert f"SharedNorm is not compiled, but computed as it is: {type(error).__name__}: {error}" in record.message
+    said = f"{type(error).__name__}: {error}".replace("\n", " ")
+    assert f"SharedNorm is not compiled, but computed as it is: {said}" in record.message
+    caplog.set_level(logging.INFO, "attrib.models.fast")
     model = Classifier(net, dtype=torch.float64, compile=True)
     torch.testing.assert_close(model.logits(x), net(x), rtol=1e-10, atol=1e-12)
+    assert "norms folded, channels_last memory" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("fault", ["fails", "is wrong"])
+def test_a_way_back_that_cannot_be_compiled(always, monkeypatch, caplog, fault):
+    """torch may compile it no sooner than it is needed."""
+
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, result):
+            return result.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            if fault == "fails":
+                raise RuntimeError("backend raised")
+            return gradient * 2
+
+    monkeypatch.setattr(torch, "compile", lambda graph, dynamic: lambda *inputs: Odd.apply(graph(*inputs)))
+    net, x = drawn(SharedNorm), images()
+    model, plain = (Classifier(net, dtype=torch.float64, compile=on) for on in (True, False))
+    objective = lambda logits, rows: logits[:, 0]  # noqa: E731
+    for got, wanted in zip(model.gradient(x, objective), plain.gradient(x, objective)):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    (record,) = caplog.records
+    assert "its gradients are not those of the graph" in record.message
+
+
+def test_several_ways_back_from_one_pass(always, quickly_compiled):
+    """As functional information of all classes has them."""
+    model, x = Classifier(drawn(SharedNorm), dtype=torch.float64, compile=True), images().requires_grad_()
+    logits = model(x)
+    for label in range(logits.shape[1]):
+        (gradient,) = torch.autograd.grad(logits[:, label].sum(), x, retain_graph=True)
+        assert gradient.any()
+    assert quickly_compiled
 
 
 def test_an_error_of_the_net_is_not_the_compilers(monkeypatch, caplog):

@@ -122,6 +122,11 @@ def test_files_are_what_the_library_writes():
     """Every kind of number, each where the processor wants it."""
     numbers = {f"{i}/é": np.arange(3 + i).astype(np.dtype(kind).newbyteorder("=")) for i, kind in enumerate(DTYPES)}
     numbers |= {"none": np.zeros((0, 3)), "one": np.array(True)}
+    odd = {"big": np.arange(3, dtype=">f4"), "back": np.arange(4)[::-1], "same": np.broadcast_to(np.float32(2), (2, 3))}
+    with pytest.raises(TypeError, match="wide has the type complex128, which cannot be stored"):
+        to_safetensors({"wide": np.ones(2, complex)}, {})
+    read = safetensors.numpy.load(b"".join(to_safetensors(odd, {})))
+    assert all(np.array_equal(read[name], value) for name, value in odd.items())
     data = b"".join(to_safetensors(numbers, {"about": "ü\n"}))
     expected = safetensors.numpy.save(numbers, {"about": "ü\n"})
     assert len(data) % 8 == len(expected) % 8

@@ -128,7 +128,7 @@ class ImageTransform:
 
     def tensor(self, image: Image.Image) -> Tensor:
         """(C, H, W) float32, normalised. Raises like ``picture``."""
-        # By numpy, as images are read by many threads, and torch would have each of them employ all cores.
+        # By numpy: images are read by many threads, and for each of these steps torch would employ all cores.
         pixels = np.array(self.picture(image)).reshape(*self._size, len(self.mean))
         x = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
         mean, std = (np.array(v, np.float32).reshape(-1, 1, 1) for v in (self.mean, self.std))

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from attrib import keys
 from attrib.classes import ClassNames, listed
-from attrib.datasets import Dataset, Selection, holds_images
+from attrib.datasets import Dataset, Selection
 from attrib.experiment.reading import Kept
 from attrib.experiment.samples import Samples, example
 from attrib.experiment.targets import Contrast, Target, matched, parsed, rules_of
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.metrics import Metric
-from attrib.metrics.metric import Explain, reads_inputs
+from attrib.metrics.metric import Explain
 from attrib.models import Classifier
 from attrib.models.precision import Arithmetic
 from attrib.models.reading import taken_before
@@ -132,21 +132,15 @@ class Experiment:
                 "(dataset.target=0), or take the dataset's labels (dataset.target=label)"
             )
 
-    def samples(self, uids: Sequence[str], batch: int) -> Samples:
-        return Samples(
-            self.dataset, self.model, uids, target=self.target, batch=batch, classes=self.classes, kept=self._kept
-        )
+    def samples(self, uids: Sequence[str], batch: int, kept: Kept | None = None) -> Samples:
+        return Samples(self.dataset, self.model, uids, target=self.target, batch=batch, classes=self.classes, kept=kept)
 
-    def stored_samples(self, uids: Sequence[str], batch: int, *, inputs: bool = True) -> Samples:
+    def stored_samples(
+        self, uids: Sequence[str], batch: int, *, inputs: bool = True, kept: Kept | None = None
+    ) -> Samples:
         """For work on stored maps, which say themselves what they explain; without ``inputs`` on maps and regions."""
         inputs = inputs or self.model.output.read.per_sample or not hasattr(self.dataset, "regions")
-        return Samples(self.dataset, self.model, uids, target=None, batch=batch, inputs=inputs, kept=self._kept)
-
-    @cached_property
-    def _kept(self) -> Kept | None:
-        """Decoded images, where a metric reads again what was read for the maps."""
-        again = any(map(reads_inputs, self.metrics.values()))
-        return Kept() if again and holds_images(self.dataset) else None
+        return Samples(self.dataset, self.model, uids, target=None, batch=batch, inputs=inputs, kept=kept)
 
     @cached_property
     def classes(self) -> Mapping[int, int] | None:

@@ -121,6 +121,8 @@ class Classifier:
         self._admission = Admission(self.module, self.output, exam)
         self.fold = fold and not self.output.read.per_sample  # a graph would keep the region of the first sample
         self.compile = compile and self.fold
+        if compile and not self.compile:
+            log.warning("run.compile: %s is not compiled: its scores depend on the sample", type(module).__name__)
         self._net: Callable[[Tensor], Tensor] = fast_net(self.module, compile) if self.fold else self.module
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}

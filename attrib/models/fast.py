@@ -131,8 +131,10 @@ class Fast:
         if graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
             raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
         self._graph = graph
-        name = self._name if self._compile else None
-        return _Way(channels_last(new) if last else new, last, new is not graph, name)
+        way = _Way(channels_last(new) if last else new, last, new is not graph)
+        if self._compile:
+            way.compile(self._name, [torch.cat((x, x))[:2] for x in inputs])
+        return way
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
         """Whether a way gives what the function as it was does."""
@@ -142,29 +144,43 @@ class Fast:
 
 
 class _Way:
-    """A graph that computes in one memory format, and takes and gives tensors as they are elsewhere.
+    """A graph that computes in one memory format, and takes and gives tensors as they are elsewhere."""
 
-    compiled   its name for the log, if it is compiled
-    """
-
-    def __init__(self, graph: fx.GraphModule, last: bool, folds: bool, compiled: str | None = None) -> None:
-        self.graph, self.last, self._folds, self._compiled = graph, last, folds, compiled
-        self._run: Callable[..., Any] = graph if compiled is None else Compiled(graph, compiled)
+    def __init__(self, graph: fx.GraphModule, last: bool, folds: bool) -> None:
+        self.graph, self.last, self._folds = graph, last, folds
+        self._compiled: Compiled | None = None
         self._within: dict[torch.dtype, _Way] = {}
-        how = "norms folded, " * folds + "compiled, " * (compiled is not None)
-        self.described = f"{how}{'channels_last' if last else 'contiguous'} memory"
+
+    @property
+    def described(self) -> str:
+        compiled = self._compiled is not None and self._compiled.works
+        how = ["norms folded"] * self._folds + ["compiled"] * compiled
+        return ", ".join([*how, f"{'channels_last' if self.last else 'contiguous'} memory"])
+
+    def compile(self, name: str, two: list[Tensor]) -> None:
+        """From now on it is compiled, if gradients of two rows of inputs are the same but for rounding.
+
+        ``name`` is for the log. A few ReLUs may be on where they were off before, see ``Fast``.
+        """
+        expected, self._compiled = _gradient(self, two), Compiled(self.graph, name)
+        got = _gradient(self, two)
+        if self._compiled.works and not _alike(got, expected):
+            self._compiled.give_up("its gradients are not those of the graph")
 
     def within(self, dtype: torch.dtype) -> _Way:
         """The same for use within torch.autocast, which else would cast frozen weights anew in every pass."""
         if dtype not in self._within:
             with torch.inference_mode(False):
-                self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds, self._compiled)
+                way = self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
+                if self._compiled is not None and self._compiled.works:
+                    way._compiled = Compiled(way.graph, f"{self._compiled.name} in {dtype}")
         return self._within[dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:
+        run = self._compiled or self.graph
         if not self.last:
-            return self._run(*inputs)
-        found = self._run(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
+            return run(*inputs)
+        found = run(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
         return found.contiguous() if isinstance(found, Tensor) else tuple(t.contiguous() for t in found)
 
 
@@ -232,6 +248,13 @@ def _identical(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _alike(got: Tensor | None, expected: Tensor | None) -> bool:
+    if got is None or expected is None:
+        return got is expected
+    got, expected = got.nan_to_num(), expected.nan_to_num()
+    return bool((got - expected).norm() <= 0.05 * expected.norm())
 
 
 def _gradient(function: Callable[..., Any], inputs: list[Tensor]) -> Tensor | None:

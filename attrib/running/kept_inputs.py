@@ -42,8 +42,9 @@ def _keep(kept: Arrays, plan: Plan, samples: Samples, batch: Batch) -> None:
     except UserError:
         raise
     except Exception:
-        for i in range(len(batch) if len(batch) > 1 else 0):
-            _keep(kept, plan, samples, batch[[i]])
+        if len(batch) > 1:
+            for i in range(len(batch)):
+                _keep(kept, plan, samples, batch[[i]])
         return
     for i, (uid, (arrays, info, more)) in enumerate(zip(batch.uids, found, strict=True)):
         if batch.roi is not None and batch.roi[i].any():
@@ -63,14 +64,15 @@ def said(experiment: Experiment, samples: Samples, batch: Batch) -> list[dict[st
     if not model.output.read.decides or batch.target.ndim != 1:
         return [{} for _ in batch.uids]
     logits = model.logits(batch.x)
-    best, finite = logits.argmax(1).tolist(), logits.isfinite().all(1).tolist()
-    found = [{"predicted": c, "predicted_name": experiment.class_name(c)} if f else {} for c, f in zip(best, finite)]
-    if model.link is not None:
-        sure = probabilities(logits, link=model.link).amax(1).tolist()
-        found = [{**one, "probability": p} if one else {} for one, p in zip(found, sure)]
-    if samples.target == "label":
-        rights = (logits.argmax(1) == batch.target).tolist()
-        found = [{**one, "right": right} if one else {} for one, right in zip(found, rights)]
+    best = logits.argmax(1)
+    right = (best == batch.target).tolist()
+    sure = None if model.link is None else probabilities(logits, link=model.link).amax(1).tolist()
+    found: list[dict[str, Any]] = []
+    for i, (label, finite) in enumerate(zip(best.tolist(), logits.isfinite().all(1).tolist())):
+        one = {"predicted": label, "predicted_name": experiment.class_name(label)}
+        one |= {} if sure is None else {"probability": sure[i]}
+        one |= {"right": right[i]} if samples.target == "label" else {}
+        found.append(one if finite else {})
     return found
 
 

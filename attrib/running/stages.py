@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attrib import keys
+from attrib.experiment.reading import Kept, can_be_kept
 from attrib.experiment.samples import Samples
 from attrib.fit import State
 from attrib.metrics.metric import Explain, reads_inputs
@@ -53,6 +54,8 @@ class Shared:
     def __init__(self, plan: Plan, options: Options, stop: Stop) -> None:
         self.plan, self.options, self.stop, self.summary = plan, options, stop, Summary()
         self._failed: set[tuple[str, str]] = set()
+        again = any(map(reads_inputs, plan.experiment.metrics.values()))
+        self.kept = Kept() if again and can_be_kept(plan.experiment.dataset) else None
 
     def fail(self, uid: str, place: str, reason: str) -> None:
         """``place`` as in ``Ledger.add``."""
@@ -185,7 +188,7 @@ class Maps(Stage):
         super().__init__(shared, "maps", "maps", plan.present, asks_method=True)
         self._store, self._root = plan.cell.maps, Path(shared.options.root)
         self.buffers = (self._store,)
-        self._samples = plan.experiment.samples(plan.uids, shared.options.read)
+        self._samples = plan.experiment.samples(plan.uids, shared.options.read, shared.kept)
         self._meter = Meter(plan.experiment.model)
         self._lost: dict[Key, Mapping[str, Any]] = {}  # maps that were damaged -> what was noted beside them
         shared.summary.maps_present = len(self.done)
@@ -285,7 +288,8 @@ class Scores(Stage):
         bounds = getattr(self._metric, "BOUNDS", {})
         _describe(self._rows, self.name, spec, self._metric.COLUMNS, self._metric.CURVES, about, bounds)
         self._looked = time.monotonic()
-        return self.plan.experiment.stored_samples(todo, self.shared.options.read, inputs=reads_inputs(self._metric))
+        shared, inputs = self.shared, reads_inputs(self._metric)
+        return self.plan.experiment.stored_samples(todo, shared.options.read, inputs=inputs, kept=shared.kept)
 
     def compute(self, batch: Batch) -> Result:
         start = time.perf_counter()

@@ -190,7 +190,7 @@ class Arrays(Buffered):
 
 
 def to_safetensors(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> list[bytes | memoryview]:
-    """A file of the format, in parts; arrays in C order are not copied.
+    """A file of the format, in parts; arrays in C order are not copied. Raises TypeError for what it has no name for.
 
     The library's own ``save`` holds Python's lock, 60 ms for 50 MB, while the next batch is to be explained; its
     ``save_file`` leaves a file of an unknown name behind if it is killed.
@@ -198,6 +198,9 @@ def to_safetensors(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) 
     header: dict[str, Any] = {"__metadata__": dict(about)}
     parts, end = [], 0
     for name, value in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # so that all are aligned
+        value = _packed(value)
+        if value.dtype.name not in _DTYPES:
+            raise TypeError(f"{name} has the type {value.dtype}, which cannot be stored")
         start, end = end, end + value.nbytes
         header[name] = {"dtype": _DTYPES[value.dtype.name], "shape": value.shape, "data_offsets": (start, end)}
         parts.append(value.reshape(-1).view(np.uint8).data)
