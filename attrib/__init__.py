@@ -10,14 +10,19 @@ if TYPE_CHECKING:
     from attrib.api.explanation import Explanation
     from attrib.api.front import compare, evaluate, explain
     from attrib.api.parts import dataset
+    from attrib.errors import SampleError, UserError
 
 __version__ = "0.1.0"
 
-__all__ = ["Comparison", "Explanation", "compare", "dataset", "evaluate", "explain", "results"]
+__all__ = [
+    "Comparison", "Explanation", "SampleError", "UserError", "compare", "dataset", "evaluate", "explain", "results",
+]  # fmt: skip
 
 _HOMES = {
     "Comparison": "attrib.api.comparison",
     "Explanation": "attrib.api.explanation",
+    "SampleError": "attrib.errors",
+    "UserError": "attrib.errors",
     "compare": "attrib.api.front",
     "dataset": "attrib.api.parts",
     "evaluate": "attrib.api.front",

@@ -305,7 +305,7 @@ class Ids(nn.Module):
         (dict(overrides=["seed=3"]), "only model.*"),
         (dict(overrides=["model.num_classes=3"]), "only a model that is chosen by its name takes overrides"),
         (dict(layers="features.0"), "the method reads none"),
-        (dict(layers={"cam": "feature.0"}), "has no layer 'feature.0'; did you mean 'features.0'"),
+        (dict(method="grad_cam", layers={"cam": "feature.0"}), "has no layer 'feature.0'; did you mean 'features.0'"),
         (dict(method="attention_raw"), "attention"),
     ],
 )
@@ -321,7 +321,7 @@ def test_refused_parts_of_scores(images):
         ((maps, "ehrs"), r"there is no metric 'ehrs' \(there are: ehr,"),
         ((maps, []), "metrics: none is given"),
         ((maps, "ehr"), "needs regions of interest; give them as roi="),
-        ((maps[:2], "insertion_deletion"), "2 maps, and there are 3 samples"),
+        ((maps[:2], "insertion_deletion"), "map has 2 maps for 3 samples"),
         ((maps[:, :5], "insertion_deletion"), r"is \(5, 32\), but its input has \(32, 32\)"),
         ((maps, "lipschitz"), "give it an Explanation"),
         ((maps, EHR), "the class EHR"),
@@ -373,8 +373,24 @@ def test_own_text_nets_need_their_tokenizer_and_embedding():
     )
     assert explanation.map.shape == (2, 3)
     assert explanation.map[1, 1:].eq(0).all()
-    with pytest.raises(UserError, match="embedding"):
+    found = attrib.explain(net, ["a good film", "bad"], 1, "gradient", tokenizer=encoder)  # it is the only one
+    assert torch.equal(found.map, explanation.map)
+    net.more = nn.Embedding(3, 4)
+    with pytest.raises(UserError, match=r"its embeddings are embed, more.*layers=\{'embedding': PATH\}"):
         attrib.explain(net, ["a good film"], 1, "gradient", tokenizer=encoder)
+    scores = attrib.evaluate(
+        net, ["a good film"], [torch.ones(3)], "insertion_deletion", layers={"embedding": "embed"}, tokenizer=encoder
+    )
+    assert (scores["state"] == "ok").all()
+    with pytest.raises(UserError, match=r"the net has 6 ids .* its input has 8"):
+        attrib.explain(
+            net,
+            ["a"],
+            1,
+            "gradient",
+            layers={"embedding": "embed"},
+            tokenizer=WordEncoder(["<unk>", "<pad>", *"abcdef"]),
+        )
 
 
 # ---- lightness --------------------------------------------------------------------------------------------

@@ -270,7 +270,9 @@ def test_never_more_rows_than_the_limit_and_all_are_counted(method, rows):
 def test_the_embedding_must_be_one_vector_per_token():
     batch = texts(4)
     for layer, message in (("fc", r"fc gives \(4, 5\) for tokens \(4, 11\)"), (None, "no layer for the role 'embedd")):
-        model = Classifier(lstm(), {"embedding": layer}, dtype=torch.float64)
+        net = lstm()
+        net.other = torch.nn.Embedding(3, 4)  # of two, nobody knows which one embeds the tokens
+        model = Classifier(net, {"embedding": layer}, dtype=torch.float64)
         for method in (Gradient(), InputXGradient(), IntegratedGradients(), SmoothGrad(), Occlusion()):
             with pytest.raises(UserError, match=message):
                 method.attribute(model, batch, {}, Noise(batch.uids))

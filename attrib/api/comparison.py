@@ -115,8 +115,13 @@ class Comparison:
             write_atomic(folder / "comparison.html", pictures.page(drawn, title, table, self._samples).encode())
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        places: list[str] = []
         for name, explanation in self.explanations.items():
-            explanation.save(folder / "".join(c if c.isalnum() or c in "-_" else "-" for c in name))
+            own = place = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+            while place in places:  # as of a/b and a-b
+                place = f"{own}-{len(places) + 1}"
+            places.append(place)
+            explanation.save(folder / place)
         return folder
 
 

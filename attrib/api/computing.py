@@ -170,6 +170,7 @@ def _batches(samples: Samples, uids: Sequence[str]) -> Iterator[Batch]:
     """As a run goes through them. Raises SampleError for one that cannot be read."""
     for batch, unread in samples.load(samples.chunks(uids)):
         for uid, reason in unread:
+            reason = reason.removeprefix("SampleError: ")
             raise SampleError(reason if uid in reason else f"{uid}: {reason}")
         if batch is not None:
             yield batch

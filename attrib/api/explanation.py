@@ -20,8 +20,9 @@ import attrib
 from attrib import keys
 from attrib.api import pictures
 from attrib.api.computing import One, scores
-from attrib.api.inputs import Given, with_roi
+from attrib.api.inputs import Given, given, with_roi
 from attrib.api.lines import Origin, command_of
+from attrib.api.modes import undisturbed
 from attrib.api.parts import measures
 from attrib.classes import shown_target
 from attrib.drawing.pictures import png
@@ -107,8 +108,26 @@ class Explanation:
         longest = max((a.shape[:1] for a in arrays), default=())
         if any(a.shape[:1] != longest for a in arrays):  # of texts
             arrays = [np.pad(a, [(0, longest[0] - len(a)), *[(0, 0)] * (a.ndim - 1)]) for a in arrays]
+        if len({a.shape for a in arrays}) > 1:
+            raise UserError(f"{name}: the samples have different sizes; explain each alone, as a list of one")
         return torch.from_numpy(np.stack(arrays))
 
+    def check_is_of(self, net: Any, x: Any, others: Sequence[str] = ()) -> None:
+        """Raises UserError unless ``net`` and ``x``, each of which may be None, are what was explained.
+
+        ``others`` are arguments of :func:`attrib.evaluate` that an explanation brings itself.
+        """
+        if others:
+            raise UserError(f"{', '.join(others)}: an Explanation brings its own; leave that out, or give its maps")
+        if net is not None and net is not self.origin.net.given and net != self.origin.net.preset:
+            raise UserError("net is not the one that was explained; to have maps scored by another, give .maps")
+        if x is None or x is self.cell.dataset:
+            return
+        found, data = given(x, self.origin.net.input, self.uids), self.cell.dataset
+        if any(found.dataset.fingerprint(uid) != data.fingerprint(uid) for uid in self.uids):
+            raise UserError("x is not what was explained; to have maps scored on other samples, give .maps")
+
+    @undisturbed
     def evaluate(self, metrics: Any = None, roi: Any = None) -> pd.DataFrame:
         """Scores of the maps, see :func:`attrib.evaluate`."""
         cell, found = self.cell, Given(self.cell.dataset, self.uids)

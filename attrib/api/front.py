@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from attrib.api.comparison import Comparison
 from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
 from attrib.api.explanation import Explanation
-from attrib.api.inputs import with_roi
+from attrib.api.inputs import maps_of, with_roi
 from attrib.api.lines import Origin
+from attrib.api.modes import undisturbed
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
 from attrib.fit import State
@@ -22,6 +24,7 @@ from attrib.models import Classifier
 from attrib.types import UserError
 
 
+@undisturbed
 def explain(
     net: Any,
     x: Any,
@@ -45,17 +48,19 @@ def explain(
     net        a torch.nn.Module, an ``attrib.models.Classifier``, or the name of a model (``attrib list models``)
     x          a tensor as the net reads it; images (PIL, uint8 arrays, files), sentences or sounds (arrays, pairs of an
                array and its rate, files); a ``Batch``, a torch dataset or DataLoader, a dataset (:func:`dataset`)
-    target     the class that is explained: None or "predicted", "second", a number, a name, a class for each sample,
+    target     the class that is explained: None or "predicted", "second", a number, a name, a number for each sample,
                "label" (a dataset's), or a contrast {"of": ..., "against": ...}
     method     the name of a method (``attrib list methods``), the path of a YAML, or a method
     fit        what a method that learns from data first is fitted on: the name of a dataset, or anything that ``x`` may
                be
     layers     role -> path of a layer, or the path alone where the method reads one; by default the preset's, or found
+               out (of a net of texts with one embedding that too)
     transform  how images or sounds are prepared for a module: an ``ImageTransform``, a ``WaveTransform``, fields of
                one, or ``weights.transforms()`` of torchvision. Presets and nets of timm bring their own
     tokenizer  of a module that reads texts: an encoder of attrib, a fast tokenizer of transformers, or its name
     uids       the samples' names, to which their random numbers belong; of a dataset: which of its samples. By default
-               digests of the contents, so that an image is explained alike wherever it stands
+               files are called what they are called, samples of a DataLoader by their places, and all else by digests
+               of the contents, so that an image is explained alike wherever it stands
     seed       of all random numbers
     precision  of the net: "tf32", "bfloat16" or "float16", or {"explain": ..., "score": ...}; None: float32
     run        how to compute: {"device": ..., "dtype": ..., "batch": 8, "rows": 64}
@@ -70,10 +75,17 @@ def explain(
     >>> tuple(explanation.map.shape)
     (2, 4, 4)
     """
-    chosen = explainer(method, fields, overrides)
+    try:
+        chosen = explainer(method, fields, overrides)
+    except UserError as error:
+        near = [one for name in fields for one in difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.75)]
+        if not near:
+            raise
+        raise UserError(f"{error}; explain itself has the argument {near[0]!r}") from error
     door = net_of(
         net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision
     )
+    door.check_roles([chosen.method])
     found, rule = samples(x, door, uids, target)
     cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
     state = state_of(cell, found.uids, door.options.read, root)
@@ -81,6 +93,7 @@ def explain(
     return Explanation(cell, found.uids, known, state, Origin(door, chosen, _name(fit), tuple(overrides)))
 
 
+@undisturbed
 def evaluate(
     net: Any,
     x: Any,
@@ -89,6 +102,7 @@ def evaluate(
     roi: Any = None,
     *,
     target: Any = None,
+    layers: Mapping[str, str] | None = None,
     transform: Any = None,
     tokenizer: Any = None,
     uids: Sequence[str] | None = None,
@@ -99,8 +113,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Scores of maps, a row for each sample, map and column: as the runner stores them.
 
-    maps      an :class:`Explanation`; then its target, uids and seed are taken, and ``net`` and ``x`` may be None.
-              Or maps (N, H, W), of sounds (N, L), of texts (N, T) with anything on padding, or {name: maps}
+    maps      an :class:`Explanation` of ``net`` and ``x``, which may be None then: its target, uids, seed and so on are
+              taken, and no others are. Or maps (N, H, W), of sounds (N, L), of texts (N, T) with anything on padding or
+              N maps (T,), or {name: maps}
     metrics   names (``attrib list metrics``), paths of YAMLs or metrics; {name: metric} says what they are called
     roi       regions of interest, bool: of pictures (H, W) in the pixels of each picture, of tensors as the net reads
               them, of sounds (L,)
@@ -115,16 +130,20 @@ def evaluate(
     """
     named = measures(metrics, overrides)
     if isinstance(maps, Explanation):
+        others = {"target": target, "layers": layers, "transform": transform, "tokenizer": tokenizer, "uids": uids}
+        others |= {"precision": precision, "run": run, "seed": seed or None}
+        maps.check_is_of(net, x, [name for name, value in others.items() if value is not None])
         return maps.evaluate(named, roi)
-    door = net_of(net, None, precision, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
+    door = net_of(net, layers, precision, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides)
     found, rule = samples(x, door, uids, target)
     found = found if roi is None else with_roi(found, roi)
-    handed = {name: torch.as_tensor(m) for name, m in (maps if isinstance(maps, Mapping) else {"map": maps}).items()}
-    for name, value in handed.items():
-        if len(value) != len(found.uids):
-            raise UserError(f"maps: {name} has {len(value)} maps, and there are {len(found.uids)} samples")
-    arrays = {name: value.detach().cpu().float().numpy() for name, value in handed.items()}
-    method = Explainer(Handed(tuple(handed)), "maps", {})
+    arrays = {
+        name: maps_of(one, name, len(found.uids))
+        for name, one in (maps if isinstance(maps, Mapping) else {"map": maps}).items()
+    }
+    if not arrays:
+        raise UserError("maps: none is given")
+    method = Explainer(Handed(tuple(arrays)), "maps", {})
     cell = cell_of(door, found, rule, method, named, seed)
     size = door.options.read
     targets = targets_of(cell, found.uids, size)
@@ -135,6 +154,7 @@ def evaluate(
     return scores(cell, known, size)
 
 
+@undisturbed
 def compare(
     net: Any,
     x: Any,
@@ -167,6 +187,8 @@ def compare(
     >>> list(found.table["method"]), len(found.tests)
     (['gradient', 'random'], 1)
     """
+    if not isinstance(methods, str) and hasattr(methods, "__len__") and not len(methods):
+        raise UserError("methods: none is given (attrib list methods says what there is)")
     listed = methods.items() if isinstance(methods, Mapping) else [(None, m) for m in _several(methods)]
     chosen: dict[str, Explainer] = {}
     for called, method in listed:
@@ -179,6 +201,7 @@ def compare(
     door = net_of(
         net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision
     )
+    door.check_roles([*(one.method for one in chosen.values()), *named.values()])
     found, rule = samples(x, door, uids, target)
     found = found if roi is None else with_roi(found, roi)
     explanations: dict[str, Explanation] = {}
@@ -192,6 +215,9 @@ def compare(
         origin = Origin(door, one, _name(fit), tuple(overrides))
         explanations[name] = Explanation(cell, found.uids, known, state, origin)
     return Comparison(explanations, {name: e.evaluate() for name, e in explanations.items()})
+
+
+ARGUMENTS = tuple(name for name in inspect.signature(explain).parameters if name != "fields")
 
 
 def _name(fit: Any) -> str | None:

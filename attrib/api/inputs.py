@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,11 @@ from attrib.datasets import Dataset, Encoder, ImageTransform, Sound, WaveTransfo
 from attrib.datasets.memory import Labels, Pictures, Sentences, Tensors, Waves
 from attrib.datasets.sound import read_sound
 from attrib.keys import digest, tensor_digest
-from attrib.types import Batch, UserError
+from attrib.types import Batch, SampleError, UserError
 
 Input = ImageTransform | WaveTransform | Encoder | None  # how a net wants its data
+CHANNELS = 8  # a second axis of no more numbers is one of channels
+LOUDEST = 1.5  # of a sound: resampling may go a little beyond full scale, another scale goes far
 _DATASET = ("fingerprint", "batch", "uids", "key", "modality")
 _PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # the modes that a PNG file keeps as they are
 
@@ -66,7 +69,7 @@ def _kind(one: Any, how: Input) -> str:
         (Image.Image, "images"),
         (Tensor, "tensors"),
         (str, "texts or files"),
-        (Path, "files"),
+        (Path, "texts or files" if isinstance(how, ImageTransform | WaveTransform) else "files"),
         (np.ndarray, "sounds" if isinstance(how, WaveTransform) else "images"),
         (Sound, "sounds"),
         (tuple, "sounds"),
@@ -84,7 +87,7 @@ def _listed(x: Any, how: Input, what: str) -> list[Any]:
         return _arrays(x, how, what)
     if isinstance(x, str | Path | Image.Image) or _is_sound(x):
         return [x]
-    if isinstance(x, Mapping) or not isinstance(x, Iterable):
+    if isinstance(x, Mapping) or not isinstance(x, Iterable) or (hasattr(x, "iloc") and hasattr(x, "columns")):
         raise UserError(f"{what} is {type(x).__name__}; give {_WANTED}")
     found: list[Any] = []
     for one in x:
@@ -104,12 +107,17 @@ _WANTED = (
 
 
 def _is_sound(x: Any) -> bool:
-    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], np.ndarray) and isinstance(x[1], int)
+    """Samples and a rate: of scipy, soundfile or librosa, or a tensor and a rate of torchaudio."""
+    if not isinstance(x, tuple) or len(x) != 2 or not isinstance(x[0], np.ndarray | Tensor):
+        return False
+    return isinstance(x[1], int | float | np.integer | np.floating) and not isinstance(x[1], bool)
 
 
 def _rows(x: Tensor, how: Input, what: str) -> list[Tensor]:
     """(N, *input) -> N of them; one sample may come without its first axis where the net's input tells."""
     one, many = {ImageTransform: (3, 4), WaveTransform: (2, 3)}.get(type(how), (0, 0))
+    if x.ndim == (many or 4) and not x.is_floating_point():
+        raise UserError(f"{what} is a tensor of {x.dtype}; a net reads floats, such as x / 255")
     if not x.is_floating_point():
         one, many = 1, 2
     elif not many and x.ndim == 4:
@@ -122,7 +130,12 @@ def _rows(x: Tensor, how: Input, what: str) -> list[Tensor]:
 
 def _arrays(x: np.ndarray, how: Input, what: str) -> list[Any]:
     if isinstance(how, WaveTransform):
-        if x.ndim in (1, 2) and x.dtype.kind in "fi":
+        if x.ndim == 2 and x.shape[1] <= CHANNELS < x.shape[0]:
+            raise UserError(
+                f"{what}: {x.shape[0]} sounds of {x.shape[1]} numbers? Of a sound with channels (L, C) give one, such "
+                "as x.mean(1)"
+            )
+        if x.ndim in (1, 2) and x.dtype.kind in "fiu":
             return [x] if x.ndim == 1 else list(x)
         raise UserError(f"{what}: a sound is (L,) and sounds are (N, L), numbers in -1 .. 1, not {x.dtype} {x.shape}")
     if x.dtype == np.uint8 and (x.ndim == 2 or (x.ndim in (3, 4) and x.shape[-1] == 3)):
@@ -171,7 +184,10 @@ def _named(uids: Sequence[str] | None, contents: Sequence[str]) -> tuple[str, ..
 def _labels(labels: Any, uids: Sequence[str]) -> Labels:
     if labels is None:
         return {}
-    values = torch.as_tensor(labels)
+    try:
+        values = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"target: one for each sample must be a list of numbers of classes, not {labels!r}") from error
     if values.is_floating_point() or values.ndim not in (1, 2) or len(values) != len(uids):
         raise UserError(
             f"target: {len(uids)} samples need as many classes (N,), or a 1 or 0 for each class (N, K), not "
@@ -198,8 +214,8 @@ def _encoded(one: Any, what: str) -> bytes:
     if isinstance(one, str | Path):
         return _content(Path(one), what)
     image = Image.fromarray(one) if isinstance(one, np.ndarray) else one
-    if image.mode == "F":
-        raise UserError(f"{what}: images of floating-point numbers have no fixed range; give a tensor, or 8 or 16 bits")
+    if image.mode in ("F", "I"):
+        raise UserError(f"{what}: images of 32-bit numbers have no fixed range; give a tensor, or 8 or 16 bits")
     buffer = io.BytesIO()
     (image if image.mode in _PNG else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
@@ -233,10 +249,22 @@ def _sound(one: Any, rate: int, what: str) -> Sound:
         except ValueError as error:
             raise UserError(f"{what}: {one}: {error}") from error
     samples, rate = one if isinstance(one, tuple) else (one, rate)
-    values = np.asarray(samples, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise UserError(f"{what}: a sound is (L,) finite numbers in -1 .. 1, one channel, not {values.shape}")
-    return Sound(values, rate)
+    given = np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples)
+    if given.ndim == 2 and given.shape[0] == 1:  # as torchaudio has it
+        given = given[0]
+    if given.ndim != 1 or not len(given):
+        raise UserError(f"{what}: a sound is (L,), one channel, not {given.shape}")
+    if rate < 1 or rate != int(rate):
+        raise UserError(f"{what}: a sound has a whole number of samples per second, not {rate}")
+    values = given.astype(np.float64)
+    if given.dtype.kind in "iu":  # full scale, as in WAV files, where 8 bits are without a sign
+        half = 2.0 ** (8 * given.itemsize - 1)
+        values = values / half - (given.dtype.kind == "u")
+    if not np.isfinite(values).all():
+        raise UserError(f"{what}: a sound has NaN or infinite numbers")
+    if np.abs(values).max() > LOUDEST:
+        raise UserError(f"{what}: a sound's numbers lie in -1 .. 1; these reach {np.abs(values).max():.3g}")
+    return Sound(values, int(rate))
 
 
 def _texts(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
@@ -266,14 +294,12 @@ def _unknown_input(what: str, kind: str, how: Input, say: str) -> UserError:
 
 def _tensors(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
     names = _named(uids, [tensor_digest({"": one})[:8] for one in many])
-    known, rows = _labels(labels, names), dict(zip(names, many))
-    return Given(_made(names, lambda uid: (rows[uid], known.get(uid)), many[0], how, what), names)
+    item = _InMemory(dict(zip(names, many)), _labels(labels, names))
+    return Given(_made(names, item, many[0], how, what), names)
 
 
-def _made(
-    uids: Sequence[str], item: Callable[[str], tuple[Tensor, Tensor | None]], one: Tensor, how: Input, what: str
-) -> Tensors:
-    """Samples that ``item`` gives as (input, label); ``one`` is one of the inputs."""
+def _made(uids: Sequence[str], item: _Item, one: Tensor, how: Input, what: str) -> Tensors:
+    """Samples that ``item`` gives; ``one`` is one of the inputs."""
     kinds = {(3, True): "image", (2, True): "audio", (1, False): "text"}
     modality = kinds.get((one.ndim, one.is_floating_point()))
     if modality is None:
@@ -282,17 +308,77 @@ def _made(
             "texts are (T,) ids"
         )
 
-    def read(uid: str) -> Batch:
-        x, label = item(uid)
+    transform = how if isinstance(how, ImageTransform | WaveTransform) else None
+    return Tensors(uids, _Reader(item, modality), modality, transform, getattr(how, "pad", None))
+
+
+# What reads samples is pickled with an explanation, so these are objects and not functions in a function.
+_Item = Callable[[str], tuple[Tensor, Tensor | None]]  # a sample's input and its label
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    rows: Mapping[str, Tensor]
+    labels: Labels
+
+    def __call__(self, uid: str) -> tuple[Tensor, Tensor | None]:
+        return self.rows[uid], self.labels.get(uid)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    item: _Item
+    modality: str
+
+    def __call__(self, uid: str) -> Batch:
+        x, label = self.item(uid)
         target = torch.tensor(-1) if label is None else label
-        batch = Batch((uid,), x[None].detach(), target[None])
-        if modality == "text":
+        batch = Batch((uid,), _sane(x, uid)[None], target[None])
+        if self.modality == "text":
             words = torch.arange(len(x))[None]  # nothing says which ids are one word
             return dataclasses.replace(batch, lengths=torch.tensor([len(x)]), words=words)
         return batch
 
-    transform = how if isinstance(how, ImageTransform | WaveTransform) else None
-    return Tensors(uids, read, modality, transform, getattr(how, "pad", None))
+
+@dataclass(frozen=True)
+class _OfBatch:
+    batch: Batch
+
+    def __call__(self, uid: str) -> Batch:
+        row = self.batch[[self.batch.uids.index(uid)]]
+        row = dataclasses.replace(row, x=_sane(row.x, uid))
+        return row if row.lengths is None else row.cut(int(row.lengths[0]))
+
+
+@dataclass(frozen=True)
+class _OfTorch:
+    """``places`` in a torch dataset, by name."""
+
+    source: Any
+    places: Mapping[str, int]
+    labels: Labels
+    what: str
+
+    def __call__(self, uid: str) -> tuple[Tensor, Tensor | None]:
+        one = self.source[self.places[uid]]
+        pair = isinstance(one, list | tuple) and len(one) > 1
+        value, label = (one[0], one[1]) if pair else (one[0] if isinstance(one, list | tuple) else one, None)
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{self.what}: sample {self.places[uid]} is {type(value).__name__}; a dataset gives a tensor as the "
+                "net reads it, or that and a label"
+            )
+        given = self.labels.get(uid)
+        if given is None and label is not None:
+            given = torch.as_tensor(label).long()
+        return value, given
+
+
+def _sane(x: Tensor, uid: str) -> Tensor:
+    """As it may be computed with: gradients flow from no leaf of the caller's. Raises SampleError for NaN."""
+    if x.is_floating_point() and not x.isfinite().all():
+        raise SampleError(f"{uid} has NaN or infinite numbers")
+    return x.detach().clone() if x.is_inference() else x.detach()
 
 
 def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
@@ -301,13 +387,8 @@ def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
     known = _labels(labels, x.uids)
     if known:
         x = dataclasses.replace(x, target=torch.stack([known[uid] for uid in x.uids]))
-    rows = {uid: i for i, uid in enumerate(x.uids)}
-    if len(rows) < len(x):
+    if len(set(x.uids)) < len(x):
         raise UserError("uids: a name stands for two samples of the batch")
-
-    def read(uid: str) -> Batch:
-        row = x[[rows[uid]]]
-        return row if row.lengths is None else row.cut(int(row.lengths[0]))
 
     modality = {4: "image", 3: "audio", 2: "text"}.get(x.x.ndim)
     if modality is None:
@@ -315,7 +396,7 @@ def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
     if modality == "text" and x.lengths is None:
         x = dataclasses.replace(x, lengths=torch.full((len(x),), x.x.shape[1]))
     transform = how if isinstance(how, ImageTransform | WaveTransform) else None
-    return Given(Tensors(x.uids, read, modality, transform, getattr(how, "pad", None)), x.uids)
+    return Given(Tensors(x.uids, _OfBatch(x), modality, transform, getattr(how, "pad", None)), x.uids)
 
 
 def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
@@ -341,22 +422,7 @@ def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what:
         raise UserError(f"{what} holds no sample")
     width = len(str(max(places)))
     names = _named(uids, [f"{place:0{width}d}" for place in places])
-    at, known = dict(zip(names, places)), _labels(labels, names)
-
-    def item(uid: str) -> tuple[Tensor, Tensor | None]:
-        one = source[at[uid]]
-        pair = isinstance(one, list | tuple) and len(one) > 1
-        value, label = (one[0], one[1]) if pair else (one[0] if isinstance(one, list | tuple) else one, None)
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"{what}: sample {at[uid]} is {type(value).__name__}; a dataset gives a tensor as the net reads it, "
-                "or that and a label"
-            )
-        given = known.get(uid)
-        if given is None and label is not None:
-            given = torch.as_tensor(label).long()
-        return value, given
-
+    item = _OfTorch(source, dict(zip(names, places)), _labels(labels, names), what)
     return Given(_made(names, item, item(names[0])[0], how, what), names)
 
 
@@ -367,6 +433,29 @@ _MAKERS: Mapping[str, Callable[..., Given]] = {
     "files": _files,
     "sounds": _sounds,
 }
+
+
+# ---- maps of other programs ---------------------------------------------------------------------
+
+
+def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
+    """One float32 array for each sample. Raises UserError."""
+    if isinstance(maps, Iterable) and not isinstance(maps, str | Mapping):
+        each = maps if isinstance(maps, Tensor | np.ndarray) else list(maps)
+        try:
+            found = [np.asarray(m.detach().cpu() if isinstance(m, Tensor) else m) for m in each]
+        except (TypeError, ValueError, RuntimeError):
+            found = []
+        if found and all(m.dtype.kind in "biuf" for m in found):
+            if len(found) != samples:
+                hint = "; of one sample they are maps[None]" if samples == 1 and found[0].ndim == 1 else ""
+                raise UserError(f"maps: {name} has {len(found)} maps for {samples} samples{hint}")
+            return [m.astype(np.float32) for m in found]
+    what = f"{type(maps).__name__}{f' of {maps.dtype}' if isinstance(maps, Tensor | np.ndarray) else ''}"
+    raise UserError(
+        f"maps: {name} is {what}; give an Explanation, or real numbers (N, H, W), of sounds (N, L), of texts (N, T) or "
+        "N maps (T,)"
+    )
 
 
 # ---- regions of interest ------------------------------------------------------------------------
@@ -382,6 +471,8 @@ def with_roi(found: Given, roi: Any) -> Given:
     dataset = found.dataset
     if not isinstance(dataset, Pictures | Waves | Tensors) or dataset.modality == "text":
         raise UserError("roi: texts have no regions, and a dataset brings its own; give images or sounds themselves")
+    if not isinstance(roi, Iterable):
+        raise UserError(f"roi is {type(roi).__name__}; give a region of bool for each sample")
     masks = [roi] if getattr(roi, "ndim", 3) == (1 if dataset.modality == "audio" else 2) else list(roi)
     if len(masks) != len(found.uids):
         raise UserError(f"roi: {len(masks)} regions for {len(found.uids)} samples")
@@ -389,7 +480,7 @@ def with_roi(found: Given, roi: Any) -> Given:
     for uid, mask in zip(found.uids, masks):
         array = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
         if array.dtype != bool:
-            raise UserError(f"roi: the region of {uid} is {array.dtype}, not bool")
+            raise UserError(f"roi: the region of {uid} is {array.dtype}, not bool; roi > 0, say")
         wanted = _places(dataset, uid)
         if array.shape != wanted:
             raise UserError(f"roi: the region of {uid} is {array.shape}, but the sample is {wanted}")

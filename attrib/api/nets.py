@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +18,13 @@ from attrib.config.places import presets
 from attrib.datasets import Dataset, HuggingFaceEncoder, ImageTransform, WaveTransform
 from attrib.experiment.samples import parse_device
 from attrib.methods import Method
+from attrib.methods.parts.inputs import EMBEDDING
+from attrib.metrics import Metric
 from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
 from attrib.models.precision import Precision
 from attrib.models.zoo import input_of, timm_net
 from attrib.running.options import Options
-from attrib.types import UserError
+from attrib.types import UserError, did_you_mean
 
 RUN = ("device", "dtype", "batch", "rows", "fold", "compile")  # the settings of run.* that mean something here
 
@@ -31,7 +34,7 @@ def named(group: str, name: str) -> str:
     known = list(presets(group))
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(), known, n=3, cutoff=0.5)
     others = ", ".join([*near, *(one for one in known if one not in near)])
     raise UserError(f"there is no {group} {name!r} (there are: {others})")
 
@@ -81,6 +84,9 @@ class Net:
             node = {**self.config, "layers": {**(self.config.get("layers") or {}), **layers}}
             return classifier(node, self.options, f"model {self.preset}", dataset)
         net = self._wrapped()
+        if net is not self.given:  # a wrapper, in which the user's own net is called so
+            own = {name for name, _ in self.given.named_modules()}
+            layers = {role: f"net.{path}" if path in own else path for role, path in layers.items()}
         return Classifier(
             net,
             {**getattr(net, "default_layers", {}), **layers},
@@ -103,17 +109,30 @@ class Net:
             raise UserError(f"{self.name}: a net of transformers needs its tokenizer (tokenizer=...)")
         return HuggingFaceClassifier(self.given, self.input.pad, self.input.mask)
 
+    def check_roles(self, readers: Iterable[Method | Metric]) -> None:
+        """Raises UserError for a layer that was named for a role that none of them reads."""
+        known = dict.fromkeys(role for one in readers for role in _roles(one))
+        for role, path in self.layers.items() if isinstance(self.layers, Mapping) else ():
+            if role not in known and role != EMBEDDING:  # which all methods read of texts, and declare for none
+                read = f"only {', '.join(known)} is read" if known else "no layer is read"
+                raise UserError(f"layers: {role}={path!r}: {read} here{did_you_mean(role, known)}")
+
     def named_layers(self, method: Method | None) -> Mapping[str, str]:
         """Role -> path of those that were named. Raises UserError if it is not clear which role a path is for."""
         if not isinstance(self.layers, str):
             return self.layers or {}
-        roles = dict.fromkeys([*(method.roles if method else ()), *(method.fit.roles if method and method.fit else ())])
+        roles = dict.fromkeys(_roles(method) if method else ())
         if len(roles) != 1:
             read = ", ".join(roles) or "none"
             raise UserError(
                 f"layers={self.layers!r}: the method reads {read}; give a path for each: layers={{ROLE: PATH}}"
             )
         return dict.fromkeys(roles, self.layers)
+
+
+def _roles(reader: Method | Metric) -> list[str]:
+    fit = getattr(reader, "fit", None)
+    return [*getattr(reader, "roles", ()), *(fit.roles if fit is not None else ())]
 
 
 def net_of(
@@ -127,6 +146,8 @@ def net_of(
     overrides: Sequence[str] = (),
 ) -> Net:
     """Raises UserError for what is neither a preset's name, a module nor a Classifier."""
+    if layers is not None and not isinstance(layers, str):
+        layers = _paths(layers)
     options, how, arithmetic = settings(run), _input(transform, tokenizer), Precision.of(precision)
     own = tuple(overrides_of("model", overrides))
     if isinstance(net, str):
@@ -161,6 +182,15 @@ def net_of(
     )
 
 
+def _paths(layers: Any) -> Mapping[str, str]:
+    if not isinstance(layers, Mapping) or not all(isinstance(t, str) for pair in layers.items() for t in pair):
+        raise UserError(
+            f"layers is {type(layers).__name__}; give the path of a layer, a str as net.named_modules() has it, or "
+            "{ROLE: PATH}"
+        )
+    return layers
+
+
 _OVERRIDDEN = ("model.", "dataset.", "method.", "metric.")
 
 
@@ -171,6 +201,9 @@ def overrides_of(part: str, overrides: Sequence[str]) -> list[str]:
 
 def _keyed(overrides: Sequence[str]) -> dict[str, str]:
     """The overrides by their keys. Raises UserError for what is set in another way."""
+    several = isinstance(overrides, Iterable) and not isinstance(overrides, str)
+    if not several or not all(isinstance(one, str) for one in overrides):
+        raise UserError("overrides: give a list of what the command line would say, such as ['method.steps=3']")
     found = {key: str(o.input_line) for key, o in parse_overrides(overrides, "overrides").items()}
     for key, text in found.items():
         if not key.startswith(_OVERRIDDEN):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ def measures(metrics: Any, overrides: Sequence[str] = ()) -> dict[str, Metric]:
     """Names, paths of YAMLs and metrics; of a mapping, its keys are what they are called. Raises UserError."""
     if isinstance(metrics, str | Path) or hasattr(metrics, "score"):
         metrics = [metrics]
+    if not isinstance(metrics, Iterable):
+        raise UserError(f"metrics is {type(metrics).__name__}; give names (there are: {', '.join(presets('metric'))})")
     items = metrics.items() if isinstance(metrics, Mapping) else [(None, one) for one in metrics]
     found: dict[str, Metric] = {}
     for called, one in items:

@@ -75,6 +75,8 @@ class Stored(Mapping[Place, np.ndarray]):
         return pd.DataFrame(iter(self), columns=list(Place._fields))
 
     def __getitem__(self, place: Place) -> np.ndarray:
+        if not isinstance(place, Place):
+            raise KeyError(place)
         part = self._parts[place._replace(uid="")]
         try:
             return part.arrays.read(part.keys[place.uid], [part.name])[part.name]

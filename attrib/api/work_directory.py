@@ -250,6 +250,8 @@ class Results:
         from attrib import report  # brings torch, which nothing else here needs
 
         out = self.root / "report.html" if out is None else Path(out).expanduser()
+        if out.is_dir():
+            raise UserError(f"{out} is a folder; give the file that the page shall be, such as {out / 'report.html'}")
         command = f"attrib.results({str(self.root)!r}).report()"
         return self._read(
             lambda: report.write(

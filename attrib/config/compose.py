@@ -11,13 +11,16 @@ import dataclasses
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
@@ -306,10 +309,25 @@ def _for_hydra(override: Override, folder: Path | None) -> str:
     return f"+{line}" if override.is_add() and not presets(override.key_or_group, folder) else line
 
 
+_ONE = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hydra is one for the whole process: other threads wait, and a program that uses it gets it back as it was."""
+    with _ONE:
+        theirs = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.instance().hydra = theirs
+
+
 def _composed(name: str, lines: Sequence[str], folder: Path | None) -> DictConfig:
     more = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     try:
-        with initialize_config_dir(str(configs()), version_base="1.3"):
+        with _alone(), initialize_config_dir(str(configs()), version_base="1.3"):
             return hydra.compose(name, [*lines, *more], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explained(error, name, lines, folder)) from error

@@ -102,9 +102,13 @@ def _plain(value: Any) -> bool:
 
 def check_encoder(encoder: Encoder | None, model: Classifier, checkpoint: Any, where: str) -> None:
     """Raises UserError for other token ids than the net was trained with, which would be wrong in silence."""
-    if encoder is None or "embedding" not in model.layers:
+    if encoder is None:
         return
-    embedding, pad = model.layer("embedding"), getattr(model.module, "pad_id", encoder.pad)
+    try:
+        embedding = model.layer("embedding")
+    except UserError:  # whatever needs it will say so
+        return
+    pad = getattr(model.module, "pad_id", encoder.pad)
     size = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else encoder.size
     if encoder.pad != pad or encoder.size > size:
         raise UserError(

@@ -56,9 +56,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Raises UserError for a method or metric that does not fit the dataset or the model's output."""
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}")
         holds = self.dataset.modality
         fitting = ",".join(name for name, metric in self.metrics.items() if holds in metric.MODALITIES)
-        advice = dict.fromkeys(self.metrics, f"take metric=[{fitting}]")
+        advice = dict.fromkeys(self.metrics, f"take metric=[{fitting}]" if fitting else "leave it out")
         parts: dict[str, Method | Metric] = {self.names["method"]: self.method, **self.metrics}
         for name, part in parts.items():
             if holds not in part.MODALITIES:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
-from attrib.models.default_layers import ROLES, DefaultLayer, default_layer
+from attrib.models.default_layers import ROLES, DefaultLayer, default_layer, only_embedding
 from attrib.models.device_memory import is_lost, is_out_of_memory, of_the_device, release_memory, without_tf32
 from attrib.models.exam import Exam, examine
 from attrib.models.fast import fast_net, fast_split
@@ -58,7 +58,8 @@ class Classifier:
                  after the preparation
     output       how the scores come out of what the net returns: an ``Output``, its fields (``{"read": "value"}``), or
                  a field, index or function
-    classes      what the classes are called; empty: nobody knows; None: what the module says (``class_names``)
+    classes      what the classes are called, in their order; empty: nobody knows; None: what the module says
+                 (``class_names``)
     variant      of a copy with randomised layers: which ones; else None
     original     of a copy with randomised layers: the classifier it was made from. Where the experiment goes by
                  predictions (of the class to explain, of the samples to select), it goes by the original's.
@@ -90,7 +91,7 @@ class Classifier:
         variant: Variant | None = None,
         original: Classifier | None = None,
         output: Output | Mapping[str, Any] | Take | None = None,
-        classes: ClassNames | None = None,
+        classes: ClassNames | Sequence[str] | None = None,
         fold: bool = True,
         compile: bool = False,
     ) -> None:
@@ -115,7 +116,7 @@ class Classifier:
         self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
         self._outputs: int | None = None  # K, once it is known
         self.module, exam = self._prepare(module, input_shape)
-        self._given_classes = classes
+        self._given_classes = classes if classes is None or isinstance(classes, ClassNames) else _named(classes)
         if self._outputs is not None:
             self.check_classes(self._outputs)
         self._admission = Admission(self.module, self.output, exam)
@@ -159,6 +160,10 @@ class Classifier:
                 ) from error
             with torch.no_grad(), self.output.alone(net):
                 before = net(probe.clone())
+            if before.isnan().any():
+                raise UserError(
+                    f"{name} gives NaN for noise of the shape {input_shape}; nothing of it can be explained"
+                )
             self._outputs = before.shape[1]
             self._fit_rows(net, probe)
         seen: set[int] = set()
@@ -174,7 +179,7 @@ class Classifier:
         if probe is not None:
             with torch.no_grad(), self.output.alone(net):
                 after = net(probe.clone())
-            if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().max().item(), equal_nan=True):
+            if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().nan_to_num(posinf=0).max().item()):
                 worst = (before - after).abs().max().item()
                 raise UserError(
                     f"{name} relies on in-place operations: without them its logits change by "
@@ -397,7 +402,8 @@ class Classifier:
         """The module path of a role.
 
         Where none is named, that of ``cam`` and ``bottleneck`` is found out for images or sounds of ``shape``, by
-        default those that the net has been tried on. A randomised copy has the layers of its original.
+        default those that the net has been tried on, and that of ``embedding`` where there is only one. A randomised
+        copy has the layers of its original.
 
         Raises UserError for a role that has no layer.
         """
@@ -408,6 +414,9 @@ class Classifier:
         if self.original is not self:
             return self.original.path(role, shape)
         shape = shape or self.input_shape or self._admission.shape
+        if role == "embedding":
+            self.defaults[role] = only_embedding(self.module)
+            return self.defaults[role].path
         if role not in ROLES or shape is None:
             known = ", ".join(sorted(self.layers)) or "none"
             raise UserError(f"the model has no layer for the role {role!r} (only: {known}); set model.layers.{role}")
@@ -683,3 +692,9 @@ class Classifier:
             return values.detach(), grad.contiguous()
 
         return self.chunked(piece, len(z))
+
+
+def _named(classes: Sequence[str]) -> ClassNames:
+    if isinstance(classes, str) or not all(isinstance(one, str) for one in classes):
+        raise UserError(f"classes: give the name of each class, such as ('cat', 'dog'), not {classes!r}")
+    return ClassNames.of(classes, "classes")

@@ -244,3 +244,19 @@ def _narrow(root: Any) -> Iterator[tuple[Any, set[int]]]:
             waiting[after] -= 1
             if not waiting[after]:
                 ready.append(after)
+
+
+def only_embedding(net: nn.Module) -> DefaultLayer:
+    """The embedding of the tokens, of a net that has no other embedding. Raises UserError.
+
+    >>> only_embedding(nn.Sequential(nn.Embedding(9, 4), nn.Flatten())).path
+    '0'
+    """
+    found = [path for path, module in net.named_modules() if isinstance(module, nn.Embedding)]
+    if len(found) == 1:
+        return DefaultLayer(found[0], "the only embedding")
+    what = f"its embeddings are {', '.join(found)}" if found else "it has no nn.Embedding"
+    raise UserError(
+        f"{type(net).__name__} has no layer for the role 'embedding', which embeds tokens ({what}); set "
+        "model.layers.embedding, in Python layers={'embedding': PATH}"
+    )

@@ -56,8 +56,10 @@ class Precision:
         """From ``precision``: one name for both, or ``{explain: ..., score: ...}``. Raises UserError."""
         if given is None:
             return cls()
+        if isinstance(given, str):
+            return cls(given, given)  # type: ignore[arg-type]  # which looks at it
         if not isinstance(given, Mapping):
-            return cls(given, given)
+            raise UserError(f"precision is the name of an arithmetic, or {{explain: ..., score: ...}}, not {given!r}")
         if unknown := set(given) - {"explain", "score"}:
             raise UserError(f"precision has the fields explain and score, not {', '.join(map(str, unknown))}")
         return cls(**given)
