@@ -382,6 +382,7 @@ def test_own_text_nets_need_their_tokenizer_and_embedding():
         net, ["a good film"], [torch.ones(3)], "insertion_deletion", layers={"embedding": "embed"}, tokenizer=encoder
     )
     assert (scores["state"] == "ok").all()
+    assert (found.evaluate("eraser")["state"] == "ok").all()  # whose padding the tokenizer knows
     with pytest.raises(UserError, match=r"the net has 6 ids .* its input has 8"):
         attrib.explain(
             net,

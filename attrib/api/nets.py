@@ -87,7 +87,7 @@ class Net:
         if net is not self.given:  # a wrapper, in which the user's own net is called so
             own = {name for name, _ in self.given.named_modules()}
             layers = {role: f"net.{path}" if path in own else path for role, path in layers.items()}
-        return Classifier(
+        model = Classifier(
             net,
             {**getattr(net, "default_layers", {}), **layers},
             rows=self.options.rows,
@@ -98,6 +98,11 @@ class Net:
             fold=self.options.fold,
             compile=self.options.compile,
         )
+        if not isinstance(self.input, ImageTransform | WaveTransform | None):
+            for name, token in (("pad_id", self.input.pad), ("mask_id", self.input.mask)):
+                if not hasattr(model.module, name):  # of the copy: the tokenizer knows what the net does not say
+                    setattr(model.module, name, token)
+        return model
 
     def _wrapped(self) -> nn.Module:
         """A net of transformers as attrib's own wrapper, which knows its padding and its logits."""

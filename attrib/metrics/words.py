@@ -175,7 +175,10 @@ _LOGITS = {"zero": _zero, "mask": _mask, "delete": _delete}
 def _token_id(model: Classifier, name: str) -> int:
     value = getattr(model.module, name, None)
     if not isinstance(value, int):
-        raise UserError(f"{type(model.module).__name__} has no {name}, an int: the token that stands for missing words")
+        raise UserError(
+            f"{type(model.module).__name__} has no {name}, an int: the token that stands for missing words; set "
+            f"net.{name} to the tokenizer's, or take removal=zero"
+        )
     if name == "mask_id" and value == getattr(model.module, "pad_id", None):
         raise UserError(
             f"{type(model.module).__name__} has the same id, {value}, for padding and for missing words, so that a "
