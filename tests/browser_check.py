@@ -41,7 +41,7 @@ def search(page: Page, site: Path) -> Iterator[str]:
     page.locator("label[for=__search]").first.click() if page.viewport_size["width"] < 960 else None
     page.locator(".md-search__input").fill("bottleneck")
     try:
-        page.locator(".md-search-result__item").first.wait_for(timeout=15_000)
+        page.locator(".md-search-result__item").first.wait_for(timeout=60_000)
     except Exception as error:
         yield f"search: finds nothing ({type(error).__name__})"
 

@@ -253,6 +253,7 @@ def test_own_configurations_and_modules_of_the_current_folder(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("what", ["methods", "models", "datasets", "metrics", "papers", "recipes"])
+@pytest.mark.quick("methods", "recipes")
 def test_list(attrib, what):
     from attrib.cli.list import GROUP
     from attrib.config.places import presets

@@ -99,9 +99,8 @@ def test_every_dataset_is_of_images_texts_or_sounds():
     assert len(IMAGE_MODELS) >= 5
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("vgg16", marks=pytest.mark.slow), *(n for n in IMAGE_MODELS if n != "vgg16")]
-)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+@pytest.mark.quick("acd_cnn", "efficientnet_*", "huggingface_image*", "lenet", "resnet18_cifar", "timm")
 def test_model(name, tmp_path):
     """Builds with random weights where the preset would download; every role is a layer that can be cut at."""
     node = with_input(composed(f"model={name}", *added(name, tmp_path)))["model"]
