@@ -141,14 +141,15 @@ class Samples:
         if targets.ndim == 2:
             self._check_several(uids, targets, classes, instead)
             return
-        if int(targets.min()) < 0:
-            uid = uids[int(targets.argmin())]
+        labels = targets.tolist()  # looked at by Python: at each call of torch the threads that read may take over
+        if min(labels) < 0:
+            uid = uids[labels.index(min(labels))]
             reason = getattr(self.dataset, "label_problems", {}).get(uid)
             raise SampleError(f"{uid} has no label{f' ({reason})' if reason else ''}{instead}")
-        if int(targets.max()) >= classes:
-            uid = uids[int(targets.argmax())]
+        if max(labels) >= classes:
+            uid = uids[labels.index(max(labels))]
             raise SampleError(
-                f"{uid} has class {int(targets.max())}, but the model has {classes} classes; check the dataset's class "
+                f"{uid} has class {max(labels)}, but the model has {classes} classes; check the dataset's class "
                 "index (dataset.classes) and the model, or explain one output of all with dataset.target=NUMBER"
             )
 
