@@ -101,6 +101,7 @@ class Case:
             return dataclasses.replace(texts(n, seed), target=target)
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(n, *self.entry.shape, generator=generator, dtype=torch.float64)
+        x = x.clamp(-1.8, 2.2)  # as pixels of ImageNet are
         return Batch(tuple(f"{seed}/{i}" for i in range(n)), x, target)
 
     def judge(self, preset: str) -> Cell:

@@ -148,7 +148,14 @@ sets, so the table says whether a net's operations are understood, not how good 
 like mean that a net is of the library's own kind with fewer or narrower layers. No layer is named for images and
 sounds: `cam` and `bottleneck` are found out ([add-a-model](how-to/add-a-model.md)), and Readout IBA reads these two.
 Nets that see padding get texts of equal length, as in a run. Causal graphs are searched in the last
-12 layers with one candidate each, so that "no paths" says nothing of a real search."""
+12 layers with one candidate each, so that "no paths" says nothing of a real search.
+
+**Random nets as well**: `make fuzz N=1000` makes nets of some 40 operations and habits, and judges 30 methods on each
+by a check of their own (finite differences, slow references, completeness). On 2026-11-30 25,721 of 30,000 pairs were
+right, none was wrong, and 309 (1.0 %) were refused for what a net does, most of them because nothing tells which axes
+of a layer are space (178), or which channels of a recurrent layer make which (75). 3,970 (13 %) were refused as they
+must be: nets whose rows interact or that draw at random, attention methods without self-attention, guided rules
+without a ReLU, and captum's own DeepLift and GuidedBackprop where they are not right."""
     return "\n".join([head, *tables(rows, methods), ""])
 
 

@@ -240,3 +240,13 @@ def test_samples_of_different_sizes():
     found = attrib.explain(net, [torch.rand(3, 16, 16), torch.rand(3, 9, 12)], method="gradient", run={"batch": 1})
     with pytest.raises(attrib.UserError, match="different sizes"):
         found.maps  # noqa: B018
+
+
+def test_messages_that_name_what_is_wrong(tmp_path):
+    text = tmp_path / "no_image.txt"
+    text.write_text("words")
+    with pytest.raises(attrib.UserError, match=r"can be read \(.*no_image.txt"):
+        attrib.explain(small_cnn(), [text], method="gradient", transform=ImageTransform(32, (0.0,) * 3, (1.0,) * 3))
+    found = attrib.explain("lenet", np.zeros((9, 9, 3), np.uint8), method="gradient")
+    with pytest.raises(attrib.UserError, match="there is no dataset 'photo'"):
+        found.command("photo")

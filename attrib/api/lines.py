@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from attrib import keys
-from attrib.api.nets import RUN, Net
+from attrib.api.nets import RUN, Net, named
 from attrib.api.parts import Explainer, explainer, yaml_of
 from attrib.config.compose import CommandLine, compose_node, plain, spelled
 from attrib.config.places import presets
@@ -40,6 +40,8 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
             "(docs/how-to/add-a-model.md), and explain model=NAME"
         )
     words = [f"model={net.preset}", *net.overrides, *_layers(origin), *_method(origin.explainer, origin.overrides)]
+    if dataset is not None:
+        named("dataset", dataset)
     words += [f"dataset={dataset or origin.fit or DEFAULT[cell.dataset.modality]}"]
     words += [o for o in origin.overrides if o.startswith("dataset.")] if dataset in (None, origin.fit) else []
     words += [f"dataset.target={_target(cell)}", *([f"seed={cell.seed}"] if cell.seed else []), "metric=[]"]

@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 
 def example(dataset: Dataset) -> Tensor:
     """The input (1, *input) of the first sample that can be read. Raises UserError if none can."""
+    first = ""
     for uid in dataset.uids:
         try:
             return dataset.batch([uid]).x
-        except Exception:  # the ledger will say so
-            continue
-    raise UserError("no sample of the dataset can be read")
+        except Exception as error:  # the ledger will say so
+            first = first or (str(error) if uid in str(error) else f"{uid}: {error}")
+    raise UserError(f"no sample of the dataset can be read ({first or 'there is none'})")
 
 
 def in_order(dataset: Dataset, uids: Sequence[str], batch: int | str) -> Sequence[str]:

@@ -220,14 +220,14 @@ def where(frame: pd.DataFrame, conditions: Mapping[str, Sequence[str]]) -> pd.Da
     meets = pd.Series(True, index=frame.index)
     for name, values in conditions.items():
         if name not in WHERE:
-            raise UserError(f"--where knows no field {name!r}, only {', '.join(WHERE)}")
+            raise UserError(f"results are chosen by {', '.join(WHERE)} (--where), not by {name!r}")
         labels = [label for label in frame[name].cat.categories if label]
         for value in values:
             if not any(named(label, value) for label in labels):
                 raise UserError(f"no results have {name}={value}; there are: {', '.join(labels) or 'none'}")
         meets &= frame[name].isin([label for label in labels if any(named(label, value) for value in values)])
     if not meets.any():
-        raise UserError("no results meet all --where conditions at once")
+        raise UserError("no results meet all conditions (--where) at once")
     return only(frame, meets)
 
 
