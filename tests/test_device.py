@@ -244,13 +244,13 @@ def of_seen_classes(path: Path, batch: Batch, samples: Batch) -> tuple[Batch, Ba
 
 
 @pytest.mark.parametrize("path", presets("image"), ids=lambda path: path.stem)
-@pytest.mark.quick(but=["input_iba_stages"])
+@pytest.mark.quick(every=2)
 def test_method(path):
     method_on_the_device(path, of_images, *of_seen_classes(path, pictures(3), pictures(8, seed=1)))
 
 
 @pytest.mark.parametrize("path", presets("text"), ids=lambda path: path.stem)
-@pytest.mark.quick(but=["causal_paths"])
+@pytest.mark.quick(every=2)
 def test_method_of_texts(path):
     method_on_the_device(path, of_texts, *of_seen_classes(path, texts(3), texts(8, seed=1)))
 

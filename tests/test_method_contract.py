@@ -146,9 +146,7 @@ def alike(path: Path) -> bool:
         for net in ("lstm", "mean")
     ],
 )
-@pytest.mark.quick(
-    but=["acd_text-lstm", "acd-lstm", "cd-lstm", "lrp_epsilon-*", "captum-lstm", "input_iba_*", "input_iba-mean"]
-)
+@pytest.mark.quick(every=2)
 def test_method_of_texts(path, net):
     method, build_model = load(path), text_classifier(net)
     if path in NEED_A_TRANSFORMER:
@@ -160,7 +158,7 @@ def test_method_of_texts(path, net):
 
 
 @pytest.mark.parametrize("path", [p for p in METHODS if "audio" in load(p).MODALITIES], ids=lambda path: path.stem)
-@pytest.mark.quick(but=["lrp_*", "acd_text", "acd"])
+@pytest.mark.quick(every=2)
 def test_method_of_sounds(path):
     method = load(path)
     build_model = audio_classifier((*method.roles, *(method.fit.roles if method.fit else ())))
@@ -351,6 +349,7 @@ def test_the_method_of_the_page_keeps_the_contract(as_on_the_page):
     assert scope["fit"].fget(method) == FeatureStatistics("cam")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(as_on_the_page, monkeypatch, capfd):
     with_yaml, *_ = blocks("bash")[0].splitlines()
     (without,) = re.findall(r"Without a YAML: `(.*?)`", (ROOT / "docs" / "how-to" / "add-a-method.md").read_text())

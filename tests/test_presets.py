@@ -176,6 +176,7 @@ def test_the_named_weights_want_what_the_preset_says(name, weights):
 
 
 @pytest.mark.parametrize("dataset", IMAGES)
+@pytest.mark.quick(every=2)
 def test_images_are_prepared_as_the_library_says(dataset):
     """The nulls of model=torchvision and model=timm reach both transforms of every dataset."""
     inner = "dataset.each" if "each" in DATASETS[dataset] else "dataset"
@@ -268,7 +269,7 @@ ATTENTION = [name for name in presets("method") if name.startswith("attention_")
 
 
 @pytest.mark.parametrize("method", [name for name in presets("method") if name not in (*FOR_TEXTS, *ATTENTION)])
-@pytest.mark.quick(every=2)
+@pytest.mark.quick(every=3)
 def test_every_method(method, tmp_path: Path):
     node = yaml.safe_load((CONFIGS / "method" / f"{method}.yaml").read_text())
     parts = {"method.": node, **{f"method.{k}.": v for k, v in node.items() if isinstance(v, dict)}}
@@ -277,6 +278,7 @@ def test_every_method(method, tmp_path: Path):
 
 
 @pytest.mark.parametrize("metric", presets("metric"))
+@pytest.mark.quick(every=2)
 def test_every_metric(metric, tmp_path: Path):
     node = composed(f"metric=[{metric}]")["metric"][metric]
     if "image" in build(node, metric).MODALITIES:  # the others: test_text_run, test_audio_run
