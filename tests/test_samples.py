@@ -56,7 +56,7 @@ def samples(data: Data, target: str = "label", batch: int = 3, uids: Sequence[st
 
 
 def threads() -> int:
-    return sum(t.name.startswith("ThreadPoolExecutor") for t in threading.enumerate())
+    return sum(t.name.startswith(("attrib-batches", "attrib-parts")) for t in threading.enumerate())
 
 
 # Batches ----------------------------------------------------------------------------------------

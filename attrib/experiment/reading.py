@@ -118,7 +118,7 @@ class Reader:
         """Each chunk of uids as ``read`` gives it. While one is worked on, the next two are read; if that leaves
         threads idle, more of them, as far as they take no more than 1 GiB."""
         # Threads of the first pool wait for those of the second, so that no thread waits for one of its own kind.
-        whole, parts = ThreadPoolExecutor(self._threads), ThreadPoolExecutor(self._threads)
+        whole, parts = (ThreadPoolExecutor(self._threads, f"attrib-{kind}") for kind in ("batches", "parts"))
         waiting: deque[Future[Loaded]] = deque()
         reading: set[Future[Any]] = set()
         rest, most = iter(chunks), AHEAD  # until it is known how large a batch is
