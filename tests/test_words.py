@@ -109,9 +109,9 @@ def test_errors():
         score("mask", Classifier(Nameless()))
     with pytest.raises(UserError, match="Nameless has no pad_id"):
         score("delete", Classifier(Nameless()))
+    two = bag_of_words()
+    two.other = nn.Embedding(2, 2)  # which of the two is meant?
     with pytest.raises(UserError, match=r"set model\.layers\.embedding"):
-        two = bag_of_words()
-        two.other = nn.Embedding(2, 2)  # which of the two is meant?
         score("zero", Classifier(two))
     with pytest.raises(UserError, match=r"layers\.embedding: fc gives \(2, 2\).*one vector per token"):
         score("zero", classifier(bag_of_words(), embedding="fc"))

@@ -187,8 +187,6 @@ def compare(
     >>> list(found.table["method"]), len(found.tests)
     (['gradient', 'random'], 1)
     """
-    if not isinstance(methods, str) and hasattr(methods, "__len__") and not len(methods):
-        raise UserError("methods: none is given (attrib list methods says what there is)")
     listed = methods.items() if isinstance(methods, Mapping) else [(None, m) for m in _several(methods)]
     chosen: dict[str, Explainer] = {}
     for called, method in listed:
@@ -197,6 +195,8 @@ def compare(
         if name in chosen:
             raise UserError(f"methods: {name} comes twice; name them: methods={{'a': ..., 'b': ...}}")
         chosen[name] = dataclasses.replace(one, name=name)
+    if not chosen:
+        raise UserError("methods: none is given (attrib list methods says what there is)")
     named = measures(metrics, overrides)
     door = net_of(
         net, layers, transform=transform, tokenizer=tokenizer, run=run, overrides=overrides, precision=precision

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from attrib.api.rows import InMemory, Item, OfBatch, OfItems, OfTorch
 from attrib.datasets import Dataset, Encoder, ImageTransform, Sound, WaveTransform
 from attrib.datasets.memory import Labels, Pictures, Sentences, Tensors, Waves
 from attrib.datasets.sound import read_sound
 from attrib.keys import digest, tensor_digest
-from attrib.types import Batch, SampleError, UserError
+from attrib.types import Batch, UserError
 
 Input = ImageTransform | WaveTransform | Encoder | None  # how a net wants its data
 CHANNELS = 8  # a second axis of no more numbers is one of channels
@@ -294,11 +294,11 @@ def _unknown_input(what: str, kind: str, how: Input, say: str) -> UserError:
 
 def _tensors(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
     names = _named(uids, [tensor_digest({"": one})[:8] for one in many])
-    item = _InMemory(dict(zip(names, many)), _labels(labels, names))
+    item = InMemory(dict(zip(names, many)), _labels(labels, names))
     return Given(_made(names, item, many[0], how, what), names)
 
 
-def _made(uids: Sequence[str], item: _Item, one: Tensor, how: Input, what: str) -> Tensors:
+def _made(uids: Sequence[str], item: Item, one: Tensor, how: Input, what: str) -> Tensors:
     """Samples that ``item`` gives; ``one`` is one of the inputs."""
     kinds = {(3, True): "image", (2, True): "audio", (1, False): "text"}
     modality = kinds.get((one.ndim, one.is_floating_point()))
@@ -308,77 +308,12 @@ def _made(uids: Sequence[str], item: _Item, one: Tensor, how: Input, what: str) 
             "texts are (T,) ids"
         )
 
+    return _read_by(OfItems(item, modality), uids, modality, how)
+
+
+def _read_by(read: Callable[[str], Batch], uids: Sequence[str], modality: str, how: Input) -> Tensors:
     transform = how if isinstance(how, ImageTransform | WaveTransform) else None
-    return Tensors(uids, _Reader(item, modality), modality, transform, getattr(how, "pad", None))
-
-
-# What reads samples is pickled with an explanation, so these are objects and not functions in a function.
-_Item = Callable[[str], tuple[Tensor, Tensor | None]]  # a sample's input and its label
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    rows: Mapping[str, Tensor]
-    labels: Labels
-
-    def __call__(self, uid: str) -> tuple[Tensor, Tensor | None]:
-        return self.rows[uid], self.labels.get(uid)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    item: _Item
-    modality: str
-
-    def __call__(self, uid: str) -> Batch:
-        x, label = self.item(uid)
-        target = torch.tensor(-1) if label is None else label
-        batch = Batch((uid,), _sane(x, uid)[None], target[None])
-        if self.modality == "text":
-            words = torch.arange(len(x))[None]  # nothing says which ids are one word
-            return dataclasses.replace(batch, lengths=torch.tensor([len(x)]), words=words)
-        return batch
-
-
-@dataclass(frozen=True)
-class _OfBatch:
-    batch: Batch
-
-    def __call__(self, uid: str) -> Batch:
-        row = self.batch[[self.batch.uids.index(uid)]]
-        row = dataclasses.replace(row, x=_sane(row.x, uid))
-        return row if row.lengths is None else row.cut(int(row.lengths[0]))
-
-
-@dataclass(frozen=True)
-class _OfTorch:
-    """``places`` in a torch dataset, by name."""
-
-    source: Any
-    places: Mapping[str, int]
-    labels: Labels
-    what: str
-
-    def __call__(self, uid: str) -> tuple[Tensor, Tensor | None]:
-        one = self.source[self.places[uid]]
-        pair = isinstance(one, list | tuple) and len(one) > 1
-        value, label = (one[0], one[1]) if pair else (one[0] if isinstance(one, list | tuple) else one, None)
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"{self.what}: sample {self.places[uid]} is {type(value).__name__}; a dataset gives a tensor as the "
-                "net reads it, or that and a label"
-            )
-        given = self.labels.get(uid)
-        if given is None and label is not None:
-            given = torch.as_tensor(label).long()
-        return value, given
-
-
-def _sane(x: Tensor, uid: str) -> Tensor:
-    """As it may be computed with: gradients flow from no leaf of the caller's. Raises SampleError for NaN."""
-    if x.is_floating_point() and not x.isfinite().all():
-        raise SampleError(f"{uid} has NaN or infinite numbers")
-    return x.detach().clone() if x.is_inference() else x.detach()
+    return Tensors(uids, read, modality, transform, getattr(how, "pad", None))
 
 
 def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
@@ -395,8 +330,7 @@ def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
         raise UserError(f"a Batch of inputs {tuple(x.x.shape)}; images have 4 axes, sounds 3, texts 2")
     if modality == "text" and x.lengths is None:
         x = dataclasses.replace(x, lengths=torch.full((len(x),), x.x.shape[1]))
-    transform = how if isinstance(how, ImageTransform | WaveTransform) else None
-    return Given(Tensors(x.uids, _OfBatch(x), modality, transform, getattr(how, "pad", None)), x.uids)
+    return Given(_read_by(OfBatch(x), x.uids, modality, how), x.uids)
 
 
 def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
@@ -422,7 +356,7 @@ def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what:
         raise UserError(f"{what} holds no sample")
     width = len(str(max(places)))
     names = _named(uids, [f"{place:0{width}d}" for place in places])
-    item = _OfTorch(source, dict(zip(names, places)), _labels(labels, names), what)
+    item = OfTorch(source, dict(zip(names, places)), _labels(labels, names), what)
     return Given(_made(names, item, item(names[0])[0], how, what), names)
 
 

@@ -34,9 +34,17 @@ def named(group: str, name: str) -> str:
     known = list(presets(group))
     if name in known:
         return name
-    near = difflib.get_close_matches(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(snake(name), known, n=3, cutoff=0.5)
     others = ", ".join([*near, *(one for one in known if one not in near)])
     raise UserError(f"there is no {group} {name!r} (there are: {others})")
+
+
+def snake(name: str) -> str:
+    """
+    >>> snake("InputIBAStages"), snake("GradCAM")
+    ('input_iba_stages', 'grad_cam')
+    """
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def settings(run: Mapping[str, Any] | None) -> Options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attrib.api.inputs import Given, Input, given
-from attrib.api.nets import Net, named, net_of, overrides_of
+from attrib.api.nets import Net, named, net_of, overrides_of, snake
 from attrib.config.compose import compose, compose_node, plain
 from attrib.config.objects import (
     completed,
@@ -66,19 +65,11 @@ def explainer(method: Any, fields: Mapping[str, Any] | None = None, overrides: S
             if name not in known:
                 raise UserError(no_field(type(method).__name__, name, known))
         method = dataclasses.replace(method, **fields)
-    return Explainer(method, _snake(type(method).__name__), {})
+    return Explainer(method, snake(type(method).__name__), {})
 
 
 def _what(thing: Any) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
-
-
-def _snake(name: str) -> str:
-    """
-    >>> _snake("InputIBAStages"), _snake("GradCAM")
-    ('input_iba_stages', 'grad_cam')
-    """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def yaml_of(path: Path) -> dict[str, Any]:
@@ -129,7 +120,7 @@ def _measure(one: Any, overrides: Sequence[str]) -> tuple[str, Metric]:
             f"metrics: {_what(one)}; give metrics such as attrib.metrics.EHR(), paths of YAMLs or names "
             f"(there are: {', '.join(presets('metric'))})"
         )
-    return _snake(type(one).__name__), one
+    return snake(type(one).__name__), one
 
 
 # ---- data ----------------------------------------------------------------------------------------------

@@ -160,11 +160,11 @@ class _Way:
     def compile(self, name: str, two: list[Tensor]) -> None:
         """From now on it is compiled, if gradients of two rows of inputs are the same but for rounding.
 
-        ``name`` is for the log. A few ReLUs may be on where they were off before, see ``Fast``.
+        ``name`` is for the log.
         """
         expected, self._compiled = _gradient(self, two), Compiled(self.graph, name)
         got = _gradient(self, two)
-        if self._compiled.works and not _alike(got, expected):
+        if self._compiled.works and not _mostly_same(got, expected):
             self._compiled.give_up("its gradients are not those of the graph")
 
     def within(self, dtype: torch.dtype) -> _Way:
@@ -250,7 +250,8 @@ def _identical(a: Tensor | None, b: Tensor | None) -> bool:
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _alike(got: Tensor | None, expected: Tensor | None) -> bool:
+def _mostly_same(got: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether two gradients are the same but for rounding, by which a few ReLUs may be on that were off."""
     if got is None or expected is None:
         return got is expected
     got, expected = got.nan_to_num(), expected.nan_to_num()
