@@ -14,6 +14,10 @@ class UserError(Exception):
 
     The tools print the message alone, without a traceback, so it must name the file, field or
     sample and say what to do.
+
+    >>> raise UserError("beta must be above 0")
+    Traceback (most recent call last):
+    attrib.errors.UserError: beta must be above 0
     """
 
 
@@ -35,6 +39,10 @@ class SampleError(Exception):
     """One sample cannot be used (unreadable file, no region of interest, NaN map).
 
     It goes to the failure ledger and the run goes on; see ``attrib.running.run``.
+
+    >>> raise SampleError("photos/7.jpg has no region of interest")
+    Traceback (most recent call last):
+    attrib.errors.SampleError: photos/7.jpg has no region of interest
     """
 
 

@@ -393,7 +393,7 @@ def test_where(root):
     assert list(some["method"].cat.categories) == ["iba", "ig"]
     with pytest.raises(UserError, match=r"method=nope; there are: grad_cam, iba, ig"):
         tables.where(frame, {"method": ["iba", "nope"]})
-    with pytest.raises(UserError, match="no field 'layer'"):
+    with pytest.raises(UserError, match=r"chosen by .*, not by 'layer'"):
         tables.where(frame, {"layer": ["x"]})
     with pytest.raises(UserError, match="at once"):
         tables.where(tables.where(frame, {}), {"metric": ["ehr"], "column": ["deletion"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 
@@ -82,7 +83,9 @@ def test_a_damaged_map_is_named_when_it_is_taken_out(root):
     (item,) = (item for item in labels.labelled(root) if item.method == "iba")
     for chunk in item.cell.maps.folder.glob("*.safetensors"):
         data = bytearray(chunk.read_bytes())
-        data[-1] ^= 255
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        data[start + header["0/map"]["data_offsets"][0]] ^= 255
         chunk.write_bytes(data)
     damaged = 0
     for place in maps:

@@ -70,6 +70,7 @@ def explain(
 
     Raises UserError for what can be put right, SampleError that names the sample which cannot be explained.
 
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     >>> explanation = explain(net, torch.rand(2, 3, 4, 4), target=0, method="gradient")
     >>> tuple(explanation.map.shape)
@@ -123,6 +124,7 @@ def evaluate(
     The other arguments are those of :func:`explain`. Columns: uid, map, metric, column, direction ("higher" is better,
     "lower" or "none"), value, state ("ok" or "failed") and reason. Raises UserError.
 
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     >>> x, region = torch.rand(1, 3, 4, 4), torch.eye(4, dtype=torch.bool)
     >>> evaluate(net, x, region[None].float(), "ehr", roi=region)["value"].round(6).tolist()
@@ -181,6 +183,7 @@ def compare(
     The other arguments are those of :func:`explain` and :func:`evaluate`. Methods whose fits are equal share one state.
     Raises as they do.
 
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     >>> region = torch.eye(4, dtype=torch.bool).expand(3, 4, 4)
     >>> found = compare(net, torch.rand(3, 3, 4, 4), ["gradient", "random"], "ehr", region)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class Compiled:
             return self._graph(*inputs)
         try:
             with _quietly():
-                self._compiled = self._compiled or torch.compile(self._graph, dynamic=True)
+                if self._compiled is None:  # what was made of a module has no truth value
+                    self._compiled = torch.compile(self._graph, dynamic=True)
                 return self._compiled(*inputs)
         except Exception as error:  # of torch's compiler, of the one that it calls, of a file system
             if is_lost(error) or is_out_of_memory(error):
@@ -61,9 +62,11 @@ class Compiled:
 def _quietly() -> Iterator[None]:
     """While something may be compiled."""
     config = torch._functorch.config
-    # Whoever keeps the graph of a forward pass for several backward passes needs what else would be reused.
-    donated = config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
-    with donated, warnings.catch_warnings():
+    if hasattr(config, "donated_buffer"):
+        # Whoever keeps the graph of a forward pass for several backward passes needs what else would be reused. For the
+        # whole process, as torch asks for it again in each backward pass, wherever that may be.
+        config.donated_buffer = False
+    with warnings.catch_warnings():
         # The compiler looks at the gradients of all inputs, and torch warns whoever looks.
         warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
         yield
