@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 DEMO ?= workdirs/demo
 N ?= 1000
+CORES := $(shell nproc)
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
@@ -25,7 +26,7 @@ demo: .venv/installed  ## real photographs, a real network, four methods, two me
 	$(BIN)/attrib report $(DEMO) --out $(DEMO)/report.html
 
 test: .venv/installed  ## everything but the slow tests
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(CORES)
 
 fuzz: .venv/installed  ## N=1000 random nets against every method: right, refused (by reason) or wrong (with the seeds)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(N) --jobs 2
@@ -41,7 +42,7 @@ nets: .venv/installed  ## docs/nets.md: some 50 architectures against every meth
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/net_table.py --out docs/nets.md
 
 test-slow: .venv/installed  ## end-to-end checks of minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 2
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n $(CORES)
 
 test-slurm: .venv/installed  ## arrays on a real Slurm, killed, preempted and timed out (root on Debian, else skipped; 3 min)
 	tests/slurm/run.sh

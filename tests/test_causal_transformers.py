@@ -88,7 +88,7 @@ def by_hand(net: nn.Module, path: str, features: Tensor, effects: Tensor, u: flo
 
 
 @pytest.mark.parametrize("u", [0.0, 0.3])
-@pytest.mark.quick("vit*-0.3", "Bert-*", "GPT2-0.3")
+@pytest.mark.quick("vit*-0.3", "GPT2-0.3")
 def test_effects_of_heads_and_neurons(case, u):
     name, model, x, structure = case
     head, heads, neuron, neurons = PLACES[name]

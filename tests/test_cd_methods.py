@@ -157,6 +157,7 @@ def test_completeness_is_kept():
 # ---- acd ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_map_is_a_level_of_the_tree():
     batch, side = images(), 4
     units = Partition("tiles", side=side)

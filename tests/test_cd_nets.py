@@ -206,7 +206,7 @@ def completeness(name: str, size: int, dtype: torch.dtype, rows: int) -> tuple[f
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.quick("resnet18", "squeezenet1_1")
+@pytest.mark.quick("squeezenet1_1")
 def test_parts_add_up_to_the_logits(name: str) -> None:
     size = 64
     for dtype, limit in ((torch.float32, 1e-4), (torch.float64, 1e-9)):

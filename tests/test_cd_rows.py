@@ -64,6 +64,7 @@ def blobs(n: int = 4, m: int = 5) -> tuple[Tensor, Tensor]:
     return torch.tensor(r.randn(n, 3, 8, 8)), torch.tensor(r.rand(n, m, 8, 8) > 0.5)
 
 
+@pytest.mark.slow
 def test_a_net_with_everything() -> None:
     x, masks = blobs()
     model = Classifier(everything(), rows=7, dtype=torch.float64)
@@ -83,14 +84,14 @@ def test_a_net_with_everything() -> None:
 def test_a_batch_is_the_same_as_single_samples_in_any_order_and_for_any_row_limit() -> None:
     x, masks = blobs()
     wanted = decompose(Classifier(everything(), rows=64, dtype=torch.float64), x, masks)
-    for rows in (1, 3, 20):
+    for rows in (3, 20):
         model = Classifier(everything(), rows=rows, dtype=torch.float64)
         found = decompose(model, x, masks)
         assert torch.allclose(found.relevant, wanted.relevant, atol=1e-12)
         assert torch.allclose(found.error, wanted.error, atol=1e-12)
     model = Classifier(everything(), dtype=torch.float64)
-    single = [decompose(model, x[i : i + 1], masks[i : i + 1, j : j + 1]).relevant for i in range(4) for j in range(5)]
-    assert torch.allclose(torch.cat(single).reshape(4, 5, 4), wanted.relevant, atol=1e-12)
+    single = [decompose(model, x[i : i + 1], masks[i : i + 1, j : j + 1]).relevant for i in (0, 2) for j in (0, 4)]
+    assert torch.allclose(torch.cat(single).reshape(2, 2, 4), wanted.relevant[::2, ::4], atol=1e-12)
     order, others = torch.tensor([2, 0, 3, 1]), torch.tensor([4, 1, 0, 2, 3])
     found = decompose(model, x[order], masks[order][:, others])
     assert torch.allclose(found.relevant, wanted.relevant[order][:, others], atol=1e-12)

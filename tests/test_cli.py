@@ -224,7 +224,7 @@ class Mine(Method):
 """
 
 
-def test_own_configurations_and_modules_of_the_current_folder(tmp_path, monkeypatch):
+def test_own_configurations_and_modules_of_the_current_folder(attrib, tmp_path, monkeypatch):
     """As a new user: another folder, a class of one's own, the command itself."""
     (tmp_path / "mine_module.py").write_text(MINE)
     for part, text in {
@@ -236,16 +236,14 @@ def test_own_configurations_and_modules_of_the_current_folder(tmp_path, monkeypa
         path.write_text(text)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def attrib(*arguments: str) -> str:
-        command = [sys.executable, "-P", "-m", "attrib", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     small = ["dataset=digits", "model=lenet", "run.limit=2", "run.device=cpu"]
-    assert "maps_computed=2" in attrib("run", *small, "metric=[]", "--config-dir", "conf", "method=mine")
-    assert "mine" in attrib("table", "--config-dir", "conf", "paper=mine", *small)
+    command = [sys.executable, "-P", "-m", "attrib", "run", *small, "metric=[]", "--config-dir", "conf", "method=mine"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "maps_computed=2" in done.stdout
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    assert "mine" in attrib("table", "--config-dir", "conf", "paper=mine", *small).out
     assert described("method", "mine", tmp_path / "conf/method/mine.yaml", tmp_path / "conf")[1] == "A map of ones."
 
 

@@ -41,6 +41,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.quick(but=["vgg16", "resnet50"])
 def test_the_layers_are_those_of_the_presets(name):
     build, shape, cam, bottleneck = PRESETS[name]
     model = Classifier(seeded(build, 1), {"cam": None}, input_shape=shape)

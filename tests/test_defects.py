@@ -121,7 +121,7 @@ def survive(root: Path, capsys, tools: tuple[str, ...]) -> None:
 
 
 QUICK = settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -444,6 +444,7 @@ def test_a_device_that_is_lost_blames_no_sample(capfd, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["acd_cnn_digits", "tone_cnn_tones", "acd_lstm_sst2"])
+@pytest.mark.quick("acd_*")
 def test_a_training(name, tmp_path, table):  # noqa: F811
     """The CPU's weights; a batch of twice as many needs no more waits."""
     arguments = ["train.limit=40", "train.epochs=1", "train.progress=false"]

@@ -484,6 +484,7 @@ def test_a_sum_that_is_not_conserved_is_noticed(monkeypatch):
         LRP().attribute(model, images(), {}, Noise(("0", "1", "2")))
 
 
+@pytest.mark.slow
 def test_a_net_for_one_number_of_rows_alone():
     class Fixed(nn.Sequential):
         def forward(self, x):
@@ -498,7 +499,7 @@ def test_a_net_for_one_number_of_rows_alone():
 
 
 @pytest.mark.parametrize("name", [*TEXT, "vit", "deit", "swin"])
-@pytest.mark.quick("vit", "bert")
+@pytest.mark.quick("vit")
 def test_transformers_lose_nothing(name, monkeypatch):
     """What is missing, of the most that flowed through one call: measured by what the rules say that they keep."""
     right, missing = Propagation.relevance, []

@@ -123,11 +123,15 @@ def test_method(path):
 OF_CONVOLUTIONS = ("lrp", "lrp_epsilon_alpha2_beta1", "lrp_epsilon_gamma_box")
 
 
+# Their quick tests are on the simpler net, those of the others on the recurrent one.
+DEAR = ("acd", "captum", "cd")
+
+
 OF_TEXTS = {p: type(method) for p in METHODS if "text" in (method := load(p)).MODALITIES}
 
 
 def alike(path: Path) -> bool:
-    """Whether a preset before it has the same class: the slow tests have all of them on every net."""
+    """Whether a preset before it has the same class: the slow tests have all of them."""
     return any(of is OF_TEXTS[path] for p, of in OF_TEXTS.items() if p.stem < path.stem)
 
 
@@ -138,7 +142,7 @@ def alike(path: Path) -> bool:
             p,
             net,
             marks=[pytest.mark.slow]
-            if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") or (net == "mean" and alike(p))
+            if p.stem in (*OF_CONVOLUTIONS, "causal_gradient") or alike(p) or (net == "mean") != (p.stem in DEAR)
             else [],
             id=f"{p.stem}-{net}",
         )
@@ -146,7 +150,6 @@ def alike(path: Path) -> bool:
         for net in ("lstm", "mean")
     ],
 )
-@pytest.mark.quick(every=2)
 def test_method_of_texts(path, net):
     method, build_model = load(path), text_classifier(net)
     if path in NEED_A_TRANSFORMER:

@@ -21,7 +21,7 @@ CELLS = {
     "vit with registers": {"grad_cam": "works", "iba": "works", "gradient": "works"},
     "ConvNeXt V2": {"grad_cam": "works", "iba": "works", "rise": "works"},
     "one logit": {"grad_cam": "works", "iba_readout": "works", "iba": "works", "deep_lift_shap": "works"},
-    "LSTM": {"iba": "works", "cd": "works", "gradient": "works", "grad_cam": "other"},
+    "LSTM": {"iba": "works", "gradient": "works", "grad_cam": "other"},
     "FNet": {"gradient": "refused", "iba": "works"},
     "Llama": {"smooth_grad": "works", "iba": "works"},
     "ToneCNN": {"iba": "works", "grad_cam": "other", "acd_text": "other"},

@@ -284,7 +284,7 @@ def test_the_presets_of_all_five_papers_are_there():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.quick("acd_table2", "causal_paths", "fisher_image", "input_iba_table1")
+@pytest.mark.quick("acd_table2", "causal_paths", "fisher_image")
 def test_preset_composes_and_reads_what_it_computes(name, tmp_path):
     """And no value is there without a source; every row and column reads a map and a score that exist."""
     preset = presets.load(name)

@@ -34,6 +34,7 @@ def test_a_table_in_one_command_which_goes_on(attrib, tmp_path):
     assert not list(root.glob("papers.*"))
 
 
+@pytest.mark.slow
 def test_a_study_as_a_preset_that_others_run_again(attrib, configs, tmp_path):  # noqa: F811
     root, again = tmp_path / "work", tmp_path / "again"
     study = ("-m", "dataset=tiny", "model=small_cnn", "method=random,iba", "method.steps=2", "metric=[ehr]")

@@ -82,6 +82,7 @@ def test_more_and_more_layers(check):
     assert page.count("data:image/svg") >= 4
 
 
+@pytest.mark.slow
 def test_chosen_layers_and_what_is_compared(check):
     result = check("method=gradient", "sanity.layers=[classifier,2,all]", "sanity.measures=[hog]", "run.limit=3")
     assert result.status == 0, result.err

@@ -98,6 +98,7 @@ def test_what_is_like_another_that_is_like_a_third(folder):
     assert (more.title, more.find) == ("More", ("weights",))
 
 
+@pytest.mark.slow
 def test_a_broken_file_stops_nothing_but_its_study(folder, capfd):
     (folder / "study" / "broken.yaml").write_text("parts: [")
     assert "broken" not in study.names(folder)

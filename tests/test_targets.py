@@ -185,8 +185,8 @@ def test_the_relevance_of_a_contrast_is_the_difference_of_two():
 
 @pytest.mark.parametrize(
     "metric",
-    [InsertionDeletion(output="logit"), Degradation(output="logit"), SensitivityN(output="logit"),
-     Infidelity(output="logit")],
+    [InsertionDeletion(output="logit"), Degradation(output="logit"), Infidelity(output="logit"),
+     pytest.param(SensitivityN(output="logit"), marks=pytest.mark.slow)],
     ids=lambda m: type(m).__name__,
 )  # fmt: skip
 def test_the_score_of_a_contrast_is_that_of_the_difference(metric):

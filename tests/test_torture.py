@@ -17,7 +17,7 @@ from tiny import ROOT
 )
 def test_some_faults_of_a_disk_do_no_harm(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--count", "6", "--folder", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "torture.py"), "--count", "3", "--folder", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^[4-9] faults, 0 of them did harm", done.stdout, re.M)
+    assert re.search(r"^[3-9] faults, 0 of them did harm", done.stdout, re.M)
