@@ -34,7 +34,8 @@ def given(images: Path, root: Path, *arguments: str) -> list[str]:
 
 def start(*those: Any) -> subprocess.Popen:
     words = [sys.executable, str(ROOT / "tools" / "run.py"), "--config-dir", str(ROOT / "tests" / "configs")]
-    return subprocess.Popen([*words, *given(*those)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*words, *given(*those)], env=ENVIRONMENT, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen) -> dict[str, int]:
