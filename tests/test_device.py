@@ -37,6 +37,7 @@ from attrib.models import Classifier
 from attrib.models.text import BiLSTM
 from attrib.noise import Noise
 from attrib.process import exit_status
+from attrib.running.batch_size import Budget
 from attrib.results import tables
 from attrib.training import recipe
 from attrib.types import Batch
@@ -411,6 +412,11 @@ def test_a_run(capfd, tmp_path):
     for uid, arrays in maps.items():
         for key, value in arrays.items():
             np.testing.assert_array_equal(value, found["cpu"][0][uid][key])
+
+
+def test_by_default_memory_says_how_many_samples_go_at_once():
+    there = Budget(None, Classifier(nn.Linear(2, 2), device=DEVICE), IBA())
+    assert (there.open, there.most) == (True, 1)
 
 
 def test_a_device_that_is_lost_blames_no_sample(capfd, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def example(dataset: Dataset) -> Tensor:
     raise UserError(f"no sample of the dataset can be read ({first or 'there is none'})")
 
 
-def in_order(dataset: Dataset, uids: Sequence[str], batch: int | str) -> Sequence[str]:
+def in_order(dataset: Dataset, uids: Sequence[str], batch: int | str | None) -> Sequence[str]:
     """Texts by their length, because a batch is padded to its longest; the order does not matter otherwise.
 
     The longest first: what fits them fits the others too. ``batch`` is how many are explained at once.

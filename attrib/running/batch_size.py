@@ -1,5 +1,8 @@
 """How many samples are explained at once: ``run.batch=auto``, and what is done when memory runs out.
 
+``auto`` is the default on a GPU. On a CPU that is 8: more gains little there, a kernel that is short of memory kills
+instead of refusing, and two runs give the same bits whatever memory was free.
+
 With ``auto`` one sample is explained alone first (of texts, the longest), and then
 
     B = min(run.rows, 0.5 * free / need), at least 1
@@ -55,8 +58,10 @@ class Budget:
     method      whose word on ``bytes_per_sample`` counts; None for work that is not a method's
     """
 
-    def __init__(self, batch: int | Literal["auto"], model: Classifier, method: Method | None = None) -> None:
+    def __init__(self, batch: int | Literal["auto"] | None, model: Classifier, method: Method | None = None) -> None:
         self.model, self.method, self.succeeded = model, method, 0
+        if batch is None:
+            batch = FIXED if model.device.type == "cpu" else "auto"
         self.open = batch == "auto" and method is not None
         self.most = 1 if self.open else FIXED if batch == "auto" else batch
         self._declared: int | None = None

@@ -18,7 +18,8 @@ class Options:
     root      the work directory
     limit     only the first N samples of the selection
     batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
-              allows (``attrib.running.batch_size``)
+              allows (``attrib.running.batch_size``); None: auto on a GPU, 8 on a CPU, where more gains little, and
+              a kill loses what is in work
     rows      rows that go through the net at once; halved when memory runs out; "auto": as many as suit the caches of a
               CPU, or the free memory of a GPU (``attrib.models.sizes``)
     fold      compute nets with their batch norms folded into the layers in front of them, and on a CPU in the faster
@@ -35,7 +36,7 @@ class Options:
     limit: int | None = None
     device: str = "auto"
     dtype: str = "float32"
-    batch: int | Literal["auto"] = FIXED
+    batch: int | Literal["auto"] | None = None
     rows: int | Literal["auto"] = "auto"
     fold: bool = True
     compile: bool = False
@@ -60,10 +61,10 @@ class Options:
             raise UserError(f"run.limit must be at least 1, or null for all, not {self.limit}")
         if self.grace < 0:
             raise UserError(f"run.grace must be seconds, 0 or more, not {self.grace}")
-        if self.batch != "auto" and self.batch < 1:
+        if isinstance(self.batch, int) and self.batch < 1:
             raise UserError(f"run.batch must be at least 1, or auto, not {self.batch}")
 
     @property
     def read(self) -> int:
         """Samples at once where nothing is explained: selection, fits, scores. ``rows`` bounds what they cost."""
-        return FIXED if self.batch == "auto" else self.batch
+        return self.batch if isinstance(self.batch, int) else FIXED
