@@ -86,7 +86,7 @@ def test_what_captum_has():
 
 
 @pytest.mark.parametrize("name", USABLE)
-@pytest.mark.quick(but=["Neuron*", "LayerLRP", "LayerGradientShap", "Deconvolution", "ShapleyValues"])
+@pytest.mark.quick(but=["Neuron*", "*LRP", "LayerGradientShap", "Deconvolution", "ShapleyValues", "GuidedGradCam"])
 def test_every_algorithm(name):
     """It says something, a batch equals singles, in any order, at any row limit; all else is left as it was."""
     method, batch, model = method_of(name), pictures(), model_of()

@@ -71,7 +71,14 @@ def prepared(name: str, rows: int = 64, dtype: torch.dtype = torch.float64) -> t
     return Classifier(seeded(net.eval()), layers, rows=rows, dtype=dtype), x
 
 
-@pytest.fixture(scope="module", params=NETS)
+# Of texts and of pictures one each; the graphs of the others take ten times as long.
+QUICK = ("GPT2", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NETS],
+)
 def case(request) -> tuple[str, Classifier, Tensor, Structure]:
     model, x = prepared(request.param)
     return request.param, model, x, Structure.of(model, x)

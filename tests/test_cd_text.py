@@ -140,7 +140,8 @@ class Sequence(nn.Module):
         return self.lstm(x.transpose(0, 1))[0].transpose(0, 1).flatten(1)
 
 
-@pytest.mark.parametrize(("layers", "two_ways", "first"), [(1, False, True), (2, False, False), (2, True, True)])
+@pytest.mark.parametrize(("layers", "two_ways", "first"), [(1, False, True), (2, True, True), (2, False, False)])
+@pytest.mark.quick(every=2)
 def test_layers_and_directions_against_the_reference(layers: int, two_ways: bool, first: bool) -> None:
     lstm = nn.LSTM(3, 4, layers, bidirectional=two_ways, batch_first=first)
     net = seeded(Sequence(lstm, first).to(F64), 0.7).eval()

@@ -111,6 +111,7 @@ def test_both_versions_of_cifar10_are_the_same_set(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["test", "train", "val"])
+@pytest.mark.quick("test")
 def test_cifar100(tmp_path, split):
     rng = np.random.default_rng(0)
     for name, count in (("train", 50_000), ("test", 10_000)):

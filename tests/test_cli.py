@@ -94,12 +94,11 @@ def test_tools_that_look_do_without_torch():
 
 def test_a_run_starts_without_what_it_may_not_need(tmp_path):
     """Each of these takes more than a second, and a grid starts many processes."""
-    code = (
-        "import sys; from attrib.cli.main import dispatch; "
-        "dispatch(['run', 'method=random', 'metric=[]', 'run.limit=1', "
-        f"'run.root={tmp_path}', 'run.progress=false']); print(sorted(sys.modules))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    few = ["dataset=tiny", f"dataset.root={pictures(tmp_path, 1)}", "model=small_cnn", "method=random", "metric=[]"]
+    given = ["run", "--config-dir", f"{ROOT}/tests/configs", *few, f"run.root={tmp_path}", "run.progress=false"]
+    code = f"import sys\nfrom attrib.cli.main import dispatch\nassert not dispatch({given!r})\nprint([*sys.modules])"
+    places = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    found = subprocess.run([sys.executable, "-c", code], env=places, capture_output=True, text=True, check=True).stdout
     modules = set(found.replace("[", "").split(", "))
     assert "'mmengine.runner'" in modules
     assert not {"'transformers'", "'scipy.stats'", "'quantus'"} & modules

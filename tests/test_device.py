@@ -37,8 +37,8 @@ from attrib.models import Classifier
 from attrib.models.text import BiLSTM
 from attrib.noise import Noise
 from attrib.process import exit_status
-from attrib.running.batch_size import Budget
 from attrib.results import tables
+from attrib.running.batch_size import Budget
 from attrib.training import recipe
 from attrib.types import Batch
 from attrib.units import Partition

@@ -173,7 +173,7 @@ OPTIONS = {
     ],
 )
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.quick("lstm-both ways*", "gru-states-*", "rnn-plain-*", "lstm-projection-*")
+@pytest.mark.quick("lstm-both ways*", "gru-states-*", "rnn-plain-*")
 def test_nothing_is_lost(kind, options, composite):
     """``relevance`` checks it: states that the layer begins with, and biases, keep their share; time may come first."""
     if (options, kind) in (("projection", "gru"), ("projection", "rnn"), ("relu", "gru"), ("relu", "lstm")):

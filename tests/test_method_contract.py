@@ -109,7 +109,9 @@ def explained(method: Any, batch: Batch, state: Mapping[str, Tensor]) -> Batch:
 
 
 @pytest.mark.parametrize("path", [p for p in METHODS if p not in ATTENTION], ids=lambda path: path.stem)
-@pytest.mark.quick(but=["lrp_*", "acd_text", "input_iba_fast", "input_iba_text", "deconvolution"])
+@pytest.mark.quick(
+    but=["lrp_*", "acd_text", "input_iba_*", "deconvolution", "guided_backprop", "deep_lift_shap", "causal_gradient"]
+)
 def test_method(path):
     method = load(path)
     roles = (*method.roles, *(method.fit.roles if method.fit else ()))

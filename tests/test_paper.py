@@ -147,6 +147,7 @@ def test_mistakes_in_a_preset_are_named(configs, old, new, words):
         ("with: method=grad_cam,", "with: method=input_iba,", ("map must be one of input, gan, feature", "left out")),
     ],
 )
+@pytest.mark.quick(every=2)
 def test_a_preset_that_reads_what_is_not_computed(configs, tmp_path, images, old, new, words):
     assert old in MINE
     (configs / "paper" / "mine.yaml").write_text(MINE.replace(old, new))

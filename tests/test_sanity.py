@@ -98,6 +98,7 @@ def test_chosen_layers_and_what_is_compared(check):
     report.page(check.root)
 
 
+@pytest.mark.slow
 def test_shards_and_dry_runs(check):
     module_says = check("method=gradient", "run.dry=true").out  # every number of layers
     assert [name in module_says for name in ("random-1.", "random-6.", "random-7.")] == [True, True, False]

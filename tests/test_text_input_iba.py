@@ -212,6 +212,7 @@ METHOD = InputIBA(
 
 
 @pytest.mark.parametrize("prior", [True, False])
+@pytest.mark.quick("True")
 def test_equals_plain_modules_and_optimisers(prior):
     method, whole, batch, seed = dataclasses.replace(METHOD, gan_prior=prior), Whole(), texts(SENTENCES), 3
     model, state = Classifier(whole.net, ROLES, dtype=torch.float64), state_of(whole.net)
