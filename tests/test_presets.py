@@ -283,3 +283,12 @@ def test_every_metric(metric, tmp_path: Path):
     node = composed(f"metric=[{metric}]")["metric"][metric]
     if "image" in build(node, metric).MODALITIES:  # the others: test_text_run, test_audio_run
         computed(tmp_path, "gradient", [metric], *(f"metric.{metric}.{k}={v}" for k, v in CHEAP.items() if node.get(k)))
+
+
+@pytest.mark.parametrize("group", ["metric", "method", "dataset", "model"])
+@pytest.mark.quick("metric")
+def test_a_preset_that_is_only_read_is_what_hydra_composes(group):
+    for name in presets(group):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            whole = OmegaConf.to_container(compose(f"{group}/{name}")[group])
+        assert preset(group, name) == (whole[name] if group == "metric" else whole), name

@@ -221,17 +221,20 @@ def compose_node(name: str, overrides: Sequence[str] = (), folder: Path | None =
 def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
     """What ``group=name`` chooses for a run, unresolved. Raises UserError.
 
-    One of attrib's own is composed alone, in half the time; one of ``folder`` may override other groups.
+    One of attrib's own is composed alone, in half the time, or only read, if it builds on no other; one of ``folder``
+    may override other groups.
 
     >>> preset("method", "grad_cam")["_target_"]
     'attrib.methods.cam.GradCAM'
     """
     listed = group == "metric"
-    if name in presets(group):
-        whole = _composed(f"{group}/{name}", (), None)
+    if name in (ours := presets(group)):
+        read = OmegaConf.load(ours[name])
+        alone = isinstance(read, DictConfig) and "defaults" not in read
+        chosen = read if alone else _composed(f"{group}/{name}", (), None)[group]
     else:
-        whole = compose_node("run", [f"{group}=[{name}]" if listed else f"{group}={name}"], folder)
-    node: Any = OmegaConf.to_container(whole[group])
+        chosen = compose_node("run", [f"{group}=[{name}]" if listed else f"{group}={name}"], folder)[group]
+    node: Any = OmegaConf.to_container(chosen)
     node = node[name] if listed else node
     return {str(key): value for key, value in node.items()}
 
