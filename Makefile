@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 DEMO ?= workdirs/demo
 N ?= 1000
-CORES := $(shell nproc)
+# As many as the machine has; each takes some GB. A caller's OMP_NUM_THREADS has nothing to do with it.
+CORES ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
@@ -38,7 +39,7 @@ torture: .venv/installed  ## N=500 faults of a disk at every place of a run, a t
 study-tiny: .venv/installed  ## the study on small data that come with pip: every command, every finding (FOLDER=)
 	$(TEST_ENV) $(BIN)/attrib paper study_2026 paper.size=tiny run.root=$(or $(FOLDER),$(shell mktemp -d)) run.progress=false
 
-nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (20 min on a free core; goes on where it was stopped)
+nets: .venv/installed  ## docs/nets.md: some 50 architectures against every method (an hour of a core; goes on where it was stopped)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/net_table.py --out docs/nets.md
 
 test-slow: .venv/installed  ## end-to-end checks of minutes

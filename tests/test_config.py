@@ -150,7 +150,7 @@ def test_strange_targets(target, words):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("batch", "abc", "run.batch must be int or 'auto', not 'abc'"),
+        ("batch", "abc", "run.batch must be int or 'auto' or null, not 'abc'"),
         ("limit", 0.5, "run.limit must be int or null, not 0.5"),
         ("strict", "yes", "run.strict must be bool, not 'yes'"),
         ("hooks", "x", "run.hooks must be"),

@@ -38,7 +38,9 @@ from attrib.models.text import BiLSTM
 from attrib.noise import Noise
 from attrib.process import exit_status
 from attrib.results import tables
-from attrib.running.batch_size import Budget
+from attrib.running import batch_size
+from attrib.running.batch_size import FIXED, Budget
+from attrib.running.options import Options
 from attrib.training import recipe
 from attrib.types import Batch
 from attrib.units import Partition
@@ -414,9 +416,14 @@ def test_a_run(capfd, tmp_path):
             np.testing.assert_array_equal(value, found["cpu"][0][uid][key])
 
 
-def test_by_default_memory_says_how_many_samples_go_at_once():
-    there = Budget(None, Classifier(nn.Linear(2, 2), device=DEVICE), IBA())
-    assert (there.open, there.most) == (True, 1)
+def test_by_default_memory_says_how_many_samples_go_at_once(monkeypatch):
+    model = Classifier(nn.Linear(2, 2), device=DEVICE)
+    there = Budget(None, model, IBA())
+    assert (there.open, there.most) == (False, FIXED)  # nothing tells what is free on a device that is pretended
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: 2**30)
+    there = Budget(None, model, IBA())
+    assert (there.open, there.most, there.expected) == (True, 1, FIXED)
+    assert not Budget(Options(deterministic=True).explained, model, IBA()).open
 
 
 def test_a_device_that_is_lost_blames_no_sample(capfd, tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
+from tiny import ROOT
 from torch import Tensor, fx, nn
 from torch._dynamo import lookup_backend
 
@@ -447,9 +451,18 @@ def test_several_ways_back_from_one_pass(always, quickly_compiled):
     """As functional information of all classes has them."""
     model, x = Classifier(drawn(SharedNorm), dtype=torch.float64, compile=True), images().requires_grad_()
     logits = model(x)
-    for label in range(logits.shape[1]):
-        (gradient,) = torch.autograd.grad(logits[:, label].sum(), x, retain_graph=True)
-        assert gradient.any()
+
+    def back() -> None:
+        for label in range(logits.shape[1]):
+            (gradient,) = torch.autograd.grad(logits[:, label].sum(), x, retain_graph=True)
+            found.append(gradient.any().item())
+
+    found: list[bool] = []
+    back()
+    other = threading.Thread(target=back)  # as on a GPU, whose backward passes have threads of their own
+    other.start()
+    other.join()
+    assert found == [True] * 2 * logits.shape[1]
     assert quickly_compiled
 
 
@@ -479,3 +492,13 @@ def test_a_net_is_compiled_in_earnest(always, caplog):
     expected = Classifier(net).gradient(x, lambda logits, rows: logits[:, 0])[1]
     assert (gradient - expected).norm() < 1e-4 * expected.norm()
     assert not warnings_of(caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_process_in_which_nobody_loaded_the_compiler():
+    code = (
+        "import torch; from torch import fx, nn; from attrib.models.compiled import Compiled; "
+        "made = Compiled(fx.symbolic_trace(nn.Linear(3, 2)), 'a net'); made(torch.ones(2, 3)); assert made.works"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

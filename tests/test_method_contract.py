@@ -109,9 +109,7 @@ def explained(method: Any, batch: Batch, state: Mapping[str, Tensor]) -> Batch:
 
 
 @pytest.mark.parametrize("path", [p for p in METHODS if p not in ATTENTION], ids=lambda path: path.stem)
-@pytest.mark.quick(
-    but=["lrp_*", "acd_text", "input_iba_*", "deconvolution", "guided_backprop", "deep_lift_shap", "causal_gradient"]
-)
+@pytest.mark.quick(but=["lrp_*", "acd_text", "input_iba_*", "deconvolution"])
 def test_method(path):
     method = load(path)
     roles = (*method.roles, *(method.fit.roles if method.fit else ()))
@@ -134,7 +132,8 @@ OF_TEXTS = {p: type(method) for p in METHODS if "text" in (method := load(p)).MO
 
 def alike(path: Path) -> bool:
     """Whether a preset before it has the same class: the slow tests have all of them."""
-    return any(of is OF_TEXTS[path] for p, of in OF_TEXTS.items() if p.stem < path.stem)
+    before = [of for p, of in OF_TEXTS.items() if p.stem < path.stem and p.stem not in OF_CONVOLUTIONS]
+    return OF_TEXTS[path] in before
 
 
 @pytest.mark.parametrize(

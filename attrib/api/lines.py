@@ -133,7 +133,8 @@ def python_of(line: CommandLine) -> str:
         elif group == "precision":
             precision = values["precision"]
         elif group == "run":
-            run[name] = values["run"][name]
+            if name != "batch" or isinstance(values["run"][name], int):  # else it is as the device suggests
+                run[name] = values["run"][name]
         elif group == "method" and name in known and "." not in name and name.isidentifier():
             fields[name] = values["method"][name]
         elif group in ("model", "dataset", "method", "metric") and not text.startswith("~"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -229,14 +230,23 @@ def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
     """
     listed = group == "metric"
     if name in (ours := presets(group)):
-        read = OmegaConf.load(ours[name])
-        alone = isinstance(read, DictConfig) and "defaults" not in read
-        chosen = read if alone else _composed(f"{group}/{name}", (), None)[group]
+        chosen = _alone_of(ours[name]) or _composed(f"{group}/{name}", (), None)[group]
     else:
         chosen = compose_node("run", [f"{group}=[{name}]" if listed else f"{group}={name}"], folder)[group]
     node: Any = OmegaConf.to_container(chosen)
     node = node[name] if listed else node
     return {str(key): value for key, value in node.items()}
+
+
+def _alone_of(path: Path) -> DictConfig | None:
+    """A file that builds on no other and says nothing of where it belongs; None: Hydra must compose it."""
+    if path.read_text(encoding="utf-8").startswith("# @package"):
+        return None
+    try:
+        found = OmegaConf.load(path)
+    except (OmegaConfBaseException, yaml.YAMLError):  # Hydra says where
+        return None
+    return found if isinstance(found, DictConfig) and "defaults" not in found else None
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:

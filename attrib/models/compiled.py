@@ -61,11 +61,12 @@ class Compiled:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """While something may be compiled."""
-    config = torch._functorch.config
-    if hasattr(config, "donated_buffer"):
-        # Whoever keeps the graph of a forward pass for several backward passes needs what else would be reused. For the
-        # whole process, as torch asks for it again in each backward pass, wherever that may be.
-        config.donated_buffer = False
+    from torch._functorch import config  # a second, for those alone who compile
+
+    # Whoever keeps the graph of a forward pass for several backward passes needs what else would be reused. torch asks
+    # again in each backward pass, and those of a GPU run in threads of their own, which see the default alone.
+    if entry := getattr(config, "_config", {}).get("donated_buffer"):
+        entry.default = False
     with warnings.catch_warnings():
         # The compiler looks at the gradients of all inputs, and torch warns whoever looks.
         warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)

@@ -1,7 +1,7 @@
 """How many samples are explained at once: ``run.batch=auto``, and what is done when memory runs out.
 
-``auto`` is the default on a GPU. On a CPU that is 8: more gains little there, a kernel that is short of memory kills
-instead of refusing, and two runs give the same bits whatever memory was free.
+``auto`` is the default on a GPU. Elsewhere that is 8: on a CPU more gains little, a kernel that is short of memory
+kills instead of refusing, and two runs give the same bits whatever memory was free, as long as it is enough.
 
 With ``auto`` one sample is explained alone first (of texts, the longest), and then
 
@@ -61,11 +61,17 @@ class Budget:
     def __init__(self, batch: int | Literal["auto"] | None, model: Classifier, method: Method | None = None) -> None:
         self.model, self.method, self.succeeded = model, method, 0
         if batch is None:
-            batch = FIXED if model.device.type == "cpu" else "auto"
+            known = model.device.type != "cpu" and free_memory(model.device) is not None
+            batch = "auto" if known else FIXED
         self.open = batch == "auto" and method is not None
         self.most = 1 if self.open else FIXED if batch == "auto" else batch
         self._declared: int | None = None
         self._asked = False
+
+    @property
+    def expected(self) -> int:
+        """How many samples there will be at once, as far as that is known."""
+        return FIXED if self.open else self.most
 
     def portions(self, uids: Sequence[str]) -> Iterator[Sequence[str]]:
         """The samples in their order; one portion is done before the next is asked for.

@@ -92,7 +92,7 @@ class Loop(BaseLoop):
         self.plan.cell.check()
         samples, budget = stage.begin(todo), stage.budget
         self.stage, self.total, seen = stage.name, len(todo), 0
-        order = self._apart(in_order(self.plan.experiment.dataset, todo, self.options.batch), budget.most)
+        order = self._apart(in_order(self.plan.experiment.dataset, todo, self.options.batch), budget.expected)
         for portion in budget.portions(order):
             for batch, unread in samples.load(budget.chunks(portion)):
                 if self.stop():

@@ -18,8 +18,8 @@ class Options:
     root      the work directory
     limit     only the first N samples of the selection
     batch     samples explained at once, halved when memory runs out; "auto": as many as the free memory
-              allows (``attrib.running.batch_size``); None: auto on a GPU, 8 on a CPU, where more gains little, and
-              a kill loses what is in work
+              allows (``attrib.running.batch_size``); None: auto on a GPU, unless ``deterministic``; 8 on a CPU,
+              where more gains little, and a kill loses what is in work
     rows      rows that go through the net at once; halved when memory runs out; "auto": as many as suit the caches of a
               CPU, or the free memory of a GPU (``attrib.models.sizes``)
     fold      compute nets with their batch norms folded into the layers in front of them, and on a CPU in the faster
@@ -63,6 +63,11 @@ class Options:
             raise UserError(f"run.grace must be seconds, 0 or more, not {self.grace}")
         if isinstance(self.batch, int) and self.batch < 1:
             raise UserError(f"run.batch must be at least 1, or auto, not {self.batch}")
+
+    @property
+    def explained(self) -> int | Literal["auto"] | None:
+        """Samples explained at once; None: as the device suggests."""
+        return FIXED if self.batch is None and self.deterministic else self.batch
 
     @property
     def read(self) -> int:

@@ -87,7 +87,7 @@ class Stage(ABC):
         self.shared, self.plan, self.name, self.place = shared, shared.plan, name, place
         self.done, self.failed = set(done), set[str]()
         experiment = shared.plan.experiment
-        self.budget = Budget(shared.options.batch, experiment.model, experiment.method if asks_method else None)
+        self.budget = Budget(shared.options.explained, experiment.model, experiment.method if asks_method else None)
 
     def todo(self) -> list[str]:
         """The samples that can be done now."""
