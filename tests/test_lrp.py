@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from net_zoo import PAD, OwnTextCNN
 from nets import small_cnn, small_cnn_images
 from torch import nn
 from transformer_nets import TEXT, batch_of
@@ -610,3 +612,30 @@ def test_what_has_no_rule_is_refused_by_name(function, name):
     net(torch.zeros(1, 3, 16, 16))
     with pytest.raises(UserError, match=rf"LRP has no rule for {name} in its forward \(Net\)"):
         LRP().attribute(Classifier(net.double(), dtype=torch.float64), images(), {}, None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"composite": "epsilon_plus_flat"},
+        {"composite": "epsilon", "rules": [{"operation": "conv*", "rule": "w_square"}]},
+        {"composite": "epsilon_gamma_box", "low": -9, "high": 9},
+    ],
+    ids=lambda settings: settings["composite"],
+)
+def test_padding_gets_nothing_from_rules_that_give_to_zeros(settings):
+    """Such a rule shares out relevance among all that a convolution sees, and a text alone has no padding to see."""
+    net = OwnTextCNN().double().eval()
+    x = torch.tensor([[2, 7, 4, 9, 3, 5], [6, 2, 8, PAD, PAD, PAD], [3, 3, PAD, PAD, PAD, PAD]])
+    batch = Batch(("a", "b", "c"), x, torch.tensor([0, 1, 2]), lengths=torch.tensor([6, 3, 2]))
+    model = Classifier(net, {"embedding": "embedding"}, dtype=torch.float64)
+    found = LRP(**settings).attribute(model, batch, {}, Noise(batch.uids))
+    assert found["map"].shape == (3, 6)
+    for i, length in enumerate(batch.lengths.tolist()):
+        one = dataclasses.replace(batch[[i]], x=x[i : i + 1, :length])
+        alone = LRP(**settings).attribute(model, one, {}, Noise(one.uids))
+        torch.testing.assert_close(found["map"][i, :length], alone["map"][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found["bias_relevance"][i], alone["bias_relevance"][0], rtol=0, atol=1e-12)
+        assert not found["map"][i, length:].any()
+        logit = model.logits(one.x)[0, batch.target[i]]
+        torch.testing.assert_close(found["map"][i].sum() + found["bias_relevance"][i], logit, rtol=0, atol=1e-10)

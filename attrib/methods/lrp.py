@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attrib.checks import require
 from attrib.fit import State
@@ -63,7 +65,7 @@ class LRP(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.lrp.LRP"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -98,7 +100,32 @@ class LRP(Method):
             raise UserError(f"LRP: {error}") from error
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
-        composite, whole = self._composite(), model.graph(batch.x)
+        composite = self._composite()
+        if batch.lengths is not None and composite.of_zeros:
+            relevance, logits = self._without_padding(model, batch, composite)
+        else:
+            relevance, logits = self._relevance(model, batch, composite)
+        inputs = Inputs(relevance, batch.target, model.module, mask=batch.mask)
+        kept = target_score(logits, batch.target) - inputs.real(relevance).flatten(1).sum(1)
+        return {"map": inputs.reduce(relevance, self.reduce), "bias_relevance": kept}
+
+    def _without_padding(self, model: Classifier, batch: Batch, composite: Composite) -> tuple[Tensor, Tensor]:
+        """As ``_relevance``, of texts of equal length together: what their padding got would be missing elsewhere."""
+        assert batch.lengths is not None
+        rows, relevance, logits = [], [], []
+        for length in batch.lengths.unique().tolist():
+            some = (batch.lengths == length).nonzero()[:, 0].tolist()
+            alike = batch[some]
+            found = self._relevance(model, dataclasses.replace(alike, x=alike.x[:, :length]), composite)
+            rows += some
+            relevance.append(functional.pad(found[0], (0, 0, 0, batch.x.shape[1] - length)))
+            logits.append(found[1])
+        order = torch.tensor(rows, device=batch.x.device).argsort()
+        return torch.cat(relevance)[order], torch.cat(logits)[order]
+
+    def _relevance(self, model: Classifier, batch: Batch, composite: Composite) -> tuple[Tensor, Tensor]:
+        """(B, *input) the relevance of the inputs, or of a text's embeddings (B, T, E), and (B, K) the logits."""
+        whole = model.graph(batch.x)
 
         def propagation(graph: Graph) -> Propagation:
             start = graph.input if batch.mask is None else output_of(graph, model.path(EMBEDDING))
@@ -128,9 +155,7 @@ class LRP(Method):
                     f"their sums too close to zero, for {str(again.dtype).removeprefix('torch.')} and "
                     f"epsilon={self.epsilon}; try run.dtype=float64, or a larger method.epsilon"
                 )
-        inputs = Inputs(relevance, batch.target, model.module, mask=batch.mask)
-        kept = target_score(logits, batch.target) - inputs.real(relevance).flatten(1).sum(1)
-        return {"map": inputs.reduce(relevance, self.reduce), "bias_relevance": kept}
+        return relevance, logits
 
 
 def _of_target(logits: Tensor, target: Tensor) -> Tensor:

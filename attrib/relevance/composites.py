@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from attrib.models.calls import operation
-from attrib.relevance.rules import AlphaBeta, Epsilon, Flat, Gamma, Rule, ZBox, ZPlus, rule_of
+from attrib.relevance.rules import OF_ZEROS, AlphaBeta, Epsilon, Flat, Gamma, Rule, ZBox, ZPlus, rule_of
 from attrib.types import UserError, did_you_mean
 
 Bound = float | Sequence[float]
@@ -103,6 +103,11 @@ class Composite:
         if name not in COMPOSITES:
             raise UserError(f"no composite {name!r}{did_you_mean(name, COMPOSITES)} ({', '.join(COMPOSITES)})")
         return cls((*map(Line.of, own), *COMPOSITES[name](gamma, low, high)), Epsilon(epsilon))
+
+    @property
+    def of_zeros(self) -> bool:
+        """Whether inputs that are zero may get relevance: then padding changes what the others get."""
+        return any(isinstance(line.rule, OF_ZEROS) for line in self.lines)
 
     def rule(self, node: fx.Node, first: bool) -> Rule:
         return next((line.rule for line in self.lines if line.fits(node, first)), self.otherwise)

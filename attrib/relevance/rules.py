@@ -234,6 +234,9 @@ class ZBox:
         return (Group(parts),)
 
 
+# An input that is zero, as padding is, may get relevance too.
+OF_ZEROS = (Flat, WSquare, ZBox)
+
 RULES: Mapping[str, type] = {
     "epsilon": Epsilon,
     "gamma": Gamma,
