@@ -466,3 +466,23 @@ def test_eigen_cam_needs_one_first_singular_vector_with_a_sign():
     for layer, why in ((Twins(), "no first singular vector of their own"), (Mirrored(), "nothing tells the sign")):
         with pytest.raises(SampleError, match=f"s0: 1: Eigen-CAM: .*{why}"):
             explain(EigenCAM(layout="channels_first"), built(layer), pictures(), {"cam": "1"})
+
+
+class ScaledAway(nn.Module):
+    """The last layer's scale does not matter, as to the residual stream of a transformer in front of its norm."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8, eps=eps), nn.Linear(8, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layer(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+def test_hires_cam_is_refused_where_the_scale_of_the_layer_does_not_matter(eps):
+    """What would be left is what the norm's epsilon leaves: a millionth of what is summed, or rounding."""
+    net = seeded(ScaledAway(eps))
+    with pytest.raises(UserError, match=r"HiResCAM leaves nothing: .* behind the norm"):
+        explain(HiResCAM(), net, pictures(), {"cam": "layer"})
+    assert explain(HiResCAM(), net, pictures(), {"cam": "norm"})["cam"].any()

@@ -27,6 +27,10 @@ from attrib.models.reading import check_layout
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
 
+# Sums below this share of their parts say nothing: in front of a LayerNorm they are 10^-12 to 10^-5 of them (what its
+# epsilon leaves), elsewhere a tenth and more.
+CANCELS = 1e-4
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -229,6 +233,8 @@ class HiResCAM(_CAM):
     layer, layout   see ``GradCAM``
     relu            false by default: what the paper proves of the map is of its negative values too
 
+    Raises UserError at a layer in front of a LayerNorm, where gradient times activation cancels.
+
     >>> import attrib, torch
     >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
     >>> attrib.explain(net, x, method=HiResCAM(), layers="relu2").map.shape
@@ -236,13 +242,21 @@ class HiResCAM(_CAM):
     """
 
     NAME: ClassVar[str] = "attrib.methods.cam.HiResCAM"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONTRASTS: ClassVar[bool] = True
     MAPS: ClassVar[Mapping[str, str]] = {"map": "logit units, signed unless relu=true, upsampled from the layer"}
     relu: bool = False
 
     def cam(self, at: Activations) -> Tensor:
-        return (at.gradient() * at.grid).sum(1)
+        products = at.gradient() * at.grid
+        total, sizes = products.sum(1), products.abs().sum(1)
+        if ((total.abs().flatten(1).amax(1) <= CANCELS * sizes.flatten(1).amax(1)) & sizes.flatten(1).any(1)).any():
+            raise UserError(
+                "HiResCAM leaves nothing: gradient times activation cancels among the channels of every place, as in "
+                "front of a LayerNorm, to which the scale of its input does not matter. Choose a layer behind the norm "
+                "(method.layer, model.layers), or take method=grad_cam or method=layer_cam"
+            )
+        return total
 
 
 # ---- without a gradient -------------------------------------------------------------------------------
