@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,14 @@ class Batch:
         """Texts that are no longer than ``length`` tokens, without the padding behind it."""
         words, units = (None if field is None else field[:, :length] for field in (self.words, self.units))
         return dataclasses.replace(self, x=self.x[:, :length], words=words, units=units)
+
+    def by_length(self) -> Iterator[tuple[list[int], Batch]]:
+        """The rows of texts of equal length, and their batch without padding, for each length."""
+        assert self.lengths is not None
+        lengths = self.lengths.tolist()
+        for length in dict.fromkeys(lengths):
+            rows = [i for i, other in enumerate(lengths) if other == length]
+            yield rows, self[rows].cut(length)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device; floating-point inputs also in ``dtype``."""

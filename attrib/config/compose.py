@@ -230,7 +230,7 @@ def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
     """
     listed = group == "metric"
     if name in (ours := presets(group)):
-        chosen = _alone_of(ours[name]) or _composed(f"{group}/{name}", (), None)[group]
+        chosen = _read_alone(ours[name]) or _composed(f"{group}/{name}", (), None)[group]
     else:
         chosen = compose_node("run", [f"{group}=[{name}]" if listed else f"{group}={name}"], folder)[group]
     node: Any = OmegaConf.to_container(chosen)
@@ -238,12 +238,13 @@ def preset(group: str, name: str, folder: Path | None = None) -> dict[str, Any]:
     return {str(key): value for key, value in node.items()}
 
 
-def _alone_of(path: Path) -> DictConfig | None:
+def _read_alone(path: Path) -> DictConfig | None:
     """A file that builds on no other and says nothing of where it belongs; None: Hydra must compose it."""
-    if path.read_text(encoding="utf-8").startswith("# @package"):
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("# @package"):
         return None
     try:
-        found = OmegaConf.load(path)
+        found = OmegaConf.create(text)
     except (OmegaConfBaseException, yaml.YAMLError):  # Hydra says where
         return None
     return found if isinstance(found, DictConfig) and "defaults" not in found else None

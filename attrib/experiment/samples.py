@@ -244,10 +244,8 @@ class Samples:
         ):
             yield batch, bad
             return
-        lengths = batch.lengths.tolist()
-        for length in dict.fromkeys(lengths):
-            rows = [i for i, other in enumerate(lengths) if other == length]
-            yield batch[rows].cut(length), bad
+        for _, alike in batch.by_length():
+            yield alike, bad
             bad = []
 
     def _prepared(self, batch: Batch, bad: list[tuple[str, str]]) -> Loaded:

@@ -20,6 +20,7 @@ from torch import Tensor
 from attrib import keys
 from attrib.fit import State
 from attrib.methods import Method
+from attrib.methods.parts.inputs import cancelled
 from attrib.methods.parts.layout import Layout, image_size, on_image, resize
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
@@ -249,8 +250,8 @@ class HiResCAM(_CAM):
 
     def cam(self, at: Activations) -> Tensor:
         products = at.gradient() * at.grid
-        total, sizes = products.sum(1), products.abs().sum(1)
-        if ((total.abs().flatten(1).amax(1) <= CANCELS * sizes.flatten(1).amax(1)) & sizes.flatten(1).any(1)).any():
+        total = products.sum(1)
+        if cancelled(total, products.abs().sum(1), CANCELS).any():
             raise UserError(
                 "HiResCAM leaves nothing: gradient times activation cancels among the channels of every place, as in "
                 "front of a LayerNorm, to which the scale of its input does not matter. Choose a layer behind the norm "

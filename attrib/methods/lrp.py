@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,14 +110,11 @@ class LRP(Method):
 
     def _without_padding(self, model: Classifier, batch: Batch, composite: Composite) -> tuple[Tensor, Tensor]:
         """As ``_relevance``, of texts of equal length together: what their padding got would be missing elsewhere."""
-        assert batch.lengths is not None
         rows, relevance, logits = [], [], []
-        for length in batch.lengths.unique().tolist():
-            some = (batch.lengths == length).nonzero()[:, 0].tolist()
-            alike = batch[some]
-            found = self._relevance(model, dataclasses.replace(alike, x=alike.x[:, :length]), composite)
+        for some, alike in batch.by_length():
+            found = self._relevance(model, alike, composite)
             rows += some
-            relevance.append(functional.pad(found[0], (0, 0, 0, batch.x.shape[1] - length)))
+            relevance.append(functional.pad(found[0], (0, 0, 0, batch.x.shape[1] - alike.x.shape[1])))
             logits.append(found[1])
         order = torch.tensor(rows, device=batch.x.device).argsort()
         return torch.cat(relevance)[order], torch.cat(logits)[order]

@@ -143,8 +143,7 @@ class Inputs:
         if how == "abs_sum":
             return sizes
         total = attribution.sum(channels)
-        rounding = 100 * torch.finfo(total.dtype).eps * sizes.flatten(1).amax(1)
-        if ((total.flatten(1).abs().amax(1) <= rounding) & (rounding > 0)).any():
+        if cancelled(total, sizes, 100 * torch.finfo(total.dtype).eps).any():
             raise UserError(
                 "reduce=sum leaves nothing: the channels of each place cancel, as gradients do behind a LayerNorm (the "
                 f"embedding of BERT or GPT-2). {instead}, or take method=input_x_gradient or "
@@ -174,3 +173,9 @@ class Inputs:
         """Standard normal numbers of x's shape from each sample's own stream; zero on padding."""
         ragged = None if self.mask is None else 0
         return self.real(noise.normal(*self.x.shape[1:], ragged=ragged))
+
+
+def cancelled(total: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """(B,) whether sums (B, *places) are everywhere at most ``share`` of the largest sum of the parts' ``sizes``."""
+    largest = share * sizes.flatten(1).amax(1)
+    return (total.flatten(1).abs().amax(1) <= largest) & (largest > 0)
