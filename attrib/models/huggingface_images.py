@@ -76,7 +76,7 @@ class HuggingFaceImageText(nn.Module):
     @property
     def scale(self) -> float:
         """What the cosine of two embeddings is multiplied by."""
-        return float(self.net.logit_scale.detach().exp())  # type: ignore[operator]
+        return float(self.net.logit_scale.detach().exp())
 
     @property
     def bias(self) -> float:
@@ -94,11 +94,11 @@ class HuggingFaceImageText(nn.Module):
         return described(self.net.config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _pooled(self.net.get_image_features(pixel_values=x))  # type: ignore[operator]
+        return _pooled(self.net.get_image_features(pixel_values=x))
 
     def embed_prompts(self, texts: Sequence[str]) -> Tensor:
         """K texts -> (K, D). Raises UserError for one that is too long."""
-        return _pooled(self.net.get_text_features(**self.tokens(texts)))  # type: ignore[operator]
+        return _pooled(self.net.get_text_features(**self.tokens(texts)))
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """What the text tower takes. Texts are padded to its full length: SigLIP needs it, CLIP does not mind."""
