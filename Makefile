@@ -27,7 +27,7 @@ demo: .venv/installed  ## real photographs, a real network, four methods, two me
 	$(BIN)/attrib report $(DEMO) --out $(DEMO)/report.html
 
 test: .venv/installed  ## everything but the slow tests
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(CORES)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist worksteal
 
 fuzz: .venv/installed  ## N=1000 random nets against every method: right, refused (by reason) or wrong (with the seeds)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(N) --jobs 2

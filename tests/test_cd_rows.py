@@ -83,13 +83,13 @@ def test_a_net_with_everything() -> None:
 
 def test_a_batch_is_the_same_as_single_samples_in_any_order_and_for_any_row_limit() -> None:
     x, masks = blobs()
-    wanted = decompose(Classifier(everything(), rows=64, dtype=torch.float64), x, masks)
+    model = Classifier(everything(), rows=64, dtype=torch.float64)
+    wanted = decompose(model, x, masks)
     for rows in (3, 20):
-        model = Classifier(everything(), rows=rows, dtype=torch.float64)
+        model.rows = rows
         found = decompose(model, x, masks)
         assert torch.allclose(found.relevant, wanted.relevant, atol=1e-12)
         assert torch.allclose(found.error, wanted.error, atol=1e-12)
-    model = Classifier(everything(), dtype=torch.float64)
     single = [decompose(model, x[i : i + 1], masks[i : i + 1, j : j + 1]).relevant for i in (0, 2) for j in (0, 4)]
     assert torch.allclose(torch.cat(single).reshape(2, 2, 4), wanted.relevant[::2, ::4], atol=1e-12)
     order, others = torch.tensor([2, 0, 3, 1]), torch.tensor([4, 1, 0, 2, 3])

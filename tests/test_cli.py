@@ -224,7 +224,7 @@ class Mine(Method):
 
 
 def test_own_configurations_and_modules_of_the_current_folder(attrib, tmp_path, monkeypatch):
-    """As a new user: another folder, a class of one's own, the command itself."""
+    """As a new user: another folder, a class of one's own. tests/wheel/run.sh does so by the command itself."""
     (tmp_path / "mine_module.py").write_text(MINE)
     for part, text in {
         "method/mine": "name: mine\n_target_: mine_module.Mine\n",
@@ -233,15 +233,13 @@ def test_own_configurations_and_modules_of_the_current_folder(attrib, tmp_path, 
         path = tmp_path / "conf" / f"{part}.yaml"
         path.parent.mkdir(parents=True)
         path.write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the command puts its folder there
 
     small = ["dataset=digits", "model=lenet", "run.limit=2", "run.device=cpu"]
-    command = [sys.executable, "-P", "-m", "attrib", "run", *small, "metric=[]", "--config-dir", "conf", "method=mine"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "maps_computed=2" in done.stdout
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    done = attrib("run", *small, "metric=[]", "--config-dir", "conf", "method=mine")
+    assert done.status == 0, done.err
+    assert "maps_computed=2" in done.out
     assert "mine" in attrib("table", "--config-dir", "conf", "paper=mine", *small).out
     assert described("method", "mine", tmp_path / "conf/method/mine.yaml", tmp_path / "conf")[1] == "A map of ones."
 

@@ -58,7 +58,7 @@ SOME = [name for i, name in enumerate(DEFECTS) if (i < defects.WRITTEN and i % 8
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.quick(every=2)
+@pytest.mark.quick(every=4)
 def test_no_defect_brings_a_tool_down(name, root):
     DEFECTS[name](root / CELL)
     often = list(DEFECTS).index(name) % 24 == 0 or "map" in name or "picture" in name

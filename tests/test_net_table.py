@@ -29,6 +29,7 @@ CELLS = {
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.quick(but=["vit with registers", "LSTM", "Llama"])
 def test_a_few_cells(name):
     case = Case(next(entry for entry in ZOO if entry.name == name))
     found = {method: verdict(case, method) for method in CELLS[name]}

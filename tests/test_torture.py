@@ -12,6 +12,7 @@ import pytest
 from tiny import ROOT
 
 
+@pytest.mark.slow  # test_faults*.py and test_resume.py have quick tests of it
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None, reason="the failing disk needs Linux and gcc"
 )
