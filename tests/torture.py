@@ -285,10 +285,8 @@ def warm_up() -> None:
     import attrib.cli.table
     import attrib.cli.train
     import attrib.running.run  # noqa: F401
-    from attrib.running.runner import _environment
 
     torch.set_num_threads(1)
-    _environment()  # remembered: it asks compilers, which takes seconds
     gc.collect()
     gc.freeze()  # else each child copies the pages of all that was imported, when it first collects
 

@@ -58,6 +58,11 @@ class _Sizes(TorchDispatchMode):
         self.largest = self.total = 0
         self._weights = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, which takes seconds, only to keep these calls out of it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop, Runner
-from mmengine.utils.dl_utils import collect_env
 from torch import nn
 
+from attrib.process.environment import environment
 from attrib.process.git import git_commit
 from attrib.running.options import Options
 from attrib.store.files import write_json
@@ -80,13 +79,12 @@ class AttributionRunner(Runner):
         """The composed configuration is written as config.json instead."""
 
     def _log_env(self, env_cfg: dict) -> None:
-        found = {k: str(v) for k, v in _environment().items()}
         about = {
             "command": sys.argv,
             "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores",
             "git": git_commit(),
         }
-        write_json(Path(self.log_dir) / "environment.json", {**found, **about})
+        write_json(Path(self.log_dir) / "environment.json", {**environment(), **about})
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         return self.attribution
@@ -103,9 +101,3 @@ def _lost_line(handler: logging.FileHandler) -> Any:
             print(f"{handler.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
 
     return lost
-
-
-@functools.cache
-def _environment() -> Mapping[str, Any]:
-    """Asks compilers and drivers for their versions, which takes seconds: once per process."""
-    return collect_env()
