@@ -5,7 +5,7 @@ DEMO ?= workdirs/demo
 N ?= 1000
 # As many as the machine has; each takes some GB. A caller's OMP_NUM_THREADS has nothing to do with it.
 CORES ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
-# Else every process compiles anew what it imports: 20 s of each.
+# Where it is set, nothing that Python compiles is kept, and every process compiles anew what it imports, for 20 s.
 unexport PYTHONDONTWRITEBYTECODE
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=

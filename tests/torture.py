@@ -285,8 +285,10 @@ def warm_up() -> None:
     import attrib.cli.table
     import attrib.cli.train
     import attrib.running.run  # noqa: F401
+    from attrib.process.environment import environment
 
     torch.set_num_threads(1)
+    environment()  # remembered: it reads the descriptions of all packages
     gc.collect()
     gc.freeze()  # else each child copies the pages of all that was imported, when it first collects
 

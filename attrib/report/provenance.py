@@ -91,6 +91,7 @@ def runs(cell: Cell, broken: list[str]) -> list[dict[str, Any]]:
         except msgspec.ValidationError as error:
             known = Environment()
             broken.append(f"{folder / 'environment.json'}: {error}")
+        shown = {name: value for name, value in about.items() if name != "packages"}  # some hundred lines of each run
         found.append(
             {
                 "cell": cell.folder.name,
@@ -98,7 +99,7 @@ def runs(cell: Cell, broken: list[str]) -> list[dict[str, Any]]:
                 "counts": _document(folder / "summary.json", broken),
                 "command": shlex.join(known.command),
                 "machine": known.machine,
-                "environment": json.dumps(about, indent=2, ensure_ascii=False) if about else "",
+                "environment": json.dumps(shown, indent=2, ensure_ascii=False) if about else "",
             }
         )
     return found
