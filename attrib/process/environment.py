@@ -33,15 +33,14 @@ def environment() -> Mapping[str, Any]:
 def devices() -> list[str]:
     """Names of the GPUs that torch can use, or why it cannot: a run on a CPU must not end because of them."""
     try:
-        return [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-        ]
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return [torch.cuda.get_device_name(i) for i in range(count)]
     except RuntimeError as error:  # a driver that is too old, a GPU that is in use or broken
         return [f"{type(error).__name__}: {error}"]
 
 
 def packages() -> dict[str, str | None]:
-    """What is installed, in the versions that are imported, which are the first on the path; broken ones are left out."""
+    """What is installed, in the versions that are imported: the first on the path. Broken ones are left out."""
     found: dict[str, str | None] = {}
     for one in importlib.metadata.distributions():
         try:
