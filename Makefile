@@ -9,6 +9,8 @@ CORES ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(
 unexport PYTHONDONTWRITEBYTECODE
 # Small nets on a few cores are fastest with one thread per process; see docs/performance.md.
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+# Tests of a module mostly stay in one process, where its fixtures and imports are made once.
+SHARED := -n $(CORES) --dist worksteal
 
 .PHONY: demo docs browser test test-slow test-slurm test-wheel test-torchtext fuzz torture study-tiny nets lint bench clean
 
@@ -29,7 +31,7 @@ demo: .venv/installed  ## real photographs, a real network, four methods, two me
 	$(BIN)/attrib report $(DEMO) --out $(DEMO)/report.html
 
 test: .venv/installed  ## everything but the slow tests
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(CORES) --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 fuzz: .venv/installed  ## N=1000 random nets against every method: right, refused (by reason) or wrong (with the seeds)
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/fuzz.py --count $(N) --jobs 2
@@ -45,7 +47,7 @@ nets: .venv/installed  ## docs/nets.md: some 50 architectures against every meth
 	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/net_table.py --out docs/nets.md
 
 test-slow: .venv/installed  ## end-to-end checks of minutes
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n $(CORES)
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow $(SHARED)
 
 test-slurm: .venv/installed  ## arrays on a real Slurm, killed, preempted and timed out (root on Debian, else skipped; 3 min)
 	tests/slurm/run.sh

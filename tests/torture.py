@@ -314,7 +314,7 @@ def main() -> int:
     if "torture.so" not in os.environ.get("LD_PRELOAD", ""):
         environment = {**os.environ, "LD_PRELOAD": str(compiled(folder)), "OMP_NUM_THREADS": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    os.environ.pop("LD_PRELOAD")  # not for git and compilers
+    os.environ.pop("LD_PRELOAD")  # not for git
     start = time.monotonic()
     warm_up()
     torture, bad = Torture(folder, arguments.count, arguments.seed), 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attrib.models.ways_back import contiguous_back
 
@@ -24,6 +25,15 @@ REPLACED = {
     torch.ops.aten.unsafe_split.Tensor: torch.ops.aten.split.Tensor,
     torch.ops.aten.unsafe_chunk.default: torch.ops.aten.chunk.default,
 }
+
+
+class EachCall(TorchDispatchMode):
+    """A mode whose ``__torch_dispatch__`` every call of an operation goes through."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler, which takes seconds, only to keep these calls out of it."""
+        return False
 
 
 def operation(node: fx.Node) -> str:

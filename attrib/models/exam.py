@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from attrib.models.calls import EachCall
 from attrib.models.device_memory import of_the_device
 from attrib.models.output import Output, replace_forward
 from attrib.models.text import real_tokens
@@ -178,7 +178,7 @@ def _own_generator(device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Drawing(TorchDispatchMode):
+class _Drawing(EachCall):
     """What torch draws at random is ``value`` instead."""
 
     def __init__(self, value: int) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from attrib.models.calls import EachCall
 from attrib.process.free_memory import free_memory
 
 START = 64  # where nothing is known
@@ -50,18 +50,13 @@ def gpu_rows(total: int, free: int | None) -> int:
     return START if free is None else max(START, min(MOST, int(SHARE * free / max(1, 2 * total))))
 
 
-class _Sizes(TorchDispatchMode):
+class _Sizes(EachCall):
     """Bytes of what operations give: of the largest, and of all together. What is a view of a weight does not count."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.largest = self.total = 0
         self._weights = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: torch would import its compiler, which takes seconds, only to keep these calls out of it."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
