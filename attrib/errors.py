@@ -55,6 +55,8 @@ def printable(text: str) -> str:
     >>> printable("two\\tlines \\x1b[2J")
     'two lines \ufffd[2J'
     """
+    if text.isprintable():  # a page's pictures are texts of megabytes
+        return text
     return "".join(c if c.isprintable() else " " if c in "\t\n" else "\ufffd" for c in text)
 
 

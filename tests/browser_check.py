@@ -3,7 +3,8 @@
     python tests/browser_check.py site [REPORT ...] [--out FOLDER]
 
 Pages are opened as files. Each must load nothing from elsewhere, say no error, show all its pictures, and be no wider
-than the window, also when all that can be unfolded is; the search must find something. ``--out`` keeps screenshots.
+than the window, also when all that can be unfolded is; the search must find something; reports must do what
+their script promises (``report_clicks``, which also says how soon they are open). ``--out`` keeps screenshots.
 Needs playwright and Debian's chromium (apt-get install chromium).
 """
 
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import report_clicks
 from playwright.sync_api import Page, sync_playwright
 
 WIDTHS = (1280, 390)
@@ -76,6 +78,10 @@ def main() -> None:
                 if arguments.out is not None:
                     name = "-".join(path.with_suffix("").parts[-2:])
                     page.screenshot(path=arguments.out / f"{name}-{width}.png", full_page=True)
+            for path in arguments.reports:
+                for problem in report_clicks.problems(page, path.resolve().as_uri()):
+                    print(f"{path} at {width}: {problem}")
+                    found += 1
             for problem in search(page, arguments.site):
                 print(f"at {width}: {problem}")
                 found += 1

@@ -295,7 +295,7 @@ def test_a_map_is_drawn_on_the_picture_of_its_own_content(root):
     (item,) = [item for item in labels.labelled(root) if item.method == "iba"]
     frame = tables.rows(root)
     columns = [(item, {UIDS[0]: (UIDS[0], f)}, "map", "iba", "", True) for f in ("other", "f")]
-    sample = gallery._sample(UIDS[0], inputs, columns, frame[frame["uid"] == UIDS[0]])
+    sample = gallery._sample(UIDS[0], inputs, columns, gallery._rows(frame, UIDS[:1]))
     alone, drawn = sample.tiles
     assert (decoded(alone.image) == pictures.heat(np.ones((8, 8)), True)).all()
     assert decoded(drawn.image).shape == (8, 8, 3)

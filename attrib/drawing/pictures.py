@@ -186,10 +186,18 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(picture: np.ndarray, *, photo: bool = False, longest: int = 256) -> str:
-    """``picture`` (H, W, 3) uint8 as a data: URI, at most ``longest`` pixels a side; JPEG for photos, else PNG."""
+def shrunk(picture: np.ndarray, longest: int) -> np.ndarray:
+    """``picture`` (H, W, 3) uint8 with at most ``longest`` pixels a side; as it is where it has no more."""
+    if max(picture.shape[:2]) <= longest:
+        return picture
     image = Image.fromarray(picture)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def data_uri(picture: np.ndarray, *, photo: bool = False, longest: int = 256) -> str:
+    """``picture`` (H, W, 3) uint8 as a data: URI, at most ``longest`` pixels a side; JPEG for photos, else PNG."""
+    image = Image.fromarray(shrunk(picture, longest))
     buffer = io.BytesIO()
     if photo:
         image.save(buffer, "JPEG", quality=86, optimize=True)

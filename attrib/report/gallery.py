@@ -16,12 +16,13 @@ from attrib.drawing import pictures, spectrogram
 from attrib.results.labels import Labelled
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
-from attrib.store.inputs import NO_INPUT, drawable, kept_input, stored_array
+from attrib.store.inputs import NO_INPUT, KeptInput, drawable, kept_input, stored_array
 from attrib.store.inputs import known as known_inputs
 
 SIZES = (224, 192, 160, 128, 112)  # pixels of a thumbnail's longer side: the largest that fits the budget
 BYTES = 0.42  # of a thumbnail as base64, per pixel: what a JPEG of an overlay takes, and a bit
 SINGLE = 448  # pixels, on the page of a single sample
+Rows = dict[tuple[str, str], list[Any]]  # of tables.rows, by uid and cell
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ def gallery(
                 signed = says_signed(about) or any(map(pictures.is_signed, maps))
                 columns.append((item, known, name, label, about, signed))
 
+    rows = _rows(frame, uids[:samples])
     shown: list[Sample] = []
     used = 0
     each = budget / (len(uids[:samples]) * (len(columns) + 1))
     longest = SINGLE if only is not None else next((s for s in SIZES if s * s * BYTES <= each), SIZES[-1])
     for uid in uids[:samples]:
-        sample = _sample(uid, inputs, columns, frame[frame["uid"] == uid], longest)
+        sample = _sample(uid, inputs, columns, rows, longest)
         used += len(sample.image) + sum(len(tile.image) for tile in sample.tiles)
         if used > budget and shown:
             break
@@ -126,6 +128,14 @@ def says_signed(about: str) -> bool:
     return re.search(r"\bsigned\b(?! unless)", about) is not None
 
 
+def _rows(frame: pd.DataFrame, uids: Sequence[str]) -> Rows:
+    found: Rows = {}
+    names = ["uid", "cell", "map", "state", "stage", "reason", "column", "value"]
+    for row in frame.loc[frame["uid"].isin(uids), names].itertuples(index=False):
+        found.setdefault((row.uid, row.cell), []).append(row)
+    return found
+
+
 def _is_sound(item: Labelled) -> bool:
     return item.spec.get("modality") == "audio"
 
@@ -138,19 +148,15 @@ def current_keys(item: Labelled, frame: pd.DataFrame) -> dict[str, Key]:
     return known | {u: (u, f) for u, f in rows.itertuples(index=False, name=None) if (u, f) in index}
 
 
-def _sample(
-    uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], frame: pd.DataFrame, longest: int = SIZES[0]
-) -> Sample:
+def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], rows: Rows, longest: int = SIZES[0]) -> Sample:
     keys = dict.fromkeys(known[uid] for _, known, *_ in columns if uid in known)
-    inputs_of = {key: kept_input(inputs, key) for key in keys}  # more than one where cells are about other data
+    inputs_of = {key: _small(kept_input(inputs, key), longest) for key in keys}  # several where cells differ in data
     image, roi, info = next((found for found in inputs_of.values() if found is not NO_INPUT), NO_INPUT)
     tiles = []
     for item, known, name, label, _, signed in columns:
-        mine = frame[(frame["cell"] == item.cell.folder.name) & frame["map"].isin([name, ""])]
-        scores = mine[mine["state"] == "ok"]
-        numbers = [(c, f"{v:.3g}") for c, v in zip(scores["column"], scores["value"])]
-        failed = mine[mine["state"] == "failed"]
-        problem = "; ".join(dict.fromkeys(f"{s}: {r}" for s, r in zip(failed["stage"], failed["reason"])))
+        mine = [row for row in rows.get((uid, item.cell.folder.name), ()) if row.map in (name, "")]
+        numbers = [(row.column, f"{row.value:.3g}") for row in mine if row.state == "ok"]
+        problem = "; ".join(dict.fromkeys(f"{row.stage}: {row.reason}" for row in mine if row.state == "failed"))
         map = stored_array(item.cell.maps, known[uid], name) if uid in known else None
         if map is None:
             absent = "no map stored" if item.about(uid) else "no longer one of its samples"
@@ -166,6 +172,12 @@ def _sample(
     drawn = "" if image is None else pictures.data_uri(image, photo=_photo(image), longest=longest)
     name = shown_target(str(info.get("name") or ""), info.get("target"))
     return Sample(uid, name, drawn, tiles, image is not None and max(image.shape) < 64, *_prediction(info))
+
+
+def _small(known: KeptInput, longest: int) -> KeptInput:
+    """With a picture of the size that is shown: colours are mixed for its pixels alone."""
+    image = known.content
+    return known if image is None or image.ndim != 3 else known._replace(content=pictures.shrunk(image, longest))
 
 
 def _prediction(info: Mapping[str, Any]) -> tuple[str, bool | None, float | None]:

@@ -17,6 +17,7 @@ import itertools
 import math
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -264,29 +265,30 @@ def _constant(x: np.ndarray) -> bool:
 
 def _bootstrap(x: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
     centre, error = float(x.mean()), ROUNDING * float(np.abs(x).mean())
-
-    def mean(drawn: np.ndarray, axis: int) -> np.ndarray:
-        """BCa counts how many lie below the observed mean, so one that equals it must do so to the last bit."""
-        found = drawn.mean(axis)
-        return np.where(np.abs(found - centre) <= error, centre, found)
-
+    means = _resamples(x.size, seed) @ x / x.size
+    # BCa counts how many lie below the observed mean, so one that equals it must do so to the last bit.
+    drawn = SimpleNamespace(bootstrap_distribution=np.where(np.abs(means - centre) <= error, centre, means))
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # answered by the second method
             found = stats.bootstrap(
-                (x,),
-                mean,
-                confidence_level=confidence,
-                n_resamples=RESAMPLES,
-                batch=max(1, _BATCH // x.size),
-                vectorized=True,
-                axis=-1,
-                method=method,
-                random_state=np.random.default_rng(seed),
+                (x,), np.mean, confidence_level=confidence, n_resamples=0, bootstrap_result=drawn, method=method
             ).confidence_interval
         if np.isfinite([found.low, found.high]).all():
             break
     return float(found.low), float(found.high)
+
+
+# A table has hundreds of intervals and tests of as many samples, and to draw takes longer than to add up.
+@functools.lru_cache(maxsize=1)
+def _resamples(n: int, seed: int) -> np.ndarray:
+    """How often each of n values is in each of ``RESAMPLES`` bootstrap samples, (RESAMPLES, n)."""
+    rng, counts = np.random.default_rng(seed), np.zeros((RESAMPLES, n))
+    each = max(1, _BATCH // n)
+    for block in (counts[i : i + each] for i in range(0, RESAMPLES, each)):
+        drawn = rng.integers(0, n, block.shape) + n * np.arange(len(block))[:, None]
+        block += np.bincount(drawn.ravel(), minlength=block.size).reshape(block.shape)
+    return counts
 
 
 def _abc(x: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -324,7 +326,6 @@ def _sign_flip(d: np.ndarray, seed: int, error: float = 0.0) -> float:
     return (hits + 1) / (RESAMPLES + 1)
 
 
-# A table tests hundreds of pairs of as many samples, and to draw takes longer than to count.
 @functools.lru_cache(maxsize=1)
 def _coins(n: int, seed: int) -> tuple[np.ndarray, ...]:
     """``RESAMPLES`` times n coins, 0 or 1, in blocks (count, n)."""
