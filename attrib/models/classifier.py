@@ -16,20 +16,20 @@ from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer, only_embedding
-from attrib.models.device_memory import is_lost, is_out_of_memory, of_the_device, release_memory, without_tf32
-from attrib.models.exam import Exam, examine
+from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory, without_tf32
+from attrib.models.exam import Exam
 from attrib.models.fast import fast_net, fast_split
-from attrib.models.forms import own_path, private_copy, tensors, unwrapped
+from attrib.models.forms import own_path, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
-from attrib.models.output_kinds import Classes, Link
+from attrib.models.output_kinds import Link
 from attrib.models.precision import Arithmetic, check, computed, multiplied
+from attrib.models.preparation import prepared
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.sizes import START, fitting_rows
 from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
 from attrib.models.variant import Variant
 from attrib.models.ways_back import check_way_back, with_contiguous_norms
-from attrib.noise import Noise
 from attrib.process.memory import Heap
 from attrib.types import SampleError, UserError, did_you_mean
 
@@ -114,12 +114,15 @@ class Classifier:
         self.weights = tensor_digest(tensors(module))
         read = {} if self.output.spec is None else {"output": self.output.spec}
         self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
-        self._outputs: int | None = None  # K, once it is known
-        self.module, exam = self._prepare(module, input_shape)
+        ready = prepared(module, self.output, self.device, dtype, input_shape, pairs=self.rows > 1)
+        self.module = ready.net
+        self._outputs = ready.outputs  # K, once it is known
+        if ready.probe is not None:
+            self._fit_rows(ready.probe)
         self._given_classes = classes if classes is None or isinstance(classes, ClassNames) else _named(classes)
         if self._outputs is not None:
             self.check_classes(self._outputs)
-        self._admission = Admission(self.module, self.output, exam)
+        self._admission = Admission(self.module, self.output, ready.exam)
         self.fold = fold and not self.output.read.per_sample  # a graph would keep the region of the first sample
         self.compile = compile and self.fold
         if compile and not self.compile:
@@ -137,56 +140,6 @@ class Classifier:
                     f"(its upper layers: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
 
-    def _prepare(self, module: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[nn.Module, Exam | None]:
-        net, name = private_copy(module, self.device, self.dtype), type(module).__name__
-        if getattr(net, "num_outputs", None) == 1 and type(self.output.read) is Classes:
-            raise UserError(
-                f"{name} has one output; a classifier has a logit for each of its classes. If it is the logit of two "
-                "classes, set model.output to {read: sigmoid}; if it is a value, to {read: value}"
-            )
-        self.output.attach(net)
-        probe, exam = None, None
-        if input_shape is not None:
-            probe, other = (
-                Noise([uid], device=self.device, dtype=self.dtype).normal(*input_shape) for uid in ("probe", "other")
-            )
-            try:
-                exam = examine(net, self.output, torch.cat((probe, 2 * other + 1)), "noise", pairs=self.rows > 1)
-            except Exception as error:  # a user's net may raise anything
-                if isinstance(error, UserError) or of_the_device(error):
-                    raise
-                raise UserError(
-                    f"{name} cannot be run on an input of {(1, *input_shape)}: {type(error).__name__}: {error}"
-                ) from error
-            with torch.no_grad(), self.output.alone(net):
-                before = net(probe.clone())
-            if before.isnan().any():
-                raise UserError(
-                    f"{name} gives NaN for noise of the shape {input_shape}; nothing of it can be explained"
-                )
-            self._outputs = before.shape[1]
-            self._fit_rows(net, probe)
-        seen: set[int] = set()
-        for path, child in list(net.named_modules(remove_duplicate=False)):
-            if getattr(child, "inplace", False):
-                child.inplace = False
-            # A parameter-free module that stands at two paths would share hooks; a module with
-            # parameters is shared on purpose (tied weights) and stays so.
-            if id(child) in seen and not any(True for _ in child.parameters()):
-                parent, _, name = path.rpartition(".")
-                setattr(net.get_submodule(parent), name, copy.deepcopy(child))
-            seen.add(id(child))
-        if probe is not None:
-            with torch.no_grad(), self.output.alone(net):
-                after = net(probe.clone())
-            if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().nan_to_num(posinf=0).max().item()):
-                worst = (before - after).abs().max().item()
-                raise UserError(
-                    f"{name} relies on in-place operations: without them its logits change by "
-                    f"{worst:.2g}. Write the net without inplace=True."
-                )
-        return net, exam
-
     @property
     def exam(self) -> Exam | None:
         """What the net did with the inputs that it was tried on; None if there were none yet."""
@@ -200,7 +153,7 @@ class Classifier:
         """
         if self._admission.see(x, lengths, self.rows):
             self._splits.clear()
-        self._fit_rows(self.module, x[:1])
+        self._fit_rows(x[:1])
         return not self._admission.lengths_apart
 
     def of_one_length(self, x: Tensor) -> list[Tensor]:
@@ -211,14 +164,14 @@ class Classifier:
         self.examine(x)
         return self._admission.of_one_length(x)
 
-    def _fit_rows(self, net: nn.Module, x: Tensor) -> None:
+    def _fit_rows(self, x: Tensor) -> None:
         """Decide how many ``rows`` there are at a time, if that is open and x (1, *input) goes through."""
         if not self._rows_open or not len(x):
             return
         self._rows_open = False
         try:
-            with self.output.alone(net):
-                self.rows = fitting_rows(net, x)
+            with self.output.alone(self.module):
+                self.rows = fitting_rows(self.module, x)
         except Exception as error:  # of the net itself, on this sample: whoever brought it will meet it
             if is_lost(error):
                 raise
