@@ -27,7 +27,7 @@ from attrib.methods.input_iba import InputIBA
 from attrib.methods.parts.wgan import WGAN, critic_parameters
 from attrib.metrics.ehr import EHR
 from attrib.models import Classifier
-from attrib.models.device_memory import is_lost, is_out_of_memory, of_the_device, without_tf32
+from attrib.models.device_memory import is_lost, is_out_of_memory, of_the_device
 from attrib.process import free_memory as process_memory
 from attrib.process.free_memory import Peak, free_memory
 from attrib.running import batch_size
@@ -238,21 +238,6 @@ def test_what_counts_as_out_of_memory(error, full):
 def test_what_counts_as_a_device_that_is_lost(error, lost):
     assert is_lost(error) == lost
     assert of_the_device(error) == ("CUDA error" in str(error))
-
-
-def test_float32_is_multiplied_in_full():
-    places = [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
-    before = [getattr(*place) for place in places]
-    try:
-        for place in places:
-            setattr(*place, True)
-        without_tf32(torch.device("cpu"))
-        assert [getattr(*place) for place in places] == [True, True]
-        without_tf32(torch.device("cuda", 1))
-        assert [getattr(*place) for place in places] == [False, False]
-    finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(*place, value)
 
 
 # ---- auto ---------------------------------------------------------------------------------------

@@ -10,19 +10,23 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from attrib.models.float32 import all_bits
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _ONE = threading.RLock()
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` without the caller's autocast, as ``precision`` says the arithmetic, nor inference mode, in which
-    no gradient ever flows; and by one thread at a time, as torch.fx changes modules for all of them while it traces."""
+    """``function`` without the caller's autocast and products of fewer bits, as ``precision`` says the arithmetic, nor
+    inference mode, in which no gradient ever flows; and by one thread at a time, as torch.fx changes modules for all of
+    them while it traces."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         with _ONE, ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(all_bits())
             for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
                 stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)

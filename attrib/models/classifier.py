@@ -16,9 +16,10 @@ from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer, only_embedding
-from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory, without_tf32
+from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory
 from attrib.models.exam import Exam
 from attrib.models.fast import fast_net, fast_split
+from attrib.models.float32 import use_all_bits
 from attrib.models.forms import own_path, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
@@ -105,7 +106,7 @@ class Classifier:
         self.device, self.dtype = torch.device(device), dtype
         self.rows_given = rows
         self.rows, self._rows_open = (START, True) if rows == "auto" else (rows, False)
-        without_tf32(self.device)
+        use_all_bits()
         self.variant, self.original = variant, original or self
         self.precision: Arithmetic = "float32"
         self.input_shape = input_shape

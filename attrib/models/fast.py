@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from attrib.models.compiled import Compiled
-from attrib.models.device_memory import is_lost, tf32
+from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
+from attrib.models.float32 import all_bits
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
 from attrib.models.split import CannotSplitError, GraphSplit, Split
 from attrib.models.ways_back import gradient, near
@@ -97,7 +98,7 @@ class Fast:
         dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
         two = [x[:2].detach().clone().to(dtype) for x in inputs]
         try:
-            with torch.autocast(two[0].device.type, enabled=False), tf32(False):
+            with torch.autocast(two[0].device.type, enabled=False), all_bits():
                 way = self._fast if self._made else self._make(two)
                 same = way is not None and self._same(way, two)
         except CannotSplitError as reason:

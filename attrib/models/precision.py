@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.models.device_memory import of_the_device, tf32
+from attrib.models.device_memory import of_the_device
+from attrib.models.float32 import tf32
 from attrib.types import UserError, did_you_mean
 
 Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -118,4 +119,4 @@ class _Grown(torch.autograd.Function):
 
 def multiplied(arithmetic: Arithmetic) -> AbstractContextManager[None]:
     """Meanwhile products on a GPU are computed in TF32, if that is the arithmetic; forwards and backwards."""
-    return tf32(True) if arithmetic == "tf32" else nullcontext()
+    return tf32() if arithmetic == "tf32" else nullcontext()

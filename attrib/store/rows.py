@@ -130,10 +130,10 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A file of score rows, or some ``columns`` of it. Raises one of ``READING``."""
     regular(path)
     # Opened here: pyarrow takes no path that is not UTF-8.
-    with open(path, "rb") as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+    with open(path, "rb") as source, pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False) as file:
         if file.metadata.num_rows > MOST_ROWS:
             raise UnreadableError(f"{path}: claims {file.metadata.num_rows} rows")
-        table = file.read(list(columns) if columns else None)
+        table = file.read(list(columns) if columns else None, use_threads=False)
     # Not left to read_table(schema=...), which fills a column it does not find with nulls.
     if not (columns or table.schema.equals(ScoreRows.SCHEMA)):
         raise pa.ArrowInvalid("not the columns of a score file")

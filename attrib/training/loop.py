@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from attrib.keys import stable_hash
-from attrib.models.device_memory import without_tf32
+from attrib.models.float32 import use_all_bits
 from attrib.running.runner import AttributionRunner
 from attrib.store.files import write_atomic
 from attrib.training.batches import Augment, EpochBatches, LoadedSamples, learning_rate_factor
@@ -332,7 +332,7 @@ def fit(
     Raises UserError for a loss that is not finite, naming epoch and batch.
     """
     freeze(net, hyperparameters.freeze)
-    without_tf32(device)
+    use_all_bits()
     net.to(device)
     state = folder / "state.safetensors"
     trained = [p for p in net.parameters() if p.requires_grad]
