@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,13 +77,109 @@ class DropPath(Net):
         return z if torch.rand(()) < 0.99 else z * 0
 
 
+class OfPython(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z if random.random() < 0.999 else z * 0
+
+
+class OfPythonsWhole(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z if random.randint(0, 999) else z * 0
+
+
+class OfNumpy(Net):
+    def features(self, z: Tensor) -> Tensor:
+        return z if np.random.rand() < 0.999 else z * 0
+
+
+class OfNumpysNormal(Net):
+    """A polar method, which draws again until a point is in the circle."""
+
+    def features(self, z: Tensor) -> Tensor:
+        return z + 1e-3 * float(np.random.normal()) * z
+
+
 @ON_LOADING_OR_LATER
-@pytest.mark.parametrize("kind", [Dropout, RareDropout, Jitter, DropPath])
+@pytest.mark.parametrize(
+    "kind", [Dropout, RareDropout, Jitter, DropPath, OfPython, OfPythonsWhole, OfNumpy, OfNumpysNormal]
+)
 def test_a_net_that_is_random_in_eval_mode_is_refused(kind, shape):
-    net, before = kind(), torch.get_rng_state()
+    net, before, python, numpy = kind(), torch.get_rng_state(), random.getstate(), np.random.get_state()
     with pytest.raises(UserError, match=rf"random in eval mode.*forward of {kind.__name__} itself, before head"):
         explained(net, shape)
     assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python
+    assert all(map(np.array_equal, np.random.get_state(), numpy))
+
+
+def test_a_net_may_draw_what_it_does_not_use():
+    """As some of Hugging Face do, to decide what to skip in training."""
+
+    class Skipping(Net):
+        def features(self, z: Tensor) -> Tensor:
+            drawn = random.random(), np.random.uniform(0, 1), torch.rand(()).item()
+            return z * 0 if self.training and min(drawn) < 0.5 else z
+
+    assert torch.equal(explained(Skipping(), SHAPE), explained(Net(), SHAPE))
+
+
+# Nets that return probabilities -----------------------------------------------------------------
+
+
+class Softmax(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(1)
+
+
+class Divided(Net):
+    """A softmax, written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = super().forward(x).exp()
+        return e / e.sum(1, keepdim=True)
+
+
+class Sigmoids(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x))
+
+
+class SigmoidsInPlace(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid_().view(len(x), 3, 1).squeeze(2)
+
+
+@ON_LOADING_OR_LATER
+@pytest.mark.parametrize("kind", [Softmax, Divided, Sigmoids, SigmoidsInPlace])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_probabilities_are_not_taken_for_logits(kind, shape, rows):
+    link = "softmax" if kind in (Softmax, Divided) else "sigmoid"
+    with pytest.raises(UserError, match=rf"{kind.__name__} returns probabilities.*without its last {link}"):
+        explained(kind(), shape, rows=rows)
+    output = {"read": "probabilities", "link": link}
+    torch.testing.assert_close(explained(kind(), shape, rows=rows, output=output), explained_as(link, shape))
+
+
+def explained_as(link: str, shape: tuple[int, ...] | None) -> Tensor:
+    """Of the net without its last layer; the softmax has taken a number off all logits of a row."""
+
+    class Centred(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).log_softmax(1)
+
+    return explained(Net() if link == "sigmoid" else Centred(), shape)
+
+
+LIKELY = [lambda z: z.relu(), lambda z: 0.2 + 0.1 * z.tanh(), lambda z: z.sigmoid() - 0.01]
+
+
+@pytest.mark.parametrize("last", LIKELY)
+def test_logits_that_look_a_bit_like_probabilities_are_logits(last):
+    class Likely(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return last(super().forward(x))
+
+    assert explained(Likely(), SHAPE).isfinite().all()
 
 
 def test_the_module_that_is_random_is_named():

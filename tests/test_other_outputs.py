@@ -34,7 +34,8 @@ from attrib.methods.sampled import Rise
 from attrib.metrics import EHR, IROF, ROAD, Degradation, Infidelity, InsertionDeletion, SensitivityN
 from attrib.models import Classifier, Output, log_probabilities, probabilities, torchvision_net
 from attrib.models.exam import Exam
-from attrib.models.output_kinds import NextToken, Region, Similarity
+from attrib.models.output_kinds import NextToken, Similarity
+from attrib.models.output_region import Region
 from attrib.models.randomise import randomised
 from attrib.models.split import GraphSplit
 from attrib.models.variant import Randomise
@@ -102,6 +103,26 @@ def test_values(count, shape):
     torch.testing.assert_close(found, grad.sum(1))
     assert isinstance(model._split("cam", batch.x), GraphSplit)
     assert model.link is None
+
+
+class Probable(Values):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(1)
+
+
+def test_probabilities_have_the_probabilities_that_they_are():
+    batch, model = batch_of(), model_of(Probable(3), {"read": "probabilities"})
+    found = probabilities(model.logits(batch.x), several=False, link=model.link)
+    torch.testing.assert_close(found, filled(Probable(3)).double()(batch.x).detach())
+    assert model.link == "softmax"
+    assert model.key != model_of(Probable(3), {"read": "probabilities", "link": "sigmoid"}).key
+
+
+def test_what_is_no_probability_is_no_score():
+    with pytest.raises(UserError, match="gives NaN for noise"):
+        model_of(Values(3), {"read": "probabilities"})
+    with pytest.raises(UserError, match="link must be softmax or sigmoid, not 'logit'"):
+        model_of(Probable(3), {"read": "probabilities", "link": "logit"})
 
 
 def two_values(rows: int, dtype: torch.dtype = torch.float64) -> Classifier:

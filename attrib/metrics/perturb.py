@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.models import Classifier, ScoreScale, probabilities
-from attrib.models.output_kinds import Link
+from attrib.models.output_kind import Link
 from attrib.noise import Noise
 
 Baseline = Literal["zero", "blur", "mean"]

@@ -23,7 +23,7 @@ from attrib.models.float32 import use_all_bits
 from attrib.models.forms import own_path, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
 from attrib.models.output import Output, Take
-from attrib.models.output_kinds import Link
+from attrib.models.output_kind import Link
 from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.preparation import prepared
 from attrib.models.reading import Name, Reading, described, find

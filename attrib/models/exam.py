@@ -13,11 +13,13 @@ that: what follows from it costs time, not the net.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,9 +28,13 @@ from torch.utils._pytree import tree_leaves
 from attrib.models.calls import EachCall
 from attrib.models.device_memory import of_the_device
 from attrib.models.output import Output, replace_forward
+from attrib.models.output_kind import Link
+from attrib.models.output_kinds import ROUNDING, Classes
 from attrib.models.text import real_tokens
 from attrib.types import UserError
 
+_WORDS = 624  # of the state of a Mersenne Twister, with which Python and numpy draw
+_ONES = 0x12DD9BB3  # the word that is given out as 32 ones
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -67,8 +73,8 @@ def examine(
 
     Without ``pairs`` no two rows go through the net together.
 
-    Raises UserError for a net that does not return logits, draws random numbers, changes from run to run, or lets
-    rows interact. An error of the net itself on the first sample is raised as it is.
+    Raises UserError for a net that does not return logits, but probabilities or something else, draws random numbers,
+    changes from run to run, or lets rows interact. An error of the net itself on the first sample is raised as it is.
     """
     name, bound = type(net).__name__, tolerance(x)
     with torch.no_grad(), _own_generator(x.device), output.alone(net):
@@ -84,6 +90,8 @@ def examine(
         again = _apart(alone, run(0))
         if again > bound or (draws and _drawn_numbers_count(run)):
             raise UserError(_random(net, x, again, draws))
+        if type(output.read) is Classes and (link := _probabilities(alone, run)) is not None:
+            raise UserError(_no_logits(name, link))
         padding = None if pad is None else _padding(net, x[:1], pad)
         if not pairs:
             return Exam(on, again, None, padding)
@@ -116,6 +124,60 @@ def _apart(one: Tensor, other: Tensor) -> float:
         return math.inf
     scale = one.abs().nan_to_num(0, 0, 0)
     return float(difference.max() / scale.max().clamp(min=torch.finfo(torch.float32).tiny)) if len(one) else 0.0
+
+
+# ---- probabilities ------------------------------------------------------------------------------
+
+
+def _probabilities(first: Tensor, run: Callable[[int], Tensor]) -> Link | None:
+    """Which probabilities a net returns in the place of logits; None if it does not.
+
+    Numbers from 0 to 1 that add up to 1 for two inputs are no chance. Those that do not add up are only what a sigmoid
+    gave.
+    """
+    if not _between(first):
+        return None
+    both = torch.cat([first, run(1)]).double()
+    if not _between(both):
+        return None
+    if ((both.sum(1) - 1).abs() <= ROUNDING).all():
+        return "softmax"
+    with _Sigmoids() as sigmoids:
+        last = run(0)
+    return "sigmoid" if any(_same_memory(last, one) for one in sigmoids.found) else None
+
+
+def _between(scores: Tensor) -> bool:
+    return bool(((scores >= 0) & (scores <= 1 + ROUNDING)).all())
+
+
+class _Sigmoids(EachCall):
+    """Keeps what sigmoids give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.sigmoid.default, torch.ops.aten.sigmoid_.default):
+            self.found.append(out)
+        return out
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether one is a view of the other, or it itself."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _no_logits(name: str, link: Link) -> str:
+    """Why a net is refused that returns probabilities."""
+    what = "probabilities (its scores add up to 1)" if link == "softmax" else "probabilities (what a sigmoid gave)"
+    fields = "{read: probabilities}" if link == "softmax" else "{read: probabilities, link: sigmoid}"
+    return (
+        f"{name} returns {what}, not logits, and a softmax of these would be something else. Give the net without its "
+        f"last {link}, or set model.output to {fields} (in Python: Classifier(net, output=...)), which takes logarithms"
+    )
 
 
 # ---- texts --------------------------------------------------------------------------------------
@@ -167,15 +229,26 @@ def keep_lengths_apart(net: nn.Module, pad: int) -> None:
 
 
 def _generators(device: torch.device) -> list[Tensor]:
-    """The states of torch's global generators."""
+    """The states of the global generators: of torch, Python and numpy."""
+    _, words, place, *_ = np.random.get_state()
+    others = [torch.tensor(random.getstate()[1]), torch.tensor([*map(int, words), int(place)])]
+    return [*_of_torch(device), *others]
+
+
+def _of_torch(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager
 def _own_generator(device: torch.device) -> Iterator[None]:
     """What the net draws leaves no trace in the caller's random numbers."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 class _Drawing(EachCall):
@@ -191,12 +264,27 @@ class _Drawing(EachCall):
             return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
-        before = _generators(device)
+        before = _of_torch(device)
         out = func(*args, **kwargs)
-        if not all(map(torch.equal, before, _generators(device))):  # it may also draw none, as attention may
+        if not all(map(torch.equal, before, _of_torch(device))):  # it may also draw none, as attention may
             for tensor in tree_leaves(out):
                 tensor.fill_(self.value)
         return out
+
+
+@contextmanager
+def _drawing(value: int) -> Iterator[None]:
+    """What torch, Python and numpy draw next is 0 or (nearly) 1.
+
+    Python's and numpy's generators, Mersenne Twisters, give their state word by word. Only half of one is such that
+    they give nothing but zeros or ones: loops that draw until a number fits must come to an end.
+    """
+    half = _WORDS // 2
+    words = [(i * 2654435761 + 1) % 2**32 for i in range(half)] + half * [_ONES if value else 0]
+    random.setstate((3, (*words, half), None))
+    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), half, 0, 0.0))
+    with _Drawing(value):
+        yield
 
 
 def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
@@ -207,7 +295,7 @@ def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
     found = []
     for value in (0, 1):
         try:
-            with _Drawing(value):
+            with _drawing(value):
                 found.append(run(0))
         except Exception as error:  # a net may raise anything, here because of the numbers
             if of_the_device(error):
@@ -283,7 +371,7 @@ def _random(net: nn.Module, x: Tensor, again: float, draws: bool) -> str:
     """Why a net is refused whose runs differ."""
     where = "a module that could not be found"
     # Equal runs may draw alike by chance. Where extreme numbers break the net, its own must do.
-    for within in ([(_Drawing(0), _Drawing(1))] if draws else []) + [(nullcontext(), nullcontext())]:
+    for within in ([(_drawing(0), _drawing(1))] if draws else []) + [(nullcontext(), nullcontext())]:
         try:
             one, other = (_calls(net, x[:1], each) for each in within)
         except Exception as error:  # see _drawn_numbers_count

@@ -48,7 +48,8 @@ def tf32() -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     kinds = [(kind, kind.fp32_precision) for kind in _kinds()]
     named = _unless_mixed(torch.get_float32_matmul_precision)
     allowed = [(of, _unless_mixed(lambda of=of: of.allow_tf32)) for of in (matmul, cudnn)]

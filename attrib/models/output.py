@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from attrib.models.output_kinds import KINDS, Classes, Link, OutputKind
+from attrib.models.output_kind import Link, OutputKind
+from attrib.models.output_kinds import KINDS, Classes
 from attrib.types import UserError, did_you_mean
 
 Take = str | int | Callable[[Any], Tensor]
@@ -50,7 +51,8 @@ class Output:
     """``model.output``: how the scores (N, K) come out of what the net returns.
 
     take   a field of it ("logits"), an index (0), or a function of it; None: it is what ``read`` wants
-    read   an ``OutputKind``, or the name of one: "classes", "sigmoid", "value", "region", "similarity", "next_token"
+    read   an ``OutputKind``, or the name of one: "classes", "probabilities", "sigmoid", "value", "region",
+           "similarity", "next_token"
 
     >>> Output.of({"take": "logits", "read": "sigmoid"}).spec
     {'take': 'logits', 'read': 'sigmoid'}

@@ -2,86 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, fx, nn
 
 from attrib.keys import tensor_digest
+from attrib.models.output_kind import Link, OutputKind, keep, like
+from attrib.models.output_region import Region
 from attrib.models.text import last_step, real_tokens
 from attrib.types import Batch, SampleError, UserError
 
-Link = Literal["softmax", "sigmoid"]  # softmax: classes exclude each other; sigmoid: each is true or not by itself
-
-
-@dataclass(frozen=True, eq=False)
-class OutputKind:
-    """Makes scores (N, K) of what a net returns, or of what ``model.output.take`` takes of it.
-
-    A kind keeps tensors that belong to a net (masks, prompts) in the net, as buffers that are no part of its state.
-
-    READ   its name in ``model.output.read``
-    LEAST  the smallest K
-    """
-
-    READ: ClassVar[str]
-    LEAST: ClassVar[int] = 2
-
-    @property
-    def decides(self) -> bool:
-        """Whether the class with the largest score is the net's answer."""
-        return True
-
-    @property
-    def per_sample(self) -> bool:
-        """Whether a score depends on which sample is explained, see ``Classifier.explaining``."""
-        return False
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What enters the model's key, beside the name."""
-        return {}
-
-    def link_of(self, net: nn.Module) -> Link | None:
-        """How probabilities are made of scores; None if there are none."""
-        return "softmax"
-
-    def class_names(self, net: nn.Module) -> tuple[str, ...] | None:
-        """The names of the K classes, where they are known."""
-        names = getattr(net, "class_names", None)
-        return tuple(names) if isinstance(names, tuple | list) else None
-
-    def prepare(self, net: nn.Module) -> None:
-        """Look up once what is needed of ``net``, which is on its device by now. Raises UserError."""
-
-    def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
-        """What the net returned for the rows x -> (N, K). Raises UserError for what cannot be read like this."""
-        return raw
-
-    def check_texts(self, net: nn.Module, batch: Batch) -> None:
-        """Raises SampleError for a text whose score cannot be told."""
-
-    def _tensor(self, raw: Any, what: str, dims: Sequence[int]) -> Tensor:
-        """``raw``, if it is a tensor of so many dimensions; while the net is traced nobody knows."""
-        if isinstance(raw, fx.Proxy):
-            return raw  # type: ignore[return-value]
-        if not isinstance(raw, Tensor) or raw.ndim not in dims or not raw.is_floating_point():
-            shape = f"a tensor {tuple(raw.shape)}" if isinstance(raw, Tensor) else f"a {type(raw).__name__}"
-            raise UserError(f"model.output: read={self.READ} wants {what}, and the net returns {shape}")
-        return raw
+ROUNDING = 1e-4  # of probabilities that a net has computed
 
 
 class Classes(OutputKind):
     """A logit per class; classes exclude each other."""
 
     READ = "classes"
+
+
+@dataclass(frozen=True, eq=False)
+class Probabilities(OutputKind):
+    """Probabilities (N, K), whose logits the net does not return. The scores are logits that have these probabilities.
+
+    What is below 0 or above 1 becomes NaN, which is no score.
+
+    link  "softmax": they exclude each other and add up to 1; the scores are their logarithms. "sigmoid": each is by
+          itself; the scores are log(p / (1 - p))
+    """
+
+    READ: ClassVar[str] = "probabilities"
+    link: Link = "softmax"
+
+    def __post_init__(self) -> None:
+        if self.link not in get_args(Link):
+            raise UserError(f"model.output: link must be softmax or sigmoid, not {self.link!r}")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {"link": self.link}
+
+    def link_of(self, net: nn.Module) -> Link:
+        return self.link
+
+    def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
+        raw = self._tensor(raw, "probabilities (N, K)", (2,))
+        raw = raw.masked_fill((raw < 0) | (raw > 1 + ROUNDING), torch.nan)
+        least = torch.finfo(torch.float32).tiny  # the logarithm of 0 would be infinite
+        scores: Any = raw.clamp(min=least).log()
+        return scores if self.link == "softmax" else scores - (1 - raw).clamp(min=least).log()
 
 
 class Sigmoid(OutputKind):
@@ -115,110 +88,6 @@ class Value(OutputKind):
     def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
         raw = self._tensor(raw, "values (N,) or (N, K)", (1, 2))
         return raw.reshape(raw.shape[0], -1)
-
-
-@dataclass(frozen=True, eq=False)
-class Region(OutputKind):
-    """Of a segmentation map (N, C, H, W), the logits of each class over a region. There are no probabilities.
-
-    region  a box (x1, y1, x2, y2), whose edges are pixels of the map: (0, 0, W, H) is all of it; or a mask (H, W), a
-            file (.png, where it is not 0, or .npy) or a tensor; or "predicted": for each class the pixels where it
-            has the largest logit, for the sample that is explained. Of its perturbed copies the same pixels count
-    reduce  "sum" or "mean" over the region
-    """
-
-    READ: ClassVar[str] = "region"
-    LEAST: ClassVar[int] = 1
-    region: Any = None
-    reduce: Literal["sum", "mean"] = "sum"
-    _mask: Tensor | None = dataclasses.field(init=False, default=None, repr=False)
-    _pixels: int = dataclasses.field(init=False, default=0, repr=False)  # in the mask
-
-    def __post_init__(self) -> None:
-        region = self.region
-        if self.reduce not in ("sum", "mean"):
-            raise UserError(f"model.output: reduce must be sum or mean, not {self.reduce!r}")
-        if region is None:
-            raise UserError("model.output: read=region wants region: a box [x1, y1, x2, y2], a mask or predicted")
-        if isinstance(region, str | Path) and region != "predicted":
-            object.__setattr__(self, "_mask", _mask_of(Path(region).expanduser()))
-        elif isinstance(region, Tensor | np.ndarray):
-            object.__setattr__(self, "_mask", _checked_mask(torch.as_tensor(region), "model.output: the mask"))
-        elif region != "predicted":
-            whole = isinstance(region, Sequence) and all(type(edge) is int for edge in region)
-            if not whole or len(region) != 4 or not (0 <= region[0] < region[2] and 0 <= region[1] < region[3]):
-                raise UserError(
-                    f"model.output: region {region!r} must be a box of four whole numbers x1 < x2, y1 < y2 "
-                    "([x1, y1, x2, y2]), a mask or predicted"
-                )
-            object.__setattr__(self, "region", tuple(region))
-        if self._mask is not None:
-            object.__setattr__(self, "_pixels", int(self._mask.sum()))
-
-    @property
-    def per_sample(self) -> bool:
-        return isinstance(self.region, str) and self.region == "predicted"
-
-    @property
-    def decides(self) -> bool:
-        return not self.per_sample  # sums over regions of different sizes cannot be compared
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        region = self.region if self._mask is None else tensor_digest({"mask": self._mask})
-        return {"region": region, "reduce": self.reduce}
-
-    def link_of(self, net: nn.Module) -> None:
-        return None
-
-    def prepare(self, net: nn.Module) -> None:
-        if self._mask is not None:
-            _keep(net, "output_outside", ~self._mask.to(_like(net).device))
-        if self.per_sample:
-            net.output_first = None  # type: ignore[assignment]
-
-    def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
-        raw = self._tensor(raw, "a map (N, C, H, W) of logits", (4,))
-        traced = isinstance(raw, fx.Proxy)
-        if self.per_sample:
-            if traced:  # the region would become a part of the graph, which is cut by hooks instead
-                raise TypeError("a graph cannot hold the region of a sample")
-            inside = self._inside(net, raw)
-            total = raw.masked_fill(~inside, 0.0).sum((2, 3))
-            return total if self.reduce == "sum" else total / inside.sum((2, 3)).clamp(min=1)
-        if self._mask is not None:
-            outside: Any = net.output_outside
-            if not traced and outside.shape != raw.shape[2:]:
-                raise UserError(
-                    f"model.output: the mask has {_size(outside)} pixels, and the map that the net returns "
-                    f"{_size(raw)} (height x width); give a mask of the map"
-                )
-            # Not by a product: outside, a net may say -inf.
-            total, count = raw.masked_fill(outside, 0.0).sum((2, 3)), self._pixels
-        else:
-            x1, y1, x2, y2 = self.region
-            if not traced and (x2 > raw.shape[3] or y2 > raw.shape[2]):
-                raise UserError(
-                    f"model.output: the box {list(self.region)} is not inside the map that the net returns, which has "
-                    f"{_size(raw)} pixels (height x width)"
-                )
-            total, count = raw[:, :, y1:y2, x1:x2].sum((2, 3)), (x2 - x1) * (y2 - y1)
-        return total if self.reduce == "sum" else total / count
-
-    def _inside(self, net: nn.Module, raw: Tensor) -> Tensor:
-        """(1 or N, C, H, W): the pixels that each class has."""
-        first: Any = net.output_first
-        if first is None:
-            raise UserError(
-                "model.output: the predicted region is that of the sample that is explained, and it is not known which "
-                "that is; compute this within Classifier.explaining(x)"
-            )
-        if raw.shape[1] < 2:
-            raise UserError("model.output: a map of one class has no predicted region; give a box or a mask")
-        if isinstance(first, list):  # see ``Output.alone``
-            first.append(raw.detach().argmax(1))
-            first = first[-1]
-        return first[:, None] == torch.arange(raw.shape[1], device=raw.device)[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,8 +158,8 @@ class Similarity(OutputKind):
                 f"model.output: {type(net).__name__} does not say the scale of its similarities; set model.output.scale"
             )
         # Folded into the texts, whose embeddings have length 1.
-        _keep(net, "output_prompts", (float(scale) * F.normalize(found.to(_like(net)), dim=1)))
-        _keep(net, "output_bias", torch.full((len(found),), float(bias)).to(_like(net)))
+        keep(net, "output_prompts", (float(scale) * F.normalize(found.to(like(net)), dim=1)))
+        keep(net, "output_bias", torch.full((len(found),), float(bias)).to(like(net)))
 
     def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
         raw = self._tensor(raw, "embeddings (N, D)", (2,))
@@ -359,7 +228,7 @@ class NextToken(OutputKind):
         found = dict(zip(words, look_up(words) if look_up is not None and words else (), strict=True))
         ids = [found[c] if isinstance(c, str) else c for c in self.candidates]
         _distinct(ids, "candidates")
-        _keep(net, "output_candidates", torch.tensor(ids, device=_like(net).device))
+        keep(net, "output_candidates", torch.tensor(ids, device=like(net).device))
         net.output_highest = max(ids)  # type: ignore[assignment]
 
     def check_texts(self, net: nn.Module, batch: Batch) -> None:
@@ -389,7 +258,7 @@ class NextToken(OutputKind):
 
 
 KINDS: Mapping[str, type[OutputKind]] = {
-    kind.READ: kind for kind in (Classes, Sigmoid, Value, Region, Similarity, NextToken)
+    kind.READ: kind for kind in (Classes, Probabilities, Sigmoid, Value, Region, Similarity, NextToken)
 }
 
 
@@ -401,42 +270,3 @@ def _distinct(values: Sequence[Any], field: str) -> None:
     for i, value in enumerate(values):
         if value in values[:i]:
             raise UserError(f"model.output: {field} has {value!r} twice; classes must differ")
-
-
-def _size(map: Tensor) -> str:
-    return "x".join(str(side) for side in map.shape[-2:])
-
-
-def _like(net: nn.Module) -> Tensor:
-    """An empty tensor on the net's device and in its precision."""
-    for parameter in net.parameters():
-        if parameter.is_floating_point():
-            return parameter.detach().new_empty(0)
-    return torch.empty(0)
-
-
-def _keep(net: nn.Module, name: str, value: Tensor) -> None:
-    net.register_buffer(name, value, persistent=False)
-
-
-def _checked_mask(mask: Tensor, where: str) -> Tensor:
-    mask = mask != 0
-    if mask.ndim != 2 or not mask.any():
-        why = "has no pixel" if mask.ndim == 2 else f"has the shape {tuple(mask.shape)}, not (H, W)"
-        raise UserError(f"{where} {why}")
-    return mask.cpu()
-
-
-def _mask_of(path: Path) -> Tensor:
-    """A mask (H, W) bool from a file. Raises UserError that names it."""
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path) as image:
-                array = np.asarray(image if image.mode in ("L", "1", "P", "I;16", "I") else image.convert("L"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"model.output: region: {path} cannot be read as a mask: {error}") from error
-    if array.dtype.kind not in "biuf":
-        raise UserError(f"model.output: region: {path} holds {array.dtype}, not the numbers of a mask")
-    return _checked_mask(torch.from_numpy(np.array(array != 0)), f"model.output: region: {path}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attrib.models.output import log_probabilities
-from attrib.models.output_kinds import Link
+from attrib.models.output_kind import Link
 
 
 def target_loss(logits: Tensor, target: Tensor, link: Link | None = "softmax") -> Tensor:

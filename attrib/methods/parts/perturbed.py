@@ -18,7 +18,7 @@ from attrib.methods.parts.covariance import Spread
 from attrib.methods.parts.inputs import EMBEDDING, Inputs
 from attrib.models import Classifier, log_probabilities
 from attrib.models.device_memory import of_the_device
-from attrib.models.output_kinds import Link
+from attrib.models.output_kind import Link
 from attrib.noise import Noise
 
 Activation = Literal["softmax", "log_softmax", "none"]
