@@ -22,6 +22,7 @@ from attrib.methods.parts.inputs import EMBEDDING
 from attrib.metrics import Metric
 from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
 from attrib.models.precision import Precision
+from attrib.models.structure import structure
 from attrib.models.zoo import input_of, timm_net
 from attrib.running.options import Options
 from attrib.types import UserError, did_you_mean
@@ -95,13 +96,14 @@ class Net:
         if net is not self.given:  # a wrapper, in which the user's own net is called so
             own = {name for name, _ in self.given.named_modules()}
             layers = {role: f"net.{path}" if path in own else path for role, path in layers.items()}
+        spec: Any = getattr(net, "spec", None) or structure(net)
         model = Classifier(
             net,
             {**getattr(net, "default_layers", {}), **layers},
             rows=self.options.rows,
             device=parse_device(self.options.device),
             dtype=getattr(torch, self.options.dtype),
-            spec=getattr(net, "spec", {}),
+            spec=spec,
             input_shape=shape,
             fold=self.options.fold,
             compile=self.options.compile,

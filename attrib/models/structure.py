@@ -1,0 +1,76 @@
+"""What a net computes beside its weights, as far as it can be told from outside: for the key of one without a spec."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from types import BuiltinFunctionType, CodeType, FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from attrib import keys
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def structure(net: nn.Module) -> dict[str, Any]:
+    """A description that differs between nets that have the same weights and compute something else from them.
+
+    What every module says of itself (``extra_repr``), plain values and functions that are its attributes, and the code
+    of what is no part of torch: forwards, of classes or of one object, and hooks. Functions that these call are not
+    looked into.
+
+    >>> one, other = (nn.Sequential(nn.Linear(2, 2), last) for last in (nn.ReLU(), nn.Softplus()))
+    >>> structure(one) == structure(other)
+    False
+    """
+    code: dict[str, str] = {}
+    modules: dict[str, Any] = {}
+    for path, module in net.named_modules():
+        traced = isinstance(module, fx.GraphModule)  # each has a class of its own
+        name = keys.stable_name(fx.GraphModule if traced else type(module))
+        if traced:
+            code[f"{path}: {name}"] = str(module.code)
+        elif not name.startswith("torch."):
+            code.setdefault(name, _code(type(module)))
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        for function in ([] if traced else [vars(module).get("forward")]) + hooks:
+            if function is not None:
+                code[f"{path}: {_name(function)}"] = _code(function)
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+        known = {key: said for key, value in own.items() if (said := _said(value)) is not None}
+        modules[path] = [name, _ADDRESS.sub("", module.extra_repr()), known]
+    return {"modules": modules, "code": code}
+
+
+def _said(value: Any) -> Any:
+    """A plain value, or the name of a function; None for anything else."""
+    if isinstance(value, tuple | list):
+        return [_said(one) for one in value]
+    if isinstance(value, bool | int | float | str):
+        return value
+    return _name(value) if isinstance(value, FunctionType | BuiltinFunctionType) else None
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _code(thing: Any) -> str:
+    """The source of a class or function; of one that has none, such as one typed into a shell, its instructions."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return _instructions(vars(thing).get("forward") if isinstance(thing, type) else thing)
+
+
+def _instructions(function: Callable[..., Any] | None) -> str:
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    return "" if code is None else repr(_parts(code))
+
+
+def _parts(code: CodeType) -> tuple[Any, ...]:
+    constants = [_parts(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    return code.co_code, constants, code.co_names

@@ -1,0 +1,84 @@
+"""Nets with the same weights that compute different things have different keys, and nets that are the same have one."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import attrib
+from attrib.models.structure import structure
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor=1.0, act=F.relu):
+        super().__init__()
+        self.conv, self.head, self.factor, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2), factor, act
+
+    def forward(self, x):
+        return self.head(self.act(self.conv(x)).mean((2, 3)) * self.factor)
+
+
+class Doubled(Scaled):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def sequence(last=None, **conv):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, **conv), last or nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def hooked():
+    net = Scaled()
+    net.conv.register_forward_hook(lambda module, args, output: output + 1)
+    return net
+
+
+def replaced():
+    net = Scaled()
+    net.forward = lambda x: net.head(net.conv(x).mean((2, 3)))
+    return net
+
+
+def encoder(**options):
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)
+
+
+PAIRS = {
+    "a module": (sequence(), sequence(nn.Softplus())),
+    "a module's field": (sequence(nn.Softplus()), sequence(nn.Softplus(beta=0.2))),
+    "stride": (sequence(), sequence(stride=2)),
+    "a field that is not shown": (encoder(), encoder(norm_first=True)),
+    "an own field": (Scaled(), Scaled(0.5)),
+    "a function": (Scaled(), Scaled(act=torch.tanh)),
+    "forward": (Scaled(), Doubled()),
+    "a hook": (Scaled(), hooked()),
+    "forward of one object": (Scaled(), replaced()),
+    "a traced graph": (torch.fx.symbolic_trace(Scaled()), torch.fx.symbolic_trace(Doubled())),
+    "the order": (nn.Sequential(nn.ReLU(), nn.Tanh()), nn.Sequential(nn.Tanh(), nn.ReLU())),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+def test_what_a_net_computes_is_part_of_its_structure(pair):
+    one, other = pair
+    assert structure(one) != structure(other)
+    assert structure(one) == structure(copy.deepcopy(one)) == structure(one.eval())
+
+
+def test_a_work_directory_gives_no_other_nets_fit(tmp_path):
+    torch.manual_seed(0)
+    x, fit = torch.randn(2, 3, 8, 8), torch.randn(6, 3, 8, 8)
+    head = nn.Linear(4, 3)
+    one, other = (nn.Sequential(*sequence(act), head) for act in (nn.ReLU(), nn.Softplus(beta=0.2)))
+    other.load_state_dict(one.state_dict())
+
+    def bits(net, **where):
+        return attrib.explain(net, x, 1, "iba", fit=fit, layers="1", overrides=["method.steps=2"], **where)
+
+    first = bits(one, root=tmp_path)
+    assert torch.equal(bits(one, root=tmp_path).map, first.map)
+    found, alone = bits(other, root=tmp_path), bits(other)
+    torch.testing.assert_close(found.map, alone.map)
+    assert found.cell.model.key != first.cell.model.key
