@@ -108,6 +108,7 @@ AFFINE = {
     "average pooling": (nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), (2, 5, 5)),
     "adaptive average": (nn.AdaptiveAvgPool2d((2, 3)), (2, 5, 4)),
     "upsampling": (nn.Upsample(scale_factor=2, mode="bilinear"), (2, 3, 2)),
+    "bicubic upsampling": (nn.Upsample(scale_factor=1.5, mode="bicubic"), (2, 4, 4)),
     "dropout in eval": (nn.Dropout(0.5), (7,)),
     "functional conv": (lambda x: F.conv2d(x, WEIGHT, torch.tensor([0.3, -2.0]).double()), (3, 3, 3)),
     "functional linear, by name": (lambda x: F.linear(x, torch.ones(2, 5).double(), bias=torch.ones(2).double()), (5,)),

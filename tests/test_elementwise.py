@@ -264,6 +264,21 @@ def _attention(z: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(tokens, tokens * 0.7 + 0.1, tokens.flip(2))
 
 
+_RAMP = torch.arange(48.0, dtype=torch.float64).reshape(8, 6)
+
+
+def _unpooled(z: Tensor, order: Tensor) -> Tensor:
+    """The maxima of ``z`` where those of ``order`` are."""
+    places = F.max_pool2d(order, 2, return_indices=True)[1]
+    return F.max_unpool2d(F.max_pool2d(z, 2), places, 2)
+
+
+def test_unpooling_where_input_and_baseline_differ_is_refused():
+    net, batch = made(lambda z: _unpooled(z, z)), pictures(3)
+    with pytest.raises(UserError, match="DeepLIFT has no rule for max_unpool2d"):
+        explain(DeepLiftShap(samples=1, sigma=0.7), net, batch)
+
+
 COMPLETE: dict[str, Callable[[Tensor], Tensor]] = {
     "lp pool": lambda z: F.lp_pool2d(F.relu(z), 2.0, 2),
     "softmax": lambda z: z.softmax(1),
@@ -283,6 +298,9 @@ COMPLETE: dict[str, Callable[[Tensor], Tensor]] = {
     "views": lambda z: z.clone().transpose(1, 2)[:, 1:3].mul_(3),
     "covariance": lambda z: torch.einsum("nchw,ndhw->ncd", z, z),
     "bilinear": lambda z: F.interpolate(z, size=(5, 9), mode="bilinear"),
+    "bicubic": lambda z: F.interpolate(z, scale_factor=1.5, mode="bicubic"),
+    "bicubic of a size": lambda z: F.interpolate(z, size=(5, 9), mode="bicubic"),
+    "unpooled where it was": lambda z: _unpooled(z, torch.zeros_like(z) + _RAMP),
     "average": lambda z: F.avg_pool2d(z, 3, 2, 1, ceil_mode=True, count_include_pad=False),
     "shuffle": lambda z: F.pixel_shuffle(z, 2),
 }

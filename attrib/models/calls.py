@@ -22,6 +22,7 @@ OF_SHAPE = frozenset((
 REPLACED = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,  # whatever the strides of a rule's result are
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_index.Tensor: torch.ops.aten.index.Tensor,  # of bicubic interpolation
     torch.ops.aten.unsafe_split.Tensor: torch.ops.aten.split.Tensor,
     torch.ops.aten.unsafe_chunk.default: torch.ops.aten.chunk.default,
 }

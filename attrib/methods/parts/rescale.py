@@ -57,6 +57,11 @@ class Pair:
         return self.x.is_floating_point() or self.x.is_complex()
 
 
+def _settled(pair: Pair) -> Pair | Tensor:
+    """Places, such as those of maxima, are no pair if they are the same for the input and for the baseline."""
+    return pair if pair.differentiable or not torch.equal(pair.x, pair.x0) else pair.x
+
+
 def _pairs(*values: Any) -> list[Pair]:
     """All the pairs in nested arguments, in order."""
     return [value for value in tree_flatten(values)[0] if isinstance(value, Pair)]
@@ -166,13 +171,13 @@ def largest(pair: Pair, at: Tensor, at0: Tensor) -> Pair:
 
 def _pooled(
     function: Callable[..., tuple[Tensor, Tensor]], places: int, pair: Pair, *args: Any, **kwargs: Any
-) -> tuple[Pair, None]:
+) -> tuple[Pair, Pair]:
     """A max-pooling over the last dimensions, ``places`` of them, that says where its maxima were."""
     with torch.no_grad():
         (y, at), (_, at0) = _both(function, pair, *args, **kwargs)
     flat = linear(lambda t: t.flatten(-places), pair)
     found = largest(flat, at.flatten(-places), at0.flatten(-places))
-    return linear(lambda t: t.reshape(y.shape), found), None
+    return linear(lambda t: t.reshape(y.shape), found), Pair(at, at0)
 
 
 def _over(pair: Pair, dims: Sequence[int] | int = (), keepdim: bool = False) -> Pair:
@@ -362,6 +367,7 @@ POOLINGS_WITH_PLACES = {
 def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives for pairs, with the rule that fits. Raises NoRuleError if none does."""
     name, function = operation(node), call(node)
+    args = tree_map_only(Pair, _settled, args)
     if name in OF_SHAPE or of_sizes(node) or not _pairs(args, kwargs):
         return function(*tree_map_only(Pair, lambda p: p.x.detach(), args), **kwargs)
     if name in RECURRENT:
