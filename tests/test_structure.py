@@ -1,14 +1,19 @@
 """Nets with the same weights that compute different things have different keys, and nets that are the same have one."""
 
 import copy
+import importlib.util
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from tiny import command, pictures
 from torch import nn
 
 import attrib
-from attrib.models.structure import structure
+from attrib.models.structure import own_code, structure
+from attrib.running import plan
 
 
 class Scaled(nn.Module):
@@ -82,3 +87,42 @@ def test_a_work_directory_gives_no_other_nets_fit(tmp_path):
     found, alone = bits(other, root=tmp_path), bits(other)
     torch.testing.assert_close(found.map, alone.map)
     assert found.cell.model.key != first.cell.model.key
+
+
+# ---- one's own code in runs --------------------------------------------------------------------------
+
+NET = "from torch import nn\n\nclass Mine(nn.Module):\n    def forward(self, x):\n        return {}\n"
+
+
+def mine(folder, body):
+    path = folder / f"mine_{len(list(folder.iterdir()))}.py"
+    path.write_text(NET.format(body))
+    spec = importlib.util.spec_from_file_location("mine", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mine"] = module
+    spec.loader.exec_module(module)
+    return module.Mine
+
+
+def test_own_code_is_what_is_written_without_comments(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    first = own_code(mine(tmp_path, "x + 1"))
+    assert first is not None
+    assert own_code(mine(tmp_path, "x + 1  # one more")) == first == own_code(mine(tmp_path, "x+1"), nn.Linear)
+    assert own_code(mine(tmp_path, "x + 2")) != first
+    assert own_code(nn.Linear, attrib.models.LeNet, torchvision.models.ResNet) is None
+
+
+def test_a_run_says_when_the_code_of_a_net_has_changed(tmp_path, capfd, caplog, monkeypatch):
+    run = command(capfd)
+    line = ["dataset=tiny", f"dataset.root={pictures(tmp_path, 2)}", "model=small_cnn", "method=gradient", "metric=[]"]
+    line += [f"run.root={tmp_path / 'w'}", "run.progress=false"]
+    assert run(*line).status == 0
+    same = run(*line)
+    assert "maps_present=2" in same.out
+    assert "the code of" not in caplog.text
+    monkeypatch.setattr(plan, "own_code", lambda *classes: "another")
+    changed = run(*line)
+    assert changed.status == 0
+    assert "the code of the model is another one than when" in caplog.text
+    assert "maps_present=2" in changed.out

@@ -1,10 +1,16 @@
-"""What a net computes beside its weights, as far as it can be told from outside: for the key of one without a spec."""
+"""What a net computes beside its weights, as far as it can be told from outside.
+
+It is part of the key of a net that was handed over in Python, and by it a run sees that one's own code has changed.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
@@ -45,6 +51,22 @@ def structure(net: nn.Module) -> dict[str, Any]:
     return {"modules": modules, "code": code}
 
 
+def own_code(*classes: type) -> str | None:
+    """A digest of the code of those classes that are part of no installed package; None if all are."""
+    own = {keys.stable_name(kind): _code(kind) for kind in classes if not _installed(kind)}
+    return keys.digest(own) if own else None
+
+
+def _installed(kind: type) -> bool:
+    if kind.__module__.partition(".")[0] in ("attrib", "torch"):
+        return True
+    try:
+        parts = Path(inspect.getfile(kind)).parts
+    except (OSError, TypeError):  # typed into a shell, or made by a program
+        return False
+    return not {"site-packages", "dist-packages"}.isdisjoint(parts)
+
+
 def _said(value: Any) -> Any:
     """A plain value, or the name of a function; None for anything else."""
     if isinstance(value, tuple | list):
@@ -59,10 +81,10 @@ def _name(function: Any) -> str:
 
 
 def _code(thing: Any) -> str:
-    """The source of a class or function; of one that has none, such as one typed into a shell, its instructions."""
+    """The source of a class or function, without comments; where there is none, as in a shell, its instructions."""
     try:
-        return inspect.getsource(thing)
-    except (OSError, TypeError):
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+    except (OSError, TypeError, SyntaxError):  # the source of a lambda is the line that it stands in
         return _instructions(vars(thing).get("forward") if isinstance(thing, type) else thing)
 
 

@@ -15,6 +15,7 @@ import attrib
 from attrib import keys
 from attrib.experiment.cell import Experiment
 from attrib.models import Classifier
+from attrib.models.structure import own_code
 from attrib.models.variant import Variant
 from attrib.process.git import git_commit
 from attrib.process.signals import Stop
@@ -191,8 +192,15 @@ def spec_of(plan: Plan) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "git": git_commit(),
+        **({"code": code} if (code := _own_code(experiment)) else {}),
         **({} if experiment.model.variant is None else {"randomised": _randomised(experiment.model.variant, plan)}),
     }
+
+
+def _own_code(experiment: Experiment) -> dict[str, str]:
+    """Digests of the code of a model and a method that are somebody's own."""
+    classes = {"model": map(type, experiment.model.original.module.modules()), "method": [type(experiment.method)]}
+    return {part: found for part, kinds in classes.items() if (found := own_code(*kinds)) is not None}
 
 
 def exam_of(model: Classifier) -> dict[str, Any] | None:

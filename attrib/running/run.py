@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from attrib.errors import GoneError
@@ -185,10 +186,19 @@ def _open(plan: Plan) -> None:
     spec = spec_of(plan)
     plan.cell.write_spec(spec)
     try:
-        there = plan.cell.spec.get("key")
+        there = plan.cell.spec
     except UnreadableError as error:
         raise UserError(f"{error}; if it is damaged, `attrib cache repair` moves it away") from error
-    if there != spec["key"]:
+    if there.get("key") != spec["key"]:
         raise UserError(f"{plan.cell.folder} holds another experiment whose key begins alike; take another run.root")
+    first = there.get("code")
+    for part, code in spec.get("code", {}).items():
+        if isinstance(first, Mapping) and first.get(part, code) != code:
+            log.warning(
+                "the code of the %s is another one than when %s was begun; what is stored there still counts. If it "
+                "computes something else now, take another run.root, or delete that folder",
+                part,
+                plan.cell.folder,
+            )
     plan.cell.write_samples(plan.selected, plan.fingerprints, plan.asked)
     plan.cell.begin()

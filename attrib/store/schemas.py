@@ -97,6 +97,7 @@ class Spec(TypedDict, total=False):
     config: dict[str, Any]
     versions: dict[str, str]
     git: str | None
+    code: dict[str, str]
     key: str
     modality: str
     extras: dict[str, str]
