@@ -86,6 +86,7 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         if path and _compiled(child):
             parent, _, last = path.replace(f".{COMPILED}", "").rpartition(".")
             setattr(new.get_submodule(parent), last, unwrapped(child))
+    new.requires_grad_(False)  # before a recurrent layer, in ``to``, keeps weights that are computed from parameters
     try:
         new = new.to(device, dtype).eval()
     except NotImplementedError as error:  # what torch.export gave, in some versions
@@ -93,7 +94,7 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
     for module in new.modules():
         if isinstance(module, nn.RNNBase):
             module.forward = MethodType(_recurrent, module)
-    return new.requires_grad_(False)
+    return new
 
 
 def _recurrent(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
