@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attrib import keys
-from attrib.api.inputs import Given
+from attrib.api.names import Given
 from attrib.api.nets import Net
 from attrib.api.parts import Explainer, estimation
 from attrib.config.objects import check_modality

@@ -14,8 +14,8 @@ import pandas as pd
 from attrib.api.comparison import Comparison
 from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
 from attrib.api.explanation import Explanation
-from attrib.api.inputs import maps_of, with_roi
 from attrib.api.lines import Origin
+from attrib.api.maps import maps_of, with_roi
 from attrib.api.modes import undisturbed
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
