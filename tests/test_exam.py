@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -433,7 +434,7 @@ def test_other_forms_are_refused_with_a_sentence(net, why):
 
 def test_a_net_that_cannot_be_copied():
     net = plain()
-    net.remembered = net(torch.zeros(1, *SHAPE))  # with its graph
+    net.lock = threading.Lock()
     with pytest.raises(UserError, match="Sequential cannot be copied"):
         Classifier(net, input_shape=SHAPE)
 

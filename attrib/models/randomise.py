@@ -5,7 +5,6 @@ Adebayo, Gilmer, Muelly, Goodfellow, Hardt & Kim, *Sanity Checks for Saliency Ma
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attrib.models.classifier import Classifier
+from attrib.models.forms import copied
 from attrib.models.variant import Randomise, Variant, WeightedLayer
 from attrib.noise import Noise
 from attrib.types import UserError
@@ -163,7 +163,7 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         like = x.to(original.device, original.dtype if x.is_floating_point() else None)
         found = weighted_layers(original.module, like)
     chosen = how.chosen(found)
-    new = copy.deepcopy(net)
+    new = copied(net)
     reinitialise(new, chosen, how.seed)
     about = Variant(tuple(layer.path for layer in chosen), len(found), found.index(chosen[-1]) + 1, how)
     modules = sorted(path for layer in chosen for path in layer.modules)
