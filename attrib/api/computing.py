@@ -308,4 +308,4 @@ def _stacked(batch: Batch, maps: Sequence[np.ndarray], kind: str) -> Tensor:
         if map.shape != places:
             raise UserError(f"maps: {kind} of {uid} is {map.shape}, but its input has {places}")
         found.append(map)
-    return torch.from_numpy(np.stack(found).astype(np.float32))
+    return torch.from_numpy(np.stack(found))

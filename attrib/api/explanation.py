@@ -127,6 +127,11 @@ class Explanation:
             raise UserError(f"{', '.join(others)}: an Explanation brings its own; leave that out, or give its maps")
         if net is not None and net is not self.origin.net.given and net != self.origin.net.preset:
             raise UserError("net is not the one that was explained; to have maps scored by another, give .maps")
+        if net is not None and self.origin.net.weights not in (None, self.cell.model.weights):
+            raise UserError(
+                "net was changed since it was explained: its weights are others now. To have maps scored by the net as "
+                "it is, give .maps; by the net as it was, leave it out (None)"
+            )
         if x is None or x is self.cell.dataset:
             return
         net_input, pad = self.origin.net.input, self.origin.net.pad

@@ -15,7 +15,7 @@ from attrib.api.comparison import Comparison
 from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
 from attrib.api.explanation import Explanation
 from attrib.api.lines import Origin
-from attrib.api.maps import maps_of, with_roi
+from attrib.api.maps import as_computed, maps_of, with_roi
 from attrib.api.modes import undisturbed
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
@@ -149,8 +149,9 @@ def evaluate(
     cell = cell_of(door, found, rule, method, named, seed)
     size = door.options.read
     targets = targets_of(cell, found.uids, size)
+    dtype = cell.model.dtype
     known = {
-        uid: One({name: value[i] for name, value in arrays.items()}, targets[uid], {})
+        uid: One({n: as_computed(each[i], dtype, f"{n} of {uid}") for n, each in arrays.items()}, targets[uid], {})
         for i, uid in enumerate(found.uids)
     }
     return scores(cell, known, size)

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from attrib.api.names import Given, Input, labels_of, named
+from attrib.api.names import Given, Input, labels_of, named, writable
 from attrib.api.tensors import Reading, of_batch, of_tensors, of_torch
 from attrib.datasets import Dataset, ImageTransform, Sound, WaveTransform
+from attrib.datasets.files import shown
 from attrib.datasets.memory import Pictures, Sentences, Waves
 from attrib.datasets.sound import read_sound
 from attrib.keys import digest
@@ -155,7 +156,7 @@ def _chosen(dataset: Dataset, uids: Sequence[str] | None, labels: Any, what: str
     if labels is not None:
         raise UserError(f"target: {what} is a dataset, which has labels of its own; explain target='label'")
     if uids is None:
-        return tuple(dataset.uids)
+        return writable(tuple(dataset.uids))
     known = set(dataset.uids)
     for uid in uids:
         if uid not in known:
@@ -197,7 +198,7 @@ def _content(path: Path, what: str) -> bytes:
 
 
 def _file_name(one: Any) -> str:
-    return Path(one).name if isinstance(one, str | Path) else ""
+    return shown(Path(one).name) if isinstance(one, str | Path) else ""  # as names in folders of images are
 
 
 def _sounds(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:

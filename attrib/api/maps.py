@@ -6,17 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attrib.api.names import Given
 from attrib.datasets.memory import Pictures, Tensors, Waves
 from attrib.types import UserError
 
+ROUNDING = 1e-12  # of float64, relative: what numbers differ by that were computed in two ways
+LOST = 0.1  # so many of a map's steps may be lost: of a million random numbers float32 loses a thirtieth
+
 # ---- maps of other programs ---------------------------------------------------------------------
 
 
 def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
-    """One float32 array for each sample. Raises UserError."""
+    """One array for each sample, in the numbers that it came in. Raises UserError."""
     if isinstance(maps, Iterable) and not isinstance(maps, str | Mapping):
         each = maps if isinstance(maps, Tensor | np.ndarray) else list(maps)
         try:
@@ -27,11 +31,39 @@ def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
             if len(found) != samples:
                 hint = "; of one sample they are maps[None]" if samples == 1 and found[0].ndim == 1 else ""
                 raise UserError(f"maps: {name} has {len(found)} maps for {samples} samples{hint}")
-            return [m.astype(np.float32) for m in found]
+            return found
     what = f"{type(maps).__name__}{f' of {maps.dtype}' if isinstance(maps, Tensor | np.ndarray) else ''}"
     raise UserError(
         f"maps: {name} is {what}; give an Explanation, or real numbers (N, H, W), of sounds (N, L), of texts (N, T) or "
         "N maps (T,)"
+    )
+
+
+def as_computed(map: np.ndarray, dtype: torch.dtype, name: str) -> np.ndarray:
+    """The map in ``dtype``, in which it is scored; ``name`` is what messages call it.
+
+    Raises UserError where values become equal by that: metrics rank by them, and equal ones by chance. Differences of
+    rounding are none, and a few of many values may fall together, as random ones do.
+    """
+    target = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+    with np.errstate(over="ignore"):
+        found = map.astype(target)
+        if np.can_cast(map.dtype, target) and (map.dtype.kind == "f" or map.itemsize < target.itemsize):
+            return found  # each number of the one is one of the other
+        values = np.unique(map[np.isfinite(map)])
+        kept = values.astype(target)
+    wide = values.astype(np.longdouble)
+    nearest = ROUNDING * np.maximum(np.abs(wide[1:]), np.abs(wide[:-1])) if map.dtype.kind == "f" else 0
+    apart = np.diff(wide) > nearest
+    lost, steps = int((apart & (kept[1:] == kept[:-1])).sum()), int(apart.sum())
+    if lost <= LOST * steps and np.isfinite(kept).all():
+        return found
+    what = f"{lost} of {steps} steps between its values are" if lost else f"{np.abs(wide).max():.2g} is"
+    finer = "" if target == np.float64 else "compute in float64 (run={'dtype': 'float64'}, or dtype= of a Classifier), "
+    raise UserError(
+        f"maps: {name} is {map.dtype}, and {what} lost in {target}, in which the net is computed; what is equal there "
+        "would be ranked by chance. Leave a needless offset or scale out, as (maps - maps.min()) / (maps.max() - "
+        f"maps.min()) does, {finer}or give maps.astype('{target}') if those values may count as equal"
     )
 
 

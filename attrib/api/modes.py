@@ -17,7 +17,8 @@ _ONE = threading.RLock()
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
     """``function`` without the caller's autocast, as ``precision`` says the arithmetic, nor inference mode, in which
-    no gradient ever flows; and by one thread at a time, as torch.fx changes modules for all of them while it traces."""
+    no gradient ever flows, nor default device, as ``run.device`` says where things are computed; and by one thread at a
+    time, as torch.fx changes modules for all of them while it traces."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -25,6 +26,8 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             stack.enter_context(torch.inference_mode(False))
             for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
                 stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":  # else there is no mode, which would see each call of torch's
+                stack.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 
     return alone

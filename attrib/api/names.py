@@ -29,7 +29,7 @@ def named(uids: Sequence[str] | None, contents: Sequence[str]) -> tuple[str, ...
             raise UserError(f"uids: {len(found)} names for {len(contents)} samples")
         if len(set(found)) < len(found):
             raise UserError("uids: a name stands for two samples; random numbers belong to names")
-        return found
+        return writable(found)
     made: dict[str, None] = {}
     for content in contents:
         name, times = content, 1
@@ -38,6 +38,19 @@ def named(uids: Sequence[str] | None, contents: Sequence[str]) -> tuple[str, ...
             name = f"{content}-{times}"
         made[name] = None
     return tuple(made)
+
+
+def writable(uids: Sequence[str]) -> tuple[str, ...]:
+    """The names. Raises UserError for one that no file can hold."""
+    for uid in uids:
+        try:
+            str(uid).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"uids: {uid!r} has a character that no text file can hold (a lone surrogate); give the sample another "
+                "name"
+            ) from error
+    return tuple(uids)
 
 
 def labels_of(labels: Any, uids: Sequence[str]) -> Labels:

@@ -17,11 +17,12 @@ from attrib.config.objects import DTYPES, build, classifier, completed, options_
 from attrib.config.places import presets
 from attrib.datasets import Dataset, HuggingFaceEncoder, ImageTransform, WaveTransform
 from attrib.experiment.samples import parse_device
+from attrib.keys import tensor_digest
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING
 from attrib.metrics import Metric
 from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
-from attrib.models.forms import unwrapped
+from attrib.models.forms import tensors, unwrapped
 from attrib.models.precision import Precision
 from attrib.models.zoo import input_of, timm_net
 from attrib.running.options import Options
@@ -91,6 +92,11 @@ class Net:
             net = self.given.module if isinstance(self.given, Classifier) else unwrapped(self.given)
             own = getattr(net, "pad_id", None)
         return own if isinstance(own, int) and not isinstance(own, bool) else None
+
+    @property
+    def weights(self) -> str | None:
+        """The digest of a module's weights, as they are now; None for what holds none of the caller's."""
+        return tensor_digest(tensors(unwrapped(self._wrapped()))) if isinstance(self.given, nn.Module) else None
 
     def classifier(self, method: Method | None, shape: tuple[int, ...] | None, dataset: Dataset) -> Classifier:
         """The net as methods see it. ``shape`` is that of an image or sound. Raises UserError."""

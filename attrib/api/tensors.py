@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from attrib.api.loaders import collate_of, places_of
-from attrib.api.names import Given, Input, labels_of, named
+from attrib.api.names import Given, Input, labels_of, named, writable
 from attrib.api.rows import InMemory, Item, OfBatch, OfItems, OfTorch, real_length
 from attrib.datasets import ImageTransform, WaveTransform
 from attrib.datasets.memory import Tensors
@@ -77,7 +77,7 @@ def of_batch(x: Batch, net: Reading, labels: Any) -> Given:
         x = dataclasses.replace(x, target=torch.stack([known[uid] for uid in x.uids]))
     if len(set(x.uids)) < len(x):
         raise UserError("uids: a name stands for two samples of the batch")
-
+    writable(x.uids)
     modality = {4: "image", 3: "audio", 2: "text"}.get(x.x.ndim)
     if modality is None:
         raise UserError(f"a Batch of inputs {tuple(x.x.shape)}; images have 4 axes, sounds 3, texts 2")
