@@ -47,7 +47,9 @@ def explain(
 
     net        a torch.nn.Module, an ``attrib.models.Classifier``, or the name of a model (``attrib list models``)
     x          a tensor as the net reads it; images (PIL, uint8 arrays, files), sentences or sounds (arrays, pairs of an
-               array and its rate, files); a ``Batch``, a torch dataset or DataLoader, a dataset (:func:`dataset`)
+               array and its rate, files); a ``Batch``, a torch dataset or DataLoader (of inputs, or of inputs and
+               labels, as its ``collate_fn`` makes them), a dataset (:func:`dataset`). What stands behind the ids of a
+               text and is the net's ``pad_id`` is padding
     target     the class that is explained: None or "predicted", "second", a number, a name, a number for each sample,
                "label" (a dataset's), or a contrast {"of": ..., "against": ...}
     method     the name of a method (``attrib list methods``), the path of a YAML, or a method
