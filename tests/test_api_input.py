@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +22,7 @@ import attrib
 from attrib.datasets import ImageTransform, WaveTransform
 from attrib.methods.baselines import Gradient
 from attrib.models import Classifier
+from attrib.types import Batch
 
 SOUNDS = WaveTransform(rate=4000, length=400)
 
@@ -66,6 +69,35 @@ def test_the_callers_autocast_and_inference_mode_change_nothing(images, method):
         assert torch.equal(attrib.explain(net, images.clone(), method=method).map, expected)
 
 
+@pytest.mark.parametrize("method", ["lrp_epsilon", "kernel_shap", "integrated_gradients", "cd"])
+def test_the_callers_default_device_changes_nothing(images, method):
+    net, x = small_cnn(), images[:1]
+    expected = attrib.explain(net, x, 1, method, run={"device": "cpu"})
+    torch.set_default_device("meta")
+    try:
+        found = attrib.explain(net, x, 1, method, run={"device": "cpu"})
+        scored = found.evaluate("insertion_deletion"), attrib.evaluate(net, x, found.map, "infidelity", target=1)
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found.map, expected.map)
+    assert all((rows["state"] == "ok").all() for rows in scored)
+    with torch.device("meta"):
+        assert torch.equal(attrib.explain(net, x, 1, method, run={"device": "cpu"}).map, expected.map)
+
+
+def test_names_that_no_file_can_hold(images, tmp_path):
+    """A lone surrogate is refused before anything is computed; in a file's name it is shown as in folders of images."""
+    for x, uids in ((images[:1], ["\ud800"]), (Batch(("a\udcff",), images[:1], torch.tensor([0])), None)):
+        with pytest.raises(attrib.UserError, match=r"^uids: 'a?\\ud.* no text file can hold .*another name"):
+            attrib.explain(small_cnn(), x, 0, "gradient", uids=uids)
+    file = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(file)
+    found = attrib.explain(small_cnn(), file, 0, "gradient", transform=ImageTransform(32, (0.0,) * 3, (1.0,) * 3))
+    assert found.uids == ("caf\\xe9.png",)
+    found.save(tmp_path / "saved")
+
+
 def test_hydra_of_the_caller_stays(images):
     with hydra.initialize(version_base=None, config_path=None):
         theirs = GlobalHydra.instance().hydra
@@ -101,9 +133,16 @@ def test_an_explanation_is_scored_as_what_it_is_of(images):
 
 
 def test_two_methods_never_share_a_folder(images, tmp_path):
-    found = attrib.compare(small_cnn(), images, {"a/b": "random", "a-b": "gradient"})
+    methods = {"a/b": "random", "a-b": "gradient", "A b": "input_x_gradient", "c": "smooth_grad"}
+    found = attrib.compare(small_cnn(), images, methods)
     found.save(tmp_path)
-    assert len(list(tmp_path.glob("*/maps.safetensors"))) == 2
+    saved = {p.parent.name: json.loads(p.read_text())["names"] for p in tmp_path.glob("*/explanation.json")}
+    assert {folder: names["method"] for folder, names in saved.items()} == {
+        "a-b": "a/b",
+        "a-b-2": "a-b",
+        "A-b-3": "A b",
+        "c": "c",
+    }
 
 
 def test_explanations_can_be_pickled_and_copied(images):

@@ -322,3 +322,15 @@ def test_the_folder_of_configurations_is_found():
 
     assert configs() == ROOT / "configs"
     assert Path(configs() / "run.yaml").is_file()
+
+
+@pytest.mark.parametrize("words", [["table"], ["status"], ["report"], ["show"], ["cache", "list"]])
+def test_a_work_directory_may_be_said_as_the_run_said_it(root, capsys, words):
+    """``run.root=W`` was taken for a path of that name."""
+    plain, said = [
+        (dispatch([*words, given]), capsys.readouterr().out.replace("run.root=", ""))
+        for given in (str(root), f"run.root={root}")
+    ]
+    assert plain == said
+    assert dispatch(["table", f"run.root={root}/nowhere"]) == 2
+    assert f"{root}/nowhere" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -531,7 +532,7 @@ def test_other_forms_are_refused_with_a_sentence(net, why):
 
 def test_a_net_that_cannot_be_copied():
     net = plain()
-    net.remembered = net(torch.zeros(1, *SHAPE))  # with its graph
+    net.lock = threading.Lock()
     with pytest.raises(UserError, match="Sequential cannot be copied"):
         Classifier(net, input_shape=SHAPE)
 

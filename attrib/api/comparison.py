@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -104,6 +104,9 @@ class Comparison:
     def save(self, folder: str | Path) -> Path:
         """Writes ``comparison.html``, ``scores.csv``, ``table.csv``, ``tests.csv``, and each method's maps.
 
+        The maps are in a folder called like the method; of names that differ only in what a folder's cannot have, the
+        second gets ``-2``.
+
         See :meth:`Explanation.save`. Returns the folder. Raises UserError if it cannot be written.
         """
         folder = Path(folder).expanduser()
@@ -115,14 +118,27 @@ class Comparison:
             write_atomic(folder / "comparison.html", pictures.page(drawn, title, table, self._samples).encode())
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-        places: list[str] = []
-        for name, explanation in self.explanations.items():
-            own = place = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-            while place in places:  # as of a/b and a-b
-                place = f"{own}-{len(places) + 1}"
-            places.append(place)
-            explanation.save(folder / place)
+        for name, place in zip(self.explanations, _folders(list(self.explanations))):
+            self.explanations[name].save(folder / place)
         return folder
+
+
+def _folders(names: Sequence[str]) -> list[str]:
+    """A folder for each method, called as it is called; a sign that no path has is "-", and of equal ones the second
+    in a row is ``NAME-2``. Case does not tell folders apart everywhere.
+
+    >>> _folders(["a/b", "a-b", "a b", "A-B-2", "iba"])
+    ['a-b', 'a-b-2', 'a-b-3', 'A-B-2-2', 'iba']
+    """
+    found: list[str] = []
+    for name in names:
+        own = place = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+        number = 1
+        while place.lower() in map(str.lower, found):
+            number += 1
+            place = f"{own}-{number}"
+        found.append(place)
+    return found
 
 
 def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataFrame:

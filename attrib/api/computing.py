@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attrib import keys
-from attrib.api.inputs import Given
+from attrib.api.names import Given
 from attrib.api.nets import Net
 from attrib.api.parts import Explainer, estimation
 from attrib.config.objects import check_modality
@@ -308,4 +308,4 @@ def _stacked(batch: Batch, maps: Sequence[np.ndarray], kind: str) -> Tensor:
         if map.shape != places:
             raise UserError(f"maps: {kind} of {uid} is {map.shape}, but its input has {places}")
         found.append(map)
-    return torch.from_numpy(np.stack(found).astype(np.float32))
+    return torch.from_numpy(np.stack(found))

@@ -20,11 +20,14 @@ import attrib
 from attrib import keys
 from attrib.api import pictures
 from attrib.api.computing import One, scores
-from attrib.api.inputs import Given, given, with_roi
+from attrib.api.inputs import given
 from attrib.api.lines import Origin, command_of
+from attrib.api.maps import with_roi
 from attrib.api.modes import undisturbed
+from attrib.api.names import Given
 from attrib.api.parts import measures
 from attrib.classes import shown_target
+from attrib.datasets.memory import Tensors
 from attrib.drawing.pictures import png
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
@@ -106,6 +109,9 @@ class Explanation:
     def _stacked(self, name: str) -> Tensor:
         arrays = [np.asarray(self.known[uid].arrays[name]) for uid in self.uids]
         longest = max((a.shape[:1] for a in arrays), default=())
+        data, of_tokens = self.cell.dataset, (*self.cell.method.MAPS, *self.cell.method.TOKENS)
+        if isinstance(data, Tensors) and data.modality == "text" and name in of_tokens:  # as wide as they were given
+            longest = (max(data.width, *longest),)
         if any(a.shape[:1] != longest for a in arrays):  # of texts
             arrays = [np.pad(a, [(0, longest[0] - len(a)), *[(0, 0)] * (a.ndim - 1)]) for a in arrays]
         if len({a.shape for a in arrays}) > 1:
@@ -121,9 +127,15 @@ class Explanation:
             raise UserError(f"{', '.join(others)}: an Explanation brings its own; leave that out, or give its maps")
         if net is not None and net is not self.origin.net.given and net != self.origin.net.preset:
             raise UserError("net is not the one that was explained; to have maps scored by another, give .maps")
+        if net is not None and self.origin.net.weights not in (None, self.cell.model.weights):
+            raise UserError(
+                "net was changed since it was explained: its weights are others now. To have maps scored by the net as "
+                "it is, give .maps; by the net as it was, leave it out (None)"
+            )
         if x is None or x is self.cell.dataset:
             return
-        found, data = given(x, self.origin.net.input, self.uids), self.cell.dataset
+        net_input, pad = self.origin.net.input, self.origin.net.pad
+        found, data = given(x, net_input, self.uids, pad=pad), self.cell.dataset
         if any(found.dataset.fingerprint(uid) != data.fingerprint(uid) for uid in self.uids):
             raise UserError("x is not what was explained; to have maps scored on other samples, give .maps")
 

@@ -14,8 +14,8 @@ import pandas as pd
 from attrib.api.comparison import Comparison
 from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
 from attrib.api.explanation import Explanation
-from attrib.api.inputs import maps_of, with_roi
 from attrib.api.lines import Origin
+from attrib.api.maps import as_computed, maps_of, with_roi
 from attrib.api.modes import undisturbed
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
@@ -47,7 +47,9 @@ def explain(
 
     net        a torch.nn.Module, an ``attrib.models.Classifier``, or the name of a model (``attrib list models``)
     x          a tensor as the net reads it; images (PIL, uint8 arrays, files), sentences or sounds (arrays, pairs of an
-               array and its rate, files); a ``Batch``, a torch dataset or DataLoader, a dataset (:func:`dataset`)
+               array and its rate, files); a ``Batch``, a torch dataset or DataLoader (of inputs, or of inputs and
+               labels, as its ``collate_fn`` makes them), a dataset (:func:`dataset`). What stands behind the ids of a
+               text and is the net's ``pad_id`` is padding
     target     the class that is explained: None or "predicted", "second", a number, a name, a number for each sample,
                "label" (a dataset's), or a contrast {"of": ..., "against": ...}
     method     the name of a method (``attrib list methods``), the path of a YAML, or a method
@@ -149,8 +151,9 @@ def evaluate(
     cell = cell_of(door, found, rule, method, named, seed)
     size = door.options.read
     targets = targets_of(cell, found.uids, size)
+    dtype = cell.model.dtype
     known = {
-        uid: One({name: value[i] for name, value in arrays.items()}, targets[uid], {})
+        uid: One({n: as_computed(each[i], dtype, f"{n} of {uid}") for n, each in arrays.items()}, targets[uid], {})
         for i, uid in enumerate(found.uids)
     }
     return scores(cell, known, size)

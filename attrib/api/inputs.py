@@ -6,62 +6,65 @@ shape.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils import data as torch_data
 
-from attrib.api.rows import InMemory, Item, OfBatch, OfItems, OfTorch
-from attrib.datasets import Dataset, Encoder, ImageTransform, Sound, WaveTransform
-from attrib.datasets.memory import Labels, Pictures, Sentences, Tensors, Waves
+from attrib.api.names import Given, Input, labels_of, named, writable
+from attrib.api.tensors import Reading, of_batch, of_tensors, of_torch
+from attrib.datasets import Dataset, ImageTransform, Sound, WaveTransform
+from attrib.datasets.files import shown
+from attrib.datasets.memory import Pictures, Sentences, Waves
 from attrib.datasets.sound import read_sound
-from attrib.keys import digest, tensor_digest
+from attrib.keys import digest
 from attrib.types import Batch, UserError
 
-Input = ImageTransform | WaveTransform | Encoder | None  # how a net wants its data
 CHANNELS = 8  # a second axis of no more numbers is one of channels
 LOUDEST = 1.5  # of a sound: resampling may go a little beyond full scale, another scale goes far
 _DATASET = ("fingerprint", "batch", "uids", "key", "modality")
 _PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # the modes that a PNG file keeps as they are
 
 
-class Given(NamedTuple):
-    """Samples by name, in the order in which they were given (a dataset sorts its own)."""
-
-    dataset: Dataset
-    uids: tuple[str, ...]
-
-
-def given(x: Any, how: Input, uids: Sequence[str] | None = None, labels: Any = None, what: str = "x") -> Given:
+def given(
+    x: Any,
+    how: Input,
+    uids: Sequence[str] | None = None,
+    labels: Any = None,
+    what: str = "x",
+    pad: int | None = None,
+) -> Given:
     """``x`` as a dataset.
 
     how     the input of the net, as far as it is known
     uids    the samples' names; of a dataset: which of its samples. By default a digest of each one's content
     labels  the class of each, or (N, K)
     what    what messages call it
+    pad     the id that the net names as that of padding; None: its tokenizer's
 
     Raises UserError for what is not understood, and says what would be.
     """
     if all(hasattr(x, name) for name in _DATASET):
         return Given(x, _chosen(x, uids, labels, what))
     if isinstance(x, Batch):
-        return _of_batch(x, how, labels)
+        return of_batch(x, Reading(how, pad), labels)
     if isinstance(x, torch_data.DataLoader | torch_data.Dataset):
-        return _of_torch(x, how, uids, labels, what)
+        return of_torch(x, Reading(how, pad), uids, labels, what)
     many = _listed(x, how, what)
     if not many:
         raise UserError(f"{what} holds no sample")
     kinds = {_kind(one, how) for one in many}
     if len(kinds) > 1:
         raise UserError(f"{what} mixes {' and '.join(sorted(kinds))}; give samples of one kind")
-    return _MAKERS[kinds.pop()](many, how, uids, labels, what)
+    kind = kinds.pop()
+    if kind == "tensors":
+        return of_tensors(many, Reading(how, pad), uids, labels, what)
+    return _MAKERS[kind](many, how, uids, labels, what)
 
 
 def _kind(one: Any, how: Input) -> str:
@@ -153,47 +156,13 @@ def _chosen(dataset: Dataset, uids: Sequence[str] | None, labels: Any, what: str
     if labels is not None:
         raise UserError(f"target: {what} is a dataset, which has labels of its own; explain target='label'")
     if uids is None:
-        return tuple(dataset.uids)
+        return writable(tuple(dataset.uids))
     known = set(dataset.uids)
     for uid in uids:
         if uid not in known:
             some = ", ".join(dataset.uids[:3])
             raise UserError(f"uids: {what} has no sample {uid!r} (it has {len(known)}: {some}, ...)")
     return tuple(uids)
-
-
-def _named(uids: Sequence[str] | None, contents: Sequence[str]) -> tuple[str, ...]:
-    """The names that were given, or those made of the contents; what comes twice gets a number."""
-    if uids is not None:
-        found = (uids,) if isinstance(uids, str) else tuple(map(str, uids))
-        if len(found) != len(contents):
-            raise UserError(f"uids: {len(found)} names for {len(contents)} samples")
-        if len(set(found)) < len(found):
-            raise UserError("uids: a name stands for two samples; random numbers belong to names")
-        return found
-    made: dict[str, None] = {}
-    for content in contents:
-        name, times = content, 1
-        while name in made:
-            times += 1
-            name = f"{content}-{times}"
-        made[name] = None
-    return tuple(made)
-
-
-def _labels(labels: Any, uids: Sequence[str]) -> Labels:
-    if labels is None:
-        return {}
-    try:
-        values = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"target: one for each sample must be a list of numbers of classes, not {labels!r}") from error
-    if values.is_floating_point() or values.ndim not in (1, 2) or len(values) != len(uids):
-        raise UserError(
-            f"target: {len(uids)} samples need as many classes (N,), or a 1 or 0 for each class (N, K), not "
-            f"{values.dtype} {tuple(values.shape)}"
-        )
-    return dict(zip(uids, values.cpu().long()))
 
 
 # ---- makers -------------------------------------------------------------------------------------
@@ -205,8 +174,8 @@ def _images(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels:
             what, "images", how, "transform=attrib.datasets.ImageTransform(size=..., mean=..., std=...)"
         )
     contents = [_encoded(one, what) for one in many]
-    names = _named(uids, [_file_name(one) or digest(data.hex())[:8] for one, data in zip(many, contents)])
-    return Given(Pictures(dict(zip(names, contents)), how, _labels(labels, names)), names)
+    names = named(uids, [_file_name(one) or digest(data.hex())[:8] for one, data in zip(many, contents)])
+    return Given(Pictures(dict(zip(names, contents)), how, labels_of(labels, names)), names)
 
 
 def _encoded(one: Any, what: str) -> bytes:
@@ -229,7 +198,7 @@ def _content(path: Path, what: str) -> bytes:
 
 
 def _file_name(one: Any) -> str:
-    return Path(one).name if isinstance(one, str | Path) else ""
+    return shown(Path(one).name) if isinstance(one, str | Path) else ""  # as names in folders of images are
 
 
 def _sounds(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
@@ -237,8 +206,8 @@ def _sounds(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels:
         raise _unknown_input(what, "sounds", how, "transform=attrib.datasets.WaveTransform(rate=..., length=...)")
     sounds = [_sound(one, how.rate, what) for one in many]
     contents = [_file_name(one) or digest(s.rate, s.samples.tobytes().hex())[:8] for one, s in zip(many, sounds)]
-    names = _named(uids, contents)
-    return Given(Waves(dict(zip(names, sounds)), how, _labels(labels, names)), names)
+    names = named(uids, contents)
+    return Given(Waves(dict(zip(names, sounds)), how, labels_of(labels, names)), names)
 
 
 def _sound(one: Any, rate: int, what: str) -> Sound:
@@ -275,8 +244,8 @@ def _texts(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: 
         return _sounds(many, how, uids, labels, what)
     if how is None:
         raise _unknown_input(what, "text", how, "tokenizer=... for sentences, or transform=... for files of images")
-    names = _named(uids, [digest(text)[:8] for text in many])
-    return Given(Sentences(dict(zip(names, many)), how, _labels(labels, names)), names)
+    names = named(uids, [digest(text)[:8] for text in many])
+    return Given(Sentences(dict(zip(names, many)), how, labels_of(labels, names)), names)
 
 
 def _files(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
@@ -292,139 +261,9 @@ def _unknown_input(what: str, kind: str, how: Input, say: str) -> UserError:
     return UserError(f"{what} holds {kind}, but the net wants {wants}")
 
 
-def _tensors(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
-    names = _named(uids, [tensor_digest({"": one})[:8] for one in many])
-    item = InMemory(dict(zip(names, many)), _labels(labels, names))
-    return Given(_made(names, item, many[0], how, what), names)
-
-
-def _made(uids: Sequence[str], item: Item, one: Tensor, how: Input, what: str) -> Tensors:
-    """Samples that ``item`` gives; ``one`` is one of the inputs."""
-    kinds = {(3, True): "image", (2, True): "audio", (1, False): "text"}
-    modality = kinds.get((one.ndim, one.is_floating_point()))
-    if modality is None:
-        raise UserError(
-            f"{what}: a sample of {one.dtype} {tuple(one.shape)}; images are (C, H, W) and sounds (C, L), of floats, "
-            "texts are (T,) ids"
-        )
-
-    return _read_by(OfItems(item, modality), uids, modality, how)
-
-
-def _read_by(read: Callable[[str], Batch], uids: Sequence[str], modality: str, how: Input) -> Tensors:
-    transform = how if isinstance(how, ImageTransform | WaveTransform) else None
-    return Tensors(uids, read, modality, transform, getattr(how, "pad", None))
-
-
-def _of_batch(x: Batch, how: Input, labels: Any) -> Given:
-    if len(x) == 0:
-        raise UserError("x holds no sample")
-    known = _labels(labels, x.uids)
-    if known:
-        x = dataclasses.replace(x, target=torch.stack([known[uid] for uid in x.uids]))
-    if len(set(x.uids)) < len(x):
-        raise UserError("uids: a name stands for two samples of the batch")
-
-    modality = {4: "image", 3: "audio", 2: "text"}.get(x.x.ndim)
-    if modality is None:
-        raise UserError(f"a Batch of inputs {tuple(x.x.shape)}; images have 4 axes, sounds 3, texts 2")
-    if modality == "text" and x.lengths is None:
-        x = dataclasses.replace(x, lengths=torch.full((len(x),), x.x.shape[1]))
-    return Given(_read_by(OfBatch(x), x.uids, modality, how), x.uids)
-
-
-def _of_torch(x: Any, how: Input, uids: Sequence[str] | None, labels: Any, what: str) -> Given:
-    """Of a torch dataset, or the one that a DataLoader loads from; each sample is read when it is asked for.
-
-    The names are the places in it. A dataset that gives something else each time, such as random crops, is explained
-    as it happens to be.
-    """
-    source, places = x, None
-    if isinstance(x, torch_data.DataLoader):
-        source, sampler = x.dataset, x.sampler
-        if isinstance(sampler, torch_data.SubsetRandomSampler):
-            places = list(sampler.indices)
-        elif not isinstance(sampler, torch_data.SequentialSampler | torch_data.RandomSampler):
-            raise UserError(
-                f"{what}: its DataLoader draws by {type(sampler).__name__}; give the samples themselves, such as a "
-                "torch.utils.data.Subset"
-            )
-    if isinstance(source, torch_data.IterableDataset) or not hasattr(source, "__len__"):
-        raise UserError(f"{what}: {type(source).__name__} has no length; give a dataset with __getitem__, or a list")
-    places = list(range(len(source))) if places is None else places
-    if not places:
-        raise UserError(f"{what} holds no sample")
-    width = len(str(max(places)))
-    names = _named(uids, [f"{place:0{width}d}" for place in places])
-    item = OfTorch(source, dict(zip(names, places)), _labels(labels, names), what)
-    return Given(_made(names, item, item(names[0])[0], how, what), names)
-
-
 _MAKERS: Mapping[str, Callable[..., Given]] = {
     "images": _images,
-    "tensors": _tensors,
     "texts or files": _texts,
     "files": _files,
     "sounds": _sounds,
 }
-
-
-# ---- maps of other programs ---------------------------------------------------------------------
-
-
-def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
-    """One float32 array for each sample. Raises UserError."""
-    if isinstance(maps, Iterable) and not isinstance(maps, str | Mapping):
-        each = maps if isinstance(maps, Tensor | np.ndarray) else list(maps)
-        try:
-            found = [np.asarray(m.detach().cpu() if isinstance(m, Tensor) else m) for m in each]
-        except (TypeError, ValueError, RuntimeError):
-            found = []
-        if found and all(m.dtype.kind in "biuf" for m in found):
-            if len(found) != samples:
-                hint = "; of one sample they are maps[None]" if samples == 1 and found[0].ndim == 1 else ""
-                raise UserError(f"maps: {name} has {len(found)} maps for {samples} samples{hint}")
-            return [m.astype(np.float32) for m in found]
-    what = f"{type(maps).__name__}{f' of {maps.dtype}' if isinstance(maps, Tensor | np.ndarray) else ''}"
-    raise UserError(
-        f"maps: {name} is {what}; give an Explanation, or real numbers (N, H, W), of sounds (N, L), of texts (N, T) or "
-        "N maps (T,)"
-    )
-
-
-# ---- regions of interest ------------------------------------------------------------------------
-
-
-def with_roi(found: Given, roi: Any) -> Given:
-    """The samples with their regions of interest: bool, one for each sample.
-
-    Of pictures (H, W) in the pixels of each picture, else as the network reads them: (H, W), of sounds (L,).
-
-    Raises UserError.
-    """
-    dataset = found.dataset
-    if not isinstance(dataset, Pictures | Waves | Tensors) or dataset.modality == "text":
-        raise UserError("roi: texts have no regions, and a dataset brings its own; give images or sounds themselves")
-    if not isinstance(roi, Iterable):
-        raise UserError(f"roi is {type(roi).__name__}; give a region of bool for each sample")
-    masks = [roi] if getattr(roi, "ndim", 3) == (1 if dataset.modality == "audio" else 2) else list(roi)
-    if len(masks) != len(found.uids):
-        raise UserError(f"roi: {len(masks)} regions for {len(found.uids)} samples")
-    regions = {}
-    for uid, mask in zip(found.uids, masks):
-        array = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
-        if array.dtype != bool:
-            raise UserError(f"roi: the region of {uid} is {array.dtype}, not bool; roi > 0, say")
-        wanted = _places(dataset, uid)
-        if array.shape != wanted:
-            raise UserError(f"roi: the region of {uid} is {array.shape}, but the sample is {wanted}")
-        regions[uid] = array
-    return Given(dataset.with_regions(regions), found.uids)
-
-
-def _places(dataset: Pictures | Waves | Tensors, uid: str) -> tuple[int, ...]:
-    if isinstance(dataset, Pictures):
-        width, height = dataset.size(uid)
-        return height, width
-    x = dataset.batch([uid]).x
-    return tuple(x.shape[2:])

@@ -19,8 +19,8 @@ _ONE = threading.RLock()
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
     """``function`` without the caller's autocast and products of fewer bits, as ``precision`` says the arithmetic, nor
-    inference mode, in which no gradient ever flows; and by one thread at a time, as torch.fx changes modules for all of
-    them while it traces."""
+    inference mode, in which no gradient ever flows, nor default device, as ``run.device`` says where things are
+    computed; and by one thread at a time, as torch.fx changes modules for all of them while it traces."""
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -29,6 +29,8 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             stack.enter_context(all_bits())
             for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
                 stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.get_default_device().type != "cpu":  # else there is no mode, which would see each call of torch's
+                stack.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 
     return alone

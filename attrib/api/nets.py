@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from attrib.api.inputs import Input
+from attrib.api.names import Input
 from attrib.config.compose import compose, parse_overrides
 from attrib.config.objects import DTYPES, build, classifier, completed, options_of
 from attrib.config.places import presets
 from attrib.datasets import Dataset, HuggingFaceEncoder, ImageTransform, WaveTransform
 from attrib.experiment.samples import parse_device
+from attrib.keys import tensor_digest
 from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING
 from attrib.metrics import Metric
 from attrib.models import Classifier, HuggingFaceClassifier, HuggingFaceImageClassifier
+from attrib.models.forms import tensors, unwrapped
 from attrib.models.precision import Precision
 from attrib.models.structure import structure
 from attrib.models.zoo import input_of, timm_net
@@ -81,6 +83,21 @@ class Net:
     overrides: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)  # of a preset: its node, complete
     precision: Precision = field(default_factory=Precision)
+
+    @property
+    def pad(self) -> int | None:
+        """The id of padding that the net itself names (``pad_id``); None if it names none."""
+        if self.preset is not None:
+            own = self.config.get("pad_id")
+        else:
+            net = self.given.module if isinstance(self.given, Classifier) else unwrapped(self.given)
+            own = getattr(net, "pad_id", None)
+        return own if isinstance(own, int) and not isinstance(own, bool) else None
+
+    @property
+    def weights(self) -> str | None:
+        """The digest of a module's weights, as they are now; None for what holds none of the caller's."""
+        return tensor_digest(tensors(unwrapped(self._wrapped()))) if isinstance(self.given, nn.Module) else None
 
     def classifier(self, method: Method | None, shape: tuple[int, ...] | None, dataset: Dataset) -> Classifier:
         """The net as methods see it. ``shape`` is that of an image or sound. Raises UserError."""

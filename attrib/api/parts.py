@@ -12,7 +12,8 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from attrib.api.inputs import Given, Input, given
+from attrib.api.inputs import given
+from attrib.api.names import Given, Input
 from attrib.api.nets import Net, named, net_of, overrides_of, snake
 from attrib.config.compose import compose, compose_node, plain
 from attrib.config.objects import (
@@ -182,7 +183,7 @@ def estimation(fit: Any, net: Net, method: str, overrides: Sequence[str] = ()) -
         node, where = _composed_dataset(fit, net, overrides)
         data, select = estimation_of(node, where, method)
         return _with_input(data, net), select
-    return given(fit, net.input, what="fit").dataset, Selection()
+    return given(fit, net.input, what="fit", pad=net.pad).dataset, Selection()
 
 
 def samples(x: Any, net: Net, uids: Sequence[str] | None, target: Any) -> tuple[Given, Any]:
@@ -193,5 +194,5 @@ def samples(x: Any, net: Net, uids: Sequence[str] | None, target: Any) -> tuple[
     if hasattr(target, "__array__") and np.ndim(target) == 0:  # a number of numpy, or a tensor without axes
         target = int(target)
     several = isinstance(target, list | tuple) or hasattr(target, "__array__")
-    found = given(x, net.input, uids, target if several else None)
+    found = given(x, net.input, uids, target if several else None, pad=net.pad)
     return found, "label" if several else "predicted" if target is None else target

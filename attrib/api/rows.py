@@ -6,14 +6,17 @@ An explanation is pickled with it, so these are objects and not functions in a f
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attrib.api.loaders import Collated
 from attrib.datasets.memory import Labels
+from attrib.models.text import real_tokens
 from attrib.types import Batch, SampleError, UserError
 
 Item = Callable[[str], tuple[Tensor, Tensor | None]]  # a sample's input and its label
@@ -32,19 +35,30 @@ class InMemory:
 
 @dataclass(frozen=True)
 class OfItems:
-    """A batch of what ``item`` gives of one sample."""
+    """A batch of what ``item`` gives of one sample.
+
+    pad   id that stands behind a text and is no word of it; None: all that is given are words
+    """
 
     item: Item
     modality: str
+    pad: int | None = None
 
     def __call__(self, uid: str) -> Batch:
         x, label = self.item(uid)
         target = torch.tensor(-1) if label is None else label
         batch = Batch((uid,), _sane(x, uid)[None], target[None])
         if self.modality == "text":
-            words = torch.arange(len(x))[None]  # nothing says which ids are one word
-            return dataclasses.replace(batch, lengths=torch.tensor([len(x)]), words=words)
+            length = real_length(x, self.pad)
+            words = torch.arange(len(x))  # nothing says which ids are one word
+            words[length:] = -1
+            return dataclasses.replace(batch, lengths=torch.tensor([length]), words=words[None])
         return batch
+
+
+def real_length(x: Tensor, pad: int | None) -> int:
+    """How many of the ids (T,) are a text's, and not padding behind it; as a net counts them, at least one."""
+    return len(x) if pad is None or not len(x) else int(real_tokens(x[None], pad).sum())
 
 
 @dataclass(frozen=True)
@@ -61,26 +75,56 @@ class OfBatch:
 
 @dataclass(frozen=True)
 class OfTorch:
-    """``places`` in a torch dataset, by name."""
+    """``places`` in a torch dataset, by name; ``collate`` is what a loader makes of each.
+
+    problems   name -> why what stands beside the input is no label; it is filled as samples are read
+    """
 
     source: Any
     places: Mapping[str, int]
     labels: Labels
     what: str
+    collate: Collated | None = None
+    problems: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, uid: str) -> tuple[Tensor, Tensor | None]:
-        one = self.source[self.places[uid]]
-        pair = isinstance(one, list | tuple) and len(one) > 1
-        value, label = (one[0], one[1]) if pair else (one[0] if isinstance(one, list | tuple) else one, None)
+        place = self.places[uid]
+        one = self.source[place]
+        if self.collate is not None:
+            one = self.collate(one, place)
+        parts = list(one) if isinstance(one, list | tuple) else [one]
+        if len(parts) not in (1, 2):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise UserError(
+                f"{self.what}: sample {place} has {len(parts)} parts ({kinds}), and nothing says which is the label; a "
+                "dataset gives a tensor as the net reads it, or that and a label"
+            )
+        value, label = (*parts, None)[:2]
         if not isinstance(value, Tensor):
             raise UserError(
-                f"{self.what}: sample {self.places[uid]} is {type(value).__name__}; a dataset gives a tensor as the "
-                "net reads it, or that and a label"
+                f"{self.what}: sample {place} is {type(value).__name__}; a dataset gives a tensor as the net reads it, "
+                "or that and a label"
             )
         given = self.labels.get(uid)
         if given is None and label is not None:
-            given = torch.as_tensor(label).long()
+            given = _class(label)
+            if given is None:
+                shape = tuple(getattr(label, "shape", ()))
+                what = f"{type(label).__name__} {shape}" if shape else reprlib.repr(label)
+                self.problems[uid] = f"beside its input stands {what}, no number of a class nor a 1 or 0 for each class"
         return value, given
+
+
+def _class(label: Any) -> Tensor | None:
+    """A class (), or a 1 or 0 for each class (K,); None for what is neither, such as the value of a regression."""
+    try:
+        value = torch.as_tensor(label).cpu()
+    except (TypeError, ValueError, RuntimeError):  # it is no number
+        return None
+    if value.ndim > 1 or not value.numel() or value.is_complex():
+        return None
+    whole = value.long()
+    return whole if torch.equal(whole.to(value.dtype), value) else None
 
 
 def _sane(x: Tensor, uid: str) -> Tensor:

@@ -36,8 +36,13 @@ def _parser(name: str, about: str, **more: str) -> Parser:
     return p
 
 
+def work_directory(text: str) -> Path:
+    """A work directory as it is given: its path, or ``run.root=PATH`` as the command had it that wrote there."""
+    return Path(text.removeprefix("run.root="))
+
+
 def _root(p: Parser) -> None:
-    p.add_argument("root", nargs="?", type=Path, default=Path("workdirs"), help=ROOT)
+    p.add_argument("root", nargs="?", type=work_directory, default=Path("workdirs"), help=ROOT)
 
 
 def _confidence(p: Parser) -> None:
@@ -280,7 +285,7 @@ def cache(command: str | None = None) -> Parser:
         return p
     p = _parser(f"cache {command}", CACHE_COMMANDS[command])
     if command == "export":
-        p.add_argument("root", type=Path, help=ROOT)
+        p.add_argument("root", type=work_directory, help=ROOT)
         p.add_argument("out", type=Path, help="folder to write to")
         p.add_argument(
             "--format", choices=EXPORT_FORMATS, default="png", help="npz: all that is stored of a sample (png)"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from attrib.cli import common
-from attrib.cli.parsers import PARSERS
+from attrib.cli.parsers import PARSERS, work_directory
 from attrib.config.places import checked_folder
 from attrib.errors import UserError
 from attrib.process import exit_status
@@ -68,7 +68,7 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         return draw_paper(args, kind)
     if len(args.root) > 1 or args.commands:
         raise UserError("expected one work directory; overrides and --commands go with paper=NAME")
-    frame = tables.rows(args.root[0] if args.root else Options.root, broken)
+    frame = tables.rows(work_directory(args.root[0]) if args.root else Options.root, broken)
     if args.where:
         frame = tables.where(frame, conditions(args.where))
     if args.rows:

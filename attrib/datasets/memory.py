@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.classes import Numbering
@@ -132,6 +133,7 @@ class Tensors(_Marked):
     read    uid -> a batch of this one sample; it is called whenever the sample is asked for
     transform   how images or sounds were prepared; it is used to draw them, and for nothing else
     pad     id that texts of different lengths are padded with; None: they must have equal lengths
+    width   how many places the texts had that were handed over, padding included; their maps get as many
 
     A batch is made of samples of equal shape. Raises SampleError otherwise.
     """
@@ -146,9 +148,11 @@ class Tensors(_Marked):
         transform: ImageTransform | WaveTransform | None = None,
         pad: int | None = None,
         regions: Mapping[str, np.ndarray] | None = None,
+        width: int = 0,
     ) -> None:
-        self.uids, self.modality, self.transform = tuple(sorted(uids)), modality, transform
+        self.uids, self.modality, self.transform, self.width = tuple(sorted(uids)), modality, transform, width
         self.names: Mapping[int, str] = {}
+        self.label_problems: Mapping[str, str] = {}  # uid -> why it has no label
         self.numbering: Numbering = "given"
         self.key = digest("Tensors", modality)
         self._read, self._pad, self._regions = read, pad, regions
@@ -160,7 +164,8 @@ class Tensors(_Marked):
         shapes = {tuple(row.x.shape[1:]): row.uids[0] for row in rows}
         if len(shapes) > 1:
             (one, a), (other, b) = list(shapes.items())[:2]
-            raise SampleError(f"{a} is {one} and {b} is {other}; samples of one batch must have the same shape")
+            hint = "; texts are padded if the net says with what (its attribute pad_id)" * (self.modality == "text")
+            raise SampleError(f"{a} is {one} and {b} is {other}; samples of one batch must have the same shape{hint}")
         fields: dict[str, Any] = {}
         for name in ("x", "target", "roi", "lengths", "words", "units"):
             values = [getattr(row, name) for row in rows]
@@ -168,8 +173,10 @@ class Tensors(_Marked):
         return self._in_regions(Batch(tuple(uids), **fields))
 
     def fingerprint(self, uid: str) -> str:
+        """Of a text without the padding behind it."""
         try:
             row = self.batch([uid])
+            row = row if row.lengths is None else row.cut(int(row.lengths[0]))
         except Exception:  # whoever asks for the sample will be told
             return UNREADABLE
         return tensor_digest({k: v for k, v in vars(row).items() if isinstance(v, Tensor)})[:16]
@@ -202,14 +209,13 @@ class Tensors(_Marked):
         return (x * how.std + how.mean if isinstance(how, WaveTransform) else x).numpy()
 
     def tokens(self, uid: str) -> tuple[str, ...]:
-        return tuple(map(str, self.batch([uid]).x[0].tolist()))
+        row = self.batch([uid])
+        return tuple(map(str, row.x[0, : None if row.lengths is None else int(row.lengths[0])].tolist()))
 
 
 def _padded(row: Batch, length: int, pad: int) -> Batch:
     """A text (1, T) with padding behind it."""
     more = length - row.x.shape[1]
     lengths = torch.tensor([row.x.shape[1]]) if row.lengths is None else row.lengths
-    words = None if row.words is None else torch.nn.functional.pad(row.words, (0, more), value=-1)
-    return dataclasses.replace(
-        row, x=torch.nn.functional.pad(row.x, (0, more), value=pad), lengths=lengths, words=words
-    )
+    words, units = (None if t is None else F.pad(t, (0, more), value=-1) for t in (row.words, row.units))
+    return dataclasses.replace(row, x=F.pad(row.x, (0, more), value=pad), lengths=lengths, words=words, units=units)

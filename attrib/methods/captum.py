@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.metadata
 import inspect
@@ -25,6 +24,7 @@ from attrib.methods.parts.losses import target_score
 from attrib.methods.parts.modules import check_modules_alone, check_relus
 from attrib.models import Classifier
 from attrib.models.device_memory import of_the_device
+from attrib.models.forms import copied
 from attrib.models.reading import check_layout
 from attrib.models.sizes import START
 from attrib.models.ways_back import with_contiguous_norms
@@ -228,7 +228,7 @@ class Captum(Method):
             model.check_precision(f"captum's {self.algorithm}")
             model.examine(batch.x)
             self._check_seen(model, batch.x[:1])
-            net = copy.deepcopy(model.module)
+            net = copied(model.module)
         seeds = noise.child("captum").bits(1)[:, 0].tolist()
         maps, deltas = [], []
         for i, seed in enumerate(seeds):

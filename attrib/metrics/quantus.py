@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attrib.metrics.metric import Direction, Explain, Metric
 from attrib.models import Classifier, probabilities
 from attrib.models.device_memory import of_the_device
+from attrib.models.forms import copied
 from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
 
@@ -214,7 +215,7 @@ class Quantus(Metric):
             # It hangs hooks into the net and names its layers: it gets the net itself, a copy in float32. Of its
             # output it takes the largest at most; softmax, so that quantus takes no layer out.
             model.check_precision(f"quantus' {self.metric}", "precision.score")
-            net, how = copy.deepcopy(model.module).float(), {"softmax": True, "device": str(model.device)}
+            net, how = copied(model.module).float(), {"softmax": True, "device": str(model.device)}
         found = [
             self._one(net, how, batch[[i]], map[i : i + 1], seeds[i], explain, extra) if defined[i] else None
             for i in range(len(batch))

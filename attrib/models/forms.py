@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from attrib.types import UserError
 
@@ -73,10 +76,13 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy in eval mode, nothing of which is compiled. Raises UserError for a net that cannot be copied."""
+    """A frozen copy in eval mode, nothing of which is compiled. Raises UserError for a net that cannot be copied.
+
+    Weights that hooks compute anew before each pass (pruned ones, the older weight and spectral norm) are plain ones.
+    """
     name = type(net).__name__
     try:
-        new = copy.deepcopy(net)
+        new = copied(net)
     except Exception as error:  # anything may hang on a user's net
         raise UserError(
             f"{name} cannot be copied ({type(error).__name__}: {error}); attributes that are no modules, parameters "
@@ -91,10 +97,59 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         new = new.to(device, dtype).eval()
     except NotImplementedError as error:  # what torch.export gave, in some versions
         raise UserError(f"{name} cannot be put into eval mode ({error}); give the net that it was made from") from error
+    _with_plain_weights(new)
     for module in new.modules():
         if isinstance(module, nn.RNNBase):
             module.forward = MethodType(_recurrent, module)
     return new
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """``copy.deepcopy``, also of a net on which results of a pass hang, without the way back through it.
+
+    Nets may keep activations, and hooks keep the weights that they computed.
+    """
+    return copy.deepcopy(net, _results_on(net))
+
+
+def _results_on(net: nn.Module) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            found[id(value)] = value.detach().clone()
+        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            for one in value.values() if isinstance(value, dict) else value:
+                look(one)
+
+    for module in net.modules():
+        look(vars(module))
+    return found
+
+
+def _with_plain_weights(net: nn.Module) -> None:
+    """Put what hooks would compute of weights in the place of the weights. A net in eval mode computes the same."""
+    computed = []
+    for module in net.modules():
+        for hook in [*module._forward_pre_hooks.values()]:
+            for kind, named, remove in _REWRITING:
+                if isinstance(hook, kind):
+                    hook(module, None)
+                    name = getattr(hook, named)
+                    computed.append((module, name, getattr(module, name).detach().clone(), remove))
+    for module, name, value, remove in computed:  # once all are computed, as they may be of the same weights
+        remove(module, name)
+        setattr(module, name, nn.Parameter(value))
+
+
+# Hooks that compute a weight before each pass: their class, where they say which, and what takes them away.
+_REWRITING: tuple[tuple[type, str, Callable[[nn.Module, str], Any]], ...] = (
+    (prune.BasePruningMethod, "_tensor_name", prune.remove),
+    (WeightNorm, "name", remove_weight_norm),
+    (SpectralNorm, "name", remove_spectral_norm),
+)
 
 
 def _recurrent(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:

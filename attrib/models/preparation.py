@@ -69,13 +69,38 @@ def prepared(
         raise UserError(f"{name} gives NaN for noise of the shape {input_shape}; nothing of it can be explained")
     _separate(net)
     after = _scores(net, output, probe)
-    if not torch.allclose(before, after, rtol=1e-4, atol=1e-5 * before.abs().nan_to_num(posinf=0).max().item()):
+    if not _alike(before, after):
         worst = (before - after).abs().max().item()
+        known = _remembered(net)
+        if not _alike(after, _scores(net, output, probe)):
+            news = [path for path, value in _remembered(net).items() if not torch.equal(value, known.get(path, _NAN))]
+            kept = f"{', '.join(news[:3])} changes" if news else "something that it keeps changes"
+            raise UserError(
+                f"{name} computes something else in each run: on the same input its logits change by {worst:.2g}, and "
+                f"{kept}. Let that change in training only (if self.training)"
+            )
         raise UserError(
             f"{name} relies on in-place operations: without them its logits change by {worst:.2g}. Write the net "
             "without inplace=True."
         )
     return Prepared(net, probe, before.shape[1], exam)
+
+
+_NAN = torch.tensor(torch.nan)  # equal to nothing
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5 * one.abs().nan_to_num(posinf=0).max().item())
+
+
+def _remembered(net: nn.Module) -> dict[str, Tensor]:
+    """What a net may change while it runs, by name: its buffers, and the numbers and tensors among its attributes."""
+    found = {}
+    for path, module in net.named_modules():
+        for name, value in (*vars(module).items(), *module.named_buffers(recurse=False)):
+            if isinstance(value, int | float | Tensor):
+                found[f"{path}.{name}".lstrip(".")] = torch.as_tensor(value).detach().clone()
+    return found
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from attrib.models.calls import OF_SHAPE, EachCall
 from attrib.models.classifier import Classifier
-from attrib.models.forms import unwrapped
+from attrib.models.forms import copied, unwrapped
 from attrib.models.parametrised import computed, layer_of, made_by_hooks, renew
 from attrib.models.variant import Randomise, Variant, WeightedLayer
 from attrib.noise import Noise
@@ -311,7 +311,7 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
         like = x.to(original.device, original.dtype if x.is_floating_point() else None)
         found = weighted_layers(original.module, like)
     chosen = how.chosen(found)
-    new = unwrapped(copy.deepcopy(net)).train()  # not eval, in which a net may keep what it computed of old weights
+    new = unwrapped(copied(net)).train()  # not eval, in which a net may keep what it computed of old weights
     reinitialise(new, chosen, how.seed)
     about = Variant(tuple(layer.path for layer in chosen), len(found), found.index(chosen[-1]) + 1, how)
     modules = sorted(path for layer in chosen for path in layer.modules)
