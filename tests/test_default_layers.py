@@ -181,7 +181,17 @@ class Detached(Zero):
         return super().forward(x).detach()
 
 
+class WritesOver(Zero):
+    """Autograd kept what it then writes over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        z[:, 2:] *= z[:, :2]
+        return z.mean((2, 3))
+
+
 REFUSED = [
+    (WritesOver, "no layer of WritesOver can be chosen by default; name one .*score_cam.*no gradient comes from"),
     (Around, "Around has no layer that could be taken by default.*read by everything behind them are head"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 4)), "no layer.*3, 2, 1"),
     (Zero, "logits of Zero do not change with its input"),

@@ -60,6 +60,7 @@ class Attention(Method):
         graph = model.graph(batch.x)
         found_once = Attentions(graph)
         _check_rows(model, batch.x)
+        found_once.check_tokens(batch.x)
 
         def piece(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             x = batch.x[rows]

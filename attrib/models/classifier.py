@@ -18,6 +18,7 @@ from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer, only_embedding
 from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory
 from attrib.models.exam import Exam
+from attrib.models.extent import PartialImageError
 from attrib.models.fast import fast_net, fast_split
 from attrib.models.float32 import use_all_bits
 from attrib.models.forms import own_path, tensors, unwrapped
@@ -375,15 +376,26 @@ class Classifier:
             known = ", ".join(sorted(self.layers)) or "none"
             raise UserError(f"the model has no layer for the role {role!r} (only: {known}); set model.layers.{role}")
 
+        partial: list[PartialImageError] = []
+
         def look(path: str) -> Reading | None:
             try:
-                return self._reading(path, shape, "auto", path)
+                return self._reading(path, shape, "auto", f"{type(self.module).__name__}'s layer {path}")
+            except PartialImageError as error:
+                partial.append(error)
             except UserError:
-                return None
+                pass
+            return None
 
         like, passed = torch.empty(0, device=self.device, dtype=self.dtype), self.passed
-        found = self.defaults[role] = default_layer(self.module, role, shape, like, look)
-        self.passed = passed
+        try:
+            found = self.defaults[role] = default_layer(self.module, role, shape, like, look)
+        except UserError as error:
+            if partial:
+                raise partial[0] from error
+            raise
+        finally:
+            self.passed = passed
         log.info("model.layers.%s=%s, which nobody named: %s", role, found.path, found.why)
         return found.path
 

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attrib.models.device_memory import is_out_of_memory
 from attrib.models.reading import Reading, only
+from attrib.models.ways_back import check_way_back
 from attrib.noise import Noise
 from attrib.types import UserError
 
@@ -197,13 +199,29 @@ def cuts(net: nn.Module, input_shape: Sequence[int], like: Tensor) -> tuple[list
         for made in by_tensor:
             stack.callback(made[0].register_prehook(keep(made)).remove)
         mixture = Noise(["logits"], device=like.device, dtype=like.dtype).normal(logits.shape[1])
-        (slope,) = torch.autograd.grad(logits, x, mixture)
+        (slope,) = _back(net, logits, x, mixture)
     if not slope.any():
         raise UserError(
             f"the logits of {type(net).__name__} do not change with its input (their gradient is zero, as behind a "
             "head of zeros), so no layer of it can be chosen by default; name one (model.layers)"
         )
     return [Cut(path, at, kept[made]) for made, (path, at) in by_tensor.items() if made in kept], depth
+
+
+def _back(net: nn.Module, logits: Tensor, x: Tensor, mixture: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of a mixture of the logits. Raises UserError for a net that autograd cannot go back through."""
+    try:
+        return torch.autograd.grad(logits, x, mixture)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            try:
+                check_way_back(net, x.detach(), error)
+            except UserError as refusal:
+                raise UserError(
+                    f"no layer of {type(net).__name__} can be chosen by default; name one (model.layers), which a "
+                    f"method without gradients, such as score_cam, can read: {refusal}"
+                ) from error
+        raise
 
 
 def _is_weight_layer(module: nn.Module) -> bool:

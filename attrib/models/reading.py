@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrib.noise import Noise
+from attrib.models.extent import check_inside, check_seen, noise_image
 from attrib.types import UserError
 
 Name = Literal["channels_first", "channels_last", "tokens", "vector"]
@@ -124,8 +124,8 @@ def find(
     what    the layer, for messages
     described   what the net itself says of a layer (B, *shape), which decides where the places do not
 
-    Raises UserError where no reading, or more than one, explains which places answer, and where the net says
-    otherwise of its tokens.
+    Raises UserError where no reading, or more than one, explains which places answer, where the net says otherwise of
+    its tokens, and where its places do not lie on the whole input (``attrib.models.extent``).
     """
     votes: dict[Reading, int] = {}
     found: dict[Reading, float] = {}
@@ -144,12 +144,16 @@ def find(
         if found[best] >= (ENOUGH_OF_FEW if few else ENOUGH):
             votes[best] = votes.get(best, 0) + 1
             if votes[best] == (2 if few else 1):
-                return _agreed(best, described(shape), what)
+                best = _agreed(best, described(shape), what)
+                check_inside(_on_grid(best, answers[best.name]), input_shape, best.grid, what)
+                check_seen(front, input_shape, like, best.grid, what)
+                return best
     # Nothing is told apart by where it stands. A single place (after global pooling, say) stands everywhere.
     for name, space in _space(input_shape, shape, among).items():
         if name != "tokens" and all(shape[axis] == 1 for axis in space):
             return Reading(name, (1, 1))
     if (reading := described(shape)) and reading.name in among:
+        check_seen(front, input_shape, like, reading.grid, what)
         return reading
     best_two = ", ".join(f"{reading} ({found[reading]:.2f})" for reading in ranked[:2]) or "none"
     raise UserError(
@@ -231,15 +235,13 @@ def _answers(
 
     First to bands of rows, then to bands of columns. An axis that is shorter has some bands twice.
     """
-    size = (input_shape[0], 1, *input_shape[1:]) if len(input_shape) == 2 else tuple(input_shape)
-    noise = Noise([f"reading/{image}"], device=like.device, dtype=like.dtype)
-    old, new = noise.normal(*size), noise.normal(*size)
+    old, new = noise_image(image, input_shape, like)
     plain = front(old.reshape(1, *input_shape))
     shape = tuple(plain.shape[1:])
     spaces = _space(input_shape, shape, among)
     found: dict[Name, list[Tensor]] = {name: [] for name in spaces}
     for axis in (2, 3):
-        length = size[axis - 1]
+        length = old.shape[axis]
         at = torch.arange(length, device=like.device)
         bands = torch.arange(BANDS, device=like.device).unsqueeze(1)
         inside = at * BANDS // length == bands if length >= BANDS else at == bands * length // BANDS
@@ -263,6 +265,11 @@ def _stand(energy: Tensor) -> np.ndarray:
     total = (weight * centre.view(1, -1, *[1] * (weight.ndim - 2))).sum(1)
     stand = (total / weight.sum(1)).cpu().numpy()
     return np.where(np.isfinite(stand), stand, 0.5)
+
+
+def _on_grid(reading: Reading, energy: Tensor) -> Tensor:
+    """(2, BANDS, *places) -> (2, BANDS, h, w), without the tokens in front."""
+    return energy[..., reading.prefix :].unflatten(-1, reading.grid) if energy.ndim == 3 else energy
 
 
 def _explained(name: Name, energy: Tensor) -> Iterator[tuple[Reading, float]]:

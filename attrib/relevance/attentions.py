@@ -12,6 +12,8 @@ from torch import Tensor, fx
 
 from attrib.models.calls import call, operation
 from attrib.models.graph import Graph
+from attrib.relevance.tokens import check_followed
+from attrib.relevance.ways import ELSE, REFUSED, Ways, ancestors, is_float, tokens_of
 from attrib.relevance.written import softmax
 from attrib.types import UserError
 
@@ -55,25 +57,25 @@ class Attentions:
                 if _ends(graph, node):
                     continue
                 raise UserError(
-                    f"{_REFUSED}: the softmax in {graph.where(node)} is not the left factor of a product alone. {_ELSE}"
+                    f"{REFUSED}: the softmax in {graph.where(node)} is not the left factor of a product alone. {ELSE}"
                 )
         self._products = list(found.values())
         self._softmax = {product: of for of, product in found.items()}
         if not self._products:
-            raise UserError(f"{_REFUSED}: {graph.name} has none (a product whose left factor is a softmax). {_ELSE}")
+            raise UserError(f"{REFUSED}: {graph.name} has none (a product whose left factor is a softmax). {ELSE}")
+        self._ways = Ways(graph)
         self._check_line(list(found))
 
     def _check_line(self, softmaxes: Sequence[fx.Node]) -> None:
         """Every layer must attend to what the one before gives, and to nothing else."""
-        graph = self._graph
-        ways = _Ways(graph)
+        graph, ways = self._graph, self._ways
         before: fx.Node | None = None
         for weights, product in zip(softmaxes, self._products, strict=True):
             stream = ways.common([n for n in (weights, product.args[1]) if isinstance(n, fx.Node)])
-            if before is not None and before not in _ancestors(graph, stream):
+            if before is not None and before not in ancestors(graph, stream):
                 raise UserError(
-                    f"{_REFUSED}: what {graph.where(product)} attends to is not what the attention before it gives "
-                    f"alone, as in a decoder that also reads an encoder. {_ELSE}"
+                    f"{REFUSED}: what {graph.where(product)} attends to is not what the attention before it gives "
+                    f"alone, as in a decoder that also reads an encoder. {ELSE}"
                 )
             before = product
 
@@ -101,15 +103,15 @@ class Attentions:
                 heads = heads.detach().requires_grad_()
             if weights and heads.shape[-1] != weights[0].shape[-1]:
                 raise UserError(
-                    f"{_REFUSED}: {self._graph.where(node)} attends to {heads.shape[-1]} tokens, and the attention "
-                    f"before it to {weights[0].shape[-1]}. {_ELSE}"
+                    f"{REFUSED}: {self._graph.where(node)} attends to {heads.shape[-1]} tokens, and the attention "
+                    f"before it to {weights[0].shape[-1]}. {ELSE}"
                 )
             weights.append(heads)
             mixed = call(node)(heads.reshape(weight.shape), value, *args[2:], **kwargs)
             if not ends:
-                ends.append(_tokens(value, len(x)))
+                ends.append(tokens_of(value, len(x)))
             if node is self._products[-1]:  # the way to the logits goes through the tokens
-                ends.append(_tokens(mixed, len(x)))
+                ends.append(tokens_of(mixed, len(x)))
                 mixed = ends[1].unflatten(2, (-1, mixed.shape[-1])).transpose(1, 2).reshape(mixed.shape)
             return mixed
 
@@ -117,12 +119,22 @@ class Attentions:
             logits = self._graph.propagate(x, watched)
         return Passed(weights, ends[0], ends[1], logits)
 
+    def check_tokens(self, x: Tensor) -> None:
+        """Raises UserError unless tokens keep to themselves but for attention, for inputs of x's shape (N, *input).
+
+        See ``attrib.relevance.tokens``. Once for each shape of inputs: it takes some passes of a single row.
+        """
+        known = self._graph.input.meta.setdefault("followed", set())
+        if x.shape[1:] not in known:
+            check_followed(self._graph, self._products, self._ways, x[:1] if self._graph.any_rows else x)
+            known.add(x.shape[1:])
+
     def _check_order(self, node: fx.Node, given: Tensor, weight: Tensor) -> None:
         """That rows, heads and tokens lie in the product's factor as in the softmax, as after an einsum."""
         if not self._moved(node) or torch.equal(given.reshape(-1), weight.reshape(-1)):
             return
         raise UserError(
-            f"{_REFUSED}: {self._graph.where(node)} moves the axes of the softmax before it multiplies. {_ELSE}"
+            f"{REFUSED}: {self._graph.where(node)} moves the axes of the softmax before it multiplies. {ELSE}"
         )
 
     def _moved(self, node: fx.Node) -> bool:
@@ -138,26 +150,22 @@ class Attentions:
         *leading, queries, keys = weight.shape
         where = self._graph.where(node)
         if queries != keys:
-            raise UserError(f"{_REFUSED}: in {where} {queries} tokens attend to {keys}, not to one another. {_ELSE}")
+            raise UserError(f"{REFUSED}: in {where} {queries} tokens attend to {keys}, not to one another. {ELSE}")
         if len(leading) == 2 and leading[0] == rows:
             return weight
         if len(leading) == 1 and leading[0] % rows == 0:
             return weight.reshape(rows, -1, queries, keys)
         raise UserError(
-            f"{_REFUSED} over the whole input: {where} attends with matrices of {tuple(weight.shape)} for {rows} "
-            f"input(s), in windows for example, so what one token has of another cannot be followed. {_ELSE}"
+            f"{REFUSED} over the whole input: {where} attends with matrices of {tuple(weight.shape)} for {rows} "
+            f"input(s), in windows for example, so what one token has of another cannot be followed. {ELSE}"
         )
-
-
-_REFUSED = "this method needs self-attention"
-_ELSE = "Take method=lrp_epsilon or method=integrated_gradients"
 
 
 def read_tokens(passed: Passed) -> Tensor:
     """(N, T) the tokens that the logits read of the last layer, as shares that sum to 1; zeros if they read none.
 
-    Behind the last attention tokens meet no more until the net reads some of them: those from which a gradient comes.
-    Each has the same share: of a class token all, of a mean over T tokens 1 / T.
+    Behind the last attention tokens meet no more until the net reads some of them (``Attentions.check_tokens``): those
+    from which a gradient comes. Each has the same share: of a class token all, of a mean over T tokens 1 / T.
     """
     logits = passed.logits
     # No sum of logits is the same for all inputs with these weights, as that of log-probabilities may be.
@@ -196,11 +204,6 @@ def gradient_relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -
 # ---- reading the graph ---------------------------------------------------------------------------------
 
 
-def _tokens(value: Tensor, rows: int) -> Tensor:
-    """What is attended to, (N, heads, T, D) or (N * heads, T, D) -> (N, T, heads * D)."""
-    return value.reshape(rows, -1, *value.shape[-2:]).transpose(1, 2).flatten(2)
-
-
 def _attends(graph: Graph, node: fx.Node) -> fx.Node | None:
     """The softmax that is the left factor of a product."""
     if operation(node) not in ("matmul", "bmm") or node.args[1] not in graph.fed:
@@ -218,7 +221,7 @@ def _source(graph: Graph, node: fx.Node) -> fx.Node | None:
 
 
 def _sources(graph: Graph, node: fx.Node) -> tuple[fx.Node, ...]:
-    return tuple(used for used in node.all_input_nodes if used in graph.fed and _is_float(used))
+    return tuple(used for used in node.all_input_nodes if used in graph.fed and is_float(used))
 
 
 def _softmax_axis(graph: Graph, node: fx.Node) -> int | None:
@@ -230,11 +233,6 @@ def _softmax_axis(graph: Graph, node: fx.Node) -> int | None:
     return None if written is None else written[1]
 
 
-def _is_float(node: fx.Node) -> bool:
-    dtype = node.meta.get("dtype")
-    return dtype is not None and dtype.is_floating_point
-
-
 def _ends(graph: Graph, node: fx.Node) -> bool:
     """Whether a softmax makes the probabilities that the net returns."""
     while node is not graph.output and len(node.users) == 1:
@@ -242,40 +240,3 @@ def _ends(graph: Graph, node: fx.Node) -> bool:
         if operation(node) not in (*_BETWEEN, "log", "clamp"):
             return False
     return node is graph.output
-
-
-class _Ways:
-    """The ways that numbers take from the input, or from the embeddings of ids, through the net; not those of masks."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._before: dict[fx.Node, fx.Node] = {}  # the last node that all ways to a node go through
-        self._depth = {graph.input: 0}
-        ids = not _is_float(graph.input)
-        for node in graph.nodes:
-            used = [n for n in node.all_input_nodes if n in self._depth and (n is not graph.input or not ids)]
-            if ids and operation(node) == "embedding" and node in graph.fed:
-                used = [graph.input]
-            if used and node.op == "call_function" and not node.meta["size"]:
-                self._before[node] = self.common(used)
-                self._depth[node] = self._depth[self._before[node]] + 1
-
-    def common(self, nodes: Sequence[fx.Node]) -> fx.Node:
-        """The last node that all ways to all of these go through."""
-        found, *others = (node for node in nodes if node in self._depth)
-        for other in others:
-            while found is not other:
-                if self._depth[found] >= self._depth[other]:
-                    found = self._before[found]
-                else:
-                    other = self._before[other]
-        return found
-
-
-def _ancestors(graph: Graph, node: fx.Node) -> set[fx.Node]:
-    found, open_ = set(), [node]
-    while open_:
-        at = open_.pop()
-        if at not in found:
-            found.add(at)
-            open_ += at.all_input_nodes
-    return found
