@@ -108,7 +108,7 @@ class Graph:
         return f"{path or 'its forward'} ({kind})" if kind else self.name
 
     def __call__(self, x: Tensor) -> Tensor:
-        return with_contiguous_norms(self.net(x), len(x))
+        return with_contiguous_norms(self.net.forward(x), len(x))  # which says nothing where it fails, see ``run_of``
 
     def propagate(self, x: Any, rule: Rule) -> Any:
         """What the net gives for x, where ``rule(node, args, kwargs)`` computes each call that depends on x.
