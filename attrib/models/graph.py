@@ -99,7 +99,8 @@ class Graph:
         if not self.any_rows:
             raise UserError(
                 f"{what} sends any number of rows through the net at once, but {self.name} computes something that "
-                "depends on how many there are"
+                "depends on how many there are. Where its code makes a plain number of that, by int(x.size(0)) or a "
+                "loop over range(len(x)), x.shape[0] leaves it open"
             )
 
     def where(self, node: fx.Node) -> str:
