@@ -66,7 +66,7 @@ def symbolic_len() -> Iterator[None]:
 
     with _TURN:
         usual = builtins.len
-        builtins.len = length  # type: ignore[assignment]
+        builtins.len = length
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -84,9 +85,9 @@ def figure(rows: pd.DataFrame, styles: Mapping[str, Style]) -> Figure:
         for i in side:
             y -= (len(names[i]) * LINE + GAP) / 2
             style = styles[rows["contender"].iloc[i]]
-            how = {"color": style.colour, "linewidth": 1.2, "linestyle": "--" if style.dashed else "-"}
+            how: dict[str, Any] = {"color": style.colour, "linewidth": 1.2, "linestyle": "--" if style.dashed else "-"}
             axes.plot([at(ranks[i]), at(ranks[i]), end], [0, y, y], **how)
-            words = {"color": pictures.GREY, "ha": "right" if sign < 0 else "left", "va": "center"}
+            words: dict[str, Any] = {"color": pictures.GREY, "ha": "right" if sign < 0 else "left", "va": "center"}
             axes.text(end + sign * 0.04, y, f"{ranks[i]:.2f}", fontsize=SIZE, **words)
             for place, line in enumerate(names[i]):
                 above = ((len(names[i]) - 1) / 2 - place) * LINE
