@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
 
 from playwright.sync_api import Locator, Page
@@ -124,6 +126,13 @@ def _compares(block: Locator) -> Iterator[str]:
     if not box.count() or box.is_hidden():
         return
     first, second, column = box.locator("select").all()
+    scores = json.loads(block.get_attribute("data-scores") or "")
+    numbers = [[{i for i, v in enumerate(own) if v is not None} for own in one["values"]] for one in scores["columns"]]
+    meet = any(a & b for own in numbers for a, b in itertools.combinations(own, 2))
+    if meet and not box.locator("circle").count():
+        yield "begins with two methods without common samples"
+    if meet and not any(a & b for a, b in itertools.combinations(numbers[int(column.input_value())], 2)):
+        yield "begins under a column where no two methods meet"
     first.select_option(index=0)
     second.select_option(index=1)
     points, rows = box.locator("circle").count(), box.locator("tbody tr").count()

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from attrib import keys
 from attrib.methods import Method, baselines, cam
-from attrib.methods.captum import REFUSED, Captum
+from attrib.methods.captum import Captum
+from attrib.methods.parts.captum_names import REFUSED
 from attrib.methods.parts.layout import resize
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -160,6 +161,53 @@ def test_equals_our_own_where_there_is_one(theirs, ours):
         net.pool = nn.AvgPool2d(2)
     found, expected = (explain(method, model_of(net), pictures())["map"].double() for method in (theirs, ours))
     same(found, expected.abs() if theirs.algorithm == "Occlusion" else expected, 1e-6)
+
+
+def conserves(x: Tensor) -> Tensor:
+    """What relevance propagation ends at: no relevance at all."""
+    return torch.zeros(len(x), K, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in USABLE if method_of(name).EXTRAS])
+def test_delta_is_what_the_map_misses_of_the_change_of_the_logit(name):
+    """Also of the algorithms that draw, for which captum gives a delta for every draw."""
+    drawn, relevance = "Shap" in name, name.endswith("LRP")
+    given = {} if relevance else {"baselines": 0.25} | ({"n_samples": 7} if drawn else {})
+    method, batch, net = Captum(name, given), pictures(), seeded(Net(), 0.5)
+    net.pool = nn.AvgPool2d(2)  # captum's DeepLIFT loses something at maxima
+    found = explain(method, model_of(net, layer="conv1"), batch)  # a layer as large as the input: nothing is resized
+    with torch.no_grad():
+        whole, base = net(batch.x), conserves(batch.x) if relevance else net(torch.full_like(batch.x, 0.25))
+    change = (whole - base).gather(1, batch.target[:, None])[:, 0]
+    same(found["delta"], (found["map"].sum((1, 2)) - change).abs(), 1e-9)
+    assert (found["delta"] > 1e-3).all() or not drawn  # it says something of those
+
+
+class Noted(nn.Module):
+    """Notes what comes in (on the class: a Classifier copies its module)."""
+
+    seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return x
+
+
+@pytest.mark.parametrize("name", ["GradientShap", "LayerGradientShap"])
+def test_delta_of_noisy_draws_is_of_their_means(name):
+    """The change is then that of the mean logit of the noisy inputs, which captum evaluates last, and of baselines."""
+    net = seeded(Net(), 0.5)
+    plain, net.conv1 = net.conv1, nn.Sequential(Noted(), net.conv1)
+    batch = pictures()[[0]]
+    model = model_of(net, layer="conv1")
+    Noted.seen.clear()
+    found = explain(Captum(name, {"baselines": 0.25, "n_samples": 7, "stdevs": 0.3}), model, batch)
+    net.conv1 = plain
+    with torch.no_grad():
+        logits = [net(rows)[:, batch.target[0]].mean() for rows in Noted.seen[-2:]]  # both of them, in any order
+    assert len(Noted.seen[-1]) == len(Noted.seen[-2]) == 7
+    sizes = [(found["map"].sum() - sign * (logits[0] - logits[1])).abs() for sign in (1, -1)]
+    assert min((found["delta"][0] - size).abs() for size in sizes) < 1e-9 * max(1, float(max(sizes)))
 
 
 # ---- slow references ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from tiny import ROOT, tool
 from torch import Tensor, nn
 
 from attrib.causal import CausalGraphs, ClassGraph, Search, Sites, Structure, find, subnetwork, to_state
+from attrib.causal.graph import GraphLayer
 from attrib.causal.subnetwork import effect, logits, summary, weights
+from attrib.cli import graph
 from attrib.methods.causal import CausalGradient, CausalPaths
 from attrib.models import Classifier, LeNet
 from attrib.noise import Noise
@@ -271,6 +274,18 @@ def test_the_columns_of_the_method_are_those_of_the_table(model, batch, graphs, 
 
 
 # ---- the tool ----------------------------------------------------------------------------------------
+
+
+def test_tables_of_the_command_are_in_order_and_say_each_name_once(capsys):
+    layer = GraphLayer(*(torch.ones(2, dtype=torch.bool),) * 2, torch.ones(2), torch.ones(2), 0, 0.0)
+    graphs = {target: ClassGraph(target, 4, (0.0, 1.0), {"fc": layer}) for target in (8, 9, 7, 10)}
+    table = graph._layers(graphs, {7: "7", 8: "eight", 10: ""})
+    assert list(table["class"]) == ["7", "8 eight", "9", "10"]
+    graph._shown("title", pd.DataFrame({"class": ["mean", "union"], "others": [0.25, math.nan]}))
+    out = capsys.readouterr().out
+    assert "0.250" in out
+    assert "–" in out
+    assert "nan" not in out
 
 
 def test_the_command_writes_everything(tmp_path, capsys):

@@ -152,6 +152,10 @@ def test_the_command_computes_both_and_says_what_changes(capfd, tmp_path):
     assert line.split()[2] == "3"
     assert 0.9 < float(line.split()[3]) < 1
     assert "insertion_deletion: deletion" in done.out
+    (seconds,) = (line for line in done.out.splitlines() if line.strip().startswith("seconds per sample"))
+    assert seconds.split()[3] == "3"
+    assert "[" not in seconds  # the samples of a batch share its time
+    assert "[" in line
     precisions = {cell.spec.get("precision", "float32") for cell in cells(tmp_path / "work")}
     assert precisions == {"float32", "bfloat16"}
     table = command(capfd, "table")(str(tmp_path / "work"))

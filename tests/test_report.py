@@ -111,6 +111,17 @@ def test_the_winner_is_seen(root):
     assert "Maps" not in page.text.split()
 
 
+@pytest.mark.parametrize("count", [1, 5, 6, 14])
+def test_more_than_five_others_are_unfolded(count):
+    others = [(f"m<{i}>", "p = .5") for i in range(count)]
+    text = str(report.environment().get_template("others.html.jinja").module.few(others))
+    seen, _, folded = text.partition("<details>")
+    assert [f"m&lt;{i}&gt;" in seen for i in range(count)] == [i < 5 for i in range(count)]
+    assert [f"m&lt;{i}&gt;" in folded for i in range(count)] == [i >= 5 for i in range(count)]
+    assert ("<summary>and" in folded) == (count > 5)
+    assert text.count(", ") == max(0, min(count, 5) - 1) + max(0, count - 6)
+
+
 def test_everything_from_data_is_escaped(tmp_path):
     uids = (EVIL, "a&b", '"><img src=x onerror=alert(1)>', *UIDS[3:])
     root = build(tmp_path / "work", uids=uids)
@@ -538,6 +549,13 @@ def test_plots_survive_any_text():
     svg = base64.b64decode(uri.split(",")[1]).decode()
     assert svg.lstrip().startswith("<?xml")
     assert "<b>" not in svg
+
+
+@pytest.mark.parametrize("length", [1, 30, 31, 80, 500])
+def test_long_names_of_steps_leave_room_for_the_plot(length, recwarn):
+    names = [f"{i}" + "x" * (length - 2) + "y" for i in range(5)]
+    assert pictures.plot([pictures.PlotLine(np.arange(5.0), "#000000")], unit_x=False, ticks=names)
+    assert not recwarn.list  # of a layout that collapses
 
 
 def test_no_state_of_matplotlib_is_touched():

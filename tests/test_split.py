@@ -543,3 +543,78 @@ def test_a_net_with_a_way_back_of_its_own_is_cut_by_hooks(function, factor):
     (got,) = torch.autograd.grad(cut.rear(leaf.clone(), rest)[:, 0].sum(), leaf)
     expected = factor * net.fc.weight[0].detach().view(1, 4, 1, 1).expand_as(z) / z[0, 0].numel()
     torch.testing.assert_close(got, expected)
+
+
+class Sentences(nn.Module):
+    """A small transformer with a mask of padding; ``kind`` is how places come in."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.words, self.pos = kind, nn.Embedding(20, 8, padding_idx=0), nn.Parameter(torch.randn(1, 12, 8))
+        self.table = nn.Embedding(12, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+    def places(self, ids: Tensor) -> Tensor:
+        if self.kind == "a slice":
+            return self.pos[:, : ids.shape[1]]
+        if self.kind == "a slice without rows":
+            return self.pos[0, : ids.shape[1]]
+        if self.kind == "a table":
+            return self.table(torch.arange(ids.shape[1], device=ids.device))
+        return self.table(torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        gone = ids == 0
+        z = self.encoder(self.words(ids) + self.places(ids), src_key_padding_mask=gone)
+        return self.head((z * ~gone[..., None]).sum(1) / (~gone).sum(1, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["a slice", "a slice without rows", "a table", "a table for each row"])
+def test_places_of_words_are_handed_over_for_each_row(kind, length, capfd):
+    """They depend on the length of the texts alone, and may have one row for all of them."""
+    torch.manual_seed(2)
+    net, ids = Sentences(kind).eval().double(), torch.randint(1, 20, (3, length))
+    way = split(net, "words", ids)
+    for rows in (ids[:1], ids[:2], ids):
+        z, rest = way.front(rows)
+        assert all(len(t) == len(rows) for t in (z, *rest))
+        close(way.rear(z, rest), net(rows))
+        twice = [t.repeat_interleave(2, 0) for t in rest]  # as methods send changed copies of each sample
+        close(way.rear(z.repeat_interleave(2, 0), twice), net(rows.repeat_interleave(2, 0)))
+        order = torch.arange(len(rows)).flip(0)
+        close(way.rear(z[order], tuple(t[order] for t in rest)), net(rows[order]))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+class _FixedRows(Base):
+    """Behind the layer there must be one row, which only a run with two tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.stem(x)).reshape(1, 6))
+
+
+class _FixedRest(Base):
+    """What goes around the layer is for one row, whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)
+        return self.head(self.layer(z) + z.reshape(1, 6))
+
+
+@pytest.mark.parametrize("kind", [_FixedRows, _FixedRest])
+def test_a_trial_that_fails_prints_nothing(kind, capfd):
+    """torch.fx prints what fails in a graph that is called."""
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=r"layer of .*: the net does not run when cut there"):
+        split(kind().eval(), "layer", images(1, 4))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_layer_that_gives_a_nested_tensor_is_refused():
+    ids = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0]])
+    with pytest.raises(UserError, match=r"nested tensor.*take a layer outside of the nn\.TransformerEncoder"):
+        split(Sentences("a slice").eval(), "encoder.layers.0.norm2", ids)

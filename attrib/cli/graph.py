@@ -6,6 +6,7 @@ The graphs are the fitted state of ``method=causal_paths``, found in ``run.root`
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,15 +78,23 @@ def _shown(title: str, frame: pd.DataFrame) -> None:
     for column in frame.columns:
         table.add_column(str(column))
     for row in frame.itertuples(index=False):
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(*map(_said, row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def _said(value: Any) -> str:
+    """A cell of a table; a dash where there is no number, as of the other classes in the union of all."""
+    if not isinstance(value, float):
+        return str(value)
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
 def _layers(graphs: Mapping[int, ClassGraph], names: Mapping[int, str]) -> pd.DataFrame:
-    """Nodes per class and layer, causes / candidates."""
+    """Nodes per class and layer, causes / candidates; in the order of the classes, whichever was searched first."""
     rows = []
-    for target, graph in graphs.items():
-        row = {"class": f"{target} {names.get(target, '')}".strip(), "samples": graph.samples}
+    for target, graph in sorted(graphs.items()):
+        name = names.get(target, "")
+        row = {"class": f"{target} {name}".strip() if name != str(target) else name, "samples": graph.samples}
         for path, found in graph.layers.items():
             row[path] = f"{int(found.causes.sum())}/{len(found.causes)}" + ("*" if HOW[found.how] == "fallback" else "")
         rows.append(row)

@@ -248,11 +248,16 @@ def plot(
     axes.grid(True, color=GREY, alpha=0.2, linewidth=0.6)
     axes.margins(x=0.01)
     if ticks:
-        names = [plain(name) for name in ticks]
+        names = [_shortened(plain(name)) for name in ticks]
         axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 3 else 0, parse_math=False)
     for text, name in ((axes.xaxis.label, x), (axes.yaxis.label, y)):
         text.set(text=plain(name), color=GREY, fontsize=8.5, parse_math=False)
     return svg_uri(figure)
+
+
+def _shortened(name: str, most: int = 30) -> str:
+    """Both ends of a long name: under a small plot it would leave no room for the plot."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}..{name[-(most // 2 - 1) :]}"
 
 
 def svg_uri(figure: Figure) -> str:

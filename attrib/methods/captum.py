@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attrib.checks import require
 from attrib.fit import State
 from attrib.methods import Method
+from attrib.methods.parts.captum_names import OBJECTS, OURS, named, signature, tuples
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, Reduce
 from attrib.methods.parts.layout import Layout, on_image, resize
 from attrib.methods.parts.losses import target_score
@@ -32,27 +33,6 @@ from attrib.noise import Noise, global_states
 from attrib.types import Batch, SampleError, UserError, did_you_mean
 from attrib.units import Units
 
-REFUSED: Mapping[str, str] = {  # what neither the signature nor a run tells, and what does the same
-    "FeaturePermutation": "exchanges a feature among the samples of a batch, so a sample has no map of its own; take "
-    "FeatureAblation",
-    "LayerFeaturePermutation": "exchanges a feature among the samples of a batch, so a sample has no map of its own; "
-    "take LayerFeatureAblation",
-    "NeuronDeepLift": "reports no error of completeness, by which activations would show that captum does not see; "
-    "take DeepLift, or NeuronIntegratedGradients",
-    **dict.fromkeys(
-        ("DeepLiftShap", "LayerDeepLiftShap", "NeuronDeepLiftShap"),
-        "needs several baselines, which are no plain value; take DeepLift, LayerDeepLift or method=deep_lift_shap",
-    ),
-}
-OURS = (  # set by attrib, how many rows go through the net at a time among them
-    "forward_func", "model", "layer", "inputs", "inp", "target", "additional_forward_args", "feature_mask",
-    "perturbations_per_eval", "internal_batch_size", "nt_samples_batch_size", "show_progress", "verbose", "device_ids",
-    "return_convergence_delta", "return_input_shape", "attribute_to_layer_input",
-)  # fmt: skip
-OBJECTS = (  # what no plain value stands for
-    "attr_method", "tokenizer", "dataloader", "interpretable_model", "similarity_func", "perturb_func", "perm_func",
-    "from_interp_rep_transform", "to_interp_rep_transform", "custom_attribution_func", "grad_kwargs", "layer_mask",
-)  # fmt: skip
 GUIDED = (attr.GuidedBackprop, attr.Deconvolution, attr.GuidedGradCam, attr.NeuronGuidedBackprop,
           attr.NeuronDeconvolution)  # fmt: skip
 CONVOLUTIONAL = (attr.LayerGradCam, attr.GuidedGradCam)  # they take dimension 1 of a layer for its channels
@@ -96,7 +76,7 @@ class Captum(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.captum.Captum"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     CONTRASTS: ClassVar[bool] = True
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     MAPS: ClassVar[Mapping[str, str]] = {"map": "as captum defines it, signed; upsampled from a layer"}
@@ -116,7 +96,7 @@ class Captum(Method):
         if self.arguments is not None and not isinstance(self.arguments, Mapping):
             raise UserError(f"Captum.arguments is {self.arguments!r}, must be names and values")
         object.__setattr__(self, "arguments", self.arguments or None)  # one key for what is the same
-        _found(self.algorithm)
+        named(self.algorithm)
         if self.algorithm == "NoiseTunnel":
             if "attribution_method" not in self._given:
                 raise UserError(
@@ -164,26 +144,26 @@ class Captum(Method):
 
     @property
     def _kind(self) -> Any:
-        return _found(self.algorithm)
+        return named(self.algorithm)
 
     @property
     def _inner(self) -> Any:
         """The algorithm inside a NoiseTunnel; else the algorithm itself."""
         inner = self.algorithm == "NoiseTunnel"
-        return _found(str(self._given["attribution_method"])) if inner else self._kind
+        return named(str(self._given["attribution_method"])) if inner else self._kind
 
     @property
     def _parameters(self) -> dict[str, inspect.Parameter]:
         kinds = (self._kind, self._inner)
-        return {k: v for kind in kinds for f in (kind.__init__, kind.attribute) for k, v in _signature(f).items()}
+        return {k: v for kind in kinds for f in (kind.__init__, kind.attribute) for k, v in signature(f).items()}
 
     @property
     def _replaces(self) -> bool:
-        return "model" in _signature(self._inner.__init__)
+        return "model" in signature(self._inner.__init__)
 
     @property
     def _reads(self) -> bool:
-        return "layer" in _signature(self._inner.__init__)
+        return "layer" in signature(self._inner.__init__)
 
     @property
     def _at_layer(self) -> bool:
@@ -192,7 +172,7 @@ class Captum(Method):
     @property
     def _has_delta(self) -> bool:
         scaled = self._given.get("multiply_by_inputs") is not False
-        return scaled and "return_convergence_delta" in _signature(self._kind.attribute)
+        return scaled and "return_convergence_delta" in signature(self._kind.attribute)
 
     @property
     def MODALITIES(self) -> tuple[str, ...]:  # type: ignore[override]  # noqa: N802
@@ -202,7 +182,11 @@ class Captum(Method):
 
     @property
     def EXTRAS(self) -> Mapping[str, str]:  # noqa: N802
-        return {"delta": "captum's convergence delta, its largest size"} if self._has_delta else {}
+        return (
+            {"delta": "captum's convergence delta, its size; of several draws, of their mean"}
+            if self._has_delta
+            else {}
+        )
 
     @property
     def COLUMNS(self) -> Mapping[str, str]:  # noqa: N802
@@ -248,7 +232,7 @@ class Captum(Method):
         if net is not None:
             inputs = dataclasses.replace(inputs, net=net)
         score = _Score(inputs.net, model)
-        takes = _signature(self._kind.attribute).keys() | _signature(self._inner.attribute).keys()
+        takes = signature(self._kind.attribute).keys() | signature(self._inner.attribute).keys()
         layer = None if net is None or not self._reads else net.get_submodule(model.path(self.layer))
 
         def piece(_: slice) -> tuple[Tensor, Tensor]:
@@ -277,7 +261,8 @@ class Captum(Method):
                 raise UserError(
                     f"captum's {self.algorithm} gives {len(found)} maps for what it reads; take another layer"
                 )
-            return found.detach().to(inputs.x), delta.detach().to(inputs.x).abs().amax()[None]
+            # Of algorithms that draw, captum gives a delta for each draw, and their mean is that of the map.
+            return found.detach().to(inputs.x), delta.detach().mean().abs().to(inputs.x)[None]
 
         fewer = takes & {"perturbations_per_eval", "internal_batch_size"}  # it can do with fewer rows at a time
         try:
@@ -296,16 +281,16 @@ class Captum(Method):
 
     def _made(self, kind: Any, score: nn.Module, layer: nn.Module | None) -> Any:
         first = {"forward_func": score, "model": score, "layer": layer}
-        known = _signature(kind.__init__)
+        known = signature(kind.__init__)
         given = {name: value for name, value in {**self._given, **first}.items() if name in known}
         return kind(**given)
 
     def _arguments(self, function: Callable[..., Any], inputs: Inputs) -> dict[str, Any]:
-        known, given = _signature(function), {}
+        known, given = signature(function), {}
         for name, value in self._given.items():
             if name in known:
                 number = name == "baselines" and isinstance(value, (int, float))
-                given[name] = torch.full_like(inputs.x, value) if number else _tuples(value)
+                given[name] = torch.full_like(inputs.x, value) if number else tuples(value)
         return given
 
     def _features(self, one: Batch, inputs: Inputs) -> Tensor | None:
@@ -406,25 +391,3 @@ def _of_the_net(error: Exception) -> bool:
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     inside = len(modules) - 1 - modules[::-1].index(__name__)  # ``_Score``, if it got so far
     return inside > 0 and modules[inside - 1] != __name__ and not any(m.startswith("captum.") for m in modules[inside:])
-
-
-def _found(name: str) -> Any:
-    """The class of captum with this name. Raises UserError for one that there is not, or that is refused."""
-    known = {k: v for k, v in vars(attr).items() if inspect.isclass(v) and callable(getattr(v, "attribute", None))}
-    if name not in known:
-        usable = sorted(known.keys() - REFUSED.keys())
-        hint = did_you_mean(name, usable)
-        raise UserError(f"captum has no algorithm {name!r}{hint} (it has: {', '.join(usable)})")
-    if name in REFUSED:
-        raise UserError(f"captum's {name} cannot be used here: it {REFUSED[name]}")
-    return known[name]
-
-
-def _signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    found = inspect.signature(function).parameters
-    return {name: p for name, p in found.items() if name != "self" and p.kind not in variable}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import REPLACED, attribute, constant, operation
 from attrib.models.device_memory import of_the_device
+from attrib.models.exporting import symbolic_len, unprinted
 from attrib.types import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def captured(net: nn.Module, x: Tensor) -> fx.GraphModule:
     try:
         program = _exported(net, example)
         if not _free(program):
-            program = _exported(net, x)
+            program = _of_any_length(net, example) or _exported(net, x)
     except Exception as error:  # tracing runs arbitrary user code
         if of_the_device(error):
             raise
@@ -76,9 +77,24 @@ def as_written() -> Iterator[None]:
 def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
     auto = torch.export.Dim.AUTO
     free = {0: auto} if example.is_floating_point() else dict.fromkeys(range(example.ndim), auto)
-    with as_written():
+    with as_written(), unprinted():
         program = torch.export.export(net, (example,), dynamic_shapes=(free,), strict=False)
         return program.run_decompositions(dict(_taken_apart(tuple(torch.ops))))
+
+
+def _of_any_length(net: nn.Module, example: Tensor) -> ExportedProgram | None:
+    """The program of a net that says ``len(x)`` where it means ``x.shape[0]``; None if that is not what fixes the rows.
+
+    As every graph it is compared with the net, on other numbers of rows, before anything is made of it.
+    """
+    try:
+        with symbolic_len():
+            program = _exported(net, example)
+    except Exception as error:  # tracing runs arbitrary user code, and this is a trial
+        if of_the_device(error):
+            raise
+        return None
+    return program if _free(program) else None
 
 
 def _free(program: ExportedProgram) -> bool:

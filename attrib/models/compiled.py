@@ -36,7 +36,7 @@ class Compiled:
 
     def __call__(self, *inputs: Tensor) -> Any:
         if not self.works or len(inputs[0]) == 1:
-            return self._graph(*inputs)
+            return self._graph.forward(*inputs)
         try:
             with _quietly():
                 if self._compiled is None:  # what was made of a module has no truth value
@@ -46,7 +46,7 @@ class Compiled:
             if is_lost(error) or is_out_of_memory(error):
                 raise
             reason = error
-        found = self._graph(*inputs)  # what fails here as well is no fault of the compiler
+        found = self._graph.forward(*inputs)  # what fails here as well is no fault of the compiler
         self.give_up(reason)
         return found
 

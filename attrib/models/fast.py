@@ -21,7 +21,7 @@ from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
 from attrib.models.float32 import all_bits
 from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
-from attrib.models.split import CannotSplitError, GraphSplit, Split
+from attrib.models.split import CannotSplitError, GraphSplit, Split, run_of
 from attrib.models.ways_back import gradient, near
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Fast:
 
     def __init__(self, slow: nn.Module, name: str, compile: bool = False) -> None:
         self._slow, self._name, self._compile = slow, name, compile
+        self._run = run_of(slow)
         self._begin()
 
     def _begin(self) -> None:
@@ -64,7 +65,7 @@ class Fast:
             dtype = torch.get_autocast_dtype(device)
             if dtype not in self._alike:
                 self._alike[dtype] = self._same_within(inputs)
-            way = way.within(dtype) if self._alike[dtype] else self._slow
+            way = way.within(dtype) if self._alike[dtype] else self._run
         return way(*inputs)
 
     @torch.inference_mode(False)  # what is made in it has no gradients, ever
@@ -74,21 +75,23 @@ class Fast:
             return True
         one = [x[:1].detach().clone() for x in inputs]
         with torch.no_grad():
-            expected, got = _tensors(self._slow(*_copies(one))), _tensors(self._graph(*_copies(one)))
-        back = [_gradient(function, one) for function in (self._slow, self._graph)]  # finer than a few rounded logits
+            expected, got = _tensors(self._run(*_copies(one))), _tensors(run_of(self._graph)(*_copies(one)))
+        # Gradients are finer than a few rounded logits.
+        back = [_gradient(function, one) for function in (self._run, run_of(self._graph))]
         same = all(map(_identical, [*expected, back[0]], [*got, back[1]]))
         return same or self._not("it depends on torch.autocast, which torch.fx does not see")
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        given_up = self._made and self._fast is None
-        if given_up or not all(map(_suits, inputs)) or hooked(self._slow):
+        if hooked(self._slow):
             return self._slow
+        if (self._made and self._fast is None) or not all(map(_suits, inputs)):
+            return self._run
         if self._weights != _versions(self._slow):
             self._begin()
         shapes = tuple(x.shape[1:] for x in inputs)
         if shapes not in self._known:
             self._known[shapes] = self._try(inputs)
-        return self._fast if self._fast is not None and self._known[shapes] else self._slow
+        return self._fast if self._fast is not None and self._known[shapes] else self._run
 
     @torch.inference_mode(False)
     def _try(self, inputs: tuple[Tensor, ...]) -> bool:
@@ -129,7 +132,7 @@ class Fast:
         last = mostly and inputs[0].ndim == 4 and inputs[0].device.type == "cpu"
         if new is graph and not last and not self._compile:
             return None
-        if graph is not self._slow and not near(*(_gradient(way, one) for way in (graph, self._slow))):
+        if graph is not self._slow and not near(*(_gradient(way, one) for way in (run_of(graph), self._run))):
             raise CannotSplitError("it stops gradients or has a way back of its own, which torch.fx does not see")
         self._graph = graph
         way = _Way(channels_last(new) if last else new, last, new is not graph)
@@ -140,7 +143,7 @@ class Fast:
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
         """Whether a way gives what the function as it was does."""
         with torch.no_grad():
-            pairs = list(zip(_tensors(way(*_copies(inputs))), _tensors(self._slow(*_copies(inputs))), strict=True))
+            pairs = list(zip(_tensors(way(*_copies(inputs))), _tensors(self._run(*_copies(inputs))), strict=True))
         return all(_close(got, expected) for got, expected in pairs)
 
 
@@ -178,7 +181,7 @@ class _Way:
         return self._within[dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:
-        run = self._compiled or self.graph
+        run = self._compiled or run_of(self.graph)
         if not self.last:
             return run(*inputs)
         found = run(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))

@@ -99,7 +99,8 @@ class Graph:
         if not self.any_rows:
             raise UserError(
                 f"{what} sends any number of rows through the net at once, but {self.name} computes something that "
-                "depends on how many there are"
+                "depends on how many there are. Where its code makes a plain number of that, by int(x.size(0)) or a "
+                "loop over range(len(x)), x.shape[0] leaves it open"
             )
 
     def where(self, node: fx.Node) -> str:
@@ -108,7 +109,7 @@ class Graph:
         return f"{path or 'its forward'} ({kind})" if kind else self.name
 
     def __call__(self, x: Tensor) -> Tensor:
-        return with_contiguous_norms(self.net(x), len(x))
+        return with_contiguous_norms(self.net.forward(x), len(x))  # which says nothing where it fails, see ``run_of``
 
     def propagate(self, x: Any, rule: Rule) -> Any:
         """What the net gives for x, where ``rule(node, args, kwargs)`` computes each call that depends on x.

@@ -93,6 +93,15 @@ def writes(node: fx.Node) -> bool:
     return augmented or in_place or "out" in node.kwargs or node.kwargs.get("inplace", True in node.args) is True
 
 
+def run_of(net: nn.Module) -> Callable[..., Any]:
+    """What to call for a net, without hooks of its own: of a graph its forward.
+
+    A graph that is called itself prints a traceback of what fails in it, before anybody can say that it was a trial,
+    or that there is an answer to it, as to a lack of memory.
+    """
+    return net.forward if isinstance(net, fx.GraphModule) else net
+
+
 class GraphSplit:
     """The net as two graphs, cut at the output of the module at ``path``.
 
@@ -121,8 +130,8 @@ class GraphSplit:
         constants = [n for n in graph.nodes if n not in needs_input]
         self.front_graph = self._build(module, graph, [], [n for n in graph.nodes if n not in rear_nodes], (cut, *rest))
         self.rear_graph = self._build(module, graph, [cut, *rest], constants + rear_nodes, None)
-        self._front: Callable[..., Any] = self.front_graph
-        self._rear: Callable[..., Any] = self.rear_graph
+        self._front: Callable[..., Any] = run_of(self.front_graph)
+        self._rear: Callable[..., Any] = run_of(self.rear_graph)
 
     def computed_by(self, front: Callable[..., Any], rear: Callable[..., Any]) -> GraphSplit:
         """The same cut, whose graphs are computed by other functions."""
@@ -156,11 +165,16 @@ class GraphSplit:
 
     def front(self, x: Tensor) -> Front:
         z, *rest = self._front(x)
-        return Front(z, tuple(rest))
+        # What is made of the shape of x alone has one row, however many x has: the places of a text's words, say.
+        return Front(z, tuple(t.expand(len(x), *t.shape[1:]) if _is_of_one(t) else t for t in rest))
 
     def rear(self, z: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
         logits: Tensor = self._rear(z, *rest)
         return logits
+
+
+def _is_of_one(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (1,)
 
 
 class _StopForwardError(Exception):
@@ -170,6 +184,11 @@ class _StopForwardError(Exception):
 def first_tensor(output: Any, path: str) -> Tensor:
     """A layer's output, or the first element of a tuple or list. Raises UserError if that is no tensor."""
     first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if isinstance(first, Tensor) and first.is_nested:
+        raise UserError(
+            f"layer {path} gives a nested tensor, from which torch has taken the padding; take a layer outside of the "
+            "nn.TransformerEncoder (set model.layers.<role>), or build that with enable_nested_tensor=False"
+        )
     if not isinstance(first, Tensor):
         what = f"a {type(output).__name__}" + ("" if first is output else f" that begins with {type(first).__name__}")
         raise UserError(
@@ -345,14 +364,17 @@ def _rear(way: Split, rest: tuple[Tensor, ...], z: Tensor) -> Tensor:
 def _checked(cut: Split, module: nn.Module, x: Tensor) -> Split:
     """Two rows through the cut net must give the logits of the whole net, else CannotSplitError.
 
-    Two, so that a batch size that was baked into the front is noticed.
+    Two, so that a batch size that was baked into the front is noticed: two behind the front, as methods send them that
+    change what one sample gives there, and two through all of it.
     """
     expected = module(x.clone()).repeat(2, 1)
     try:
-        z, rest = cut.front(x.clone())
-        if not all(isinstance(t, Tensor) and t.shape[:1] == x.shape[:1] for t in (z, *rest)):
-            raise CannotSplitError("what is handed over at the cut is not one row per sample")
-        got = cut.rear(torch.cat((z, z)), tuple(torch.cat((t, t)) for t in rest))
+        one, two = cut.front(x.clone()), cut.front(torch.cat((x, x)))
+        for rows, (z, rest) in ((1, one), (2, two)):
+            if not all(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in (z, *rest)):
+                raise CannotSplitError("what is handed over at the cut is not one row per sample")
+        ways = (torch.cat((one.z, one.z)), tuple(torch.cat((t, t)) for t in one.rest)), two
+        logits = [cut.rear(*way) for way in ways]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
@@ -360,6 +382,7 @@ def _checked(cut: Split, module: nn.Module, x: Tensor) -> Split:
     # An input may give NaN logits; then they must be NaN in both.
     share = 1e-9 if expected.dtype == torch.float64 else 1e-3
     tolerance = share * expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
-    if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
-        raise CannotSplitError("the cut changes the logits")
+    for got in logits:
+        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
+            raise CannotSplitError("the cut changes the logits")
     return cut

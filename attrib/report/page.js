@@ -153,7 +153,19 @@
     const column = choice("under", scores.columns.map((one) => one.name), pick);
     dot.remove();
     word.remove();
-    second.value = "1";
+    // The first two methods that have samples in common, under the first column where any do.
+    const common = (values, a, b) => scores.uids.some(
+      (_, i) => Number.isFinite(values[a][i] ?? NaN) && Number.isFinite(values[b][i] ?? NaN));
+    const meet = () => {
+      for (const [at, { values }] of scores.columns.entries()) {
+        for (let a = 0; a < values.length; a += 1) {
+          for (let b = a + 1; b < values.length; b += 1) if (common(values, a, b)) return [a, b, at];
+        }
+      }
+      return [0, 1, 0];
+    };
+    const start = meet();
+    [first, second, column].forEach((select, i) => { select.value = String(start[i]); });
     const at = (x, y, text, anchor) => {
       const label = word.cloneNode();
       label.setAttribute("x", String(x));
@@ -196,8 +208,9 @@
         at(36, 320, short(low), "end");
         at(36, 18, short(high), "end");
       }
-      at(195, 352, `→ ${scores.methods[a]}`, "middle");
-      at(46, 24, `↑ ${scores.methods[b]}`, "start");
+      const named = (i) => (scores.methods[i].length > 44 ? `${scores.methods[i].slice(0, 43)}…` : scores.methods[i]);
+      at(195, 352, `→ ${named(a)}`, "middle");
+      at(46, 24, `↑ ${named(b)}`, "start");
       const ahead = { higher: "better", lower: "worse" }[about.direction] || "higher";
       const larger = pairs.filter((pair) => pair.a > pair.b).length;
       const sum = `${scores.methods[a]} is ${ahead} on ${larger} of ${pairs.length} samples, mean difference `;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Change:
 
     map, what    the map's name, and what the number is: a column of a metric, or one of the above
     fine, coarse its means in float32 and in the other arithmetic; NaN for what compares two maps
-    difference   coarse - fine per sample, or what compares the two maps, with its interval
+    difference   coarse - fine per sample, or what compares the two maps, with its interval; of seconds without one
     """
 
     map: str
@@ -66,7 +67,10 @@ def changes(
             what = metric if column == metric else f"{metric}: {column}"
             found.append(_change(name, what, [ours[k] for k in shared], [theirs[k] for k in shared], confidence))
     seconds = [[float(index[key].info.get("seconds", math.nan)) for key in both] for index in stored]
-    return [*found, _change("", SECONDS, seconds[0], seconds[1], confidence)]
+    taken = _change("", SECONDS, seconds[0], seconds[1], confidence)
+    # The time of a batch is divided evenly over its samples, which are no independent measurements of it then.
+    several = stats.MeanInterval(taken.difference.n, taken.difference.mean, math.nan, math.nan)
+    return [*found, dataclasses.replace(taken, difference=several)]
 
 
 def _change(map: str, what: str, a: list[float], b: list[float], confidence: float) -> Change:
@@ -97,6 +101,7 @@ def table(names: Sequence[str], precision: Mapping[str, str], found: Sequence[Ch
         body.append([what, str(n), *means, "" if math.isnan(mean) else rounded(mean, lo, hi), interval])
     notes = (
         "difference: mean over the samples of the coarse number less float32's; of maps, what compares the two.",
-        "seconds are those of this machine; the first sample of each run also pays for getting started.",
+        "seconds are those of this machine; the first sample of each run also pays for getting started. They have no "
+        "interval, as samples of one batch share its time.",
     )
     return TextTable(title(*names, said), ["", "n", "float32", "coarse", "difference", "95 % CI"], body, notes=notes)
