@@ -104,6 +104,12 @@ def test_the_printed_python_computes_the_command_lines_map(tmp_path, capsys):
     assert "leave -m out" in capsys.readouterr().err
 
 
+def test_the_printed_python_scores_what_the_run_would(capsys):
+    for given, printed in (((), "['insertion_deletion']"), (("metric=[ehr]",), "['ehr']")):
+        assert dispatch(["run", "--python", "dataset=digits", "model=lenet", "method=random", *given]) == 0
+        assert f"explanation, {printed})" in capsys.readouterr().out
+
+
 def test_a_module_a_classifier_and_a_loader(images):
     net, estimation = small_cnn(), small_cnn_images("est_images")[0][:8]
     given = dict(target=[1, 2, 3], method="iba", layers="features.5", **FEW)

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import QuotedString
 from tiny import ROOT, pictures
 
 from attrib import keys
-from attrib.config.compose import parse_overrides
+from attrib.config.compose import compose, parse_overrides
 from attrib.config.objects import build, classifier, experiment, options_of, with_input
 from attrib.datasets import ImageNet, ImageTransform, Selection
 from attrib.methods import Method
@@ -174,6 +174,7 @@ def config(tmp_path) -> dict:
     folder = {
         "_target_": "attrib.datasets.ImageFolder",
         "root": str(images),
+        "boxes": str(images.parent / "boxes.csv"),
         "transform": {"_target_": "attrib.datasets.ImageTransform", **model["input"]},
     }
     return {
@@ -337,3 +338,76 @@ def plain_value(override: str) -> Any:
 def test_what_may_be_several_values_is_left_to_whoever_wrote_it(override, why):
     with pytest.raises(UserError, match=f"command line: .* is not understood: {why}"):
         parse_overrides([override])
+
+
+# ---- what attrib reads of every preset, whether or not it has such a line ----
+
+OWN = {
+    "model": "name: mine\n_target_: torch.nn.Identity\ninput: {size: 3, mean: [0], std: [1], resize: squash, "
+    "interpolation: bilinear}\n",
+    "dataset": "name: mine\n_target_: attrib.datasets.Tones\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.output={read: value}", {"read": "value"}),
+        ("model.output.read=sigmoid", {"read": "sigmoid"}),
+        ("+model.output.read=sigmoid", {"read": "sigmoid"}),
+        ("++model.output.read=sigmoid", {"read": "sigmoid"}),
+        ("model.classes=[a,b]", ["a", "b"]),
+        ("model.checkpoint=x.pth", "x.pth"),
+        ("model.match=order", "order"),
+        ("model.randomise.layers=3", {"layers": 3}),
+        ("+model.layers.cam=features", {"cam": "features"}),
+        ("dataset.target=3", 3),
+        ("dataset.select.count=3", {"count": 3}),
+    ],
+)
+def test_optional_fields_need_no_plus(override, value, tmp_path):
+    for group, text in OWN.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    group, field = override.lstrip("+").split("=")[0].split(".")[:2]
+    assert compose("run", [override, f"{group}=mine", "method=random"], tmp_path).values[group][field] == value
+
+
+@pytest.mark.parametrize("model", ["huggingface_image", "lenet"])
+def test_an_optional_field_may_be_null_or_there(model):
+    overrides = [f"model={model}", "model.output.read=value", "model.output.take=out", "dataset.select.count=3"]
+    more = ["model.path=x"] if model == "huggingface_image" else []
+    values = compose("run", [*overrides, *more]).values
+    assert values["model"]["output"] == {"read": "value", "take": "out"}
+    assert values["dataset"]["select"]["count"] == 3
+    assert values["dataset"]["select"]["seed"] == 0  # what the preset says otherwise is kept
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.outptu.read=value", "model has no field 'outptu'"),
+        ("dataset.tagret=3", "dataset has no field 'tagret'; did you mean 'target'?"),
+        (
+            "model.layers.camm=x",
+            r"model.layers has no field 'camm'; did you mean 'cam'\?.*\+model.layers.camm=... adds",
+        ),
+    ],
+)
+def test_misspelt_fields_are_still_refused(override, words):
+    with pytest.raises(UserError, match=words):
+        compose("run", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.output.raed=value", "raed"),
+        ("model.randomise.layres=3", "no field 'layres'; did you mean 'layers'"),
+        ("dataset.select.cuont=3", "no field 'cuont'; did you mean 'count'"),
+    ],
+)
+def test_misspelt_fields_of_optional_ones_are_refused_by_who_reads_them(override, words):
+    composition = compose("run", [override, "dataset=digits", "model=lenet", "method=random", "metric=[]"])
+    with pytest.raises(UserError, match=words):
+        experiment(composition.values, composition.files)

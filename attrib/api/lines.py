@@ -11,9 +11,11 @@ from typing import Any, cast
 from attrib import keys
 from attrib.api.nets import RUN, Net, named
 from attrib.api.parts import Explainer, explainer, yaml_of
-from attrib.config.compose import CommandLine, compose_node, plain, spelled
+from attrib.config.compose import CommandLine, compose, compose_node, plain, spelled
+from attrib.config.objects import completed, dataset_of, metrics_of
 from attrib.config.places import presets
 from attrib.experiment.cell import Experiment
+from attrib.experiment.regions import fitting
 from attrib.experiment.targets import Contrast
 from attrib.models.precision import Precision
 from attrib.types import UserError
@@ -141,7 +143,7 @@ def python_of(line: CommandLine) -> str:
             more.append(text)
         else:
             raise UserError(f"{text}: attrib.explain has no argument for it")
-    metrics = list(values.get("metric") or {})
+    metrics = _metrics(list(overrides.values()))
     extra = f", overrides={more!r}" if more else ""
     data = [o for o in more if o.split(".")[0].lstrip("+") in ("model", "dataset")]
     with_data = f", overrides={data!r}" if data else ""
@@ -162,3 +164,14 @@ def python_of(line: CommandLine) -> str:
     if metrics:
         lines.append(f"print(attrib.evaluate(net, data, explanation, {metrics!r}{extra}))")
     return "\n".join(lines) + "\n"
+
+
+def _metrics(overrides: Sequence[str]) -> list[str]:
+    """The metrics that a run would take: of the default ones those that fit the data, if these are there."""
+    found = compose("run", overrides)
+    nodes = found.values.get("metric") or {}
+    try:
+        data = completed(found.values, found.files)["dataset"]
+        return list(fitting(metrics_of(nodes), found.assumed, dataset_of(data, "dataset"), str(data.get("name"))))
+    except UserError:  # whoever runs it will be told
+        return list(nodes)

@@ -50,7 +50,7 @@ def cell(composition: Composition) -> Outcome:
         try:
             with stop.immediately():
                 settings = options(composition.values["run"])
-                made = experiment(composition.values, composition.files)
+                made = experiment(composition.values, composition.files, composition.assumed)
             return computed(made, settings)
         except UserError as error:
             return Outcome(exit_status.report_error(error), None, f"error: {error}")
