@@ -16,6 +16,7 @@ from tiny import command, only_cell, pictures, write_image
 from attrib.methods.iba import IBA
 from attrib.results import tables
 from attrib.running.hooks import Heartbeat
+from attrib.store import files
 from attrib.store.cell import UNASKED, Arrays, cells
 from attrib.store.files import picture_path
 
@@ -244,6 +245,23 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(run, monkeypatch):
     assert "No space left on device" in result.err
     assert "Traceback" not in result.err
     assert summary(run("method=random", "metric=[]"))["maps_computed"] == 6
+
+
+def test_a_work_directory_that_may_only_be_read_says_what_still_works(run, monkeypatch):
+    def refused(path, data):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    assert run("method=random", "metric=[ehr]").status == 0
+    monkeypatch.setattr(files, "write_synced", refused)
+    finished = run("method=random", "metric=[ehr]")
+    assert finished.status == 2
+    assert "All that this run would compute is stored there; `attrib table` and `attrib report --out" in finished.err
+    for more in (["metric=[ehr,localisation]"], ["metric=[lipschitz]"]):
+        result = run("method=random", *more)
+        assert result.status == 2
+        assert "What was stored is safe; `attrib table`" in result.err
+        assert "another run.root, or the right to write there, computes the rest" in result.err
+        assert "run the same command again" not in result.err
 
 
 def test_scores_judge_the_class_that_the_map_explains(run):

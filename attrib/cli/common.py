@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -54,6 +57,24 @@ def guarded(work: Callable[[], int]) -> int:
         return exit_status.report_error(error if isinstance(error, UserError) else UserError(str(error)))
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around what writes the page ``out``: that it cannot be written becomes a UserError, which says what to do.
+
+    An error of a file that is only read stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, str) else None
+        ours = named is not None and (named == out or named.name.startswith(f".{out.name}.") or named in out.parents)
+        if not ours and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; --out FILE writes it elsewhere"
+        ) from error
 
 
 def grid(name: str, args: argparse.Namespace, compute: Callable[[Composition], int]) -> int:

@@ -8,6 +8,7 @@ usual moments, so that any mmengine ``Hook`` or ``VisBackend`` works (``run.hook
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import classes_of
+from attrib.experiment.targets import check_labels
 from attrib.fit import Progress, State
 from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
@@ -57,6 +59,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
             except OSError as error:
                 raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
             check_metrics(plan)
+            check_labels(experiment.dataset, plan.selected, experiment.target)
             _tidy(plan, Path(options.root))
         stop.defer()  # once there is a summary, the caller gets it
         try:
@@ -158,10 +161,16 @@ def _forget(folder: Path, writer: str) -> None:
 
 
 def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
-    """Says that what was stored is safe only where something was."""
+    """Says that what was stored is safe only where something was, and what can be done about it."""
     what = f"{plan.cell.folder} cannot be written or read: {error}"
     lost = f" {unwritten} maps and scores that were computed could not be written." if unwritten else ""
-    if any(plan.cell.folder.glob("maps/[!.]*.safetensors")):
+    stored = any(plan.cell.folder.glob("maps/[!.]*.safetensors"))
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and stored and not lost:
+        done = not plan.explains and all(len(scored) == len(plan.uids) for scored in plan.scored.values())
+        kept = "All that this run would compute is stored there" if done else "What was stored is safe"
+        how = "read it" if done else "read it, and another run.root, or the right to write there, computes the rest"
+        return UserError(f"{what}. {kept}; `attrib table` and `attrib report --out FILE` {how}")
+    if stored:
         return UserError(f"{what}.{lost} What was stored is safe; run the same command again")
     return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
 
