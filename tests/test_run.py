@@ -13,12 +13,16 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
+from attrib.cli.main import dispatch
+from attrib.errors import UserError
+from attrib.methods.baselines import Random
 from attrib.methods.iba import IBA
 from attrib.results import tables
 from attrib.running.hooks import Heartbeat
 from attrib.store import files
 from attrib.store.cell import UNASKED, Arrays, cells
 from attrib.store.files import picture_path
+from attrib.upkeep.status import Observer
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
 
@@ -262,6 +266,32 @@ def test_a_work_directory_that_may_only_be_read_says_what_still_works(run, monke
         assert "What was stored is safe; `attrib table`" in result.err
         assert "another run.root, or the right to write there, computes the rest" in result.err
         assert "run the same command again" not in result.err
+
+
+def test_why_a_cell_was_refused_is_kept_and_shown(run, monkeypatch, capfd):
+    def refuses(self, model, batch, *rest):
+        raise UserError(f"this net has no place for {batch.uids[0]}\nand a second line")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Random, "attribute", refuses)
+        result = run("method=random", "metric=[ehr]", "run.progress=true")
+    assert result.status == 2
+    assert "\nerror: this net has no place for p000\n" in result.err  # not behind the bar
+    (record,) = [json.loads(path.read_text()) for path in run.root.glob("*/runs/*/summary.json")]
+    assert (record["refused"], record["finished"]) == ("this net has no place for p000\nand a second line", False)
+
+    def shown(name: str) -> str:
+        capfd.readouterr()
+        dispatch([name, str(run.root)])
+        return " ".join(capfd.readouterr().out.split())
+
+    cell = only_cell(run.root).folder.name
+    assert f"{cell} was refused: this net has no place for p000 and a second line" in shown("status")
+    assert "failed: refused" in shown("status")
+    assert f"{cell}: pending because its run was refused: this net has no place for p000" in shown("table")
+    assert Observer(run.root).look().record()["cells"][0]["refused"].startswith("this net")
+    assert run("method=random", "metric=[ehr]").status == 0
+    assert "was refused" not in shown("status") + shown("table")
 
 
 def test_scores_judge_the_class_that_the_map_explains(run):

@@ -119,19 +119,42 @@ def each(
 
     from attrib.config.compose import compose
 
-    statuses = []
-    for overrides in cells:
-        try:
-            composition = compose(name, overrides, line.folder)
-            if show:
-                print(OmegaConf.to_yaml(OmegaConf.create(composition.values)), end="")
-                continue
-            statuses.append(compute(composition))
-        except Exception as error:
-            statuses.append(exit_status.report_error(error))
-        if statuses[-1] == LEFT:
-            return LEFT
+    statuses: list[int] = []
+    refused: list[tuple[str, str]] = []
+    try:
+        for overrides, cell in zip(cells, told_apart(cells), strict=True):
+            composition = None
+            try:
+                composition = compose(name, overrides, line.folder)
+                if show:
+                    print(OmegaConf.to_yaml(OmegaConf.create(composition.values)), end="")
+                    continue
+                statuses.append(compute(composition))
+                if statuses[-1] == exit_status.FAILED:
+                    refused.append((cell, "samples failed, see above"))
+            except Exception as error:
+                said = composition.blamed(error) if composition and isinstance(error, UserError) else error
+                statuses.append(exit_status.report_error(said, cell))
+                why = str(said) if isinstance(said, UserError) else f"{type(said).__name__}: {said}"
+                refused.append((cell, why))
+            if statuses[-1] == LEFT:
+                return LEFT
+    finally:
+        if len(cells) > 1:
+            exit_status.report_refused(refused, len(cells))
     return exit_status.worst(statuses)
+
+
+def told_apart(cells: Sequence[Sequence[str]]) -> list[str]:
+    """What each cell of a grid is called: the overrides that not all of them have; "" for one alone.
+
+    >>> told_apart([("seed=1", "method=iba"), ("seed=1", "method=lime")])
+    ['method=iba', 'method=lime']
+    """
+    if len(cells) < 2:
+        return [""] * len(cells)
+    common = set.intersection(*map(set, cells))
+    return [" ".join(o for o in cell if o not in common) or " ".join(cell) for cell in cells]
 
 
 def console(*, apart: bool = False) -> Console:

@@ -183,11 +183,24 @@ class Composition:
     values    plain, with nothing left to resolve
     files     part -> the file it was chosen from, for messages: ``{"method": "configs/method/iba.yaml"}``
     assumed   the metrics that are there by default, because nobody named any
+    given     field -> the override that set it, for messages: ``{"method.beta": "method.beta=20"}``
     """
 
     values: dict[str, Any]
     files: Mapping[str, str]
     assumed: tuple[str, ...] = ()
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def blamed(self, error: UserError) -> UserError:
+        """The error, which names the override instead of the file if it was an override that set the wrong field."""
+        for part, file in self.files.items():
+            before, said, rest = str(error).partition(f"{file}: ")
+            for key, override in self.given.items() if said and not before else ():
+                field = key.removeprefix(f"{part}.")
+                at = rf"(?:\w+\.)*{': '.join(map(re.escape, field.split('.')))}\b|.* has no field '{re.escape(field)}'"
+                if field != key and re.match(at, rest):
+                    return UserError(f"{override}: {rest}")
+        return error
 
 
 def compose(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Composition:
@@ -201,7 +214,8 @@ def compose(name: str, overrides: Sequence[str] = (), folder: Path | None = None
     2
     """
     found = plain(compose_node(name, overrides, folder), folder)
-    return dataclasses.replace(found, assumed=_assumed(name, overrides, found.values))
+    given = {key.lstrip("+"): str(o.input_line) for key, o in parse_overrides(overrides).items() if "." in key}
+    return dataclasses.replace(found, assumed=_assumed(name, overrides, found.values), given=given)
 
 
 def _assumed(name: str, overrides: Sequence[str], values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from attrib.experiment.targets import check_labels
 from attrib.fit import Progress, State
 from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
-from attrib.running.hooks import FitBar, Heartbeat, standard_hooks
+from attrib.running.hooks import FitBar, Heartbeat, ProgressHook, standard_hooks
 from attrib.running.loop import Loop
 from attrib.running.options import Options
 from attrib.running.plan import Plan, check_metrics, exam_of, make_plan, spec_of
@@ -115,6 +115,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         runner.register_hook(heartbeat)
         heartbeat.start()
         failure: OSError | GoneError | None = None
+        refused: str | None = None
         try:
             with stop.finishing():
                 if plan.explains:
@@ -125,7 +126,13 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             summary.stopped = stop.name
         except (OSError, GoneError) as error:
             failure = error
+        except UserError as error:  # whoever looks at the work directory later asks why nothing is there
+            refused = str(error)
+            raise
         finally:
+            for hook in hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.close()  # else what is said next stands behind the bar
             summary.left = loop.left + loop.unwritten
             if summary.stopped:
                 log.warning("%s", summary.ending)
@@ -134,7 +141,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             runner.visualizer.close()
             runner.file_handler.close()
             record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
-            record["exam"] = exam_of(experiment.model)
+            record |= {"exam": exam_of(experiment.model), "refused": refused}
             try:
                 cell.check()
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
