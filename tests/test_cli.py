@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, Result, called, command, pictures
 
-from attrib.cli import parsers
+from attrib.cli import main, parsers
 from attrib.cli.list import described
 from attrib.cli.main import GROUPS, dispatch
 from attrib.cli.parsers import PARSERS
@@ -379,3 +379,18 @@ def test_the_folder_of_configurations_is_found():
 
     assert configs() == ROOT / "configs"
     assert Path(configs() / "run.yaml").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["table"], ["report"], ["list"], ["run"]])
+def test_an_interrupt_during_imports_is_no_traceback(arguments, monkeypatch, capfd):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attrib.process.signals.polite_start", lambda: None)
+    monkeypatch.setattr("attrib.process.signals.exit_process", sys.exit)
+    monkeypatch.setattr(main, "dispatch", interrupted)
+    monkeypatch.setattr(main.sys, "argv", ["attrib", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert "Traceback" not in capfd.readouterr().err

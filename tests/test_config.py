@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.error import URLError
 
 import pytest
 import yaml
@@ -411,3 +412,43 @@ def test_misspelt_fields_of_optional_ones_are_refused_by_who_reads_them(override
     composition = compose("run", [override, "dataset=digits", "model=lenet", "method=random", "metric=[]"])
     with pytest.raises(UserError, match=words):
         experiment(composition.values, composition.files)
+
+
+# ---- without network ----
+
+
+class ConnectError(Exception):
+    """As httpx has it, whose errors derive from no error of Python's."""
+
+    __module__ = "httpx"
+
+
+def without_network(how: str, pretrained: bool = True, weights: str | None = None, path: str | None = None) -> Any:
+    try:
+        if how == "httpx":
+            raise ConnectError("[Errno -2] Name or service not known")
+        raise {"url": URLError, "refused": ConnectionRefusedError, "wrong": ValueError}[how]("nobody answers")
+    except Exception as error:
+        raise RuntimeError("cannot be loaded") from error
+
+
+@pytest.mark.parametrize("how", ["httpx", "url", "refused"])
+@pytest.mark.parametrize(
+    ("field", "advice"),
+    [
+        ("pretrained", "set model.pretrained=false model.checkpoint=FILE"),
+        ("weights", "set model.weights=null model.checkpoint=FILE"),
+        ("path", "set model.path=FOLDER"),
+    ],
+)
+def test_what_cannot_be_downloaded_may_be_put_there_by_hand(how, field, advice):
+    value = True if field == "pretrained" else "x"
+    with pytest.raises(UserError) as refused:
+        build({"_target_": "test_config.without_network", "how": how, field: value}, "mine.yaml")
+    assert str(refused.value).startswith("mine.yaml: test_config.without_network cannot download what it needs (")
+    assert str(refused.value).endswith(f"On a machine without network, put the file there by hand and {advice}")
+
+
+def test_other_errors_are_not_those_of_a_network():
+    with pytest.raises(UserError, match=r"cannot be built: ValueError: nobody answers"):
+        build({"_target_": "test_config.without_network", "how": "wrong"}, "mine.yaml")

@@ -38,6 +38,7 @@ def prepare() -> None:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Printable("%(levelname)s %(message)s"))
     logging.getLogger("attrib").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line came twice
     keep_freed_memory()
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from attrib import keys
 from attrib.config.fields import checked_value, hints_of, is_node
+from attrib.config.network import by_hand
 from attrib.config.trained import (
     NOT_OF_THE_NET,
     check_encoder,
@@ -99,6 +100,8 @@ def build(node: Node, where: str) -> Any:
         return hydra.utils.instantiate(_where_it_is_now(checked), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
+        if (advice := by_hand(node, cause)) is not None:
+            raise UserError(f"{where}: {node['_target_']} {advice}") from error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if isinstance(cause, UserError):
