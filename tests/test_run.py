@@ -377,7 +377,7 @@ def test_a_fit_is_planned_and_shows_how_far_it_is(run, monkeypatch):
     ("arguments", "words"),
     [
         (("method=iba", "model.layers.bottleneck=feature.5"), ("bottleneck", "feature.5", "features.5")),
-        (("method=grad_cam", "+method.betta=1"), ("method/grad_cam", "betta")),
+        (("method=grad_cam", "+method.betta=1"), ("error: +method.betta=1: ", "no field 'betta'")),
         (("method=iba", "+method.betta=1"), ("betta", "did you mean 'beta'")),
         (("method=grad_cam", "run.device=cuda:7"), ("cuda:7", "run.device=cpu")),
         (("method=grad_cam", "run.device=tpu9"), ("tpu9",)),
