@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from attrib.api.lines import written
 from attrib.cli.main import dispatch
 from attrib.config.compose import compose
 from attrib.datasets import HuggingFaceEncoder, ImageTransform, WordEncoder
+from attrib.datasets.images import ImageDataset
 from attrib.methods.baselines import Gradient
 from attrib.methods.iba import IBA
 from attrib.metrics import EHR
@@ -102,6 +104,12 @@ def test_the_printed_python_computes_the_command_lines_map(tmp_path, capsys):
     np.testing.assert_array_equal(space["explanation"].map[0], map)
     assert dispatch(["run", "--python", "-m", "method=iba,random"]) == 2
     assert "leave -m out" in capsys.readouterr().err
+
+
+def test_the_printed_python_scores_what_the_run_would(capsys):
+    for given, printed in (((), "['insertion_deletion']"), (("metric=[ehr]",), "['ehr']")):
+        assert dispatch(["run", "--python", "dataset=digits", "model=lenet", "method=random", *given]) == 0
+        assert f"explanation, {printed})" in capsys.readouterr().out
 
 
 def test_a_module_a_classifier_and_a_loader(images):
@@ -307,6 +315,12 @@ class Ids(nn.Module):
         (dict(layers="features.0"), "the method reads none"),
         (dict(method="grad_cam", layers={"cam": "feature.0"}), "has no layer 'feature.0'; did you mean 'features.0'"),
         (dict(method="attention_raw"), "attention"),
+        (dict(bta=3, method="iba"), r"^method iba: .*IBA has no field 'bta'; did you mean 'beta'"),
+        (dict(beta="x", method="iba"), r"^method iba: beta must be float"),
+        (dict(device="cuda"), r"no field 'device'.*; device is a setting of the run: run=\{'device': 'cuda'\}"),
+        (dict(rows=3, method=Gradient()), r"no field 'rows'.*: run=\{'rows': 3\}"),
+        (dict(target=-1), "target must be .*, not -1; classes are numbered from 0 to"),
+        (dict(target=True), "target must be .*, not True; classes are numbered from 0 to"),
     ],
 )
 def test_refused_by_name(images, wrong, words):
@@ -428,3 +442,42 @@ def test_nets_of_transformers_with_their_own_tokenizer(tmp_path):
         attrib.explain(net, torch.tensor([[3, 4]]), **given)
     with pytest.raises(UserError, match=r"set it, for example 512"):
         attrib.explain(net, texts, tokenizer=own, **given)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (lambda: pixels(32, 32), ["dataset=image_folder", "dataset.root=FOLDER"]),
+        (lambda: torch.rand(1, 1, 32, 32), ["dataset=image_folder", "dataset.root=FOLDER"]),
+        (lambda: attrib.dataset("digits", "lenet"), ["dataset=digits"]),
+        (lambda: Tiny(ImageTransform(size=(32, 32), mean=(0.5,), std=(0.5,))), ["dataset=NAME"]),
+    ],
+)
+def test_a_command_is_about_the_data_that_were_explained(samples, words):
+    x = samples()
+    uids = x.uids[:1] if hasattr(x, "uids") else None
+    explanation = attrib.explain("lenet", x, method="gradient", target=1, uids=uids)
+    given = [word for word in shlex.split(explanation.command()) if word.startswith("dataset")]
+    assert given == [*words, "dataset.target=1"]
+
+
+class Tiny(ImageDataset):
+    """A data set of one's own, of which no preset tells."""
+
+    def __init__(self, transform):
+        super().__init__(["a"], transform)
+
+    def open(self, uid):
+        stream = io.BytesIO()
+        Image.fromarray(pixels(32, 32)).save(stream, "png")
+        return io.BytesIO(stream.getvalue())
+
+    def label(self, uid):
+        return 0
+
+
+def test_a_layer_that_must_be_named_is_asked_for_as_python_has_it():
+    encoder = WordEncoder(["<unk>", "<pad>", "a", "b"])
+    net = torch.nn.Sequential(torch.nn.Embedding(encoder.size, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    with pytest.raises(UserError, match=r"role 'bottleneck' .*; give layers=\{\"bottleneck\": \"PATH\"\}"):
+        attrib.explain(net, ["a b"], method="iba", tokenizer=encoder, fit=["b a"])

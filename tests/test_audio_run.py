@@ -151,7 +151,7 @@ def test_models_and_data_of_other_kinds(run, monkeypatch, capfd, folder):
 
 
 def test_sounds_that_are_not_marked(run):
-    result = run("method=random", "dataset.intervals=null")
+    result = run("method=random", "dataset.intervals=null", "metric=[ehr,insertion_deletion]")
     assert result.status == 2
     assert "ehr needs regions of interest, and dataset wav_folder has none" in result.err
     assert run("method=random", "dataset.intervals=null", "metric=[insertion_deletion]").status == 0

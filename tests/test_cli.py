@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, Result, called, command, pictures
 
-from attrib.cli import parsers
+from attrib.cli import main, parsers
 from attrib.cli.list import described
 from attrib.cli.main import GROUPS, dispatch
 from attrib.cli.parsers import PARSERS
-from attrib.config.compose import preset
+from attrib.config.compose import compose, preset
+from attrib.config.objects import experiment
+from attrib.errors import UserError
 from attrib.results import tables
 from attrib.store import damaged, workers
 from attrib.store.cell import cells
@@ -183,8 +185,63 @@ def test_a_root_that_cannot_be_written(run, tmp_path, flags):
     assert "safe" not in text
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("method.steps=many", "method.steps=many: steps must be int"),
+        ("method.steps=-1", "method.steps=-1: IBA.steps is -1, must be at least 1"),
+        ("+method.stpes=3", r"+method.stpes=3: attrib.methods.iba.IBA has no field 'stpes'; did you mean 'steps'?"),
+        ("dataset.select.count=few", "dataset.select.count=few: select: count must be int"),
+    ],
+)
+def test_the_override_is_blamed_and_not_the_file(run, override, says):
+    assert sentence(run("method=iba", override)).startswith(f"error: {says}")
+
+
 def test_a_file_that_is_misread_is_named(run, tmp_path):
-    assert "configs/method/iba.yaml: steps must be int" in sentence(run("method=iba", "method.steps=many"))
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    wrong = "name: mine\n_target_: attrib.methods.iba.IBA\nsteps: many\n"
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text(wrong)
+    compositions = compose("run", ["method=mine", "+method.beta=3", "+method.lr=0.5"], tmp_path / "conf")
+    with pytest.raises(UserError) as refused:
+        experiment(compositions.values, compositions.files)
+    assert compositions.blamed(refused.value) is refused.value
+    assert "conf/method/mine.yaml: steps must be int" in str(refused.value)
+
+
+# ---- grids ----
+
+
+def test_a_grid_says_which_cell_was_refused_and_lists_them_at_the_end(run, tmp_path):
+    result = run("-m", "method=gradcam,random,iba,gradient", "dataset.target=predicted,0",
+                 "method.steps=many", f"run.root={tmp_path / 'work'}")  # fmt: skip
+    assert result.status == 2
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    cells = [
+        f"method={m} dataset.target={t}" for m in ("gradcam", "random", "iba", "gradient") for t in ("predicted", 0)
+    ]
+    assert [line.split(": ")[1] for line in errors] == cells
+    assert errors[4] == f"error: {cells[4]}: method.steps=many: steps must be int, not 'many'"
+    head, *listed = result.err.splitlines()[-9:]
+    assert head == "8 of 8 cells did not end well:"
+    assert [line.split(": ")[0].strip() for line in listed] == cells
+    assert all(len(line) <= 200 for line in listed)
+
+
+def test_a_grid_that_ends_well_lists_nothing(run, tmp_path):
+    result = run("-m", "method=random,gradient", "run.limit=1", f"run.root={tmp_path / 'work'}")
+    assert result.status == 0
+    assert "end well" not in result.err
+
+
+def test_an_unexpected_error_names_its_cell(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("attrib.cli.run.make_plan", lambda *given: 1 / 0)
+    result = run("-m", "method=random,gradient", "run.dry=true", f"run.root={tmp_path / 'work'}")
+    assert result.status == 1
+    assert "error: method=gradient: ZeroDivisionError\nTraceback" in result.err
+    assert result.err.splitlines()[-2:] == [
+        f"  method={m}: ZeroDivisionError: division by zero" for m in ("random", "gradient")
+    ]
 
 
 # ---- any order, any place ----
@@ -334,3 +391,18 @@ def test_a_work_directory_may_be_said_as_the_run_said_it(root, capsys, words):
     assert plain == said
     assert dispatch(["table", f"run.root={root}/nowhere"]) == 2
     assert f"{root}/nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["table"], ["report"], ["list"], ["run"]])
+def test_an_interrupt_during_imports_is_no_traceback(arguments, monkeypatch, capfd):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attrib.process.signals.polite_start", lambda: None)
+    monkeypatch.setattr("attrib.process.signals.exit_process", sys.exit)
+    monkeypatch.setattr(main, "dispatch", interrupted)
+    monkeypatch.setattr(main.sys, "argv", ["attrib", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 130
+    assert "Traceback" not in capfd.readouterr().err

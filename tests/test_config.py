@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.error import URLError
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from hydra.core.override_parser.types import QuotedString
 from tiny import ROOT, pictures
 
 from attrib import keys
-from attrib.config.compose import parse_overrides
+from attrib.config.compose import compose, parse_overrides
 from attrib.config.objects import build, classifier, experiment, options_of, with_input
 from attrib.datasets import ImageNet, ImageTransform, Selection
 from attrib.methods import Method
@@ -174,6 +175,7 @@ def config(tmp_path) -> dict:
     folder = {
         "_target_": "attrib.datasets.ImageFolder",
         "root": str(images),
+        "boxes": str(images.parent / "boxes.csv"),
         "transform": {"_target_": "attrib.datasets.ImageTransform", **model["input"]},
     }
     return {
@@ -337,3 +339,116 @@ def plain_value(override: str) -> Any:
 def test_what_may_be_several_values_is_left_to_whoever_wrote_it(override, why):
     with pytest.raises(UserError, match=f"command line: .* is not understood: {why}"):
         parse_overrides([override])
+
+
+# ---- what attrib reads of every preset, whether or not it has such a line ----
+
+OWN = {
+    "model": "name: mine\n_target_: torch.nn.Identity\ninput: {size: 3, mean: [0], std: [1], resize: squash, "
+    "interpolation: bilinear}\n",
+    "dataset": "name: mine\n_target_: attrib.datasets.Tones\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.output={read: value}", {"read": "value"}),
+        ("model.output.read=sigmoid", {"read": "sigmoid"}),
+        ("+model.output.read=sigmoid", {"read": "sigmoid"}),
+        ("++model.output.read=sigmoid", {"read": "sigmoid"}),
+        ("model.classes=[a,b]", ["a", "b"]),
+        ("model.checkpoint=x.pth", "x.pth"),
+        ("model.match=order", "order"),
+        ("model.randomise.layers=3", {"layers": 3}),
+        ("+model.layers.cam=features", {"cam": "features"}),
+        ("dataset.target=3", 3),
+        ("dataset.select.count=3", {"count": 3}),
+    ],
+)
+def test_optional_fields_need_no_plus(override, value, tmp_path):
+    for group, text in OWN.items():
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(text)
+    group, field = override.lstrip("+").split("=")[0].split(".")[:2]
+    assert compose("run", [override, f"{group}=mine", "method=random"], tmp_path).values[group][field] == value
+
+
+@pytest.mark.parametrize("model", ["huggingface_image", "lenet"])
+def test_an_optional_field_may_be_null_or_there(model):
+    overrides = [f"model={model}", "model.output.read=value", "model.output.take=out", "dataset.select.count=3"]
+    more = ["model.path=x"] if model == "huggingface_image" else []
+    values = compose("run", [*overrides, *more]).values
+    assert values["model"]["output"] == {"read": "value", "take": "out"}
+    assert values["dataset"]["select"]["count"] == 3
+    assert values["dataset"]["select"]["seed"] == 0  # what the preset says otherwise is kept
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.outptu.read=value", "model has no field 'outptu'"),
+        ("dataset.tagret=3", "dataset has no field 'tagret'; did you mean 'target'?"),
+        (
+            "model.layers.camm=x",
+            r"model.layers has no field 'camm'; did you mean 'cam'\?.*\+model.layers.camm=... adds",
+        ),
+    ],
+)
+def test_misspelt_fields_are_still_refused(override, words):
+    with pytest.raises(UserError, match=words):
+        compose("run", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.output.raed=value", "raed"),
+        ("model.randomise.layres=3", "no field 'layres'; did you mean 'layers'"),
+        ("dataset.select.cuont=3", "no field 'cuont'; did you mean 'count'"),
+    ],
+)
+def test_misspelt_fields_of_optional_ones_are_refused_by_who_reads_them(override, words):
+    composition = compose("run", [override, "dataset=digits", "model=lenet", "method=random", "metric=[]"])
+    with pytest.raises(UserError, match=words):
+        experiment(composition.values, composition.files)
+
+
+# ---- without network ----
+
+
+class ConnectError(Exception):
+    """As httpx has it, whose errors derive from no error of Python's."""
+
+    __module__ = "httpx"
+
+
+def without_network(how: str, pretrained: bool = True, weights: str | None = None, path: str | None = None) -> Any:
+    try:
+        if how == "httpx":
+            raise ConnectError("[Errno -2] Name or service not known")
+        raise {"url": URLError, "refused": ConnectionRefusedError, "wrong": ValueError}[how]("nobody answers")
+    except Exception as error:
+        raise RuntimeError("cannot be loaded") from error
+
+
+@pytest.mark.parametrize("how", ["httpx", "url", "refused"])
+@pytest.mark.parametrize(
+    ("field", "advice"),
+    [
+        ("pretrained", "set model.pretrained=false model.checkpoint=FILE"),
+        ("weights", "set model.weights=null model.checkpoint=FILE"),
+        ("path", "set model.path=FOLDER"),
+    ],
+)
+def test_what_cannot_be_downloaded_may_be_put_there_by_hand(how, field, advice):
+    value = True if field == "pretrained" else "x"
+    with pytest.raises(UserError) as refused:
+        build({"_target_": "test_config.without_network", "how": how, field: value}, "mine.yaml")
+    assert str(refused.value).startswith("mine.yaml: test_config.without_network cannot download what it needs (")
+    assert str(refused.value).endswith(f"On a machine without network, put the file there by hand and {advice}")
+
+
+def test_other_errors_are_not_those_of_a_network():
+    with pytest.raises(UserError, match=r"cannot be built: ValueError: nobody answers"):
+        build({"_target_": "test_config.without_network", "how": "wrong"}, "mine.yaml")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 import numpy as np
 import pytest
 from tiny import command, pictures, save
 
+from attrib.cli.common import writing
+from attrib.errors import UserError
 from attrib.report.label_order import LabelOrder, label_order
+from attrib.store import files
+from attrib.store.temporary import temporary
 
 N, K = 100, 10
 
@@ -107,11 +113,38 @@ def test_a_folder_alone_is_looked_at(tmp_path, capfd):
     look = command(capfd, "dataset")
     ended = look(str(root), "model=small_cnn", f"run.root={tmp_path / 'w'}")
     assert ended.status == 0, ended.err
-    assert (tmp_path / "w" / "dataset.auto.html").is_file()
+    [page] = (tmp_path / "w").glob("dataset.*.html")
+    assert page.name.startswith("dataset.it-s---mine-images-")
+    assert "it&#39;s = mine/images" in page.read_text()
+    other = look(str(pictures(tmp_path / "other" / "it's = mine", 2)), "model=small_cnn", f"run.root={tmp_path / 'w'}")
+    assert other.status == 0, other.err
+    assert len(list((tmp_path / "w").glob("dataset.*.html"))) == 2  # of another folder with the same name
     named = look(str(root), "dataset=image_folder", "model=small_cnn", f"run.root={tmp_path / 'w'}")
     assert (named.status, (tmp_path / "w" / "dataset.image_folder.html").is_file()) == (0, True)
     for wrong in (["nowhere"], [str(root), str(tmp_path)]):
         assert "give one folder (or shard) that exists" in look(*wrong).err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_page_that_cannot_be_written_says_what_to_do(number, tmp_path, capfd, monkeypatch):
+    def refused(path, data):
+        raise OSError(number, os.strerror(number), *([] if number == errno.ENOSPC else [str(path)]))
+
+    monkeypatch.setattr(files, "write_synced", refused)
+    ended = command(capfd, "dataset")(
+        "dataset=tiny", f"dataset.root={pictures(tmp_path, 2)}", "model=small_cnn", f"run.root={tmp_path / 'w'}"
+    )
+    assert ended.status == 2
+    assert "Traceback" not in ended.err
+    wanted = f"error: {tmp_path / 'w' / 'dataset.tiny.html'} cannot be written: {os.strerror(number)}; --out FILE"
+    assert wanted in ended.err
+    with pytest.raises(UserError, match=r"x\.html cannot be written: .*; --out FILE"), writing(tmp_path / "x.html"):
+        refused(temporary(tmp_path / "x.html"), b"")
+
+
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    with pytest.raises(PermissionError), writing(tmp_path / "report.html"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "spec.json"))
 
 
 @pytest.mark.parametrize("read", ["value", "region, region: predicted"])
@@ -123,7 +156,8 @@ def test_a_net_that_decides_for_no_class_is_not_asked_for_one(read, tmp_path, ca
     )  # fmt: skip
     assert ended.status == 0, ended.err
     assert "accuracy" not in ended.out
-    assert "net: " not in (tmp_path / "w" / "dataset.auto.html").read_text()
+    [page] = (tmp_path / "w").glob("dataset.*.html")
+    assert "net: " not in page.read_text()
 
 
 def test_classes_that_the_net_does_not_know_are_shown_not_refused(tmp_path, capfd):

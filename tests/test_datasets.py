@@ -17,7 +17,7 @@ from PIL import Image
 from test_small_sets import WRITE
 from tiny import pixels, save
 
-from attrib.datasets import Box, ImageFolder, ImageNet, ImageTransform, Photos, PhotoViews, photos
+from attrib.datasets import Box, ImageFolder, ImageNet, ImageTransform, Photos, PhotoViews, Selection, photos
 from attrib.datasets.files import read_classes, uids_of
 from attrib.datasets.images import union_area
 from attrib.types import UNREADABLE, SampleError, UserError
@@ -341,7 +341,7 @@ def test_photos_are_found_in_packages(fake_packages):
     with pytest.raises(
         UserError, match=r"matplotlib, which is not installed.*pip install matplotlib.*dataset.packages="
     ):
-        Photos(SMALL)
+        Photos(SMALL, photos.PACKAGES)
     (fake_packages / "alibi/data/cats.tar.gz").write_bytes(b"")
     with pytest.raises(
         UserError, match=r"pip install --no-deps alibi==0\.9\.4.*\[scikit-image,scikit-learn,matplotlib\]"
@@ -351,6 +351,32 @@ def test_photos_are_found_in_packages(fake_packages):
         Photos(SMALL, ["torch"])
     with pytest.raises(UserError, match=r"dataset\.packages is empty"):
         Photos(SMALL, [])
+
+
+def test_photos_of_packages_that_nobody_named_are_left_out_with_one_warning(fake_packages, caplog, tmp_path):
+    photos._warn.cache_clear()
+    (fake_packages / "alibi/data/cats.tar.gz").write_bytes(b"")
+    whole, views = Photos(SMALL), PhotoViews(SMALL, views=2)
+    cats, kept = ["egyptian_cat", "siamese_cat", "tabby_cat"], Photos(SMALL, ["scikit-image", "scikit-learn"])
+    assert whole.uids == kept.uids
+    assert list(whole.left_out) == sorted([*cats[:1], "grace_hopper", *cats[1:]])
+    assert [whole.fingerprint(u) for u in whole.uids] == [kept.fingerprint(u) for u in kept.uids]
+    assert whole.key == kept.key
+    assert views.uids == PhotoViews(SMALL, views=2, packages=["scikit-image", "scikit-learn"]).uids
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2  # one for each package, however often they are asked for
+    assert "goes without grace_hopper: they come with the package matplotlib, which is not installed" in said[1]
+    assert all(f"pip install {what}" in line for what, line in zip(("--no-deps alibi==0.9.4", "matplotlib"), said))
+    for dataset, asked in ((whole, "tabby_cat"), (whole, "grace_hopper.jpg"), (views, "tabby_cat/view-01")):
+        (tmp_path / "list.txt").write_text(f"coffee{asked.partition('/')[2] and '/view-00'}\n{asked}\n")
+        with pytest.raises(UserError, match=rf"line 2: sample '{asked}' is not here: it comes with the package .*pip"):
+            Selection(list=str(tmp_path / "list.txt")).apply(dataset, lambda uids: {})
+
+
+def test_without_any_photograph_the_reason_is_said(fake_packages, monkeypatch):
+    monkeypatch.setattr("attrib.datasets.photos.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the package scikit-image, which is not installed"):
+        Photos(SMALL)
 
 
 def test_views_are_deterministic_and_differ(fake_packages):

@@ -13,11 +13,16 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
+from attrib.cli.main import dispatch
+from attrib.errors import UserError
+from attrib.methods.baselines import Random
 from attrib.methods.iba import IBA
 from attrib.results import tables
 from attrib.running.hooks import Heartbeat
+from attrib.store import files
 from attrib.store.cell import UNASKED, Arrays, cells
 from attrib.store.files import picture_path
+from attrib.upkeep.status import Observer
 
 COMMON = ("dataset=tiny", "model=small_cnn", "run.progress=false", "run.batch=4")
 
@@ -246,6 +251,49 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(run, monkeypatch):
     assert summary(run("method=random", "metric=[]"))["maps_computed"] == 6
 
 
+def test_a_work_directory_that_may_only_be_read_says_what_still_works(run, monkeypatch):
+    def refused(path, data):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    assert run("method=random", "metric=[ehr]").status == 0
+    monkeypatch.setattr(files, "write_synced", refused)
+    finished = run("method=random", "metric=[ehr]")
+    assert finished.status == 2
+    assert "All that this run would compute is stored there; `attrib table` and `attrib report --out" in finished.err
+    for more in (["metric=[ehr,localisation]"], ["metric=[lipschitz]"]):
+        result = run("method=random", *more)
+        assert result.status == 2
+        assert "What was stored is safe; `attrib table`" in result.err
+        assert "another run.root, or the right to write there, computes the rest" in result.err
+        assert "run the same command again" not in result.err
+
+
+def test_why_a_cell_was_refused_is_kept_and_shown(run, monkeypatch, capfd):
+    def refuses(self, model, batch, *rest):
+        raise UserError(f"this net has no place for {batch.uids[0]}\nand a second line")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Random, "attribute", refuses)
+        result = run("method=random", "metric=[ehr]", "run.progress=true")
+    assert result.status == 2
+    assert "\nerror: this net has no place for p000\n" in result.err  # not behind the bar
+    (record,) = [json.loads(path.read_text()) for path in run.root.glob("*/runs/*/summary.json")]
+    assert (record["refused"], record["finished"]) == ("this net has no place for p000\nand a second line", False)
+
+    def shown(name: str) -> str:
+        capfd.readouterr()
+        dispatch([name, str(run.root)])
+        return " ".join(capfd.readouterr().out.split())
+
+    cell = only_cell(run.root).folder.name
+    assert f"{cell} was refused: this net has no place for p000 and a second line" in shown("status")
+    assert "failed: refused" in shown("status")
+    assert f"{cell}: pending because its run was refused: this net has no place for p000" in shown("table")
+    assert Observer(run.root).look().record()["cells"][0]["refused"].startswith("this net")
+    assert run("method=random", "metric=[ehr]").status == 0
+    assert "was refused" not in shown("status") + shown("table")
+
+
 def test_scores_judge_the_class_that_the_map_explains(run):
     """Not the dataset's label, and not what the model would predict now, on another device or in another batch."""
     run("method=random", "metric=[ehr]", "+metric.t._target_=tiny_methods.TargetOf", "dataset.target=predicted")
@@ -329,7 +377,7 @@ def test_a_fit_is_planned_and_shows_how_far_it_is(run, monkeypatch):
     ("arguments", "words"),
     [
         (("method=iba", "model.layers.bottleneck=feature.5"), ("bottleneck", "feature.5", "features.5")),
-        (("method=grad_cam", "+method.betta=1"), ("method/grad_cam", "betta")),
+        (("method=grad_cam", "+method.betta=1"), ("error: +method.betta=1: ", "no field 'betta'")),
         (("method=iba", "+method.betta=1"), ("betta", "did you mean 'beta'")),
         (("method=grad_cam", "run.device=cuda:7"), ("cuda:7", "run.device=cpu")),
         (("method=grad_cam", "run.device=tpu9"), ("tpu9",)),

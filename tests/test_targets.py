@@ -14,7 +14,7 @@ from attrib.classes import ClassNames, shown_target
 from attrib.config.compose import CommandLine
 from attrib.datasets import ImageFolder
 from attrib.experiment.samples import Samples
-from attrib.experiment.targets import Contrast, parsed
+from attrib.experiment.targets import Contrast, check_labels, parsed
 from attrib.methods import Method
 from attrib.methods.baselines import (
     DeepLiftShap,
@@ -295,3 +295,52 @@ def test_several_targets_are_a_cell_each():
     for wrong in (["dataset.targets=label"], ["dataset.targets=[]"], ["dataset.targets=[1]", "dataset.target=1"]):
         with pytest.raises(UserError, match=r"dataset\.targets="):
             CommandLine.of(wrong)
+
+
+# ---- no label at all ----
+
+
+class Labelled:
+    """Says its labels without being read, unless ``labels`` is None."""
+
+    def __init__(self, *labels, problems=None):
+        self.uids = tuple(f"s{i}" for i in range(len(labels)))
+        self.label_problems = problems or {}
+        if labels[0] is not None:
+            self.label = dict(zip(self.uids, labels)).__getitem__
+
+
+@pytest.mark.parametrize("target", ["label", Contrast("label", "predicted"), Contrast("second", "label")])
+def test_without_any_label_nothing_begins(target):
+    with pytest.raises(UserError, match=r"none of the 2 samples has a label, .*dataset\.target=predicted"):
+        check_labels(Labelled(-1, -1), ("s0", "s1"), target)
+    with pytest.raises(UserError, match=r"none of the 1 samples has a label \(twice in labels\.csv\)"):
+        check_labels(Labelled(-1, 3, problems={"s0": "twice in labels.csv"}), ("s0",), target)
+    check_labels(Labelled(-1, 3), ("s0", "s1"), target)  # the first fails by itself
+    check_labels(Labelled((0, 1), (0, 0)), ("s0", "s1"), target)
+    check_labels(Labelled(None, None), ("s0", "s1"), target)  # nobody knows before they are read
+
+
+@pytest.mark.parametrize("target", ["predicted", "second", 3, Contrast("predicted", 3)])
+def test_labels_that_nobody_asks_for_may_be_missing(target):
+    check_labels(Labelled(-1, -1), ("s0", "s1"), target)
+
+
+def test_a_folder_without_labels_is_one_message(tmp_path, capfd):
+    images = pictures(tmp_path, 5)
+    given = ("dataset=image_folder", f"dataset.root={images}", "model=small_cnn", "method=gradient", "metric=[]")
+    ended = command(capfd)(*given, f"run.root={tmp_path / 'w'}")
+    assert ended.status == 2
+    [line] = [line for line in ended.err.splitlines() if "label" in line]
+    assert line.startswith("error: none of the 5 samples has a label")
+    assert not list((tmp_path / "w").glob("*/spec.json"))
+    ended = command(capfd)(*given, f"run.root={tmp_path / 'w'}", "dataset.target=predicted")
+    assert ended.status == 0, ended.err
+
+
+@pytest.mark.parametrize("given", [-1, True, 2.0, None])
+def test_what_is_no_class_is_refused_with_the_range(given):
+    with pytest.raises(UserError, match=r"not .*; classes are numbered from 0 to the net's last class"):
+        parsed(given)
+    with pytest.raises(UserError, match=r"classes are numbered from 0 to 2$"):
+        parsed(given, ClassNames.of(["a", "b", "c"], "net"))

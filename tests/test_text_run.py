@@ -99,8 +99,9 @@ def test_what_is_for_images_is_refused(run):
     result = run("method=random", "metric=[ehr]")
     assert result.status == 2
     assert "ehr is for image and audio data" in result.err
-    result = run("method=random")
+    result = run("method=random", "metric=[ehr,insertion_deletion]")
     assert "take metric=[insertion_deletion]" in result.err
+    assert run("method=random").status == 0  # nobody named ehr
 
 
 def test_mistakes_with_models_and_data(run, folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,11 @@ def cell_of(
         seed=seed,
     )
     check_modality(method.node, cell)
-    cell.check_layers()
+    try:
+        cell.check_layers()
+    except UserError as error:  # which speaks to those at a command line
+        said = re.sub(r"set model\.layers\.(\w+)", r'give layers={"\1": "PATH"}', str(error))
+        raise UserError(said) from error
     if isinstance(data, TextDataset):
         check_encoder(data.encoder, model, net.config.get("checkpoint"), net.name)
     if net.preset is not None:

@@ -227,7 +227,8 @@ class Explanation:
     def command(self, dataset: str | None = None) -> str:
         """The command line that computes such maps of a data set: ``attrib run ...``.
 
-        dataset   name of a data set; by default the one that the method was fitted on, else the photographs
+        dataset   name of a data set; by default the one that the method was fitted on, else that of the samples. Of
+                  samples that were handed over one by one the command has FOLDER or FILE for where they lie.
 
         Raises UserError if the net or the method was handed over as an object that no name stands for.
         """

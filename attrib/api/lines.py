@@ -11,14 +11,24 @@ from typing import Any, cast
 from attrib import keys
 from attrib.api.nets import RUN, Net, named
 from attrib.api.parts import Explainer, explainer, yaml_of
-from attrib.config.compose import CommandLine, compose_node, plain, spelled
+from attrib.config.compose import CommandLine, compose, compose_node, plain, spelled
+from attrib.config.objects import completed, dataset_of, metrics_of
 from attrib.config.places import presets
+from attrib.datasets import Dataset
+from attrib.datasets.memory import Pictures, Sentences, Tensors, Waves
 from attrib.experiment.cell import Experiment
+from attrib.experiment.regions import fitting
 from attrib.experiment.targets import Contrast
 from attrib.models.precision import Precision
 from attrib.types import UserError
 
-DEFAULT = {"image": "photos", "text": "movie_snippets", "audio": "tones"}  # data sets that come with pip, or are made
+# For samples that were handed over one by one: the place of FOLDER and FILE is the reader's to say.
+LOOSE = {
+    "image": "dataset=image_folder dataset.root=FOLDER",
+    "text": "dataset=text_csv dataset.path=FILE",
+    "audio": "dataset=audio_folder dataset.root=FOLDER",
+}
+IN_MEMORY = (Pictures, Sentences, Waves, Tensors)
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
     words = [f"model={net.preset}", *net.overrides, *_layers(origin), *_method(origin.explainer, origin.overrides)]
     if dataset is not None:
         named("dataset", dataset)
-    words += [f"dataset={dataset or origin.fit or DEFAULT[cell.dataset.modality]}"]
+    chosen = dataset or origin.fit
+    words += [f"dataset={chosen}"] if chosen else _data(cell.dataset)
     words += [o for o in origin.overrides if o.startswith("dataset.")] if dataset in (None, origin.fit) else []
     words += [f"dataset.target={_target(cell)}", *([f"seed={cell.seed}"] if cell.seed else []), "metric=[]"]
     if net.precision != Precision():
@@ -50,6 +61,19 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
     default = type(net.options)()
     words += [f"run.{n}={getattr(net.options, n)}" for n in RUN if getattr(net.options, n) != getattr(default, n)]
     return shlex.join(["attrib", "run", *words])
+
+
+def _data(dataset: Dataset) -> list[str]:
+    """The data that were explained: the preset of their class, or what to fill in."""
+    loose = LOOSE[dataset.modality].split()
+    if isinstance(dataset, IN_MEMORY):
+        return loose
+    kind = type(dataset).__name__
+    nodes = {name: yaml_of(path, resolve=False) for name, path in presets("dataset").items()}
+    found = [name for name, node in nodes.items() if str(node.get("_target_")).rpartition(".")[2] == kind]
+    if len(found) != 1:
+        return ["dataset=NAME"]
+    return [f"dataset={found[0]}", *(f"dataset.{k}={k.upper()}" for k, v in nodes[found[0]].items() if v == "???")]
 
 
 def written(value: Any) -> str:
@@ -141,7 +165,7 @@ def python_of(line: CommandLine) -> str:
             more.append(text)
         else:
             raise UserError(f"{text}: attrib.explain has no argument for it")
-    metrics = list(values.get("metric") or {})
+    metrics = _metrics(list(overrides.values()))
     extra = f", overrides={more!r}" if more else ""
     data = [o for o in more if o.split(".")[0].lstrip("+") in ("model", "dataset")]
     with_data = f", overrides={data!r}" if data else ""
@@ -162,3 +186,14 @@ def python_of(line: CommandLine) -> str:
     if metrics:
         lines.append(f"print(attrib.evaluate(net, data, explanation, {metrics!r}{extra}))")
     return "\n".join(lines) + "\n"
+
+
+def _metrics(overrides: Sequence[str]) -> list[str]:
+    """The metrics that a run would take: of the default ones those that fit the data, if these are there."""
+    found = compose("run", overrides)
+    nodes = found.values.get("metric") or {}
+    try:
+        data = completed(found.values, found.files)["dataset"]
+        return list(fitting(metrics_of(nodes), found.assumed, dataset_of(data, "dataset"), str(data.get("name"))))
+    except UserError:  # whoever runs it will be told
+        return list(nodes)

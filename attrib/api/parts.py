@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attrib.api.inputs import given
 from attrib.api.names import Given, Input
-from attrib.api.nets import Net, named, net_of, overrides_of, snake
+from attrib.api.nets import RUN, Net, named, net_of, overrides_of, snake
 from attrib.config.compose import compose, compose_node, plain
 from attrib.config.objects import (
     completed,
@@ -51,10 +51,11 @@ def explainer(method: Any, fields: Mapping[str, Any] | None = None, overrides: S
         name = named("method", method)
         values = compose("run", ["~dataset", "~model", "metric=[]", f"method={name}", *own])
         node = {**values.values["method"], **fields}
-        return Explainer(method_of(node, values.files["method"]), str(node.get("name", name)), node, name, dict(fields))
+        made = _with_fields(node, f"method {name}" if fields else values.files["method"], fields)
+        return Explainer(made, str(node.get("name", name)), node, name, dict(fields))
     if isinstance(method, str | Path):
         node = {**yaml_of(Path(method)), **fields}
-        return Explainer(method_of(node, str(method)), str(node.get("name", Path(method).stem)), node)
+        return Explainer(_with_fields(node, str(method), fields), str(node.get("name", Path(method).stem)), node)
     if isinstance(method, type) or not all(hasattr(method, name) for name in ("attribute", "MAPS", "fit")):
         raise UserError(
             f"method is {_what(method)}; give a method such as attrib.methods.iba.IBA(), the path of a YAML or a name "
@@ -64,20 +65,35 @@ def explainer(method: Any, fields: Mapping[str, Any] | None = None, overrides: S
         known = [f.name for f in dataclasses.fields(method)]
         for name in fields:
             if name not in known:
-                raise UserError(no_field(type(method).__name__, name, known))
+                raise UserError(no_field(type(method).__name__, name, known) + _of_a_run(name, fields[name]))
         method = dataclasses.replace(method, **fields)
     return Explainer(method, snake(type(method).__name__), {})
+
+
+def _with_fields(node: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> Method:
+    """What ``method_of`` makes. Raises UserError, also for an argument that is no field of the method but of a run."""
+    try:
+        return method_of(node, where)
+    except UserError as error:
+        for name, value in fields.items():
+            if f"has no field {name!r}" in str(error) and (advice := _of_a_run(name, value)):
+                raise UserError(f"{error}{advice}") from error
+        raise
+
+
+def _of_a_run(name: str, value: Any) -> str:
+    return f"; {name} is a setting of the run: run={{{name!r}: {value!r}}}" if name in RUN else ""
 
 
 def _what(thing: Any) -> str:
     return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
-def yaml_of(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file. Raises UserError."""
+def yaml_of(path: Path, resolve: bool = True) -> dict[str, Any]:
+    """The fields of a YAML file; ``resolve``: with what they refer to. Raises UserError."""
     try:
         node = OmegaConf.load(path.expanduser())
-        plain_node = OmegaConf.to_container(node, resolve=True)
+        plain_node = OmegaConf.to_container(node, resolve=resolve)
     except (OSError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # of the YAML parser, which has no class of its own above all

@@ -44,7 +44,7 @@ class Results:
 
     >>> results = attrib.results("workdirs/demo")  # doctest: +SKIP
     >>> results.table(column="insertion")  # doctest: +SKIP
-    >>> results.maps(method="iba", uid="coffee.png").array  # doctest: +SKIP
+    >>> results.maps(method="iba", uid="coffee").array  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | Path, *, confidence: float = 0.95) -> None:
@@ -170,7 +170,7 @@ class Results:
     ) -> Stored:
         """The stored maps as a mapping from :class:`Place` to an array, each of which is read when it is taken out.
 
-        The map of an image is (H, W), of a text (T,), of a sound (L,). ``maps(method="iba", uid="cat.png").array`` is
+        The map of an image is (H, W), of a text (T,), of a sound (L,). ``maps(method="iba", uid="coffee").array`` is
         a single one.
         """
         parts = []

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -35,6 +38,7 @@ def prepare() -> None:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Printable("%(levelname)s %(message)s"))
     logging.getLogger("attrib").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line came twice
     keep_freed_memory()
 
 
@@ -54,6 +58,24 @@ def guarded(work: Callable[[], int]) -> int:
         return exit_status.report_error(error if isinstance(error, UserError) else UserError(str(error)))
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around what writes the page ``out``: that it cannot be written becomes a UserError, which says what to do.
+
+    An error of a file that is only read stays as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename) if isinstance(error.filename, str) else None
+        ours = named is not None and (named == out or named.name.startswith(f".{out.name}.") or named in out.parents)
+        if not ours and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; --out FILE writes it elsewhere"
+        ) from error
 
 
 def grid(name: str, args: argparse.Namespace, compute: Callable[[Composition], int]) -> int:
@@ -98,19 +120,42 @@ def each(
 
     from attrib.config.compose import compose
 
-    statuses = []
-    for overrides in cells:
-        try:
-            composition = compose(name, overrides, line.folder)
-            if show:
-                print(OmegaConf.to_yaml(OmegaConf.create(composition.values)), end="")
-                continue
-            statuses.append(compute(composition))
-        except Exception as error:
-            statuses.append(exit_status.report_error(error))
-        if statuses[-1] == LEFT:
-            return LEFT
+    statuses: list[int] = []
+    refused: list[tuple[str, str]] = []
+    try:
+        for overrides, cell in zip(cells, told_apart(cells), strict=True):
+            composition = None
+            try:
+                composition = compose(name, overrides, line.folder)
+                if show:
+                    print(OmegaConf.to_yaml(OmegaConf.create(composition.values)), end="")
+                    continue
+                statuses.append(compute(composition))
+                if statuses[-1] == exit_status.FAILED:
+                    refused.append((cell, "samples failed, see above"))
+            except Exception as error:
+                said = composition.blamed(error) if composition and isinstance(error, UserError) else error
+                statuses.append(exit_status.report_error(said, cell))
+                why = str(said) if isinstance(said, UserError) else f"{type(said).__name__}: {said}"
+                refused.append((cell, why))
+            if statuses[-1] == LEFT:
+                return LEFT
+    finally:
+        if len(cells) > 1:
+            exit_status.report_refused(refused, len(cells))
     return exit_status.worst(statuses)
+
+
+def told_apart(cells: Sequence[Sequence[str]]) -> list[str]:
+    """What each cell of a grid is called: the overrides that not all of them have; "" for one alone.
+
+    >>> told_apart([("seed=1", "method=iba"), ("seed=1", "method=lime")])
+    ['method=iba', 'method=lime']
+    """
+    if len(cells) < 2:
+        return [""] * len(cells)
+    common = set.intersection(*map(set, cells))
+    return [" ".join(o for o in cell if o not in common) or " ".join(cell) for cell in cells]
 
 
 def console(*, apart: bool = False) -> Console:

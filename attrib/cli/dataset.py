@@ -10,6 +10,8 @@ from attrib.cli import common
 from attrib.cli.parsers import PARSERS
 from attrib.config.compose import CommandLine, Composition, spelled
 from attrib.config.objects import experiment, options_of
+from attrib.experiment.cell import Experiment
+from attrib.keys import digest
 from attrib.process.signals import Stop
 from attrib.report.dataset import file_name, look, page
 from attrib.store.files import write_atomic
@@ -45,12 +47,22 @@ def _overrides(given: Sequence[str]) -> list[str]:
 def _written(composition: Composition, out: Path | None) -> int:
     options = options_of(composition.values["run"])
     cell = experiment(composition.values, composition.files)
-    found = look(cell, options.read)
+    title = mark = ""
+    if composition.files.get("dataset", "").endswith("/auto.yaml"):  # a page says of which folder, and is its own file
+        place = Path(composition.values["dataset"]["root"]).resolve()
+        title, mark = "/".join(place.parts[-2:]).lstrip("/")[-80:], f"-{digest(str(place))[:6]}"
+    found = look(_called(cell, title), options.read)
     for name, value in found.facts:
         print(f"{name:24} {value}")
     for problem in found.problems:
         print(f"WARNING {problem}")
-    file = Path(options.root) / file_name(cell) if out is None else out
-    write_atomic(file, page(found).encode())
+    file = Path(options.root) / file_name(_called(cell, title and title + mark)) if out is None else out
+    with common.writing(file):
+        write_atomic(file, page(found).encode())
     print(f"wrote {file}")
     return 0
+
+
+def _called(cell: Experiment, name: str) -> Experiment:
+    """With another name of the dataset, unless that is empty."""
+    return dataclasses.replace(cell, names={**cell.names, "dataset": name}) if name else cell

@@ -95,6 +95,8 @@ def main(*before: str) -> None:
     except BrokenPipeError:  # such as | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except KeyboardInterrupt:  # in the seconds that imports take, where no subcommand is there yet to catch it
+        status = 130
     if "attrib.process.signals" in sys.modules:
         from attrib.process.signals import exit_process
 

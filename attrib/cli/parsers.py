@@ -104,7 +104,11 @@ def dataset() -> Parser:
         "whose layout is found out, and the overrides of attrib run: attrib dataset photos/ model=vgg16."
     )
     p = _composing("dataset", about, [], grid=False, shows=False)
-    p.add_argument("--out", type=Path, help="the HTML page (<run.root>/dataset.<name>.html)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="the HTML page (<run.root>/dataset.<name>.html, of a folder alone dataset.<folder>-<digest>.html)",
+    )
     return p
 
 

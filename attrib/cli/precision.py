@@ -30,7 +30,8 @@ def _compared(composition: Composition) -> int:
         raise UserError("precision=float32 is what others are compared with; set precision=bfloat16, tf32 or float16")
     settings, plans = options(composition.values["run"]), list[Plan]()
     for precision in (Precision(), asked):
-        made = experiment({**composition.values, "precision": dataclasses.asdict(precision)}, composition.files)
+        values = {**composition.values, "precision": dataclasses.asdict(precision)}
+        made = experiment(values, composition.files, composition.assumed)
         outcome = computed(made, settings)
         if outcome.summary is None or outcome.status == LEFT:
             return outcome.status

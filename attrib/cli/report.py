@@ -23,14 +23,15 @@ def _report(args: argparse.Namespace, command: str) -> int:
     if not 0 < args.confidence < 1:
         raise UserError(f"--confidence {args.confidence}: expected a number between 0 and 1, such as 0.95")
     broken: list[str] = []
-    report.write(
-        args.root,
-        out,
-        samples=args.samples,
-        confidence=args.confidence,
-        command=command,
-        broken=broken,
-        sample=args.sample,
-    )
+    with common.writing(out):
+        report.write(
+            args.root,
+            out,
+            samples=args.samples,
+            confidence=args.confidence,
+            command=command,
+            broken=broken,
+            sample=args.sample,
+        )
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return exit_status.report_broken(broken)

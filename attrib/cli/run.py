@@ -45,15 +45,22 @@ def options(node: Mapping[str, Any], environment: Mapping[str, str] = os.environ
 
 
 def cell(composition: Composition) -> Outcome:
-    """Compute one cell, or say what would be computed (``run.dry=true``). Prints as it goes."""
+    """As ``attempted``; a mistake is printed, too, and no exception."""
+    try:
+        return attempted(composition)
+    except UserError as error:
+        said = composition.blamed(error)
+        return Outcome(exit_status.report_error(said), None, f"error: {said}")
+
+
+def attempted(composition: Composition) -> Outcome:
+    """Compute one cell, or say what would be computed (``run.dry=true``). Prints as it goes. Raises UserError."""
     with watching() as stop:  # here too, because a launcher may call this in a process of its own, without ``main``
         try:
             with stop.immediately():
                 settings = options(composition.values["run"])
-                made = experiment(composition.values, composition.files)
+                made = experiment(composition.values, composition.files, composition.assumed)
             return computed(made, settings)
-        except UserError as error:
-            return Outcome(exit_status.report_error(error), None, f"error: {error}")
         except Interrupted as stopped:
             text = f"{stopped}; the same command goes on"
             print(text, flush=True)
@@ -107,7 +114,7 @@ def _python(line: CommandLine) -> int:
 
 
 def _status(composition: Composition) -> int:
-    return cell(composition).status
+    return attempted(composition).status
 
 
 def of_paper(name: str, line: CommandLine) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -15,6 +17,7 @@ from attrib.errors import UserError
 from attrib.process import exit_status
 from attrib.results import agreement, formats, power, tables
 from attrib.running.options import Options
+from attrib.store.workers import clock, refusal, workers
 
 SUFFIXES = {".csv": "csv", ".md": "md", ".markdown": "md", ".tex": "tex", ".txt": "terminal"}
 SHORT = 30  # lines of paired tests that a terminal shows unless they were asked for
@@ -92,11 +95,20 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         drawn = [formats.wide_table(block) for block in formats.wide(table)]
     else:
         drawn = [formats.long_table(table, args.confidence)]
+    if refused := _refused(frame, Path(args.root[0] if args.root else Options.root)):
+        drawn[0] = dataclasses.replace(drawn[0], notes=(*drawn[0].notes, *refused))
     if args.pairs is not None or kind == "terminal":
         tests = tables.all_paired(frame, args.pairs or (), args.confidence)
         if len(tests) or args.pairs is not None:
             drawn.append(formats.paired_table(tests, args.confidence, most=None if args.pairs is not None else SHORT))
     return write(drawn, kind, apart=args.out is not None)
+
+
+def _refused(frame: pd.DataFrame, root: Path) -> list[str]:
+    """A line for each cell with pending samples whose last run was refused: why."""
+    names = frame.loc[frame["state"] == "pending", "cell"].astype(str).unique()
+    found = {name: refusal(workers(root / name, clock(root))) for name in names}
+    return [f"{name}: pending because its run was refused: {why.splitlines()[0]}" for name, why in found.items() if why]
 
 
 def _of_a_study(args: argparse.Namespace, frame: pd.DataFrame, kind: str) -> str:

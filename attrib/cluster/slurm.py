@@ -123,7 +123,7 @@ def plans(wanted: Grid) -> list[Plan]:
     for overrides in wanted.cells:
         composition = compose("run", overrides, wanted.folder)
         options = options_of({**composition.values["run"], "hooks": [], "vis_backends": []})
-        found.append(make_plan(experiment(composition.values, composition.files), options))
+        found.append(make_plan(experiment(composition.values, composition.files, composition.assumed), options))
     return found
 
 

@@ -47,6 +47,11 @@ __all__ = [
 
 TARGETS = "dataset.targets"
 HIDDEN = ("_target_", "_convert_", "name")  # fields of presets that nobody sets on a command line
+# Fields that are no argument of what a preset builds. Whoever reads them refuses an unknown field in them.
+OPTIONAL = (
+    *(f"model.{field}" for field in ("checkpoint", "match", "randomise", "output", "classes")),
+    *(f"dataset.{field}" for field in ("target", "select")),
+)
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -175,12 +180,27 @@ class CommandLine:
 class Composition:
     """A composed configuration.
 
-    values   plain, with nothing left to resolve
-    files    part -> the file it was chosen from, for messages: ``{"method": "configs/method/iba.yaml"}``
+    values    plain, with nothing left to resolve
+    files     part -> the file it was chosen from, for messages: ``{"method": "configs/method/iba.yaml"}``
+    assumed   the metrics that are there by default, because nobody named any
+    given     field -> the override that set it, for messages: ``{"method.beta": "method.beta=20"}``
     """
 
     values: dict[str, Any]
     files: Mapping[str, str]
+    assumed: tuple[str, ...] = ()
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def blamed(self, error: UserError) -> UserError:
+        """The error, which names the override instead of the file if it was an override that set the wrong field."""
+        for part, file in self.files.items():
+            before, said, rest = str(error).partition(f"{file}: ")
+            for key, override in self.given.items() if said and not before else ():
+                field = key.removeprefix(f"{part}.")
+                at = rf"(?:\w+\.)*{': '.join(map(re.escape, field.split('.')))}\b|.* has no field '{re.escape(field)}'"
+                if field != key and re.match(at, rest):
+                    return UserError(f"{override}: {rest}")
+        return error
 
 
 def compose(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Composition:
@@ -193,7 +213,20 @@ def compose(name: str, overrides: Sequence[str] = (), folder: Path | None = None
     >>> compose("run", ["method=random", "run.limit=2"]).values["run"]["limit"]
     2
     """
-    return plain(compose_node(name, overrides, folder), folder)
+    found = plain(compose_node(name, overrides, folder), folder)
+    given = {key.lstrip("+"): str(o.input_line) for key, o in parse_overrides(overrides).items() if "." in key}
+    return dataclasses.replace(found, assumed=_assumed(name, overrides, found.values), given=given)
+
+
+def _assumed(name: str, overrides: Sequence[str], values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics that no override names, where they are those of the primary configuration."""
+    default, given = _base(name).groups.get("metric") or (), parse_overrides(overrides)
+    deleted = [metric for metric in default if f"metric.{metric}" in given and given[f"metric.{metric}"].is_delete()]
+    left = [metric for metric in default if metric not in deleted]
+    if "metric" in given or list(values.get("metric") or ()) != left:
+        return ()
+    named = {key.split(".")[1] for key in given if key.startswith("metric.")}
+    return tuple(metric for metric in left if metric not in named)
 
 
 def plain(config: DictConfig, folder: Path | None = None) -> Composition:
@@ -318,9 +351,16 @@ def _check(key: str, override: Override, base: _Base, folder: Path | None) -> No
 
 
 def _for_hydra(override: Override, folder: Path | None) -> str:
-    """``+key=value`` sets a field whether or not it is there; Hydra would refuse one that is."""
-    line = str(override.input_line)
-    return f"+{line}" if override.is_add() and not presets(override.key_or_group, folder) else line
+    """``+key=value`` sets a field whether or not it is there; Hydra would refuse one that is.
+
+    So does ``key=value`` for what attrib reads of every preset (``OPTIONAL``), whether or not it has such a line.
+    """
+    line, key = str(override.input_line), str(override.key_or_group)
+    if override.is_add() and not presets(key, folder):
+        return f"+{line}"
+    optional = any(key == field or key.startswith(f"{field}.") for field in OPTIONAL)
+    signed = override.is_add() or override.is_force_add() or override.is_delete()
+    return f"++{line}" if optional and not signed else line
 
 
 _ONE = threading.RLock()
@@ -359,6 +399,7 @@ def _explained(error: Exception, name: str, lines: Sequence[str], folder: Path |
             if not isinstance(node, DictConfig) or field not in node:
                 fields = [str(k) for k in node if k not in HIDDEN] if isinstance(node, DictConfig) else []
                 known = f" (fields: {', '.join(fields)})" if fields else ""
-                return f"{'.'.join(path[:depth])} has no field {field!r}{did_you_mean(field, fields)}{known}"
+                added = f"; +{'.'.join(path)}=... adds it" if path[:2] == ["model", "layers"] else ""  # to any preset
+                return f"{'.'.join(path[:depth])} has no field {field!r}{did_you_mean(field, fields)}{known}{added}"
             node = node.get(field)
     return f"{shlex.join(lines)}: {text}"

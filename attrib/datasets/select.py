@@ -55,7 +55,7 @@ class Selection:
 
     def listed(self, dataset: Dataset) -> tuple[str, ...]:
         """What ``list`` leaves, sorted. Raises UserError like ``apply``."""
-        return dataset.uids if self.list is None else tuple(sorted(_listed(self.list, dataset.uids)))
+        return dataset.uids if self.list is None else tuple(sorted(_listed(self.list, dataset)))
 
     def apply(self, dataset: Dataset, confidence: Confidence) -> tuple[str, ...]:
         """The selected uids, sorted.
@@ -76,7 +76,7 @@ class Selection:
             return tuple(sorted(uids))
 
         if self.list is not None:
-            left = keep(f"select.list={self.list}", _listed(self.list, dataset.uids))
+            left = keep(f"select.list={self.list}", _listed(self.list, dataset))
         if self.max_box_area is not None:
             left = keep(
                 f"select.max_box_area={self.max_box_area}", [u for u in left if _small(dataset, u, self.max_box_area)]
@@ -102,8 +102,10 @@ def _small(dataset: Dataset, uid: str, limit: float) -> bool:
     return area is not None and area < limit
 
 
-def _listed(file: str, uids: Sequence[str]) -> set[str]:
+def _listed(file: str, dataset: Dataset) -> set[str]:
     """The uids that a list file names. Raises UserError naming the line of an unknown sample."""
+    uids: Sequence[str] = dataset.uids
+    left_out: Mapping[str, str] = getattr(dataset, "left_out", {})  # uid -> why the dataset goes without it here
     path, known = Path(file).expanduser(), set(uids)
     try:
         # A name of a file may be in any encoding.
@@ -116,6 +118,8 @@ def _listed(file: str, uids: Sequence[str]) -> set[str]:
         if not entry:
             continue
         uid = entry if entry in known else str(PurePosixPath(entry).with_suffix(""))
+        if why := left_out.get(entry) or left_out.get(uid):
+            raise UserError(f"select.list: {path}, line {number}: sample {entry!r} is not here: {why}")
         if uid not in known:
             hint = did_you_mean(uid, uids) or "".join(f"; a uid looks like {uid!r}" for uid in uids[:1])
             raise UserError(f"select.list: {path}, line {number}: no sample {entry!r} in the dataset{hint}")

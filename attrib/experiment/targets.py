@@ -68,7 +68,8 @@ def _rule(given: Any, classes: ClassNames | None) -> Rule:
         return given
     what = "label, predicted or second, or the number or name of a class"
     if not isinstance(given, str):
-        raise UserError(f"dataset.target must be {what}, not {given!r}")
+        last = f"{len(classes) - 1}" if classes is not None and len(classes) else "the net's last class"
+        raise UserError(f"dataset.target must be {what}, not {given!r}; classes are numbered from 0 to {last}")
     if classes is None:
         if given.isdecimal():
             return int(given)
@@ -99,6 +100,21 @@ def labels_of(dataset: Dataset, uids: Sequence[str]) -> Counter[int] | None:
         else:
             return None
     return found
+
+
+def check_labels(dataset: Dataset, uids: Sequence[str], target: Target) -> None:
+    """Raises UserError if labels are to be explained and no sample has one, as far as can be said without reading."""
+    if "label" not in rules_of(target) or not uids:
+        return
+    known = labels_of(dataset, uids)
+    if known is None or known.keys() - {-1}:
+        return
+    why = next((w for w in (getattr(dataset, "label_problems", {}).get(uid) for uid in uids) if w), "")
+    raise UserError(
+        f"none of the {len(uids)} samples has a label{f' ({why})' if why else ''}, and dataset.target=label explains "
+        "them; take dataset.target=predicted to explain the class that the network predicts, or the number of one "
+        "class, dataset.target=NUMBER"
+    )
 
 
 def matched(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from attrib.errors import GoneError, UserError, printable
 from attrib.process.signals import LEFT
 
 SHOWN = 10  # files named of those that cannot be read
+WIDE = 200  # characters of a line of a summary
 
 UNEXPECTED, USER, FAILED, DAMAGED, GONE = (
     1,
@@ -21,13 +22,30 @@ UNEXPECTED, USER, FAILED, DAMAGED, GONE = (
 WORST = (USER, UNEXPECTED, GONE, FAILED, LEFT, 0)  # what a person should hear of first comes first
 
 
-def report_error(error: Exception) -> int:
-    """Print what went wrong at once, not at the end of a grid. Returns the exit status that it stands for."""
+def report_error(error: Exception, cell: str = "") -> int:
+    """Print what went wrong at once, not at the end of a grid. Returns the exit status that it stands for.
+
+    cell   which one of a grid it was
+    """
+    of = f"{lines(cell)}: " if cell else ""
     if isinstance(error, UserError):
-        print(f"error: {lines(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {of}{lines(str(error))}", file=sys.stderr, flush=True)
         return GONE if isinstance(error, GoneError) else USER
+    if of:
+        print(f"error: {of}{type(error).__name__}", file=sys.stderr, flush=True)
     print(lines("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     return UNEXPECTED
+
+
+def report_refused(refused: Sequence[tuple[str, str]], cells: int) -> None:
+    """At the end of a grid of so many cells, whose errors may be far above: which did not end well, a line each."""
+    if not refused:
+        return
+    print(f"{len(refused)} of {cells} cells did not end well:", file=sys.stderr)
+    for cell, why in refused:
+        first = next(iter(why.splitlines()), "")
+        print(f"  {printable(cell)}: {printable(first)}"[:WIDE], file=sys.stderr)
+    sys.stderr.flush()
 
 
 def lines(text: str) -> str:

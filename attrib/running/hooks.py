@@ -43,7 +43,7 @@ class ProgressHook(Hook):
     def before_test_iter(self, runner: AttributionRunner, batch_idx: int, data_batch: Batch | None = None) -> None:
         loop = runner.attribution
         if self._bar is None or self._stage != loop.stage:
-            self._close()
+            self.close()
             self._stage = loop.stage
             self._bar = _bar(f"{loop.plan.experiment.names['method']}: {loop.stage}", loop.total, "samples")
 
@@ -56,15 +56,15 @@ class ProgressHook(Hook):
             self._bar.set_postfix(failed=runner.attribution.summary.failed, refresh=False)
         self._bar.update(outputs.done - self._bar.n)
         if outputs.done == outputs.total:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         self._bar = None
 
     def after_test(self, runner: AttributionRunner) -> None:
-        self._close()
+        self.close()
 
 
 class FitBar:

@@ -14,6 +14,7 @@ import torch
 import attrib
 from attrib import keys
 from attrib.experiment.cell import Experiment
+from attrib.experiment.regions import check_regions
 from attrib.models import Classifier
 from attrib.models.structure import own_code
 from attrib.models.variant import Variant
@@ -24,7 +25,7 @@ from attrib.running.options import Options
 from attrib.running.states import load_confidence, state_path
 from attrib.store.cell import FORMAT, Arrays, Cell, cells
 from attrib.store.files import Key
-from attrib.types import UNREADABLE, UserError
+from attrib.types import UNREADABLE
 
 
 @dataclass
@@ -131,19 +132,7 @@ def whole_scores(cell: Cell, folder: str, curves: Collection[str]) -> Set[Key]:
 def check_metrics(plan: Plan) -> None:
     """Before anything is computed or written. Raises UserError for a metric of regions on a dataset that has none."""
     experiment = plan.experiment
-    names = [name for name, metric in experiment.metrics.items() if metric.NEEDS_ROI]
-    for uid in plan.uids if names else ():
-        try:
-            roi = experiment.dataset.batch([uid]).roi
-        except Exception:  # the ledger will say so when its map is due
-            continue
-        if roi is None:
-            others = ",".join(name for name in experiment.metrics if name not in names)
-            dataset = experiment.names["dataset"]
-            raise UserError(
-                f"{', '.join(names)} needs regions of interest, and dataset {dataset} has none; take metric=[{others}]"
-            )
-        return
+    check_regions(experiment.metrics, experiment.dataset, plan.uids, experiment.names["dataset"])
 
 
 def _alike(cell: Cell, root: Path) -> list[Cell]:

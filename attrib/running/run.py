@@ -8,6 +8,7 @@ usual moments, so that any mmengine ``Hook`` or ``VisBackend`` works (``run.hook
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -19,10 +20,11 @@ from pathlib import Path
 from attrib.errors import GoneError
 from attrib.experiment.cell import Experiment
 from attrib.experiment.samples import classes_of
+from attrib.experiment.targets import check_labels
 from attrib.fit import Progress, State
 from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
-from attrib.running.hooks import FitBar, Heartbeat, standard_hooks
+from attrib.running.hooks import FitBar, Heartbeat, ProgressHook, standard_hooks
 from attrib.running.loop import Loop
 from attrib.running.options import Options
 from attrib.running.plan import Plan, check_metrics, exam_of, make_plan, spec_of
@@ -58,6 +60,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
             except OSError as error:
                 raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
             check_metrics(plan)
+            check_labels(experiment.dataset, plan.selected, experiment.target)
             _tidy(plan, Path(options.root))
         stop.defer()  # once there is a summary, the caller gets it
         try:
@@ -113,6 +116,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
         runner.register_hook(heartbeat)
         heartbeat.start()
         failure: OSError | GoneError | None = None
+        refused: str | None = None
         try:
             with stop.finishing():
                 if plan.explains:
@@ -123,7 +127,13 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             summary.stopped = stop.name
         except (OSError, GoneError) as error:
             failure = error
+        except UserError as error:  # whoever looks at the work directory later asks why nothing is there
+            refused = str(error)
+            raise
         finally:
+            for hook in hooks:
+                if isinstance(hook, ProgressHook):
+                    hook.close()  # else what is said next stands behind the bar
             summary.left = loop.left + loop.unwritten
             if summary.stopped:
                 log.warning("%s", summary.ending)
@@ -132,7 +142,7 @@ def _run(plan: Plan, options: Options, start: float, stop: Stop) -> Summary:
             runner.visualizer.close()
             runner.file_handler.close()
             record = {"seconds": time.monotonic() - start, "cell": cell.folder.name, "batch": loop.batch_size}
-            record["exam"] = exam_of(experiment.model)
+            record |= {"exam": exam_of(experiment.model), "refused": refused}
             try:
                 cell.check()
                 write_json(folder / "summary.json", {**dataclasses.asdict(summary), "finished": finished, **record})
@@ -159,10 +169,16 @@ def _forget(folder: Path, writer: str) -> None:
 
 
 def _refused(plan: Plan, error: OSError, unwritten: int = 0) -> UserError:
-    """Says that what was stored is safe only where something was."""
+    """Says that what was stored is safe only where something was, and what can be done about it."""
     what = f"{plan.cell.folder} cannot be written or read: {error}"
     lost = f" {unwritten} maps and scores that were computed could not be written." if unwritten else ""
-    if any(plan.cell.folder.glob("maps/[!.]*.safetensors")):
+    stored = any(plan.cell.folder.glob("maps/[!.]*.safetensors"))
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and stored and not lost:
+        done = not plan.explains and all(len(scored) == len(plan.uids) for scored in plan.scored.values())
+        kept = "All that this run would compute is stored there" if done else "What was stored is safe"
+        how = "read it" if done else "read it, and another run.root, or the right to write there, computes the rest"
+        return UserError(f"{what}. {kept}; `attrib table` and `attrib report --out FILE` {how}")
+    if stored:
         return UserError(f"{what}.{lost} What was stored is safe; run the same command again")
     return UserError(f"{what}.{lost} Nothing is stored; run it again" if lost else f"{what}; take another run.root")
 

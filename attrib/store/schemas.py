@@ -146,13 +146,18 @@ class Progress(Struct):
 
 
 class RunSummary(Struct):
-    """summary.json: how a run ended. ``stopped``: a signal, None if it was not told to; earlier versions do not say."""
+    """summary.json: how a run ended.
+
+    stopped   a signal, None if it was not told to; earlier versions do not say
+    refused   why what was asked for cannot be done, if that ended it
+    """
 
     finished: bool = False
     failed: Count | None = None
     left: Count | None = None
     seconds: Amount = 0.0
     stopped: str | UnsetType | None = UNSET
+    refused: str | None = None
 
 
 class RunOptions(Struct):

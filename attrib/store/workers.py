@@ -41,6 +41,7 @@ class Worker:
     state    running; finished: it left nothing over; stopped: it was told to, and left work; failed: it ended with an
              error; dead: no sign of life for a while and no summary, or its process is gone from this machine
     why      one line about the state, "" where there is nothing to say
+    refused  why what it was asked for cannot be done, "" if that is not what ended it
     broken   files of it that cannot be read, each with the reason
     shard, shards, limit   its part of the cell, -1 and 0 where it does not say
     stage, done, total     what it does (did) last, in samples; ``failed`` samples in the whole run
@@ -72,6 +73,7 @@ class Worker:
     pid: int = 0
     job: str = ""
     broken: tuple[str, ...] = ()
+    refused: str = ""
 
     @property
     def eta(self) -> float | None:
@@ -114,6 +116,14 @@ def current(found: Sequence[Worker]) -> list[Worker]:
             shown.append(worker)
         taken.add((worker.shard, worker.shards))
     return sorted(shown, key=lambda worker: (worker.shards, worker.shard, worker.name))
+
+
+def refusal(found: Sequence[Worker]) -> str:
+    """Why what was asked for cannot be done, as the newest of the runs that matter says; "" if one is at work."""
+    now = current(found)
+    if any(worker.state == RUNNING for worker in now):
+        return ""
+    return next((worker.refused for worker in reversed(now) if worker.refused), "")
 
 
 def asked(found: Sequence[Worker]) -> set[str] | None:
@@ -166,8 +176,9 @@ def _worker(cell: str, folder: Path, now: float, silent: float) -> Worker | None
         elif signal or summary.stopped is UNSET:  # which earlier versions do not say
             state, why = STOPPED, printable(signal or "")
         else:
-            state, why = FAILED, "ended by an error"
-        return replace(worker, state=state, why=why, left=summary.left)
+            state, why = FAILED, "refused" if summary.refused else "ended by an error"
+        refused = "\n".join(map(printable, (summary.refused or "").splitlines()))
+        return replace(worker, state=state, why=why, left=summary.left, refused=refused)
     here = _lives(said.process, worker.host, worker.pid)
     if here is False:
         return replace(worker, state=DEAD, why="its process is gone")

@@ -22,7 +22,7 @@ from attrib.store.files import Key
 from attrib.store.ledger import Ledger
 from attrib.store.reading import document
 from attrib.store.schemas import MetricNote
-from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, read_object, workers
+from attrib.store.workers import RUNNING, SILENT, Worker, asked, clock, current, read_object, refusal, workers
 from attrib.upkeep.moved import MovedClass, Older, older_cells, older_scores
 
 DONE, WORKED_ON = 0, 10  # exit status of ``attrib status``, beside LEFT
@@ -84,6 +84,7 @@ class CellStatus:
     eta: float | None = None
     readable: bool = True
     unasked: int = 0  # selected samples without maps that no run was asked for (run.limit)
+    refused: str = ""  # why what is left cannot be done, as the last run said
 
     @property
     def left(self) -> bool:
@@ -146,6 +147,7 @@ class Status:
                 "name": cell.name,
                 "samples": cell.samples,
                 "left": cell.left,
+                "refused": cell.refused or None,
                 "eta": cell.eta,
                 "seconds": cell.seconds,
                 "stages": [dataclasses.asdict(one) for one in cell.stages],
@@ -276,6 +278,7 @@ class Observer:
             broken=tuple(printable(line) for line in dict.fromkeys(broken)),
             readable=readable,
             unasked=0 if said is None else len(said) - len(due & said.keys()),
+            refused=refusal(runs),
         )
         if not running or found.seconds is None:
             return found

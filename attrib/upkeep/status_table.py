@@ -90,6 +90,8 @@ def _cells(status: Status) -> Table:
 def _time_left(cell: CellStatus) -> str:
     if not cell.left:
         return "" if cell.running else "done"
+    if cell.refused:
+        return "refused"
     workers = len(cell.running)
     if not workers:
         return f"{duration(cell.seconds)} of work" if cell.seconds is not None else "no worker"
@@ -144,6 +146,9 @@ def _log(worker: Worker, lines: int) -> list[RenderableType]:
 
 def _problems(cell: CellStatus, lines: int) -> list[RenderableType]:
     parts: list[RenderableType] = []
+    if cell.refused and cell.left:
+        parts.append(Text(f"\n{printable(cell.name)} was refused:", style="red"))
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in cell.refused.splitlines()]
     if cell.broken:
         word = f"\n{counted(len(cell.broken), 'damaged file')} in {printable(cell.name)}: run `attrib cache repair`"
         parts.append(Text(word, style="red"))
