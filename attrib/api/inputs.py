@@ -191,6 +191,8 @@ def _encoded(one: Any, what: str) -> bytes:
 
 
 def _content(path: Path, what: str) -> bytes:
+    if path.expanduser().is_dir():
+        raise UserError(f"{what}: {path} is a folder; give a list of its files, or attrib.dataset of it")
     try:
         return path.expanduser().read_bytes()
     except OSError as error:

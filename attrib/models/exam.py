@@ -13,13 +13,11 @@ that: what follows from it costs time, not the net.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,14 +25,13 @@ from torch.utils._pytree import tree_leaves
 
 from attrib.models.calls import EachCall
 from attrib.models.device_memory import of_the_device
+from attrib.models.draws import drawing, generators, own_generators
 from attrib.models.output import Output, replace_forward
 from attrib.models.output_kind import Link
 from attrib.models.output_kinds import ROUNDING, Classes
 from attrib.models.text import real_tokens
 from attrib.types import UserError
 
-_WORDS = 624  # of the state of a Mersenne Twister, with which Python and numpy draw
-_ONES = 0x12DD9BB3  # the word that is given out as 32 ones
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -77,16 +74,16 @@ def examine(
     changes from run to run, or lets rows interact. An error of the net itself on the first sample is raised as it is.
     """
     name, bound = type(net).__name__, tolerance(x)
-    with torch.no_grad(), _own_generator(x.device), output.alone(net):
+    with torch.no_grad(), own_generators(x.device), output.alone(net):
 
         def run(*rows: int) -> Tensor:
             logits = net(x[list(rows)].clone())
             output.check(name, logits, len(rows))
             return logits
 
-        before = _generators(x.device)
+        before = generators(x.device)
         alone = run(0)
-        draws = not all(map(torch.equal, before, _generators(x.device)))
+        draws = not all(map(torch.equal, before, generators(x.device)))
         again = _apart(alone, run(0))
         if again > bound or (draws and _drawn_numbers_count(run)):
             raise UserError(_random(net, x, again, draws))
@@ -228,65 +225,6 @@ def keep_lengths_apart(net: nn.Module, pad: int) -> None:
 # ---- random numbers ------------------------------------------------------------------------------
 
 
-def _generators(device: torch.device) -> list[Tensor]:
-    """The states of the global generators: of torch, Python and numpy."""
-    _, words, place, *_ = np.random.get_state()
-    others = [torch.tensor(random.getstate()[1]), torch.tensor([*map(int, words), int(place)])]
-    return [*_of_torch(device), *others]
-
-
-def _of_torch(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-@contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
-    """What the net draws leaves no trace in the caller's random numbers."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-class _Drawing(EachCall):
-    """What torch draws at random is ``value`` instead."""
-
-    def __init__(self, value: int) -> None:
-        super().__init__()
-        self.value = value
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        device = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
-        before = _of_torch(device)
-        out = func(*args, **kwargs)
-        if not all(map(torch.equal, before, _of_torch(device))):  # it may also draw none, as attention may
-            for tensor in tree_leaves(out):
-                tensor.fill_(self.value)
-        return out
-
-
-@contextmanager
-def _drawing(value: int) -> Iterator[None]:
-    """What torch, Python and numpy draw next is 0 or (nearly) 1.
-
-    Python's and numpy's generators, Mersenne Twisters, give their state word by word. Only half of one is such that
-    they give nothing but zeros or ones: loops that draw until a number fits must come to an end.
-    """
-    half = _WORDS // 2
-    words = [(i * 2654435761 + 1) % 2**32 for i in range(half)] + half * [_ONES if value else 0]
-    random.setstate((3, (*words, half), None))
-    np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), half, 0, 0.0))
-    with _Drawing(value):
-        yield
-
-
 def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
     """Whether the logits depend on what is drawn. Some nets draw in eval mode what they use in training only.
 
@@ -295,7 +233,7 @@ def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
     found = []
     for value in (0, 1):
         try:
-            with _drawing(value):
+            with drawing(value):
                 found.append(run(0))
         except Exception as error:  # a net may raise anything, here because of the numbers
             if of_the_device(error):
@@ -371,7 +309,7 @@ def _random(net: nn.Module, x: Tensor, again: float, draws: bool) -> str:
     """Why a net is refused whose runs differ."""
     where = "a module that could not be found"
     # Equal runs may draw alike by chance. Where extreme numbers break the net, its own must do.
-    for within in ([(_drawing(0), _drawing(1))] if draws else []) + [(nullcontext(), nullcontext())]:
+    for within in ([(drawing(0), drawing(1))] if draws else []) + [(nullcontext(), nullcontext())]:
         try:
             one, other = (_calls(net, x[:1], each) for each in within)
         except Exception as error:  # see _drawn_numbers_count

@@ -88,7 +88,8 @@ def look(cell: Experiment, batch: int = 8) -> Found:
         without = next(uid for uid in truth if uid not in labelled)
         why = getattr(dataset, "label_problems", {}).get(without)
         more = f"; the first: {without}: {why}" if why else ""
-        problems.append(f"{len(truth) - len(labelled)} of {len(truth)} samples have no label{more}")
+        some = "" if len(tried) == len(dataset.uids) else " that were looked at"
+        problems.append(f"{len(truth) - len(labelled)} of {len(truth)} samples{some} have no label{more}")
     order = None
     if comparable and labelled and said:
         own = [labels if mapping is None else {mapping.get(i, -1) for i in labels} for labels in labelled.values()]
