@@ -113,12 +113,16 @@ def test_without_the_rounding_of_the_original(run, missing, caplog):
 
 
 def test_the_rounding_of_the_original_is_no_rule():
-    """In float64 the released sums give the tree of the default, not that of the authors."""
+    """In float64 the released sums miss the same components of the authors as the default does.
+
+    Even there some machines round so that two of 200 components differ between the two.
+    """
     run, exact = "im4_cd_p95_s2_n4", torch.float64
-    trees = [walked_on_golden(run, exact, as_released=a)[1] for a in (True, False)]
-    assert trees[0].nodes[196:]
-    assert [n.id for n in trees[0].nodes] == [n.id for n in trees[1].nodes]
-    assert len(their_components(run) - {node.id for node in trees[0].nodes}) == 3
+    released, default = ({n.id for n in walked_on_golden(run, exact, as_released=a)[1].nodes} for a in (True, False))
+    assert len(default) > 196
+    assert len(released ^ default) <= 4
+    assert their_components(run) - released == their_components(run) - default
+    assert len(their_components(run) - default) == 3
 
 
 def test_the_rules_of_the_original():

@@ -222,7 +222,10 @@ def test_a_grid_stops_as_a_whole(run, during, method):
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch, told):
-    """Hydra alone would say it at the grid's end, so never if that is told to stop before."""
+    """Hydra alone would say it at the grid's end, so never if that is told to stop before.
+
+    The last lines name the cells that did not end well.
+    """
     planning, calls = attrib.running.run.make_plan, []
 
     def planned(*arguments):
@@ -236,7 +239,8 @@ def test_a_bug_in_a_cell_of_a_grid_is_told_and_the_others_come(run, monkeypatch,
     monkeypatch.setattr(attrib.running.run, "make_plan", planned)
     result = run("-m", "method=eventful,random")
     assert result.status == (75 if told else 1)
-    assert result.err.count("RuntimeError: a bug") == 1
+    assert result.err.count("\nRuntimeError: a bug\n") == 1  # behind its traceback
+    assert result.err.endswith("did not end well:\n  method=eventful: RuntimeError: a bug\n")
     assert len(cells(run.root)) == (0 if told else 1)
 
 

@@ -112,7 +112,11 @@ def test_a_net_that_returns_something_else_has_the_same_numbers(give, output, sh
         (lambda y: (y, y), 2, "a tuple of 2 .* no item 2"),
         (lambda y: y, 0, "a tensor .* no item 0"),
         (lambda y: y, {"read": "sigmoid"}, r"\(3, 2\) for 1 rows"),
-        (lambda y: y, {"read": "tanh"}, "read must be classes, sigmoid, value, region, similarity or next_token"),
+        (
+            lambda y: y,
+            {"read": "tanh"},
+            "read must be classes, probabilities, sigmoid, value, region, similarity or next_token",
+        ),
         (lambda y: y, {"field": "x"}, "no field 'field'"),
         (lambda y: y, 1.5, "a field, an index or a function"),
     ],
