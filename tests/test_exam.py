@@ -150,6 +150,13 @@ class SigmoidsInPlace(Net):
         return super().forward(x).sigmoid_().view(len(x), 3, 1).squeeze(2)
 
 
+class Clamped(Net):
+    """As before a binary cross-entropy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid().clamp(1e-6, 1 - 1e-6)
+
+
 @ON_LOADING_OR_LATER
 @pytest.mark.parametrize("kind", [Softmax, Divided, Sigmoids, SigmoidsInPlace])
 @pytest.mark.parametrize("rows", [1, 8])
@@ -159,6 +166,11 @@ def test_probabilities_are_not_taken_for_logits(kind, shape, rows):
         explained(kind(), shape, rows=rows)
     output = {"read": "probabilities", "link": link}
     torch.testing.assert_close(explained(kind(), shape, rows=rows, output=output), explained_as(link, shape))
+
+
+def test_clamped_probabilities_are_not_taken_for_logits():
+    with pytest.raises(UserError, match=r"Clamped returns probabilities.*without its last sigmoid"):
+        explained(Clamped(), SHAPE)
 
 
 def explained_as(link: str, shape: tuple[int, ...] | None) -> Tensor:

@@ -136,6 +136,39 @@ def test_a_sound_that_is_cut_is_refused(length):
         GradCAM().attribute(Classifier(net, {"cam": "2"}), batch, {}, Noise(batch.uids))
 
 
+class Causal(nn.Module):
+    """Each step sees what came before it: everything is padded at the beginning."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        kernels = [nn.Conv1d(16 if i else 1, 16, 3, dilation=2**i) for i in range(blocks)]
+        self.convolutions, self.head = nn.ModuleList(kernels), nn.Linear(16, 5)
+        self.acts = nn.ModuleList(nn.ReLU() for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (convolution, act) in enumerate(zip(self.convolutions, self.acts, strict=True)):
+            x = act(convolution(F.pad(x, (2 * 2**i, 0))))
+        return self.head(x.mean(2))
+
+
+@pytest.mark.parametrize(("blocks", "length"), [(4, 128), (4, 200), (6, 200), (6, 1000), (8, 1000)])
+def test_causal_nets_are_read_at_their_last_layer(blocks, length):
+    torch.manual_seed(0)
+    model = Classifier(Causal(blocks).eval(), {}, input_shape=(1, length))
+    assert model.path("cam") == f"acts.{blocks - 1}"
+    assert model.reading("cam", (1, length)).grid == (1, length)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.quick(every=3)
+def test_small_nets_of_sounds_are_not_refused_by_chance(seed):
+    torch.manual_seed(seed)
+    stride = 1 + seed % 4
+    layers = nn.Conv1d(1, 4, 9, stride, 4), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 4, 5, padding=2), nn.ReLU()
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    assert Classifier(net, {"cam": "4"}, input_shape=(1, 100)).reading("cam", (1, 100)).name == "channels_first"
+
+
 ORDINARY = {
     "same": (shallow, (64, 96)),
     "dilated": (lambda: shallow(dilation=3), (64, 96)),

@@ -118,6 +118,23 @@ def test_probabilities_have_the_probabilities_that_they_are():
     assert model.key != model_of(Probable(3), {"read": "probabilities", "link": "sigmoid"}).key
 
 
+class ProbableOne(Values):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+@pytest.mark.parametrize("count", [None, 1])
+def test_one_probability_is_that_of_class_1(count):
+    batch, logit = batch_of(), model_of(Values(count), {"read": "sigmoid"})
+    model = model_of(ProbableOne(count), {"read": "sigmoid", "of": "probability"})
+    torch.testing.assert_close(model.logits(batch.x), logit.logits(batch.x))
+    assert model.key != logit.key
+    with pytest.raises(UserError, match=r"returns probabilities.*\{read: sigmoid, of: probability\}"):
+        model_of(ProbableOne(count), {"read": "sigmoid"})
+    with pytest.raises(UserError, match="of must be logit or probability, not 'p'"):
+        model_of(ProbableOne(count), {"read": "sigmoid", "of": "p"})
+
+
 def test_what_is_no_probability_is_no_score():
     with pytest.raises(UserError, match="gives NaN for noise"):
         model_of(Values(3), {"read": "probabilities"})

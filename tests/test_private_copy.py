@@ -111,6 +111,15 @@ def test_it_computes_what_the_net_does_and_leaves_it_alone(make, ran):
 
 
 @NETS
+@pytest.mark.parametrize("ran", [False, True])
+def test_it_is_frozen(make, ran):
+    net = make()
+    if ran:
+        net(X)
+    assert not any(parameter.requires_grad for parameter in Classifier(net).module.parameters())
+
+
+@NETS
 @pytest.mark.parametrize("method", ["lrp_epsilon", "captum", "cd", "smooth_grad"])
 def test_methods_read_its_weights(make, method):
     net = make().eval()

@@ -126,3 +126,33 @@ def test_a_run_says_when_the_code_of_a_net_has_changed(tmp_path, capfd, caplog, 
     assert changed.status == 0
     assert "the code of the model is another one than when" in caplog.text
     assert "maps_present=2" in changed.out
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+
+
+def test_what_a_class_inherits_and_a_function_closes_over_counts():
+    def of(forward):
+        base = type("Middle", (Base,), {"forward": forward})
+        return type("Last", (base,), {})()
+
+    def scaled(by):
+        net = Base()
+        net.forward = lambda x: net.head(x) * by
+        return net
+
+    assert structure(of(lambda self, x: self.head(x).tanh())) != structure(of(lambda self, x: self.head(x).sin()))
+    assert structure(scaled(2)) != structure(scaled(3))
+    assert structure(scaled(2)) == structure(scaled(2))
+
+
+def test_a_layer_may_be_called_spec():
+    class Heard(nn.Sequential):
+        def __init__(self):
+            super().__init__()
+            self.spec, self.head = nn.Flatten(), nn.Linear(12, 3)
+
+    assert attrib.explain(Heard(), torch.rand(2, 3, 2, 2), 1, "gradient").map.shape == (2, 2, 2)

@@ -113,7 +113,8 @@ class Net:
         if net is not self.given:  # a wrapper, in which the user's own net is called so
             own = {name for name, _ in self.given.named_modules()}
             layers = {role: f"net.{path}" if path in own else path for role, path in layers.items()}
-        spec: Any = getattr(net, "spec", None) or structure(net)
+        said = getattr(net, "spec", None)  # a layer may be called so
+        spec = said if isinstance(said, Mapping) and said else structure(net)
         model = Classifier(
             net,
             {**getattr(net, "default_layers", {}), **layers},

@@ -28,10 +28,11 @@ from attrib.models.device_memory import of_the_device
 from attrib.models.draws import drawing, generators, own_generators
 from attrib.models.output import Output, replace_forward
 from attrib.models.output_kind import Link
-from attrib.models.output_kinds import ROUNDING, Classes
+from attrib.models.output_kinds import ROUNDING, Classes, Sigmoid
 from attrib.models.text import real_tokens
 from attrib.types import UserError
 
+aten = torch.ops.aten
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -87,8 +88,11 @@ def examine(
         again = _apart(alone, run(0))
         if again > bound or (draws and _drawn_numbers_count(run)):
             raise UserError(_random(net, x, again, draws))
-        if type(output.read) is Classes and (link := _probabilities(alone, run)) is not None:
+        if type(output.read) is Classes and (link := _probabilities(run)) is not None:
             raise UserError(_no_logits(name, link))
+        single = isinstance(output.read, Sigmoid) and output.read.of == "logit"
+        if single and _probabilities(lambda row: 2 * run(row)[:, 1:]) is not None:
+            raise UserError(_no_logits(name, "sigmoid", "{read: sigmoid, of: probability}"))
         padding = None if pad is None else _padding(net, x[:1], pad)
         if not pairs:
             return Exam(on, again, None, padding)
@@ -126,22 +130,23 @@ def _apart(one: Tensor, other: Tensor) -> float:
 # ---- probabilities ------------------------------------------------------------------------------
 
 
-def _probabilities(first: Tensor, run: Callable[[int], Tensor]) -> Link | None:
+def _probabilities(run: Callable[[int], Tensor]) -> Link | None:
     """Which probabilities a net returns in the place of logits; None if it does not.
 
     Numbers from 0 to 1 that add up to 1 for two inputs are no chance. Those that do not add up are only what a sigmoid
-    gave.
+    gave, be it clamped.
     """
+    first = run(0)
     if not _between(first):
         return None
     both = torch.cat([first, run(1)]).double()
     if not _between(both):
         return None
-    if ((both.sum(1) - 1).abs() <= ROUNDING).all():
+    if both.shape[1] > 1 and ((both.sum(1) - 1).abs() <= ROUNDING).all():
         return "softmax"
     with _Sigmoids() as sigmoids:
         last = run(0)
-    return "sigmoid" if any(_same_memory(last, one) for one in sigmoids.found) else None
+    return "sigmoid" if any(_same(last, one) for one in sigmoids.found) else None
 
 
 def _between(scores: Tensor) -> bool:
@@ -157,20 +162,20 @@ class _Sigmoids(EachCall):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.sigmoid.default, torch.ops.aten.sigmoid_.default):
-            self.found.append(out)
+        if func.overloadpacket in (aten.sigmoid, aten.sigmoid_, aten.hardsigmoid, aten.hardsigmoid_):
+            self.found.append(out.clone())
         return out
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether one is a view of the other, or it itself."""
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same numbers, up to a clamp that keeps their logarithms finite."""
+    return one.numel() == other.numel() and torch.allclose(one.flatten(), other.flatten(), rtol=0, atol=ROUNDING * 10)
 
 
-def _no_logits(name: str, link: Link) -> str:
+def _no_logits(name: str, link: Link, single: str = "") -> str:
     """Why a net is refused that returns probabilities."""
     what = "probabilities (its scores add up to 1)" if link == "softmax" else "probabilities (what a sigmoid gave)"
-    fields = "{read: probabilities}" if link == "softmax" else "{read: probabilities, link: sigmoid}"
+    fields = "{read: probabilities}" if link == "softmax" else single or "{read: probabilities, link: sigmoid}"
     return (
         f"{name} returns {what}, not logits, and a softmax of these would be something else. Give the net without its "
         f"last {link}, or set model.output to {fields} (in Python: Classifier(net, output=...)), which takes logarithms"

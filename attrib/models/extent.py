@@ -13,7 +13,7 @@ Layers without padding have their first place further inside. They touch the bor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from torch import Tensor
 from attrib.noise import Noise
 from attrib.types import UserError
 
-IMAGES = 4  # noise images of which each may show that a border is seen
+IMAGES = 4  # noise images of which each may show that a border is seen, or that the places stand inside
+OF_SOUNDS = 16  # of sounds, of whose borders a few samples decide
 FIRST = 0.25  # the most that may be left out before the first place, as a share of the distance of two places
-OUTSIDE = 0.06  # how far outside the image a place may stand by the places in the middle, at least one place's width
+OUTSIDE = 0.06  # how far the places may reach over each end, by those in the middle; at least one place's width
 INSIDE = (0.2, 0.8)  # places between these stand where they see: behind them the border cuts off a part
 FAINT = 0.05  # a place that answers less than this share of what the strongest answers sees nothing
 _SIDES = {(2, 0): "top", (2, 1): "bottom", (3, 0): "left", (3, 1): "right"}
@@ -50,7 +51,7 @@ def check_seen(
     front  inputs (N, *input) to the layer's output (N, *layer); gradients do not flow
     """
     unseen = [*_strips(input_shape, grid)]
-    for image in range(IMAGES):
+    for image in range(images(input_shape)):
         old, new = noise_image(image, input_shape, like)
         rows = [old]
         for axis, start, stop in unseen:
@@ -65,9 +66,10 @@ def check_seen(
             return
     axis, start, stop = unseen[0]
     side = _SIDES[axis, int(start > 0)] if len(input_shape) == 3 else ("end" if start else "beginning")
-    sees = {2: "rows", 3: "columns"}[axis] if len(input_shape) == 3 else "samples"
+    sees = {2: "row", 3: "column"}[axis] if len(input_shape) == 3 else "sample"
+    some = f"{stop - start} {sees}{'s' * (stop - start > 1)}"
     raise PartialImageError(
-        f"{what} does not see the whole input: nothing changes with its {stop - start} {sees} at the {side}, as if "
+        f"{what} does not see the whole input: nothing changes with its {some} at the {side}, as if "
         "the net cropped what it is given. Its map would be stretched over what it does not see. Crop the inputs "
         "before the net gets them, or take a method whose map is of the input itself, such as integrated_gradients"
     )
@@ -85,22 +87,36 @@ def _on_axes(input_shape: Sequence[int], grid: tuple[int, int]) -> tuple[int, ..
     return grid[-(len(input_shape) - 1) :]
 
 
-def check_inside(energy: Tensor, input_shape: Sequence[int], grid: tuple[int, int], what: str) -> None:
-    """Raises PartialImageError where places stand outside the image, by the distance of those in the middle.
+def images(input_shape: Sequence[int]) -> int:
+    return IMAGES if len(input_shape) == 3 else OF_SOUNDS
 
-    energy  (2, BANDS, h, w): with which the places answer to bands of rows and of columns
+
+def check_inside(energies: Iterable[Tensor], input_shape: Sequence[int], grid: tuple[int, int], what: str) -> None:
+    """Raises PartialImageError where places lie on more than the image, by the distance of those in the middle.
+
+    That they lie elsewhere is no matter: those of a causal net, which pads on one side, answer to what came before.
+
+    energies  (2, BANDS, h, w) each, of one image after the other: with which the places answer to bands of rows and of
+              columns. One image may mislead where few units are active; they are added up until the places fit
     """
-    for axis, (first, last) in enumerate(outer(energy)):
+    total: Tensor | float = 0.0
+    outside: list[tuple[int, float, float]] = []
+    for energy in energies:
+        total = total + energy / energy.mean().clamp(min=torch.finfo(energy.dtype).tiny)
+        ends = outer(total)
+        margins = [max(OUTSIDE, 1 / places) for places in grid]
+        outside = [(i, *end) for i, (end, margin) in enumerate(zip(ends, margins)) if end[1] - end[0] > 1 + 2 * margin]
+        if not outside:
+            return
+    for axis, first, last in outside:
         places = grid[axis]
-        margin = max(OUTSIDE, 1 / places)
-        if first < -margin or last > 1 + margin:
-            way = ("from top to bottom", "from left to right")[axis] if len(input_shape) == 3 else "along time"
-            raise PartialImageError(
-                f"{what} has {places} places {way}, of which those in the middle lie so far apart that the first "
-                f"stands at {first:.0%} of the input and the last at {last:.0%}: the net pads what it is given, and "
-                "its map would be squeezed onto the input with what it pads. Pad the inputs before the net gets them, "
-                "or take a method whose map is of the input itself, such as integrated_gradients"
-            )
+        way = ("from top to bottom", "from left to right")[axis] if len(input_shape) == 3 else "along time"
+        raise PartialImageError(
+            f"{what} has {places} places {way}, of which those in the middle lie so far apart that the first "
+            f"stands at {first:.0%} of the input and the last at {last:.0%}: the net pads what it is given, and "
+            "its map would be squeezed onto the input with what it pads. Pad the inputs before the net gets them, "
+            "or take a method whose map is of the input itself, such as integrated_gradients"
+        )
 
 
 def outer(energy: Tensor) -> list[tuple[float, float]]:

@@ -141,7 +141,7 @@ def _with_plain_weights(net: nn.Module) -> None:
                     computed.append((module, name, getattr(module, name).detach().clone(), remove))
     for module, name, value, remove in computed:  # once all are computed, as they may be of the same weights
         remove(module, name)
-        setattr(module, name, nn.Parameter(value))
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
 # Hooks that compute a weight before each pass: their class, where they say which, and what takes them away.

@@ -156,7 +156,8 @@ class Output:
         if shape in ((rows,), (rows, 1)):
             raise UserError(
                 f"{net} returns one number a row, {shape}{taken}; {wanted}. If it is the logit of two classes, set "
-                "model.output to {read: sigmoid}; if it is a value, to {read: value}"
+                "model.output to {read: sigmoid}; if its probability, to {read: sigmoid, of: probability}; if it "
+                "is a value, to {read: value}"
             )
         kind = "" if logits.is_floating_point() else f" of {logits.dtype}"
         others = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,24 +51,42 @@ class Probabilities(OutputKind):
 
     def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
         raw = self._tensor(raw, "probabilities (N, K)", (2,))
-        raw = raw.masked_fill((raw < 0) | (raw > 1 + ROUNDING), torch.nan)
-        least = torch.finfo(torch.float32).tiny  # the logarithm of 0 would be infinite
-        scores: Any = raw.clamp(min=least).log()
-        return scores if self.link == "softmax" else scores - (1 - raw).clamp(min=least).log()
+        return _logarithm(raw) if self.link == "softmax" else _logit(raw)
 
 
+def _logarithm(p: Any) -> Any:
+    known = p.masked_fill((p < 0) | (p > 1 + ROUNDING), torch.nan)
+    return known.clamp(min=torch.finfo(torch.float32).tiny).log()  # that of 0 would be infinite
+
+
+def _logit(p: Any) -> Any:
+    return _logarithm(p) - (1 - p).clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+@dataclass(frozen=True, eq=False)
 class Sigmoid(OutputKind):
     """One logit s, whose sigmoid is the probability of class 1.
 
     The scores are (-s/2, s/2), whose softmax is that sigmoid, so that both classes can be explained.
+
+    of  "logit", or "probability": the net has applied the sigmoid itself, and s is log(p / (1 - p))
     """
 
-    READ = "sigmoid"
+    READ: ClassVar[str] = "sigmoid"
+    of: Literal["logit", "probability"] = "logit"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("logit", "probability"):
+            raise UserError(f"model.output: of must be logit or probability, not {self.of!r}")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {} if self.of == "logit" else {"of": self.of}
 
     def scores(self, net: nn.Module, raw: Any, x: Tensor) -> Any:
         if not isinstance(raw, Tensor | fx.Proxy):
             raise UserError(f"model.output: a single logit is a tensor (N, 1) or (N,), not a {type(raw).__name__}")
-        logit: Any = raw.reshape(-1, 1)
+        logit: Any = (raw if self.of == "logit" else _logit(raw)).reshape(-1, 1)
         return torch.cat((-logit / 2, logit / 2), 1)
 
 

@@ -49,7 +49,8 @@ def prepared(
     if getattr(net, "num_outputs", None) == 1 and type(output.read) is Classes:
         raise UserError(
             f"{name} has one output; a classifier has a logit for each of its classes. If it is the logit of two "
-            "classes, set model.output to {read: sigmoid}; if it is a value, to {read: value}"
+            "classes, set model.output to {read: sigmoid}; if its probability, to {read: sigmoid, of: probability}; "
+            "if it is a value, to {read: value}"
         )
     output.attach(net)
     if input_shape is None:

@@ -16,13 +16,14 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attrib.models.extent import check_inside, check_seen, noise_image
+from attrib.models.extent import check_inside, check_seen, images, noise_image
 from attrib.types import UserError
 
 Name = Literal["channels_first", "channels_last", "tokens", "vector"]
@@ -145,7 +146,9 @@ def find(
             votes[best] = votes.get(best, 0) + 1
             if votes[best] == (2 if few else 1):
                 best = _agreed(best, described(shape), what)
-                check_inside(_on_grid(best, answers[best.name]), input_shape, best.grid, what)
+                every = (_answers(front, input_shape, like, i, among)[1] for i in range(images(input_shape)))
+                energies = (_on_grid(best, each[best.name]) for each in chain([answers], every))
+                check_inside(energies, input_shape, best.grid, what)
                 check_seen(front, input_shape, like, best.grid, what)
                 return best
     # Nothing is told apart by where it stands. A single place (after global pooling, say) stands everywhere.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 from attrib import keys
 
+_HOW = ("training", "name_or_path")  # of a module: how it is used, and where its weights lay
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -39,13 +41,13 @@ def structure(net: nn.Module) -> dict[str, Any]:
         name = keys.stable_name(fx.GraphModule if traced else type(module))
         if traced:
             code[f"{path}: {name}"] = str(module.code)
-        elif not name.startswith("torch."):
-            code.setdefault(name, _code(type(module)))
+        else:
+            code |= {keys.stable_name(kind): _code(kind) for kind in _written(type(module))}
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for function in ([] if traced else [vars(module).get("forward")]) + hooks:
             if function is not None:
                 code[f"{path}: {_name(function)}"] = _code(function)
-        own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key != "training"}
+        own = {key: value for key, value in vars(module).items() if not key.startswith("_") and key not in _HOW}
         known = {key: said for key, value in own.items() if (said := _said(value)) is not None}
         modules[path] = [name, _ADDRESS.sub("", module.extra_repr()), known]
     return {"modules": modules, "code": code}
@@ -53,8 +55,13 @@ def structure(net: nn.Module) -> dict[str, Any]:
 
 def own_code(*classes: type) -> str | None:
     """A digest of the code of those classes that are part of no installed package; None if all are."""
-    own = {keys.stable_name(kind): _code(kind) for kind in classes if not _installed(kind)}
+    own = {keys.stable_name(kind): _code(kind) for one in classes for kind in _written(one) if not _installed(kind)}
     return keys.digest(own) if own else None
+
+
+def _written(kind: type) -> list[type]:
+    """A class and those that it is made of, down to torch's."""
+    return [one for one in kind.__mro__ if one.__module__.partition(".")[0] not in ("torch", "builtins")]
 
 
 def _installed(kind: type) -> bool:
@@ -67,10 +74,10 @@ def _installed(kind: type) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(parts)
 
 
-def _said(value: Any) -> Any:
+def _said(value: Any, depth: int = 3) -> Any:
     """A plain value, or the name of a function; None for anything else."""
     if isinstance(value, tuple | list):
-        return [_said(one) for one in value]
+        return [_said(one, depth - 1) for one in value] if depth else None  # a list may hold itself
     if isinstance(value, bool | int | float | str):
         return value
     return _name(value) if isinstance(value, FunctionType | BuiltinFunctionType) else None
@@ -82,6 +89,12 @@ def _name(function: Any) -> str:
 
 def _code(thing: Any) -> str:
     """The source of a class or function, without comments; where there is none, as in a shell, its instructions."""
+    if isinstance(thing, FunctionType) and thing.__closure__:
+        return json.dumps([_said(one) for one in inspect.getclosurevars(thing).nonlocals.values()]) + _source(thing)
+    return _source(thing)
+
+
+def _source(thing: Any) -> str:
     try:
         return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(thing))))
     except (OSError, TypeError, SyntaxError):  # the source of a lambda is the line that it stands in
@@ -94,5 +107,10 @@ def _instructions(function: Callable[..., Any] | None) -> str:
 
 
 def _parts(code: CodeType) -> tuple[Any, ...]:
-    constants = [_parts(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    constants = [_parts(one) if isinstance(one, CodeType) else _constant(one) for one in code.co_consts]
     return code.co_code, constants, code.co_names
+
+
+def _constant(value: Any) -> str:
+    """The same in every process, which ``repr`` of a set of texts is not."""
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
