@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic import METHODS, UIDS, add_entry, build, cell, iba, metric_folder, spec, values_of
+from synthetic import METHODS, UIDS, add_entry, add_rows, build, cell, iba, metric_folder, spec, values_of
 from tiny import tool
 
 from attrib import report
@@ -296,6 +296,16 @@ def test_only_maps_of_the_recorded_content_are_drawn(root):
     assert text.count("7.25") == 4
     assert text.count('loading="lazy"') == 4 * 4
     assert "20 pending" in Page(text).text  # its scores are of the other content
+
+
+def test_a_column_that_two_metrics_have_is_told_by_the_metric(root):
+    made = iba(root)
+    assert "ehr · " not in report.page(root, samples=2)
+    metric_folder(made, "ehr_unweighted.55555555", {"ehr": "higher"})
+    add_rows(made, "ehr_unweighted.55555555", [(UIDS[0], "f", "map", "ehr", 0.25, 1.0)])
+    (tile,) = [line for line in report.page(root, samples=1).split("<td ") if f"Map of iba for {UIDS[0]}" in line]
+    assert "0.25&#9;ehr · ehr_unweighted&#10;" in tile
+    assert re.search(r"&#9;ehr · ehr(_\w+)?&#10;", tile.replace("ehr · ehr_unweighted", ""))
 
 
 def test_a_map_is_drawn_on_the_picture_of_its_own_content(root):

@@ -130,7 +130,7 @@ def says_signed(about: str) -> bool:
 
 def _rows(frame: pd.DataFrame, uids: Sequence[str]) -> Rows:
     found: Rows = {}
-    names = ["uid", "cell", "map", "state", "stage", "reason", "column", "value"]
+    names = ["uid", "cell", "map", "state", "stage", "reason", "metric", "column", "value"]
     for row in frame.loc[frame["uid"].isin(uids), names].itertuples(index=False):
         found.setdefault((row.uid, row.cell), []).append(row)
     return found
@@ -155,7 +155,14 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], rows: Ro
     tiles = []
     for item, known, name, label, _, signed in columns:
         mine = [row for row in rows.get((uid, item.cell.folder.name), ()) if row.map in (name, "")]
-        numbers = [(row.column, f"{row.value:.3g}") for row in mine if row.state == "ok"]
+        ok = [row for row in mine if row.state == "ok"]
+        metrics: dict[str, set[str]] = {}  # of a column: several metrics may have one of the same name
+        for row in ok:
+            metrics.setdefault(row.column, set()).add(row.metric)
+        numbers = [
+            (row.column if len(metrics[row.column]) == 1 else f"{row.column} · {row.metric}", f"{row.value:.3g}")
+            for row in ok
+        ]
         problem = "; ".join(dict.fromkeys(f"{row.stage}: {row.reason}" for row in mine if row.state == "failed"))
         map = stored_array(item.cell.maps, known[uid], name) if uid in known else None
         if map is None:
