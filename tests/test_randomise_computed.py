@@ -7,27 +7,15 @@ import warnings
 
 import pytest
 import torch
+from randomised_nets import X, copy_of, seeded
 from torch import nn
 from torch.nn.utils import parametrizations as torchs
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
-from attrib.models import Classifier, Randomise
-from attrib.models.randomise import randomised, reinitialise, weighted_layers
+from attrib.models.randomise import reinitialise, weighted_layers
 from attrib.models.variant import WeightedLayer
 from attrib.types import UserError
-
-X = torch.linspace(-1, 2, 24).reshape(4, 6).sin()
-
-
-def seeded(build, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build().eval()
-
-
-def copy_of(net, *how, x=X):
-    return randomised(Classifier(net, input_shape=tuple(x.shape[1:])), net, Randomise(*how), x)
 
 
 class Symmetric(nn.Module):

@@ -7,24 +7,13 @@ import warnings
 
 import pytest
 import torch
+from randomised_nets import X, copy_of, seeded
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from attrib.models import Classifier, Randomise
-from attrib.models.randomise import randomised, weighted_layers
+from attrib.models import Classifier
+from attrib.models.randomise import weighted_layers
 from attrib.types import UserError
-
-X = torch.linspace(-1, 2, 24).reshape(4, 6).sin()
-
-
-def seeded(build, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build().eval()
-
-
-def copy_of(net, *how, x=X):
-    return randomised(Classifier(net, input_shape=tuple(x.shape[1:])), net, Randomise(*how), x)
 
 
 class Reads(nn.Module):
