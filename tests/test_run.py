@@ -280,15 +280,16 @@ def test_why_a_cell_was_refused_is_kept_and_shown(run, monkeypatch, capfd):
     (record,) = [json.loads(path.read_text()) for path in run.root.glob("*/runs/*/summary.json")]
     assert (record["refused"], record["finished"]) == ("this net has no place for p000\nand a second line", False)
 
-    def shown(name: str) -> str:
+    def shown(name: str, prefix: str = "") -> str:
         capfd.readouterr()
-        dispatch([name, str(run.root)])
+        dispatch([name, f"{prefix}{run.root}"])
         return " ".join(capfd.readouterr().out.split())
 
     cell = only_cell(run.root).folder.name
     assert f"{cell} was refused: this net has no place for p000 and a second line" in shown("status")
     assert "failed: refused" in shown("status")
     assert f"{cell}: pending because its run was refused: this net has no place for p000" in shown("table")
+    assert shown("table", "run.root=") == shown("table")
     assert Observer(run.root).look().record()["cells"][0]["refused"].startswith("this net")
     assert run("method=random", "metric=[ehr]").status == 0
     assert "was refused" not in shown("status") + shown("table")

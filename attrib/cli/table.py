@@ -71,7 +71,8 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         return draw_paper(args, kind)
     if len(args.root) > 1 or args.commands:
         raise UserError("expected one work directory; overrides and --commands go with paper=NAME")
-    frame = tables.rows(work_directory(args.root[0]) if args.root else Options.root, broken)
+    root = work_directory(args.root[0]) if args.root else Path(Options.root)
+    frame = tables.rows(root, broken)
     if args.where:
         frame = tables.where(frame, conditions(args.where))
     if args.rows:
@@ -95,7 +96,7 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
         drawn = [formats.wide_table(block) for block in formats.wide(table)]
     else:
         drawn = [formats.long_table(table, args.confidence)]
-    if refused := _refused(frame, Path(args.root[0] if args.root else Options.root)):
+    if refused := _refused(frame, root):
         drawn[0] = dataclasses.replace(drawn[0], notes=(*drawn[0].notes, *refused))
     if args.pairs is not None or kind == "terminal":
         tests = tables.all_paired(frame, args.pairs or (), args.confidence)

@@ -29,18 +29,6 @@ def _of_torch(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-@contextmanager
-def own_generators(device: torch.device) -> Iterator[None]:
-    """What the net draws leaves no trace in the caller's random numbers."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 class _Drawing(EachCall):
     """What torch draws at random is ``value`` instead."""
 

@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 from attrib.models.calls import EachCall
 from attrib.models.device_memory import of_the_device
-from attrib.models.draws import drawing, generators, own_generators
+from attrib.models.draws import drawing, generators
 from attrib.models.output import Output, replace_forward
 from attrib.models.output_kind import Link
 from attrib.models.output_kinds import ROUNDING, Classes, Sigmoid
 from attrib.models.text import real_tokens
+from attrib.noise import global_states
 from attrib.types import UserError
 
 aten = torch.ops.aten
@@ -75,7 +76,7 @@ def examine(
     changes from run to run, or lets rows interact. An error of the net itself on the first sample is raised as it is.
     """
     name, bound = type(net).__name__, tolerance(x)
-    with torch.no_grad(), own_generators(x.device), output.alone(net):
+    with torch.no_grad(), global_states(0, x.device), output.alone(net):
 
         def run(*rows: int) -> Tensor:
             logits = net(x[list(rows)].clone())
@@ -88,10 +89,10 @@ def examine(
         again = _apart(alone, run(0))
         if again > bound or (draws and _drawn_numbers_count(run)):
             raise UserError(_random(net, x, again, draws))
-        if type(output.read) is Classes and (link := _probabilities(run)) is not None:
+        if type(output.read) is Classes and (link := _probabilities(alone, run)) is not None:
             raise UserError(_no_logits(name, link))
         single = isinstance(output.read, Sigmoid) and output.read.of == "logit"
-        if single and _probabilities(lambda row: 2 * run(row)[:, 1:]) is not None:
+        if single and _probabilities(2 * alone[:, 1:], lambda row: 2 * run(row)[:, 1:]) is not None:
             raise UserError(_no_logits(name, "sigmoid", "{read: sigmoid, of: probability}"))
         padding = None if pad is None else _padding(net, x[:1], pad)
         if not pairs:
@@ -130,13 +131,12 @@ def _apart(one: Tensor, other: Tensor) -> float:
 # ---- probabilities ------------------------------------------------------------------------------
 
 
-def _probabilities(run: Callable[[int], Tensor]) -> Link | None:
-    """Which probabilities a net returns in the place of logits; None if it does not.
+def _probabilities(first: Tensor, run: Callable[[int], Tensor]) -> Link | None:
+    """Which probabilities a net returns in the place of logits; None if it does not. ``first`` is what row 0 gave.
 
     Numbers from 0 to 1 that add up to 1 for two inputs are no chance. Those that do not add up are only what a sigmoid
     gave, be it clamped.
     """
-    first = run(0)
     if not _between(first):
         return None
     both = torch.cat([first, run(1)]).double()

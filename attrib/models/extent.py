@@ -100,7 +100,6 @@ def check_inside(energies: Iterable[Tensor], input_shape: Sequence[int], grid: t
               columns. One image may mislead where few units are active; they are added up until the places fit
     """
     total: Tensor | float = 0.0
-    outside: list[tuple[int, float, float]] = []
     for energy in energies:
         total = total + energy / energy.mean().clamp(min=torch.finfo(energy.dtype).tiny)
         ends = outer(total)
@@ -108,15 +107,14 @@ def check_inside(energies: Iterable[Tensor], input_shape: Sequence[int], grid: t
         outside = [(i, *end) for i, (end, margin) in enumerate(zip(ends, margins)) if end[1] - end[0] > 1 + 2 * margin]
         if not outside:
             return
-    for axis, first, last in outside:
-        places = grid[axis]
-        way = ("from top to bottom", "from left to right")[axis] if len(input_shape) == 3 else "along time"
-        raise PartialImageError(
-            f"{what} has {places} places {way}, of which those in the middle lie so far apart that the first "
-            f"stands at {first:.0%} of the input and the last at {last:.0%}: the net pads what it is given, and "
-            "its map would be squeezed onto the input with what it pads. Pad the inputs before the net gets them, "
-            "or take a method whose map is of the input itself, such as integrated_gradients"
-        )
+    axis, first, last = outside[0]
+    way = ("from top to bottom", "from left to right")[axis] if len(input_shape) == 3 else "along time"
+    raise PartialImageError(
+        f"{what} has {grid[axis]} places {way}, of which those in the middle lie so far apart that the first stands at "
+        f"{first:.0%} of the input and the last at {last:.0%}: the net pads what it is given, and its map would be "
+        "squeezed onto the input with what it pads. Pad the inputs before the net gets them, or take a method whose "
+        "map is of the input itself, such as integrated_gradients"
+    )
 
 
 def outer(energy: Tensor) -> list[tuple[float, float]]:

@@ -146,8 +146,9 @@ def find(
             votes[best] = votes.get(best, 0) + 1
             if votes[best] == (2 if few else 1):
                 best = _agreed(best, described(shape), what)
-                every = (_answers(front, input_shape, like, i, among)[1] for i in range(images(input_shape)))
-                energies = (_on_grid(best, each[best.name]) for each in chain([answers], every))
+                others = (i for i in range(images(input_shape)) if i != image)
+                more = (_answers(front, input_shape, like, i, among)[1] for i in others)
+                energies = (_on_grid(best, each[best.name]) for each in chain([answers], more))
                 check_inside(energies, input_shape, best.grid, what)
                 check_seen(front, input_shape, like, best.grid, what)
                 return best
