@@ -105,14 +105,17 @@ def _converted_module(module: nn.Module, kinds: tuple[type[nn.Module], ...], to:
     return new
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    return any(getattr(module, kind) for kind in _HOOKS)
 
 
 def hooked(net: nn.Module) -> bool:
     """Whether anybody watches a module of ``net``, or changes what it gives."""
-    return nn.modules.module._has_any_global_hook() or any(map(_hooks, net.modules()))
+    of_all = (getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
+    return any(of_all) or any(map(_hooks, net.modules()))
 
 
 class _Trial(fx.Interpreter):
