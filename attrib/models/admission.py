@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib.models.device_memory import is_lost, is_out_of_memory
-from attrib.models.exam import Exam, examine, keep_lengths_apart, tolerance
+from attrib.models.exam import Exam, examine, tolerance
 from attrib.models.output import Output
+from attrib.models.padding import keep_lengths_apart
 from attrib.models.text import real_tokens
 from attrib.types import UserError
 
@@ -62,7 +63,7 @@ class Admission:
         on: Literal["sample", "samples"] = "sample" if pair is None else "samples"
         if pair is None:
             one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
-            pair = torch.cat((one, other_than(one)))
+            pair = torch.cat((one, other_than(one, pad)))
         try:
             with warnings.catch_warnings():
                 # nn.TransformerEncoder leaves out padding in its own way, of which torch tells the first to run one.
@@ -125,9 +126,15 @@ def _behind(x: Tensor, lengths: Tensor) -> int | None:
     return int(x[shorter[0], int(lengths[shorter[0]])]) if len(shorter) else None
 
 
-def other_than(one: Tensor) -> Tensor:
-    """Another sample, made of the only one (1, *input): a text of its tokens or, of one kind of token, of other ids."""
+def other_than(one: Tensor, pad: int | None = None) -> Tensor:
+    """Another sample, made of the only one (1, *input): a text of its tokens or, of one kind of token, of other ids.
+
+    Of a text of the id that pads, ``pad``, the net would see another length, or nothing.
+    """
     if one.is_floating_point():
         return 3 * one.flip(-1) + 1
     turned = one.flip(-1)
-    return (one == 0).to(one.dtype) if torch.equal(turned, one) else turned
+    if not torch.equal(turned, one):
+        return turned
+    free = [token for token in range(3) if token != pad]
+    return torch.where(one == free[0], free[1], free[0]).to(one.dtype)

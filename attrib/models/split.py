@@ -365,24 +365,39 @@ def _checked(cut: Split, module: nn.Module, x: Tensor) -> Split:
     """Two rows through the cut net must give the logits of the whole net, else CannotSplitError.
 
     Two, so that a batch size that was baked into the front is noticed: two behind the front, as methods send them that
-    change what one sample gives there, and two through all of it.
+    change what one sample gives there, and two through all of it. Of a graph two different ones as well: it hands the
+    numbers of rows over as they were (``z[torch.arange(len(z)), last]``), so that all rows would read the first.
     """
-    expected = module(x.clone()).repeat(2, 1)
+    expected, changed = module(x.clone()).repeat(2, 1), None
     try:
         one, two = cut.front(x.clone()), cut.front(torch.cat((x, x)))
         for rows, (z, rest) in ((1, one), (2, two)):
             if not all(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in (z, *rest)):
                 raise CannotSplitError("what is handed over at the cut is not one row per sample")
-        ways = (torch.cat((one.z, one.z)), tuple(torch.cat((t, t)) for t in one.rest)), two
-        logits = [cut.rear(*way) for way in ways]
+        twice = tuple(torch.cat((t, t)) for t in one.rest)
+        logits = [cut.rear(torch.cat((one.z, one.z)), twice), cut.rear(*two)]
+        if isinstance(cut, GraphSplit):
+            other = _other(one.z)
+            changed = cut.rear(torch.cat((one.z, other)), twice), cut.rear(other, one.rest)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise CannotSplitError(f"the net does not run when cut there: {error}") from error
-    # An input may give NaN logits; then they must be NaN in both.
+    if not all(_equal(got, expected) for got in logits):
+        raise CannotSplitError("the cut changes the logits")
+    if changed is not None and not _equal(changed[0], torch.cat((expected[:1], changed[1]))):
+        raise CannotSplitError("a row behind the cut reads another row")
+    return cut
+
+
+def _equal(got: Tensor, expected: Tensor) -> bool:
+    """Whether logits are the same but for rounding. An input may give NaN; then it must be NaN in both."""
     share = 1e-9 if expected.dtype == torch.float64 else 1e-3
     tolerance = share * expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
-    for got in logits:
-        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
-            raise CannotSplitError("the cut changes the logits")
-    return cut
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _other(z: Tensor) -> Tensor:
+    """Other numbers, of about the same size."""
+    wave = torch.arange(z.numel(), device=z.device).cos().view_as(z)
+    return (z + wave * z.abs().nan_to_num(0.0, 0.0).mean().clamp(min=1e-2)).to(z.dtype)
