@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import attrib
+from attrib.models import Classifier
 
 WORDS, WIDTH, PAD = 24, 6, 0
 STEPS = 5  # of integrated gradients
@@ -117,3 +118,34 @@ def _reference(net: nn.Module, text: Tensor, z: Tensor, method: str) -> Tensor:
 def _legendre() -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.legendre.leggauss(STEPS)
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+class Placed(Net):
+    """What it makes of the number of tokens has a row for each of them: of one token, as many as a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.query = nn.Embedding(8, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.embedding(x) + self.places(torch.arange(x.size(1)))
+        weights = (self.query(z) @ z.transpose(1, 2)).masked_fill((x == PAD)[:, None], -1e4).softmax(-1)
+        return self.head((weights @ z)[:, 0])
+
+
+def test_a_net_that_meets_a_text_of_one_token_first():
+    net = seeded(Placed(), 0.9)
+    model = Classifier(net, {"embedding": "embedding"}, dtype=torch.float64)
+    for text in ([5], [3, 9, 4, 7], [8, 2]):
+        x = torch.tensor([text])
+        z, rest = model.until("embedding", x)
+        torch.testing.assert_close(model.after("embedding", z, rest), net(x), rtol=0, atol=1e-12)
+
+
+def test_a_text_of_one_kind_of_token_is_not_examined_beside_nothing():
+    """Of a text of padding alone, the net that looks for the longest would see another length."""
+    net = seeded(ByTheLongest(), 0.9)
+    net.embedding.weight.data[PAD] = 0
+    text = torch.full((1, 4), 5)
+    found = attrib.explain(net, text, 1, "occlusion", run={"dtype": "float64"}).map
+    torch.testing.assert_close(found[0].double(), _reference(net, text[0], net.embedding(text), "occlusion"))

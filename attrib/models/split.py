@@ -319,7 +319,7 @@ def split(module: nn.Module, path: str, x: Tensor) -> Split:
     Raises UserError if the layer does not run exactly once per forward pass, or what the net reads of
     its output is not one tensor with a row per sample.
     """
-    probe = x[:1].clone()
+    probe = _probe(module, x)
     _check_layer(module, path, probe)
     try:
         cut = _checked(GraphSplit(module, path), module, probe)
@@ -339,6 +339,20 @@ def split(module: nn.Module, path: str, x: Tensor) -> Split:
         raise UserError(
             f"layer {path} of {type(module).__name__}: {reason}; take another layer (set model.layers.<role>)"
         ) from reason
+
+
+@torch.no_grad()
+def _probe(module: nn.Module, x: Tensor) -> Tensor:
+    """One sample, (1, *input). Of a text of one token, a row for each token would pass for a row per sample."""
+    if x.ndim == 2 and not x.is_floating_point() and x.shape[1] < 3:
+        longer = x[:1].repeat(1, 3)[:, :3]
+        try:
+            module(longer.clone())
+            return longer
+        except Exception as error:  # not every net takes texts of any length
+            if of_the_device(error):
+                raise
+    return x[:1].clone()
 
 
 def _same_gradients(cut: Split, other: Split, x: Tensor) -> bool:
