@@ -120,6 +120,31 @@ def _legendre() -> tuple[Tensor, Tensor]:
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
 
+END = 2
+
+
+class Ended(Net):
+    """Wants the token that ends a text, as BART's classifier does, and sees padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x == END).any(1).all():
+            raise ValueError("a text does not end")
+        return self.head(torch.tanh(self.embedding(x)).mean(1))
+
+
+def test_a_net_that_wants_the_token_that_ends_a_text_is_examined() -> None:
+    net = seeded(Ended(), 0.9)
+    x = torch.full((3, 7), PAD)
+    for row, length in zip(x, (7, 5, 2)):
+        row[:length] = torch.tensor([*range(5, 4 + length), END])
+    model = Classifier(net, dtype=torch.float64)
+    alone = torch.cat([net(row[row != PAD][None]) for row in x])
+    torch.testing.assert_close(model.logits(x), alone, rtol=0, atol=1e-12)
+    assert model.exam is not None
+    assert model.exam.on == "sample"
+    assert model.exam.padding > 1e-3
+
+
 class Placed(Net):
     """What it makes of the number of tokens has a row for each of them: of one token, as many as a batch of one."""
 

@@ -28,14 +28,18 @@ def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool) -> float:
     Infinite if the net takes a text in one of both ways only.
     """
     length = x.shape[1]
-    half = x[:1, : length - length // 2] if length > 3 else x[:1]
-    if _tried(net, half) is None:
-        half = x[:1]
+    half = _taken(net, x[:1], length - length // 2 if length > 3 else length)
     worst = _padded(net, half, pad, {1, max(3, length - half.shape[1])})
     few = {tuple(x[0, :n].tolist()) for n in (1, 2, 3)} | {(token,) for token in x[0, -SHORT:].tolist()}
     for text in sorted(few - {tuple(half[0].tolist()), (pad,)}):
         worst = max(worst, _padded(net, x.new_tensor([text]), pad, {3}))
     return max(worst, _beside(net, x, pad)) if pairs else worst
+
+
+def _taken(net: nn.Module, text: Tensor, length: int) -> Tensor:
+    """A part of a text (1, T): its begin or, of a net that wants the token that ends it, its end; else all of it."""
+    parts = (text[:, :length], text[:, text.shape[1] - length :])
+    return next((part for part in parts if _tried(net, part) is not None), text)
 
 
 def _padded(net: nn.Module, text: Tensor, pad: int, more: set[int]) -> float:
@@ -56,7 +60,7 @@ def _beside(net: nn.Module, x: Tensor, pad: int) -> float:
     Infinite also if a layer has its rows in an order of its own: what a method puts there would be another text's.
     """
     long = x[:1].repeat(1, 3)[:, : max(3, x.shape[1])]
-    short = x[1:, : (x.shape[1] + 1) // 2]
+    short = _taken(net, x[1:], (x.shape[1] + 1) // 2)
     both = torch.cat((long, torch.cat((short, short.new_full((1, long.shape[1] - short.shape[1]), pad)), 1)))
     alone = [logits for text in (long, short) if (logits := _tried(net, text)) is not None]
     if len(alone) < 2:
