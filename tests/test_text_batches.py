@@ -120,6 +120,16 @@ def _legendre() -> tuple[Tensor, Tensor]:
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
 
+def test_a_net_that_cuts_padding_off_goes_row_by_row() -> None:
+    net, x = seeded(Trimmed(), 0.9).requires_grad_(True), texts()
+    names = [str(i) for i in range(len(x))]
+    many, single = (
+        attrib.explain(net, x, 1, "gradient", uids=names, run={"batch": 6, "rows": rows, "dtype": "float64"}).map
+        for rows in (6, 1)
+    )
+    torch.testing.assert_close(many, single)
+
+
 END = 2
 
 

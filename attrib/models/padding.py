@@ -33,7 +33,7 @@ def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool) -> float:
     few = {tuple(x[0, :n].tolist()) for n in (1, 2, 3)} | {(token,) for token in x[0, -SHORT:].tolist()}
     for text in sorted(few - {tuple(half[0].tolist()), (pad,)}):
         worst = max(worst, _padded(net, x.new_tensor([text]), pad, {3}))
-    return max(worst, _beside(net, x, pad)) if pairs else worst
+    return max(worst, _beside(net, x, pad) if pairs else _trimmed(net, half, pad))
 
 
 def _taken(net: nn.Module, text: Tensor, length: int) -> Tensor:
@@ -72,6 +72,12 @@ def _beside(net: nn.Module, x: Tensor, pad: int) -> float:
     if any(a.shape == b.shape and apart(a, b.flip(0)) > 1e-3 for a, b in zip(layers, turned)):
         return math.inf
     return max(apart(one, expected), apart(other.flip(0), expected))
+
+
+def _trimmed(net: nn.Module, text: Tensor, pad: int) -> float:
+    """Infinite if layers have no places for the padding of a text (1, T): then those of several texts do not fit."""
+    layers, padded = (_with_layers(net, x)[1] for x in (text, torch.cat((text, text.new_full((1, 3), pad)), 1)))
+    return 0.0 if len(layers) == len(padded) else math.inf
 
 
 def _with_layers(net: nn.Module, x: Tensor) -> tuple[Tensor | None, list[Tensor]]:
