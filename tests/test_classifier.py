@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attrib.methods.baselines import Gradient
 from attrib.methods.cam import GradCAM
 from attrib.models import Classifier
-from attrib.models.split import hooked
+from attrib.models.layers import hooked
 from attrib.types import Batch, SampleError, UserError
 
 LAYERS = {"bottleneck": "features.5", "embedding": "pool"}

@@ -16,7 +16,8 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
 from attrib.models import Classifier
-from attrib.models.split import CannotSplitError, GraphSplit, HookSplit, count_calls, hooked, split, trace
+from attrib.models.layers import count_calls, hooked
+from attrib.models.split import CannotSplitError, GraphSplit, HookSplit, split, trace
 from attrib.types import UserError
 
 
@@ -296,6 +297,32 @@ def test_a_statement_in_place_is_not_lost():
             return self.head(x)
 
     cut(Statements)
+
+
+@pytest.mark.parametrize("path", ["layer", "head"])
+def test_rows_are_told_apart(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A net that numbers its rows, which torch.fx can trace, and hands the numbers over as they were."""
+
+    class Numbered(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.layer(self.stem(x))
+            return self.head(z + z[torch.arange(x.shape[0]), x.abs().argmax(1)][:, None])
+
+    with caplog.at_level(logging.INFO):
+        assert cut(Numbered, path)[1] is (HookSplit if path == "layer" else GraphSplit)
+    assert ("a row behind the cut reads another row" in caplog.text) == (path == "layer")
+
+
+def test_a_layer_with_its_rows_in_another_order_is_refused() -> None:
+    class Sorted(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            order = x.sum(1).argsort()
+            z = self.stem(x) + self.other(self.layer(self.stem(x[order])))[order.argsort()]
+            return self.head(z)
+
+    assert cut(Sorted, "head")[1] is GraphSplit
+    with pytest.raises(UserError, match="layer layer of Sorted gives the rows of a batch in an order of its own"):
+        cut(Sorted)
 
 
 def test_a_net_that_writes_into_its_input_is_cut_by_hooks():

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attrib.models.device_memory import is_lost, is_out_of_memory
-from attrib.models.exam import Exam, examine, keep_lengths_apart, tolerance
+from attrib.models.exam import Exam, examine, tolerance
 from attrib.models.output import Output
+from attrib.models.padding import keep_lengths_apart
 from attrib.models.text import real_tokens
 from attrib.types import UserError
 
@@ -62,19 +63,15 @@ class Admission:
         on: Literal["sample", "samples"] = "sample" if pair is None else "samples"
         if pair is None:
             one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
-            pair = torch.cat((one, other_than(one)))
-        try:
-            with warnings.catch_warnings():
-                # nn.TransformerEncoder leaves out padding in its own way, of which torch tells the first to run one.
-                warnings.filterwarnings("ignore", "The PyTorch API of nested tensors", UserWarning)
-                self.exam = examine(self._examined, self._output, pair, on, pad, pairs)
-        except UserError:
-            raise
-        except Exception as error:  # of the net itself, on these samples: whoever brought them will meet it
-            if is_lost(error):
-                raise
-            self._tight = self._tight or is_out_of_memory(error)
+            pair = torch.cat((one, other_than(one, pad)))
+        failed = self._examine(pair, on, pad, pairs)
+        if failed and pad is not None and news and not self._tight:
+            # Some want the token that ends a text, of which the longer one was cut.
+            pair, on = _whole(x, pad), "sample"
+            failed = self._examine(pair, on, pad, pairs)
+        if failed:  # whoever brought these samples will meet it
             return False
+        assert self.exam is not None
         if on == "samples":
             self._sample = None
         # Nothing is refused for padding, so the bound may be narrower.
@@ -85,6 +82,22 @@ class Admission:
         keep_lengths_apart(self._net, pad)
         self.lengths_apart = True
         return True
+
+    def _examine(self, pair: Tensor, on: Literal["sample", "samples"], pad: int | None, pairs: bool) -> bool:
+        """Whether the net itself fails on these samples. Raises UserError for a net that is refused."""
+        try:
+            with warnings.catch_warnings():
+                # nn.TransformerEncoder leaves out padding in its own way, of which torch tells the first to run one.
+                warnings.filterwarnings("ignore", "The PyTorch API of nested tensors", UserWarning)
+                self.exam = examine(self._examined, self._output, pair, on, pad, pairs)
+        except UserError:
+            raise
+        except Exception as error:
+            if is_lost(error):
+                raise
+            self._tight = self._tight or is_out_of_memory(error)
+            return True
+        return False
 
     def check_padding(self, x: Tensor) -> None:
         """Raises UserError for texts with padding if the net sees it: its layers differ in length as the texts do."""
@@ -125,9 +138,21 @@ def _behind(x: Tensor, lengths: Tensor) -> int | None:
     return int(x[shorter[0], int(lengths[shorter[0]])]) if len(shorter) else None
 
 
-def other_than(one: Tensor) -> Tensor:
-    """Another sample, made of the only one (1, *input): a text of its tokens or, of one kind of token, of other ids."""
+def _whole(x: Tensor, pad: int) -> Tensor:
+    """The first text as it is, and with what is between its first and its last token turned round, (2, T)."""
+    one = x[:1, : int(real_tokens(x[:1], pad).sum())]
+    return torch.cat((one, torch.cat((one[:, :1], one[:, 1:-1].flip(1), one[:, 1:][:, -1:]), 1)))
+
+
+def other_than(one: Tensor, pad: int | None = None) -> Tensor:
+    """Another sample, made of the only one (1, *input): a text of its tokens or, of one kind of token, of other ids.
+
+    Of a text of the id that pads, ``pad``, the net would see another length, or nothing.
+    """
     if one.is_floating_point():
         return 3 * one.flip(-1) + 1
     turned = one.flip(-1)
-    return (one == 0).to(one.dtype) if torch.equal(turned, one) else turned
+    if not torch.equal(turned, one):
+        return turned
+    free = [token for token in range(3) if token != pad]
+    return torch.where(one == free[0], free[1], free[0]).to(one.dtype)

@@ -23,13 +23,14 @@ from attrib.models.fast import fast_net, fast_split
 from attrib.models.float32 import use_all_bits
 from attrib.models.forms import own_path, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
+from attrib.models.layers import first_tensor, hooked
 from attrib.models.output import Output, Take
 from attrib.models.output_kind import Link
 from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.preparation import prepared
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.sizes import START, fitting_rows
-from attrib.models.split import Front, HookSplit, Split, between, first_tensor, hooked, split
+from attrib.models.split import Front, HookSplit, Split, between, split
 from attrib.models.variant import Variant
 from attrib.models.ways_back import check_way_back, with_contiguous_norms
 from attrib.process.memory import Heap

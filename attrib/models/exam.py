@@ -12,7 +12,6 @@ that: what follows from it costs time, not the net.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 from attrib.models.calls import EachCall
 from attrib.models.device_memory import of_the_device
 from attrib.models.draws import drawing, generators
-from attrib.models.output import Output, replace_forward
+from attrib.models.output import Output
 from attrib.models.output_kind import Link
 from attrib.models.output_kinds import ROUNDING, Classes, Sigmoid
-from attrib.models.text import real_tokens
+from attrib.models.padding import apart, seen
 from attrib.noise import global_states
 from attrib.types import UserError
 
@@ -45,8 +44,8 @@ class Exam:
               "samples": two different real samples
     again     of equal runs
     together  of a sample alone and in a batch, in either order, and twice in a batch; None if rows go one by one
-    padding   of a text alone and with padding, infinite if the net does not take any; None for what is no text, or
-              where it is not known what pads
+    padding   of a text alone and with padding, or beside a longer one, see ``models.padding``; None for what is no
+              text, or where it is not known what pads
 
     >>> from attrib.models import Classifier
     >>> model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), input_shape=(3, 2, 2))
@@ -86,7 +85,7 @@ def examine(
         before = generators(x.device)
         alone = run(0)
         draws = not all(map(torch.equal, before, generators(x.device)))
-        again = _apart(alone, run(0))
+        again = apart(alone, run(0))
         if again > bound or (draws and _drawn_numbers_count(run)):
             raise UserError(_random(net, x, again, draws))
         if type(output.read) is Classes and (link := _probabilities(alone, run)) is not None:
@@ -94,7 +93,7 @@ def examine(
         single = isinstance(output.read, Sigmoid) and output.read.of == "logit"
         if single and _probabilities(2 * alone[:, 1:], lambda row: 2 * run(row)[:, 1:]) is not None:
             raise UserError(_no_logits(name, "sigmoid", "{read: sigmoid, of: probability}"))
-        padding = None if pad is None else _padding(net, x[:1], pad)
+        padding = None if pad is None else seen(net, x, pad, pairs)
         if not pairs:
             return Exam(on, again, None, padding)
         try:
@@ -107,7 +106,7 @@ def examine(
                 "take a batch of any size"
             ) from error
         equal = ((alone, ab[:1]), (alone, ba[1:]), (ab[1:], ba[:1]), (alone, aa[:1]), (alone, aa[1:]))
-        together = max(_apart(one, other) for one, other in equal)
+        together = max(apart(one, other) for one, other in equal)
         if together > bound:
             raise UserError(_interaction(net, x, together))
     return Exam(on, again, together, padding)
@@ -115,17 +114,6 @@ def examine(
 
 def tolerance(x: Tensor) -> float:
     return TOLERANCE[torch.float64 if x.dtype == torch.float64 else torch.float32]
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference of equal shapes, relative to the largest number; NaN is equal to NaN."""
-    one, other = one.double(), other.double()
-    same = (one == other) | (one.isnan() & other.isnan())
-    difference = (one - other).abs().masked_fill(same, 0)
-    if not difference.isfinite().all():
-        return math.inf
-    scale = one.abs().nan_to_num(0, 0, 0)
-    return float(difference.max() / scale.max().clamp(min=torch.finfo(torch.float32).tiny)) if len(one) else 0.0
 
 
 # ---- probabilities ------------------------------------------------------------------------------
@@ -182,51 +170,6 @@ def _no_logits(name: str, link: Link, single: str = "") -> str:
     )
 
 
-# ---- texts --------------------------------------------------------------------------------------
-
-
-def _padding(net: nn.Module, text: Tensor, pad: int) -> float:
-    """How far a text (1, T) alone and with padding are apart.
-
-    A text may already be as long as the net takes, so its end makes room for the padding where it can.
-    """
-    length, worst = text.shape[1], 0.0
-    short = text[:, : length - length // 2] if length > 3 else text
-    if (shortened := _tried(net, short)) is None:
-        short, shortened = text, net(text.clone())
-    for more in {1, max(3, length - short.shape[1])}:
-        padded = _tried(net, torch.cat((short, short.new_full((1, more), pad)), 1))
-        worst = max(worst, math.inf if padded is None else _apart(shortened, padded))
-    return worst
-
-
-def _tried(net: nn.Module, x: Tensor) -> Tensor | None:
-    """None for what the net does not take."""
-    try:
-        return net(x.clone())
-    except Exception as error:  # a user's net may raise anything
-        if of_the_device(error):
-            raise
-        return None
-
-
-def keep_lengths_apart(net: nn.Module, pad: int) -> None:
-    """From now on ``net`` gets only texts of equal length together, and none with padding."""
-
-    def grouped(_net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # its graph is asked for texts of one length only (``check_padding``)
-            return forward(x)
-        lengths = real_tokens(x, pad).sum(1)
-        each = lengths.unique().tolist()
-        if len(each) == 1:
-            return forward(x[:, : each[0]])
-        rows = [(lengths == length).nonzero().squeeze(1) for length in each]
-        parts = [forward(x[some, :length]) for some, length in zip(rows, each, strict=True)]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
-
-    replace_forward(net, grouped)
-
-
 # ---- random numbers ------------------------------------------------------------------------------
 
 
@@ -244,7 +187,7 @@ def _drawn_numbers_count(run: Callable[[int], Tensor]) -> bool:
             if of_the_device(error):
                 raise
             return True
-    return _apart(*found) > 0
+    return apart(*found) > 0
 
 
 # ---- where it begins -----------------------------------------------------------------------------
@@ -287,7 +230,7 @@ def _alike(one: list[Tensor], other: list[Tensor], bound: float) -> bool | None:
     for a, b in zip(one, other, strict=True):
         if a.shape[1:] != b.shape[1:] or (a.ndim and len(b) not in (len(a), 2 * len(a))):
             return None
-        if _apart(a, b[: len(a)] if a.ndim else b) > bound:
+        if apart(a, b[: len(a)] if a.ndim else b) > bound:
             return False
     return True
 

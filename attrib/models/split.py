@@ -12,8 +12,8 @@ import copy
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attrib.models.device_memory import of_the_device
+from attrib.models.layers import check_layer, check_order, first_tensor, hooked, probe_of
 from attrib.models.ways_back import gradient, near
 from attrib.types import UserError
 
@@ -181,23 +182,6 @@ class _StopForwardError(Exception):
     """Leaves the forward pass once the wanted layer has run."""
 
 
-def first_tensor(output: Any, path: str) -> Tensor:
-    """A layer's output, or the first element of a tuple or list. Raises UserError if that is no tensor."""
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    if isinstance(first, Tensor) and first.is_nested:
-        raise UserError(
-            f"layer {path} gives a nested tensor, from which torch has taken the padding; take a layer outside of the "
-            "nn.TransformerEncoder (set model.layers.<role>), or build that with enable_nested_tensor=False"
-        )
-    if not isinstance(first, Tensor):
-        what = f"a {type(output).__name__}" + ("" if first is output else f" that begins with {type(first).__name__}")
-        raise UserError(
-            f"layer {path} gives {what}, not a tensor; take a layer inside or behind it that gives one "
-            "(set model.layers.<role>)"
-        )
-    return first
-
-
 def _replace(z: Tensor) -> Any:
     """A forward hook that puts z in the place of a layer's output, or of its first element."""
     return lambda _module, _inputs, output: (z, *output[1:]) if isinstance(output, (tuple, list)) else z
@@ -211,16 +195,6 @@ def _catch(found: list[Tensor], path: str) -> Any:
         raise _StopForwardError
 
     return hook
-
-
-@contextmanager
-def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    """A forward hook that is gone afterwards, also after an error."""
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class HookSplit:
@@ -263,64 +237,15 @@ def between(module: nn.Module, start: str, end: str, x: Tensor, z: Tensor) -> Te
     return found[0]
 
 
-def _outputs(module: nn.Module, path: str, x: Tensor) -> list[Any]:
-    """What the layer gives, call by call, in one forward pass."""
-    found: list[Any] = []
-    with hooked(module.get_submodule(path), lambda _module, _inputs, output: found.append(output)), torch.no_grad():
-        module(x)
-    return found
-
-
-def count_calls(module: nn.Module, path: str, x: Tensor) -> int:
-    """How often one forward pass runs the layer."""
-    return len(_outputs(module, path, x))
-
-
-def _spoilt(value: Any) -> Any:
-    """The same with NaN for every number that is not whole."""
-    if isinstance(value, Tensor):
-        return torch.full_like(value, torch.nan) if value.is_floating_point() else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_spoilt, value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_spoilt, value))
-    return {k: _spoilt(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-@torch.no_grad()
-def _check_layer(module: nn.Module, path: str, x: Tensor) -> None:
-    """Raises UserError unless the layer runs once, and all that the net reads of it is one tensor, a row per sample."""
-    outputs, where = _outputs(module, path, x.clone()), f"layer {path} of {type(module).__name__}"
-    if len(outputs) != 1:
-        raise UserError(
-            f"{where} runs {len(outputs)} times in a forward pass; take a layer that runs exactly once "
-            "(set model.layers.<role>)"
-        )
-    z = first_tensor(outputs[0], path)
-    if z.shape[:1] != x.shape[:1]:
-        raise UserError(
-            f"{where} gives {tuple(z.shape)} for {len(x)} samples, which is not one row per sample; take another layer "
-            "(set model.layers.<role>)"
-        )
-    if not isinstance(outputs[0], (tuple, list)) or len(outputs[0]) == 1:
-        return
-    with hooked(module.get_submodule(path), lambda _module, _inputs, output: (output[0], *map(_spoilt, output[1:]))):
-        spoilt = module(x.clone())
-    if not torch.equal(spoilt.nan_to_num(), module(x.clone()).nan_to_num()):
-        raise UserError(
-            f"{where} gives {len(outputs[0])} things, and the net reads others than the first; take a layer inside or "
-            "behind it that gives one tensor (set model.layers.<role>)"
-        )
-
-
 def split(module: nn.Module, path: str, x: Tensor) -> Split:
     """The net cut at ``path``: by graph where that reproduces the logits of ``x``, else by hooks.
 
     Raises UserError if the layer does not run exactly once per forward pass, or what the net reads of
-    its output is not one tensor with a row per sample.
+    its output is not one tensor with a row per sample, in the order of the samples.
     """
-    probe = x[:1].clone()
-    _check_layer(module, path, probe)
+    probe = probe_of(module, x)
+    check_layer(module, path, probe)
+    check_order(module, path, probe)
     try:
         cut = _checked(GraphSplit(module, path), module, probe)
         if _same_gradients(cut, HookSplit(module, path), probe):
@@ -365,24 +290,39 @@ def _checked(cut: Split, module: nn.Module, x: Tensor) -> Split:
     """Two rows through the cut net must give the logits of the whole net, else CannotSplitError.
 
     Two, so that a batch size that was baked into the front is noticed: two behind the front, as methods send them that
-    change what one sample gives there, and two through all of it.
+    change what one sample gives there, and two through all of it. Of a graph two different ones as well: it hands the
+    numbers of rows over as they were (``z[torch.arange(len(z)), last]``), so that all rows would read the first.
     """
-    expected = module(x.clone()).repeat(2, 1)
+    expected, changed = module(x.clone()).repeat(2, 1), None
     try:
         one, two = cut.front(x.clone()), cut.front(torch.cat((x, x)))
         for rows, (z, rest) in ((1, one), (2, two)):
             if not all(isinstance(t, Tensor) and t.shape[:1] == (rows,) for t in (z, *rest)):
                 raise CannotSplitError("what is handed over at the cut is not one row per sample")
-        ways = (torch.cat((one.z, one.z)), tuple(torch.cat((t, t)) for t in one.rest)), two
-        logits = [cut.rear(*way) for way in ways]
+        twice = tuple(torch.cat((t, t)) for t in one.rest)
+        logits = [cut.rear(torch.cat((one.z, one.z)), twice), cut.rear(*two)]
+        if isinstance(cut, GraphSplit):
+            other = _other(one.z)
+            changed = cut.rear(torch.cat((one.z, other)), twice), cut.rear(other, one.rest)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise CannotSplitError(f"the net does not run when cut there: {error}") from error
-    # An input may give NaN logits; then they must be NaN in both.
+    if not all(_equal(got, expected) for got in logits):
+        raise CannotSplitError("the cut changes the logits")
+    if changed is not None and not _equal(changed[0], torch.cat((expected[:1], changed[1]))):
+        raise CannotSplitError("a row behind the cut reads another row")
+    return cut
+
+
+def _equal(got: Tensor, expected: Tensor) -> bool:
+    """Whether logits are the same but for rounding. An input may give NaN; then it must be NaN in both."""
     share = 1e-9 if expected.dtype == torch.float64 else 1e-3
     tolerance = share * expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=1e-6).item()
-    for got in logits:
-        if got.shape != expected.shape or not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
-            raise CannotSplitError("the cut changes the logits")
-    return cut
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _other(z: Tensor) -> Tensor:
+    """Other numbers, of about the same size."""
+    wave = torch.arange(z.numel(), device=z.device).cos().view_as(z)
+    return (z + wave * z.abs().nan_to_num(0.0, 0.0).mean().clamp(min=1e-2)).to(z.dtype)

@@ -1,0 +1,135 @@
+"""Whether a text net sees what texts share a batch: their padding, and how long they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from attrib.models.device_memory import of_the_device
+from attrib.models.output import replace_forward
+from attrib.models.text import real_tokens
+
+SHORT = 8  # texts of one token that are tried
+
+
+def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool) -> float:
+    """How far logits of texts alone are apart from what they are with padding; of two texts x (2, T) of equal length.
+
+    A text may already be as long as the net takes, so its end makes room for the padding where it can. A padding that
+    is hidden by larger numbers, as before a maximum over all places, most likely is not in the shortest texts. With
+    ``pairs`` a text is also tried beside a longer one: some nets look for the longest of a batch, or sort it.
+
+    Infinite if the net takes a text in one of both ways only.
+    """
+    length = x.shape[1]
+    half = _taken(net, x[:1], length - length // 2 if length > 3 else length)
+    worst = _padded(net, half, pad, {1, max(3, length - half.shape[1])})
+    few = {tuple(x[0, :n].tolist()) for n in (1, 2, 3)} | {(token,) for token in x[0, -SHORT:].tolist()}
+    for text in sorted(few - {tuple(half[0].tolist()), (pad,)}):
+        worst = max(worst, _padded(net, x.new_tensor([text]), pad, {3}))
+    return max(worst, _beside(net, x, pad) if pairs else _trimmed(net, half, pad))
+
+
+def _taken(net: nn.Module, text: Tensor, length: int) -> Tensor:
+    """A part of a text (1, T): its begin or, of a net that wants the token that ends it, its end; else all of it."""
+    parts = (text[:, :length], text[:, text.shape[1] - length :])
+    return next((part for part in parts if _tried(net, part) is not None), text)
+
+
+def _padded(net: nn.Module, text: Tensor, pad: int, more: set[int]) -> float:
+    """With each of these numbers of places more; 0 for a text that the net takes in neither way."""
+    alone, worst = _tried(net, text), 0.0
+    for count in more:
+        padded = _tried(net, torch.cat((text, text.new_full((1, count), pad)), 1))
+        if alone is None or padded is None:
+            worst = worst if alone is padded else math.inf
+        else:
+            worst = max(worst, apart(alone, padded))
+    return worst
+
+
+def _beside(net: nn.Module, x: Tensor, pad: int) -> float:
+    """Of a long and a short text together, in either order.
+
+    Infinite also if a layer has its rows in an order of its own: what a method puts there would be another text's.
+    """
+    long = x[:1].repeat(1, 3)[:, : max(3, x.shape[1])]
+    short = _taken(net, x[1:], (x.shape[1] + 1) // 2)
+    both = torch.cat((long, torch.cat((short, short.new_full((1, long.shape[1] - short.shape[1]), pad)), 1)))
+    alone = [logits for text in (long, short) if (logits := _tried(net, text)) is not None]
+    if len(alone) < 2:
+        return 0.0
+    (one, layers), (other, turned) = (_with_layers(net, rows) for rows in (both, both.flip(0)))
+    expected = torch.cat(alone)
+    if one is None or other is None or one.shape != expected.shape:
+        return math.inf
+    if any(a.shape == b.shape and apart(a, b.flip(0)) > 1e-3 for a, b in zip(layers, turned)):
+        return math.inf
+    return max(apart(one, expected), apart(other.flip(0), expected))
+
+
+def _trimmed(net: nn.Module, text: Tensor, pad: int) -> float:
+    """Infinite if layers have no places for the padding of a text (1, T): then those of several texts do not fit."""
+    layers, padded = (_with_layers(net, x)[1] for x in (text, torch.cat((text, text.new_full((1, 3), pad)), 1)))
+    return 0.0 if len(layers) == len(padded) else math.inf
+
+
+def _with_layers(net: nn.Module, x: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    """What the net gives, and in the order of their ends what modules in it do that give a vector for each token."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        first = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
+        if first is not None and not first.is_nested and first.ndim > 2 and first.shape[:2] == x.shape:
+            found.append(first.detach().clone())
+
+    with ExitStack() as stack:
+        for module in net.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_hook(keep).remove)
+        return _tried(net, x), found
+
+
+def _tried(net: nn.Module, x: Tensor) -> Tensor | None:
+    """None for what the net does not take."""
+    try:
+        logits: Tensor = net(x.clone())
+    except Exception as error:  # a user's net may raise anything
+        if of_the_device(error):
+            raise
+        return None
+    return logits
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference of equal shapes, relative to the largest number; NaN is equal to NaN."""
+    one, other = one.double(), other.double()
+    same = (one == other) | (one.isnan() & other.isnan())
+    difference = (one - other).abs().masked_fill(same, 0)
+    if not difference.isfinite().all():
+        return math.inf
+    scale = one.abs().nan_to_num(0, 0, 0)
+    return float(difference.max() / scale.max().clamp(min=torch.finfo(torch.float32).tiny)) if len(one) else 0.0
+
+
+def keep_lengths_apart(net: nn.Module, pad: int) -> None:
+    """From now on ``net`` gets only texts of equal length together, and none with padding."""
+
+    def grouped(_net: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # its graph is asked for texts of one length only (``check_padding``)
+            return forward(x)
+        lengths = real_tokens(x, pad).sum(1)
+        each = lengths.unique().tolist()
+        if len(each) == 1:
+            return forward(x[:, : each[0]])
+        rows = [(lengths == length).nonzero().squeeze(1) for length in each]
+        parts = [forward(x[some, :length]) for some, length in zip(rows, each, strict=True)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    replace_forward(net, grouped)
