@@ -29,7 +29,9 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             stack.enter_context(all_bits())
             for device in ["cpu", *["cuda"] * torch.cuda.is_available()]:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            if torch.get_default_device().type != "cpu":  # else there is no mode, which would see each call of torch's
+            # Where it is the CPU, no mode is needed, which would see each call of torch's. (torch 2.4's
+            # ``get_default_device`` fails once a device has been set and left again.)
+            if torch.empty(0).device.type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             return function(*args, **kwargs)
 
