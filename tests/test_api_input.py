@@ -197,8 +197,10 @@ def test_sounds_that_are_none(x, words):
 def test_numbers_that_are_none_are_the_samples(images, bad):
     x = images.clone()
     x[1, 0, 3, 3] = bad
-    with pytest.raises(attrib.SampleError, match=r"^b has NaN or infinite numbers"):
-        attrib.explain(small_cnn(), x, method="gradient", uids=["a", "b", "c"])
+    found = attrib.explain(small_cnn(), x, method="gradient", uids=["a", "b", "c"])
+    assert (found.uids, found.failures) == (("a", "c"), {"b": "b has NaN or infinite numbers"})
+    with pytest.raises(attrib.UserError, match=r"no sample .* can be read \(b has NaN or infinite numbers\)"):
+        attrib.explain(small_cnn(), x[1:2], method="gradient", uids=["b"])
 
 
 @pytest.mark.parametrize(

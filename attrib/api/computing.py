@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from attrib.config.objects import check_modality
 from attrib.config.trained import check_encoder, check_transform
 from attrib.datasets import Dataset, Selection, TextDataset
 from attrib.experiment.cell import Experiment
+from attrib.experiment.regions import has_none
 from attrib.experiment.samples import Samples, classes_of, example, in_order
 from attrib.fit import State
 from attrib.methods import Method
@@ -67,6 +68,35 @@ class One:
     arrays: Mapping[str, np.ndarray]
     target: Tensor
     cost: Mapping[str, Any]
+
+
+@dataclass
+class Failures:
+    """Samples that cannot be explained, as a run's ledger has them: uid -> why.
+
+    first   what a method raised first, with its traceback; None where samples could not be read, say
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    first: Exception | None = None
+
+    def add(self, uid: str, reason: str, error: Exception | None = None) -> None:
+        if uid not in self.reasons:
+            reason = reason.removeprefix("SampleError: ")
+            says = re.search(rf"(?<!\w){re.escape(uid)}(?!\w)", reason)
+            self.reasons[uid] = reason if says else f"{uid}: {reason}"
+            self.first = self.first or error
+
+    def say(self, uids: Sequence[str], what: str) -> None:
+        """A warning for each of them. Raises the first if no sample is left: what the method raised, or SampleError."""
+        if len(self.reasons) == len(uids):
+            if self.first is not None:
+                raise self.first
+            first = next(self.reasons[uid] for uid in uids if uid in self.reasons)
+            others = len(uids) - 1
+            raise SampleError(first + (f" (nor can {others} more be explained)" if others else ""))
+        for reason in self.reasons.values():
+            log.warning("%s: %s", what, reason)
 
 
 def classifier_of(net: Net, found: Given, method: Explainer) -> Classifier:
@@ -157,7 +187,7 @@ def state_of(
         return {}
     key = keys.digest(fit)
     if key not in known:
-        asked = classes_of(_batches(cell.samples(uids, batch), uids)) if fit.BY_CLASS else None
+        asked = classes_of(_batches(cell.samples(uids, batch), uids, Failures())) if fit.BY_CLASS else None
         samples = cell.estimation_samples(batch)
         if root is not None:
             known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples, asked=asked)
@@ -171,50 +201,73 @@ def state_of(
 # ---- maps -----------------------------------------------------------------------------------------------
 
 
-def _batches(samples: Samples, uids: Sequence[str]) -> Iterator[Batch]:
-    """As a run goes through them. Raises SampleError for one that cannot be read."""
+def _batches(samples: Samples, uids: Sequence[str], failed: Failures) -> Iterator[Batch]:
+    """As a run goes through them; those that cannot be read are added to ``failed``."""
     for batch, unread in samples.load(samples.chunks(uids)):
         for uid, reason in unread:
-            reason = reason.removeprefix("SampleError: ")
-            raise SampleError(reason if uid in reason else f"{uid}: {reason}")
+            failed.add(uid, reason)
         if batch is not None:
             yield batch
 
 
-def explained(cell: Experiment, uids: Sequence[str], size: int, state: State) -> dict[str, One]:
-    """uid -> what the method says of it. Raises SampleError for one that cannot be explained."""
+def explained(cell: Experiment, uids: Sequence[str], size: int, state: State) -> tuple[dict[str, One], dict[str, str]]:
+    """uid -> what the method says of it; and of those that cannot be explained, why. As a run goes on without them.
+
+    Raises what the method raised, or SampleError, if no sample is left.
+    """
     cell.examine(uids[:EXAMINED])
-    meter, found = Meter(cell.model), dict[str, One]()
-    for batch in _batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size)):
-        found |= _attempt(cell, batch, state, meter)
-    return found
+    meter, found, failed = Meter(cell.model), dict[str, One](), Failures()
+    for batch in _batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size), failed):
+        found |= _attempt(cell, batch, state, meter, failed)
+    failed.say(uids, f"{cell.names['method']} left out a sample")
+    return found, _ordered(failed.reasons, uids)
 
 
-def _attempt(cell: Experiment, batch: Batch, state: State, meter: Meter) -> dict[str, One]:
-    """Of the batch or, where memory has no room for it, of its halves."""
-    model, reason = cell.model, ""
+def _ordered(reasons: Mapping[str, str], uids: Iterable[str]) -> dict[str, str]:
+    return {uid: reasons[uid] for uid in uids if uid in reasons}
+
+
+def _attempt(cell: Experiment, batch: Batch, state: State, meter: Meter, failed: Failures) -> dict[str, One]:
+    """Of the batch or, where memory has no room for it, of its halves; after another error, of each sample alone."""
+    model, reason, size = cell.model, "", 1
     rows = model.rows
     try:
         meter.begin()
         arrays = checked(cell.method, batch, cell.explain(batch, state))
-        return _apart(cell.method, batch, arrays, meter.each(len(batch)))
+        return _apart(cell.method, batch, arrays, meter.each(len(batch)), failed)
+    except UserError:
+        raise
     except Exception as error:  # a method may raise anything
-        if not is_out_of_memory(error):
+        if is_lost(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    release_memory(model.device)  # outside the except block, whose traceback keeps the batch's tensors alive
-    model.rows = rows
-    if len(batch) == 1:
-        raise SampleError(f"{batch.uids[0]}: {reason}; {NO_ROOM}")
-    half = len(batch) // 2
-    return _attempt(cell, batch[:half], state, meter) | _attempt(cell, batch[half:], state, meter)
+        if not is_out_of_memory(error):
+            if len(batch) == 1:
+                sample = isinstance(error, SampleError)
+                failed.add(batch.uids[0], str(error) if sample else f"{type(error).__name__}: {error}", error)
+                return {}
+        else:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            size = max(1, len(batch) // 2)
+    if reason:
+        release_memory(model.device)  # outside the except block, whose traceback keeps the batch's tensors alive
+        model.rows = rows
+        if len(batch) == 1:
+            failed.add(batch.uids[0], f"{reason}; {NO_ROOM}")
+            return {}
+    found: dict[str, One] = {}
+    for start in range(0, len(batch), size):
+        found |= _attempt(cell, batch[start : start + size], state, meter, failed)
+    return found
 
 
-def _apart(method: Method, batch: Batch, arrays: Mapping[str, np.ndarray], cost: Mapping[str, Any]) -> dict[str, One]:
+def _apart(
+    method: Method, batch: Batch, arrays: Mapping[str, np.ndarray], cost: Mapping[str, Any], failed: Failures
+) -> dict[str, One]:
     found = {}
     for i, uid in enumerate(batch.uids):
         if not all(np.isfinite(arrays[name][i]).all() for name in method.MAPS):
-            raise SampleError(f"{uid}: the map has NaN or infinite values")
+            failed.add(uid, "the map has NaN or infinite values")
+            continue
         length = None if batch.lengths is None else int(batch.lengths[i])
         cut = () if length is None else (*method.MAPS, *method.TOKENS)
         one = {name: value[i, :length] if name in cut else value[i] for name, value in arrays.items()}
@@ -222,37 +275,79 @@ def _apart(method: Method, batch: Batch, arrays: Mapping[str, np.ndarray], cost:
     return found
 
 
-def targets_of(cell: Experiment, uids: Sequence[str], size: int) -> dict[str, Tensor]:
-    """What is explained of each sample."""
+def targets_of(cell: Experiment, uids: Sequence[str], size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is explained of each sample; and of those that cannot be read, why. Raises SampleError if none can."""
     cell.examine(uids[:EXAMINED])
-    found: dict[str, Tensor] = {}
-    for batch in _batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size)):
+    found, failed = dict[str, Tensor](), Failures()
+    for batch in _batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size), failed):
         found |= dict(zip(batch.uids, batch.target.cpu()))
-    return found
+    failed.say(uids, "a sample is left out")
+    return found, _ordered(failed.reasons, uids)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------
 
 
-def scores(cell: Experiment, known: Mapping[str, One], size: int, state: State | None = None) -> pd.DataFrame:
-    """A row for each sample (in the order of ``known``), map, metric and column, see ``COLUMNS``."""
+def scores(
+    cell: Experiment,
+    known: Mapping[str, One],
+    size: int,
+    state: State | None = None,
+    asked: Sequence[str] = (),
+    failures: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
+    """A row for each sample, map, metric and column, see ``COLUMNS``.
+
+    asked      the samples in the order of the rows; by default those that are ``known``
+    failures   those of them that have no map -> why
+
+    A metric that is refused has failed for every sample, if another one is left. Raises UserError.
+    """
+    check_metrics(cell, known)
+    failures = failures or {}
+    order = in_order(cell.dataset, sorted(known), size)
+    rows: dict[str, list[dict[str, Any]]] = {uid: [] for uid in asked or known}
+    refused: dict[str, UserError] = {}
+    for name, metric in cell.metrics.items():
+        found: dict[str, list[dict[str, Any]]] = {}
+        failed = Failures(dict(failures))
+        try:
+            for batch in _batches(cell.stored_samples(order, size), order, failed):
+                target = torch.stack([known[uid].target for uid in batch.uids]).to(batch.x.device)
+                batch = dataclasses.replace(batch, target=target)
+                for kind in cell.method.MAPS:
+                    maps = _stacked(batch, [known[uid].arrays[kind] for uid in batch.uids], kind)
+                    one = _scored(cell, name, kind, batch, maps.to(cell.model.device, cell.model.dtype), state or {})
+                    for uid in batch.uids:
+                        found.setdefault(uid, []).extend(one[uid])
+        except UserError as error:
+            refused[name] = error
+            log.warning("metric %s of %s is refused: %s", name, cell.names["method"], error)
+            found, failed = {}, Failures({uid: failures.get(uid, str(error)) for uid in rows})
+        for uid, reason in failed.reasons.items():
+            found[uid] = [
+                row for kind in cell.method.MAPS for row in _nothing(metric.COLUMNS, (uid, kind, name), reason)
+            ]
+        for uid, listed in found.items():
+            rows[uid] += listed
+    if refused and len(refused) == len(cell.metrics):
+        raise next(iter(refused.values()))
+    return pd.DataFrame([row for uid in rows for row in rows[uid]], columns=list(COLUMNS))
+
+
+def check_metrics(cell: Experiment, uids: Iterable[str]) -> None:
+    """Raises UserError for a metric that lacks an argument: regions, or a method."""
     for name, metric in cell.metrics.items():
         if metric.NEEDS_EXPLAIN and isinstance(cell.method, Handed):
             raise UserError(f"metric {name} asks for the maps of other inputs; give it an Explanation instead of maps")
-    rows: dict[str, list[dict[str, Any]]] = {uid: [] for uid in known}
-    for name in cell.metrics:
-        order = in_order(cell.dataset, sorted(known), size)
-        for batch in _batches(cell.stored_samples(order, size), order):
-            if cell.metrics[name].NEEDS_ROI and batch.roi is None:
-                raise UserError(f"metric {name} needs regions of interest; give them as roi=...")
-            target = torch.stack([known[uid].target for uid in batch.uids]).to(batch.x.device)
-            batch = dataclasses.replace(batch, target=target)
-            for kind in cell.method.MAPS:
-                maps = _stacked(batch, [known[uid].arrays[kind] for uid in batch.uids], kind)
-                found = _scored(cell, name, kind, batch, maps.to(cell.model.device, cell.model.dtype), state or {})
-                for uid in batch.uids:
-                    rows[uid] += found[uid]
-    return pd.DataFrame([row for uid in known for row in rows[uid]], columns=list(COLUMNS))
+        if metric.NEEDS_ROI and has_none(cell.dataset, uids):
+            raise UserError(f"metric {name} needs regions of interest; give them as roi=...")
+
+
+def _nothing(columns: Mapping[str, str], names: tuple[str, str, str], why: str) -> Iterator[dict[str, Any]]:
+    """The rows of a sample, map and metric without scores."""
+    for column, direction in columns.items():
+        yield dict(zip(COLUMNS, (*names, column, direction, np.nan, "failed", why)))
 
 
 def _scored(
@@ -270,14 +365,12 @@ def _scored(
         if len(batch) > 1:
             parts = [_scored(cell, name, kind, batch[i : i + 1], maps[i : i + 1], state) for i in range(len(batch))]
             return {uid: rows for part in parts for uid, rows in part.items()}
-        nothing = {column: np.full(1, np.nan) for column in columns}
         why = f"{type(error).__name__}: {error}"
-        return {batch.uids[0]: list(_rows(columns, batch, 0, (batch.uids[0], kind, name), nothing, why))}
+        return {batch.uids[0]: list(_nothing(columns, (batch.uids[0], kind, name), why))}
     found = {column: value.detach().cpu().double().numpy() for column, value in scored.items()}
     needs_roi = cell.metrics[name].NEEDS_ROI
     return {
-        uid: list(_rows(columns, batch, i, (uid, kind, name), found, needs_roi=needs_roi))
-        for i, uid in enumerate(batch.uids)
+        uid: list(_rows(columns, batch, i, (uid, kind, name), found, needs_roi)) for i, uid in enumerate(batch.uids)
     }
 
 
@@ -291,13 +384,12 @@ def _rows(
     i: int,
     names: tuple[str, str, str],
     found: Mapping[str, np.ndarray],
-    why: str = "",
-    needs_roi: bool = False,
+    needs_roi: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Of one sample, map and metric; ``why`` it has no score, if that is known."""
+    """Of one sample, map and metric."""
     values = {column: float(found[column][i]) for column in columns}
     failed = not all(np.isfinite(list(values.values())))
-    state, reason = ("failed", why or why_undefined(batch, i, needs_roi)) if failed else ("ok", "")
+    state, reason = ("failed", why_undefined(batch, i, needs_roi)) if failed else ("ok", "")
     for column, direction in columns.items():
         yield dict(zip(COLUMNS, (*names, column, direction, values[column], state, reason)))
 

@@ -207,18 +207,22 @@ def _sounds(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels:
     if not isinstance(how, WaveTransform):
         raise _unknown_input(what, "sounds", how, "transform=attrib.datasets.WaveTransform(rate=..., length=...)")
     sounds = [_sound(one, how.rate, what) for one in many]
-    contents = [_file_name(one) or digest(s.rate, s.samples.tobytes().hex())[:8] for one, s in zip(many, sounds)]
+    contents = [_file_name(one) or _content_name(sound) for one, sound in zip(many, sounds)]
     names = named(uids, contents)
     return Given(Waves(dict(zip(names, sounds)), how, labels_of(labels, names)), names)
 
 
-def _sound(one: Any, rate: int, what: str) -> Sound:
-    """An array without a rate has that of the net."""
+def _content_name(sound: Sound | str) -> str:
+    return sound if isinstance(sound, str) else digest(sound.rate, sound.samples.tobytes().hex())[:8]
+
+
+def _sound(one: Any, rate: int, what: str) -> Sound | str:
+    """An array without a rate has that of the net. Of a file that holds no sound: why, as its sample's failure."""
     if isinstance(one, str | Path):
         try:
             return read_sound(_content(Path(one), what))
         except ValueError as error:
-            raise UserError(f"{what}: {one}: {error}") from error
+            return str(error)
     samples, rate = one if isinstance(one, tuple) else (one, rate)
     given = np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples)
     if given.ndim == 2 and given.shape[0] == 1:  # as torchaudio has it

@@ -86,20 +86,25 @@ def with_roi(found: Given, roi: Any) -> Given:
     if len(masks) != len(found.uids):
         raise UserError(f"roi: {len(masks)} regions for {len(found.uids)} samples")
     regions = {}
-    for uid, mask in zip(found.uids, masks):
+    for uid, mask in zip(found.uids, masks):  # of a sample that cannot be read too: its failure is said elsewhere
         array = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
         if array.dtype != bool:
             raise UserError(f"roi: the region of {uid} is {array.dtype}, not bool; roi > 0, say")
         wanted = _places(dataset, uid)
-        if array.shape != wanted:
+        if wanted is not None and array.shape != wanted:
             raise UserError(f"roi: the region of {uid} is {array.shape}, but the sample is {wanted}")
         regions[uid] = array
     return Given(dataset.with_regions(regions), found.uids)
 
 
-def _places(dataset: Pictures | Waves | Tensors, uid: str) -> tuple[int, ...]:
-    if isinstance(dataset, Pictures):
-        width, height = dataset.size(uid)
-        return height, width
-    x = dataset.batch([uid]).x
-    return tuple(x.shape[2:])
+def _places(dataset: Pictures | Waves | Tensors, uid: str) -> tuple[int, ...] | None:
+    """None of a sample that cannot be read."""
+    try:
+        if isinstance(dataset, Pictures):
+            width, height = dataset.size(uid)
+            return height, width
+        return tuple(dataset.batch([uid]).x.shape[2:])
+    except UserError:
+        raise
+    except Exception:  # a user's dataset may raise anything
+        return None
