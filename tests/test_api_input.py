@@ -190,6 +190,17 @@ def test_sounds_that_are_none(x, words):
         attrib.explain(listener(), x, method="gradient", transform=SOUNDS)
 
 
+def test_names_beside_a_batch_are_its_samples(images):
+    batch = Batch(("a", "b", "c"), images, torch.tensor([0, 1, 2]))
+    found = attrib.explain(small_cnn(), batch, "label", "random", uids=["x", "y", "z"])
+    same = attrib.explain(small_cnn(), images, [[0], [1], [2]], "random", uids=["x", "y", "z"])
+    assert found.uids == same.uids == ("x", "y", "z")
+    assert found.target.tolist() == same.target.tolist() == [0, 1, 2]
+    torch.testing.assert_close(found.map, same.map, rtol=0, atol=0)
+    with pytest.raises(attrib.UserError, match="uids: 1 names for 3 samples"):
+        attrib.explain(small_cnn(), batch, "label", "random", uids=["x"])
+
+
 # ---- images and tensors -----------------------------------------------------------------------------------
 
 

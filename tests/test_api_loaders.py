@@ -166,6 +166,8 @@ def test_what_draws_in_its_own_way_is_refused(loader, words):
         (torch.tensor(2.0), 2),
         (2.0, 2),
         (True, 1),
+        (torch.tensor([2]), 2),
+        ([2.0], 2),
         ([0, 1, 1], [0, 1, 1]),
         (torch.tensor([0.0, 1.0, 1.0]), [0, 1, 1]),
     ],

@@ -74,7 +74,8 @@ def explain(
     layers     role -> path of a layer, or the path alone where the method reads one; by default the preset's, or found
                out (of a net of texts with one embedding that too)
     transform  how images or sounds are prepared for a module: an ``ImageTransform``, a ``WaveTransform``, fields of
-               one, or ``weights.transforms()`` of torchvision. Presets and nets of timm bring their own
+               one, or of torchvision ``weights.transforms()`` or a ``Compose`` of Resize, CenterCrop, ToTensor and
+               Normalize. Presets and nets of timm bring their own
     tokenizer  of a module that reads texts: an encoder of attrib, a fast tokenizer of transformers, or its name
     uids       the samples' names, to which their random numbers belong; of a dataset: which of its samples. By default
                files are called what they are called, samples of a DataLoader by their places, and all else by digests

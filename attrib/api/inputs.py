@@ -52,7 +52,7 @@ def given(
     if all(hasattr(x, name) for name in _DATASET):
         return Given(x, _chosen(x, uids, labels, what))
     if isinstance(x, Batch):
-        return of_batch(x, Reading(how, pad), labels)
+        return of_batch(x, Reading(how, pad), uids, labels)
     if isinstance(x, torch_data.DataLoader | torch_data.Dataset):
         return of_torch(x, Reading(how, pad), uids, labels, what)
     many = _listed(x, how, what)

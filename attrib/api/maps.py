@@ -24,7 +24,7 @@ def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
     if isinstance(maps, Iterable) and not isinstance(maps, str | Mapping):
         each = maps if isinstance(maps, Tensor | np.ndarray) else list(maps)
         try:
-            found = [np.asarray(m.detach().cpu() if isinstance(m, Tensor) else m) for m in each]
+            found = [np.asarray(_known(m.detach().cpu()) if isinstance(m, Tensor) else m) for m in each]
         except (TypeError, ValueError, RuntimeError):
             found = []
         if found and all(m.dtype.kind in "biuf" for m in found):
@@ -37,6 +37,11 @@ def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
         f"maps: {name} is {what}; give an Explanation, or real numbers (N, H, W), of sounds (N, L), of texts (N, T) or "
         "N maps (T,)"
     )
+
+
+def _known(map: Tensor) -> Tensor:
+    """numpy knows no bfloat16; each of its numbers is one of float32."""
+    return map.float() if map.dtype == torch.bfloat16 else map
 
 
 def as_computed(map: np.ndarray, dtype: torch.dtype, name: str) -> np.ndarray:

@@ -60,6 +60,8 @@ def labels_of(labels: Any, uids: Sequence[str]) -> Labels:
         values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"target: one for each sample must be a list of numbers of classes, not {labels!r}") from error
+    if values.ndim == 2 and values.shape[1] == 1:  # a column of classes
+        values = values[:, 0]
     if values.is_floating_point() or values.ndim not in (1, 2) or len(values) != len(uids):
         raise UserError(
             f"target: {len(uids)} samples need as many classes (N,), or a 1 or 0 for each class (N, K), not "

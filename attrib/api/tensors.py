@@ -68,10 +68,15 @@ def _made(uids: Sequence[str], item: Item, one: Tensor, net: Reading, what: str,
     return net.dataset(OfItems(item, modality), uids, modality)
 
 
-def of_batch(x: Batch, net: Reading, labels: Any) -> Given:
-    """The samples of a batch, by its names. Of texts without lengths, what the net pads with is padding."""
+def of_batch(x: Batch, net: Reading, uids: Sequence[str] | None, labels: Any) -> Given:
+    """The samples of a batch, by the names that are given or else its own.
+
+    Of texts without lengths, what the net pads with is padding.
+    """
     if len(x) == 0:
         raise UserError("x holds no sample")
+    if uids is not None:
+        x = dataclasses.replace(x, uids=named(uids, x.uids))
     known = labels_of(labels, x.uids)
     if known:
         x = dataclasses.replace(x, target=torch.stack([known[uid] for uid in x.uids]))
