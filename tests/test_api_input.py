@@ -6,6 +6,9 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import hydra
@@ -199,6 +202,24 @@ def test_names_beside_a_batch_are_its_samples(images):
     torch.testing.assert_close(found.map, same.map, rtol=0, atol=0)
     with pytest.raises(attrib.UserError, match="uids: 1 names for 3 samples"):
         attrib.explain(small_cnn(), batch, "label", "random", uids=["x"])
+
+
+def test_no_global_random_number_is_drawn_by_the_import_either():
+    """In a process of its own, as modules are imported once."""
+    code = """
+        import random, attrib
+        import numpy as np, torch
+        states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+        torch.set_rng_state(torch.tensor(states[2], dtype=torch.uint8))
+        x = torch.ones(2, 1, 16, 16) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+        print(attrib.compare(net, x, ["random", "smooth_grad"], "insertion_deletion", target=0))
+        attrib.results
+        assert random.getstate() == states[0]
+        assert np.random.get_state()[1].tobytes() == states[1]
+        assert torch.get_rng_state().tolist() == states[2]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
 
 
 # ---- images and tensors -----------------------------------------------------------------------------------

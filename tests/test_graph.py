@@ -188,7 +188,7 @@ def test_a_net_that_picks_a_token_by_its_value_is_refused():
     net = HuggingFaceClassifier(transformers.BartForSequenceClassification(config).eval(), 1, 3)
     ids = torch.tensor([[0, 4, 5, 6, 2], [0, 7, 8, 9, 2]])
     for name in ("attention_rollout", "lrp_epsilon"):
-        with pytest.raises(UserError, match="is not good for all inputs: .* looks for a token .*Runtime assertion"):
+        with pytest.raises(UserError, match=r"is not good for all inputs: .* looks for a token .*Runtime assertion"):
             attrib.explain(net, ids, 0, name)
 
 
