@@ -14,6 +14,7 @@ import pandas as pd
 
 from attrib.api import pictures
 from attrib.api.explanation import Explanation, together
+from attrib.api.names import numbered
 from attrib.results import tables
 from attrib.store.files import write_atomic
 from attrib.types import UserError
@@ -142,15 +143,8 @@ def _folders(names: Sequence[str]) -> list[str]:
     >>> _folders(["a/b", "a-b", "a b", "A-B-2", "iba"])
     ['a-b', 'a-b-2', 'a-b-3', 'A-B-2-2', 'iba']
     """
-    found: list[str] = []
-    for name in names:
-        own = place = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-        number = 1
-        while place.lower() in map(str.lower, found):
-            number += 1
-            place = f"{own}-{number}"
-        found.append(place)
-    return found
+    places = ("".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names)
+    return list(numbered(places, str.lower))
 
 
 def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataFrame:

@@ -19,13 +19,14 @@ from torch import Tensor
 import attrib
 from attrib import keys
 from attrib.api import pictures
-from attrib.api.computing import One, scores
+from attrib.api.computing import One
 from attrib.api.inputs import given
 from attrib.api.lines import Origin, command_of
 from attrib.api.maps import with_roi
 from attrib.api.modes import undisturbed
 from attrib.api.names import Given
 from attrib.api.parts import measures
+from attrib.api.scoring import scores
 from attrib.classes import shown_target
 from attrib.datasets.memory import Tensors
 from attrib.drawing.pictures import png

@@ -17,10 +17,8 @@ from attrib.api.computing import (
     Handed,
     One,
     cell_of,
-    check_metrics,
     classifier_of,
     explained,
-    scores,
     state_of,
     targets_of,
 )
@@ -31,6 +29,7 @@ from attrib.api.modes import undisturbed
 from attrib.api.names import Given
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
+from attrib.api.scoring import check_metrics, scores
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.models import Classifier
