@@ -222,6 +222,24 @@ def test_no_global_random_number_is_drawn_by_the_import_either():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
 
 
+def test_messages_are_in_the_words_of_python(images):
+    net = small_cnn()
+    for given, words in [
+        ({"x": images.numpy()}, r"torch\.from_numpy\(x\)$"),
+        ({"x": images[0]}, r"of one image x\[None\]$"),
+        ({"target": "label"}, r'with target="predicted", or .* with target=NUMBER'),
+        ({"target": 70}, r"^target=70, but"),
+        ({"method": "attention_rollout"}, r'Take method="lrp_epsilon"'),
+        ({"run": {"device": "cuda:99"}}, r'take run=\{"device": "cpu"\}'),
+    ]:
+        with pytest.raises((attrib.UserError, attrib.SampleError), match=words):
+            attrib.explain(net, **({"x": images, "method": "gradient"} | given))
+    with pytest.raises(attrib.UserError, match=r"is \(3, 32, 32\), but .*such as maps\.sum\(1\)$"):
+        attrib.evaluate(net, images, images, "insertion_deletion")
+    found = attrib.explain(net, Batch(("a", "b"), images[:2], torch.tensor([1, -1])), "label", "gradient")
+    assert 'with target="predicted"' in found.failures["b"]
+
+
 # ---- images and tensors -----------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from attrib import keys
 from attrib.api.names import Given
 from attrib.api.nets import Net
 from attrib.api.parts import Explainer, estimation
+from attrib.api.speech import to_callers
 from attrib.config.objects import check_modality
 from attrib.config.trained import check_encoder, check_transform
 from attrib.datasets import Dataset, Selection, TextDataset
@@ -77,7 +78,7 @@ class Failures:
 
     def add(self, uid: str, reason: str, error: Exception | None = None) -> None:
         if uid not in self.reasons:
-            reason = reason.removeprefix("SampleError: ")
+            reason = to_callers(reason.removeprefix("SampleError: "))
             says = re.search(rf"(?<!\w){re.escape(uid)}(?!\w)", reason)
             self.reasons[uid] = reason if says else f"{uid}: {reason}"
             self.first = self.first or error

@@ -30,6 +30,7 @@ from attrib.api.names import Given
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
 from attrib.api.scoring import check_metrics, scores
+from attrib.api.speech import to_callers
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.models import Classifier
@@ -272,7 +273,8 @@ def _refusal(name: str, error: Exception) -> Exception:
 
 
 def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError | SampleError) else f"{type(error).__name__}: {error}"
+    expected = isinstance(error, UserError | SampleError)
+    return to_callers(str(error) if expected else f"{type(error).__name__}: {error}")
 
 
 def _none_left(errors: Mapping[str, Exception]) -> Exception:

@@ -127,8 +127,9 @@ def _rows(x: Tensor, how: Input, what: str) -> list[Tensor]:
         many = 4
     if x.ndim in (one, many) and x.numel():
         return [x] if x.ndim == one else list(x)
+    alone = x.ndim == 3 and x.is_floating_point() and "; of one image x[None]"
     hint = "images (N, C, H, W), or a list of images (C, H, W), of sounds (C, L) or of ids (T,)"
-    raise UserError(f"{what} has the shape {tuple(x.shape)} ({x.dtype}); give {hint}")
+    raise UserError(f"{what} has the shape {tuple(x.shape)} ({x.dtype}); give {hint}{alone or ''}")
 
 
 def _arrays(x: np.ndarray, how: Input, what: str) -> list[Any]:
@@ -145,7 +146,7 @@ def _arrays(x: np.ndarray, how: Input, what: str) -> list[Any]:
         return list(x) if x.ndim == 4 else [x]
     raise UserError(
         f"{what} is an array of {x.dtype} {x.shape}; images are uint8, (H, W), (H, W, 3) or (N, H, W, 3), and what is "
-        "already as the net reads it is a tensor"
+        "already as the net reads it is a tensor: torch.from_numpy(x)"
     )
 
 

@@ -60,7 +60,6 @@ def scores(
                         found.setdefault(uid, []).extend(one[uid])
         except UserError as error:
             refused[name] = error
-            log.warning("metric %s of %s is refused: %s", name, cell.names["method"], error)
             found, failed = {}, Failures({uid: failures.get(uid, str(error)) for uid in rows})
         for uid, reason in failed.reasons.items():
             found[uid] = [
@@ -70,6 +69,8 @@ def scores(
             rows[uid] += listed
     if refused and len(refused) == len(cell.metrics):
         raise next(iter(refused.values()))
+    for name, error in refused.items():
+        log.warning("metric %s of %s is refused: %s", name, cell.names["method"], error)
     return pd.DataFrame([row for uid in rows for row in rows[uid]], columns=list(COLUMNS))
 
 
@@ -141,6 +142,8 @@ def _stacked(batch: Batch, maps: Sequence[np.ndarray], kind: str) -> Tensor:
             length = int(batch.lengths[i])
             map = np.pad(map[:length], (0, places[0] - length))
         if map.shape != places:
-            raise UserError(f"maps: {kind} of {uid} is {map.shape}, but its input has {places}")
+            hint = "; of maps with channels give one number for each place, such as maps.sum(1)"
+            deeper = map.ndim == len(places) + 1 and map.shape[1:] == places
+            raise UserError(f"maps: {kind} of {uid} is {map.shape}, but its input has {places}{hint if deeper else ''}")
         found.append(map)
     return torch.from_numpy(np.stack(found))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from attrib.classes import ClassNames
+from attrib.models.hub import hub_at_once
 from attrib.models.huggingface_images import hf_image_classifier, hf_image_text, hf_input
 from attrib.types import UserError, did_you_mean
 
@@ -124,36 +121,13 @@ def timm_net(arch: str, pretrained: bool = False, **options: Any) -> nn.Module:
         raise _unknown("timm", arch, timm.list_models())
     if not pretrained:
         return timm.create_model(arch, pretrained=False, **options)
-    with _hub_at_once():
-        return timm.create_model(arch, pretrained=True, **options)
-
-
-@contextlib.contextmanager
-def _hub_at_once() -> Iterator[None]:
-    """Without a network, Hugging Face's hub looks into its cache only; else it asks ten times, for a minute.
-
-    Raises ConnectionError for what is not in the cache.
-    """
-    from huggingface_hub import constants
-
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-    if constants.HF_HUB_OFFLINE or not host or urllib.request.getproxies():  # a proxy knows names that we do not
-        yield
-        return
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError as error:
-        why = error
-    else:
-        yield
-        return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    except OSError as error:  # which would blame the setting
-        raise ConnectionError(f"{host}: {why}, and the weights are not in the hub's cache") from error
-    finally:
-        constants.HF_HUB_OFFLINE = False
+    with hub_at_once() as why:
+        try:
+            return timm.create_model(arch, pretrained=True, **options)
+        except OSError as error:
+            if not why:
+                raise
+            raise ConnectionError(f"{why}, and the weights are not in the hub's cache") from error
 
 
 def _timm_input(arch: str, img_size: Any = None, in_chans: int = 3, **_: Any) -> dict[str, Any]:
