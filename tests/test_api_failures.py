@@ -159,3 +159,32 @@ def test_a_corrupt_sound_costs_itself_only(tmp_path):
     sounds = [tmp_path / name for name in ("a.wav", "c.wav", "b.wav")]
     found = attrib.explain(net, sounds, 0, "gradient", transform={"rate": 8000, "length": 800})
     assert (found.uids, list(found.failures)) == (("a.wav", "b.wav"), ["c.wav"])
+
+
+class Missing(torch.utils.data.Dataset):
+    """Three samples, of which those at these places cannot be read."""
+
+    def __init__(self, images, *places):
+        self.images, self.places = images, places
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, place):
+        if place in self.places:
+            raise OSError("disk")
+        return self.images[place], torch.tensor([place])
+
+
+def test_the_first_sample_of_a_torch_dataset_costs_itself_only(images):
+    found = attrib.explain(small_cnn(), Missing(images, 0), "label", "gradient")
+    assert (found.uids, found.failures) == (("1", "2"), {"0": "0: OSError: disk"})
+    assert found.target.tolist() == [1, 2]
+    with pytest.raises(OSError, match="disk"):
+        attrib.explain(small_cnn(), Missing(images, 0, 1, 2), "label", "gradient")
+
+
+def test_a_root_that_is_no_folder(images, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"root='.*file': what is fitted cannot be kept there: .*Not a directory"):
+        explain(images, "iba", fit=images, root=tmp_path / "file")

@@ -186,7 +186,10 @@ def state_of(
         asked = classes_of(batches(cell.samples(uids, batch), uids, Failures())) if fit.BY_CLASS else None
         samples = cell.estimation_samples(batch)
         if root is not None:
-            known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples, asked=asked)
+            try:
+                known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples, asked=asked)
+            except OSError as error:
+                raise UserError(f"root={str(root)!r}: what is fitted cannot be kept there: {error}") from error
         else:
             log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
             samples.asked = asked

@@ -69,8 +69,8 @@ def scores(
             rows[uid] += listed
     if refused and len(refused) == len(cell.metrics):
         raise next(iter(refused.values()))
-    for name, error in refused.items():
-        log.warning("metric %s of %s is refused: %s", name, cell.names["method"], error)
+    for name, why in refused.items():
+        log.warning("metric %s of %s is refused: %s", name, cell.names["method"], why)
     return pd.DataFrame([row for uid in rows for row in rows[uid]], columns=list(COLUMNS))
 
 
