@@ -222,6 +222,12 @@ def test_no_global_random_number_is_drawn_by_the_import_either():
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
 
 
+def test_a_command_leaves_open_where_the_data_lie():
+    found = attrib.explain("lenet", torch.zeros(1, 1, 32, 32), method="gradient")
+    assert "dataset=boxed_images dataset.root=ROOT dataset.target=predicted" in found.command("boxed_images")
+    assert "dataset=mnist dataset.target=predicted" in found.command("mnist")
+
+
 def test_messages_are_in_the_words_of_python(images):
     net = small_cnn()
     for given, words in [
