@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from attrib.datasets.tokens import Encoded
 from attrib.keys import digest
 from attrib.metadata import resolve
-from attrib.models.hub import hub_at_once
+from attrib.process.hub import hub_at_once
 from attrib.types import UserError
 
 if TYPE_CHECKING:

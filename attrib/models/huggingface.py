@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from attrib.metadata import resolve
 from attrib.models.device_memory import of_the_device
-from attrib.models.hub import hub_at_once
 from attrib.models.text import real_tokens
 from attrib.noise import Noise
+from attrib.process.hub import hub_at_once
 from attrib.types import SampleError, UserError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from attrib.classes import ClassNames
-from attrib.models.hub import hub_at_once
 from attrib.models.huggingface_images import hf_image_classifier, hf_image_text, hf_input
+from attrib.process.hub import hub_at_once
 from attrib.types import UserError, did_you_mean
 
 
