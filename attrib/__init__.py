@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """What ``attrib.api`` offers, imported when it is asked for: torch takes seconds."""
-    if name == "results":  # a package that can be called
-        return importlib.import_module("attrib.results")
-    if name not in _HOMES:
+    if name != "results" and name not in _HOMES:
         raise AttributeError(f"module 'attrib' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    state = random.getstate()
+    try:
+        if name == "results":  # a package that can be called
+            return importlib.import_module("attrib.results")
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    finally:
+        random.setstate(state)  # rich draws a number when it is imported
 
 
 def __dir__() -> list[str]:

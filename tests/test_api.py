@@ -364,8 +364,10 @@ def test_samples_that_fail_are_named(images):
             return super().forward(x) / (x.mean((1, 2, 3), keepdim=False)[:, None] > 50).logical_not()
 
     images = torch.cat((images, torch.full((1, 3, 32, 32), 100.0)))
+    found = attrib.explain(Odd(), images, 0, "gradient", uids=["a", "b", "c", "d"])
+    assert (found.uids, found.failures) == (("a", "b", "c"), {"d": "d: the map has NaN or infinite values"})
     with pytest.raises(SampleError, match=r"^d: the map has NaN"):
-        attrib.explain(Odd(), images, 0, "gradient", uids=["a", "b", "c", "d"])
+        attrib.explain(Odd(), images[3:], 0, "gradient", uids=["d"])
 
 
 def test_data_that_cannot_be_asked_for_by_name(images):

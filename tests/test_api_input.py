@@ -6,6 +6,9 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import hydra
@@ -190,6 +193,59 @@ def test_sounds_that_are_none(x, words):
         attrib.explain(listener(), x, method="gradient", transform=SOUNDS)
 
 
+def test_names_beside_a_batch_are_its_samples(images):
+    batch = Batch(("a", "b", "c"), images, torch.tensor([0, 1, 2]))
+    found = attrib.explain(small_cnn(), batch, "label", "random", uids=["x", "y", "z"])
+    same = attrib.explain(small_cnn(), images, [[0], [1], [2]], "random", uids=["x", "y", "z"])
+    assert found.uids == same.uids == ("x", "y", "z")
+    assert found.target.tolist() == same.target.tolist() == [0, 1, 2]
+    torch.testing.assert_close(found.map, same.map, rtol=0, atol=0)
+    with pytest.raises(attrib.UserError, match="uids: 1 names for 3 samples"):
+        attrib.explain(small_cnn(), batch, "label", "random", uids=["x"])
+
+
+def test_no_global_random_number_is_drawn_by_the_import_either():
+    """In a process of its own, as modules are imported once."""
+    code = """
+        import random, attrib
+        import numpy as np, torch
+        states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+        torch.set_rng_state(torch.tensor(states[2], dtype=torch.uint8))
+        x = torch.ones(2, 1, 16, 16) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+        print(attrib.compare(net, x, ["random", "smooth_grad"], "insertion_deletion", target=0))
+        attrib.results
+        assert random.getstate() == states[0]
+        assert np.random.get_state()[1].tobytes() == states[1]
+        assert torch.get_rng_state().tolist() == states[2]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True)
+
+
+def test_a_command_leaves_open_where_the_data_lie():
+    found = attrib.explain("lenet", torch.zeros(1, 1, 32, 32), method="gradient")
+    assert "dataset=boxed_images dataset.root=ROOT dataset.target=predicted" in found.command("boxed_images")
+    assert "dataset=mnist dataset.target=predicted" in found.command("mnist")
+
+
+def test_messages_are_in_the_words_of_python(images):
+    net = small_cnn()
+    for given, words in [
+        ({"x": images.numpy()}, r"torch\.from_numpy\(x\)$"),
+        ({"x": images[0]}, r"of one image x\[None\]$"),
+        ({"target": "label"}, r'with target="predicted", or .* with target=NUMBER'),
+        ({"target": 70}, r"^target=70, but"),
+        ({"method": "attention_rollout"}, r'Take method="lrp_epsilon"'),
+        ({"run": {"device": "cuda:99"}}, r'take run=\{"device": "cpu"\}'),
+    ]:
+        with pytest.raises((attrib.UserError, attrib.SampleError), match=words):
+            attrib.explain(net, **({"x": images, "method": "gradient"} | given))
+    with pytest.raises(attrib.UserError, match=r"is \(3, 32, 32\), but .*such as maps\.sum\(1\)$"):
+        attrib.evaluate(net, images, images, "insertion_deletion")
+    found = attrib.explain(net, Batch(("a", "b"), images[:2], torch.tensor([1, -1])), "label", "gradient")
+    assert 'with target="predicted"' in found.failures["b"]
+
+
 # ---- images and tensors -----------------------------------------------------------------------------------
 
 
@@ -197,8 +253,10 @@ def test_sounds_that_are_none(x, words):
 def test_numbers_that_are_none_are_the_samples(images, bad):
     x = images.clone()
     x[1, 0, 3, 3] = bad
-    with pytest.raises(attrib.SampleError, match=r"^b has NaN or infinite numbers"):
-        attrib.explain(small_cnn(), x, method="gradient", uids=["a", "b", "c"])
+    found = attrib.explain(small_cnn(), x, method="gradient", uids=["a", "b", "c"])
+    assert (found.uids, found.failures) == (("a", "c"), {"b": "b has NaN or infinite numbers"})
+    with pytest.raises(attrib.UserError, match=r"no sample .* can be read \(b has NaN or infinite numbers\)"):
+        attrib.explain(small_cnn(), x[1:2], method="gradient", uids=["b"])
 
 
 @pytest.mark.parametrize(

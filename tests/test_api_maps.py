@@ -130,3 +130,8 @@ def test_a_net_that_was_not_changed_is_the_one():
         if isinstance(given, nn.Module):
             given.train(), given.requires_grad_(False), given.eval()
             pd.testing.assert_frame_equal(attrib.evaluate(given, X, found, METRIC), found.evaluate(METRIC))
+
+
+def test_maps_in_bfloat16_are_what_they_are():
+    maps = torch.rand(2, 8, 8).bfloat16()
+    assert values(maps) == values(maps.float()) == values([m.numpy() for m in maps.float()])

@@ -6,13 +6,14 @@ import captures
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import attrib
 from attrib.methods.baselines import DeepLiftShap, GuidedBackprop
 from attrib.methods.cd import CD
 from attrib.methods.lrp import LRP
-from attrib.models import BiLSTM, Classifier, DeepLSTM
+from attrib.models import BiLSTM, Classifier, DeepLSTM, HuggingFaceClassifier
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import call, operation
 from attrib.models.capture import captured
@@ -175,6 +176,20 @@ def test_a_net_whose_code_depends_on_values_is_refused():
     model = model_of(Net(lambda z: z.relu() if z.mean() < 100 else z))
     with pytest.raises(UserError, match=r"torch cannot export Net: .*integrated_gradients"):
         model.graph(pictures())
+
+
+def test_a_net_that_picks_a_token_by_its_value_is_refused():
+    """As an encoder-decoder of transformers does: what torch asserts of its sizes holds of some rows alone."""
+    config = transformers.BartConfig(
+        vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = HuggingFaceClassifier(transformers.BartForSequenceClassification(config).eval(), 1, 3)
+    ids = torch.tensor([[0, 4, 5, 6, 2], [0, 7, 8, 9, 2]])
+    for name in ("attention_rollout", "lrp_epsilon"):
+        with pytest.raises(UserError, match=r"is not good for all inputs: .* looks for a token .*Runtime assertion"):
+            attrib.explain(net, ids, 0, name)
 
 
 def test_a_net_that_computes_something_else_than_its_graph_is_refused():

@@ -195,6 +195,14 @@ def cifar100(root: Path) -> Path:
     return root
 
 
+def boxed(root: Path) -> Path:
+    for i in range(3):
+        save(root / "images" / f"{i}.png", i)
+    write(root / "labels.csv", "file,label", *(f"{i}.png,{i}" for i in range(3)))
+    write(root / "boxes.csv", "file,x1,y1,x2,y2", "0.png,1,1,4,4", "2.png,2,2,8,8")
+    return root
+
+
 WRITE = {
     "imagenet": test_datasets.imagenet,
     "imagenet_kaggle": kaggle,
@@ -213,6 +221,7 @@ WRITE = {
     "arrow": test_shards.arrow,
     "webdataset": test_shards.web,
     "image_folder": plain,
+    "boxed_images": boxed,
 }
 
 
@@ -260,6 +269,29 @@ def test_presets(name, tmp_path):
 
 def test_every_layout_is_tried():
     assert {layout.name for layout in (*LAYOUTS, *LAST)} == WRITE.keys()
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("below", ["", "images"])
+def test_boxed_images_are_those_of_the_preset(below, index, tmp_path):
+    """By the folder of images as by the one above it, with and without a table of the classes' names."""
+    root = boxed(tmp_path / "data")
+    if index:
+        rows = [f"{i},n0000000{i},{c}" for i, c in enumerate("abc")]
+        write(root / "imagenet_class_index.csv", "label,wnid,name", *rows)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        given = [] if index else ["dataset.classes=null"]
+        config = compose("run", ["dataset=boxed_images", "model=lenet", f"dataset.root={root / 'images'}", *given])
+    node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)["dataset"]
+    for name in ("_target_", "_convert_", "name", "target", "select", "estimation", "transform"):
+        node.pop(name)
+    named = ImageFolder(**node, transform=SMALL)
+    found = found_images(str(root / below), SMALL)
+    assert found.key == named.key
+    assert [found.fingerprint(uid) for uid in found.uids] == [named.fingerprint(uid) for uid in named.uids]
+    assert found.batch(found.uids).roi.flatten(1).any(1).tolist() == [True, False, True]
+    with pytest.raises(UserError, match="have no split test"):
+        found_images(str(root / below), SMALL, split="test")
 
 
 def test_nothing_and_two_are_refused_with_what_was_looked_for(tmp_path):

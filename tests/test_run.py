@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.visualization import BaseVisBackend
 from tiny import command, only_cell, pictures, write_image
 
+from attrib import report
 from attrib.cli.main import dispatch
 from attrib.errors import UserError
 from attrib.methods.baselines import Random
@@ -291,8 +292,17 @@ def test_why_a_cell_was_refused_is_kept_and_shown(run, monkeypatch, capfd):
     assert f"{cell}: pending because its run was refused: this net has no place for p000" in shown("table")
     assert shown("table", "run.root=") == shown("table")
     assert Observer(run.root).look().record()["cells"][0]["refused"].startswith("this net")
+    page = report.page(run.root)
+    assert 'random was <a href="#failures">refused</a>: this net has no place for p000</p>' in page
+    assert "this net has no place for p000<br>and a second line</td>" in page
+    (path,) = run.root.glob("*/runs/*/summary.json")
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "refused": "<b>&amp;"}))
+    assert "refused</a>: &lt;b&gt;&amp;amp;</p>" in report.page(run.root), "what a file says is text"
+    path.write_text(before)
     assert run("method=random", "metric=[ehr]").status == 0
     assert "was refused" not in shown("status") + shown("table")
+    assert "refused</a>" not in report.page(run.root)
 
 
 def test_scores_judge_the_class_that_the_map_explains(run):

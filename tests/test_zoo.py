@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+
 import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
+from torch import nn
 from torchvision import models
 
+from attrib.config import objects
 from attrib.datasets import ImageTransform
 from attrib.models import Classifier, DeepLSTM, LeNet, load_weights, save_checkpoint, timm_net, torchvision_net
 from attrib.models.zoo import input_of, seeded
@@ -127,6 +133,32 @@ def test_torchvision_prepares_alike(arch, weights):
     image = photo(500, 375)
     mine = ImageTransform(**input_of(torchvision_net, arch=arch, weights=weights)).tensor(image)
     torch.testing.assert_close(mine, models.get_model_weights(arch)[weights].transforms()(image))
+
+
+def test_timm_without_a_network(monkeypatch):
+    """It is not asked again and again; what is in the cache is found."""
+    seen = []
+
+    def create_model(arch, pretrained, **_):
+        seen.append(constants.HF_HUB_OFFLINE)
+        if arch == "resnet10t":
+            raise OfflineModeIsEnabled("offline mode is enabled")
+        return nn.Identity()
+
+    def nowhere(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [])
+    timm_net("resnet18", pretrained=True)
+    monkeypatch.setattr("socket.getaddrinfo", nowhere)
+    timm_net("resnet18", pretrained=True)
+    with pytest.raises(UserError, match=r"cannot download .*huggingface.co: Name .* not in the hub's cache.*by hand"):
+        objects.build({"_target_": "attrib.models.timm_net", "arch": "resnet10t", "pretrained": True}, "mine.yaml")
+    assert seen == [False, True, True]
+    assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize(

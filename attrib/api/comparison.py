@@ -14,6 +14,7 @@ import pandas as pd
 
 from attrib.api import pictures
 from attrib.api.explanation import Explanation, together
+from attrib.api.names import numbered
 from attrib.results import tables
 from attrib.store.files import write_atomic
 from attrib.types import UserError
@@ -42,6 +43,7 @@ class Comparison:
 
     explanations   method -> its maps
     scored         method -> a row for each sample, map and column
+    refused        method -> why it has no maps, or no scores
 
     >>> import attrib, torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
@@ -52,12 +54,13 @@ class Comparison:
 
     explanations: Mapping[str, Explanation]
     scored: Mapping[str, pd.DataFrame] = field(repr=False)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> pd.DataFrame:
         """All scores with the columns that :func:`attrib.results.tables.rows` gives of a work directory."""
         return pd.concat(
-            [_rows(name, e, self.scored[name]) for name, e in self.explanations.items()], ignore_index=True
+            [_rows(name, self.explanations[name], scored) for name, scored in self.scored.items()], ignore_index=True
         ).pipe(_categorical)
 
     @cached_property
@@ -76,7 +79,14 @@ class Comparison:
         return tables.ranks(self.rows).drop(columns=["dataset"])
 
     def __repr__(self) -> str:
-        return f"Comparison of {', '.join(self.explanations)}:\n{self._short().to_string(index=False)}"
+        lines = "".join(f"\n{line}" for line in self.problems)
+        return f"Comparison of {', '.join(self.explanations)}:\n{self._short().to_string(index=False)}{lines}"
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each method that is missing, and for each sample that a method could not explain."""
+        refused = [f"{name} was left out: {reason}" for name, reason in self.refused.items()]
+        return refused + [f"{name}: {line}" for name, e in self.explanations.items() for line in e.problems]
 
     def _short(self) -> pd.DataFrame:
         shown = self.table
@@ -95,11 +105,13 @@ class Comparison:
         return pictures.figure(together(list(self.explanations.values())))
 
     def _repr_html_(self) -> str:
-        return pictures.html(together(list(self.explanations.values())), _html(self._short()), of=self._samples)
+        drawn = together(list(self.explanations.values()))
+        return pictures.html(drawn, _html(self._short()), self._samples, self.problems)
 
     @property
     def _samples(self) -> int:
-        return len(next(iter(self.explanations.values())))
+        """How many have a map."""
+        return len({uid for e in self.explanations.values() for uid in e.uids})
 
     def save(self, folder: str | Path) -> Path:
         """Writes ``comparison.html``, ``scores.csv``, ``table.csv``, ``tests.csv``, and each method's maps.
@@ -115,7 +127,8 @@ class Comparison:
                 write_atomic(folder / f"{name}.csv", frame.to_csv(index=False).encode())
             title, table = f"Comparison of {', '.join(self.explanations)}", _html(self._short())
             drawn = together(list(self.explanations.values()))
-            write_atomic(folder / "comparison.html", pictures.page(drawn, title, table, self._samples).encode())
+            text = pictures.page(drawn, title, table, self._samples, self.problems)
+            write_atomic(folder / "comparison.html", text.encode())
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         for name, place in zip(self.explanations, _folders(list(self.explanations))):
@@ -130,15 +143,8 @@ def _folders(names: Sequence[str]) -> list[str]:
     >>> _folders(["a/b", "a-b", "a b", "A-B-2", "iba"])
     ['a-b', 'a-b-2', 'a-b-3', 'A-B-2-2', 'iba']
     """
-    found: list[str] = []
-    for name in names:
-        own = place = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-        number = 1
-        while place.lower() in map(str.lower, found):
-            number += 1
-            place = f"{own}-{number}"
-        found.append(place)
-    return found
+    places = ("".join(c if c.isalnum() or c in "-_" else "-" for c in name) for name in names)
+    return list(numbered(places, str.lower))
 
 
 def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataFrame:
@@ -147,6 +153,7 @@ def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataF
     costs = pd.DataFrame([{"uid": uid, **explanation.known[uid].cost} for uid in explanation.uids])
     frame = scored.merge(costs, on="uid", how="left").reindex(columns=[*scored.columns, *tables.COSTS])
     several = len(cell.method.MAPS) > 1
+    stage = frame["metric"].where(frame["state"] == "failed", "")
     return frame.assign(
         cell=name,
         dataset="given",
@@ -154,7 +161,7 @@ def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataF
         method=name,
         contender=name + " · " + frame["map"] if several else name,
         fingerprint="",
-        stage=frame["metric"].where(frame["state"] == "failed", ""),
+        stage=stage.mask(frame["uid"].isin(list(explanation.failures)), "maps"),
         time=math.nan,
         value=frame["value"].where(frame["state"] == "ok"),
         device=frame["device"].fillna(""),

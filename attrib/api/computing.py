@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
-import torch
 from torch import Tensor
 
 from attrib import keys
 from attrib.api.names import Given
 from attrib.api.nets import Net
 from attrib.api.parts import Explainer, estimation
+from attrib.api.speech import to_callers
 from attrib.config.objects import check_modality
 from attrib.config.trained import check_encoder, check_transform
 from attrib.datasets import Dataset, Selection, TextDataset
@@ -32,14 +30,13 @@ from attrib.models.device_memory import is_lost, is_out_of_memory, release_memor
 from attrib.noise import Noise
 from attrib.running.costs import Meter
 from attrib.running.returned import checked
-from attrib.running.stages import NO_ROOM, why_undefined
+from attrib.running.stages import NO_ROOM
 from attrib.running.states import fit_state, load_state
 from attrib.types import Batch, SampleError, UserError
 
 log = logging.getLogger(__name__)
 
 EXAMINED = 8  # samples, among which two different ones are looked for before the first is explained
-COLUMNS = ("uid", "map", "metric", "column", "direction", "value", "state", "reason")  # of a table of scores
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,35 @@ class One:
     arrays: Mapping[str, np.ndarray]
     target: Tensor
     cost: Mapping[str, Any]
+
+
+@dataclass
+class Failures:
+    """Samples that cannot be explained, as a run's ledger has them: uid -> why.
+
+    first   what a method raised first, with its traceback; None where samples could not be read, say
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    first: Exception | None = None
+
+    def add(self, uid: str, reason: str, error: Exception | None = None) -> None:
+        if uid not in self.reasons:
+            reason = to_callers(reason.removeprefix("SampleError: "))
+            says = re.search(rf"(?<!\w){re.escape(uid)}(?!\w)", reason)
+            self.reasons[uid] = reason if says else f"{uid}: {reason}"
+            self.first = self.first or error
+
+    def say(self, uids: Sequence[str], what: str) -> None:
+        """A warning for each of them. Raises the first if no sample is left: what the method raised, or SampleError."""
+        if len(self.reasons) == len(uids):
+            if self.first is not None:
+                raise self.first
+            first = next(self.reasons[uid] for uid in uids if uid in self.reasons)
+            others = len(uids) - 1
+            raise SampleError(first + (f" (nor can {others} more be explained)" if others else ""))
+        for reason in self.reasons.values():
+            log.warning("%s: %s", what, reason)
 
 
 def classifier_of(net: Net, found: Given, method: Explainer) -> Classifier:
@@ -157,10 +183,13 @@ def state_of(
         return {}
     key = keys.digest(fit)
     if key not in known:
-        asked = classes_of(_batches(cell.samples(uids, batch), uids)) if fit.BY_CLASS else None
+        asked = classes_of(batches(cell.samples(uids, batch), uids, Failures())) if fit.BY_CLASS else None
         samples = cell.estimation_samples(batch)
         if root is not None:
-            known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples, asked=asked)
+            try:
+                known[key] = load_state(Path(root), cell.state_key(samples), fit, cell.model, samples, asked=asked)
+            except OSError as error:
+                raise UserError(f"root={str(root)!r}: what is fitted cannot be kept there: {error}") from error
         else:
             log.info("fitting %s on %d samples", type(fit).__name__, len(samples.uids))
             samples.asked = asked
@@ -171,50 +200,73 @@ def state_of(
 # ---- maps -----------------------------------------------------------------------------------------------
 
 
-def _batches(samples: Samples, uids: Sequence[str]) -> Iterator[Batch]:
-    """As a run goes through them. Raises SampleError for one that cannot be read."""
+def batches(samples: Samples, uids: Sequence[str], failed: Failures) -> Iterator[Batch]:
+    """As a run goes through them; those that cannot be read are added to ``failed``."""
     for batch, unread in samples.load(samples.chunks(uids)):
         for uid, reason in unread:
-            reason = reason.removeprefix("SampleError: ")
-            raise SampleError(reason if uid in reason else f"{uid}: {reason}")
+            failed.add(uid, reason)
         if batch is not None:
             yield batch
 
 
-def explained(cell: Experiment, uids: Sequence[str], size: int, state: State) -> dict[str, One]:
-    """uid -> what the method says of it. Raises SampleError for one that cannot be explained."""
+def explained(cell: Experiment, uids: Sequence[str], size: int, state: State) -> tuple[dict[str, One], dict[str, str]]:
+    """uid -> what the method says of it; and of those that cannot be explained, why. As a run goes on without them.
+
+    Raises what the method raised, or SampleError, if no sample is left.
+    """
     cell.examine(uids[:EXAMINED])
-    meter, found = Meter(cell.model), dict[str, One]()
-    for batch in _batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size)):
-        found |= _attempt(cell, batch, state, meter)
-    return found
+    meter, found, failed = Meter(cell.model), dict[str, One](), Failures()
+    for batch in batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size), failed):
+        found |= _attempt(cell, batch, state, meter, failed)
+    failed.say(uids, f"{cell.names['method']} left out a sample")
+    return found, _ordered(failed.reasons, uids)
 
 
-def _attempt(cell: Experiment, batch: Batch, state: State, meter: Meter) -> dict[str, One]:
-    """Of the batch or, where memory has no room for it, of its halves."""
-    model, reason = cell.model, ""
+def _ordered(reasons: Mapping[str, str], uids: Iterable[str]) -> dict[str, str]:
+    return {uid: reasons[uid] for uid in uids if uid in reasons}
+
+
+def _attempt(cell: Experiment, batch: Batch, state: State, meter: Meter, failed: Failures) -> dict[str, One]:
+    """Of the batch or, where memory has no room for it, of its halves; after another error, of each sample alone."""
+    model, reason, size = cell.model, "", 1
     rows = model.rows
     try:
         meter.begin()
         arrays = checked(cell.method, batch, cell.explain(batch, state))
-        return _apart(cell.method, batch, arrays, meter.each(len(batch)))
+        return _apart(cell.method, batch, arrays, meter.each(len(batch)), failed)
+    except UserError:
+        raise
     except Exception as error:  # a method may raise anything
-        if not is_out_of_memory(error):
+        if is_lost(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-    release_memory(model.device)  # outside the except block, whose traceback keeps the batch's tensors alive
-    model.rows = rows
-    if len(batch) == 1:
-        raise SampleError(f"{batch.uids[0]}: {reason}; {NO_ROOM}")
-    half = len(batch) // 2
-    return _attempt(cell, batch[:half], state, meter) | _attempt(cell, batch[half:], state, meter)
+        if not is_out_of_memory(error):
+            if len(batch) == 1:
+                sample = isinstance(error, SampleError)
+                failed.add(batch.uids[0], str(error) if sample else f"{type(error).__name__}: {error}", error)
+                return {}
+        else:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            size = max(1, len(batch) // 2)
+    if reason:
+        release_memory(model.device)  # outside the except block, whose traceback keeps the batch's tensors alive
+        model.rows = rows
+        if len(batch) == 1:
+            failed.add(batch.uids[0], f"{reason}; {NO_ROOM}")
+            return {}
+    found: dict[str, One] = {}
+    for start in range(0, len(batch), size):
+        found |= _attempt(cell, batch[start : start + size], state, meter, failed)
+    return found
 
 
-def _apart(method: Method, batch: Batch, arrays: Mapping[str, np.ndarray], cost: Mapping[str, Any]) -> dict[str, One]:
+def _apart(
+    method: Method, batch: Batch, arrays: Mapping[str, np.ndarray], cost: Mapping[str, Any], failed: Failures
+) -> dict[str, One]:
     found = {}
     for i, uid in enumerate(batch.uids):
         if not all(np.isfinite(arrays[name][i]).all() for name in method.MAPS):
-            raise SampleError(f"{uid}: the map has NaN or infinite values")
+            failed.add(uid, "the map has NaN or infinite values")
+            continue
         length = None if batch.lengths is None else int(batch.lengths[i])
         cut = () if length is None else (*method.MAPS, *method.TOKENS)
         one = {name: value[i, :length] if name in cut else value[i] for name, value in arrays.items()}
@@ -222,95 +274,11 @@ def _apart(method: Method, batch: Batch, arrays: Mapping[str, np.ndarray], cost:
     return found
 
 
-def targets_of(cell: Experiment, uids: Sequence[str], size: int) -> dict[str, Tensor]:
-    """What is explained of each sample."""
+def targets_of(cell: Experiment, uids: Sequence[str], size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is explained of each sample; and of those that cannot be read, why. Raises SampleError if none can."""
     cell.examine(uids[:EXAMINED])
-    found: dict[str, Tensor] = {}
-    for batch in _batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size)):
+    found, failed = dict[str, Tensor](), Failures()
+    for batch in batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size), failed):
         found |= dict(zip(batch.uids, batch.target.cpu()))
-    return found
-
-
-# ---- scores ---------------------------------------------------------------------------------------------
-
-
-def scores(cell: Experiment, known: Mapping[str, One], size: int, state: State | None = None) -> pd.DataFrame:
-    """A row for each sample (in the order of ``known``), map, metric and column, see ``COLUMNS``."""
-    for name, metric in cell.metrics.items():
-        if metric.NEEDS_EXPLAIN and isinstance(cell.method, Handed):
-            raise UserError(f"metric {name} asks for the maps of other inputs; give it an Explanation instead of maps")
-    rows: dict[str, list[dict[str, Any]]] = {uid: [] for uid in known}
-    for name in cell.metrics:
-        order = in_order(cell.dataset, sorted(known), size)
-        for batch in _batches(cell.stored_samples(order, size), order):
-            if cell.metrics[name].NEEDS_ROI and batch.roi is None:
-                raise UserError(f"metric {name} needs regions of interest; give them as roi=...")
-            target = torch.stack([known[uid].target for uid in batch.uids]).to(batch.x.device)
-            batch = dataclasses.replace(batch, target=target)
-            for kind in cell.method.MAPS:
-                maps = _stacked(batch, [known[uid].arrays[kind] for uid in batch.uids], kind)
-                found = _scored(cell, name, kind, batch, maps.to(cell.model.device, cell.model.dtype), state or {})
-                for uid in batch.uids:
-                    rows[uid] += found[uid]
-    return pd.DataFrame([row for uid in known for row in rows[uid]], columns=list(COLUMNS))
-
-
-def _scored(
-    cell: Experiment, name: str, kind: str, batch: Batch, maps: Tensor, state: State
-) -> dict[str, list[dict[str, Any]]]:
-    """uid -> rows. After an error each sample alone, as in a run, so that only the guilty ones have no score."""
-    columns = cell.metrics[name].COLUMNS
-    try:
-        scored = cell.score(name, batch, maps, _explain(cell, state, kind))
-    except UserError:
-        raise
-    except Exception as error:  # a metric may raise anything
-        if is_lost(error):
-            raise
-        if len(batch) > 1:
-            parts = [_scored(cell, name, kind, batch[i : i + 1], maps[i : i + 1], state) for i in range(len(batch))]
-            return {uid: rows for part in parts for uid, rows in part.items()}
-        nothing = {column: np.full(1, np.nan) for column in columns}
-        why = f"{type(error).__name__}: {error}"
-        return {batch.uids[0]: list(_rows(columns, batch, 0, (batch.uids[0], kind, name), nothing, why))}
-    found = {column: value.detach().cpu().double().numpy() for column, value in scored.items()}
-    needs_roi = cell.metrics[name].NEEDS_ROI
-    return {
-        uid: list(_rows(columns, batch, i, (uid, kind, name), found, needs_roi=needs_roi))
-        for i, uid in enumerate(batch.uids)
-    }
-
-
-def _explain(cell: Experiment, state: State, kind: str) -> Any:
-    return lambda batch: cell.explain(batch, state)[kind]
-
-
-def _rows(
-    columns: Mapping[str, str],
-    batch: Batch,
-    i: int,
-    names: tuple[str, str, str],
-    found: Mapping[str, np.ndarray],
-    why: str = "",
-    needs_roi: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Of one sample, map and metric; ``why`` it has no score, if that is known."""
-    values = {column: float(found[column][i]) for column in columns}
-    failed = not all(np.isfinite(list(values.values())))
-    state, reason = ("failed", why or why_undefined(batch, i, needs_roi)) if failed else ("ok", "")
-    for column, direction in columns.items():
-        yield dict(zip(COLUMNS, (*names, column, direction, values[column], state, reason)))
-
-
-def _stacked(batch: Batch, maps: Sequence[np.ndarray], kind: str) -> Tensor:
-    """One tensor with the places of the inputs; those of texts get the batch's padding back. Raises UserError."""
-    places = tuple(batch.x.shape[1:] if batch.lengths is not None else batch.x.shape[2:])
-    found = []
-    for i, (uid, map) in enumerate(zip(batch.uids, maps)):
-        if batch.lengths is not None and map.ndim == 1 and len(map) >= int(batch.lengths[i]):
-            length = int(batch.lengths[i])
-            map = np.pad(map[:length], (0, places[0] - length))
-        if map.shape != places:
-            raise UserError(f"maps: {kind} of {uid} is {map.shape}, but its input has {places}")
-        found.append(map)
-    return torch.from_numpy(np.stack(found))
+    failed.say(uids, "a sample is left out")
+    return found, _ordered(failed.reasons, uids)

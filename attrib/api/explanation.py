@@ -19,13 +19,14 @@ from torch import Tensor
 import attrib
 from attrib import keys
 from attrib.api import pictures
-from attrib.api.computing import One, scores
+from attrib.api.computing import One
 from attrib.api.inputs import given
 from attrib.api.lines import Origin, command_of
 from attrib.api.maps import with_roi
 from attrib.api.modes import undisturbed
 from attrib.api.names import Given
 from attrib.api.parts import measures
+from attrib.api.scoring import scores
 from attrib.classes import shown_target
 from attrib.datasets.memory import Tensors
 from attrib.drawing.pictures import png
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 class Explanation:
     """The maps of some samples. Made by :func:`attrib.explain`; in a notebook it shows itself.
 
-    uids   names of the N samples, in the order in which they were given
-    known  uid -> arrays and target as a run stores them, and what they cost
+    uids      names of the N samples that have maps, in the order in which they were given
+    failures  uid -> why it has no map, of the others that were given
+    asked     all that were given: ``uids`` and those of ``failures``
+    known     uid -> arrays and target as a run stores them, and what they cost
 
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
     >>> explanation = attrib.explain(net, torch.rand(1, 3, 4, 4), method="gradient", uids=["mine"])
@@ -59,6 +62,11 @@ class Explanation:
     known: Mapping[str, One] = field(repr=False)
     state: State = field(repr=False)
     origin: Origin = field(repr=False)
+    failures: Mapping[str, str] = field(default_factory=dict, repr=False)
+    asked: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "asked", self.asked or self.uids)
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -66,6 +74,7 @@ class Explanation:
     def __repr__(self) -> str:
         what = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.maps.items())
         some = f"{len(self)} sample{'s' if len(self) > 1 else ''}"
+        some += f", {len(self.failures)} failed" if self.failures else ""
         return f"Explanation({self.cell.names['method']} of {some}: {what})"
 
     # ---- numbers --------------------------------------------------------------------------------
@@ -135,19 +144,20 @@ class Explanation:
         if x is None or x is self.cell.dataset:
             return
         net_input, pad = self.origin.net.input, self.origin.net.pad
-        found, data = given(x, net_input, self.uids, pad=pad), self.cell.dataset
-        if any(found.dataset.fingerprint(uid) != data.fingerprint(uid) for uid in self.uids):
+        found, data = given(x, net_input, self.asked, pad=pad), self.cell.dataset
+        if any(found.dataset.fingerprint(uid) != data.fingerprint(uid) for uid in self.asked):
             raise UserError("x is not what was explained; to have maps scored on other samples, give .maps")
 
     @undisturbed
     def evaluate(self, metrics: Any = None, roi: Any = None) -> pd.DataFrame:
-        """Scores of the maps, see :func:`attrib.evaluate`."""
-        cell, found = self.cell, Given(self.cell.dataset, self.uids)
+        """Scores of the maps, see :func:`attrib.evaluate`. ``roi``: of all that were given (``asked``)."""
+        cell, found = self.cell, Given(self.cell.dataset, self.asked)
         if roi is not None:
             cell = dataclasses.replace(cell, dataset=with_roi(found, roi).dataset)
         if metrics is not None:
             cell = dataclasses.replace(cell, metrics=measures(metrics))
-        return scores(cell, {uid: self.known[uid] for uid in self.uids}, self.origin.net.options.read, self.state)
+        known = {uid: self.known[uid] for uid in self.uids}
+        return scores(cell, known, self.origin.net.options.read, self.state, self.asked, self.failures)
 
     # ---- for people -----------------------------------------------------------------------------
 
@@ -156,7 +166,12 @@ class Explanation:
         return pictures.figure(self.drawn())
 
     def _repr_html_(self) -> str:
-        return pictures.html(self.drawn(), of=len(self))
+        return pictures.html(self.drawn(), of=len(self), problems=self.problems)
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each sample without a map."""
+        return [f"no map: {reason}" for reason in self.failures.values()]
 
     def drawn(self) -> list[pictures.Drawn]:
         """What is drawn: of many samples the first."""
@@ -195,7 +210,8 @@ class Explanation:
         arrays = {name: value.contiguous() for name, value in {**self.maps, **self.extras}.items()}
         write_atomic(folder / "maps.safetensors", safetensors.torch.save(arrays, {"uids": json.dumps(self.uids)}))
         write_json(folder / "explanation.json", self.about)
-        write_atomic(folder / "explanation.html", pictures.page(self.drawn(), repr(self), of=len(self)).encode())
+        text = pictures.page(self.drawn(), repr(self), "", len(self), self.problems)
+        write_atomic(folder / "explanation.html", text.encode())
         for one in map(self._drawn, self.uids):
             for kind in one.maps:
                 image = pictures.image(one, kind)
@@ -219,6 +235,7 @@ class Explanation:
             "samples": {
                 uid: {"target": plain(t), "name": n} for uid, t, n in zip(self.uids, self.target, self.target_names)
             },
+            "failures": dict(self.failures),
             "versions": {"attrib": attrib.__version__, "torch": torch.__version__},
         }
 
@@ -236,10 +253,11 @@ class Explanation:
 
 
 def together(explanations: Sequence[Explanation]) -> list[pictures.Drawn]:
-    """Several methods' maps of the same samples, side by side."""
+    """Several methods' maps of the same samples, side by side; of a sample that one of them failed for, the others'."""
     found = []
-    for uid in explanations[0].uids[: pictures.MOST]:
-        drawn = [e._drawn(uid) for e in explanations]
+    there = [uid for uid in explanations[0].asked if any(uid in e.known for e in explanations)]
+    for uid in there[: pictures.MOST]:
+        drawn = [e._drawn(uid) for e in explanations if uid in e.known]
         maps: dict[str, np.ndarray] = {}
         signed: dict[str, bool] = {}
         for one in drawn:

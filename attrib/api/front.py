@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,31 @@ from typing import Any
 import pandas as pd
 
 from attrib.api.comparison import Comparison
-from attrib.api.computing import Handed, One, cell_of, classifier_of, explained, scores, state_of, targets_of
+from attrib.api.computing import (
+    Handed,
+    One,
+    cell_of,
+    classifier_of,
+    explained,
+    state_of,
+    targets_of,
+)
 from attrib.api.explanation import Explanation
 from attrib.api.lines import Origin
 from attrib.api.maps import as_computed, maps_of, with_roi
 from attrib.api.modes import undisturbed
+from attrib.api.names import Given
 from attrib.api.nets import net_of
 from attrib.api.parts import Explainer, explainer, measures, samples
+from attrib.api.scoring import check_metrics, scores
+from attrib.api.speech import to_callers
+from attrib.experiment.cell import Experiment
 from attrib.fit import State
 from attrib.models import Classifier
-from attrib.types import UserError
+from attrib.models.device_memory import is_lost
+from attrib.types import SampleError, UserError
+
+log = logging.getLogger(__name__)
 
 
 @undisturbed
@@ -58,7 +74,8 @@ def explain(
     layers     role -> path of a layer, or the path alone where the method reads one; by default the preset's, or found
                out (of a net of texts with one embedding that too)
     transform  how images or sounds are prepared for a module: an ``ImageTransform``, a ``WaveTransform``, fields of
-               one, or ``weights.transforms()`` of torchvision. Presets and nets of timm bring their own
+               one, or of torchvision ``weights.transforms()`` or a ``Compose`` of Resize, CenterCrop, ToTensor and
+               Normalize. Presets and nets of timm bring their own
     tokenizer  of a module that reads texts: an encoder of attrib, a fast tokenizer of transformers, or its name
     uids       the samples' names, to which their random numbers belong; of a dataset: which of its samples. By default
                files are called what they are called, samples of a DataLoader by their places, and all else by digests
@@ -70,7 +87,10 @@ def explain(
     overrides  what the command line would say of a named model or dataset: ["model.arch=resnet18"]
     fields     of the method, such as ``beta=20``
 
-    Raises UserError for what can be put right, SampleError that names the sample which cannot be explained.
+    As in a run, a sample that cannot be read or explained costs the others nothing: a warning names it, its reason is
+    in ``failures``, and the maps are those of ``uids``.
+
+    Raises UserError for what can be put right; if no sample is left, what the method raised, or SampleError.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
@@ -92,8 +112,13 @@ def explain(
     found, rule = samples(x, door, uids, target)
     cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
     state = state_of(cell, found.uids, door.options.read, root)
-    known = explained(cell, found.uids, door.options.read, state)
-    return Explanation(cell, found.uids, known, state, Origin(door, chosen, _name(fit), tuple(overrides)))
+    return _explanation(cell, found, state, Origin(door, chosen, _name(fit), tuple(overrides)))
+
+
+def _explanation(cell: Experiment, found: Given, state: State, origin: Origin) -> Explanation:
+    known, failures = explained(cell, found.uids, origin.net.options.read, state)
+    there = tuple(uid for uid in found.uids if uid in known)
+    return Explanation(cell, there, known, state, origin, failures, found.uids)
 
 
 @undisturbed
@@ -124,7 +149,8 @@ def evaluate(
               them, of sounds (L,)
 
     The other arguments are those of :func:`explain`. Columns: uid, map, metric, column, direction ("higher" is better,
-    "lower" or "none"), value, state ("ok" or "failed") and reason. Raises UserError.
+    "lower" or "none"), value, state ("ok" or "failed") and reason. A sample that cannot be read, or has no map, has
+    failed; so has every sample under a metric that is refused, if another metric is left. Raises UserError.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
@@ -150,13 +176,15 @@ def evaluate(
     method = Explainer(Handed(tuple(arrays)), "maps", {})
     cell = cell_of(door, found, rule, method, named, seed)
     size = door.options.read
-    targets = targets_of(cell, found.uids, size)
+    check_metrics(cell, found.uids)
+    targets, failures = targets_of(cell, found.uids, size)
     dtype = cell.model.dtype
     known = {
         uid: One({n: as_computed(each[i], dtype, f"{n} of {uid}") for n, each in arrays.items()}, targets[uid], {})
         for i, uid in enumerate(found.uids)
+        if uid in targets
     }
-    return scores(cell, known, size)
+    return scores(cell, known, size, None, found.uids, failures)
 
 
 @undisturbed
@@ -184,7 +212,8 @@ def compare(
     methods   names, paths of YAMLs or methods; {name: method} says what they are called
 
     The other arguments are those of :func:`explain` and :func:`evaluate`. Methods whose fits are equal share one state.
-    Raises as they do.
+    As in a grid of runs, a method that is refused, or fails, costs the others nothing: a warning names it, and its
+    reason is in ``refused``. Raises as they do, if no method is left.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
@@ -211,16 +240,49 @@ def compare(
     found, rule = samples(x, door, uids, target)
     found = found if roi is None else with_roi(found, roi)
     explanations: dict[str, Explanation] = {}
+    scored: dict[str, pd.DataFrame] = {}
+    errors: dict[str, Exception] = {}
     states: dict[str, State] = {}
     model: Classifier | None = None
     for name, one in chosen.items():
-        model = model or classifier_of(door, found, one)
-        cell = cell_of(door, found, rule, one, named, seed, fit, overrides, model)
-        state = state_of(cell, found.uids, door.options.read, root, states)
-        known = explained(cell, found.uids, door.options.read, state)
-        origin = Origin(door, one, _name(fit), tuple(overrides))
-        explanations[name] = Explanation(cell, found.uids, known, state, origin)
-    return Comparison(explanations, {name: e.evaluate() for name, e in explanations.items()})
+        try:
+            model = model or classifier_of(door, found, one)
+            cell = cell_of(door, found, rule, one, named, seed, fit, overrides, model)
+        except UserError as error:
+            errors[name] = _refusal(name, error)
+            continue
+        check_metrics(cell, found.uids)
+        try:
+            state = state_of(cell, found.uids, door.options.read, root, states)
+            made = _explanation(cell, found, state, Origin(door, one, _name(fit), tuple(overrides)))
+            explanations[name] = made
+            scored[name] = made.evaluate()
+        except Exception as error:  # a method may raise anything
+            if is_lost(error):
+                raise
+            errors[name] = _refusal(name, error)
+    if not scored:
+        raise _none_left(errors)
+    return Comparison(explanations, scored, {name: _said(error) for name, error in errors.items()})
+
+
+def _refusal(name: str, error: Exception) -> Exception:
+    expected = isinstance(error, UserError | SampleError)
+    log.warning("method %s is left out: %s", name, _said(error), exc_info=None if expected else error)
+    return error
+
+
+def _said(error: Exception) -> str:
+    expected = isinstance(error, UserError | SampleError)
+    return to_callers(str(error) if expected else f"{type(error).__name__}: {error}")
+
+
+def _none_left(errors: Mapping[str, Exception]) -> Exception:
+    """The error of all methods, or one that lists them."""
+    first = next(iter(errors.values()))
+    if len({_said(error) for error in errors.values()}) == 1:
+        return first
+    return UserError("no method is left:\n" + "\n".join(f"  {name}: {_said(error)}" for name, error in errors.items()))
 
 
 ARGUMENTS = tuple(name for name in inspect.signature(explain).parameters if name != "fields")

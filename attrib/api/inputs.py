@@ -52,7 +52,7 @@ def given(
     if all(hasattr(x, name) for name in _DATASET):
         return Given(x, _chosen(x, uids, labels, what))
     if isinstance(x, Batch):
-        return of_batch(x, Reading(how, pad), labels)
+        return of_batch(x, Reading(how, pad), uids, labels)
     if isinstance(x, torch_data.DataLoader | torch_data.Dataset):
         return of_torch(x, Reading(how, pad), uids, labels, what)
     many = _listed(x, how, what)
@@ -127,8 +127,9 @@ def _rows(x: Tensor, how: Input, what: str) -> list[Tensor]:
         many = 4
     if x.ndim in (one, many) and x.numel():
         return [x] if x.ndim == one else list(x)
+    alone = x.ndim == 3 and x.is_floating_point() and "; of one image x[None]"
     hint = "images (N, C, H, W), or a list of images (C, H, W), of sounds (C, L) or of ids (T,)"
-    raise UserError(f"{what} has the shape {tuple(x.shape)} ({x.dtype}); give {hint}")
+    raise UserError(f"{what} has the shape {tuple(x.shape)} ({x.dtype}); give {hint}{alone or ''}")
 
 
 def _arrays(x: np.ndarray, how: Input, what: str) -> list[Any]:
@@ -145,7 +146,7 @@ def _arrays(x: np.ndarray, how: Input, what: str) -> list[Any]:
         return list(x) if x.ndim == 4 else [x]
     raise UserError(
         f"{what} is an array of {x.dtype} {x.shape}; images are uint8, (H, W), (H, W, 3) or (N, H, W, 3), and what is "
-        "already as the net reads it is a tensor"
+        "already as the net reads it is a tensor: torch.from_numpy(x)"
     )
 
 
@@ -207,18 +208,22 @@ def _sounds(many: Sequence[Any], how: Input, uids: Sequence[str] | None, labels:
     if not isinstance(how, WaveTransform):
         raise _unknown_input(what, "sounds", how, "transform=attrib.datasets.WaveTransform(rate=..., length=...)")
     sounds = [_sound(one, how.rate, what) for one in many]
-    contents = [_file_name(one) or digest(s.rate, s.samples.tobytes().hex())[:8] for one, s in zip(many, sounds)]
+    contents = [_file_name(one) or _content_name(sound) for one, sound in zip(many, sounds)]
     names = named(uids, contents)
     return Given(Waves(dict(zip(names, sounds)), how, labels_of(labels, names)), names)
 
 
-def _sound(one: Any, rate: int, what: str) -> Sound:
-    """An array without a rate has that of the net."""
+def _content_name(sound: Sound | str) -> str:
+    return sound if isinstance(sound, str) else digest(sound.rate, sound.samples.tobytes().hex())[:8]
+
+
+def _sound(one: Any, rate: int, what: str) -> Sound | str:
+    """An array without a rate has that of the net. Of a file that holds no sound: why, as its sample's failure."""
     if isinstance(one, str | Path):
         try:
             return read_sound(_content(Path(one), what))
         except ValueError as error:
-            raise UserError(f"{what}: {one}: {error}") from error
+            return str(error)
     samples, rate = one if isinstance(one, tuple) else (one, rate)
     given = np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples)
     if given.ndim == 2 and given.shape[0] == 1:  # as torchaudio has it

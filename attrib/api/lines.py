@@ -53,8 +53,9 @@ def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> 
     if dataset is not None:
         named("dataset", dataset)
     chosen = dataset or origin.fit
-    words += [f"dataset={chosen}"] if chosen else _data(cell.dataset)
-    words += [o for o in origin.overrides if o.startswith("dataset.")] if dataset in (None, origin.fit) else []
+    own = [o for o in origin.overrides if o.startswith("dataset.")] if dataset in (None, origin.fit) else []
+    words += [f"dataset={chosen}", *_to_fill_in(chosen, own)] if chosen else _data(cell.dataset)
+    words += own
     words += [f"dataset.target={_target(cell)}", *([f"seed={cell.seed}"] if cell.seed else []), "metric=[]"]
     if net.precision != Precision():
         words.append(f"precision={written(dataclasses.asdict(net.precision))}")
@@ -73,7 +74,14 @@ def _data(dataset: Dataset) -> list[str]:
     found = [name for name, node in nodes.items() if str(node.get("_target_")).rpartition(".")[2] == kind]
     if len(found) != 1:
         return ["dataset=NAME"]
-    return [f"dataset={found[0]}", *(f"dataset.{k}={k.upper()}" for k, v in nodes[found[0]].items() if v == "???")]
+    return [f"dataset={found[0]}", *_to_fill_in(found[0], ())]
+
+
+def _to_fill_in(name: str, own: Sequence[str]) -> list[str]:
+    """What a preset of data leaves open, such as where they lie, unless the overrides ``own`` say it."""
+    fields = yaml_of(presets("dataset")[name], resolve=False)
+    given = {o.partition("=")[0] for o in own}
+    return [f"dataset.{k}={k.upper()}" for k, v in fields.items() if v == "???" and f"dataset.{k}" not in given]
 
 
 def written(value: Any) -> str:

@@ -24,7 +24,7 @@ def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
     if isinstance(maps, Iterable) and not isinstance(maps, str | Mapping):
         each = maps if isinstance(maps, Tensor | np.ndarray) else list(maps)
         try:
-            found = [np.asarray(m.detach().cpu() if isinstance(m, Tensor) else m) for m in each]
+            found = [np.asarray(_known(m.detach().cpu()) if isinstance(m, Tensor) else m) for m in each]
         except (TypeError, ValueError, RuntimeError):
             found = []
         if found and all(m.dtype.kind in "biuf" for m in found):
@@ -37,6 +37,11 @@ def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
         f"maps: {name} is {what}; give an Explanation, or real numbers (N, H, W), of sounds (N, L), of texts (N, T) or "
         "N maps (T,)"
     )
+
+
+def _known(map: Tensor) -> Tensor:
+    """numpy knows no bfloat16; each of its numbers is one of float32."""
+    return map.float() if map.dtype == torch.bfloat16 else map
 
 
 def as_computed(map: np.ndarray, dtype: torch.dtype, name: str) -> np.ndarray:
@@ -86,20 +91,25 @@ def with_roi(found: Given, roi: Any) -> Given:
     if len(masks) != len(found.uids):
         raise UserError(f"roi: {len(masks)} regions for {len(found.uids)} samples")
     regions = {}
-    for uid, mask in zip(found.uids, masks):
+    for uid, mask in zip(found.uids, masks):  # of a sample that cannot be read too: its failure is said elsewhere
         array = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
         if array.dtype != bool:
             raise UserError(f"roi: the region of {uid} is {array.dtype}, not bool; roi > 0, say")
         wanted = _places(dataset, uid)
-        if array.shape != wanted:
+        if wanted is not None and array.shape != wanted:
             raise UserError(f"roi: the region of {uid} is {array.shape}, but the sample is {wanted}")
         regions[uid] = array
     return Given(dataset.with_regions(regions), found.uids)
 
 
-def _places(dataset: Pictures | Waves | Tensors, uid: str) -> tuple[int, ...]:
-    if isinstance(dataset, Pictures):
-        width, height = dataset.size(uid)
-        return height, width
-    x = dataset.batch([uid]).x
-    return tuple(x.shape[2:])
+def _places(dataset: Pictures | Waves | Tensors, uid: str) -> tuple[int, ...] | None:
+    """None of a sample that cannot be read."""
+    try:
+        if isinstance(dataset, Pictures):
+            width, height = dataset.size(uid)
+            return height, width
+        return tuple(dataset.batch([uid]).x.shape[2:])
+    except UserError:
+        raise
+    except Exception:  # a user's dataset may raise anything
+        return None

@@ -10,7 +10,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from attrib.api.speech import to_callers
 from attrib.models.float32 import all_bits
+from attrib.types import SampleError, UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,9 +20,12 @@ _ONE = threading.RLock()
 
 
 def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` without the caller's autocast and products of fewer bits, as ``precision`` says the arithmetic, nor
-    inference mode, in which no gradient ever flows, nor default device, as ``run.device`` says where things are
-    computed; and by one thread at a time, as torch.fx changes modules for all of them while it traces."""
+    """``function`` as it is whatever the caller's modes.
+
+    Without autocast and products of fewer bits, as ``precision`` says the arithmetic; without inference mode, in which
+    no gradient ever flows; without a default device, as ``run.device`` says where things are computed. By one thread at
+    a time, as torch.fx changes modules for all of them while it traces; with messages in the words of Python.
+    """
 
     @functools.wraps(function)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -33,6 +38,10 @@ def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
             # ``get_default_device`` fails once a device has been set and left again.)
             if torch.empty(0).device.type != "cpu":
                 stack.enter_context(torch.device("cpu"))
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except (UserError, SampleError) as error:
+                error.args = (to_callers(str(error)),)
+                raise
 
     return alone

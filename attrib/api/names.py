@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,14 +30,23 @@ def named(uids: Sequence[str] | None, contents: Sequence[str]) -> tuple[str, ...
         if len(set(found)) < len(found):
             raise UserError("uids: a name stands for two samples; random numbers belong to names")
         return writable(found)
-    made: dict[str, None] = {}
-    for content in contents:
-        name, times = content, 1
-        while name in made:
+    return numbered(contents)
+
+
+def numbered(names: Iterable[str], alike: Callable[[str], str] = str) -> tuple[str, ...]:
+    """The names, where what is ``alike`` an earlier one has a number.
+
+    >>> numbered(["a", "b", "a", "A"]), numbered(["a", "A"], str.lower)
+    (('a', 'b', 'a-2', 'A'), ('a', 'A-2'))
+    """
+    made: dict[str, str] = {}  # what is alike -> the name
+    for own in names:
+        name, times = own, 1
+        while alike(name) in made:
             times += 1
-            name = f"{content}-{times}"
-        made[name] = None
-    return tuple(made)
+            name = f"{own}-{times}"
+        made[alike(name)] = name
+    return tuple(made.values())
 
 
 def writable(uids: Sequence[str]) -> tuple[str, ...]:
@@ -60,6 +69,8 @@ def labels_of(labels: Any, uids: Sequence[str]) -> Labels:
         values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"target: one for each sample must be a list of numbers of classes, not {labels!r}") from error
+    if values.ndim == 2 and values.shape[1] == 1:  # a column of classes
+        values = values[:, 0]
     if values.is_floating_point() or values.ndim not in (1, 2) or len(values) != len(uids):
         raise UserError(
             f"target: {len(uids)} samples need as many classes (N,), or a 1 or 0 for each class (N, K), not "

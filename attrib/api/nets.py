@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attrib.api.compositions import image_transform
 from attrib.api.names import Input
 from attrib.config.compose import compose, parse_overrides
 from attrib.config.objects import DTYPES, build, classifier, completed, options_of
@@ -266,27 +267,7 @@ def _input(transform: Any, tokenizer: Any) -> Input:
     if isinstance(transform, Mapping):
         kind = "audio.WaveTransform" if "rate" in transform else "transform.ImageTransform"
         return build({"_target_": f"attrib.datasets.{kind}", **transform}, "transform")
-    return _torchvision(transform)
-
-
-def _torchvision(preset: Any) -> ImageTransform:
-    """``weights.transforms()`` of torchvision. Raises UserError for anything else."""
-    from torchvision.transforms._presets import ImageClassification
-
-    if not isinstance(preset, ImageClassification) or len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
-        raise UserError(
-            f"transform is {type(preset).__name__}; give an attrib.datasets.ImageTransform or WaveTransform, its "
-            "fields, or weights.transforms() of a classifier of torchvision. What other transforms make of an image "
-            "can be handed over as a tensor"
-        )
-    return ImageTransform(
-        size=preset.crop_size[0],
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-        resize="crop",
-        resize_size=preset.resize_size[0],
-        interpolation=preset.interpolation.value,
-    )
+    return image_transform(transform)
 
 
 def _library_input(net: nn.Module) -> Input:

@@ -87,10 +87,10 @@ def image(one: Drawn, kind: str) -> np.ndarray | None:
 # ---- HTML ---------------------------------------------------------------------------------------------
 
 
-def html(drawn: Sequence[Drawn], table: str = "", of: int = 0) -> str:
+def html(drawn: Sequence[Drawn], table: str = "", of: int = 0, problems: Sequence[str] = ()) -> str:
     """A piece of a page that needs nothing else: the ``drawn`` samples ``of`` so many.
 
-    ``table`` is HTML of our own, shown above the maps.
+    ``table`` is HTML of our own, shown above the maps. ``problems``: what could not be done.
     """
     here = Path(__file__).parent
     environment = jinja2.Environment(
@@ -102,14 +102,14 @@ def html(drawn: Sequence[Drawn], table: str = "", of: int = 0) -> str:
     )
     hierarchies = [h for h in (one.hierarchy for one in drawn) if h is not None]
     template = environment.get_template("explanation.html.jinja")
-    return template.render(drawn=drawn, hierarchies=hierarchies, table=table, of=of)
+    return template.render(drawn=drawn, hierarchies=hierarchies, table=table, of=of, problems=problems)
 
 
-def page(drawn: Sequence[Drawn], title: str, table: str = "", of: int = 0) -> str:
+def page(drawn: Sequence[Drawn], title: str, table: str = "", of: int = 0, problems: Sequence[str] = ()) -> str:
     """A page of its own, which loads nothing."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    return f"<!doctype html>{head}<title>{escape(title)}</title>{html(drawn, table, of)}\n"
+    return f"<!doctype html>{head}<title>{escape(title)}</title>{html(drawn, table, of, problems)}\n"
 
 
 # ---- figures ------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def figure(drawn: Sequence[Drawn]) -> Figure:
 def _of_pictures(drawn: Sequence[Drawn]) -> Figure:
     from matplotlib.figure import Figure
 
-    columns = 1 + len(drawn[0].maps)
+    columns = 1 + max(len(one.maps) for one in drawn)
     shapes = [one.input for one in drawn]
     heights = [s.shape[0] / s.shape[1] for s in shapes if s is not None]
     made = Figure(figsize=(INCH * columns, sum(INCH * h + 0.3 for h in heights)), layout="constrained")
@@ -132,6 +132,8 @@ def _of_pictures(drawn: Sequence[Drawn]) -> Figure:
         _show(row[0], one.input, one.name or one.uid)
         for axes, kind in zip(row[1:], one.maps):
             _show(axes, image(one, kind), one.method if len(one.maps) == 1 else kind)
+        for axes in row[1 + len(one.maps) :]:  # of methods that failed for this sample
+            axes.set_axis_off()
     return made
 
 

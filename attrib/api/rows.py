@@ -116,13 +116,14 @@ class OfTorch:
 
 
 def _class(label: Any) -> Tensor | None:
-    """A class (), or a 1 or 0 for each class (K,); None for what is neither, such as the value of a regression."""
+    """A class () or (1,), or a 1 or 0 for each class (K,); None for what is neither, such as a regression's value."""
     try:
         value = torch.as_tensor(label).cpu()
     except (TypeError, ValueError, RuntimeError):  # it is no number
         return None
     if value.ndim > 1 or not value.numel() or value.is_complex():
         return None
+    value = value.squeeze(0) if value.shape == (1,) else value  # a list of one number is that number
     whole = value.long()
     return whole if torch.equal(whole.to(value.dtype), value) else None
 

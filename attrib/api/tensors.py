@@ -19,6 +19,8 @@ from attrib.keys import tensor_digest
 from attrib.models.text import real_tokens
 from attrib.types import Batch, UserError
 
+TRIED = 8  # samples of a dataset, among which one is looked for that can be read
+
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
@@ -68,10 +70,15 @@ def _made(uids: Sequence[str], item: Item, one: Tensor, net: Reading, what: str,
     return net.dataset(OfItems(item, modality), uids, modality)
 
 
-def of_batch(x: Batch, net: Reading, labels: Any) -> Given:
-    """The samples of a batch, by its names. Of texts without lengths, what the net pads with is padding."""
+def of_batch(x: Batch, net: Reading, uids: Sequence[str] | None, labels: Any) -> Given:
+    """The samples of a batch, by the names that are given or else its own.
+
+    Of texts without lengths, what the net pads with is padding.
+    """
     if len(x) == 0:
         raise UserError("x holds no sample")
+    if uids is not None:
+        x = dataclasses.replace(x, uids=named(uids, x.uids))
     known = labels_of(labels, x.uids)
     if known:
         x = dataclasses.replace(x, target=torch.stack([known[uid] for uid in x.uids]))
@@ -111,7 +118,21 @@ def of_torch(x: Any, net: Reading, uids: Sequence[str] | None, labels: Any, what
     names = named(uids, [f"{place:0{width}d}" for place in places])
     collate = collate_of(x, what) if loads else None
     item = OfTorch(source, dict(zip(names, places)), labels_of(labels, names), what, collate)
-    first = item(names[0])[0]
+    first = _first(item, names)
     data = _made(names, item, first, net, what, len(first) if first.ndim else 0)
     data.label_problems = item.problems
     return Given(data, names)
+
+
+def _first(item: OfTorch, names: Sequence[str]) -> Tensor:
+    """The input of the first sample that can be read, among some. Raises what the dataset raises if none can."""
+    failed: Exception | None = None
+    for name in names[:TRIED]:
+        try:
+            return item(name)[0]
+        except UserError:
+            raise
+        except Exception as error:  # a user's dataset may raise anything; the sample will be said to have failed
+            failed = failed or error
+    assert failed is not None
+    raise failed

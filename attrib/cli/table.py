@@ -17,7 +17,6 @@ from attrib.errors import UserError
 from attrib.process import exit_status
 from attrib.results import agreement, formats, power, tables
 from attrib.running.options import Options
-from attrib.store.workers import clock, refusal, workers
 
 SUFFIXES = {".csv": "csv", ".md": "md", ".markdown": "md", ".tex": "tex", ".txt": "terminal"}
 SHORT = 30  # lines of paired tests that a terminal shows unless they were asked for
@@ -107,9 +106,8 @@ def draw(args: argparse.Namespace, broken: list[str]) -> str:
 
 def _refused(frame: pd.DataFrame, root: Path) -> list[str]:
     """A line for each cell with pending samples whose last run was refused: why."""
-    names = frame.loc[frame["state"] == "pending", "cell"].astype(str).unique()
-    found = {name: refusal(workers(root / name, clock(root))) for name in names}
-    return [f"{name}: pending because its run was refused: {why.splitlines()[0]}" for name, why in found.items() if why]
+    found = tables.refused(frame, root)
+    return [f"{name}: pending because its run was refused: {why.splitlines()[0]}" for name, why in found.items()]
 
 
 def _of_a_study(args: argparse.Namespace, frame: pd.DataFrame, kind: str) -> str:

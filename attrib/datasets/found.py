@@ -79,6 +79,26 @@ def _torchvision(root: Path, split: str | None) -> dict[str, Any]:
     return {"root": str(inside), "classes": "imagenet"}
 
 
+_TABLES = ("labels.csv", "boxes.csv")  # beside the folder of images
+_INDEX = "imagenet_class_index.csv"
+
+
+def _boxed(root: Path) -> Path | None:
+    """The folder of images that the two tables lie beside: ``root`` itself, or its ``images``; None without it."""
+    for top, images in ((root.absolute().parent, root), (root, root / "images")):
+        if images.is_dir() and all((top / name).is_file() for name in _TABLES) and not _wnids(images):
+            return images
+    return None
+
+
+def _boxed_images(root: Path, split: str | None) -> dict[str, Any]:
+    """As the preset has it, without the numbers of the classes where no table says them."""
+    fields = _folder(_boxed(root) or root, split)
+    top = Path(fields["root"]).absolute().parent
+    classes = str(top / _INDEX) if (top / _INDEX).is_file() else None
+    return {**fields, **{name.removesuffix(".csv"): str(top / name) for name in _TABLES}, "classes": classes}
+
+
 def _sharded(root: Path, split: str | None) -> dict[str, Any]:
     return {"root": str(root), "split": split}
 
@@ -104,6 +124,8 @@ LAYOUTS = (
     Layout("imagenet_kaggle", "ILSVRC/Data/CLS-LOC", _any("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"), KaggleImageNet),
     Layout("image_folder with dataset.classes=imagenet", "val/<WordNet id>/, or WordNet ids only",
            lambda root: _wnids(root / "val") or _wnids(root), ImageFolder, _torchvision),
+    Layout("boxed_images", "a folder of images beside labels.csv and boxes.csv", lambda root: _boxed(root) is not None,
+           ImageFolder, _boxed_images),
     Layout("imagenet_s", "validation-segmentation/", _any("validation-segmentation", "train-semi-segmentation"),
            ImageNetS),
     Layout("voc", "JPEGImages/ and ImageSets/", lambda root: _has("JPEGImages", "ImageSets")(root)

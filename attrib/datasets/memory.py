@@ -106,13 +106,13 @@ class Sentences(_Labelled, TextDataset):
 
 
 class Waves(_Labelled, _Marked, AudioDataset):
-    """Sounds; ``regions``: (length,) bool over what the network hears."""
+    """Sounds, or why a sound cannot be read; ``regions``: (length,) bool over what the network hears."""
 
     NAME: ClassVar[str] = "Waves"
 
     def __init__(
         self,
-        sounds: Mapping[str, Sound],
+        sounds: Mapping[str, Sound | str],
         transform: WaveTransform,
         labels: Labels = NONE,
         regions: Mapping[str, np.ndarray] | None = None,
@@ -121,7 +121,10 @@ class Waves(_Labelled, _Marked, AudioDataset):
         self._sounds, self._labels, self._regions = sounds, labels, regions
 
     def sound(self, uid: str) -> Sound:
-        return self._sounds[uid]
+        found = self._sounds[uid]
+        if isinstance(found, str):
+            raise SampleError(found)
+        return found
 
     def batch(self, uids: Sequence[str]) -> Batch:
         return self._in_regions(super().batch(uids))

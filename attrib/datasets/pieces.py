@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from attrib.datasets.tokens import Encoded
 from attrib.keys import digest
 from attrib.metadata import resolve
+from attrib.process.hub import hub_at_once
 from attrib.types import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def _load(path: str) -> PreTrainedTokenizerFast:
     if path.startswith(("package:", "/", ".", "~")) and not Path(place).is_dir():
         raise UserError(f"{where}: no such folder: {place}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
+        with hub_at_once(place):
+            tokenizer = AutoTokenizer.from_pretrained(place, use_fast=True, trust_remote_code=False)
     except Exception as error:  # OSError without a network, and anything for damaged files
         reason = str(error).strip().partition("\n")[0]
         what = (

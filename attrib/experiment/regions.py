@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 TRIED = 8  # samples, among which one is looked for that can be read
 
 
-def _has_none(dataset: Dataset, uids: Iterable[str]) -> bool:
+def has_none(dataset: Dataset, uids: Iterable[str]) -> bool:
     """Whether samples have no regions at all, as the first that can be read says; of an image no more than its size."""
     for uid in uids:
         try:
@@ -40,7 +40,7 @@ def _refused(names: Sequence[str], metrics: Mapping[str, Metric], dataset: str) 
 def check_regions(metrics: Mapping[str, Metric], dataset: Dataset, uids: Iterable[str], name: str) -> None:
     """Raises UserError for metrics of regions on a dataset, called ``name``, that has none."""
     names = _of_regions(metrics)
-    if names and _has_none(dataset, uids):
+    if names and has_none(dataset, uids):
         raise _refused(names, metrics, name)
 
 
@@ -52,7 +52,7 @@ def fitting(metrics: Mapping[str, Metric], assumed: Collection[str], dataset: Da
     # That a metric that was named is not for such data at all, an Experiment says.
     suited = [one for one in _of_regions(metrics) if dataset.modality in metrics[one].MODALITIES]
     out = [one for one in _of_regions(metrics) if one in assumed and one not in suited]
-    if suited and _has_none(dataset, dataset.uids[:TRIED]):
+    if suited and has_none(dataset, dataset.uids[:TRIED]):
         if named := [one for one in suited if one not in assumed]:
             raise _refused(named, metrics, name)
         out += suited

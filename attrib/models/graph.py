@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from attrib.models.calls import OF_SHAPE, REPLACED, attribute, call, constant, operation
 from attrib.models.capture import as_written, captured
+from attrib.models.device_memory import is_lost, is_out_of_memory
 from attrib.models.ways_back import gradient, near, with_contiguous_norms
 from attrib.types import UserError
 
@@ -225,7 +226,21 @@ class Graphs:
     def check(self, graph: Graph, x: Tensor) -> None:
         """Raises UserError unless the graph gives the net's logits for one row of x, and for several."""
         for rows in (x[:1], torch.cat((x[:1], x[-1:], x[:1]))) if graph.any_rows else (x,):
-            check_same(self.net, graph(rows.clone()), self.net(rows.clone()))
+            check_same(self.net, self._tried(graph, rows.clone()), self.net(rows.clone()))
+
+    def _tried(self, graph: Graph, rows: Tensor) -> Tensor:
+        """Raises UserError for a graph that was made for other inputs, as torch's assertions in it say."""
+        try:
+            return graph(rows)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or is_lost(error):
+                raise
+            name, why = type(self.net).__name__, (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the graph of {name} that this method works on is not good for all inputs: {name} makes tensors whose "
+                f"sizes depend on values, as where it looks for a token ({why}). Take a method that needs the gradient "
+                "alone, such as integrated_gradients"
+            ) from error
 
     def check_gradient(self, graph: Graph, x: Tensor) -> None:
         """Raises UserError unless gradients flow through the graph as through the net.

@@ -21,6 +21,7 @@ from attrib.metadata import resolve
 from attrib.models.device_memory import of_the_device
 from attrib.models.text import real_tokens
 from attrib.noise import Noise
+from attrib.process.hub import hub_at_once
 from attrib.types import SampleError, UserError
 
 if TYPE_CHECKING:
@@ -218,7 +219,12 @@ def loaded(auto: str, path: str, where: str, config: Any) -> tuple[PreTrainedMod
     Raises UserError that names ``path``.
     """
     transformers = _transformers()
-    with _quiet(transformers), torch.random.fork_rng(devices=[]):  # building a net draws from the global state
+    with (
+        _quiet(transformers),
+        hub_at_once(where),
+        torch.random.fork_rng(devices=[]),
+    ):
+        # building a net draws from the global state
         try:
             net, found = getattr(transformers, auto).from_pretrained(
                 where, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
@@ -247,7 +253,7 @@ def processor_of(where: str) -> Any:
 
 def _part(where: str, auto: str, what: str) -> Any:
     transformers = _transformers()
-    with _quiet(transformers):
+    with _quiet(transformers), hub_at_once(where):
         try:
             return getattr(transformers, auto).from_pretrained(where, trust_remote_code=False)
         except Exception as error:  # what is damaged raises anything
@@ -308,7 +314,7 @@ def config_of(path: str, where: str, num_labels: int | None, options: dict[str, 
         raise UserError(f"model.path: {path} has one output; a classifier has a logit for each of its classes")
     given = options if num_labels is None else {**options, "num_labels": num_labels}
     try:
-        with _quiet(transformers):
+        with _quiet(transformers), hub_at_once(where):
             config, unused = transformers.AutoConfig.from_pretrained(
                 where, trust_remote_code=False, return_unused_kwargs=True, **given
             )

@@ -12,6 +12,7 @@ from torch import nn
 
 from attrib.classes import ClassNames
 from attrib.models.huggingface_images import hf_image_classifier, hf_image_text, hf_input
+from attrib.process.hub import hub_at_once
 from attrib.types import UserError, did_you_mean
 
 
@@ -118,7 +119,15 @@ def timm_net(arch: str, pretrained: bool = False, **options: Any) -> nn.Module:
 
     if not timm.is_model(arch.partition(".")[0]):
         raise _unknown("timm", arch, timm.list_models())
-    return timm.create_model(arch, pretrained=pretrained, **options)
+    if not pretrained:
+        return timm.create_model(arch, pretrained=False, **options)
+    with hub_at_once() as why:
+        try:
+            return timm.create_model(arch, pretrained=True, **options)
+        except OSError as error:
+            if not why:
+                raise
+            raise ConnectionError(f"{why}, and the weights are not in the hub's cache") from error
 
 
 def _timm_input(arch: str, img_size: Any = None, in_chans: int = 3, **_: Any) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def _all(
     about = {(m.label, column): text for listed in by_cell.values() for m in listed for column, text in m.about.items()}
     styles = {c: curves.style(i) for i, c in enumerate(dict.fromkeys(summary["contender"]))}
     wides = formats.wide(summary)
+    refused = provenance.refusals(every, root)
     blocks = []
     for wide in wides:
         own = [c for c in cells if (c.dataset, c.model) == (wide.dataset, wide.model)]
@@ -155,6 +156,7 @@ def _all(
                 numbers={name: i for i, name in enumerate(names)},
                 scores=scores.as_json(part, about),
                 unscored=wide.unscored,
+                refused=[r for r in refused if (r["dataset"], r["model"]) == (wide.dataset, wide.model)],
                 verdicts=headline.verdicts(summary, wide, mine, confidence),
                 pairs=formats.paired_table(mine, confidence) if len(mine) else None,
                 ranks=_rank_table(ranked, confidence),
@@ -176,6 +178,7 @@ def _all(
         "graphs": causal,
         "long": formats.long_table(summary, confidence),
         "failures": provenance.failures(every),
+        "refused": refused,
         "costs": provenance.costs(cells),
         "provenance": provenance.provenance(cells),
         "runs": records,
@@ -220,6 +223,7 @@ class Block:
     numbers: Mapping[str, int] = field(default_factory=dict)
     scores: str = ""
     unscored: Mapping[str, str] = field(default_factory=dict)
+    refused: Sequence[Mapping[str, Any]] = ()
     verdicts: Sequence[Leader] = ()
     pairs: formats.TextTable | None = None
     ranks: formats.TextTable | None = None

@@ -13,6 +13,7 @@ import pandas as pd
 
 from attrib.classes import shown_target
 from attrib.drawing import pictures, spectrogram
+from attrib.results import formats
 from attrib.results.labels import Labelled
 from attrib.store.cell import Arrays
 from attrib.store.files import Key
@@ -160,7 +161,7 @@ def _sample(uid: str, inputs: Sequence[Arrays], columns: Sequence[Any], rows: Ro
         for row in ok:
             metrics.setdefault(row.column, set()).add(row.metric)
         numbers = [
-            (row.column if len(metrics[row.column]) == 1 else f"{row.column} · {row.metric}", f"{row.value:.3g}")
+            (formats.column_title(row.column, row.metric, len(metrics[row.column]) == 1), f"{row.value:.3g}")
             for row in ok
         ]
         problem = "; ".join(dict.fromkeys(f"{row.stage}: {row.reason}" for row in mine if row.state == "failed"))

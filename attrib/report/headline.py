@@ -111,7 +111,7 @@ def verdicts(summary: pd.DataFrame, wide: formats.Wide, tests: pd.DataFrame, con
             else:
                 kind = ahead if test["better"] == row["contender"] else level
                 kind.append((other, _p_is(test["p_holm"])))
-        title = f"{column} {row['direction']}" if metric == column else f"{column} {row['direction']} · {metric}"
+        title = formats.column_title(f"{column} {row['direction']}", metric, metric == column)
         value = formats.with_half(row["mean"], row["lo"], row["hi"])
         found.append(Leader(title, list(best["contender"]), value, ahead, level, apart))
     return found

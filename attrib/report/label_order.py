@@ -28,10 +28,10 @@ def label_order(labels: Sequence[Collection[int]], predicted: Sequence[int]) -> 
     """Of the labels and the prediction of each sample, all of them numbers of the net's classes; one sample or more.
 
     ``warning`` says if the accuracy is within two standard errors of chance (the agreement that is expected of
-    independent labels and predictions, as in Cohen's kappa), or if labels moved by a constant, or exchanged with each
-    other, fit far better, and far better than by chance: whatever a net predicts for all samples is right for some
-    order of the labels. Which exchange is best is found on half of the samples and tried on the other half, because
-    among many classes some exchange fits any small set.
+    independent labels and predictions, as in Cohen's kappa) and would not be if all were right, or if labels moved by a
+    constant, or exchanged with each other, fit far better, and far better than by chance: whatever a net predicts for
+    all samples is right for some order of the labels. Which exchange is best is found on half of the samples and tried
+    on the other half, because among many classes some exchange fits any small set.
     """
     n, classes = len(labels), sorted({*predicted, *(c for some in labels for c in some)})
     place = {c: i for i, c in enumerate(classes)}
@@ -42,7 +42,8 @@ def label_order(labels: Sequence[Collection[int]], predicted: Sequence[int]) -> 
     accuracy, chance = _agreement(shown, said)
     move, moved, moved_by_chance = _moved(labels, predicted)
     exchanged, exchanged_by_chance = _exchanged(shown, said)
-    near = accuracy - chance <= 2 * _error(chance, n)
+    doubt = 2 * _error(chance, n)
+    near = accuracy - chance <= doubt < 1 - chance  # of so few samples that all right may be chance, nothing is said
     if np.all(shown == shown[0]):  # one class says nothing of an order
         why = "none is right" if accuracy == 0 else ""
     elif move and moved >= exchanged and _fits(moved, moved_by_chance, accuracy, n):

@@ -34,6 +34,16 @@ def failures(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return sorted(found, key=lambda f: -f["count"])
 
 
+def refusals(frame: pd.DataFrame, root: Path) -> list[dict[str, Any]]:
+    """Cells whose pending samples nothing will compute: why their last run was refused."""
+    found = []
+    for cell, why in tables.refused(frame, root).items():
+        part = frame[(frame["cell"] == cell) & (frame["state"] == "pending")]
+        about = {axis: str(part[axis].iloc[0]) for axis in AXES}
+        found.append({**about, "cell": cell, "reason": why, "count": part["uid"].nunique()})
+    return found
+
+
 def costs(cells: Sequence[Labelled]) -> list[dict[str, Any]]:
     found = []
     for item in cells:

@@ -41,7 +41,7 @@ def diagrams(table: pd.DataFrame, styles: Mapping[str, Style]) -> list[Diagram]:
             f"n = {first['n']}, Friedman's p {formats.p_text(first['p'])}, "
             f"critical difference {first['critical_difference']:.2f}"
         )
-        title = column if column == metric else f"{column} · {metric}"
+        title = formats.column_title(column, metric)
         found.append(Diagram(title, pictures.svg_uri(figure(rows, styles)), about))
     return found
 

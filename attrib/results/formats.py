@@ -116,6 +116,15 @@ def title(*parts: str) -> str:
     return " · ".join(filter(None, parts))
 
 
+def column_title(column: str, metric: str, alone: bool | None = None) -> str:
+    """A column with the metric that has it, unless it is ``alone``: by default where it is called like its metric.
+
+    >>> column_title("insertion", "insertion_deletion"), column_title("ehr", "ehr")
+    ('insertion · insertion_deletion', 'ehr')
+    """
+    return column if (column == metric if alone is None else alone) else f"{column} · {metric}"
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
@@ -206,7 +215,7 @@ def wide(table: pd.DataFrame) -> list[Wide]:
         for metric, column in places:
             homes.setdefault(column, set()).add(metric)
         arrows = dict(zip(zip(block["metric"], block["column"]), block["direction"]))
-        titles = [" ".join(filter(None, (c if len(homes[c]) == 1 else f"{c} · {m}", arrows[m, c]))) for m, c in places]
+        titles = [f"{column_title(c, m, len(homes[c]) == 1)} {arrows[m, c]}".rstrip() for m, c in places]
         records = {(r["contender"], r["metric"], r["column"]): r for r in block.to_dict("records")}
         names = list(dict.fromkeys(sorted(block["contender"], key=list(dict.fromkeys(block["contender"])).index)))
         device, several = devices(block["device"])
@@ -304,7 +313,7 @@ def rank_tables(table: pd.DataFrame, confidence: float = 0.95) -> list[TextTable
         header, bold, body = ["rank"], set(), [[name] for name in order]
         below = [["n common"], ["Friedman p"], ["critical difference"]]
         for j, ((metric, column), rows) in enumerate(columns.items(), 1):
-            header.append(column if column == metric else f"{column} · {metric}")
+            header.append(column_title(column, metric))
             ranks = {row["contender"]: row for row in rows if not math.isnan(row["rank"])}
             for i, name in enumerate(order):
                 row = ranks.get(name)

@@ -23,7 +23,7 @@ from attrib.results import stats
 from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
 from attrib.store.cell import UNASKED
 from attrib.store.ledger import Ledger
-from attrib.store.workers import asked, workers
+from attrib.store.workers import asked, clock, refusal, workers
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +257,14 @@ def failed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 # Computing ----------------------------------------------------------------------------------------------
+
+
+def refused(frame: pd.DataFrame, root: Path | str) -> dict[str, str]:
+    """Cell with pending samples -> why its last run was refused; no cell whose run was not."""
+    cells = frame.loc[frame["state"] == "pending", "cell"].astype(str).unique()
+    now = clock(Path(root)) if len(cells) else 0.0
+    found = {name: refusal(workers(Path(root) / name, now)) for name in cells}
+    return {name: why for name, why in found.items() if why}
 
 
 def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
