@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from attrib.models import capture_older
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import REPLACED, attribute, constant, operation
 from attrib.models.device_memory import of_the_device
@@ -22,6 +23,8 @@ from attrib.types import UserError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    Program = ExportedProgram | capture_older.OlderProgram
+
 # Composite operations that stay whole, because there are rules for them.
 KEPT = frozenset((
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "layer_norm",
@@ -30,19 +33,15 @@ KEPT = frozenset((
     "rnn_tanh", "rnn_relu",
 ))  # fmt: skip
 
+_OLDER = not hasattr(torch.export, "default_decompositions")  # than 2.6
+
 
 def captured(net: nn.Module, x: Tensor) -> fx.GraphModule:
     """The graph of ``net`` for inputs of the shape (but for the rows), type and device of x (N, *input).
 
-    Raises UserError for a net whose way through its code depends on the values of its input, and where torch is older
-    than 2.6.
+    Raises UserError for a net whose way through its code depends on the values of its input.
     """
     name = type(net).__name__
-    if not hasattr(torch.export, "default_decompositions"):
-        raise UserError(
-            f"this method needs the graph of the net, which needs torch 2.6 or later; this is {torch.__version__}. "
-            "Update torch, or take a method that needs the gradient alone, such as integrated_gradients"
-        )
     example = x[:1].expand(5 if x.shape[1:2] == (3,) else 3, *x.shape[1:]).clone()  # not another axis' size
     try:
         program = _exported(net, example)
@@ -74,7 +73,10 @@ def as_written() -> Iterator[None]:
         logging.disable(level)
 
 
-def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
+def _exported(net: nn.Module, example: Tensor) -> Program:
+    if _OLDER:
+        with as_written(), unprinted():
+            return capture_older.exported(net, example, _taken_apart(()))
     auto = torch.export.Dim.AUTO
     free = {0: auto} if example.is_floating_point() else dict.fromkeys(range(example.ndim), auto)
     with as_written(), unprinted():
@@ -82,7 +84,7 @@ def _exported(net: nn.Module, example: Tensor) -> ExportedProgram:
         return program.run_decompositions(dict(_taken_apart(tuple(torch.ops))))
 
 
-def _of_any_length(net: nn.Module, example: Tensor) -> ExportedProgram | None:
+def _of_any_length(net: nn.Module, example: Tensor) -> Program | None:
     """The program of a net that says ``len(x)`` where it means ``x.shape[0]``; None if that is not what fixes the rows.
 
     As every graph it is compared with the net, on other numbers of rows, before anything is made of it.
@@ -97,12 +99,12 @@ def _of_any_length(net: nn.Module, example: Tensor) -> ExportedProgram | None:
     return program if _free(program) else None
 
 
-def _free(program: ExportedProgram) -> bool:
+def _free(program: Program) -> bool:
     """Whether the number of rows is free."""
     return _known(_given(program).meta["val"].shape[0]) is None
 
 
-def _given(program: ExportedProgram) -> fx.Node:
+def _given(program: Program) -> fx.Node:
     """The node of the net's input."""
     names = program.graph_signature.user_inputs
     return next(node for node in program.graph.nodes if node.name in names)
@@ -111,12 +113,15 @@ def _given(program: ExportedProgram) -> fx.Node:
 @functools.cache  # torch takes as long to list them as to export a small net
 def _taken_apart(libraries: tuple[str, ...]) -> Mapping[Any, Callable[..., Any]]:
     """The composite operations of these libraries (``torch.ops``) that are not kept, and what each consists of."""
-    found = {
-        op: parts
-        for op, parts in torch.export.default_decompositions().items()
-        if _composite(op) and _name(op) not in KEPT
-    }
+    if _OLDER:
+        found = capture_older.composite(_whole)
+    else:
+        found = {op: parts for op, parts in torch.export.default_decompositions().items() if not _whole(op)}
     return {**found, torch.ops.aten.scaled_dot_product_attention.default: scaled_dot_product_attention}
+
+
+def _whole(op: Any) -> bool:
+    return not _composite(op) or _name(op) in KEPT
 
 
 def _name(op: Any) -> str:
@@ -132,7 +137,7 @@ def _composite(op: Any) -> bool:
 _NOTHING = frozenset(("alias", "clone", "contiguous", "detach", "lift_fresh", "lift_fresh_copy"))
 
 
-def _inlined(net: nn.Module, program: ExportedProgram) -> fx.GraphModule:
+def _inlined(net: nn.Module, program: Program) -> fx.GraphModule:
     """The program as a graph that reads the net's own parameters."""
     root, graph = nn.Module(), fx.Graph()
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
@@ -205,7 +210,7 @@ def _size(graph: fx.Graph, of: fx.Node, at: int) -> fx.Node:
     return found
 
 
-def _logits(program: ExportedProgram, node: fx.Node) -> fx.Node:
+def _logits(program: Program, node: fx.Node) -> fx.Node:
     specs, given = program.graph_signature.output_specs, node.args[0]
     assert isinstance(given, Sequence)
     found = [out for out, spec in zip(given, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
