@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 # Tests of a module mostly stay in one process, where its fixtures and imports are made once.
 SHARED := -n $(CORES) --dist worksteal
 
-.PHONY: demo docs browser test test-slow test-slurm test-wheel test-torchtext fuzz torture study-tiny nets lint bench clean
+.PHONY: demo docs browser test test-slow test-slurm test-wheel test-torchtext test-oldest fuzz torture study-tiny nets lint bench clean
 
 # Modules are compiled when they are imported: to compile all 19,000 takes two minutes.
 .venv/installed: requirements.txt requirements-nodeps.txt pyproject.toml setup.py
@@ -60,6 +60,15 @@ test-torchtext:  ## our tokenizer and vocabulary against the real torchtext, in 
 	.venv-torchtext/bin/pip install --quiet --disable-pip-version-check -r requirements-torchtext.txt
 	PYTHONPATH=. .venv-torchtext/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest tests/torchtext_check.py
 
+test-oldest: .venv/installed  ## the tests with the oldest packages that pyproject.toml allows (torch 2.4) on Python 3.12, in an environment of its own (20 min)
+	python3.12 -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check uv==0.13.9
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+	  -e '.[demo,text,train,quantus,coco,attacks,study,slurm,docs,test]'
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --no-deps -r requirements-nodeps.txt
+	mkdir -p .venv-oldest/share && cp -r .venv/share/attrib .venv-oldest/share/
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -m "not slow" $(SHARED) -o filterwarnings=default
+
 docs: .venv/installed  ## the site, in site/; a link that leads nowhere fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 	! grep -rlE --include='*.html' '<(script|img|iframe)[^>]* src="(https?:)?//|<link[^>]* rel="(stylesheet|preconnect)"[^>]*href="(https?:)?//' site
@@ -86,4 +95,4 @@ bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench/bench_runner.py --overhead --repeat 2
 
 clean:
-	rm -rf .venv .venv-torchtext .venv-browser build *.egg-info
+	rm -rf .venv .venv-torchtext .venv-browser .venv-oldest build *.egg-info

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from captures import OLDER
 from torch import nn
 
 import attrib
@@ -188,7 +189,8 @@ def test_a_net_that_picks_a_token_by_its_value_is_refused():
     net = HuggingFaceClassifier(transformers.BartForSequenceClassification(config).eval(), 1, 3)
     ids = torch.tensor([[0, 4, 5, 6, 2], [0, 7, 8, 9, 2]])
     for name in ("attention_rollout", "lrp_epsilon"):
-        with pytest.raises(UserError, match=r"is not good for all inputs: .* looks for a token .*Runtime assertion"):
+        says = "cannot export" if OLDER else "is not good for all inputs: .* looks for a token .*Runtime assertion"
+        with pytest.raises(UserError, match=says):
             attrib.explain(net, ids, 0, name)
 
 
@@ -221,6 +223,8 @@ def test_attention_taken_apart_is_torchs(mask, heads):
             given = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~given, -3.0)
     shared = [each.repeat_interleave(4 // heads, 1) for each in (key, value)]  # torch does so itself from 2.5 on
     expected = F.scaled_dot_product_attention(query, *shared, given, **options)
+    if OLDER and mask == "bool":
+        expected = expected.nan_to_num()  # of what attends to nothing
     found = scaled_dot_product_attention(query, key, value, given, **options, enable_gqa=heads != 4)
     torch.testing.assert_close(found, expected)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
 from torch.export.graph_signature import ExportGraphSignature
 
 from attrib.models.calls import operation
@@ -65,8 +66,12 @@ def _freedoms(example: Tensor) -> Iterator[dict[int, Any]]:
 
 
 def composite(whole: Callable[[Any], bool]) -> dict[Any, Callable[..., Any]]:
-    """Each composite ATen operation but those that stay ``whole``, and what it consists of."""
-    found: dict[Any, Callable[..., Any]] = {}
+    """Each composite ATen operation but those that stay ``whole``, and what it consists of.
+
+    With it two that later versions of torch always take apart.
+    """
+    aten = torch.ops.aten
+    found: dict[Any, Callable[..., Any]] = get_decompositions((aten.softshrink, aten.hardshrink))
     for name in torch._C._dispatch_get_all_op_names():
         library, _, called = name.partition("::")
         packet, _, overload = called.partition(".")
