@@ -55,7 +55,9 @@ class _TextNet(nn.Module):
     @property
     def default_layers(self) -> dict[str, str]:
         """The paths of the roles that every text net has. The bottleneck is at the word embeddings by default."""
-        words = self.net.get_input_embeddings()
+        words: Any = self.net.get_input_embeddings()
+        if self.net.config.is_encoder_decoder:  # of BART and T5 the net's own table only lends its weights to others
+            words = self.net.base_model.get_encoder().get_input_embeddings()
         path = next(path for path, module in self.named_modules() if module is words)
         return {"embedding": path, "bottleneck": path}
 
