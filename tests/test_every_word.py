@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import attrib
 from attrib.metrics import Eraser
 from attrib.models import Classifier, HuggingFaceClassifier
-from attrib.types import UserError
+from attrib.models.every_word import check_every_word
+from attrib.types import Batch, UserError
 
 transformers = pytest.importorskip("transformers")
 ENDS = dict(pad_token_id=0, bos_token_id=17, eos_token_id=16, decoder_start_token_id=16)
@@ -97,6 +98,20 @@ def test_a_text_of_equal_words_says_nothing_and_the_next_one_does():
     attrib.explain(TwoTables(), [torch.tensor([5, 5, 5])], method="gradient", target=1, layers=HERE)
     with pytest.raises(UserError, match="not by embedding alone"):
         attrib.explain(TwoTables(), [torch.tensor([5, 5, 5]), IDS[1]], method="gradient", target=1, layers=HERE)
+
+
+class Ended(Net):
+    """Knows the end of a text by what pads, which is a word as well."""
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x) + (x != 0).sum(1).view(-1, 1, 1) + (x[:, -1:] == 0).unsqueeze(2)
+
+
+def test_a_word_that_is_also_the_padding_stays_where_it_is():
+    batch = Batch(
+        ("a",), torch.tensor([[0, 5, 6, 7]]), torch.tensor([1]), None, torch.tensor([4]), torch.arange(4)[None]
+    )
+    assert check_every_word(Classifier(Ended(), HERE), "embedding", batch)
 
 
 def bart() -> nn.Module:

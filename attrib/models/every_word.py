@@ -33,8 +33,11 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     """
     assert batch.words is not None
     assert batch.lengths is not None  # of a text
+    pad = getattr(model.module, "pad_id", -1)
     for i, length in enumerate(batch.lengths.tolist()):
-        x, places = batch.x[i : i + 1, :length], (batch.words[i, :length] >= 0).nonzero().squeeze(1)
+        x, words = batch.x[i : i + 1, :length], batch.words[i, :length] >= 0
+        # Where the id of padding is a word too, a net may find the text's end by it.
+        places = (words & (x[0] != pad).to(words.device)).nonzero().squeeze(1).to(x.device)
         other = x.clone()
         other[:, places] = x[:, places.flip(0)]
         if torch.equal(other, x):
@@ -43,7 +46,7 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
         front, rest = model.until(role, x), model.until(role, other).rest
         if front.z.ndim != 3 or front.z.shape[:2] != x.shape:
             return True  # whoever uses the layer will say so
-        z = front.z.index_fill(1, places.to(front.z.device), 0)
+        z = front.z.index_fill(1, places, 0)
         share = apart(model.after(role, z, front.rest), model.after(role, z, rest))
         model.passed = passed  # no sample's cost
         if share > tolerance(z) / 10:
