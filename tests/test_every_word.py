@@ -161,3 +161,10 @@ def test_bert_has_one():
     made = tokenizer()
     made.model_max_length = 12
     attrib.explain(net, TEXTS, method="integrated_gradients", target=1, tokenizer=made)
+
+
+def test_characters_that_are_hashed_have_no_table_of_words():
+    config = transformers.CanineConfig(**TOWER, num_hash_buckets=16, max_position_embeddings=40, num_labels=3)
+    net = HuggingFaceClassifier(random_weights(transformers.CanineForSequenceClassification(config)).eval(), 0, 2)
+    with pytest.raises(UserError, match=r"no layer for the role 'embedding'.*HashBucketCodepointEmbedder_0"):
+        Classifier(net, net.default_layers).path("embedding")
