@@ -114,6 +114,22 @@ def test_a_word_that_is_also_the_padding_stays_where_it_is():
     assert check_every_word(Classifier(Ended(), HERE), "embedding", batch)
 
 
+class Particular(TwoTables):
+    """Takes texts that begin with a 5 alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x[:, 0] != 5).any():
+            raise ValueError("a text begins with 5")
+        return super().forward(x)
+
+
+def test_a_text_that_the_net_does_not_take_in_another_order_says_nothing():
+    batch = Batch(("a",), torch.tensor([[5, 6, 7]]), torch.tensor([1]), None, torch.tensor([3]), torch.arange(3)[None])
+    model = Classifier(Particular(), HERE)
+    assert not check_every_word(model, "embedding", batch)
+    assert model.passed == 0
+
+
 def bart() -> nn.Module:
     heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
     layers = dict(encoder_layers=1, decoder_layers=1, d_model=16)
