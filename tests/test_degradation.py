@@ -8,6 +8,7 @@ import torch
 from contracts import close, metric_contract
 from nets import golden, small_cnn, small_cnn_images
 from test_irof import H, Recorder, Sum, W, classifier, samples, small_net
+from test_sensitivity_n import Levelled
 from torch import Tensor
 
 from attrib.metrics import Degradation
@@ -118,3 +119,12 @@ def test_errors():
             Degradation(**wrong)
     with pytest.raises(UserError, match="as_released"):
         Degradation(as_released=True, normalize="ends")
+
+
+def test_ends_that_differ_by_rounding_are_equal():
+    """A net of float32 that says the same of both ends, but for the last bit."""
+    batch, map = samples()
+    found = score(Degradation((4, 4), normalize="ends", output="logit"), batch, map, Classifier(Levelled()))
+    assert all(value.isnan().all() for value in found.values())
+    found = score(Degradation((4, 4), normalize="ends", output="logit"), batch, map, Classifier(Levelled(0.01)))
+    assert all(value.isfinite().all() for value in found.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from attrib.results import agreement
+from attrib.results import agreement, stats
 
 
 def frame_of(values, directions=None, drop=()):
@@ -132,3 +134,24 @@ def test_two_methods_or_no_direction_or_no_difference():
     (table,) = agreement.tables(flat)
     assert table.body[1][1] == "–"
     assert agreement.agreement(frame_of({})).empty
+
+
+def test_means_that_differ_by_rounding_share_their_rank():
+    """Ninths that add up to the same, as ROAD's accuracies do: neither their order nor the last bit decides."""
+    a = np.array([[1, 2, 3], [3, 2, 1], [2, 1, 3], [8, 8, 8]]) / 9
+    b = np.array([[0.3] * 3, [0.2] * 3, [0.1] * 3, [0.05] * 3])
+    for order in itertools.permutations(range(3)):
+        row = entry(agreement.agreement(frame_of({"a": a[:, order], "b": b})), "a", "b")
+        assert row["rho"] == pytest.approx(spearmanr([0, 0, 0, 1], [4, 3, 2, 1])[0])
+    tied = entry(agreement.agreement(frame_of({"a": a[:3], "b": b[:3]})), "a", "b")
+    assert np.isnan(tied["rho"])
+
+
+def test_equalised_is_that_of_one_column():
+    r = np.random.default_rng(0)
+    values = r.integers(0, 9, (7, 40)) * 1e-3 + r.normal(size=(7, 40)) * 1e-4
+    error = np.full((7, 40), 2e-4)
+    found = agreement.equalised(values, error)
+    for j in range(40):
+        np.testing.assert_array_equal(found[:, j], stats.equalised(values[:, j], error[:, j]))
+    assert len(np.unique(found)) < found.size

@@ -146,3 +146,45 @@ def test_errors():
     ):  # fmt: skip
         with pytest.raises(UserError, match=next(iter(wrong))):
             SensitivityN(**wrong)
+
+
+class Levelled(torch.nn.Module):
+    """Its logits depend on the image only in how sums of it are rounded, and, with ``share``, in its mean."""
+
+    def __init__(self, share: float = 0.0) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1, keepdim=True)
+        moved = (x.flatten(1) - mean).mean(1, keepdim=True) + self.share * mean
+        return torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0], dtype=x.dtype) + 3 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_what_the_net_rounds_is_no_difference(dtype, output):
+    batch, map = samples()
+    net = Levelled() if output == "logit" else torch.nn.Sequential(Levelled(), torch.nn.Linear(5, 5))
+    found = score(SensitivityN(points=3, samples=9, output=output), batch, map, Classifier(net, dtype=dtype))
+    assert found["sensitivity_n_curve"].abs().max() == 0
+
+
+def test_small_differences_and_sure_decisions_count():
+    """A change of the logit by a 1,000th, and one of a probability that is 1 but for 1e-9."""
+    batch, _ = samples()
+    batch = Batch(batch.uids, batch.x, torch.full((4,), 4))
+    model = Classifier(Levelled(0.01), dtype=torch.float32)
+    found = score(SensitivityN(points=3, samples=9), batch, batch.x.sum(1), model)
+    assert found["sensitivity_n_curve"].min() > 0.99
+    weight = torch.tensor(np.random.RandomState(1).randn(3, H, W)) / 1000
+    model = Classifier(torch.nn.Sequential(Sum(weight), Shifted()), dtype=torch.float32)
+    batch = Batch(batch.uids, batch.x, torch.ones(4).long())
+    gain = (weight * batch.x).sum(1)
+    found = score(SensitivityN(points=3, samples=9, output="probability"), batch, gain, model)
+    assert found["sensitivity_n"].min() > 0.9
+
+
+class Shifted(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tensor([0.0, 20.0], dtype=x.dtype)

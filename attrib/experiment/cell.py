@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from attrib.methods import Method
 from attrib.metrics import Metric
 from attrib.metrics.metric import Explain
 from attrib.models import Classifier
+from attrib.models.every_word import check_every_word, embeds
 from attrib.models.precision import Arithmetic
 from attrib.models.reading import taken_before
 from attrib.noise import Noise
@@ -182,6 +183,8 @@ class Experiment:
     def explain(self, batch: Batch, state: State) -> Mapping[str, Any]:
         """What the method says of a batch, with random numbers of the samples' own."""
 
+        self._check_words(self.model, lambda: self.layers, batch)
+
         def attribute(some: Batch, _rows: slice) -> Mapping[str, Any]:
             noise = Noise(some.uids, self.seed, self.model.device, self.model.dtype)
             return self.method.attribute(self.model, some, state, noise)
@@ -192,12 +195,25 @@ class Experiment:
         """What a metric says of ``maps`` (B, *places); ``explain`` is for one that asks for other maps."""
         metric, model = self.metrics[name], self.scorer or self.model
         more = {"explain": explain} if metric.NEEDS_EXPLAIN else {}
+        self._check_words(model, lambda: [role for role in metric.roles if role in model.layers], batch)
 
         def scored(some: Batch, rows: slice) -> Mapping[str, Tensor]:
             noise = Noise(some.uids, self.seed, maps.device, maps.dtype).child(name)
             return metric.score(model, some, maps[rows], noise, **more)
 
         return self.of_samples(batch, scored)
+
+    def _check_words(self, model: Classifier, roles: Callable[[], Iterable[str]], batch: Batch) -> None:
+        """Raises UserError for a text net that reads its words not only by the layer where they are explained."""
+        if batch.words is None:
+            return
+        for path, role in {model.path(role): role for role in roles() if embeds(model, role)}.items():
+            if path not in self._words_tried and check_every_word(model, role, batch):
+                self._words_tried.add(path)
+
+    @cached_property
+    def _words_tried(self) -> set[str]:
+        return set()
 
     def examine(self, uids: Sequence[str]) -> None:
         """Try the net on the first two different of these samples that can be read (``models.exam``).

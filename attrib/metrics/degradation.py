@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, ranks, score_grid
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, ranks, rounding, score_grid
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -36,7 +36,8 @@ class Degradation(Metric):
                   released code
     normalize     "ends": every curve as (p - p_end) / (p_start - p_end), so that it goes from 1 to 0. Schulz
                   et al. take both ends' means over the data set; here they are the sample's own, so a
-                  sample whose ends are alike counts much. NaN where they are equal
+                  sample whose ends are alike counts much. NaN where they are equal, or differ by no more than
+                  the net rounds (``perturb.rounding``)
     output        "probability": softmax of the target, or "logit"; see ``perturb.target_score``
     as_released   InputIBA's convention: tiles ranked by their sum instead of their mean (they differ for the
                   larger tiles at the far edges), scores minus that of the image, areas with dx = 1 / length.
@@ -53,7 +54,7 @@ class Degradation(Metric):
     """
 
     NAME: ClassVar[str] = "attrib.metrics.degradation.Degradation"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 1 divided by what a float32 net rounds
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
@@ -120,8 +121,10 @@ class Degradation(Metric):
         if self.as_released:
             curves = [curve - curve[:, :1] for curve in curves]
         elif self.normalize == "ends":
-            start, end = curves[0][:, :1], curves[0][:, -1:]
-            span = torch.where(start == end, torch.nan, start - end)
+            ends = curves[0][:, [0, -1]]
+            error = rounding(model, model.logits(batch.x.to(model.device, model.dtype)), ends, self.output)
+            start, end = ends.split(1, dim=1)
+            span = torch.where((start - end).abs() <= error.sum(1, keepdim=True), torch.nan, start - end)
             curves = [(curve - end) / span for curve in curves]
         morf, lerf = (torch.trapezoid(c, dx=1 / (c.shape[1] - (not self.as_released)), dim=1) for c in curves)
         return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, score_mixed
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, rounding, score_mixed, target_score
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
@@ -40,9 +40,10 @@ class SensitivityN(Metric):
     baseline   images: what stands for a removed pixel, see ``perturb.baseline``
     output     "logit", as in the paper, or "probability"
 
-    Where all sums or all differences of one size are equal, the correlation is taken as 0. So a constant map
-    scores 0. A map with NaN or infinite values, a text of fewer than two words, and several labels of which none is
-    positive: NaN. Costs ``points`` times ``samples`` forward passes, and one.
+    Where all sums or all differences of one size are equal, the correlation is taken as 0; differences also where
+    they vary by no more than the net rounds (``perturb.rounding``). So a constant map scores 0. A map with NaN or
+    infinite values, a text of fewer than two words, and several labels of which none is positive: NaN. Costs
+    ``points`` times ``samples`` forward passes, and one.
 
     >>> import attrib, torch
     >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
@@ -52,7 +53,7 @@ class SensitivityN(Metric):
     """
 
     NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 1 took what a float32 net rounds for differences
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
@@ -120,13 +121,16 @@ class SensitivityN(Metric):
         value = units.sum(torch.where(map.isfinite(), map, 0.0))
 
         sizes = self.counts(units.n.cpu()).repeat_interleave(self.samples, dim=1)
-        change, total = [], []
+        change, total, error = [], [], []
         base = baseline(batch.x, self.baseline) if batch.words is None else batch.x
-        whole = self._scores(model, batch, base, units, torch.zeros_like(value[:, None], dtype=torch.bool))
+        logits = model.logits(batch.x)
+        whole = target_score(logits, batch.target, self.output, model.link)[:, None]
         for gone in self._subsets(units, sizes, noise, max(1, model.rows // len(batch))):
-            change.append(whole - self._scores(model, batch, base, units, gone))
+            score = self._scores(model, batch, base, units, gone)
+            change.append(whole - score)
             total.append((value[:, None] * gone).sum(2))
-        found = [torch.cat(part, 1).view(len(batch), -1, self.samples) for part in (change, total)]
+            error.append(rounding(model, logits, score, self.output))
+        found = [torch.cat(part, 1).view(len(batch), -1, self.samples) for part in (change, total, error)]
         curve = correlation(*found).masked_fill(~defined[:, None], torch.nan)
         return {"sensitivity_n": curve.mean(1), "sensitivity_n_curve": curve}
 
@@ -166,12 +170,15 @@ class SensitivityN(Metric):
         return score_mixed(model, batch.target, gone.shape[1], batch.x, base, removed, self.output)
 
 
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's, over the last dimension; 0 where one does not vary beyond rounding, NaN where one has NaN."""
+def correlation(a: Tensor, b: Tensor, error: Tensor | float = 0.0) -> Tensor:
+    """Pearson's, over the last dimension; 0 where one does not vary beyond rounding, NaN where one has NaN.
+
+    ``error``: how far each of ``a`` may be off.
+    """
     moved = []
-    for values in (a, b):
+    for values, unsure in ((a, error), (b, 0.0)):
         centred = values - values.mean(-1, keepdim=True)
         size = centred.norm(dim=-1, keepdim=True)
-        noise = 1e-12 * values.norm(dim=-1, keepdim=True)
+        noise = (1e-12 * values.abs() + unsure).norm(dim=-1, keepdim=True)
         moved.append(torch.where(size <= noise, 0.0, centred / size))
     return (moved[0] * moved[1]).sum(-1)

@@ -72,7 +72,7 @@ def examine(
     Without ``pairs`` no two rows go through the net together.
 
     Raises UserError for a net that does not return logits, but probabilities or something else, draws random numbers,
-    changes from run to run, or lets rows interact. An error of the net itself on the first sample is raised as it is.
+    changes from run to run, or lets rows interact. An error of the net itself on one of the samples is raised as it is.
     """
     name, bound = type(net).__name__, tolerance(x)
     with torch.no_grad(), global_states(0, x.device), output.alone(net):
@@ -101,6 +101,7 @@ def examine(
         except Exception as error:  # a user's net may raise anything
             if isinstance(error, UserError) or of_the_device(error):
                 raise
+            run(1)  # what the net does not take alone either, such as a text without its end, is not for two to blame
             raise UserError(
                 f"{name} takes one sample alone, but not two together ({type(error).__name__}: {error}); a net must "
                 "take a batch of any size"

@@ -55,8 +55,10 @@ class _TextNet(nn.Module):
 
     @property
     def default_layers(self) -> dict[str, str]:
-        """The paths of the roles that every text net has. The bottleneck is at the word embeddings by default."""
-        words = self.net.get_input_embeddings()
+        """The paths of the roles of a net with a table of words. The bottleneck is there by default."""
+        words = _words(self.net)
+        if words is None:
+            return {}
         path = next(path for path, module in self.named_modules() if module is words)
         return {"embedding": path, "bottleneck": path}
 
@@ -139,9 +141,21 @@ def names_of(config: Any) -> tuple[str, ...] | None:
     return names if any(names) else None
 
 
+def _words(net: PreTrainedModel) -> nn.Module | None:
+    """The table of words; None for a net without one, such as CANINE, which hashes characters into several."""
+    whole: Any = net
+    if net.config.is_encoder_decoder:  # of BART and T5 the net's own table only lends its weights to others
+        whole = net.base_model.get_encoder()
+    try:
+        found: nn.Module = whole.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
 def _max_length(net: PreTrainedModel) -> int | None:
     """The size of the table of positions, less those that RoBERTa keeps for padding; None without a table."""
-    count, words = getattr(net.config, "max_position_embeddings", None), net.get_input_embeddings()
+    count, words = getattr(net.config, "max_position_embeddings", None), _words(net)
     for module in net.modules():
         if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings == count:
             return count if module.padding_idx is None else count - module.padding_idx - 1

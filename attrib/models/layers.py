@@ -66,10 +66,25 @@ def _spoilt(value: Any) -> Any:
     return {k: _spoilt(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def _lent(module: nn.Module, path: str) -> list[str]:
+    """The modules that have the layer's weights as their own."""
+    own = {id(p) for p in module.get_submodule(path).parameters(recurse=False)}
+    return [
+        other
+        for other, child in module.named_modules()
+        if other != path and any(id(p) in own for p in child.parameters(recurse=False))
+    ]
+
+
 @torch.no_grad()
 def check_layer(module: nn.Module, path: str, x: Tensor) -> None:
     """Raises UserError unless the layer runs once, and all that the net reads of it is one tensor, a row per sample."""
     outputs, where = outputs_of(module, path, x.clone()), f"layer {path} of {type(module).__name__}"
+    if not outputs and (lent := _lent(module, path)):
+        raise UserError(
+            f"{where} never runs: it lends its weights to {' and '.join(lent)}, which run in its place; take one of "
+            "them (set model.layers.<role>)"
+        )
     if len(outputs) != 1:
         raise UserError(
             f"{where} runs {len(outputs)} times in a forward pass; take a layer that runs exactly once "

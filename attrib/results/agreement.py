@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from attrib.results import formats
+from attrib.results import formats, stats
 from attrib.results.written import TextTable
 
 RESAMPLES = 2_000
@@ -29,7 +29,8 @@ def agreement(frame: pd.DataFrame, confidence: float = 0.95, *, seed: int = 0) -
     a = b    of a column with itself: what one half of the samples says against what the other does, mean over random
              halves, without an interval. With half of the samples, so that all of them would agree better
 
-    Samples are matched by uid and fingerprint. NaN where all methods have the same mean.
+    Samples are matched by uid and fingerprint. Means that differ by rounding alone (:mod:`attrib.results.stats`) share
+    their rank. NaN where all methods have the same mean.
     """
     found = []
     use = frame[(frame["state"] == "ok") & (frame["direction"] != "none")]
@@ -58,6 +59,12 @@ def _pair(a: np.ndarray, b: np.ndarray, confidence: float, seed: int, halves: bo
     if methods.sum() < 3 or not n:
         return {}
     a, b = a[methods][:, samples], b[methods][:, samples]
+    a_error, b_error = stats.rounding_error(a), stats.rounding_error(b)
+
+    def sums(weight: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of ``a`` and of ``b`` over the samples, each as often as its weight (n, draws) says."""
+        return equalised(a @ weight, a_error @ weight), equalised(b @ other, b_error @ other)
+
     rng = np.random.default_rng(seed)
     spread = []
     step = max(1, _BLOCK // n)
@@ -65,20 +72,33 @@ def _pair(a: np.ndarray, b: np.ndarray, confidence: float, seed: int, halves: bo
         count = min(step, RESAMPLES - start)
         if halves:
             one = np.argsort(rng.random((n, count)), axis=0) % 2 == 0
-            spread.append(spearman(a @ one, a @ ~one))
+            spread.append(spearman(*sums(one, ~one)))
         else:
             drawn = rng.multinomial(n, np.full(n, 1 / n), size=count).T.astype(float)
-            spread.append(spearman(a @ drawn, b @ drawn))
+            spread.append(spearman(*sums(drawn, drawn)))
     drawn_rho = np.concatenate(spread)
     known = drawn_rho[np.isfinite(drawn_rho)]
     lo = hi = np.nan
     if halves:
         rho = float(known.mean()) if n > 1 and len(known) else np.nan
     else:
-        rho = float(spearman(a.mean(1)[:, None], b.mean(1)[:, None])[0])
+        rho = float(spearman(*sums(np.ones((n, 1)), np.ones((n, 1))))[0])
         if n > 1 and len(known):
             lo, hi = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"methods": int(methods.sum()), "n": n, "rho": rho, "lo": float(lo), "hi": float(hi)}
+
+
+def equalised(values: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """:func:`attrib.results.stats.equalised` for each column of (methods, draws)."""
+    order = values.argsort(axis=0, kind="stable")
+    level, slack = (np.take_along_axis(x, order, axis=0) for x in (values, error))
+    for i in range(1, len(level)):
+        near = level[i] - level[i - 1] <= np.maximum(slack[i], slack[i - 1])  # the row before is the first of its group
+        level[i] = np.where(near, level[i - 1], level[i])
+        slack[i] = np.where(near, slack[i - 1], slack[i])
+    found = np.empty_like(level)
+    np.put_along_axis(found, order, level, axis=0)
+    return found
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,0 +1,96 @@
+"""Whether a text net reads its words by one layer alone, so that a map made there is of all that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attrib.models.classifier import Classifier
+from attrib.models.device_memory import of_the_device
+from attrib.models.exam import tolerance
+from attrib.models.padding import apart
+from attrib.types import Batch, UserError
+
+
+def embeds(model: Classifier, role: str) -> bool:
+    """Whether the role's layer is a table of vectors, which is where the words of a text go in."""
+    return isinstance(model.layer(role), nn.Embedding)
+
+
+@torch.no_grad()
+def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
+    """Whether a text of the batch could be tried: one with different tokens.
+
+    Nothing that the layer gives for its words is handed on (zeros are), and the net is told of other words, the same
+    in another order. Its logits must be equal then. A table of positions or of segments does not see that, nor does
+    what finds the padding or the token that ends the text; and a weight of each word by which its vector is multiplied
+    has nothing to weigh.
+
+    Raises UserError for a net that reads the words in another way as well, as a decoder with a table of its own does.
+    """
+    assert batch.words is not None
+    assert batch.lengths is not None  # of a text
+    pad = getattr(model.module, "pad_id", -1)
+    for i, length in enumerate(batch.lengths.tolist()):
+        x, words = batch.x[i : i + 1, :length], batch.words[i, :length] >= 0
+        # Where the id of padding is a word too, a net may find the text's end by it.
+        places = (words & (x[0] != pad).to(words.device)).nonzero().squeeze(1).to(x.device)
+        other = x.clone()
+        other[:, places] = x[:, places.flip(0)]
+        if torch.equal(other, x):
+            continue
+        passed, front = model.passed, model.until(role, x)
+        if front.z.ndim != 3 or front.z.shape[:2] != x.shape:
+            return True  # whoever uses the layer will say so
+        z = front.z.index_fill(1, places, 0)
+        here = model.after(role, z, front.rest)
+        try:
+            there = model.after(role, z, model.until(role, other).rest)
+        except Exception as error:  # a user's net may raise anything, of a text that nobody has
+            if of_the_device(error):
+                raise
+            continue
+        finally:
+            model.passed = passed  # no sample's cost
+        share = apart(here, there)
+        if share > tolerance(z) / 10:
+            raise UserError(_not_alone(model, role, x, other, share))
+        return True
+    return False
+
+
+def _not_alone(model: Classifier, role: str, x: Tensor, other: Tensor, share: float) -> str:
+    path, name = model.path(role), type(model.module).__name__
+    tables = [table for table in _told_apart(model.module, x, other) if table != path]
+    way = f"by {' and '.join(tables)}" if tables else "in a way that is no nn.Embedding"
+    return (
+        f"model.layers.{role}: {name} reads the words not by {path} alone but also {way}: with no words there, others "
+        f"in their places change its logits by {share:.2g} of the largest. A map made at {path} would be of a part of "
+        "what the words do. Give a net in which one module embeds the words for all that read them, or take what does "
+        "not go through that layer: a method that reads none or one behind them all, metrics with words=mask or "
+        "words=delete"
+    )
+
+
+def _told_apart(net: nn.Module, x: Tensor, other: Tensor) -> list[str]:
+    """The embeddings that give other vectors for the one text than for the other."""
+
+    def seen(text: Tensor) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+
+        def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _module, _inputs, output: found.setdefault(path, []).append(output.clone())
+
+        with ExitStack() as stack:
+            for path, module in net.named_modules():
+                if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                    stack.callback(module.register_forward_hook(keep(path)).remove)
+            net(text.clone())
+        return found
+
+    one, two = seen(x), seen(other)
+    return [path for path in one if any(a.shape != b.shape or not a.equal(b) for a, b in zip(one[path], two[path]))]
