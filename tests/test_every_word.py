@@ -44,7 +44,7 @@ class TwoTables(Net):
 
 class OneHot(Net):
     def vectors(self, x: Tensor) -> Tensor:
-        return self.embedding(x) + nn.functional.one_hot(x, 24)[..., :6]
+        return self.embedding(x) + nn.functional.one_hot(x, 24)[..., 4:10]
 
 
 class Positions(Net):
@@ -88,9 +88,21 @@ def test_a_second_way_of_the_words_is_refused(kind, way):
     assert (explanation.evaluate(Eraser(words="delete"))["state"] == "ok").all()
 
 
-@pytest.mark.parametrize("kind", [Positions, Segments, Weighted])
+class AtTheEnd(Net):
+    """Reads the place of the token that ends a text, as CLIP does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = (self.vectors(x) * (x != 0).unsqueeze(2)).cumsum(1)
+        return self.head(z[torch.arange(len(x), device=x.device), (x == 2).int().argmax(1)])
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x) + torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+
+
+@pytest.mark.parametrize("kind", [Positions, Segments, Weighted, AtTheEnd])
 def test_tables_of_other_things_are_none(kind):
-    found = attrib.explain(kind(), IDS, method="integrated_gradients", target=1, layers=HERE)
+    ids = [torch.tensor([4, 5, 3, 6, 9, 8, 2]), torch.tensor([4, 7, 9, 2])]
+    found = attrib.explain(kind(), ids, method="integrated_gradients", target=1, layers=HERE)
     assert (found.evaluate(Eraser(words="zero"))["state"] == "ok").all()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,7 +28,8 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     Nothing that the layer gives for its words is handed on (zeros are), and the net is told of other words, the same
     in another order. Its logits must be equal then. A table of positions or of segments does not see that, nor does
     what finds the padding or the token that ends the text; and a weight of each word by which its vector is multiplied
-    has nothing to weigh.
+    has nothing to weigh. Ids that came without words may have such a token among them, so one kind of token may have to
+    stay where it is.
 
     Raises UserError for a net that reads the words in another way as well, as a decoder with a table of its own does.
     """
@@ -38,29 +39,53 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     for i, length in enumerate(batch.lengths.tolist()):
         x, words = batch.x[i : i + 1, :length], batch.words[i, :length] >= 0
         # Where the id of padding is a word too, a net may find the text's end by it.
-        places = (words & (x[0] != pad).to(words.device)).nonzero().squeeze(1).to(x.device)
-        other = x.clone()
-        other[:, places] = x[:, places.flip(0)]
+        words = words.to(x.device) & (x[0] != pad)
+        other = _turned(x, words)
         if torch.equal(other, x):
             continue
         passed, front = model.passed, model.until(role, x)
         if front.z.ndim != 3 or front.z.shape[:2] != x.shape:
             return True  # whoever uses the layer will say so
-        z = front.z.index_fill(1, places, 0)
+        z = front.z.masked_fill(words[None, :, None], 0)
         here = model.after(role, z, front.rest)
         try:
-            there = model.after(role, z, model.until(role, other).rest)
-        except Exception as error:  # a user's net may raise anything, of a text that nobody has
-            if of_the_device(error):
-                raise
-            continue
+            share = _change(model, role, other, z, here)
+            if share is None:
+                continue
+            bound = tolerance(z) / 10
+            if share > bound:
+                left = (_change(model, role, some, z, here) for some in _others(x, words))
+                if not any(change is not None and change <= bound for change in left):
+                    raise UserError(_not_alone(model, role, x, other, share))
         finally:
             model.passed = passed  # no sample's cost
-        share = apart(here, there)
-        if share > tolerance(z) / 10:
-            raise UserError(_not_alone(model, role, x, other, share))
         return True
     return False
+
+
+def _change(model: Classifier, role: str, text: Tensor, z: Tensor, here: Tensor) -> float | None:
+    """How far logits with ``z`` as the layer's output are from ``here``; None of a text that the net does not take."""
+    try:
+        return apart(here, model.after(role, z, model.until(role, text).rest))
+    except Exception as error:  # a user's net may raise anything, of a text that nobody has
+        if of_the_device(error):
+            raise
+        return None
+
+
+def _others(x: Tensor, words: Tensor) -> Iterator[Tensor]:
+    """The text with its words turned round but for those of one kind, for each kind; the last word's first."""
+    for token in dict.fromkeys(x[0, words].flip(0).tolist()):
+        other = _turned(x, words & (x[0] != token))
+        if not torch.equal(other, x):
+            yield other
+
+
+def _turned(x: Tensor, places: Tensor) -> Tensor:
+    """The text (1, T) with its tokens at these places (T,) in the opposite order."""
+    other, some = x.clone(), places.nonzero().squeeze(1)
+    other[:, some] = x[:, some.flip(0)]
+    return other
 
 
 def _not_alone(model: Classifier, role: str, x: Tensor, other: Tensor, share: float) -> str:
