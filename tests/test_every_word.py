@@ -196,3 +196,10 @@ def test_characters_that_are_hashed_have_no_table_of_words():
     net = HuggingFaceClassifier(random_weights(transformers.CanineForSequenceClassification(config)).eval(), 0, 2)
     with pytest.raises(UserError, match=r"no layer for the role 'embedding'.*HashBucketCodepointEmbedder_0"):
         Classifier(net, net.default_layers).path("embedding")
+
+
+def test_the_net_is_not_examined_on_what_it_is_told_instead():
+    model, words = Classifier(Positions(), HERE), torch.arange(4)[None]
+    batch = Batch(("a",), torch.tensor([[4, 5, 6, 7]]), torch.tensor([1]), None, torch.tensor([4]), words)
+    assert check_every_word(model, "embedding", batch)
+    assert model.exam is None

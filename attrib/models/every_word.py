@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attrib.models.classifier import Classifier
 from attrib.models.device_memory import of_the_device
 from attrib.models.exam import tolerance
+from attrib.models.layers import hooked
 from attrib.models.padding import apart
 from attrib.types import Batch, UserError
 
@@ -43,34 +44,51 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
         other = _turned(x, words)
         if torch.equal(other, x):
             continue
-        passed, front = model.passed, model.until(role, x)
-        if front.z.ndim != 3 or front.z.shape[:2] != x.shape:
+        z = _given(model, role, x, words)
+        if z is None:
             return True  # whoever uses the layer will say so
-        z = front.z.masked_fill(words[None, :, None], 0)
-        here = model.after(role, z, front.rest)
-        try:
-            share = _change(model, role, other, z, here)
-            if share is None:
-                continue
-            bound = tolerance(z) / 10
-            if share > bound:
-                left = (_change(model, role, some, z, here) for some in _others(x, words))
-                if not any(change is not None and change <= bound for change in left):
-                    raise UserError(_not_alone(model, role, x, other, share))
-        finally:
-            model.passed = passed  # no sample's cost
+        here = _logits(model, role, x, z)
+        share = None if here is None else _change(model, role, other, z, here)
+        if here is None or share is None:
+            continue
+        bound = tolerance(z) / 10
+        if share > bound:
+            left = (_change(model, role, some, z, here) for some in _others(x, words))
+            if not any(change is not None and change <= bound for change in left):
+                raise UserError(_not_alone(model, role, x, other, share))
         return True
     return False
 
 
-def _change(model: Classifier, role: str, text: Tensor, z: Tensor, here: Tensor) -> float | None:
-    """How far logits with ``z`` as the layer's output are from ``here``; None of a text that the net does not take."""
+def _given(model: Classifier, role: str, x: Tensor, words: Tensor) -> Tensor | None:
+    """What the layer gives for a text (1, T), with zeros for its ``words``; None if that is not a vector for each."""
+    found: list[Any] = []
+    with hooked(model.layer(role), lambda _module, _inputs, output: found.append(output)):
+        model.module(x.clone())
+    if len(found) != 1 or found[0].ndim != 3 or found[0].shape[:2] != x.shape:
+        return None
+    return found[0].masked_fill(words[None, :, None], 0)
+
+
+def _logits(model: Classifier, role: str, text: Tensor, z: Tensor) -> Tensor | None:
+    """With ``z`` as the layer's output; None of a text that the net does not take.
+
+    Not by the cut net, which would be tried on these texts, and they are made up.
+    """
     try:
-        return apart(here, model.after(role, z, model.until(role, text).rest))
+        with hooked(model.layer(role), lambda _module, _inputs, _output: z.clone()):
+            logits: Tensor = model.module(text.clone())
     except Exception as error:  # a user's net may raise anything, of a text that nobody has
         if of_the_device(error):
             raise
         return None
+    return logits
+
+
+def _change(model: Classifier, role: str, text: Tensor, z: Tensor, here: Tensor) -> float | None:
+    """How far logits are from ``here`` with other words; None of a text that the net does not take."""
+    there = _logits(model, role, text, z)
+    return None if there is None else apart(here, there)
 
 
 def _others(x: Tensor, words: Tensor) -> Iterator[Tensor]:
