@@ -179,7 +179,7 @@ def test_a_decoder_that_reads_the_words_itself(build):
 
 def test_a_table_that_only_lends_its_weights_is_named():
     model = Classifier(HuggingFaceClassifier(bart(), 0, 2), {"embedding": "net.model.shared"})
-    with pytest.raises(UserError, match=r"never runs: it lends its weights to net\.model\.encoder\.embed_tokens and "):
+    with pytest.raises(UserError, match=r"never runs, and lends its weights to net\.model\.encoder\.embed_tokens and "):
         model.until("embedding", torch.tensor([[3, 4, 5, 16]]))
 
 
