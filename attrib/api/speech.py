@@ -11,7 +11,7 @@ _SAID: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\brun\.(device|dtype)=(\w+)(?=[,;.\s]|$)", r'run={"\1": "\2"}'),
     (r"\bmethod=(\w+)", r'method="\1"'),
     (r"\bset (model\.\w+=\S+) (model\.\w+=\S+)", r'say overrides=["\1", "\2"]'),
-    (r"\bset model\.layers\.(\w+|<role>)", r'give layers={"\1": "PATH"}'),
+    (r"\bset model\.layers\.(\w+\b|<role>)(?! to )", r'give layers={"\1": "PATH"}'),
     (r"\bset method\.(\w+)=([a-z_]+)\b(?![=.])", r'give \1="\2"'),
     (r"\bSet method\.(\w+)=([a-z_]+)\b(?![=.])", r'Give \1="\2"'),
     (r'\b([Gg]ive \w+)="(true|false)"', lambda found: f"{found[1]}={found[2].title()}"),
