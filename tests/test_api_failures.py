@@ -130,6 +130,15 @@ def test_a_refused_method_costs_itself_only(images, tmp_path, caplog):
         attrib.compare(small_cnn(), images, methods, "ehr", target=0, uids=names)
 
 
+def test_of_many_samples_that_failed_a_comparison_names_some():
+    names = [f"s{i}" for i in range(14)]
+    found = attrib.compare(
+        small_cnn(), torch.rand(14, 3, 8, 8), [Odd(uids=tuple(names[1:]))], "insertion_deletion", target=0, uids=names
+    )
+    assert len(found.problems) == 13
+    assert repr(found).endswith("and 3 more: see problems")
+
+
 def test_a_refused_metric_costs_itself_only(images, monkeypatch):
     from attrib.metrics.infidelity import Infidelity
 

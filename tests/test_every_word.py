@@ -44,7 +44,7 @@ class TwoTables(Net):
 
 class OneHot(Net):
     def vectors(self, x: Tensor) -> Tensor:
-        return self.embedding(x) + nn.functional.one_hot(x, 24)[..., :6]
+        return self.embedding(x) + nn.functional.one_hot(x, 24)[..., 4:10]
 
 
 class Positions(Net):
@@ -88,9 +88,21 @@ def test_a_second_way_of_the_words_is_refused(kind, way):
     assert (explanation.evaluate(Eraser(words="delete"))["state"] == "ok").all()
 
 
-@pytest.mark.parametrize("kind", [Positions, Segments, Weighted])
+class AtTheEnd(Net):
+    """Reads the place of the token that ends a text, as CLIP does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = (self.vectors(x) * (x != 0).unsqueeze(2)).cumsum(1)
+        return self.head(z[torch.arange(len(x), device=x.device), (x == 2).int().argmax(1)])
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x) + torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+
+
+@pytest.mark.parametrize("kind", [Positions, Segments, Weighted, AtTheEnd])
 def test_tables_of_other_things_are_none(kind):
-    found = attrib.explain(kind(), IDS, method="integrated_gradients", target=1, layers=HERE)
+    ids = [torch.tensor([4, 5, 3, 6, 9, 8, 2]), torch.tensor([4, 7, 9, 2])]
+    found = attrib.explain(kind(), ids, method="integrated_gradients", target=1, layers=HERE)
     assert (found.evaluate(Eraser(words="zero"))["state"] == "ok").all()
 
 
@@ -167,7 +179,7 @@ def test_a_decoder_that_reads_the_words_itself(build):
 
 def test_a_table_that_only_lends_its_weights_is_named():
     model = Classifier(HuggingFaceClassifier(bart(), 0, 2), {"embedding": "net.model.shared"})
-    with pytest.raises(UserError, match=r"never runs: it lends its weights to net\.model\.encoder\.embed_tokens and "):
+    with pytest.raises(UserError, match=r"never runs, and lends its weights to net\.model\.encoder\.embed_tokens and "):
         model.until("embedding", torch.tensor([[3, 4, 5, 16]]))
 
 
@@ -184,3 +196,10 @@ def test_characters_that_are_hashed_have_no_table_of_words():
     net = HuggingFaceClassifier(random_weights(transformers.CanineForSequenceClassification(config)).eval(), 0, 2)
     with pytest.raises(UserError, match=r"no layer for the role 'embedding'.*HashBucketCodepointEmbedder_0"):
         Classifier(net, net.default_layers).path("embedding")
+
+
+def test_the_net_is_not_examined_on_what_it_is_told_instead():
+    model, words = Classifier(Positions(), HERE), torch.arange(4)[None]
+    batch = Batch(("a",), torch.tensor([[4, 5, 6, 7]]), torch.tensor([1]), None, torch.tensor([4]), words)
+    assert check_every_word(model, "embedding", batch)
+    assert model.exam is None

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import attrib
 from attrib.models import Classifier
+from attrib.models.padding import seen
 
 WORDS, WIDTH, PAD = 24, 6, 0
 STEPS = 5  # of integrated gradients
@@ -184,3 +185,12 @@ def test_a_text_of_one_kind_of_token_is_not_examined_beside_nothing():
     text = torch.full((1, 4), 5)
     found = attrib.explain(net, text, 1, "occlusion", run={"dtype": "float64"}).map
     torch.testing.assert_close(found[0].double(), _reference(net, text[0], net.embedding(text), "occlusion"))
+
+
+def test_the_exam_takes_few_passes():
+    """Of a large net they take as long as an explanation."""
+    net, passes = seeded(ByTheLongest(), 0.9), []
+    forward = type(net).forward
+    net.forward = lambda x: passes.append(tuple(x.shape)) or forward(net, x)
+    seen(net, torch.arange(1, 21).repeat(2, 1), PAD, pairs=True)
+    assert len(passes) <= 16

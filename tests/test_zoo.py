@@ -150,7 +150,7 @@ def test_timm_without_a_network(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"no": "localhost"})
     monkeypatch.setattr("socket.getaddrinfo", lambda *_: [])
     timm_net("resnet18", pretrained=True)
     monkeypatch.setattr("socket.getaddrinfo", nowhere)

@@ -22,6 +22,7 @@ from attrib.types import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHOWN = 10  # lines of what failed, in ``repr``
 _CATEGORIES = (
     "cell",
     "dataset",
@@ -79,7 +80,9 @@ class Comparison:
         return tables.ranks(self.rows).drop(columns=["dataset"])
 
     def __repr__(self) -> str:
-        lines = "".join(f"\n{line}" for line in self.problems)
+        problems = self.problems
+        more = [f"and {len(problems) - SHOWN} more: see problems"] if len(problems) > SHOWN else []
+        lines = "".join(f"\n{line}" for line in [*problems[:SHOWN], *more])
         return f"Comparison of {', '.join(self.explanations)}:\n{self._short().to_string(index=False)}{lines}"
 
     @property

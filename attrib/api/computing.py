@@ -138,11 +138,7 @@ def cell_of(
         seed=seed,
     )
     check_modality(method.node, cell)
-    try:
-        cell.check_layers()
-    except UserError as error:  # which speaks to those at a command line
-        said = re.sub(r"set model\.layers\.(\w+)", r'give layers={"\1": "PATH"}', str(error))
-        raise UserError(said) from error
+    cell.check_layers()
     if isinstance(data, TextDataset):
         check_encoder(data.encoder, model, net.config.get("checkpoint"), net.name)
     if net.preset is not None:

@@ -30,6 +30,8 @@ def maps_of(maps: Any, name: str, samples: int) -> Sequence[np.ndarray]:
         if found and all(m.dtype.kind in "biuf" for m in found):
             if len(found) != samples:
                 hint = "; of one sample they are maps[None]" if samples == 1 and found[0].ndim == 1 else ""
+                if len(found) < samples:
+                    hint = "; where samples have no map, give the Explanation itself, or those of x that have one"
                 raise UserError(f"maps: {name} has {len(found)} maps for {samples} samples{hint}")
             return found
     what = f"{type(maps).__name__}{f' of {maps.dtype}' if isinstance(maps, Tensor | np.ndarray) else ''}"

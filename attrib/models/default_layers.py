@@ -275,6 +275,6 @@ def only_embedding(net: nn.Module) -> DefaultLayer:
         return DefaultLayer(found[0], "the only embedding")
     what = f"its embeddings are {', '.join(found)}" if found else "it has no nn.Embedding"
     raise UserError(
-        f"{type(net).__name__} has no layer for the role 'embedding', which embeds tokens ({what}); set "
-        "model.layers.embedding, in Python layers={'embedding': PATH}"
+        f"{type(net).__name__} has no layer for the role 'embedding', which embeds tokens ({what}); "
+        "set model.layers.embedding"
     )

@@ -82,8 +82,8 @@ def check_layer(module: nn.Module, path: str, x: Tensor) -> None:
     outputs, where = outputs_of(module, path, x.clone()), f"layer {path} of {type(module).__name__}"
     if not outputs and (lent := _lent(module, path)):
         raise UserError(
-            f"{where} never runs: it lends its weights to {' and '.join(lent)}, which run in its place; take one of "
-            "them (set model.layers.<role>)"
+            f"{where} never runs, and lends its weights to {' and '.join(lent)}; take a layer that runs "
+            "(set model.layers.<role>)"
         )
     if len(outputs) != 1:
         raise UserError(

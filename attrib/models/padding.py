@@ -31,8 +31,9 @@ def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool) -> float:
     half = _taken(net, x[:1], length - length // 2 if length > 3 else length)
     worst = _padded(net, half, pad, {1, max(3, length - half.shape[1])})
     few = {tuple(x[0, :n].tolist()) for n in (1, 2, 3)} | {(token,) for token in x[0, -SHORT:].tolist()}
-    for text in sorted(few - {tuple(half[0].tolist()), (pad,)}):
-        worst = max(worst, _padded(net, x.new_tensor([text]), pad, {3}))
+    few -= {tuple(half[0].tolist()), (pad,)}
+    for n in sorted({len(text) for text in few}):
+        worst = max(worst, _padded_each(net, x.new_tensor(sorted(text for text in few if len(text) == n)), pad, pairs))
     return max(worst, _beside(net, x, pad) if pairs else _trimmed(net, half, pad))
 
 
@@ -52,6 +53,16 @@ def _padded(net: nn.Module, text: Tensor, pad: int, more: set[int]) -> float:
         else:
             worst = max(worst, apart(alone, padded))
     return worst
+
+
+def _padded_each(net: nn.Module, texts: Tensor, pad: int, pairs: bool) -> float:
+    """The same of several texts (N, T), with three places more; by two passes where the net takes them together."""
+    if pairs and len(texts) > 1:
+        longer = torch.cat((texts, texts.new_full((len(texts), 3), pad)), 1)
+        alone, padded = _tried(net, texts), _tried(net, longer)
+        if alone is not None and padded is not None and len(alone) == len(padded) == len(texts):
+            return max(map(apart, alone.split(1), padded.split(1)))
+    return max(_padded(net, text, pad, {3}) for text in texts.split(1))
 
 
 def _beside(net: nn.Module, x: Tensor, pad: int) -> float:

@@ -21,7 +21,8 @@ def hub_at_once(place: str = "") -> Iterator[str]:
 
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     asked = host and not constants.HF_HUB_OFFLINE and not os.path.isdir(place)
-    if not asked or urllib.request.getproxies():  # a proxy knows names that we do not
+    proxies = urllib.request.getproxies().keys() - {"no"}  # "no": what goes by none
+    if not asked or proxies:  # a proxy knows names that we do not
         yield ""
         return
     try:
