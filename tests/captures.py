@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch.export import exported_program as PLACE
 
-# Of torch 2.4 and 2.5 (``attrib.models.capture_older``). What they cannot do is marked, with what they say.
-OLDER = not hasattr(torch.export, "default_decompositions")
-
 NAMES = ("_collect_all_valid_cia_ops", "_override_composite_implicit_decomp")  # not public: perhaps they are not there
 TORCHS = {name: getattr(PLACE, name) for name in NAMES if hasattr(PLACE, name)}
 

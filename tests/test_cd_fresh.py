@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captures import OLDER
 from contracts import seeded
 from nets import golden
 from test_cd_nets import mnist
@@ -98,7 +97,6 @@ class Reader(nn.Module):
         return self.out(self.lstm(self.embedding(x))[1][0].transpose(0, 1).flatten(1))
 
 
-@pytest.mark.xfail(OLDER, reason="torch cannot export what reads the last state of an LSTM", strict=True)
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_a_word_whose_vector_is_zero_is_where_the_mask_says(both_ways: bool) -> None:
     """Its biases count as the word that is read, also if there is nothing else to see of it."""

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from captures import OLDER
 from contracts import seeded
 from torch import Tensor, nn
 
@@ -277,7 +276,6 @@ def normed(
     return expected
 
 
-@pytest.mark.xfail(OLDER, reason="torch writes the number of rows into the graph of an instance norm", strict=True)
 def test_norms_over_the_sample() -> None:
     index = np.arange(24).reshape(4, 6)
     layer = net(nn.LayerNorm(6))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from captures import OLDER
+from older_torch import OLDER
 from torch import nn
 
 import attrib

@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from tiny import command
 from tiny import pictures as saved_pictures
-from tiny_huggingface import DECODERS, IMAGES, WORDS, bert, clip, llama, siglip, swin, tokenizer, vit
+from tiny_huggingface import DECODERS, IMAGES, VIT_LAYER, WORDS, bert, clip, llama, siglip, swin, tokenizer, vit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers(kind, tmp_path):
 
 
 def test_grad_cam_of_a_vit_and_a_swin(tmp_path):
-    for kind, layer in (("vit", "net.vit.layers.0"), ("swin", "net.swin.encoder.layers.0")):
+    for kind, layer in (("vit", VIT_LAYER), ("swin", "net.swin.encoder.layers.0")):
         net = hf_image_classifier(str(IMAGES[kind](tmp_path / kind)))
         model = Classifier(net, {"cam": layer}, input_shape=(3, 16, 16))
         batch = Batch(("a", "b"), images(2), torch.tensor([0, 1]))
@@ -103,7 +103,7 @@ def test_images_are_prepared_as_the_processor_does(kind, tmp_path):
     image = Image.fromarray(pixels).resize((98, 126), Image.Resampling.BICUBIC)
     size = known["size"] if isinstance(known["size"], int) else tuple(known["size"])
     ours = ImageTransform(**{**known, "size": size}).tensor(image)
-    theirs = torch.tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
+    theirs = torch.tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
     assert (ours - theirs).abs().max() < 0.06  # three of 255 levels
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from captures import OLDER
 from net_zoo import PAD, OwnTextCNN
 from nets import small_cnn, small_cnn_images
 from torch import nn
@@ -426,7 +425,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("function", [F.logsigmoid, *[F.rrelu] * (not OLDER)])  # it has another name there
+@pytest.mark.parametrize("function", [F.logsigmoid, F.rrelu])
 def test_functions_with_a_second_result_have_a_rule(function):
     assert lrp_of(lambda net, z: net.second(function(z))).abs().sum() > 0
 

@@ -13,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny import ROOT, pictures
+from tiny_huggingface import VIT_LAYER
 
 from attrib.config.compose import preset
 from attrib.config.objects import build, classifier, experiment, options_of, with_input
@@ -69,7 +70,7 @@ MODEL = {
 }  # fmt: skip
 # Nets that come in a folder: what makes one, what else must be said, the number of classes.
 FOLDERS = {
-    "huggingface_image": (tiny_huggingface.vit, ["{bottleneck: net.vit.layers.0, cam: net.vit.layers.0}"], 3),
+    "huggingface_image": (tiny_huggingface.vit, [f"{{bottleneck: {VIT_LAYER}, cam: {VIT_LAYER}}}"], 3),
     "huggingface_image_text": (
         tiny_huggingface.clip,
         ["{bottleneck: net.vision_model.encoder.layers.0, cam: null}", "model.output.prompts=[a cat, dog]"], 2,

@@ -20,6 +20,9 @@ TOWER = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, interme
 TEXT = dict(TOWER, vocab_size=len(WORDS), max_position_embeddings=8, projection_dim=12)
 VISION = dict(TOWER, image_size=16, patch_size=4, projection_dim=12)
 ENDS = dict(pad_token_id=0, bos_token_id=17, eos_token_id=16)
+with torch.device("meta"):
+    _VIT = dict(transformers.ViTModel(transformers.ViTConfig(**TOWER)).named_modules())
+VIT_LAYER = "net.vit.layers.0" if "layers.0" in _VIT else "net.vit.encoder.layer.0"  # transformers has renamed it
 
 
 def random_weights(net: torch.nn.Module) -> torch.nn.Module:

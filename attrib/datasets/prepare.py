@@ -92,7 +92,7 @@ def read_meta(path: Path) -> dict[str, str]:
     try:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         return {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets if int(s["num_children"]) == 0}
-    except (MatReadError, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (MatReadError, OSError, LookupError, ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--meta: {path} is not the meta.mat of the ILSVRC 2012 development kit: {error}") from error
 
 

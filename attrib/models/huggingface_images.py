@@ -181,7 +181,7 @@ def hf_input(path: str, **_: Any) -> dict[str, Any]:
     if about.get("do_flip_channel_order"):
         raise UserError(f"model.path: {path}: its image processor turns RGB into BGR, which attrib does not do")
     probe = _probe()
-    out = np.asarray(processor(probe, return_tensors="np")["pixel_values"][0], dtype=np.float64)
+    out = np.asarray(processor(probe, return_tensors="pt")["pixel_values"][0], dtype=np.float64)
     channels = len(out)
     normalised = about.get("do_normalize", False)
     mean, std = (
