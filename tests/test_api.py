@@ -392,7 +392,7 @@ def test_own_text_nets_need_their_tokenizer_and_embedding():
     found = attrib.explain(net, ["a good film", "bad"], 1, "gradient", tokenizer=encoder)  # it is the only one
     assert torch.equal(found.map, explanation.map)
     net.more = nn.Embedding(3, 4)
-    with pytest.raises(UserError, match=r"its embeddings are embed, more.*layers=\{'embedding': PATH\}"):
+    with pytest.raises(UserError, match=r"its embeddings are embed, more.*layers=\{\"embedding\": \"PATH\"\}"):
         attrib.explain(net, ["a good film"], 1, "gradient", tokenizer=encoder)
     scores = attrib.evaluate(
         net, ["a good film"], [torch.ones(3)], "insertion_deletion", layers={"embedding": "embed"}, tokenizer=encoder

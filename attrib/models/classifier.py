@@ -480,7 +480,7 @@ class Classifier:
         if role not in self._splits:
             if x is None:
                 raise RuntimeError(f"call until({role!r}, x) before after({role!r}, ...)")
-            cut = split(self.module, self.path(role), x)
+            cut = split(self.module, self.path(role), x, pairs=self.rows > 1)
             self._splits[role] = fast_split(cut, self.module, self.path(role), self.compile) if self.fold else cut
         return self._splits[role]
 
