@@ -7,8 +7,10 @@ from fnmatch import fnmatch
 
 import captures
 import pytest
-from older_torch import FAIL, OLDER
+from older_torch import FAIL
 from synthetic import build
+
+from attrib.models.capture_older import OLDER
 
 
 @pytest.hookimpl(tryfirst=True)

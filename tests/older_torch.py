@@ -3,10 +3,6 @@
 They are expected to fail there, and one that does not fails the run, so that the list stays true.
 """
 
-import torch
-
-OLDER = not hasattr(torch.export, "default_decompositions")  # than 2.6; see ``attrib.models.capture_older``
-
 FAIL = {
     "test_a_word_whose_vector_is_zero_is_where_the_mask_says": "cannot export what reads the last state of an LSTM",
     "test_norms_over_the_sample": "writes the number of rows into the graph of an instance norm",

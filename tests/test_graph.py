@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from older_torch import OLDER
 from torch import nn
 
 import attrib
@@ -18,6 +17,7 @@ from attrib.models import BiLSTM, Classifier, DeepLSTM, HuggingFaceClassifier
 from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import call, operation
 from attrib.models.capture import captured
+from attrib.models.capture_older import OLDER
 from attrib.models.graph import Graph, taken_apart
 from attrib.models.randomise import randomised
 from attrib.models.variant import Randomise

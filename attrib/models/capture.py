@@ -33,8 +33,6 @@ KEPT = frozenset((
     "rnn_tanh", "rnn_relu",
 ))  # fmt: skip
 
-_OLDER = not hasattr(torch.export, "default_decompositions")  # than 2.6
-
 
 def captured(net: nn.Module, x: Tensor) -> fx.GraphModule:
     """The graph of ``net`` for inputs of the shape (but for the rows), type and device of x (N, *input).
@@ -74,7 +72,7 @@ def as_written() -> Iterator[None]:
 
 
 def _exported(net: nn.Module, example: Tensor) -> Program:
-    if _OLDER:
+    if capture_older.OLDER:
         with as_written(), unprinted():
             return capture_older.exported(net, example, _taken_apart(()))
     auto = torch.export.Dim.AUTO
@@ -113,7 +111,7 @@ def _given(program: Program) -> fx.Node:
 @functools.cache  # torch takes as long to list them as to export a small net
 def _taken_apart(libraries: tuple[str, ...]) -> Mapping[Any, Callable[..., Any]]:
     """The composite operations of these libraries (``torch.ops``) that are not kept, and what each consists of."""
-    if _OLDER:
+    if capture_older.OLDER:
         found = capture_older.composite(_whole)
     else:
         found = {op: parts for op, parts in torch.export.default_decompositions().items() if not _whole(op)}

@@ -21,6 +21,8 @@ from torch.export.graph_signature import ExportGraphSignature
 from attrib.models.calls import operation
 from attrib.models.device_memory import of_the_device
 
+OLDER = not hasattr(torch.export, "default_decompositions")  # than 2.6
+
 
 @dataclasses.dataclass(frozen=True)
 class OlderProgram:
@@ -44,16 +46,19 @@ def exported(net: nn.Module, example: Tensor, parts: Mapping[Any, Callable[..., 
         for name in inspect.signature(_export).parameters
         if name.lstrip("_") in ("allow_complex_guards_as_runtime_asserts", "disable_forced_specializations")
     }
+
+    def attempt(free: dict[int, Any]) -> OlderProgram:
+        program = _export(net, (example,), dynamic_shapes=(free,), strict=False, pre_dispatch=True, **lenient)
+        return _taken_apart(program, parts)
+
     *trials, last = _freedoms(example)
     for free in trials:
         try:
-            program = _export(net, (example,), dynamic_shapes=(free,), strict=False, pre_dispatch=True, **lenient)
-            return _taken_apart(program, parts)
+            return attempt(free)
         except Exception as error:  # tracing runs arbitrary user code, and this is a trial
             if of_the_device(error):
                 raise
-    program = _export(net, (example,), dynamic_shapes=(last,), strict=False, pre_dispatch=True, **lenient)
-    return _taken_apart(program, parts)
+    return attempt(last)
 
 
 def _freedoms(example: Tensor) -> Iterator[dict[int, Any]]:

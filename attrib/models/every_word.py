@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attrib.models.classifier import Classifier
-from attrib.models.device_memory import of_the_device
 from attrib.models.exam import tolerance
 from attrib.models.layers import hooked
-from attrib.models.padding import apart
+from attrib.models.padding import apart, tried
 from attrib.types import Batch, UserError
 
 
@@ -75,14 +74,8 @@ def _logits(model: Classifier, role: str, text: Tensor, z: Tensor) -> Tensor | N
 
     Not by the cut net, which would be tried on these texts, and they are made up.
     """
-    try:
-        with hooked(model.layer(role), lambda _module, _inputs, _output: z.clone()):
-            logits: Tensor = model.module(text.clone())
-    except Exception as error:  # a user's net may raise anything, of a text that nobody has
-        if of_the_device(error):
-            raise
-        return None
-    return logits
+    with hooked(model.layer(role), lambda _module, _inputs, _output: z.clone()):
+        return tried(model.module, text)
 
 
 def _change(model: Classifier, role: str, text: Tensor, z: Tensor, here: Tensor) -> float | None:

@@ -40,14 +40,14 @@ def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool) -> float:
 def _taken(net: nn.Module, text: Tensor, length: int) -> Tensor:
     """A part of a text (1, T): its begin or, of a net that wants the token that ends it, its end; else all of it."""
     parts = (text[:, :length], text[:, text.shape[1] - length :])
-    return next((part for part in parts if _tried(net, part) is not None), text)
+    return next((part for part in parts if tried(net, part) is not None), text)
 
 
 def _padded(net: nn.Module, text: Tensor, pad: int, more: set[int]) -> float:
     """With each of these numbers of places more; 0 for a text that the net takes in neither way."""
-    alone, worst = _tried(net, text), 0.0
+    alone, worst = tried(net, text), 0.0
     for count in more:
-        padded = _tried(net, torch.cat((text, text.new_full((1, count), pad)), 1))
+        padded = tried(net, torch.cat((text, text.new_full((1, count), pad)), 1))
         if alone is None or padded is None:
             worst = worst if alone is padded else math.inf
         else:
@@ -59,7 +59,7 @@ def _padded_each(net: nn.Module, texts: Tensor, pad: int, pairs: bool) -> float:
     """The same of several texts (N, T), with three places more; by two passes where the net takes them together."""
     if pairs and len(texts) > 1:
         longer = torch.cat((texts, texts.new_full((len(texts), 3), pad)), 1)
-        alone, padded = _tried(net, texts), _tried(net, longer)
+        alone, padded = tried(net, texts), tried(net, longer)
         if alone is not None and padded is not None and len(alone) == len(padded) == len(texts):
             return max(map(apart, alone.split(1), padded.split(1)))
     return max(_padded(net, text, pad, {3}) for text in texts.split(1))
@@ -73,7 +73,7 @@ def _beside(net: nn.Module, x: Tensor, pad: int) -> float:
     long = x[:1].repeat(1, 3)[:, : max(3, x.shape[1])]
     short = _taken(net, x[1:], (x.shape[1] + 1) // 2)
     both = torch.cat((long, torch.cat((short, short.new_full((1, long.shape[1] - short.shape[1]), pad)), 1)))
-    alone = [logits for text in (long, short) if (logits := _tried(net, text)) is not None]
+    alone = [logits for text in (long, short) if (logits := tried(net, text)) is not None]
     if len(alone) < 2:
         return 0.0
     (one, layers), (other, turned) = (_with_layers(net, rows) for rows in (both, both.flip(0)))
@@ -104,10 +104,10 @@ def _with_layers(net: nn.Module, x: Tensor) -> tuple[Tensor | None, list[Tensor]
         for module in net.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(module.register_forward_hook(keep).remove)
-        return _tried(net, x), found
+        return tried(net, x), found
 
 
-def _tried(net: nn.Module, x: Tensor) -> Tensor | None:
+def tried(net: nn.Module, x: Tensor) -> Tensor | None:
     """None for what the net does not take."""
     try:
         logits: Tensor = net(x.clone())
