@@ -98,6 +98,24 @@ def test_a_method_that_raises_costs_its_samples_only(images):
         explain(images, Odd(uids=("b",), refuses=True), uids=["a", "b", "c"])
 
 
+def test_what_all_methods_share_is_said_once(images, files, caplog):
+    attrib.compare(small_cnn(), files, ["gradient", "random"], "insertion_deletion", target=0, transform=HOW)
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(left_out) == 1
+    assert left_out[0].startswith(f"gradient, random left out a sample: {CORRUPT}: ")
+
+
+def test_of_many_failures_the_first_are_said(caplog):
+    names = [f"n{i:02}" for i in range(40)]
+    found = explain(torch.rand(40, 3, 32, 32), Odd(uids=tuple(names[1:])), uids=names)
+    left_out = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(left_out) == 11
+    assert left_out[-1] == "and 29 more are left out; failures has all reasons"
+    assert left_out[0] == "odd left out a sample: n01: ValueError: that is beyond me"
+    assert found.uids == ("n00",)
+    assert len(found.failures) == 39
+
+
 def test_a_refused_method_costs_itself_only(images, tmp_path, caplog):
     methods = {
         "gradient": Gradient(),

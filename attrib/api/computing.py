@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,16 +83,16 @@ class Failures:
             self.reasons[uid] = reason if says else f"{uid}: {reason}"
             self.first = self.first or error
 
-    def say(self, uids: Sequence[str], what: str) -> None:
-        """A warning for each of them. Raises the first if no sample is left: what the method raised, or SampleError."""
-        if len(self.reasons) == len(uids):
+    def among(self, uids: Sequence[str]) -> dict[str, str]:
+        """The reasons in the order of ``uids``. Raises the first, or what the method raised, if no sample is left."""
+        found = {uid: self.reasons[uid] for uid in uids if uid in self.reasons}
+        if len(found) == len(uids):
             if self.first is not None:
                 raise self.first
-            first = next(self.reasons[uid] for uid in uids if uid in self.reasons)
             others = len(uids) - 1
-            raise SampleError(first + (f" (nor can {others} more be explained)" if others else ""))
-        for reason in self.reasons.values():
-            log.warning("%s: %s", what, reason)
+            more = f" (nor can {others} more be explained)" if others else ""
+            raise SampleError(next(iter(found.values())) + more)
+        return found
 
 
 def classifier_of(net: Net, found: Given, method: Explainer) -> Classifier:
@@ -214,12 +214,7 @@ def explained(cell: Experiment, uids: Sequence[str], size: int, state: State) ->
     meter, found, failed = Meter(cell.model), dict[str, One](), Failures()
     for batch in batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size), failed):
         found |= _attempt(cell, batch, state, meter, failed)
-    failed.say(uids, f"{cell.names['method']} left out a sample")
-    return found, _ordered(failed.reasons, uids)
-
-
-def _ordered(reasons: Mapping[str, str], uids: Iterable[str]) -> dict[str, str]:
-    return {uid: reasons[uid] for uid in uids if uid in reasons}
+    return found, failed.among(uids)
 
 
 def _attempt(cell: Experiment, batch: Batch, state: State, meter: Meter, failed: Failures) -> dict[str, One]:
@@ -276,5 +271,4 @@ def targets_of(cell: Experiment, uids: Sequence[str], size: int) -> tuple[dict[s
     found, failed = dict[str, Tensor](), Failures()
     for batch in batches(cell.samples(uids, size), in_order(cell.dataset, sorted(uids), size), failed):
         found |= dict(zip(batch.uids, batch.target.cpu()))
-    failed.say(uids, "a sample is left out")
-    return found, _ordered(failed.reasons, uids)
+    return found, failed.among(uids)

@@ -235,6 +235,7 @@ class Explanation:
             "samples": {
                 uid: {"target": plain(t), "name": n} for uid, t, n in zip(self.uids, self.target, self.target_names)
             },
+            "asked": list(self.asked),
             "failures": dict(self.failures),
             "versions": {"attrib": attrib.__version__, "torch": torch.__version__},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from attrib.api.comparison import Comparison
+from attrib.api.comparison import SHOWN, Comparison
 from attrib.api.computing import (
     Handed,
     One,
@@ -112,7 +113,9 @@ def explain(
     found, rule = samples(x, door, uids, target)
     cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
     state = state_of(cell, found.uids, door.options.read, root)
-    return _explanation(cell, found, state, Origin(door, chosen, _name(fit), tuple(overrides)))
+    made = _explanation(cell, found, state, Origin(door, chosen, _name(fit), tuple(overrides)))
+    _warn({chosen.name: made.failures})
+    return made
 
 
 def _explanation(cell: Experiment, found: Given, state: State, origin: Origin) -> Explanation:
@@ -178,6 +181,7 @@ def evaluate(
     size = door.options.read
     check_metrics(cell, found.uids)
     targets, failures = targets_of(cell, found.uids, size)
+    _warn({"maps": failures})
     dtype = cell.model.dtype
     known = {
         uid: One({n: as_computed(each[i], dtype, f"{n} of {uid}") for n, each in arrays.items()}, targets[uid], {})
@@ -263,7 +267,20 @@ def compare(
             errors[name] = _refusal(name, error)
     if not scored:
         raise _none_left(errors)
+    _warn({name: made.failures for name, made in explanations.items()})
     return Comparison(explanations, scored, {name: _said(error) for name, error in errors.items()})
+
+
+def _warn(failures: Mapping[str, Mapping[str, str]]) -> None:
+    """Of the samples that methods left out (method -> uid -> why): one line, for whatever many of them, per reason."""
+    methods: dict[str, list[str]] = {}
+    for name, reasons in failures.items():
+        for reason in reasons.values():
+            methods.setdefault(reason, []).append(name)
+    for reason, names in itertools.islice(methods.items(), SHOWN):
+        log.warning("%s left out a sample: %s", ", ".join(names), reason)
+    if len(methods) > SHOWN:
+        log.warning("and %d more are left out; failures has all reasons", len(methods) - SHOWN)
 
 
 def _refusal(name: str, error: Exception) -> Exception:
