@@ -73,11 +73,24 @@ class Untraceable(TwoTables):
         return super().forward(x) if x.sum() > 0 else super().forward(x) + 1
 
 
+class TwoBags(Net):
+    """It does not heed the order of the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.EmbeddingBag(24, 6, mode="sum")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(x)).sum(1) + self.other(x))
+
+
 IDS = [torch.tensor([5, 6, 6, 9, 8]), torch.tensor([4, 7])]
 HERE = {"embedding": "embedding"}
 
 
-@pytest.mark.parametrize(("kind", "way"), [(TwoTables, "other"), (OneHot, "no nn.Embedding"), (Untraceable, "other")])
+@pytest.mark.parametrize(
+    ("kind", "way"), [(TwoTables, "other"), (OneHot, "no nn.Embedding"), (Untraceable, "other"), (TwoBags, "other")]
+)
 def test_a_second_way_of_the_words_is_refused(kind, way):
     message = rf"model\.layers\.embedding: {kind.__name__} reads the words not by embedding alone but also .*{way}"
     with pytest.raises(UserError, match=message):
@@ -127,15 +140,15 @@ def test_a_word_that_is_also_the_padding_stays_where_it_is():
 
 
 class Particular(TwoTables):
-    """Takes texts that begin with a 5 alone."""
+    """Takes texts that end with a 7 alone."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if (x[:, 0] != 5).any():
-            raise ValueError("a text begins with 5")
+        if (x[:, -1] != 7).any():
+            raise ValueError("a text ends with 7")
         return super().forward(x)
 
 
-def test_a_text_that_the_net_does_not_take_in_another_order_says_nothing():
+def test_a_text_that_the_net_does_not_take_with_other_words_says_nothing():
     batch = Batch(("a",), torch.tensor([[5, 6, 7]]), torch.tensor([1]), None, torch.tensor([3]), torch.arange(3)[None])
     model = Classifier(Particular(), HERE)
     assert not check_every_word(model, "embedding", batch)

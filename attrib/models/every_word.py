@@ -25,10 +25,11 @@ def embeds(model: Classifier, role: str) -> bool:
 def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     """Whether a text of the batch could be tried: one with different tokens.
 
-    Nothing that the layer gives for its words is handed on (zeros are), and the net is told of other words, the same
-    in another order. Its logits must be equal then. A table of positions or of segments does not see that, nor does
-    what finds the padding or the token that ends the text; and a weight of each word by which its vector is multiplied
-    has nothing to weigh. Ids that came without words may have such a token among them, so one kind of token may have to
+    Nothing that the layer gives for its words is handed on (zeros are), and the net is told of other words: each
+    comes where the next one was, so that one is lost and another stands twice, which a net that only counts them sees
+    as well. Its logits must be equal then. A table of positions or of segments does not see it, nor does what finds
+    the padding or the token that ends the text; and a weight of each word by which its vector is multiplied has
+    nothing to weigh. Ids that came without words may have such a token among them, so one kind of token may have to
     stay where it is.
 
     Raises UserError for a net that reads the words in another way as well, as a decoder with a table of its own does.
@@ -40,7 +41,7 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
         x, words = batch.x[i : i + 1, :length], batch.words[i, :length] >= 0
         # Where the id of padding is a word too, a net may find the text's end by it.
         words = words.to(x.device) & (x[0] != pad)
-        other = _turned(x, words)
+        other = _moved(x, words)
         if torch.equal(other, x):
             continue
         z = _given(model, role, x, words)
@@ -85,17 +86,17 @@ def _change(model: Classifier, role: str, text: Tensor, z: Tensor, here: Tensor)
 
 
 def _others(x: Tensor, words: Tensor) -> Iterator[Tensor]:
-    """The text with its words turned round but for those of one kind, for each kind; the last word's first."""
+    """The text with its words moved but for those of one kind, for each kind; the last word's first."""
     for token in dict.fromkeys(x[0, words].flip(0).tolist()):
-        other = _turned(x, words & (x[0] != token))
+        other = _moved(x, words & (x[0] != token))
         if not torch.equal(other, x):
             yield other
 
 
-def _turned(x: Tensor, places: Tensor) -> Tensor:
-    """The text (1, T) with its tokens at these places (T,) in the opposite order."""
+def _moved(x: Tensor, places: Tensor) -> Tensor:
+    """The text (1, T) with each token at these places (T,) where the next one was; the first is there twice."""
     other, some = x.clone(), places.nonzero().squeeze(1)
-    other[:, some] = x[:, some.flip(0)]
+    other[:, some[1:]] = x[:, some[:-1]]
     return other
 
 
