@@ -94,7 +94,8 @@ def _title(place: Sequence[object]) -> str:
 
 
 def _about(part: pd.DataFrame) -> str:
-    return f"{part['place'].nunique()} copies; the net has {part['total'].max()} layers with weights."
+    copies = part["place"].nunique()
+    return f"{copies} {'copy' if copies == 1 else 'copies'}; the net has {part['total'].max()} layers with weights."
 
 
 def _variants(part: pd.DataFrame) -> list[tuple[int, str]]:
