@@ -218,6 +218,19 @@ def test_bands_stay_inside_the_bounds_of_the_metric(monkeypatch):
     assert (kept.lo[1], kept.hi[1]) == (1, 1)
 
 
+def test_means_of_different_samples_are_said_to_be(root):
+    said = "Where n differs, means are of different samples"
+    assert said not in report.page(root, samples=0)
+    iba(root).write_samples(UIDS[:8], {})
+    assert said in report.page(root, samples=0)
+
+
+def test_without_metrics_nothing_is_said_of_intervals(root):
+    for made in store.cells(root):
+        shutil.rmtree(made.folder / "scores")
+    assert "bootstrap interval" not in report.page(root, samples=0)
+
+
 def test_too_few_samples_for_a_test_are_said(root):
     assert "can be significant" not in report.page(root, samples=0)
     for made in store.cells(root):

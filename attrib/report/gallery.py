@@ -99,7 +99,7 @@ def gallery(
             maps = [m for u in having if (m := stored_array(item.cell.maps, known[u], name)) is not None]
             if maps:
                 several = len(item.spec["maps"]) > 1
-                label = f"{item.method} · {name}" if several else item.method
+                label = formats.title(item.method, name if several else "")
                 signed = says_signed(about) or any(map(pictures.is_signed, maps))
                 columns.append((item, known, name, label, about, signed))
 
