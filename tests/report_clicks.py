@@ -175,7 +175,9 @@ def _compares(block: Locator) -> Iterator[str]:
 
 
 def _enlarges(block: Locator) -> Iterator[str]:
-    pictures = block.locator(".sample img:visible")
+    pictures = block.locator(".sample:not([hidden]) td:not([hidden]) img")
+    if not all(pictures.evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")):
+        yield "pictures take no room until they are loaded"
     if not pictures.count():
         return
     dialog, samples = block.page.locator("dialog.viewer"), block.locator(".sample")
@@ -199,6 +201,8 @@ def _enlarges(block: Locator) -> Iterator[str]:
         dialog.get_by_role("button", name="next").click()
         if heading.inner_text() == before:
             yield "next stays where it is"
+        if not block.page.evaluate("document.activeElement.matches('dialog button')"):
+            yield "next takes the keyboard away"
         dialog.get_by_role("button", name="previous").click()
         if heading.inner_text() != before:
             yield "previous does not lead back"
