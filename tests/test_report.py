@@ -155,7 +155,7 @@ def test_the_script_writes_no_html():
     unsafe = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function|setTimeout|fetch|XMLHttp"
     assert not re.search(unsafe, script)
     assert set(re.findall(r"setAttribute\(\"?([\w-]+)", script)) <= {
-        "aria-sort", "x", "y", "text-anchor", "cx", "cy", "role"
+        "aria-sort", "aria-label", "x", "y", "text-anchor", "cx", "cy", "role"
     }  # fmt: skip
     assert "</script" not in script
 
