@@ -14,6 +14,7 @@ def problems(page: Page, address: str) -> Iterator[str]:
     page.goto(address)
     seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
     print(f"{address.rsplit('/', 1)[-1]}: open after {seconds:.2f} s")
+    yield from _prints(page)
     for block in page.locator("section.block").all():
         for check in (_sorts, _filters, _finds, _shows_the_wrong, _orders, _compares, _enlarges):
             try:
@@ -21,6 +22,20 @@ def problems(page: Page, address: str) -> Iterator[str]:
             except Exception as error:  # of playwright: what should be there is not
                 yield f"{check.__name__[1:]}: {type(error).__name__}: {error}"
             page.keyboard.press("Escape")
+
+
+def _prints(page: Page) -> Iterator[str]:
+    """Whether the paper, A4 on its side, has all columns of the scores and all maps."""
+    before = page.viewport_size
+    page.set_viewport_size({"width": 1047, "height": 740})
+    page.emulate_media(media="print")
+    edges = page.locator("table.head, .gallery, .sentences").evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect().left + one.scrollWidth - window.innerWidth)"
+    )
+    if any(edge > 1 for edge in edges):
+        yield f"prints: {max(edges):.0f} pixels do not fit on the paper"
+    page.emulate_media(media="screen")
+    page.set_viewport_size(before)
 
 
 def _attributes(found: Locator, name: str) -> list[str]:
@@ -87,9 +102,11 @@ def _finds(block: Locator) -> Iterator[str]:
 
 
 def _shows_the_wrong(block: Locator) -> Iterator[str]:
+    if not block.locator(".sample").count() or block.locator(".tools.find").is_hidden():
+        return
     tick = block.locator(".tools.find input[type=checkbox]")
     wrong = block.locator(".sample[data-right='0']").count()
-    if bool(tick.count()) != bool(wrong and block.locator(".sample").count() > 1):
+    if bool(tick.count()) != bool(wrong):
         yield f"{wrong} samples are wrong, {tick.count()} boxes ask for them"
     if not tick.count():
         return
@@ -158,7 +175,9 @@ def _compares(block: Locator) -> Iterator[str]:
 
 
 def _enlarges(block: Locator) -> Iterator[str]:
-    pictures = block.locator(".sample img:visible")
+    pictures = block.locator(".sample:not([hidden]) td:not([hidden]) img")
+    if not all(pictures.evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")):
+        yield "pictures take no room until they are loaded"
     if not pictures.count():
         return
     dialog, samples = block.page.locator("dialog.viewer"), block.locator(".sample")
@@ -182,6 +201,8 @@ def _enlarges(block: Locator) -> Iterator[str]:
         dialog.get_by_role("button", name="next").click()
         if heading.inner_text() == before:
             yield "next stays where it is"
+        if not block.page.evaluate("document.activeElement.matches('dialog button')"):
+            yield "next takes the keyboard away"
         dialog.get_by_role("button", name="previous").click()
         if heading.inner_text() != before:
             yield "previous does not lead back"

@@ -235,6 +235,16 @@ def test_a_grid_that_ends_well_lists_nothing(run, tmp_path):
     assert "end well" not in result.err
 
 
+def test_cells_of_equal_names_are_told_apart(run, tmp_path):
+    common = ("run.limit=1", f"run.root={tmp_path / 'work'}")
+    done = run("-m", "method=gradient", "dataset.target=0,1", *common)
+    assert [line for line in done.out.splitlines() if "INFO" not in line][::2] == [
+        "dataset.target=0",
+        "dataset.target=1",
+    ]
+    assert "method=" not in run("-m", "method=random,gradient", *common).out
+
+
 def test_an_unexpected_error_names_its_cell(run, tmp_path, monkeypatch):
     monkeypatch.setattr("attrib.cli.run.make_plan", lambda *given: 1 / 0)
     result = run("-m", "method=random,gradient", "run.dry=true", f"run.root={tmp_path / 'work'}")

@@ -155,7 +155,7 @@ def test_the_script_writes_no_html():
     unsafe = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function|setTimeout|fetch|XMLHttp"
     assert not re.search(unsafe, script)
     assert set(re.findall(r"setAttribute\(\"?([\w-]+)", script)) <= {
-        "aria-sort", "x", "y", "text-anchor", "cx", "cy", "role"
+        "aria-sort", "aria-label", "x", "y", "text-anchor", "cx", "cy", "role"
     }  # fmt: skip
     assert "</script" not in script
 
@@ -216,6 +216,19 @@ def test_bands_stay_inside_the_bounds_of_the_metric(monkeypatch):
     assert free.lo[0] < 0
     assert (kept.lo[0], kept.hi[0]) == (0, free.hi[0])
     assert (kept.lo[1], kept.hi[1]) == (1, 1)
+
+
+def test_means_of_different_samples_are_said_to_be(root):
+    said = "Where n differs, means are of different samples"
+    assert said not in report.page(root, samples=0)
+    iba(root).write_samples(UIDS[:8], {})
+    assert said in report.page(root, samples=0)
+
+
+def test_without_metrics_nothing_is_said_of_intervals(root):
+    for made in store.cells(root):
+        shutil.rmtree(made.folder / "scores")
+    assert "bootstrap interval" not in report.page(root, samples=0)
 
 
 def test_too_few_samples_for_a_test_are_said(root):
@@ -362,13 +375,29 @@ def test_damaged_curves_are_said_and_left_out(root):
     assert "iba (n=19)" in page.text
 
 
-def test_galleries_stop_where_the_page_would_become_too_large(root, monkeypatch):
-    whole = report.page(root)
-    monkeypatch.setattr(report, "IMAGE_BYTES", 2500)
-    cut = report.page(root)
-    assert whole.count('loading="lazy"') == 6 * 4
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_galleries_stop_where_the_page_would_become_too_large(root, monkeypatch, share):
+    whole, bare = (len(report.page(root, samples=n).encode()) for n in (6, 0))
+    monkeypatch.setattr(report, "PAGE_BYTES", int(bare + share * (whole - bare)))
+    cut = report.page(root, samples=6)
+    assert len(cut.encode()) <= report.PAGE_BYTES
     assert 4 <= cut.count('loading="lazy"') < 6 * 4
     assert "of 20 samples with maps" in cut
+
+
+def test_smaller_pictures_come_before_fewer_samples(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    root = build(tmp_path / "work", pictures=lambda i: noise)
+    frame, (cell, *_) = tables.rows(root), labels.labelled(root)
+    sizes = []
+    for budget in (10**7, 4 * 10**5, 5 * 10**4):
+        found = gallery.gallery(root, [cell], frame, 6, budget)
+        sizes.append((len(found.samples), max(decoded(found.samples[0].image).shape)))
+    assert sizes[0] == (6, gallery.SIZES[0])
+    assert sizes[1][0] == 6
+    assert gallery.SIZES[0] > sizes[1][1] > gallery.SIZES[-1]
+    assert 1 <= sizes[2][0] < 6
+    assert sizes[2][1] == gallery.SIZES[-1]
 
 
 def test_text_samples_are_coloured_tokens(tmp_path):

@@ -243,6 +243,9 @@ def test_what_cannot_be_found_out_is_said_and_the_rest_is_written(folder, images
     assert "ehrr: no score is called so yet" in said
     assert ", ".join(known(root)) in said.replace("\\", "")
     assert not problems
+    said, _ = found("columns: [ehr, energy]", "columns: [ehrr, energie, energy]")
+    assert "ehrr, energie: no score is called so yet" in said
+    assert said.count("there are ehr") == 1
     assert "speed: no score is called so yet" in found("cost: ehr", "cost: speed")[0]
     said, problems = found("[[random, gradient]]", "[[random, nobody], [random, gradient]]")
     assert not problems

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from attrib.process.signals import LEFT, Interrupted, Stop, watching
 if TYPE_CHECKING:
     from attrib.config.compose import CommandLine, Composition
     from attrib.results.written import TextTable
+
+# Cells of a grid that the line at their end tells apart.
+NAMED = re.compile(r"((dataset|model|method)=[\w.-]+ ?)+")
 
 
 class _Printable(logging.Formatter):
@@ -115,7 +119,10 @@ def each(
     *,
     show: bool = False,
 ) -> int:
-    """As ``grid``, of these cells. Raises Interrupted."""
+    """As ``grid``, of these cells; what tells a cell from the others is printed where its names will not say it.
+
+    Raises Interrupted.
+    """
     from omegaconf import OmegaConf  # not for tools that only look
 
     from attrib.config.compose import compose
@@ -130,6 +137,8 @@ def each(
                 if show:
                     print(OmegaConf.to_yaml(OmegaConf.create(composition.values)), end="")
                     continue
+                if cell and not NAMED.fullmatch(cell):
+                    print(exit_status.lines(cell), flush=True)
                 statuses.append(compute(composition))
                 if statuses[-1] == exit_status.FAILED:
                     refused.append((cell, "samples failed, see above"))

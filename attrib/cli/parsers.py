@@ -202,11 +202,16 @@ def paper() -> Parser:
     p = _parser(
         "paper",
         "A paper's table in one command: computes what is missing (the same command goes on after a kill), prints the\n"
-        "table and writes it, with a figure, to ROOT/papers/. With --export: a finished study as a preset.",
+        "table and writes it, with a figure, to ROOT/papers/. A study, such as study_2026, is several grids: what it\n"
+        "found is written to ROOT/studies/. With --export: a finished work directory as a preset.",
     )
-    p.add_argument("name", metavar="NAME", help="of the preset (attrib list papers)")
+    p.add_argument("name", metavar="NAME", help="of the table or the study (attrib list papers)")
     p.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="overrides as for attrib run; with --export the work directory"
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="overrides as for attrib run; of a study also paper.parts=NAME,NAME (these parts alone) and "
+        "paper.size=tiny (small data, to see that every command works); with --export the work directory",
     )
     p.add_argument(
         "--export",

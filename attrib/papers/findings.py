@@ -119,7 +119,7 @@ def findings(part: Part, confidence: float = 0.95, broken: list[str] | None = No
 def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -> tuple[pd.DataFrame, list[list[str]]]:
     """The scores that the part looks at: its columns, or all of metrics, without what methods say of themselves.
 
-    And a line for each column that no score has.
+    And a line for the columns that no score has, if there are any.
     """
     metrics: set[str] = set()
     for item in listed:
@@ -134,8 +134,8 @@ def _asked(frame: pd.DataFrame, listed: Sequence[labels.Labelled], part: Part) -
     unknown = [name for name in (*part.columns, part.cost) if name and known and name not in known]
     if part.columns:
         kept &= column.isin(part.columns) | by_metric.isin(part.columns)
-    lines = [[f"{name}: no score is called so yet", "", f"there are {', '.join(known)}"] for name in unknown]
-    return tables.only(frame, kept), lines
+    lines = [f"{', '.join(unknown)}: no score is called so yet", "", f"there are {', '.join(known)}"]
+    return tables.only(frame, kept), [lines] if unknown else []
 
 
 def _missing(frame: pd.DataFrame) -> list[list[str]]:

@@ -8,12 +8,13 @@ nothing is loaded. Without it the page shows the same; with it tables sort, and 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from attrib.results import formats, labels, significance, tables
 from attrib.store.files import write_atomic
 
 HERE = Path(__file__).parent
-IMAGE_BYTES = 18_000_000  # of all galleries together, so that the page stays below 25 MB
+PAGE_BYTES = 24_500_000  # of the whole page: galleries get what everything else leaves
+TREE_BYTES = 3_000_000  # of all pictures of hierarchies; and as many of all pictures of causal graphs
 
 
 def write(
@@ -80,28 +82,44 @@ def page(
         broken.append(f"{state}: not a folder")
     broken[:] = dict.fromkeys(broken)
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    return (
-        environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=f"{root.resolve().name}: {'attribution report' if sample is None else f'sample {sample}'}",
-            broken=[printable(line) for line in broken],
-            level=formats.percent(confidence),
-            legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
-            percentile=pictures.PERCENTILE,
-            sheet=(HERE / "page.css").read_text(encoding="utf-8"),
-            script=script,
-            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            drawn={
-                "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-                "command": command,
-                "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
-                "attrib": attrib.__version__,
-                "work directory": str(root.resolve()),
-            },
-            **context,
-        )
+    render = functools.partial(
+        environment().get_template("page.html.jinja").render,
+        title=f"{root.resolve().name}: {'attribution report' if sample is None else f'sample {sample}'}",
+        broken=[printable(line) for line in broken],
+        level=formats.percent(confidence),
+        legends={s: pictures.data_uri(pictures.legend(s)) for s in (True, False)},
+        percentile=pictures.PERCENTILE,
+        sheet=(HERE / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        drawn={
+            "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+            "command": command,
+            "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
+            "attrib": attrib.__version__,
+            "work directory": str(root.resolve()),
+        },
+        **context,
     )
+    if sample is None:
+        budget = (PAGE_BYTES - len(render().encode(errors="replace"))) // max(1, len(context["blocks"]))
+        return render(blocks=[_with_gallery(block, root, cells, frame, samples, budget) for block in context["blocks"]])
+    return render()
+
+
+def _with_gallery(
+    block: Block, root: Path, cells: Sequence[labels.Labelled], frame: pd.DataFrame, samples: int, budget: int
+) -> Block:
+    own, part = _of(cells, frame, block.dataset, block.model)
+    return replace(block, gallery=gallery.gallery(root, own, part, samples, budget, list(block.numbers)))
+
+
+def _of(
+    cells: Sequence[labels.Labelled], frame: pd.DataFrame, dataset: str, model: str
+) -> tuple[list[labels.Labelled], pd.DataFrame]:
+    """What there is of one dataset and model."""
+    own = [c for c in cells if (c.dataset, c.model) == (dataset, model)]
+    return own, frame[(frame["dataset"] == dataset) & (frame["model"] == model)]
 
 
 def environment() -> jinja2.Environment:
@@ -125,7 +143,10 @@ def _all(
     confidence: float,
     broken: list[str],
 ) -> dict[str, Any]:
-    """What the template shows of a whole work directory. ``every``: the rows with those of randomised nets."""
+    """What the template shows of a whole work directory, but for galleries.
+
+    ``every``: the rows with those of randomised nets.
+    """
     summary = tables.summary(frame, confidence)
     tests = tables.all_paired(frame, confidence=confidence)
     summary["tie"] = tables.ties(summary, tests, confidence)
@@ -136,8 +157,7 @@ def _all(
     refused = provenance.refusals(every, root)
     blocks = []
     for wide in wides:
-        own = [c for c in cells if (c.dataset, c.model) == (wide.dataset, wide.model)]
-        part = frame[(frame["dataset"] == wide.dataset) & (frame["model"] == wide.model)]
+        own, part = _of(cells, frame, wide.dataset, wide.model)
         ranked = tables.ranks(part, confidence)
         mine = tests[(tests["dataset"] == wide.dataset) & (tests["model"] == wide.model)]
         names = scores.contenders(part)
@@ -149,6 +169,7 @@ def _all(
                 device=wide.device,
                 columns=list(zip(wide.columns, wide.counts)),
                 costs=wide.costs,
+                uneven=headline.uneven(wide),
                 explained=explained,
                 notes=() if explained else formats.spelt_out(wide.columns),
                 never=significance.sentence(significance.hopeless(mine, confidence), confidence) if len(mine) else "",
@@ -162,12 +183,11 @@ def _all(
                 ranks=_rank_table(ranked, confidence),
                 diagrams=ranks.diagrams(ranked, styles),
                 curves=curves.means(own, part, by_cell, styles),
-                gallery=gallery.gallery(root, own, part, samples, IMAGE_BYTES // len(wides), names),
-                hierarchies=trees.hierarchies(root, own, part, samples, IMAGE_BYTES // 6 // len(wides)),
+                hierarchies=trees.hierarchies(root, own, part, samples, TREE_BYTES // len(wides)),
                 losses=curves.losses(own, part, styles),
             )
         )
-    causal = graphs.graphs(root, IMAGE_BYTES // 6)
+    causal = graphs.graphs(root, TREE_BYTES)
     records = [run for item in cells for run in provenance.runs(item.cell, broken)]
     broken += [f"{root / 'graphs' / one.title}: {problem}" for one in causal for problem in one.problems]
     return {
@@ -190,10 +210,9 @@ def _one(root: Path, cells: Sequence[labels.Labelled], frame: pd.DataFrame, uid:
     """What the template shows of a single sample."""
     blocks = []
     for dataset, model in dict.fromkeys((c.dataset, c.model) for c in cells):
-        own = [c for c in cells if (c.dataset, c.model) == (dataset, model)]
-        part = frame[(frame["dataset"] == dataset) & (frame["model"] == model)]
+        own, part = _of(cells, frame, dataset, model)
         names = scores.contenders(part)
-        shown = gallery.gallery(root, own, part, 1, IMAGE_BYTES, names, only=uid)
+        shown = gallery.gallery(root, own, part, 1, PAGE_BYTES, names, only=uid)
         if shown is not None:
             numbers = {name: i for i, name in enumerate(names)}
             blocks.append(Block(dataset, model, gallery=shown, numbers=numbers))
@@ -216,6 +235,7 @@ class Block:
     device: str = ""
     columns: Sequence[tuple[str, str]] = ()
     costs: Sequence[str] = ()
+    uneven: bool = False  # whether some column has means of different numbers of samples
     explained: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     never: str = ""  # a sentence, where no test could become significant

@@ -94,7 +94,8 @@ def _title(place: Sequence[object]) -> str:
 
 
 def _about(part: pd.DataFrame) -> str:
-    return f"{part['place'].nunique()} copies; the net has {part['total'].max()} layers with weights."
+    copies = part["place"].nunique()
+    return f"{copies} {'copy' if copies == 1 else 'copies'}; the net has {part['total'].max()} layers with weights."
 
 
 def _variants(part: pd.DataFrame) -> list[tuple[int, str]]:
@@ -176,7 +177,7 @@ def _strips(pairs: Sequence[CellPair], styles: Mapping[str, Style]) -> dict[str,
                 maps += [_map(variants[v].variant, key, name) if v in variants else None for v in shown]
                 if maps[0] is None or maps[0].ndim != 2:
                     continue
-                contender = f"{method} · {name}" if len(names) > 1 else method
+                contender = formats.title(method, name if len(names) > 1 else "")
                 signed = any(pictures.is_signed(m) for m in maps if m is not None)
                 strips.append(Strip(contender, styles[contender], [_drawn(m, signed) for m in maps]))
         if strips:

@@ -13,6 +13,7 @@ import pandas as pd
 from safetensors import safe_open
 
 from attrib.drawing import pictures
+from attrib.results import formats
 from attrib.results.labels import Labelled, ScoreFolder
 from attrib.store.cell import READING, Arrays
 from attrib.store.files import Key
@@ -108,7 +109,7 @@ def means(
                         entry["lines"].append((contender, _aligned(values)))
     return [
         Curve(
-            title=curve.removesuffix("_curve") + ("" if label in curve else f" · {label}"),
+            title=formats.title(curve.removesuffix("_curve"), "" if label in curve else label),
             about=f"Mean curves of {', '.join(contender for contender, _ in entry['lines'])}. {entry['about']}",
             image=_mean_plot(entry["lines"], entry["about"], styles, entry["bounds"]),
             lines=[(contender, styles[contender], len(values)) for contender, values in entry["lines"]],
@@ -166,5 +167,5 @@ def losses(cells: Sequence[Labelled], frame: pd.DataFrame, styles: Mapping[str, 
                 else ("step", name)
             )
             image = pictures.plot(lines, size=(3.4, 2.2), x=x, y=y, unit_x=False)
-            found.append(Curve(f"{item.method} · {name}", "", image, [(item.method, style, len(values))]))
+            found.append(Curve(formats.title(item.method, name), "", image, [(item.method, style, len(values))]))
     return found

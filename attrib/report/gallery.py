@@ -21,7 +21,8 @@ from attrib.store.inputs import NO_INPUT, KeptInput, drawable, kept_input, store
 from attrib.store.inputs import known as known_inputs
 
 SIZES = (224, 192, 160, 128, 112)  # pixels of a thumbnail's longer side: the largest that fits the budget
-BYTES = 0.42  # of a thumbnail as base64, per pixel: what a JPEG of an overlay takes, and a bit
+BYTES = 0.38  # of a thumbnail as base64, per pixel: what a JPEG of an overlay takes at the least
+TAGS = 360  # bytes around what a tile or a sample says
 SINGLE = 448  # pixels, on the page of a single sample
 Rows = dict[tuple[str, str], list[Any]]  # of tables.rows, by uid and cell
 
@@ -75,7 +76,7 @@ def gallery(
     contenders: Sequence[str] = (),
     only: str | None = None,
 ) -> Gallery | None:
-    """Samples × maps. Pictures are as large as fits ``budget`` bytes, and rows stop where they would exceed it.
+    """Samples × maps. Pictures are as large as fits ``budget`` bytes of the page; rows stop where they would exceed it.
 
     ``contenders``: those of the page's scores, which a column may be one of. ``only``: this sample alone.
     """
@@ -98,21 +99,23 @@ def gallery(
             maps = [m for u in having if (m := stored_array(item.cell.maps, known[u], name)) is not None]
             if maps:
                 several = len(item.spec["maps"]) > 1
-                label = f"{item.method} · {name}" if several else item.method
+                label = formats.title(item.method, name if several else "")
                 signed = says_signed(about) or any(map(pictures.is_signed, maps))
                 columns.append((item, known, name, label, about, signed))
 
     rows = _rows(frame, uids[:samples])
-    shown: list[Sample] = []
-    used = 0
     each = budget / (len(uids[:samples]) * (len(columns) + 1))
-    longest = SINGLE if only is not None else next((s for s in SIZES if s * s * BYTES <= each), SIZES[-1])
-    for uid in uids[:samples]:
-        sample = _sample(uid, inputs, columns, rows, longest)
-        used += len(sample.image) + sum(len(tile.image) for tile in sample.tiles)
-        if used > budget and shown:
+    sizes = [SINGLE] if only is not None else [s for s in SIZES[:-1] if s * s * BYTES <= each] + [SIZES[-1]]
+    for longest in sizes:
+        shown, used = list[Sample](), 0
+        for uid in uids[:samples]:
+            sample = _sample(uid, inputs, columns, rows, longest)
+            used += _bytes(sample)
+            if used > budget and shown:
+                break
+            shown.append(sample)
+        if len(shown) == len(uids[:samples]):
             break
-        shown.append(sample)
     part = len(shown) < len(stored) and only is None
     note = f"{len(shown)} of {len(stored)} samples with maps." if part else ""
     if not pictured:
@@ -122,6 +125,15 @@ def gallery(
     places = {contender: i for i, contender in enumerate(contenders)}
     methods = [places.get(label, places.get(item.method, -1)) for item, _, _, label, _, _ in columns]
     return Gallery(titles, methods, shown, note.strip(), sound)
+
+
+def _bytes(sample: Sample) -> int:
+    """About what a sample takes of the page."""
+    texts = [sample.uid * 4, sample.name * 3, sample.says * 2, sample.image]
+    for tile in sample.tiles:
+        texts += [tile.image, tile.alt, tile.problem, *(f"{name} {value}" for name, value in tile.scores)]
+        texts += [word.text + word.ground + word.ink + 40 * " " for word in tile.words]
+    return TAGS * (1 + len(sample.tiles)) + sum(len(text.encode(errors="replace")) + 5 for text in texts)
 
 
 def says_signed(about: str) -> bool:

@@ -227,6 +227,7 @@
 
   const viewer = make("dialog", "", document.body);
   viewer.className = "viewer";
+  viewer.setAttribute("aria-label", "maps, enlarged");
   const heading = make("p", "", viewer);
   const controls = make("p", "", viewer);
   const stage = make("div", "", viewer);
@@ -259,7 +260,8 @@
     const tiles = [...row.querySelectorAll("td")].filter((cell) => !cell.hidden && cell.querySelector("img"));
     const names = tiles.map((cell) => cell.dataset.label || "sample");
     const rows = [...row.parentNode.children].filter((other) => !other.hidden);
-    heading.textContent = [row.dataset.class, row.dataset.says && `net: ${row.dataset.says}`, row.dataset.uid]
+    const judged = { 1: ", right", 0: ", wrong" }[row.dataset.right] || "";
+    heading.textContent = [row.dataset.class, row.dataset.says && `net: ${row.dataset.says}${judged}`, row.dataset.uid]
       .filter(Boolean).join(" · ");
     controls.replaceChildren();
     const [left, right] = ["Left", "Right"].map((title) => choice(title, names, controls));
@@ -278,7 +280,11 @@
       const button = make("button", text, controls);
       const other = rows[rows.indexOf(row) + step];
       button.disabled = !other;
-      button.addEventListener("click", () => view(other));
+      button.addEventListener("click", () => {
+        view(other);
+        const again = [...controls.querySelectorAll("button:not(:disabled)")];
+        (again.find((one) => one.textContent === text) || again[0]).focus();  // the controls are made anew
+      });
     }
     const draw = () => {
       Object.assign(kept, { left: names[left.value], right: names[right.value], over: over.checked });

@@ -12,7 +12,7 @@ from rich.text import Text
 from attrib.drawing import pictures
 from attrib.errors import printable
 from attrib.report.gallery import Gallery, gallery
-from attrib.results import labels, tables
+from attrib.results import formats, labels, tables
 from attrib.types import UserError
 
 
@@ -38,7 +38,7 @@ def sentences(root: Path | str, samples: int = 8) -> list[tuple[str, Table]]:
         part = frame[(frame["dataset"] == dataset) & (frame["model"] == model)]
         block = gallery(root, own, part, samples, budget=10**9)
         if block is not None and block.text:
-            found.append((f"{dataset} · {model}", _table(block)))
+            found.append((formats.title(dataset, model), _table(block)))
     if not found:
         raise UserError(f"{root} holds no maps of texts; those of images are in its report (`attrib report`)")
     return found
