@@ -63,9 +63,6 @@ class EHR(Metric):
     NEEDS_ROI: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"ehr": "higher"}
-    ABOUT: ClassVar[Mapping[str, str]] = {
-        "ehr": "effective heat ratio: heat inside the region of interest, per pixel that is hot",
-    }
     CURVES: ClassVar[Mapping[str, str]] = {
         "ehr_curve": "x: quantile of the effective heats, 0 to 1 in equal steps; y: heat in the region per pixel"
     }
@@ -79,6 +76,11 @@ class EHR(Metric):
         require(self, "base_threshold", at_least=0, at_most=1)
         require(self, "steps", at_least=2)
         require(self, "normalize", one_of=("positive", "absolute", "none"))
+
+    @property
+    def ABOUT(self) -> Mapping[str, str]:  # noqa: N802
+        inside = "heat inside it per hot pixel" if self.weight_by_heat else "share of the hot pixels inside it"
+        return {"ehr": f"effective heat ratio of the region of interest: {inside}, mean over thresholds of what is hot"}
 
     @property
     def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802

@@ -84,7 +84,7 @@ class InsertionDeletion(Metric):
     ABOUT: ClassVar[Mapping[str, str]] = {
         "insertion": "mean score of the target while the input is put in, the most relevant places first",
         "deletion": "mean score of the target while the input is taken away, the most relevant places first",
-        "insertion_deletion": "insertion - deletion",
+        "insertion_deletion": "insertion - deletion: how much higher the score is with what is relevant than without",
     }
     CURVES: ClassVar[Mapping[str, str]] = {
         "insertion_curve": "x: fraction of pixels, samples or words inserted, highest first; y: score of the target",

@@ -73,10 +73,10 @@ class ROAD(Metric):
         "road_probability": "higher", "morf_probability": "lower", "lerf_probability": "higher",
     }  # fmt: skip
     ABOUT: ClassVar[Mapping[str, str]] = {
-        "road": "lerf_accuracy - morf_accuracy",
+        "road": "lerf_accuracy - morf_accuracy: how much more harm it does to remove what is relevant",
         "morf_accuracy": "how often the target is recognised after the most relevant pixels were removed and filled in",
         "lerf_accuracy": "the same, the least relevant pixels first",
-        "road_probability": "lerf_probability - morf_probability",
+        "road_probability": "lerf_probability - morf_probability: the same of the target's probability",
         "morf_probability": "mean probability of the target after the most relevant pixels were removed and filled in",
         "lerf_probability": "the same, the least relevant pixels first",
     }
