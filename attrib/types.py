@@ -28,6 +28,7 @@ class Batch:
     words    (B, T) number 0, 1, 2 ... of the word that a token belongs to, -1 for special tokens and
              padding; text only
     units    (B, *places) number 0, 1, 2 ... of the user's own unit that a pixel belongs to, -1 for none
+    logits   (B, K) what the net that is asked says of x, where that is known: for metrics (``Metric.NEEDS_LOGITS``)
 
     A text is padded on the right, so its real tokens are the first ``lengths`` of its row.
 
@@ -46,6 +47,7 @@ class Batch:
     lengths: Tensor | None = None
     words: Tensor | None = None
     units: Tensor | None = None
+    logits: Tensor | None = None
 
     def __post_init__(self) -> None:
         for field, value in self._tensors():

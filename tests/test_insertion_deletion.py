@@ -255,7 +255,7 @@ def test_never_more_than_rows_images_at_once_and_full_blocks():
     Recorder.seen.clear()
     batch, map = samples()
     score(InsertionDeletion(steps=8, sigma=2.0), batch, map, classifier(rows=10, net=Recorder()))
-    assert Recorder.seen == 2 * [10, 10, 10, 6]  # 4 samples x 9 points, twice
+    assert Recorder.seen == [4, *2 * [10, 10, 10, 2]]  # 4 samples as they are, and 8 points of each, twice
 
 
 def test_a_batch_of_nan_maps_costs_nothing():

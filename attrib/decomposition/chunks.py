@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.decomposition.graph import Decomposer
@@ -71,9 +72,11 @@ def decompose(
         raise ValueError(f"{len(samples)} masks for {len(x)} samples do not match masks of shape {tuple(masks.shape)}")
 
     def parts(chosen: Tensor, both: bool) -> tuple[Tensor, Tensor]:
+        known = samples[chosen].cpu()  # once, as a device would have to be waited for by every piece
+
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
             index = chosen[rows]
-            used, own = samples[index].unique(return_inverse=True)
+            used, own = _distinct(samples[index], len(known[rows].unique()))
             return decomposer.rows(x[used], masks[index.to(masks.device)].to(x.device), own, both)
 
         return model.chunked(piece, len(chosen))
@@ -103,6 +106,13 @@ def decompose(
     if shape is not None:
         relevant, irrelevant = relevant.unflatten(0, shape), irrelevant.unflatten(0, shape)
     return Decomposition(relevant, irrelevant, logits, error)
+
+
+def _distinct(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(R,), with ``count`` different values -> these, in ascending order, and for each row which one it has."""
+    ascending, order = values.sort(stable=True)
+    number = F.pad(ascending.diff() != 0, (1, 0)).cumsum(0)
+    return ascending.new_empty(count).scatter_(0, number, ascending), torch.empty_like(order).scatter_(0, order, number)
 
 
 def _nearest_half(masks: Tensor, samples: Tensor, n: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from attrib import keys
 from attrib.classes import ClassNames, listed
 from attrib.datasets import Dataset, Selection
+from attrib.experiment.originals import Originals
 from attrib.experiment.reading import Kept
 from attrib.experiment.samples import Samples, example
 from attrib.experiment.targets import Contrast, Target, matched, parsed, rules_of
@@ -195,6 +196,9 @@ class Experiment:
         """What a metric says of ``maps`` (B, *places); ``explain`` is for one that asks for other maps."""
         metric, model = self.metrics[name], self.scorer or self.model
         more = {"explain": explain} if metric.NEEDS_EXPLAIN else {}
+        asks = self.dataset.modality in getattr(metric, "NEEDS_LOGITS", ())  # a user's may be older
+        if asks and not model.output.read.per_sample:
+            batch = dataclasses.replace(batch, logits=self._originals.of(model, batch))
         self._check_words(model, lambda: [role for role in metric.roles if role in model.layers], batch)
 
         def scored(some: Batch, rows: slice) -> Mapping[str, Tensor]:
@@ -210,6 +214,10 @@ class Experiment:
         for path, role in {model.path(role): role for role in roles() if embeds(model, role)}.items():
             if path not in self._words_tried and check_every_word(model, role, batch):
                 self._words_tried.add(path)
+
+    @cached_property
+    def _originals(self) -> Originals:
+        return Originals()
 
     @cached_property
     def _words_tried(self) -> set[str]:

@@ -21,7 +21,7 @@ from attrib import keys
 from attrib.fit import State
 from attrib.methods import Method
 from attrib.methods.parts.inputs import cancelled
-from attrib.methods.parts.layout import Layout, image_size, on_image, resize
+from attrib.methods.parts.layout import Layout, image_size, on_image, resize, resizing
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
 from attrib.models.reading import check_layout
@@ -300,9 +300,11 @@ class ScoreCAM(_CAM):
         at.refuse(~varies.any(1), "every channel is the same at all places, so Score-CAM has no masks")
         which = varies.nonzero()
 
+        enlarge = resizing(image_size(a), image_size(x), a)
+
         def piece(rows: slice) -> Tensor:
             sample, channel = which[rows].unbind(1)
-            mask = resize(a[sample, channel], image_size(x)).unsqueeze(1)
+            mask = enlarge(a[sample, channel]).unsqueeze(1)
             mask = mask - mask.amin((2, 3), keepdim=True)
             mask = mask / mask.amax((2, 3), keepdim=True)
             return target_score(at.model(x[sample] * mask), target[sample])

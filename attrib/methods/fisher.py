@@ -190,7 +190,8 @@ class FunctionalInformation(Method):
             for name, measure in measures.items():
                 errors[name].append(measure.relative_error())
                 done &= errors[name][-1] <= (self.tolerance or -1)
-            at = at[~done[at]]
+            if self.tolerance:
+                at = at[~done[at]]
 
         result = {"draws": draws.to(inputs.x.dtype)}
         if self.labels != "target":
@@ -273,10 +274,12 @@ class _Measure:
         squared = name == "var_grad"
         # Mean of that whose variance VarGrad is.
         self.centre = Mean((places if terms.summed else probe)[:, 0].shape, x) if squared else None
+        self.drawn = 0  # of each sample that is not finished
 
     def add(self, at: Tensor, draws: Draws) -> None:
         if self.centre is not None:
             self.total.add(at, self._increments(self.centre, at, draws.grad))
+            self.drawn += draws.grad.shape[1]
             return
         found: Callable[[Draws, Tensor], Tensor] = getattr(self.terms, self.name)
         value = found(draws, at)
@@ -292,7 +295,7 @@ class _Measure:
         terms = self.terms
         value = terms.over_channels(grad) if terms.summed else grad
         value = value.square() if terms.as_released else value
-        n, d = int(centre.n[at[0]]), value.shape[1]  # all samples that are not finished have equally many draws
+        n, d = self.drawn, value.shape[1]
         before = centre.mean[at].unsqueeze(1)
         away = value - before
         i = torch.arange(n + 1, n + d + 1, device=grad.device, dtype=grad.dtype).view(-1, *[1] * (value.ndim - 2))

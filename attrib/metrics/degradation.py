@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, ranks, rounding, score_grid
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, own_score, ranks, rounding, score_grid, whole
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -56,6 +56,7 @@ class Degradation(Metric):
     NAME: ClassVar[str] = "attrib.metrics.degradation.Degradation"
     VERSION: ClassVar[int] = 2  # 1 divided by what a float32 net rounds
     CONTRASTS: ClassVar[bool] = True
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image",)
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"degradation": "higher", "morf": "lower", "lerf": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
@@ -122,7 +123,7 @@ class Degradation(Metric):
             curves = [curve - curve[:, :1] for curve in curves]
         elif self.normalize == "ends":
             ends = curves[0][:, [0, -1]]
-            error = rounding(model, model.logits(batch.x.to(model.device, model.dtype)), ends, self.output)
+            error = rounding(model, whole(model, batch), ends, self.output)
             start, end = ends.split(1, dim=1)
             span = torch.where((start - end).abs() <= error.sum(1, keepdim=True), torch.nan, start - end)
             curves = [(curve - end) / span for curve in curves]
@@ -138,13 +139,16 @@ class Degradation(Metric):
         base, rank = baseline(x, self.baseline), rank[defined, None]
 
         def images(sample: Tensor, column: Tensor) -> Tensor:
-            """Column k: without the first k tiles; after those, tiles + k: without the last k, 0 < k < tiles."""
-            count = column[:, None, None, None]
+            """At k - 1: without the first k tiles; after those, at tiles + k - 1: without the last k, 0 < k < tiles."""
+            count = 1 + column[:, None, None, None]
             gone = torch.where(count <= tiles, rank[sample] < count, rank[sample] >= 2 * tiles - count)
             return torch.where(gone, base[sample], x[sample])
 
         scores = torch.full((len(batch), 2 * tiles), torch.nan, dtype=torch.float64, device=model.device)
-        scores[defined] = score_grid(model, batch.target.to(model.device)[defined], 2 * tiles, images, self.output)
+        target = batch.target.to(model.device)[defined]
+        first = own_score(model, batch, defined, self.output)
+        rest = score_grid(model, target, 2 * tiles - 1, images, self.output)
+        scores[defined] = torch.cat((first[:, None], rest), 1)
         # The curves share their ends.
         morf = scores[:, : tiles + 1]
         return [morf, torch.cat((morf[:, :1], scores[:, tiles + 1 :], morf[:, -1:]), dim=1)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, score_grid, score_rows
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, own_score, score_grid, score_rows
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
@@ -105,6 +105,10 @@ class Infidelity(Metric):
         require(self, "output", one_of=OUTPUTS)
 
     @property
+    def NEEDS_LOGITS(self) -> tuple[str, ...]:  # noqa: N802
+        return self.MODALITIES if self.perturbation == "noise" else ()
+
+    @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
         return self.output == "probability"
 
@@ -184,8 +188,8 @@ class Infidelity(Metric):
         sample = torch.arange(n, device=model.device)
         owner = sample.repeat_interleave(m)
         each = torch.cat((owner[:, None], squares.side.view(-1, 1), squares.first.flatten(0, 1)), 1)
-        whole = torch.cat((sample[:, None], each.new_zeros(n, each.shape[1] - 1)), 1)
-        rows, place = torch.cat((each, whole)).unique(dim=0, return_inverse=True)
+        inputs = torch.cat((sample[:, None], each.new_zeros(n, each.shape[1] - 1)), 1)
+        rows, place = torch.cat((each, inputs)).unique(dim=0, return_inverse=True)
         sample, side, first = rows[:, 0], rows[:, 1], rows[:, 2:]
 
         def inside(rows: slice, axis: int, places: Tensor) -> Tensor:
@@ -218,7 +222,8 @@ class Infidelity(Metric):
         """What the map says, and what it costs, to replace the input by ``samples`` noisy baselines: (B, M) each."""
         x, base = batch.x, baseline(batch.x, self.baseline)
         low, high = (edge.view(-1, *[1] * (x.ndim - 1)) for edge in x.flatten(1).aminmax(dim=1))
-        whole = score_grid(model, batch.target, 1, lambda sample, _: x[sample], self.output)
+        everything = torch.arange(len(x), device=x.device)
+        before = own_score(model, batch, everything, self.output)[:, None]
         said, cost = [], []
         portion = max(1, model.rows // len(batch))
         for start in range(0, self.samples, portion):
@@ -228,7 +233,7 @@ class Infidelity(Metric):
                 made.append((base + step).maximum(low).minimum(high))
             z = torch.stack(made, 1)
             said.append(((x[:, None] - z).double().mean(2) * map[:, None]).flatten(2).sum(2))
-            cost.append(whole - score_grid(model, batch.target, len(made), partial(_chosen, z), self.output))
+            cost.append(before - score_grid(model, batch.target, len(made), partial(_chosen, z), self.output))
         return torch.cat(said, 1), torch.cat(cost, 1)
 
 

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, ranks, score_path, tiles, untiled
+from attrib.metrics.perturb import (
+    BASELINES,
+    OUTPUTS,
+    Baseline,
+    baseline,
+    own_score,
+    ranks,
+    score_path,
+    tiles,
+    untiled,
+)
 from attrib.metrics.words import REMOVALS, Removal, order, score_without
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
@@ -74,6 +84,7 @@ class InsertionDeletion(Metric):
 
     NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"
     VERSION: ClassVar[int] = 1
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "audio")
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {
@@ -173,18 +184,26 @@ class InsertionDeletion(Metric):
         rank = ranks(tiles(map.detach(), self.window), noise.child("ties")).to(model.device)
         defined = map.isfinite().flatten(1).all(dim=1).nonzero().squeeze(1).to(model.device)
         x, target = batch.x.to(model.device, model.dtype)[defined], batch.target.to(model.device)[defined]
-        counts = self.counts(torch.tensor([math.prod(rank.shape[1:])], device=model.device))
+        units = math.prod(rank.shape[1:])
+        counts = self.counts(torch.tensor([units]))  # on the CPU: which points are the input itself need not be asked
         distinct, place = counts[0].unique(return_inverse=True)
+        counts, place, known = counts.to(model.device), place.to(model.device), distinct.tolist()
+        own = own_score(model, batch, defined, self.output)[:, None]
         rank = untiled(rank[defined].int(), self.window, size)  # int32: half the bytes to read for each point
 
-        def curve(start: Tensor, end: Tensor) -> Tensor:
-            """(B, S): the score while the places of ``start`` become those of ``end``."""
+        def curve(start: Tensor, end: Tensor, input_at: int) -> Tensor:
+            """(B, S): the score while the places of ``start`` become those of ``end``; ``input_at``: when it is x."""
             scores = torch.full((len(batch), len(place)), torch.nan, dtype=torch.float64, device=model.device)
-            scores[defined] = score_path(model, target, start, end, rank, distinct, self.output)[:, place]
+            asked = distinct[distinct != input_at].to(model.device)
+            found = score_path(model, target, start, end, rank, asked, self.output)
+            if input_at in known:
+                at = known.index(input_at)
+                found = torch.cat((found[:, :at], own, found[:, at:]), 1)
+            scores[defined] = found[:, place]
             return scores
 
-        insertion = curve(baseline(x, self.insertion_baseline, self.sigma, self.kernel), x)
-        deletion = curve(x, baseline(x, self.deletion_baseline, self.sigma, self.kernel))
+        insertion = curve(baseline(x, self.insertion_baseline, self.sigma, self.kernel), x, units)
+        deletion = curve(x, baseline(x, self.deletion_baseline, self.sigma, self.kernel), 0)
         return insertion, deletion, counts.expand_as(insertion)
 
     def _texts(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,6 +64,11 @@ class Metric(Protocol):
         return False
 
     @property
+    def NEEDS_LOGITS(self) -> tuple[str, ...]:  # noqa: N802
+        """For which data it asks what the net says of the input (``perturb.whole``): metrics of a cell share that."""
+        return ()
+
+    @property
     def CONTRASTS(self) -> bool:  # noqa: N802
         """Whether the target may be a difference of the scores of two classes: in ``Batch.target`` (B, K) one is -1.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from attrib.models import Classifier, ScoreScale, probabilities
 from attrib.models.output_kind import Link
 from attrib.noise import Noise
+from attrib.types import Batch
 
 Baseline = Literal["zero", "blur", "mean"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -107,6 +108,20 @@ def target_score(logits: Tensor, target: Tensor, output: ScoreScale, link: Link 
     scores = probabilities(logits, True, link) if output == "probability" else logits
     positive = target > 0
     return (scores * target.sign()).sum(dim=1) / positive.sum(dim=1)
+
+
+def whole(model: Classifier, batch: Batch) -> Tensor:
+    """(B, K) logits of the inputs as they are; a metric that asks for them says so with NEEDS_LOGITS."""
+    return model.logits(batch.to(model.device, model.dtype).x) if batch.logits is None else batch.logits
+
+
+def own_score(model: Classifier, batch: Batch, chosen: Tensor, output: ScoreScale = "probability") -> Tensor:
+    """(R,) the target's score of the images or sounds ``chosen`` (R,) as they are, see ``whole``: float64."""
+    target = batch.target.to(model.device)[chosen]
+    if batch.logits is not None:
+        return target_score(batch.logits[chosen], target, output, model.link)
+    x = batch.x.to(model.device, model.dtype)[chosen]
+    return score_grid(model, target, 1, lambda sample, _: x[sample], output)[:, 0]
 
 
 def rounding(model: Classifier, logits: Tensor, score: Tensor, output: ScoreScale) -> Tensor:

@@ -124,14 +124,17 @@ class ROAD(Metric):
             made = torch.from_numpy(imputer(x[sample].numpy(), gone))
             return (made + filled[sample] * torch.from_numpy(gone)).to(model.dtype)
 
+        target, blocks, start = batch.target.to(model.device)[defined].repeat_interleave(columns, 0), [], 0
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            while defined:
+            while start < len(defined):
                 # As many samples as fill a block; all their images wait in memory.
-                some = max(1, model.rows // columns)
-                chosen, defined = defined[:some], defined[some:]
-                images = torch.stack(list(pool.map(image, [(s, c) for s in chosen for c in range(columns)])))
-                target = batch.target[chosen].repeat_interleave(columns, 0).to(model.device)
-                found[:, chosen] = recognised(model, images, target).T.view(2, len(chosen), columns)
+                stop = min(len(defined), start + max(1, model.rows // columns))
+                rows = [(sample, column) for sample in defined[start:stop] for column in range(columns)]
+                images = torch.stack(list(pool.map(image, rows)))
+                blocks.append(recognised(model, images, target[start * columns : stop * columns]))
+                start = stop
+        if blocks:
+            found[:, defined] = torch.cat(blocks).T.view(2, len(defined), columns)
 
         curves = {}
         for what, values in zip(("accuracy", "probability"), found, strict=True):

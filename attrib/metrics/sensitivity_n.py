@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, rounding, score_mixed, target_score
+from attrib.metrics.perturb import BASELINES, OUTPUTS, Baseline, baseline, rounding, score_mixed, target_score, whole
 from attrib.metrics.words import REMOVALS, Removal, score_subsets
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
@@ -55,6 +55,7 @@ class SensitivityN(Metric):
     NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"
     VERSION: ClassVar[int] = 2  # 1 took what a float32 net rounds for differences
     CONTRASTS: ClassVar[bool] = True
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
@@ -123,11 +124,11 @@ class SensitivityN(Metric):
         sizes = self.counts(units.n.cpu()).repeat_interleave(self.samples, dim=1)
         change, total, error = [], [], []
         base = baseline(batch.x, self.baseline) if batch.words is None else batch.x
-        logits = model.logits(batch.x)
-        whole = target_score(logits, batch.target, self.output, model.link)[:, None]
+        logits = whole(model, batch)
+        before = target_score(logits, batch.target, self.output, model.link)[:, None]
         for gone in self._subsets(units, sizes, noise, max(1, model.rows // len(batch))):
             score = self._scores(model, batch, base, units, gone)
-            change.append(whole - score)
+            change.append(before - score)
             total.append((value[:, None] * gone).sum(2))
             error.append(rounding(model, logits, score, self.output))
         found = [torch.cat(part, 1).view(len(batch), -1, self.samples) for part in (change, total, error)]

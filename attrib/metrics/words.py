@@ -147,24 +147,31 @@ def _zero(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[sl
 def _mask(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[slice], Tensor]) -> Logits:
     mask_id, lengths = _token_id(model, "mask_id"), batch.lengths
     assert lengths is not None  # of a text
+    width = lengths[sample].cpu()  # for all blocks: a device would have to be waited for by each
 
     def logits(rows: slice) -> Tensor:
         x = batch.x[sample[rows]].masked_fill(removed(rows), mask_id)
-        return model(x[:, : lengths[sample[rows]].max()])
+        return model(x[:, : width[rows].max()])
 
     return logits
 
 
 def _delete(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[slice], Tensor]) -> Logits:
-    pad_id, real, width = _token_id(model, "pad_id"), batch.mask, batch.x.shape[1]
+    pad_id, real, widest = _token_id(model, "pad_id"), batch.mask, batch.x.shape[1]
     assert real is not None  # of a text
 
+    def kept(rows: slice) -> Tensor:
+        return real[sample[rows]] & ~removed(rows)
+
+    blocks = [slice(start, start + model.rows) for start in range(0, len(sample), model.rows) or (0,)]
+    width = torch.cat([kept(rows).sum(1) for rows in blocks]).cpu()  # for all blocks: waited for once
+
     def logits(rows: slice) -> Tensor:
-        kept = real[sample[rows]] & ~removed(rows)
+        left = kept(rows)
         # Every token goes to its new position, what is not kept to one behind the last.
-        position = torch.where(kept, kept.cumsum(dim=1) - 1, width)
-        x = batch.x.new_full((len(kept), width + 1), pad_id).scatter_(1, position, batch.x[sample[rows]])
-        return model(x[:, : kept.sum(dim=1).max().clamp(min=1)])
+        position = torch.where(left, left.cumsum(dim=1) - 1, widest)
+        x = batch.x.new_full((len(left), widest + 1), pad_id).scatter_(1, position, batch.x[sample[rows]])
+        return model(x[:, : width[rows].max().clamp(min=1)])
 
     return logits
 

@@ -110,6 +110,17 @@ class Inputs:
 
         return model.chunked(piece, len(self.x), cost, least)
 
+    def gradients(self, model: Classifier, copies: Tensor) -> Tensor:
+        """(B, d, *x) perturbed copies of each sample -> the gradients of its target's score at them, of that shape."""
+        sample = torch.arange(len(self.x), device=self.x.device).repeat_interleave(copies.shape[1])
+        _, grad = model.gradient(
+            copies.flatten(0, 1),
+            lambda logits, rows: target_score(logits, self.target[sample[rows]]),
+            None if self.mask is None else EMBEDDING,
+            self.rest,
+        )
+        return grad.view_as(copies)
+
     @torch.no_grad()
     def scores(self, model: Classifier, x: Tensor) -> Tensor:
         """(N, *input) -> (N,) the target's score; rows i, i + B, i + 2B, ... belong to sample i."""

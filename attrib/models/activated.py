@@ -1,0 +1,149 @@
+"""Convolutions of a CPU that compute the activation behind them as well, while their numbers are in its caches.
+
+oneDNN does both in one call, with the same numbers, and of a residual block the sum between the two, too. It knows no
+gradients, so this is for passes that ask for none. And it makes 0 of NaN, so it is only for numbers of which a finite
+net makes none: see ``harmless``.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from attrib.models.folding import hooked
+
+LARGE = 1e6  # inputs of a net are smaller: none that is normalised leads up to where float32 ends
+
+_NAMES: dict[Any, str] = {
+    nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.SiLU: "swish", nn.Hardswish: "hardswish",
+    F.relu: "relu", torch.relu: "relu", F.relu6: "hardtanh", F.silu: "swish", F.hardswish: "hardswish",
+}  # fmt: skip
+_NUMBERS = {"hardtanh": [0.0, 6.0]}
+_EXACT = ("relu", "hardtanh")  # of half the bits: the others are rounded once where torch rounds twice
+
+
+def harmless(*inputs: Tensor) -> bool:
+    """Whether nobody asks for gradients of these, and all numbers are finite, and not large."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return False
+    return all(bool(torch.stack(x.aminmax()).abs().max() < LARGE) for x in inputs if x.is_floating_point())
+
+
+def activated(graph: fx.GraphModule) -> fx.GraphModule | None:
+    """The same function with the activations behind 2-d convolutions in these; None where there are none.
+
+    Weights are shared with the given graph, which is left alone.
+    """
+    modules = dict(graph.named_modules())
+    new = copy.deepcopy(graph.graph)
+    root: dict[str, nn.Module] = {}
+    for node in list(new.nodes):
+        name, conv = _name(node, modules), _module(node.args[0], modules) if node.args else None
+        if name is not None and _suits(conv, name) and len(node.args[0].users) == 1:
+            node.args[0].target = target = f"activated_{len(root)}"
+            root[target] = _Activated(conv, name)
+            node.replace_all_uses_with(node.args[0])
+            new.erase_node(node)
+        elif name == "relu" and (found := _summed(node.args[0], modules)) is not None:
+            layer, conv, other = found
+            target = f"activated_{len(root)}"
+            root[target] = _Activated(conv, name)
+            with new.inserting_before(node):
+                node.replace_all_uses_with(new.call_module(target, (*layer.args, other)))
+            for gone in (node, node.args[0], layer):
+                new.erase_node(gone)
+        elif (inner := _module(node, modules)) is not None and (within := _within(inner)) is not None:
+            node.target = f"activated_{len(root)}"
+            root[node.target] = within
+    if not root:
+        return None
+    for node in new.nodes:
+        if node.op in ("call_module", "get_attr") and node.target not in root:
+            parent, _, last = str(node.target).rpartition(".")
+            root[node.target] = getattr(graph.get_submodule(parent), last)
+    return fx.GraphModule(root, new)
+
+
+class _Activated(nn.Module):
+    """A convolution and an activation, and between the two a sum with something of the same shape."""
+
+    def __init__(self, conv: nn.Conv2d, name: str) -> None:
+        super().__init__()
+        self.conv = conv
+        self._layer = conv.padding, conv.stride, conv.dilation, conv.groups
+        self._then = name, _NUMBERS.get(name, []), ""
+
+    def forward(self, x: Tensor, *other: Tensor) -> Tensor:
+        weights = self.conv.weight, self.conv.bias
+        x = x.to(weights[0].dtype)  # as torch.autocast does, which does not know these operations
+        found: Tensor
+        if other:
+            found = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, *other, *weights, *self._layer, "add", 1.0, *self._then
+            )
+        else:
+            found = torch.ops.mkldnn._convolution_pointwise(x, *weights, *self._layer, *self._then)
+        return found
+
+
+def _within(module: nn.Module) -> nn.Module | None:
+    """What is in the place of a module of several: a part of a net, or a layer and what was in the norm behind it."""
+    if isinstance(module, fx.GraphModule):
+        return activated(module)
+    if type(module) is nn.Sequential and len(module) > 1 and isinstance(module[0], nn.Conv2d) and not hooked(module):
+        conv, *rest = (each for each in module if type(each) is not nn.Identity)
+        if len(rest) == 1 and (name := _NAMES.get(type(rest[0]))) is not None and _suits(conv, name):
+            return _Activated(conv, name)
+    return None
+
+
+def _summed(node: Any, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.Conv2d, fx.Node] | None:
+    """A convolution's node, itself, and the node that is added to it; None if the node is no such sum."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1 or len(node.args) != 2 or node.kwargs:
+        return None
+    if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_"):
+        return None
+    commutes = node.target not in (operator.iadd, "add_")  # else what changes is the first
+    for layer, other in (node.args, node.args[::-1])[: 1 + commutes]:
+        conv = _module(layer, modules)
+        if isinstance(layer, fx.Node) and isinstance(other, fx.Node) and _suits(conv, "sum") and len(layer.users) == 1:
+            return layer, conv, other
+    return None
+
+
+def _module(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """The module that a node calls with one argument alone."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    return modules.get(str(node.target))  # not one that was made here
+
+
+def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """What the library calls the activation that a node is."""
+    module = _module(node, modules)
+    if module is not None:
+        return None if hooked(module) else _NAMES.get(type(module))
+    if node.op == "call_method":
+        return "relu" if node.target in ("relu", "relu_") and len(node.args) == 1 else None
+    known = node.op == "call_function" and len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
+    return _NAMES.get(node.target) if known else None
+
+
+def _suits(conv: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
+    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward or isinstance(conv.padding, str):
+        return False
+    if conv.padding_mode != "zeros" or is_parametrized(conv) or hooked(conv):
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if conv.weight.dtype == torch.bfloat16:
+        supported: Callable[[], bool] = torch.ops.mkldnn._is_mkldnn_bf16_supported
+        return name in _EXACT and bool(supported())
+    return conv.weight.dtype == torch.float32

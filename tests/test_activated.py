@@ -1,0 +1,169 @@
+"""Convolutions that compute the activation behind them as well give the net's own numbers."""
+
+from __future__ import annotations
+
+import logging
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_folding import Block, always, drawn, images  # noqa: F401
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from attrib.models import Classifier
+from attrib.models.activated import LARGE, _Activated, activated, harmless
+from attrib.models.fast import fast_net, fast_split
+from attrib.models.folding import graph_of
+from attrib.models.split import split
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is without oneDNN")
+
+
+class Functions(Block):
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu6(self.norm(F.relu(self.conv(x), inplace=True).relu()))
+
+
+class Residual(Block):
+    def features(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        y = self.act(x + self.second(self.other(x)))
+        return F.relu(operator.iadd(self.norm(self.other(y)), y))
+
+
+class Ways(Block):
+    """Other activations, and a norm with one inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.six = BatchNormAct2d(4), nn.ReLU6()
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.hardswish(self.other(F.silu(self.other(self.six(self.inner(self.conv(x)))))))
+
+
+class ReadBefore(Block):
+    """What the layers give is read by others, too."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = self.other(x)
+        return self.act(x) + y.relu() + (y + x).relu() + self.second(self.act(self.other(y) + 1))
+
+
+class OtherShapes(Block):
+    """Sums whose parts have different shapes; what is added to a layer may be the larger part."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        x = self.act(self.other(x) + x.mean((2, 3), keepdim=True))
+        return self.act(self.other(x.mean((2, 3), keepdim=True)) + x)
+
+
+class Padded(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+        self.other = nn.Conv2d(4, 4, 2, padding="same")
+
+
+# net -> layers that compute an activation as well
+CASES = {Block: 1, Functions: 1, Residual: 3, Ways: 3, ReadBefore: 0, OtherShapes: 3, Padded: 0}
+
+
+def layers(net: nn.Module) -> int:
+    return sum(isinstance(module, _Activated) for module in net.modules())
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+def test_it_is_the_same_function(kind, always):  # noqa: F811
+    net, x = drawn(kind).float(), images().float()
+    fast = fast_net(net)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
+    way = fast._fast
+    made = activated(way.graph)
+    assert (0 if made is None else layers(made)) == CASES[kind]
+    assert (way._activated is not None) == (CASES[kind] > 0 and kind is not OtherShapes)  # which was tried, and failed
+
+
+def test_gradients_go_the_way_of_the_net(always):  # noqa: F811
+    net, x = drawn(Residual).float(), images().float()
+    fast = fast_net(net)
+    fast(x)
+    found = []
+    for function in (fast, net):
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(function(leaf)[:, 1].sum(), leaf)[0])
+    assert fast._fast._activated is not None
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_what_is_no_number_stays_so(always, value):  # noqa: F811
+    """oneDNN's ReLU makes 0 of NaN."""
+    net, x = drawn(Residual).float(), images().float()
+    fast = fast_net(net)
+    with torch.no_grad():
+        fast(x)
+        x[1, 0, 3, 3] = value
+        assert not harmless(x)
+        got, expected = fast(x), net(x)
+    assert torch.equal(got.isnan(), expected.isnan())
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_where_it_does_no_harm():
+    x = torch.ones(2, 3)
+    assert harmless(x, torch.ones(2, dtype=torch.long))
+    assert not harmless(x, torch.full((1,), LARGE))
+    assert not harmless(x.requires_grad_())
+    with torch.no_grad():
+        assert harmless(x)
+
+
+def test_parts_of_a_net_and_the_log(always, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO, "attrib.models.fast")
+    net, x = drawn(Residual).float(), images().float()
+    cut = fast_split(split(net, "conv", x), net, "conv")
+    with torch.no_grad():
+        z, rest = cut.front(x)
+        torch.testing.assert_close(z, net.conv(x), rtol=1e-5, atol=1e-5)  # not its ReLU, which is behind the cut
+        torch.testing.assert_close(cut.rear(z, rest), net(x), rtol=1e-5, atol=1e-5)
+    assert "activations fused" in caplog.text
+
+
+def test_layers_that_are_read_keep_their_meaning(always):  # noqa: F811
+    net, x = drawn(Residual).float(), images().float()
+    slow, fast = (Classifier(net, {"a": "other", "b": "conv"}, fold=fold) for fold in (False, True))
+    fast.logits(x)
+    torch.testing.assert_close(fast.record(["b"], x)["b"], slow.record(["b"], x)["b"])
+    assert (fast.record(["b"], x)["b"] < 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_the_bits_are_rounded_as_torch_rounds_them(always, dtype):  # noqa: F811
+    """Only what is exact: an activation that chooses, and none of float16, which is soon at its end."""
+    net, x = drawn(Ways).float(), images().float()
+    fast = fast_net(net)
+    with torch.no_grad():
+        fast(x)
+        within = fast._fast.within(dtype)
+        with torch.autocast("cpu", dtype):
+            got = within(x)
+            made, within._activated = within._activated, None
+            assert torch.equal(got, within(x))
+    supported = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (0 if made is None else layers(made)) == (1 if supported else 0)
+
+
+def test_float64_and_the_given_graph_stay():
+    net = drawn(Residual)
+    graph = graph_of(net)
+    assert activated(graph) is None
+    graph = graph_of(net.float())
+    before = str(graph.graph)
+    assert activated(graph) is not None
+    assert str(graph.graph) == before
