@@ -115,6 +115,45 @@ def test_what_is_no_number_stays_so(always, value):  # noqa: F811
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+class Divides(Block):
+    """0 / 0 of an image of one colour; in front of it an activation is computed with its layer."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x - x.mean((1, 2, 3), keepdim=True)))
+        x = x - x.mean((1, 2, 3), keepdim=True)
+        return F.relu(self.other(x / x.std((1, 2, 3), keepdim=True)))
+
+
+class Patched(nn.Conv2d):
+    """Divides by how much there is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / x.sum((1, 2, 3), keepdim=True))
+
+
+class Subclass(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Patched(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.other(F.relu(self.conv(x)))))
+
+
+@pytest.mark.parametrize("kind", [Divides, Subclass], ids=lambda kind: kind.__name__)
+def test_what_a_net_makes_of_numbers_that_is_none_stays_so(always, kind):  # noqa: F811
+    net, x = drawn(kind).float(), images().float()
+    nn.init.zeros_(net.conv.bias)
+    fast = fast_net(net)
+    with torch.no_grad():
+        fast(x)
+        assert layers(fast._fast._activated) == 1
+        got, expected = fast(torch.zeros_like(x)), net(torch.zeros_like(x))
+    assert expected.isnan().all()
+    assert got.isnan().all()
+
+
 def test_where_it_does_no_harm():
     x = torch.ones(2, 3)
     assert harmless(x, torch.ones(2, dtype=torch.long))

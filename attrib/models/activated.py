@@ -1,8 +1,8 @@
 """Convolutions of a CPU that compute the activation behind them as well, while their numbers are in its caches.
 
 oneDNN does both in one call, with the same numbers, and of a residual block the sum between the two, too. It knows no
-gradients, so this is for passes that ask for none. And it makes 0 of NaN, so it is only for numbers of which a finite
-net makes none: see ``harmless``.
+gradients, so this is for passes that ask for none. And it makes 0 of NaN, so it is only where there can be none: behind
+operations that make none of finite numbers (``_finite``), and for inputs that are finite and not large (``harmless``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from attrib.models.folding import hooked
@@ -27,6 +29,27 @@ _NAMES: dict[Any, str] = {
 }  # fmt: skip
 _NUMBERS = {"hardtanh": [0.0, 6.0]}
 _EXACT = ("relu", "hardtanh")  # of half the bits: the others are rounded once where torch rounds twice
+
+# What makes no NaN of finite numbers, as a division (0 / 0) or a root does.
+_FINITE_MODULES = (
+    _ConvNd, nn.Linear, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.ELU,
+    nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Upsample,
+    nn.ZeroPad2d, nn.ChannelShuffle, nn.PixelShuffle,
+)  # fmt: skip
+_FINITE_FUNCTIONS = {
+    operator.add, operator.iadd, operator.sub, operator.mul, operator.imul, operator.neg, operator.getitem,
+    operator.floordiv, torch.add, torch.sub, torch.mul, torch.cat, torch.flatten, torch.permute, torch.transpose,
+    torch.mean, torch.sum, torch.sigmoid, torch.tanh, F.sigmoid, F.tanh, F.gelu, F.leaky_relu, F.elu, F.hardsigmoid,
+    F.softmax, torch.softmax, F.dropout, F.pad, F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d, F.layer_norm, F.group_norm, F.linear,
+}  # fmt: skip
+_STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"  # torchvision need not be imported for it
+_FINITE_METHODS = {
+    "add", "add_", "sub", "mul", "mul_", "mean", "sum", "amax", "relu", "relu_", "sigmoid", "tanh", "softmax", "clamp",
+    "view", "reshape", "flatten", "permute", "transpose", "contiguous", "expand", "squeeze", "unsqueeze", "chunk",
+    "split", "size", "dim", "type_as", "clone",
+}  # fmt: skip
 
 
 def harmless(*inputs: Tensor) -> bool:
@@ -45,6 +68,8 @@ def activated(graph: fx.GraphModule) -> fx.GraphModule | None:
     new = copy.deepcopy(graph.graph)
     root: dict[str, nn.Module] = {}
     for node in list(new.nodes):
+        if not _finite(node, modules):
+            break  # what follows may be computed from it
         name, conv = _name(node, modules), _module(node.args[0], modules) if node.args else None
         if name is not None and _suits(conv, name) and len(node.args[0].users) == 1:
             node.args[0].target = target = f"activated_{len(root)}"
@@ -91,6 +116,27 @@ class _Activated(nn.Module):
         else:
             found = torch.ops.mkldnn._convolution_pointwise(x, *weights, *self._layer, *self._then)
         return found
+
+
+def _finite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether this is known to make no NaN of finite numbers; of modules that others wrote nothing is."""
+    if node.op == "call_function":
+        own = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
+        return node.target in _FINITE_FUNCTIONS or node.target in _NAMES or own == _STOCHASTIC_DEPTH
+    if node.op == "call_method":
+        return node.target in _FINITE_METHODS
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return module is None or _is_finite(module)
+
+
+def _is_finite(module: nn.Module) -> bool:
+    if isinstance(module, fx.GraphModule):
+        inner = dict(module.named_modules())
+        return all(_finite(node, inner) for node in module.graph.nodes)
+    if type(module) is nn.Sequential:
+        return not hooked(module) and all(map(_is_finite, module))
+    known = type(module).__module__.partition(".")[0] in ("torch", "timm", "torchvision")
+    return known and isinstance(module, _FINITE_MODULES) and not hooked(module)
 
 
 def _within(module: nn.Module) -> nn.Module | None:
