@@ -56,7 +56,8 @@ def harmless(*inputs: Tensor) -> bool:
     """Whether nobody asks for gradients of these, and all numbers are finite, and not large."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return False
-    return all(bool(torch.stack(x.aminmax()).abs().max() < LARGE) for x in inputs if x.is_floating_point())
+    numbers = (x for x in inputs if x.is_floating_point() and x.numel())
+    return all(bool(torch.stack(x.aminmax()).abs().max() < LARGE) for x in numbers)
 
 
 def activated(graph: fx.GraphModule) -> fx.GraphModule | None:
