@@ -22,6 +22,7 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, check_per_token
 from attrib.models import Classifier
 from attrib.models.calls import call as called
+from attrib.models.calls import operation
 from attrib.noise import Noise
 from attrib.relevance.plan import output_of
 from attrib.types import Batch, SampleError, UserError
@@ -135,10 +136,16 @@ class _Reading:
         return v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])
 
     def _slid(self, x: Tensor, w: Tensor) -> Tensor:
-        """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch."""
+        """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch.
+
+        Of a transposed convolution, what it gives with these weights.
+        """
         if self.as_released:
             w = w.flip(1, 2)
-        dilation = bound(self.call.node)["dilation"]
+        given = bound(self.call.node)
+        dilation = given["dilation"]
+        if operation(self.call.node).startswith("conv_transpose"):
+            return F.conv_transpose2d(x[None], w[:, None], stride=given["stride"], dilation=dilation, groups=len(w))[0]
         reach = [d * (k - 1) for d, k in zip(dilation, w.shape[1:], strict=True)]
         return F.conv2d(x[None], w[:, None], padding=reach, dilation=dilation, groups=len(w))[0]
 
@@ -167,7 +174,7 @@ class CausalPaths(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3  # 2 turned the kernels of transposed convolutions
     NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     TOKENS: ClassVar[tuple[str, ...]] = ("places",)
