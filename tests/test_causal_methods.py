@@ -168,6 +168,33 @@ def test_the_map_of_a_transposed_convolution_is_what_it_gives():
     torch.testing.assert_close(places, torch.stack(expected).mean(0))
 
 
+class OverLast(nn.Module):
+    """A linear layer over the last axis: that of the columns, or where ``last`` of the channels, of a square map."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last, self.conv, self.mix = last, nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 8)
+        self.head = nn.Linear(512, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        return self.head(self.mix(x.permute(0, 2, 3, 1) if self.last else x).relu().flatten(1))
+
+
+def test_a_layer_over_columns_reads_no_places():
+    """Sizes are the same; its map would have channels for rows."""
+    x = Noise(["x"], dtype=torch.float64).normal(4, 1, 8, 8)[0]
+    for last in (True, False):
+        model = Classifier(seeded(OverLast(last)), {"bottleneck": "mix"}, dtype=torch.float64)
+        state = to_state({0: find(Sites(model, Structure.of(model, x)), x, 0, Search(z=0.01, layers=2))})
+        batch = Batch(("a",), x[:1], torch.tensor([0]))
+        if last:
+            assert explained(CausalPaths(), model, batch, state)["places"].shape == (1, 8, 8)
+        else:
+            with pytest.raises(UserError, match="does not tell which axes are space"):
+                explained(CausalPaths(), model, batch, state)
+
+
 def test_classes_in_one_batch_do_not_mix(model, batch, state):
     mixed = Batch(batch.uids[:4], batch.x[:4], torch.tensor([1, 7, 7, 1]))
     for method in (CausalPaths(layer="image", nodes=1, draws=2), CausalGradient()):

@@ -23,6 +23,7 @@ from attrib.methods.parts.inputs import EMBEDDING, Inputs, check_per_token
 from attrib.models import Classifier
 from attrib.models.calls import call as called
 from attrib.models.calls import operation
+from attrib.models.reading import Name
 from attrib.noise import Noise
 from attrib.relevance.plan import output_of
 from attrib.types import Batch, SampleError, UserError
@@ -82,12 +83,13 @@ class _Reading:
             return [one[:length].T for one, length in zip(x, lengths, strict=True)]
         if self.call.weight.ndim == 4 or (flat and x.ndim == 2 and len(self.layer.places) == 2):
             return list(x)
-        if flat and x.ndim == 4:
-            return list(x.movedim(-1, 1))
-        if flat and x.ndim == 3:
-            shape = tuple(batch.x.shape[1:])
-            name = f"input of {path}"
-            reading = model.read(name, lambda model, rows: _read(model, path, rows), shape, ("tokens",))
+        if flat and x.ndim in (3, 4):
+            # Found out, as a layer over the columns of a map, (N, C, H, W), reads neither channels nor tokens.
+            among: tuple[Name, ...] = ("tokens",) if x.ndim == 3 else ("channels_last",)
+            front, shape = (lambda model, rows: _read(model, path, rows)), tuple(batch.x.shape[1:])
+            reading = model.read(f"input of {path}", front, shape, among)
+            if x.ndim == 4:
+                return list(x.movedim(-1, 1))
             return list(x[:, reading.prefix :].mT.unflatten(2, reading.grid))
         raise UserError(
             f"layer {path} reads no image features: a map needs a convolution, a linear layer that sees places or "
