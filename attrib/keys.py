@@ -70,7 +70,8 @@ def spec(thing: Any) -> Any:
         }
         return {
             "class": stable_name(kind),
-            "VERSION": getattr(kind, "VERSION", 0),  # in capitals: a field may be called "version"
+            # In capitals, as a field may be called "version"; of the thing, as one case may have a VERSION of its own.
+            "VERSION": getattr(thing, "VERSION", 0),
             **fields,
         }
     if isinstance(thing, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from audio_nets import K, L, RowNet, as_rows, audio_classifier, sounds
 from contracts import metric_contract
 from torch import Tensor, nn
 
+from attrib import keys
 from attrib.metrics import EHR, InsertionDeletion
 from attrib.metrics.perturb import baseline, tiles, untiled
 from attrib.models import Classifier
@@ -78,6 +80,25 @@ def test_tiles_and_back(size, side):
     assert back.shape == values.shape
     torch.testing.assert_close(tiles(back, side), means)
     torch.testing.assert_close(back.flatten(1).mean(1), values.flatten(1).mean(1))  # every place counts once
+
+
+@pytest.mark.parametrize(("size", "side"), [((400,), 7), ((13, 19), 4)])
+def test_no_tile_of_a_constant_map_is_first(size, side):
+    """Tiles at the far edges have fewer places, and the mean of some 0.1 in float32 depends on their number.
+
+    So all orders are equally good, and an order that does not depend on the value 0.1 is a random one.
+    """
+    x = torch.arange(3.0 * math.prod(size)).sin().view(3, 1, *size)
+    batch = dataclasses.replace(sounds(3), x=x, roi=None)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(size), K))
+    metric = InsertionDeletion(steps=None, step=1, window=side, output="logit", **ZERO)
+    curves = [
+        metric.score(Classifier(net), batch, torch.full((3, *size), value), Noise(batch.uids))["deletion_curve"]
+        for value in (0.0, 0.1, 1 / 3)
+    ]
+    assert curves[0].equal(curves[1])
+    assert curves[0].equal(curves[2])
+    assert (keys.spec(metric)["VERSION"], keys.spec(InsertionDeletion())["VERSION"]) == (2, 1)
 
 
 def test_removed_samples():

@@ -173,6 +173,19 @@ def test_the_fallback():
     assert select(constant - torch.tensor([[0.0], [1.0]]), torch.ones(3), Search())[0].tolist() == [False, True]
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-15), (torch.float32, 1e-7)])
+def test_rounding_makes_no_cause(dtype, rounding):
+    """The logit of samples that are alike has no spread, and of a dead neuron the intervention changes nothing."""
+    reference = torch.tensor([3.0, 3.0], dtype=dtype)
+    y = torch.tensor([[3 - rounding * 3, 3.0], [3 - 0.1, 3 - 0.1], [3.0, 3.0]], dtype=dtype)
+    assert y[0, 0] < 3
+    causes, _, p, how = select(y, reference, Search())
+    assert (causes.tolist(), p.tolist(), how) == ([False, True, False], [0.5, 0.0, 0.5], TESTED)
+    # Nor does a logit that is 0 and stays 0.
+    y, reference = torch.tensor([[0.0, 0.9]] * 2, dtype=dtype), torch.tensor([0.0, 1.0], dtype=dtype)
+    assert select(y, reference, Search())[3] == FALLEN_BACK
+
+
 def test_soft_weights_come_from_streams_of_their_own():
     search = Search(soft=True, beta=0.3)
     values = [search.u(target, path) for target in (0, 1) for path in ("a", "b")]

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from contracts import seeded
 from scipy import signal, special
 from tiny import ROOT, tool
 from torch import Tensor, nn
@@ -134,6 +135,64 @@ def test_the_map_of_every_layer_by_its_formula(model, batch, graphs, state):
     torch.testing.assert_close(
         maps["map"], F.interpolate(maps["places"][:, None], (32, 32), mode="bilinear", align_corners=False)[:, 0]
     )
+
+
+def test_the_map_of_a_transposed_convolution_is_what_it_gives():
+    """Every cause's places spread their kernel, which is not turned, a stride apart."""
+    net = seeded(
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.Softplus(), nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2),
+        )
+    )  # fmt: skip
+    model = Classifier(net, {"bottleneck": "2"}, dtype=torch.float64)
+    x = Noise(["x"], dtype=torch.float64).normal(4, 1, 7, 9)[0]
+    graph = find(Sites(model, Structure.of(model, x)), x, 0, Search(z=0.01))
+    found = graph.layers["2"]
+    causes, nodes = (mask.nonzero()[:, 0].tolist() for mask in (found.causes, found.effects))
+    batch = Batch(("a",), x[:1], torch.tensor([0]))
+    places = explained(CausalPaths(), model, batch, to_state({0: graph}))["places"][0]
+    with torch.no_grad():
+        read = net[1](net[0](x[:1]))[0]
+    expected = []
+    for node in nodes:
+        responses = []
+        for cause in (c for c in causes if c // 2 == node // 3):
+            given = torch.zeros(2 * 5 + 1 - 2 + 2, 2 * 7 + 1 - 2 + 2, dtype=torch.float64)
+            for i, j in np.ndindex(5, 7):
+                given[2 * i : 2 * i + 3, 2 * j : 2 * j + 3] += read[cause, i, j] * net[2].weight[cause, node % 3]
+            responses.append(given.flatten().softmax(0).view_as(given))
+        if responses:
+            expected.append(torch.stack(responses).mean(0))
+    assert len(expected) > 1
+    torch.testing.assert_close(places, torch.stack(expected).mean(0))
+
+
+class OverLast(nn.Module):
+    """A linear layer over the last axis: that of the columns, or where ``last`` of the channels, of a square map."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last, self.conv, self.mix = last, nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 8)
+        self.head = nn.Linear(512, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        return self.head(self.mix(x.permute(0, 2, 3, 1) if self.last else x).relu().flatten(1))
+
+
+def test_a_layer_over_columns_reads_no_places():
+    """Sizes are the same; its map would have channels for rows."""
+    x = Noise(["x"], dtype=torch.float64).normal(4, 1, 8, 8)[0]
+    for last in (True, False):
+        model = Classifier(seeded(OverLast(last)), {"bottleneck": "mix"}, dtype=torch.float64)
+        state = to_state({0: find(Sites(model, Structure.of(model, x)), x, 0, Search(z=0.01, layers=2))})
+        batch = Batch(("a",), x[:1], torch.tensor([0]))
+        if last:
+            assert explained(CausalPaths(), model, batch, state)["places"].shape == (1, 8, 8)
+        else:
+            with pytest.raises(UserError, match="does not tell which axes are space"):
+                explained(CausalPaths(), model, batch, state)
 
 
 def test_classes_in_one_batch_do_not_mix(model, batch, state):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from attrib.results import agreement, stats
+from attrib.results import agreement
 
 
 def frame_of(values, directions=None, drop=()):
@@ -145,13 +145,3 @@ def test_means_that_differ_by_rounding_share_their_rank():
         assert row["rho"] == pytest.approx(spearmanr([0, 0, 0, 1], [4, 3, 2, 1])[0])
     tied = entry(agreement.agreement(frame_of({"a": a[:3], "b": b[:3]})), "a", "b")
     assert np.isnan(tied["rho"])
-
-
-def test_equalised_is_that_of_one_column():
-    r = np.random.default_rng(0)
-    values = r.integers(0, 9, (7, 40)) * 1e-3 + r.normal(size=(7, 40)) * 1e-4
-    error = np.full((7, 40), 2e-4)
-    found = agreement.equalised(values, error)
-    for j in range(40):
-        np.testing.assert_array_equal(found[:, j], stats.equalised(values[:, j], error[:, j]))
-    assert len(np.unique(found)) < found.size

@@ -379,3 +379,23 @@ def test_equalised_does_not_depend_on_the_order(pairs, random):
     assert np.array_equal(stats.equalised(values[order], error[order]), equal[order])
     assert ((values >= equal) & (values - equal <= 3)).all()
     assert set(equal) <= set(values)
+
+
+def equalised_by_hand(values, error):
+    """One value after another, from the least: of a value's errors the largest counts."""
+    error = [max(e for v, e in zip(values, error) if v == value) for value in values]
+    found, first = list(values), None
+    for i in sorted(range(len(values)), key=values.__getitem__):
+        joins = first is not None and values[i] - values[first] <= max(error[i], error[first])
+        first = first if joins else i
+        found[i] = values[first]
+    return found
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.randoms())
+def test_equalised_by_hand_alone_and_in_columns(n, k, random):
+    values, error = (np.array([[random.randint(0, most) / 2 for _ in range(k)] for _ in range(n)]) for most in (20, 3))
+    found = stats.equalised(values, error)
+    for j in range(k):
+        by_hand = equalised_by_hand(values[:, j].tolist(), error[:, j].tolist())
+        assert found[:, j].tolist() == stats.equalised(values[:, j], error[:, j]).tolist() == by_hand

@@ -19,6 +19,7 @@ from attrib.causal.interventions import Sites, edges, estimate, intervene
 from attrib.causal.structure import OUTPUT, Structure
 from attrib.checks import require
 from attrib.fit import Fit, FitData, Partial, Progress, State
+from attrib.metrics.perturb import ROUNDING
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
@@ -135,18 +136,23 @@ def adjusted(p: Tensor, correction: str) -> Tensor:
 def select(y: Tensor, reference: Tensor, search: Search) -> tuple[Tensor, Tensor, Tensor, int]:
     """Causes (m,) bool, mean effects (m,), p-values (m,), and how the causes were chosen (TESTED ...).
 
-    y (m, n) is the logit under an intervention on each of m candidates, reference (n,) the one without.
+    y (m, n) is the logit under an intervention on each of m candidates, reference (n,) the one without, both in the
+    net's dtype. A difference by rounding alone is none: of logits that hardly vary it would decide the test, so that a
+    neuron that says nothing became a cause.
     """
+    error = ROUNDING.get(y.dtype, 1e-6) * torch.cat((y, reference[None])).abs().max().double()
     y, reference = y.double(), reference.double()
     n = len(reference)
     gap = reference.mean() - y.mean(1)
     spread = (y.var(1) / n + reference.var() / n).sqrt()
+    gap = gap.masked_fill((gap.abs() <= error) & (spread <= error), 0.0)
     score = torch.where(spread > 0, gap / spread, gap.sign() * float("inf")).nan_to_num(0.0)
     p = adjusted(torch.from_numpy(stats.norm.sf(score.numpy())), search.correction)
     causes = gap > search.z * spread if search.correction == "none" else p < stats.norm.sf(search.z)
     how = TESTED if causes.any() else NONE_FOUND
     if not causes.any() and search.fallback is not None:
-        relative = ((y - reference) / reference.abs()).mean(1)
+        change = y - reference
+        relative = (change / reference.abs()).masked_fill(change.abs() <= error, 0.0).mean(1)
         causes = relative < search.fallback
         how = FALLEN_BACK if causes.any() else NONE_FOUND
     return causes, -gap, p, how
@@ -163,7 +169,7 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
         raise UserError(f"class {target}: a causal graph needs at least 2 samples, there is {len(x)}")
     nodes = Nodes(structure, target)
     parts = model.of_one_length(x)
-    reference = torch.cat([model.logits(part)[:, target] for part in parts]).double().cpu()
+    reference = torch.cat([_reference(model, part)[:, target] for part in parts]).cpu()
     layers: dict[str, GraphLayer] = {}
     scope = structure.scope(search.layers)
     for path in reversed(scope):
@@ -187,8 +193,15 @@ def find(sites: Sites, x: Tensor, target: int, search: Search, u: Mapping[str, f
             effects, chosen, nothing.index_copy(0, units, effect), nothing.index_copy(0, units, p), how, value
         )
         nodes.reach(path, chosen)
-    spread = reference.std().item()
-    return ClassGraph(target, len(x), (reference.mean().item(), spread), layers)
+    reference = reference.double()
+    return ClassGraph(target, len(x), (reference.mean().item(), reference.std().item()), layers)
+
+
+@torch.no_grad()
+def _reference(model: Classifier, x: Tensor) -> Tensor:
+    """(N, K), the net's logits by the graph, whose rounding is that of interventions."""
+    graph = model.graph(x)
+    return model.chunked(lambda rows: graph(x[rows]), len(x))
 
 
 def _tested(
@@ -281,7 +294,7 @@ class CausalGraphs(Fit):
     """
 
     NAME: ClassVar[str] = "attrib.causal.graph.CausalGraphs"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # in 1 rounding chose causes where a class's logits hardly vary
     BY_CLASS: ClassVar[bool] = True
 
     samples: int = 50

@@ -22,6 +22,8 @@ from attrib.methods import Method
 from attrib.methods.parts.inputs import EMBEDDING, Inputs, check_per_token
 from attrib.models import Classifier
 from attrib.models.calls import call as called
+from attrib.models.calls import operation
+from attrib.models.reading import Name
 from attrib.noise import Noise
 from attrib.relevance.plan import output_of
 from attrib.types import Batch, SampleError, UserError
@@ -81,12 +83,13 @@ class _Reading:
             return [one[:length].T for one, length in zip(x, lengths, strict=True)]
         if self.call.weight.ndim == 4 or (flat and x.ndim == 2 and len(self.layer.places) == 2):
             return list(x)
-        if flat and x.ndim == 4:
-            return list(x.movedim(-1, 1))
-        if flat and x.ndim == 3:
-            shape = tuple(batch.x.shape[1:])
-            name = f"input of {path}"
-            reading = model.read(name, lambda model, rows: _read(model, path, rows), shape, ("tokens",))
+        if flat and x.ndim in (3, 4):
+            # Found out, as a layer over the columns of a map, (N, C, H, W), reads neither channels nor tokens.
+            among: tuple[Name, ...] = ("tokens",) if x.ndim == 3 else ("channels_last",)
+            front, shape = (lambda model, rows: _read(model, path, rows)), tuple(batch.x.shape[1:])
+            reading = model.read(f"input of {path}", front, shape, among)
+            if x.ndim == 4:
+                return list(x.movedim(-1, 1))
             return list(x[:, reading.prefix :].mT.unflatten(2, reading.grid))
         raise UserError(
             f"layer {path} reads no image features: a map needs a convolution, a linear layer that sees places or "
@@ -135,10 +138,16 @@ class _Reading:
         return v.flatten(1).softmax(1).mean(0).reshape(v.shape[1:])
 
     def _slid(self, x: Tensor, w: Tensor) -> Tensor:
-        """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch."""
+        """Channels (C, h, w) and a kernel for each (C, kh, kw) -> (C, h', w'), all places that the kernels touch.
+
+        Of a transposed convolution, what it gives with these weights.
+        """
         if self.as_released:
             w = w.flip(1, 2)
-        dilation = bound(self.call.node)["dilation"]
+        given = bound(self.call.node)
+        dilation = given["dilation"]
+        if operation(self.call.node).startswith("conv_transpose"):
+            return F.conv_transpose2d(x[None], w[:, None], stride=given["stride"], dilation=dilation, groups=len(w))[0]
         reach = [d * (k - 1) for d, k in zip(dilation, w.shape[1:], strict=True)]
         return F.conv2d(x[None], w[:, None], padding=reach, dilation=dilation, groups=len(w))[0]
 
@@ -167,7 +176,7 @@ class CausalPaths(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.causal.CausalPaths"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3  # 2 turned the kernels of transposed convolutions
     NEEDS_PROBABILITIES: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     TOKENS: ClassVar[tuple[str, ...]] = ("places",)

@@ -83,7 +83,6 @@ class InsertionDeletion(Metric):
     """
 
     NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"
-    VERSION: ClassVar[int] = 1
     NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "audio")
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
@@ -126,6 +125,10 @@ class InsertionDeletion(Metric):
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
             raise UserError(f"InsertionDeletion.kernel is {self.kernel}, must be a positive odd number, or null")
         require(self, "output", one_of=OUTPUTS)
+
+    @property
+    def VERSION(self) -> int:  # noqa: N802
+        return 1 if self.window == 1 else 2  # 1 took the means of tiles in float32: rounding ordered equal ones
 
     @property
     def BOUNDS(self) -> Mapping[str, tuple[float, float]]:  # noqa: N802
@@ -181,7 +184,7 @@ class InsertionDeletion(Metric):
                 f"{tuple(batch.x.shape)}; expected (B, H, W) for (B, C, H, W), (B, L) for (B, C, L)"
             )
         # A child stream, so that all maps of a sample share the order of ties.
-        rank = ranks(tiles(map.detach(), self.window), noise.child("ties")).to(model.device)
+        rank = ranks(tiles(map.detach().double(), self.window), noise.child("ties")).to(model.device)
         defined = map.isfinite().flatten(1).all(dim=1).nonzero().squeeze(1).to(model.device)
         x, target = batch.x.to(model.device, model.dtype)[defined], batch.target.to(model.device)[defined]
         units = math.prod(rank.shape[1:])

@@ -19,11 +19,15 @@ Explain = Callable[[Batch], Tensor]  # (B, *input) -> maps (B, H, W), of sounds 
 class Metric(Protocol):
     """Numbers for the map of every sample of a batch."""
 
-    VERSION: ClassVar[int]  # raised whenever numbers change
     NEEDS_INPUT: ClassVar[bool] = True  # whether it looks at ``Batch.x``; else the images may not be read at all
     NEEDS_EXPLAIN: ClassVar[bool] = False  # whether it asks for maps of other inputs; its score then takes explain
 
     # The others may depend on the fields. Where they do not, a metric has a class variable in the property's place.
+
+    @property
+    @abstractmethod
+    def VERSION(self) -> int:  # noqa: N802
+        """Raised whenever numbers change; it may depend on the fields, so that other cases keep their scores."""
 
     @property
     @abstractmethod

@@ -135,6 +135,7 @@ def _zero(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[sl
             f"model.layers.embedding: {model.path('embedding')} gives {tuple(front.z.shape)} for texts "
             f"{tuple(batch.x.shape)}; it must give one vector per token"
         )
+    model.check_tokens("embedding", batch.x)
     rear = model.rear("embedding")
 
     def logits(rows: slice) -> Tensor:

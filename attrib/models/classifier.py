@@ -31,6 +31,7 @@ from attrib.models.preparation import prepared
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.sizes import START, fitting_rows
 from attrib.models.split import Front, HookSplit, Split, between, split
+from attrib.models.token_axis import second
 from attrib.models.variant import Variant
 from attrib.models.ways_back import check_way_back, with_contiguous_norms
 from attrib.process.memory import Heap
@@ -133,6 +134,7 @@ class Classifier:
         self._net: Callable[[Tensor], Tensor] = fast_net(self.module, compile) if self.fold else self.module
         self._splits: dict[str, Split] = {}
         self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
+        self._token_axes: dict[str, bool] = {}
         self._graphs = Graphs(self.module)
         self.defaults: dict[str, DefaultLayer] = {}  # role -> what was found out, where no layer was named
         names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
@@ -415,6 +417,20 @@ class Classifier:
         return self._reading(
             path, shape, said, f"model.layers.{role}: the layer {path} of {type(self.module).__name__}"
         )
+
+    def check_tokens(self, role: str, x: Tensor) -> None:
+        """Raises UserError unless a layer that gives (B, T, C) for texts x (B, T) gives a vector for each token.
+
+        Found out once: C channels of T places have the same shape where there are as many of them as tokens.
+        """
+        path, original = self.path(role), self.original
+        if path not in original._token_axes:
+            original._token_axes[path] = second(original.module, path, x[:1])
+        if not original._token_axes[path]:
+            raise UserError(
+                f"model.layers.{role}: {path} gives its channels where the tokens would be, as many as these texts "
+                "have tokens, (B, C, T); take a layer that gives a vector for each token, (B, T, C)"
+            )
 
     def _reading(self, path: str, shape: tuple[int, ...], said: str, what: str) -> Reading:
         among: tuple[Name, ...] = ("channels_first", "channels_last", "tokens", "vector")

@@ -63,7 +63,7 @@ def _pair(a: np.ndarray, b: np.ndarray, confidence: float, seed: int, halves: bo
 
     def sums(weight: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of ``a`` and of ``b`` over the samples, each as often as its weight (n, draws) says."""
-        return equalised(a @ weight, a_error @ weight), equalised(b @ other, b_error @ other)
+        return stats.equalised(a @ weight, a_error @ weight), stats.equalised(b @ other, b_error @ other)
 
     rng = np.random.default_rng(seed)
     spread = []
@@ -86,19 +86,6 @@ def _pair(a: np.ndarray, b: np.ndarray, confidence: float, seed: int, halves: bo
         if n > 1 and len(known):
             lo, hi = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"methods": int(methods.sum()), "n": n, "rho": rho, "lo": float(lo), "hi": float(hi)}
-
-
-def equalised(values: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """:func:`attrib.results.stats.equalised` for each column of (methods, draws)."""
-    order = values.argsort(axis=0, kind="stable")
-    level, slack = (np.take_along_axis(x, order, axis=0) for x in (values, error))
-    for i in range(1, len(level)):
-        near = level[i] - level[i - 1] <= np.maximum(slack[i], slack[i - 1])  # the row before is the first of its group
-        level[i] = np.where(near, level[i - 1], level[i])
-        slack[i] = np.where(near, slack[i - 1], slack[i])
-    found = np.empty_like(level)
-    np.put_along_axis(found, order, level, axis=0)
-    return found
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -88,20 +88,27 @@ def rounding_error(scores: np.ndarray) -> np.ndarray:
 
 
 def equalised(values: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """``values`` (n,) with those that are equal up to their ``error`` (n,) made exactly equal.
+    """``values`` (n,) with those that are equal up to their ``error`` (n,) made exactly equal; (n, k): each column.
 
     From the least value upwards, each value that is no further above the first of its group than the error of either
     takes that first one's place. A group is therefore never wider than an error, however many values there are.
     """
-    levels, place = np.unique(values, return_inverse=True)
-    slack = np.zeros_like(levels)
-    np.maximum.at(slack, place, error)
-    first = np.arange(levels.size)  # of each level's group
-    for i in np.flatnonzero(np.diff(levels) <= np.maximum(slack[1:], slack[:-1])) + 1:
-        start = first[i - 1]
-        if levels[i] - levels[start] <= max(slack[i], slack[start]):
-            first[i] = start
-    return levels[first][place]
+    place = np.lexsort((-error, values), axis=0)  # of the same value the most uncertain one first
+    levels, slack = (np.take_along_axis(x, place, axis=0) for x in (values, error))
+    number = np.arange(len(levels)).reshape(-1, *[1] * (levels.ndim - 1))
+    same = np.zeros(levels.shape, dtype=bool)
+    same[1:] = levels[1:] == levels[:-1]
+    slack = np.take_along_axis(slack, np.maximum.accumulate(np.where(same, 0, number)), axis=0)
+    # Only where a value is this close to the one before may it join a group.
+    near = np.diff(levels, axis=0) <= np.maximum(slack[1:], np.maximum.accumulate(slack, axis=0)[:-1])
+    first = np.broadcast_to(number, levels.shape).copy()  # of each level's group
+    for i in np.flatnonzero(near.reshape(len(near), math.prod(levels.shape[1:])).any(1)) + 1:
+        start = first[i - 1 : i]
+        lowest, its = (np.take_along_axis(x, start, axis=0)[0] for x in (levels, slack))
+        first[i] = np.where(levels[i] - lowest <= np.maximum(slack[i], its), start[0], first[i])
+    found = np.empty_like(levels)
+    np.put_along_axis(found, place, np.take_along_axis(levels, first, axis=0), axis=0)
+    return found
 
 
 def interval(values: ArrayLike, confidence: float = 0.95, *, seed: int = 0) -> MeanInterval:

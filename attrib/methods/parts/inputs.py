@@ -54,6 +54,7 @@ def check_per_token(model: Classifier, z: Tensor, x: Tensor) -> None:
             f"model.layers.{EMBEDDING}: {model.path(EMBEDDING)} gives {tuple(z.shape)} for tokens "
             f"{tuple(x.shape)}; it must be the layer that gives one vector per token, (B, T, E)"
         )
+    model.check_tokens(EMBEDDING, x)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class TextLayout:
 
     @classmethod
     def of(cls, z: Tensor, mask: Tensor) -> TextLayout:
-        """Raises UserError for a layer that has neither a place for each token nor one for the text."""
+        """By its shape; raises UserError for a layer that has neither a place for each token nor one for the text."""
         if z.ndim == 3 and z.shape[:2] == mask.shape:
             return cls(mask, mask.unsqueeze(2).to(z.dtype))
         if z.ndim == 2:
@@ -137,6 +137,15 @@ class TextLayout:
             f"a layer whose output is {tuple(z.shape)} has no place for each of the {mask.shape[1]} tokens; "
             "take one that gives (B, T, C), or (B, C)"
         )
+
+    @classmethod
+    def found(cls, model: Classifier, role: str, batch: Batch, z: Tensor) -> TextLayout:
+        """Of what the layer with this role gives. Raises UserError, also for channels in the place of tokens."""
+        assert batch.mask is not None  # they are texts
+        found = cls.of(z, batch.mask)
+        if found.real is not None:
+            model.check_tokens(role, batch.x)
+        return found
 
     def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
         """Unchanged: neighbouring words are not similar as neighbouring pixels are."""
@@ -216,7 +225,7 @@ def on_image(model: Classifier, role: str, x: Tensor, z: Tensor, said: str = "au
 def places(model: Classifier, role: str, batch: Batch, z: Tensor, said: str = "auto") -> Places:
     """How a layer's output lies on images (``on_image``), on sounds, or on texts, where ``said`` does not count."""
     if batch.mask is not None:
-        return TextLayout.of(z, batch.mask)
+        return TextLayout.found(model, role, batch, z)
     if batch.x.ndim == 4:
         return on_image(model, role, batch.x, z, said)
     if said == "auto" and z.ndim == 3:

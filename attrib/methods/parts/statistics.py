@@ -77,7 +77,7 @@ class FeatureStatistics(Fit):
         moments, seen = Moments(), 0
         for batch in data:
             z = model.until(self.layer, batch.x).z
-            per_token = batch.mask is not None and TextLayout.of(z, batch.mask).real is not None
+            per_token = batch.mask is not None and TextLayout.found(model, self.layer, batch, z).real is not None
             moments.add(z[batch.mask] if per_token else z)
             seen += len(batch)
             report(Progress(f"feature statistics of {model.path(self.layer)}", seen, len(data.uids), "samples"))
