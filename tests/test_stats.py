@@ -399,3 +399,21 @@ def test_equalised_by_hand_alone_and_in_columns(n, k, random):
     for j in range(k):
         by_hand = equalised_by_hand(values[:, j].tolist(), error[:, j].tolist())
         assert found[:, j].tolist() == stats.equalised(values[:, j], error[:, j]).tolist() == by_hand
+
+
+def test_whom_none_beats_against_plain_loops():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        values = generator.normal(size=(12, 5)) + generator.normal(size=(12, 1))
+        values[generator.random(values.shape) < 0.5] = np.nan
+        expected = []
+        for i in range(5):
+            beaten = False
+            for j in range(5):
+                both = np.isfinite(values[:, i]) & np.isfinite(values[:, j])
+                beaten |= bool(both.any()) and values[both, j].mean() > values[both, i].mean() + 1e-9
+            expected.append(not beaten)
+        assert stats.none_better(values).tolist() == expected
+    circle = np.array([[1.0, 0.0, np.nan], [np.nan, 1.0, 0.0], [0.0, np.nan, 1.0]])
+    assert not stats.none_better(circle).any()
+    assert stats.none_better(np.array([[0.1 + 0.2, 0.3]])).all()

@@ -332,6 +332,26 @@ def test_nothing_is_best_alone_or_without_a_direction(root):
     assert set(tables.paired(frame, "ehr")["better"]) == {""}
 
 
+def test_of_different_samples_the_common_ones_say_what_is_best(root):
+    """A method that saw the easy samples alone has a higher mean than one that is better on each of them."""
+    frame = only(tables.rows(root), column="ehr")
+    a, b, c = METHODS
+    easy = frame["uid"].isin(UIDS[:5])
+    frame["value"] = np.where(easy, 0.8, 0.2) + frame["method"].map({a: 0.1, b: 0.0, c: -0.1}).astype(float)
+    frame["state"] = frame["state"].cat.add_categories("pending")
+    frame.loc[~easy & (frame["method"] == b), ["value", "state"]] = [math.nan, "pending"]
+    table = tables.summary(frame).set_index("method")
+    assert table["n"].to_dict() == {a: 20, b: 5, c: 20}
+    assert table["mean"].idxmax() == b
+    assert table["best"].to_dict() == {a: True, b: False, c: False}
+    (wide,) = formats.wide(table.reset_index())
+    assert wide.uneven
+    assert formats.UNEVEN in formats.wide_table(wide).notes
+    (wide,) = formats.wide(tables.summary(tables.rows(root)))
+    assert not wide.uneven
+    assert formats.UNEVEN not in formats.wide_table(wide).notes
+
+
 def test_pairs_against_plain_numpy(root):
     made = iba(root)
     add_rows(made, EHR, [(UIDS[0], "changed", "map", "ehr", 0.9, time.time() + 9)])

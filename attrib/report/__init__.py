@@ -169,7 +169,7 @@ def _all(
                 device=wide.device,
                 columns=list(zip(wide.columns, wide.counts)),
                 costs=wide.costs,
-                uneven=headline.uneven(wide),
+                uneven=formats.UNEVEN if wide.uneven else "",
                 explained=explained,
                 notes=() if explained else formats.spelt_out(wide.columns),
                 never=significance.sentence(significance.hopeless(mine, confidence), confidence) if len(mine) else "",
@@ -235,7 +235,7 @@ class Block:
     device: str = ""
     columns: Sequence[tuple[str, str]] = ()
     costs: Sequence[str] = ()
-    uneven: bool = False  # whether some column has means of different numbers of samples
+    uneven: str = ""  # a sentence, where some column has means of different numbers of samples
     explained: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     never: str = ""  # a sentence, where no test could become significant

@@ -69,12 +69,6 @@ def lines(
     ]
 
 
-def uneven(wide: formats.Wide) -> bool:
-    """Whether some column has means of different numbers of samples."""
-    columns = zip(*(entries for _, _, entries in wide.lines))
-    return any(len({row["n"] for row in column if row is not None}) > 1 for column in columns)
-
-
 def _entry(row: Mapping[str, Any] | None, shared: str, axis: tuple[float, float]) -> HeadlineScore | None:
     if row is None:
         return None

@@ -181,6 +181,12 @@ def long_table(table: pd.DataFrame, confidence: float = 0.95) -> TextTable:
     return TextTable(title(_title(table), device), header, body, bold, len(names) + 1, _notes(table))
 
 
+UNEVEN = (
+    "Where n differs, means are of different samples: what is best is so on the samples that it shares with each other "
+    "method, and paired tests are of common samples, too."
+)
+
+
 @dataclass(frozen=True)
 class Wide:
     """A summary laid out as methods × columns for one dataset and model.
@@ -204,6 +210,12 @@ class Wide:
     device: str = ""
     costs: Sequence[str] = COSTS
     places: Sequence[tuple[str, str]] = ()
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some column has means of different numbers of samples."""
+        columns = zip(*(entries for _, _, entries in self.lines))
+        return any(len({row["n"] for row in column if row is not None}) > 1 for column in columns)
 
 
 def wide(table: pd.DataFrame) -> list[Wide]:
@@ -252,7 +264,9 @@ def wide_table(block: Wide) -> TextTable:
         body.append([*line, *costs])
         if not any(entries):
             empty.append(f"{contender} ({count})" if (count := block.unscored.get(contender)) else contender)
-    notes = (*([f"No scores: {', '.join(empty)}."] if empty else []), *spelt_out(block.columns))
+    missing = [f"No scores: {', '.join(empty)}."] if empty else []
+    uneven = [UNEVEN] if block.uneven else []
+    notes = (*missing, *uneven, *spelt_out(block.columns))
     return TextTable(title(f"{block.dataset}, {block.model}", block.device), header, body, frozenset(bold), 1, notes)
 
 

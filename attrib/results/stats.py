@@ -87,6 +87,22 @@ def rounding_error(scores: np.ndarray) -> np.ndarray:
     return (ROUNDING_SINGLE if single else ROUNDING) * np.abs(scores)
 
 
+def none_better(values: np.ndarray) -> np.ndarray:
+    """Which of k methods no other beats, (k,) bool; scores (n, k), higher is better, NaN where there is none.
+
+    Two are compared by the means of the samples that both have, if there are any; means that differ by rounding alone
+    are equal. It may be none, as with three methods each of which is better than the next.
+
+    >>> none_better(np.array([[0.9, 0.8], [0.5, np.nan]]))
+    array([ True, False])
+    """
+    there = np.isfinite(values).astype(float)
+    common = there.T @ there
+    mean = (np.nan_to_num(values * 1.0, nan=0.0).T @ there) / np.maximum(common, 1)  # of each, on the other's samples
+    behind = mean.T - mean > rounding_error(mean)
+    return ~(behind & (common > 0)).any(axis=1)
+
+
 def equalised(values: np.ndarray, error: np.ndarray) -> np.ndarray:
     """``values`` (n,) with those that are equal up to their ``error`` (n,) made exactly equal; (n, k): each column.
 

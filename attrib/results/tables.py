@@ -45,7 +45,7 @@ def rows(root: Path | str, broken: list[str] | None = None) -> pd.DataFrame:
 
     ``dataset``, ``model``, ``method`` and ``metric`` are labels (see :func:`labelled`). ``state`` is
 
-    * ``ok``: ``value`` is the latest finite one. Only the fingerprint in ``samples.json`` counts. Where
+    * ``ok``: ``value`` is the latest one, and finite. Only the fingerprint in ``samples.json`` counts. Where
       that has none, a uid that is there under two fingerprints is taken once, by time;
     * ``failed``: the ledger has an entry and no success answers it, or the value is not finite;
       ``stage`` (load, maps or the metric's label) and ``reason`` say why. A success under the
@@ -271,10 +271,11 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """One row per cell, map and column, from :func:`rows`.
 
     n samples (of a cell that was asked for maps alone: those that have one), failed and pending ones; mean with its
-    bootstrap interval (:func:`attrib.results.stats.interval`); direction ↑ (higher is better), ↓ or nothing; ``best``:
-    the best mean of its dataset, model and column, if there are at least two and the column has a direction (several
-    are best if they are equal up to rounding); mean seconds and rows through the net per sample, peak memory in bytes,
-    device (several are joined by +), NaN and "" where not known.
+    bootstrap interval (:func:`attrib.results.stats.interval`); direction ↑ (higher is better), ↓ or nothing;
+    ``best``: no other of its dataset, model and column has a better mean, if there are several and the column has a
+    direction. Means that are equal up to rounding are equally good; of two that have scores of different samples, the
+    means of their common ones are compared (:func:`attrib.results.stats.none_better`). Mean seconds and rows through
+    the net per sample, peak memory in bytes, device (several are joined by +), NaN and "" where not known.
     """
     found = []
     for names, group in frame.groupby(_GROUP, observed=True, sort=False):
@@ -297,12 +298,7 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(found)
-    higher = table["direction"] == "higher"
-    score = table["mean"].where(higher, -table["mean"])
-    per_column = score.groupby([table[name] for name in ("dataset", "model", "metric", "column")])
-    table["best"] = (table["direction"] != "none") & (per_column.transform("count") > 1)
-    top = per_column.transform("max")
-    table["best"] &= top - score <= stats.rounding_error(top.to_numpy())
+    table["best"] = _best(frame[frame["state"] == "ok"], table)
     table["direction"] = table["direction"].map(ARROWS)
     for name in _GROUP:
         if name != "direction":
@@ -310,6 +306,25 @@ def summary(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     table = table.sort_values(["dataset", "model", "metric", "column", "method", "map"], kind="stable")
     table = table.astype(dict.fromkeys(_GROUP, str)).reset_index(drop=True)
     return table[[*_GROUP, "n", "failed", "pending", "mean", "lo", "hi", "best", *COSTS]]
+
+
+def _best(scored: pd.DataFrame, table: pd.DataFrame) -> pd.Series:
+    """Which rows of a summary of these scores are ``best``."""
+    place = ["dataset", "model", "metric", "column"]
+    best = pd.Series(False, index=table.index)
+    samples = scored.groupby(place, observed=True, sort=False)
+    for names, own in table[(table["direction"] != "none") & table["mean"].notna()].groupby(place, sort=False):
+        if len(own) < 2:
+            continue
+        sign, here = 1 if own["direction"].iloc[0] == "higher" else -1, samples.get_group(names)
+        values = sign * own["mean"].to_numpy()[None]
+        if (own["n"] < here.groupby(["uid", "fingerprint"], observed=True).ngroups).any():
+            by_method = here.astype({"contender": str}).pivot(
+                index=["uid", "fingerprint"], columns="contender", values="value"
+            )
+            values = sign * by_method[list(own["contender"])].to_numpy()
+        best[own.index] = stats.none_better(values)
+    return best
 
 
 def paired(frame: pd.DataFrame, column: str, confidence: float = 0.95) -> pd.DataFrame:
