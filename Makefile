@@ -92,6 +92,7 @@ bench: .venv/installed  ## speed as ratios to plain loops in the same run
 	$(BIN)/python tools/bench/bench_cd.py --acd --rows 256
 	$(BIN)/python tools/bench/bench_causal.py
 	$(BIN)/python tools/bench/bench_metrics.py
+	$(BIN)/python tools/bench/bench_memory.py
 	$(BIN)/python tools/bench/bench_runner.py --overhead --repeat 2
 
 clean:
