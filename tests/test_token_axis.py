@@ -14,6 +14,7 @@ from attrib.methods.iba import IBA
 from attrib.methods.parts.layout import places
 from attrib.metrics import InsertionDeletion
 from attrib.models import Classifier
+from attrib.models.token_axis import second
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -49,6 +50,19 @@ class Packed(nn.Module):
         lengths = (ids > 0).sum(1).clamp(min=1).cpu()
         packed = pack_padded_sequence(self.embedding(ids), lengths, batch_first=True, enforce_sorted=False)
         return self.fc(self.out(pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]).amax(1))
+
+
+class Fourier(nn.Module):
+    """FNet's layer: every place answers to every token; texts of one length only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(20, channels), nn.Parameter(torch.ones(T, channels))
+        self.out, self.fc = nn.Sequential(nn.Linear(channels, channels), nn.GELU()), nn.Linear(channels, K)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.place
+        return self.fc(self.out(x + torch.fft.fft2(x).real).mean(1))
 
 
 def texts(lengths: tuple[int, ...] = (T, T, T, T), seed: int = 0) -> Batch:
@@ -99,6 +113,15 @@ def test_tokens_are_tokens(net):
     assert found["map"].shape == batch.x.shape
     assert Gradient().attribute(model, batch, {}, noise)["map"].shape == batch.x.shape
     assert model._token_axes == {layer: True, "embedding": True}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_that_are_mixed_are_told_by_sizes(seed):
+    torch.manual_seed(seed)
+    assert second(Fourier(16).double(), "out", texts(seed=seed).x[:1])
+    strided = Filters(fixed=True)  # as many filters as tokens, and fewer places
+    strided.conv.stride = (2,)
+    assert not second(strided, "conv", texts(seed=seed).x[:1])
 
 
 def test_a_single_token_and_texts_of_one_word():

@@ -77,7 +77,7 @@ def activated(graph: fx.GraphModule) -> fx.GraphModule | None:
             root[target] = _Activated(conv, name)
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
-        elif name == "relu" and (found := _summed(node.args[0], modules)) is not None:
+        elif name == "relu" and (found := _summed(node, modules)) is not None:
             layer, conv, other = found
             target = f"activated_{len(root)}"
             root[target] = _Activated(conv, name)
@@ -114,6 +114,8 @@ class _Activated(nn.Module):
             found = torch.ops.mkldnn._convolution_pointwise.binary(
                 x, *other, *weights, *self._layer, "add", 1.0, *self._then
             )
+            if any(a not in (1, b) for a, b in zip(other[0].shape, found.shape, strict=True)):
+                found = F.relu(self.conv(x) + other[0])  # oneDNN reads a part of what is larger, and does not say so
         else:
             found = torch.ops.mkldnn._convolution_pointwise(x, *weights, *self._layer, *self._then)
         return found
@@ -137,7 +139,8 @@ def _is_finite(module: nn.Module) -> bool:
     if type(module) is nn.Sequential:
         return not hooked(module) and all(map(_is_finite, module))
     known = type(module).__module__.partition(".")[0] in ("torch", "timm", "torchvision")
-    return known and isinstance(module, _FINITE_MODULES) and not hooked(module)
+    divides = getattr(module, "eps", 1) == 0  # a norm of what is equal everywhere: 0 / 0
+    return known and isinstance(module, _FINITE_MODULES) and not hooked(module) and not divides
 
 
 def _within(module: nn.Module) -> nn.Module | None:
@@ -151,8 +154,9 @@ def _within(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _summed(node: Any, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.Conv2d, fx.Node] | None:
-    """A convolution's node, itself, and the node that is added to it; None if the node is no such sum."""
+def _summed(end: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.Conv2d, fx.Node] | None:
+    """A convolution's node, itself, and the node that is added to it; None if ``end`` is not behind such a sum."""
+    node = end.args[0]
     if not isinstance(node, fx.Node) or len(node.users) != 1 or len(node.args) != 2 or node.kwargs:
         return None
     if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_"):
@@ -160,9 +164,33 @@ def _summed(node: Any, modules: dict[str, nn.Module]) -> tuple[fx.Node, nn.Conv2
     commutes = node.target not in (operator.iadd, "add_")  # else what changes is the first
     for layer, other in (node.args, node.args[::-1])[: 1 + commutes]:
         conv = _module(layer, modules)
-        if isinstance(layer, fx.Node) and isinstance(other, fx.Node) and _suits(conv, "sum") and len(layer.users) == 1:
+        if not isinstance(layer, fx.Node) or not isinstance(other, fx.Node) or layer is other or len(layer.users) > 1:
+            continue
+        if _suits(conv, "sum") and not _written_to(layer, end, modules):
             return layer, conv, other
     return None
+
+
+def _written_to(start: fx.Node, end: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether anything between two nodes but a sum of the first may change in place what the first has read."""
+    node = start.next
+    while node is not end:
+        if node not in start.users and _in_place(node, modules):
+            return True
+        node = node.next
+    return False
+
+
+def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op == "call_function":
+        marked = node.kwargs.get("inplace", False) is not False or any(each is True for each in node.args)
+        return marked or node.target in (operator.iadd, operator.imul)
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return module is not None and any(
+        getattr(each, "inplace", False) or isinstance(each, fx.GraphModule) for each in module.modules()
+    )
 
 
 def _module(node: Any, modules: dict[str, nn.Module]) -> nn.Module | None:

@@ -3,7 +3,8 @@
 Sizes prove nothing: what 100 filters give for texts of 100 tokens, (B, 100, 100), looks like a vector for each token.
 So a text of another length is asked: the axis of the tokens changes with it, that of channels does not. Of a net that
 takes one length only, or makes all texts equally long, the places that answer to the first and to the last token are
-compared.
+compared. Where tokens are mixed, as by a Fourier transform, all places answer to both, and a net of one length has as
+many places as tokens: then sizes that differ do tell.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from attrib.models.device_memory import of_the_device
 from attrib.models.split import HookSplit
+
+CLEAR = 1.5  # of 2, which is where no place answers to both ends of a text
 
 
 def second(net: nn.Module, path: str, x: Tensor) -> bool:
@@ -25,7 +28,7 @@ def second(net: nn.Module, path: str, x: Tensor) -> bool:
         return True  # nothing speaks against it
     if other is not None and other.ndim == 3 and other.shape != plain.shape:
         return other.shape[1] != x.shape[1]
-    return _answers(cut, x, plain)
+    return _answers(cut, x, plain, in_doubt=other is None and plain.shape[2] != x.shape[1])
 
 
 @torch.no_grad()
@@ -39,8 +42,11 @@ def _given(cut: HookSplit, x: Tensor) -> Tensor | None:
         return None
 
 
-def _answers(cut: HookSplit, x: Tensor, plain: Tensor) -> bool:
-    """Whether other tokens at both ends of the text change other places along axis 1 rather than along axis 2."""
+def _answers(cut: HookSplit, x: Tensor, plain: Tensor, in_doubt: bool) -> bool:
+    """Whether other tokens at both ends of the text change other places along axis 1 rather than along axis 2.
+
+    ``in_doubt``: what is said where it is clear of neither.
+    """
     apart = []
     for at in (0, x.shape[1] - 1):
         others = x[0][x[0] != x[0, at]]
@@ -51,7 +57,7 @@ def _answers(cut: HookSplit, x: Tensor, plain: Tensor) -> bool:
             return True
         apart.append((answer - plain).square()[0].double())
     far = [(_share(apart[0], axis) - _share(apart[1], axis)).abs().sum() for axis in (0, 1)]
-    return bool(far[0] >= far[1])
+    return bool(far[0] >= far[1]) or (in_doubt and bool(far[1] < CLEAR))
 
 
 def _share(answer: Tensor, axis: int) -> Tensor:
