@@ -54,7 +54,7 @@ class ReadBefore(Block):
 
 
 class OtherShapes(Block):
-    """Sums whose parts have different shapes; what is added to a layer may be the larger part."""
+    """Sums whose parts have different shapes, and are computed apart; what is added may be the larger part."""
 
     def features(self, x: Tensor) -> Tensor:
         x = self.act(self.conv(x))
@@ -129,6 +129,48 @@ def test_inputs_unlike_the_first_are_the_same_too(always, kind):  # noqa: F811
         assert fast._fast._activated is not None
         for inputs in (x, 100 * x, x[:0]):
             torch.testing.assert_close(fast(inputs), net(inputs.clone()), rtol=1e-5, atol=1e-3)
+
+
+class Prompt(Block):
+    """What the layer gives is the same for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.ones(1, 3, 9, 9))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(self.prompt) + torch.cat((x, x[:, :1]), 1))
+
+
+def test_sums_that_broadcast_only_where_there_are_several_rows(always):  # noqa: F811
+    net, x = drawn(Prompt).float(), torch.randn(5, 3, 9, 9)
+    fast = fast_net(net)
+    with torch.no_grad():
+        for rows in (1, 5):
+            torch.testing.assert_close(fast(x[:rows]), net(x[:rows]), rtol=1e-5, atol=1e-5)
+    assert layers(fast._fast._activated) == 1
+
+
+class TooEarly(Block):
+    """What is added changes in place behind the sum, so that the sum cannot be computed later."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.other(self.conv(x)) * 3
+        y = self.other(x) + x
+        x.mul_(2)
+        return self.act(y)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, 1e8])
+def test_inputs_that_are_no_numbers_do_not_hide_what_differs(always, value):  # noqa: F811
+    """Of such inputs activations are computed apart, so they say nothing of how it is for others."""
+    net, x = drawn(TooEarly).float(), images().float()
+    fast, first = fast_net(net), x.clone()
+    first[:, 0, 0, 0] = value
+    with torch.no_grad():
+        fast(first)
+        assert fast._fast._activated is None
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_go_the_way_of_the_net(always):  # noqa: F811

@@ -103,6 +103,7 @@ class _Activated(nn.Module):
     def __init__(self, conv: nn.Conv2d, name: str) -> None:
         super().__init__()
         self.conv = conv
+        assert not isinstance(conv.padding, str)  # see _suits
         self._layer = conv.padding, conv.stride, conv.dilation, conv.groups
         self._then = name, _NUMBERS.get(name, []), ""
 
@@ -110,15 +111,21 @@ class _Activated(nn.Module):
         weights = self.conv.weight, self.conv.bias
         x = x.to(weights[0].dtype)  # as torch.autocast does, which does not know these operations
         found: Tensor
-        if other:
+        if not other:
+            found = torch.ops.mkldnn._convolution_pointwise(x, *weights, *self._layer, *self._then)
+        elif other[0].dtype == x.dtype and other[0].shape == self._shape(x):
             found = torch.ops.mkldnn._convolution_pointwise.binary(
                 x, *other, *weights, *self._layer, "add", 1.0, *self._then
             )
-            if any(a not in (1, b) for a, b in zip(other[0].shape, found.shape, strict=True)):
-                found = F.relu(self.conv(x) + other[0])  # oneDNN reads a part of what is larger, and does not say so
-        else:
-            found = torch.ops.mkldnn._convolution_pointwise(x, *weights, *self._layer, *self._then)
+        else:  # a sum that broadcasts, of whose larger part oneDNN may read a piece, and does not say so
+            found = F.relu(self.conv(x) + other[0])
         return found
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of what the convolution gives for images (N, C, H, W)."""
+        padding, stride, dilation, _ = self._layer
+        sides = zip(x.shape[2:], self.conv.kernel_size, padding, stride, dilation)
+        return len(x), self.conv.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in sides)
 
 
 def _finite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attrib.models.activated import activated, harmless
+from attrib.models.activated import LARGE, activated, harmless
 from attrib.models.compiled import Compiled
 from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
@@ -100,7 +100,7 @@ class Fast:
         if not self._made and _products(self._slow, inputs[0]) < LEAST:
             return False
         dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
-        two = [x[:2].detach().clone().to(dtype) for x in inputs]
+        two = [_tame(x[:2].detach().to(dtype)) for x in inputs]
         try:
             with torch.autocast(two[0].device.type, enabled=False), all_bits():
                 way = self._fast if self._made else self._make(two)
@@ -175,7 +175,7 @@ class _Way:
         self._activated = new
         try:
             same = all(map(_close, _tensors(self(*_copies(inputs))), expected))
-        except (RuntimeError, AttributeError) as error:  # a sum of different shapes; a torch without these operations
+        except (RuntimeError, AttributeError) as error:  # such as of a torch without these operations
             if is_lost(error):
                 raise
             same = False
@@ -254,6 +254,11 @@ def _products(net: nn.Module, x: Tensor) -> int:
         for module in net.modules()
     )
     return sum(each)
+
+
+def _tame(x: Tensor) -> Tensor:
+    """A copy with ordinary numbers in the place of NaN and large ones, of which a comparison would show nothing."""
+    return x.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGE / 2, LARGE / 2)
 
 
 def _copies(inputs: list[Tensor]) -> list[Tensor]:
