@@ -55,7 +55,7 @@ class SensitivityN(Metric):
     NAME: ClassVar[str] = "attrib.metrics.sensitivity_n.SensitivityN"
     VERSION: ClassVar[int] = 2  # 1 took what a float32 net rounds for differences
     CONTRASTS: ClassVar[bool] = True
-    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "text")
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"sensitivity_n": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
