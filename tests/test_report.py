@@ -195,6 +195,8 @@ def test_a_page_for_one_sample(root, capsys):
     assert f"{values_of('iba')[2, 0]:.3g}" in page.text
     assert tool("report").main([str(root), "--sample", EVIL]) == 2
     assert "holds no map" in capsys.readouterr().err
+    assert tool("report").main([str(root), "--sample", "val/02"]) == 2
+    assert "; did you mean 'val/0" in capsys.readouterr().err
 
 
 def test_metrics_are_explained(root):

@@ -24,7 +24,7 @@ import pandas as pd
 import attrib
 from attrib import sanity
 from attrib.drawing import pictures
-from attrib.errors import UserError, plain, printable
+from attrib.errors import UserError, did_you_mean, plain, printable
 from attrib.report import agreement, curves, gallery, graphs, headline, provenance, ranks, scores, trees
 from attrib.report.curves import Curve, Style
 from attrib.report.gallery import Gallery
@@ -217,7 +217,8 @@ def _one(root: Path, cells: Sequence[labels.Labelled], frame: pd.DataFrame, uid:
             numbers = {name: i for i, name in enumerate(names)}
             blocks.append(Block(dataset, model, gallery=shown, numbers=numbers))
     if not blocks:
-        raise UserError(f"--sample {uid}: {root} holds no map of a sample of this name")
+        near = did_you_mean(uid, frame["uid"].astype(str).unique())
+        raise UserError(f"--sample {uid}: {root} holds no map of a sample of this name{near}")
     return {"single": True, "facts": (), "blocks": blocks, "checks": (), "graphs": ()}
 
 
