@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from attrib.models.folding import hooked
+from attrib.models.folding import hooked, with_modules
 
 LARGE = 1e6  # inputs of a net are smaller: none that is normalised leads up to where float32 ends
 
@@ -88,13 +88,7 @@ def activated(graph: fx.GraphModule) -> fx.GraphModule | None:
         elif (inner := _module(node, modules)) is not None and (within := _within(inner)) is not None:
             node.target = f"activated_{len(root)}"
             root[node.target] = within
-    if not root:
-        return None
-    for node in new.nodes:
-        if node.op in ("call_module", "get_attr") and node.target not in root:
-            parent, _, last = str(node.target).rpartition(".")
-            root[node.target] = getattr(graph.get_submodule(parent), last)
-    return fx.GraphModule(root, new)
+    return fx.GraphModule(with_modules(graph, new, root), new) if root else None
 
 
 class _Activated(nn.Module):

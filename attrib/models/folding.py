@@ -57,10 +57,10 @@ def folded(graph: fx.GraphModule, *inputs: Tensor) -> tuple[fx.GraphModule, bool
             copies[node] = copies[node.args[0]]
         else:
             copies[node] = new.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(_with(graph, new, root), new), mostly
+    return fx.GraphModule(with_modules(graph, new, root), new), mostly
 
 
-def _with(graph: fx.GraphModule, new: fx.Graph, more: dict[str, nn.Module]) -> dict[str, Any]:
+def with_modules(graph: fx.GraphModule, new: fx.Graph, more: dict[str, nn.Module]) -> dict[str, Any]:
     """What the nodes of a graph refer to."""
     found: dict[str, Any] = dict(more)
     for node in new.nodes:
@@ -84,7 +84,7 @@ def cast(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
 
 def _converted(graph: fx.GraphModule, kinds: tuple[type[nn.Module], ...], to: _Convert) -> fx.GraphModule:
     """The graph with converted parameters of layers of these kinds."""
-    found = _with(graph, graph.graph, {})
+    found = with_modules(graph, graph.graph, {})
     for target, module in found.items():
         if isinstance(module, nn.Module):
             found[target] = _converted_module(module, kinds, to)

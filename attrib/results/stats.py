@@ -96,9 +96,10 @@ def none_better(values: np.ndarray) -> np.ndarray:
     >>> none_better(np.array([[0.9, 0.8], [0.5, np.nan]]))
     array([ True, False])
     """
-    there = np.isfinite(values).astype(float)
+    finite = np.isfinite(values)
+    there = finite.astype(float)
     common = there.T @ there
-    mean = (np.nan_to_num(values * 1.0, nan=0.0).T @ there) / np.maximum(common, 1)  # of each, on the other's samples
+    mean = (np.where(finite, values, 0.0).T @ there) / np.maximum(common, 1)  # of each, on the other's samples
     behind = mean.T - mean > rounding_error(mean)
     return ~(behind & (common > 0)).any(axis=1)
 
