@@ -14,7 +14,7 @@ from attrib.methods.iba import IBA
 from attrib.methods.parts.layout import places
 from attrib.metrics import InsertionDeletion
 from attrib.models import Classifier
-from attrib.models.token_axis import second
+from attrib.models.token_axis import tokens_are_second
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -118,10 +118,10 @@ def test_tokens_are_tokens(net):
 @pytest.mark.parametrize("seed", range(8))
 def test_tokens_that_are_mixed_are_told_by_sizes(seed):
     torch.manual_seed(seed)
-    assert second(Fourier(16).double(), "out", texts(seed=seed).x[:1])
+    assert tokens_are_second(Fourier(16).double(), "out", texts(seed=seed).x[:1])
     strided = Filters(fixed=True)  # as many filters as tokens, and fewer places
     strided.conv.stride = (2,)
-    assert not second(strided, "conv", texts(seed=seed).x[:1])
+    assert not tokens_are_second(strided, "conv", texts(seed=seed).x[:1])
 
 
 def test_a_single_token_and_texts_of_one_word():
@@ -139,8 +139,8 @@ def test_it_is_asked_once_and_costs_the_samples_nothing(monkeypatch):
     batch, asked = texts(), []
     from attrib.models import classifier
 
-    real = classifier.second
-    monkeypatch.setattr(classifier, "second", lambda *args: asked.append(args[1]) or real(*args))
+    real = classifier.tokens_are_second
+    monkeypatch.setattr(classifier, "tokens_are_second", lambda *args: asked.append(args[1]) or real(*args))
     model = model_of(Filters(), bottleneck="back")
     model.until("bottleneck", batch.x)
     before = model.passed

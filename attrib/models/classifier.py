@@ -31,7 +31,7 @@ from attrib.models.preparation import prepared
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.sizes import START, fitting_rows
 from attrib.models.split import Front, HookSplit, Split, between, split
-from attrib.models.token_axis import second
+from attrib.models.token_axis import tokens_are_second
 from attrib.models.variant import Variant
 from attrib.models.ways_back import check_way_back, with_contiguous_norms
 from attrib.process.memory import Heap
@@ -425,7 +425,7 @@ class Classifier:
         """
         path, original = self.path(role), self.original
         if path not in original._token_axes:
-            original._token_axes[path] = second(original.module, path, x[:1])
+            original._token_axes[path] = tokens_are_second(original.module, path, x[:1])
         if not original._token_axes[path]:
             raise UserError(
                 f"model.layers.{role}: {path} gives its channels where the tokens would be, as many as these texts "

@@ -18,7 +18,7 @@ from attrib.models.split import HookSplit
 CLEAR = 1.5  # of 2, which is where no place answers to both ends of a text
 
 
-def second(net: nn.Module, path: str, x: Tensor) -> bool:
+def tokens_are_second(net: nn.Module, path: str, x: Tensor) -> bool:
     """For a layer that gives (1, T, C) for a text x (1, T): whether axis 1 is that of the tokens."""
     if type(net.get_submodule(path)) is nn.Embedding:
         return True
