@@ -146,8 +146,8 @@ def test_full_blocks_of_at_most_rows_images():
     Recorder.seen.clear()
     batch, map = samples()
     score(IROF(segments=12), batch, map, classifier(rows=10, net=Recorder()))
-    needed = int((Units.superpixels(batch, 12, 10.0).n + 1).sum())
-    assert Recorder.seen == [*[10] * (needed // 10), *([needed % 10] if needed % 10 else [])]
+    needed = int(Units.superpixels(batch, 12, 10.0).n.sum())
+    assert Recorder.seen == [len(batch), *[10] * (needed // 10), *([needed % 10] if needed % 10 else [])]
 
 
 def test_one_superpixel_and_a_class_without_probability():

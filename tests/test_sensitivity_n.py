@@ -15,9 +15,11 @@ from torch import Tensor
 
 from attrib.metrics import SensitivityN
 from attrib.metrics.sensitivity_n import correlation
+from attrib.metrics.words import score_subsets
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
+from attrib.units import Units
 
 
 def score(metric: SensitivityN, batch: Batch, map: Tensor, model: Classifier | None = None) -> dict[str, Tensor]:
@@ -188,3 +190,28 @@ def test_small_differences_and_sure_decisions_count():
 class Shifted(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.tensor([0.0, 20.0], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("words", ["zero", "mask", "delete"])
+def test_equal_sets_of_words_go_through_the_net_once(words):
+    """Of three words there are three sets of one and three of two; fifty of each size are drawn."""
+    batch = texts([sentence(4, [5, 6], 7), sentence(8, 9, [10, 11, 12])])
+    map, metric = some_map(batch), SensitivityN(sizes=(1, 2), samples=50, words=words)
+    model = text_classifier(lstm())
+    whole = model.logits(batch.x)
+    before = model.passed
+    found = metric.score(model, batch, map, Noise(batch.uids))["sensitivity_n_curve"]
+    assert model.passed - before == 2 * (1 + 3 + 3 + (words == "zero"))  # for that, the part in front of the vectors
+    # Each draw by itself, as a text of its own.
+    sums, costs = torch.zeros(2, 2, 50, dtype=torch.float64), torch.zeros(2, 2, 50, dtype=torch.float64)
+    gone = next(
+        SensitivityN._subsets(Units.words(batch), torch.tensor(2 * [[1] * 50 + [2] * 50]), Noise(batch.uids), 100)
+    )
+    for i in range(2):
+        for k, removed in enumerate(gone[i].tolist()):
+            tokens = torch.tensor([w >= 0 and removed[w] for w in batch.words[i].tolist()])
+            said = score_subsets(model, batch, torch.tensor([i]), lambda _, t=tokens: t[None], words, "logit")
+            sums[i].view(-1)[k] = map[i][tokens].sum()
+            costs[i].view(-1)[k] = whole[i, batch.target[i]] - said[0]
+    expected = [[np.corrcoef(a, b)[0, 1] for a, b in zip(*pair)] for pair in zip(sums, costs)]
+    np.testing.assert_allclose(found, expected, atol=1e-9)

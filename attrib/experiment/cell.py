@@ -196,9 +196,8 @@ class Experiment:
         """What a metric says of ``maps`` (B, *places); ``explain`` is for one that asks for other maps."""
         metric, model = self.metrics[name], self.scorer or self.model
         more = {"explain": explain} if metric.NEEDS_EXPLAIN else {}
-        asks = self.dataset.modality in getattr(metric, "NEEDS_LOGITS", ())  # a user's may be older
-        if asks and not model.output.read.per_sample:
-            batch = dataclasses.replace(batch, logits=self._originals.of(model, batch))
+        if not model.output.read.per_sample:
+            batch = self._originals.told(name, model, batch)
         self._check_words(model, lambda: [role for role in metric.roles if role in model.layers], batch)
 
         def scored(some: Batch, rows: slice) -> Mapping[str, Tensor]:
@@ -217,7 +216,8 @@ class Experiment:
 
     @cached_property
     def _originals(self) -> Originals:
-        return Originals()
+        asking = {n: getattr(metric, "NEEDS_LOGITS", ()) for n, metric in self.metrics.items()}  # a user's may be older
+        return Originals([n for n, data in asking.items() if self.dataset.modality in data], len(self.method.MAPS))
 
     @cached_property
     def _words_tried(self) -> set[str]:

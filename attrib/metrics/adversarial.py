@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Explain, Metric
+from attrib.metrics.perturb import whole
 from attrib.models import Classifier, probabilities
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -47,6 +48,7 @@ class AdversarialAgreement(Metric):
     VERSION: ClassVar[int] = 1
     NEEDS_EXPLAIN: ClassVar[bool] = True
     NEEDS_PROBABILITIES: ClassVar[bool] = True
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image",)
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     ABOUT: ClassVar[Mapping[str, str]] = {
         "agreement": "rank correlation between the map of a sample and that of its adversarial copy",
@@ -81,13 +83,14 @@ class AdversarialAgreement(Metric):
             raise UserError("AdversarialAgreement knows one class per sample, not several labels")
         batch = replace(batch, x=batch.x.to(model.device, model.dtype), target=batch.target.to(model.device))
         found = {name: torch.full((len(batch),), torch.nan, dtype=torch.float64) for name in self.COLUMNS}
-        sure = _of(model, batch.x).gather(1, batch.target[:, None])[:, 0] > self.min_confidence
+        p = probabilities(whole(model, batch), link=model.link)
+        sure = p.gather(1, batch.target[:, None])[:, 0] > self.min_confidence
         rows = (sure & map.isfinite().flatten(1).all(1).to(sure)).nonzero()[:, 0].tolist()
         if not rows:
             return found
         apart = Noise([batch.uids[i] for i in rows], noise.seed, noise.device, noise.dtype)
         twins = _attacks().twins(model, batch[rows], self.attack, self.settings, self.margin, apart)
-        p = _of(model, twins)
+        p = probabilities(model.logits(twins), link=model.link)
         own = batch.target[rows][:, None]
         best, other = p.scatter(1, own, -1.0).max(1)
         good = best > p.gather(1, own)[:, 0]
@@ -120,10 +123,6 @@ def _attacks() -> Any:
             f"AdversarialAgreement needs the Adversarial Robustness Toolbox: pip install attrib[attacks] ({error})"
         ) from error
     return attacks
-
-
-def _of(model: Classifier, x: Tensor) -> Tensor:
-    return probabilities(model.logits(x), link=model.link)
 
 
 def ranked(values: np.ndarray) -> np.ndarray:

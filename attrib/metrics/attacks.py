@@ -121,8 +121,8 @@ def twins(
     range, reaches first. The boundary attack begins at the sample with as little uniform noise blended in as is needed.
     """
     seeds, found = noise.child("attack").bits(1)[:, 0].tolist(), []
+    classes = model.outputs(batch.x)
     for x, target, seed in zip(batch.x.split(1), batch.target.tolist(), seeds, strict=True):
-        classes = model.logits(x).shape[1]
         net = _Net(model, x, x.min().item() - margin, x.max().item() + margin, classes)
         with global_states(seed, x.device):
             found.append(_twin(net, x, target, kind, settings))

@@ -48,6 +48,7 @@ class Eraser(Metric):
     NAME: ClassVar[str] = "attrib.metrics.eraser.Eraser"
     VERSION: ClassVar[int] = 1
     CONTRASTS: ClassVar[bool] = True
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("text",)
     MODALITIES: ClassVar[tuple[str, ...]] = ("text",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"comprehensiveness": "higher", "sufficiency": "lower"}
     ABOUT: ClassVar[Mapping[str, str]] = {

@@ -77,6 +77,7 @@ class Infidelity(Metric):
     NAME: ClassVar[str] = "attrib.metrics.infidelity.Infidelity"
     VERSION: ClassVar[int] = 1
     CONTRASTS: ClassVar[bool] = True
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"infidelity": "lower", "infidelity_unscaled": "lower"}
     ABOUT: ClassVar[Mapping[str, str]] = {
@@ -103,10 +104,6 @@ class Infidelity(Metric):
         require(self, "words", one_of=REMOVALS)
         require(self, "baseline", one_of=BASELINES)
         require(self, "output", one_of=OUTPUTS)
-
-    @property
-    def NEEDS_LOGITS(self) -> tuple[str, ...]:  # noqa: N802
-        return self.MODALITIES if self.perturbation == "noise" else ()
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802
@@ -185,11 +182,10 @@ class Infidelity(Metric):
     def _costs(self, model: Classifier, batch: Batch, squares: Squares) -> Tensor:
         """(B, M): the score of the input minus that without a square."""
         n, m = squares.side.shape
-        sample = torch.arange(n, device=model.device)
-        owner = sample.repeat_interleave(m)
+        everything = torch.arange(n, device=model.device)
+        owner = everything.repeat_interleave(m)
         each = torch.cat((owner[:, None], squares.side.view(-1, 1), squares.first.flatten(0, 1)), 1)
-        inputs = torch.cat((sample[:, None], each.new_zeros(n, each.shape[1] - 1)), 1)
-        rows, place = torch.cat((each, inputs)).unique(dim=0, return_inverse=True)
+        rows, place = each.unique(dim=0, return_inverse=True)
         sample, side, first = rows[:, 0], rows[:, 1], rows[:, 2:]
 
         def inside(rows: slice, axis: int, places: Tensor) -> Tensor:
@@ -215,8 +211,7 @@ class Infidelity(Metric):
                 return model(torch.where(gone, base[sample[rows]], batch.x[sample[rows]]))
 
             score = score_rows(model, batch.target, sample, logits, self.output)
-        score = score[place]
-        return score[n * m :, None] - score[: n * m].view(n, m)
+        return own_score(model, batch, everything, self.output)[:, None] - score[place].view(n, m)
 
     def _noisy(self, model: Classifier, batch: Batch, map: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """What the map says, and what it costs, to replace the input by ``samples`` noisy baselines: (B, M) each."""

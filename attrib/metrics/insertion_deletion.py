@@ -83,7 +83,7 @@ class InsertionDeletion(Metric):
     """
 
     NAME: ClassVar[str] = "attrib.metrics.insertion_deletion.InsertionDeletion"
-    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "audio")
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     COLUMNS: ClassVar[Mapping[str, Direction]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attrib.checks import require
 from attrib.metrics.metric import Direction, Metric
-from attrib.metrics.perturb import BASELINES, Baseline, baseline, ranks, score_rows
+from attrib.metrics.perturb import BASELINES, Baseline, baseline, own_score, ranks, score_rows
 from attrib.models import Classifier
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -58,6 +58,7 @@ class IROF(Metric):
     NAME: ClassVar[str] = "attrib.metrics.irof.IROF"
     VERSION: ClassVar[int] = 2  # 1 cut grey images into a chessboard that ignored them
     NEEDS_PROBABILITIES: ClassVar[bool] = True
+    NEEDS_LOGITS: ClassVar[tuple[str, ...]] = ("image",)
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)
     COLUMNS: ClassVar[Mapping[str, Direction]] = {"irof": "higher"}
     ABOUT: ClassVar[Mapping[str, str]] = {
@@ -107,20 +108,24 @@ class IROF(Metric):
     def _removed(
         self, model: Classifier, batch: Batch, order: Tensor, n: Tensor, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Area (R,) and curve (R, S) of the samples ``chosen``, whose superpixels have these places."""
+        """Area (R,) and curve (R, S) of the samples ``chosen``, whose superpixels, ``n`` (R,), have these places."""
         x = batch.x.to(model.device, model.dtype)[chosen]
         base, target = baseline(x, self.baseline), batch.target.to(model.device)[chosen]
         n = n.to(model.device)
+        # A row for each number of superpixels that are gone, from 0 on: the first is the image as it is.
         sample = torch.arange(len(n), device=model.device).repeat_interleave(n + 1)
         first = (n + 1).cumsum(0) - (n + 1)
         step = torch.arange(len(sample), device=model.device) - first[sample]
+        less = step.nonzero()[:, 0]
 
         def logits(rows: slice) -> Tensor:
-            gone = (order[sample[rows]] < step[rows, None, None]).unsqueeze(1)
-            return model(torch.where(gone, base[sample[rows]], x[sample[rows]]))
+            some = sample[less[rows]]
+            gone = (order[some] < step[less[rows], None, None]).unsqueeze(1)
+            return model(torch.where(gone, base[some], x[some]))
 
-        score = score_rows(model, target, sample, logits)
-        start = score[first]
+        start = own_score(model, batch, chosen)
+        score = start.new_empty(len(sample))
+        score[first], score[less] = start, score_rows(model, target, sample[less], logits)
         share = torch.where(start > 0, 1 / start, torch.nan)[sample] * score
         inner = torch.zeros_like(start).index_add_(0, sample, share)
         area = 1 - (inner - (share[first] + share[first + n]) / 2) / n

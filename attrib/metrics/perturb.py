@@ -116,12 +116,12 @@ def whole(model: Classifier, batch: Batch) -> Tensor:
 
 
 def own_score(model: Classifier, batch: Batch, chosen: Tensor, output: ScoreScale = "probability") -> Tensor:
-    """(R,) the target's score of the images or sounds ``chosen`` (R,) as they are, see ``whole``: float64."""
+    """(R,) float64: the target's score of the inputs ``chosen`` (R,) as they are, of which there may be none."""
     target = batch.target.to(model.device)[chosen]
     if batch.logits is not None:
         return target_score(batch.logits[chosen], target, output, model.link)
-    x = batch.x.to(model.device, model.dtype)[chosen]
-    return score_grid(model, target, 1, lambda sample, _: x[sample], output)[:, 0]
+    x = batch.to(model.device, model.dtype).x[chosen]
+    return score_rows(model, target, torch.arange(len(x), device=x.device), lambda rows: model(x[rows].clone()), output)
 
 
 def rounding(model: Classifier, logits: Tensor, score: Tensor, output: ScoreScale) -> Tensor:

@@ -206,7 +206,7 @@ class Quantus(Metric):
             defined &= roi.flatten(1).any(1).to(map.device)
         extra: dict[str, Any] = {}
         if self.metric == "RandomLogit" and "num_classes" not in self.parameters and defined.any():
-            extra["num_classes"] = model.logits(batch.x[:1].to(model.device, model.dtype)).shape[1]
+            extra["num_classes"] = model.outputs(batch.x.to(model.device, model.dtype))
         # quantus itself knows the softmax only.
         ours = self._softmax and model.link == "sigmoid"
         net: nn.Module = _Net(model, ours)

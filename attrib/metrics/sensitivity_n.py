@@ -19,6 +19,7 @@ from attrib.types import Batch, UserError
 from attrib.units import Units
 
 _LAST = torch.iinfo(torch.int64).max
+_ROOM = 2**22  # numbers that say which words of a batch's texts go, at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SensitivityN(Metric):
     Where all sums or all differences of one size are equal, the correlation is taken as 0; differences also where
     they vary by no more than the net rounds (``perturb.rounding``). So a constant map scores 0. A map with NaN or
     infinite values, a text of fewer than two words, and several labels of which none is positive: NaN. Costs
-    ``points`` times ``samples`` forward passes, and one.
+    ``points`` times ``samples`` forward passes, and one; equal sets of a text's words share theirs.
 
     >>> import attrib, torch
     >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
@@ -126,7 +127,9 @@ class SensitivityN(Metric):
         base = baseline(batch.x, self.baseline) if batch.words is None else batch.x
         logits = whole(model, batch)
         before = target_score(logits, batch.target, self.output, model.link)[:, None]
-        for gone in self._subsets(units, sizes, noise, max(1, model.rows // len(batch))):
+        # Of texts more than go through the net at a time, to find those that are equal.
+        portion = model.rows // len(batch) if batch.words is None else _ROOM // max(1, len(batch) * units.most)
+        for gone in self._subsets(units, sizes, noise, max(1, portion)):
             score = self._scores(model, batch, base, units, gone)
             change.append(before - score)
             total.append((value[:, None] * gone).sum(2))
@@ -156,14 +159,15 @@ class SensitivityN(Metric):
         """(B, m, n) bool -> (B, m) the target's score without these units, images with ``base`` in their place."""
         places = units.of.flatten(1)
         if batch.words is not None:
-            count = gone.shape[1]
-            row = torch.arange(len(batch) * count, device=model.device)
+            sample = torch.arange(len(batch), device=model.device).repeat_interleave(gone.shape[1])
+            sets, place = torch.cat((sample[:, None], gone.flatten(0, 1)), 1).unique(dim=0, return_inverse=True)
+            sample, words = sets[:, 0], sets[:, 1:].bool()
 
             def tokens(rows: slice) -> Tensor:
-                sample, column = row[rows] // count, row[rows] % count
-                return gone[sample, column].gather(1, places[sample].clamp(min=0)) & (places[sample] >= 0)
+                of = places[sample[rows]]
+                return words[rows].gather(1, of.clamp(min=0)) & (of >= 0)
 
-            return score_subsets(model, batch, row // count, tokens, self.words, self.output).view(-1, count)
+            return score_subsets(model, batch, sample, tokens, self.words, self.output)[place].view(gone.shape[:2])
 
         def removed(i: int, columns: slice) -> Tensor:
             return gone[i, columns].view(-1, 1, *batch.x.shape[2:])

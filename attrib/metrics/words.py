@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attrib.metrics.perturb import ranks, score_rows
+from attrib.metrics.perturb import ranks, score_rows, target_score
 from attrib.models import Classifier, ScoreScale
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
@@ -88,14 +88,17 @@ def score_without(
     a block holds little padding. Raises UserError if the net lacks the layer or the id.
     """
     assert batch.lengths is not None  # ``order`` has seen to it
-    chosen = words.defined.nonzero().squeeze(1)
-    scores = torch.full(first.shape, torch.nan, dtype=torch.float64, device=model.device)
-    if len(chosen) == 0:
+    asked, scores = words.defined[:, None].expand_as(first), torch.full_like(first, torch.nan, dtype=torch.float64)
+    if batch.logits is not None:  # what the net says of the texts as they are
+        own = target_score(batch.logits, batch.target, output, model.link)[:, None]
+        scores = torch.where(asked, own, scores)
+        asked = asked & (last > first)
+    at = asked.nonzero(as_tuple=True)
+    if not len(at[0]):
         return scores
-    first, last = first[chosen], last[chosen]
+    first, last = first[at], last[at]
     whole = last <= first
-    sample = chosen[:, None].expand_as(first)
-    texts = torch.stack((sample, first.masked_fill(whole, 0), last.masked_fill(whole, 0)), dim=-1).flatten(0, 1)
+    texts = torch.stack((at[0], first.masked_fill(whole, 0), last.masked_fill(whole, 0)), dim=1)
     texts, place = texts.unique(dim=0, return_inverse=True)
 
     missing = texts[:, 2] - texts[:, 1] if removal == "delete" else 0
@@ -108,7 +111,7 @@ def score_without(
 
     made = _LOGITS[removal](model, batch, sample, removed)
     found = score_rows(model, batch.target, sample, made, output)
-    scores[chosen] = torch.empty_like(found).scatter_(0, by_length, found)[place].view(len(chosen), -1)
+    scores[at] = torch.empty_like(found).scatter_(0, by_length, found)[place]
     return scores
 
 
