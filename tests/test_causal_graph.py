@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contracts import FitSamples, PartialInMemory
+from contracts import FitSamples, PartialInMemory, seeded
 from scipy import stats
+from torch import Tensor, nn
 
 from attrib import keys
 from attrib.causal import CausalGraphs, Search, Sites, Structure, find, from_state, intervene, to_state
@@ -258,8 +259,37 @@ def test_json_is_what_networkx_reads(sites, graph):
     assert set(read.predecessors("output/1")) == {"fc3/1"}
     assert set(read.predecessors("fc1/12")) == {f"conv2/{i}" for i in (12, 13, 14)}
     assert networkx.ancestors(read, "output/1") == set(read.nodes) - {"output/1"}
-    effect = read.edges["conv2/12", "fc1/12"]["effect"]
+    assert list(read["conv2/12"]["fc1/12"]) == [12]
+    effect = read.edges["conv2/12", "fc1/12", 12]["effect"]
     assert effect == pytest.approx(graph.layers["fc1"].effect[12].item())
+
+
+class Dense(nn.Module):
+    """The last layer reads the channels of ``first`` by themselves, and each in a sum with one of ``second``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.last(torch.cat((x, (x + self.second(x)).relu()), 1))
+
+
+def test_json_keeps_all_edges_between_two_neurons():
+    """One for each cause that they are part of, with its own effect; as a DiGraph networkx took the last of them."""
+    x = torch.tensor(np.random.RandomState(0).randn(6, 3)).float()
+    sites = Sites(model := Classifier(seeded(Dense())), Structure.of(model, x))
+    graph = find(sites, x, 1, Search(z=-1e9))  # all that is tested is a cause
+    networkx = pytest.importorskip("networkx")
+    read = networkx.node_link_graph(to_json(sites.structure, graph), edges="edges")
+    assert read.number_of_edges() == len(list(connections(sites.structure, graph)))
+    for channel in range(4):
+        both = read[f"first/{channel}"]["last/1"]
+        assert list(both) == [channel, 4 + channel]
+        effects = [both[unit]["effect"] for unit in both]
+        assert effects == graph.layers["last"].effect[[channel, 4 + channel]].tolist()
+        assert effects[0] != effects[1]
 
 
 def test_pictures(sites, x, graph):

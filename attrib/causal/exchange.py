@@ -2,7 +2,9 @@
 
 A node is an output channel of a weighted layer, ``conv2/12``, a channel of the net's input, ``input/0``, or the logit,
 ``output/3``. An edge is a weight, or a kernel, of the layer that it leads to. The edges from one cause into one layer
-were intervened on together, so they have the same effect.
+were intervened on together, so they have the same effect. Their ``key`` is the number of that cause among the layer's
+candidates: a channel that is one cause by itself and another one together with others, as behind a residual sum, has
+an edge for each, so it is a MultiDiGraph.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def to_json(structure: Structure, graph: ClassGraph, names: dict[int, str] | Non
     links = []
     for edge in connections(structure, graph):
         start, end = node(edge.source, edge.start), node(edge.layer, edge.end)
-        links.append({"source": start, "target": end, "effect": _plain(edge.effect), "p": _plain(edge.p)})
+        about_it = {"effect": _plain(edge.effect), "p": _plain(edge.p)}
+        links.append({"source": start, "target": end, "key": edge.unit, **about_it})
     about = {
         "class": graph.target,
         "name": (names or {}).get(graph.target, ""),
@@ -82,7 +85,7 @@ def to_json(structure: Structure, graph: ClassGraph, names: dict[int, str] | Non
             for path, found in graph.layers.items()
         ],
     }
-    return {"directed": True, "multigraph": False, "graph": about, "nodes": list(nodes.values()), "edges": links}
+    return {"directed": True, "multigraph": True, "graph": about, "nodes": list(nodes.values()), "edges": links}
 
 
 def _plain(value: float) -> float | None:

@@ -19,8 +19,8 @@ from attrib.causal.interventions import Sites, edges, estimate, intervene
 from attrib.causal.structure import OUTPUT, Structure
 from attrib.checks import require
 from attrib.fit import Fit, FitData, Partial, Progress, State
-from attrib.metrics.perturb import ROUNDING
 from attrib.models import Classifier
+from attrib.models.precision import rounding
 from attrib.noise import Noise
 from attrib.types import SampleError, UserError
 
@@ -140,7 +140,7 @@ def select(y: Tensor, reference: Tensor, search: Search) -> tuple[Tensor, Tensor
     net's dtype. A difference by rounding alone is none: of logits that hardly vary it would decide the test, so that a
     neuron that says nothing became a cause.
     """
-    error = ROUNDING.get(y.dtype, 1e-6) * torch.cat((y, reference[None])).abs().max().double()
+    error = rounding(y.dtype) * torch.cat((y, reference[None])).abs().max().double()
     y, reference = y.double(), reference.double()
     n = len(reference)
     gap = reference.mean() - y.mean(1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attrib.models import Classifier, ScoreScale, probabilities
+from attrib.models import Classifier, ScoreScale, precision, probabilities
 from attrib.models.output_kind import Link
 from attrib.noise import Noise
 from attrib.types import Batch
@@ -24,10 +24,6 @@ from attrib.types import Batch
 Baseline = Literal["zero", "blur", "mean"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
 OUTPUTS: tuple[str, ...] = get_args(ScoreScale)
-# What a logit is off by rounding, as a share of the largest one: as ``results.stats`` has it of the ends of many
-# operations. Of half the bits, the last one.
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
-_HALVES = {"tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALL = 2**14  # numbers in an image; a CPU makes smaller images faster as a whole than from the image before
 
 
@@ -130,7 +126,7 @@ def rounding(model: Classifier, logits: Tensor, score: Tensor, output: ScoreScal
     ``logits`` (B, K) are those of the inputs. A quotient by differences of scores that are no larger than this says
     how the net rounds, and nothing of the input. Probabilities near 0 and 1 are better known than those between.
     """
-    size = logits.double().abs().amax(1, keepdim=True) * _HALVES.get(model.precision, ROUNDING.get(model.dtype, 1e-6))
+    size = logits.double().abs().amax(1, keepdim=True) * precision.rounding(model.dtype, model.precision)
     if output == "probability":
         size = size * score * (1 - score)
     return size + 16 * torch.finfo(torch.float64).eps * score.abs()

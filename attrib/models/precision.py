@@ -18,6 +18,8 @@ Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
 GROWTH = 1024.0  # of gradients in float16, lest they vanish; they are divided by it again
 _HALF: Mapping[Arithmetic, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
+_COARSER: Mapping[Arithmetic, float] = {"tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # the last bit
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,15 @@ class _Grown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
+
+
+def rounding(dtype: torch.dtype, arithmetic: Arithmetic = "float32") -> float:
+    """What a logit is off by rounding, as a share of the largest one.
+
+    Some thousand units in the last place of float64, eight of float32, as ``results.stats`` has it, because a logit is
+    the end of many operations. Of half the bits, the last one.
+    """
+    return _COARSER.get(arithmetic, _ROUNDING.get(dtype, 1e-6))
 
 
 def multiplied(arithmetic: Arithmetic) -> AbstractContextManager[None]:
