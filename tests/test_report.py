@@ -535,6 +535,20 @@ def test_degenerate_maps_are_drawn(value):
     assert pictures.overlay(np.zeros((6, 6, 3), np.uint8), map).shape == (6, 6, 3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [(6, 6), (6,)])
+def test_maps_without_a_finite_value_are_no_maps_of_zeros(value, shape):
+    for sound in (False, True):
+        nothing = gallery.tile(np.full(shape, value, np.float32), None, None, {}, False, (), "", sound)
+        assert (nothing.image, nothing.words, nothing.limit) == ("", (), "")
+        assert nothing.problem == "its map has no finite value"
+        map = np.full(shape, value, np.float32)
+        map.flat[0] = 0.0
+        zero = gallery.tile(map, None, None, {}, False, (), "", sound)
+        assert zero.image or zero.words
+        assert not zero.problem
+
+
 @pytest.mark.parametrize("size", [8, 28, 224])
 def test_overlay(size):
     rng = np.random.default_rng(0)

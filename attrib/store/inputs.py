@@ -73,6 +73,9 @@ def drawable(map: np.ndarray) -> np.ndarray:
     if not map.size:
         raise ValueError(f"its map has no pixels: its shape is {map.shape}")
     values = np.asarray(map, dtype=np.float64)
-    if np.abs(values[np.isfinite(values)]).max(initial=0.0) > LARGEST:
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("its map has no finite value")
+    if np.abs(finite).max() > LARGEST:
         raise ValueError(f"its map has values beyond {LARGEST:g}")
     return values
