@@ -112,7 +112,15 @@ class AtTheEnd(Net):
         return self.embedding(x) + torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
 
 
-@pytest.mark.parametrize("kind", [Positions, Segments, Weighted, AtTheEnd])
+class TwoMarkers(AtTheEnd):
+    """And the token 3 between two texts, from which it counts the second one's places."""
+
+    def vectors(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], device=x.device)
+        return super().vectors(x) * (places - (x == 3).int().argmax(1, keepdim=True)).cos().unsqueeze(2)
+
+
+@pytest.mark.parametrize("kind", [Positions, Segments, Weighted, AtTheEnd, TwoMarkers])
 def test_tables_of_other_things_are_none(kind):
     ids = [torch.tensor([4, 5, 3, 6, 9, 8, 2]), torch.tensor([4, 7, 9, 2])]
     found = attrib.explain(kind(), ids, method="integrated_gradients", target=1, layers=HERE)

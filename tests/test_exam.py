@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from text_nets import MeanEmbedding
 from torch import Tensor, nn
 
+import attrib
 from attrib import keys
 from attrib.experiment.samples import Samples
 from attrib.methods.baselines import Gradient
 from attrib.methods.cam import GradCAM
-from attrib.models import Classifier, Exam
+from attrib.models import Classifier, Exam, admission
+from attrib.models.exam import examine
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -551,3 +554,19 @@ def test_a_net_that_cannot_be_copied():
 
 def test_the_exam_is_plain():
     assert keys.spec(dataclasses.asdict(Exam("samples", 0.0, 1e-7, float("inf"))))["padding"] == "inf"
+
+
+@pytest.mark.parametrize("texts", [[[4, 5, 6], [7, 8]], [[4, 5], [4, 5], [7, 8, 9]], [[4, 5, 6]]])
+def test_a_text_net_is_tried_on_two_texts_at_once(texts, monkeypatch):
+    """It was tried on the first one alone before, and again."""
+    tried: list[str] = []
+
+    def counted(net, output, x, on, *more):
+        tried.append(on)
+        return examine(net, output, x, on, *more)
+
+    monkeypatch.setattr(admission, "examine", counted)
+    found = attrib.explain(MeanEmbedding(), [torch.tensor(text) for text in texts], method="gradient", target=0)
+    assert len(found) == len(texts)
+    assert tried[-1] == ("samples" if len(texts) > 1 else "sample")
+    assert len(tried) == (2 if len(texts) == 3 else 1)  # where the first two are equal, there is nothing but to go on

@@ -189,8 +189,13 @@ def test_a_net_that_picks_a_token_by_its_value_is_refused():
     net = HuggingFaceClassifier(transformers.BartForSequenceClassification(config).eval(), 1, 3)
     ids = torch.tensor([[0, 4, 5, 6, 2], [0, 7, 8, 9, 2]])
     says = "cannot export" if OLDER else "is not good for all inputs: .* looks for a token .*Runtime assertion"
-    with pytest.raises(UserError, match=says):
+    # Those that need the gradient alone are refused as well (``every_word``), so that nobody is sent to them.
+    instead = r"reads its words by net\.model\.encoder\.embed_tokens and net\.model\.decoder\.embed_tokens: give a net"
+    with pytest.raises(UserError, match=f"{says}.*{instead}"):
         Classifier(net).graph(ids)
+    with pytest.raises(UserError, match=says) as refused:
+        Classifier(net).graph(ids[:, :2])  # two tokens have no other order
+    assert refused.value.args[0].endswith("integrated_gradients")
 
 
 def test_a_net_that_computes_something_else_than_its_graph_is_refused():

@@ -15,7 +15,7 @@ import pandas as pd
 from attrib.api import pictures
 from attrib.api.explanation import Explanation, together
 from attrib.api.names import numbered
-from attrib.results import tables
+from attrib.results import formats, tables
 from attrib.store.files import write_atomic
 from attrib.types import UserError
 
@@ -162,7 +162,7 @@ def _rows(name: str, explanation: Explanation, scored: pd.DataFrame) -> pd.DataF
         dataset="given",
         model=cell.names["model"],
         method=name,
-        contender=name + " · " + frame["map"] if several else name,
+        contender=name + formats.BETWEEN + frame["map"] if several else name,
         fingerprint="",
         stage=stage.mask(frame["uid"].isin(list(explanation.failures)), "maps"),
         time=math.nan,

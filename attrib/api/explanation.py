@@ -32,6 +32,7 @@ from attrib.datasets.memory import Tensors
 from attrib.drawing.pictures import png
 from attrib.experiment.cell import Experiment
 from attrib.fit import State
+from attrib.results.formats import title
 from attrib.running.kept_inputs import plain, shown_input, target_name
 from attrib.store.files import picture_path, write_atomic, write_json
 from attrib.types import UserError
@@ -263,7 +264,7 @@ def together(explanations: Sequence[Explanation]) -> list[pictures.Drawn]:
         signed: dict[str, bool] = {}
         for one in drawn:
             for kind in one.maps:
-                label = one.method if len(one.maps) == 1 else f"{one.method} · {kind}"
+                label = title(one.method, kind if len(one.maps) > 1 else "")
                 maps[label], signed[label] = one.maps[kind], one.signed[kind]
         found.append(dataclasses.replace(drawn[0], maps=maps, signed=signed, tree=None))
     return found

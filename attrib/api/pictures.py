@@ -13,6 +13,7 @@ import numpy as np
 
 from attrib.drawing import pictures, spectrogram
 from attrib.report import gallery, trees
+from attrib.results.formats import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,8 +155,8 @@ def _of_texts(drawn: Sequence[Drawn]) -> Figure:
     y = 1.0 - 0.15 / (height + 0.1)
     step = 0.28 / (height + 0.1)
     for one, kind, lines in blocks:
-        title = f"{one.name or one.uid} · {one.method if len(one.maps) == 1 else kind}"
-        made.text(0.01, y, pictures.plain(title), fontsize=7.5, color=pictures.GREY, va="center", parse_math=False)
+        said = title(one.name or one.uid, one.method if len(one.maps) == 1 else kind)
+        made.text(0.01, y, pictures.plain(said), fontsize=7.5, color=pictures.GREY, va="center", parse_math=False)
         for line in lines:
             y -= step
             x = 0.01

@@ -15,7 +15,7 @@ import pandas as pd
 
 from attrib.api.stored import Part, Place, Stored
 from attrib.errors import UserError, printable
-from attrib.results import labels, tables
+from attrib.results import formats, labels, tables
 from attrib.results.labels import Labelled, ScoreFolder
 from attrib.store.cell import cells as cell_folders
 from attrib.store.files import Key
@@ -300,7 +300,9 @@ def _chosen_names(wanted: Names, known: Iterable[str]) -> list[str]:
 
 def _named(name: str, known: Sequence[str], axis: str = "method") -> list[str]:
     """The labels that a name means. A contender with a map (``fisher · var_grad``) is also its method."""
-    found = [label for label in known if tables.named(label, name) or tables.named(label.split(" · ")[0], name)]
+    found = [
+        label for label in known if tables.named(label, name) or tables.named(label.split(formats.BETWEEN)[0], name)
+    ]
     if not found:
         raise UserError(f"no results have {axis}={name}; there are: {_listed(known)}")
     return found

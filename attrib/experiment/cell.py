@@ -226,16 +226,27 @@ class Experiment:
     def examine(self, uids: Sequence[str]) -> None:
         """Try the net on the first two different of these samples that can be read (``models.exam``).
 
-        Raises UserError for a net that is refused.
+        Both come together, so that it is tried on one alone only if there is no other. Raises UserError for a net that
+        is refused.
         """
+        first: Batch | None = None
         for uid in uids:
             if self.model.exam is not None and self.model.exam.on == "samples":
                 return
             try:
-                batch = self.dataset.batch([uid]).to(self.model.device, self.model.dtype)
+                batch = self.dataset.batch([uid] if first is None else [first.uids[0], uid])
             except Exception:  # whoever asks for its map will be told
                 continue
-            self.model.examine(batch.x, batch.lengths)
+            if first is None:
+                first = batch
+            else:
+                self._examine(batch)
+        if first is not None:
+            self._examine(first)
+
+    def _examine(self, batch: Batch) -> None:
+        batch = batch.to(self.model.device, self.model.dtype)
+        self.model.examine(batch.x, batch.lengths)
 
     def of_samples(self, batch: Batch, function: Callable[[Batch, slice], Mapping[str, Any]]) -> Mapping[str, Any]:
         """``function(batch, rows)``; where scores depend on the sample that is explained, of one sample at a time."""

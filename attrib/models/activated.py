@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from attrib.models.folding import hooked, with_modules
+from attrib.models.folding import has_hooks, with_modules
 
 LARGE = 1e6  # inputs of a net are smaller: none that is normalised leads up to where float32 ends
 
@@ -138,17 +138,17 @@ def _is_finite(module: nn.Module) -> bool:
         inner = dict(module.named_modules())
         return all(_finite(node, inner) for node in module.graph.nodes)
     if type(module) is nn.Sequential:
-        return not hooked(module) and all(map(_is_finite, module))
+        return not has_hooks(module) and all(map(_is_finite, module))
     known = type(module).__module__.partition(".")[0] in ("torch", "timm", "torchvision")
     divides = getattr(module, "eps", 1) == 0  # a norm of what is equal everywhere: 0 / 0
-    return known and isinstance(module, _FINITE_MODULES) and not hooked(module) and not divides
+    return known and isinstance(module, _FINITE_MODULES) and not has_hooks(module) and not divides
 
 
 def _within(module: nn.Module) -> nn.Module | None:
     """What is in the place of a module of several: a part of a net, or a layer and what was in the norm behind it."""
     if isinstance(module, fx.GraphModule):
         return activated(module)
-    if type(module) is nn.Sequential and len(module) > 1 and isinstance(module[0], nn.Conv2d) and not hooked(module):
+    if type(module) is nn.Sequential and len(module) > 1 and isinstance(module[0], nn.Conv2d) and not has_hooks(module):
         conv, *rest = (each for each in module if type(each) is not nn.Identity)
         if len(rest) == 1 and (name := _NAMES.get(type(rest[0]))) is not None and _suits(conv, name):
             return _Activated(conv, name)
@@ -205,7 +205,7 @@ def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """What the library calls the activation that a node is."""
     module = _module(node, modules)
     if module is not None:
-        return None if hooked(module) else _NAMES.get(type(module))
+        return None if has_hooks(module) else _NAMES.get(type(module))
     if node.op == "call_method":
         return "relu" if node.target in ("relu", "relu_") and len(node.args) == 1 else None
     known = node.op == "call_function" and len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
@@ -215,7 +215,7 @@ def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 def _suits(conv: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
     if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward or isinstance(conv.padding, str):
         return False
-    if conv.padding_mode != "zeros" or is_parametrized(conv) or hooked(conv):
+    if conv.padding_mode != "zeros" or is_parametrized(conv) or has_hooks(conv):
         return False
     if not torch.backends.mkldnn.is_available():
         return False

@@ -18,6 +18,7 @@ from attrib.models.attention import scaled_dot_product_attention
 from attrib.models.calls import REPLACED, attribute, constant, operation
 from attrib.models.device_memory import of_the_device
 from attrib.models.exporting import symbolic_len, unprinted
+from attrib.models.instead import gradient_alone
 from attrib.types import UserError
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def captured(net: nn.Module, x: Tensor) -> fx.GraphModule:
             raise
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise UserError(
-            f"this method needs the graph of the net, and torch cannot export {name}: {reason}. Take a method that "
-            "needs the gradient alone, such as integrated_gradients"
+            f"this method needs the graph of the net, and torch cannot export {name}: {reason}. "
+            f"{gradient_alone(net, x)}"
         ) from error
     return _inlined(net, program)
 

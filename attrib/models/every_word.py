@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from attrib.models.classifier import Classifier
 from attrib.models.exam import tolerance
+from attrib.models.instead import told_apart
 from attrib.models.layers import hooked
 from attrib.models.padding import apart, tried
 from attrib.types import Batch, UserError
@@ -29,8 +29,8 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     comes where the next one was, so that one is lost and another stands twice, which a net that only counts them sees
     as well. Its logits must be equal then. A table of positions or of segments does not see it, nor does what finds
     the padding or the token that ends the text; and a weight of each word by which its vector is multiplied has
-    nothing to weigh. Ids that came without words may have such a token among them, so one kind of token may have to
-    stay where it is.
+    nothing to weigh. Ids that came without words may have such tokens among them, so one kind of token, or two, may
+    have to stay where they are.
 
     Raises UserError for a net that reads the words in another way as well, as a decoder with a table of its own does.
     """
@@ -86,9 +86,15 @@ def _change(model: Classifier, role: str, text: Tensor, z: Tensor, here: Tensor)
 
 
 def _others(x: Tensor, words: Tensor) -> Iterator[Tensor]:
-    """The text with its words moved but for those of one kind, for each kind; the last word's first."""
-    for token in dict.fromkeys(x[0, words].flip(0).tolist()):
-        other = _moved(x, words & (x[0] != token))
+    """The text with its words moved but for those of one kind, for each kind; the last word's first.
+
+    Then but for two kinds, one of which stands at an end: the token between two texts and the one behind them, say.
+    """
+    tokens = x[0, words].tolist()
+    kinds = list(dict.fromkeys(reversed(tokens)))
+    pairs = [(end, token) for end in (tokens[-1], tokens[0]) for token in kinds if token != end]
+    for stay in [*((token,) for token in kinds), *pairs]:
+        other = _moved(x, words & ~torch.isin(x[0], x.new_tensor(stay)))
         if not torch.equal(other, x):
             yield other
 
@@ -102,7 +108,7 @@ def _moved(x: Tensor, places: Tensor) -> Tensor:
 
 def _not_alone(model: Classifier, role: str, x: Tensor, other: Tensor, share: float) -> str:
     path, name = model.path(role), type(model.module).__name__
-    tables = [table for table in _told_apart(model.module, x, other) if table != path]
+    tables = [table for table in told_apart(model.module, x, other) if table != path]
     way = f"by {' and '.join(tables)}" if tables else "in a way that is no nn.Embedding"
     return (
         f"model.layers.{role}: {name} reads the words not by {path} alone but also {way}: with no words there, others "
@@ -111,23 +117,3 @@ def _not_alone(model: Classifier, role: str, x: Tensor, other: Tensor, share: fl
         "not go through that layer: a method that reads none or one behind them all, metrics with words=mask or "
         "words=delete"
     )
-
-
-def _told_apart(net: nn.Module, x: Tensor, other: Tensor) -> list[str]:
-    """The embeddings that give other vectors for the one text than for the other."""
-
-    def seen(text: Tensor) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
-
-        def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _module, _inputs, output: found.setdefault(path, []).append(output.clone())
-
-        with ExitStack() as stack:
-            for path, module in net.named_modules():
-                if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                    stack.callback(module.register_forward_hook(keep(path)).remove)
-            net(text.clone())
-        return found
-
-    one, two = seen(x), seen(other)
-    return [path for path in one if any(a.shape != b.shape or not a.equal(b) for a, b in zip(one[path], two[path]))]

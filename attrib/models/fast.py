@@ -21,7 +21,7 @@ from attrib.models.compiled import Compiled
 from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
 from attrib.models.float32 import all_bits
-from attrib.models.folding import cast, channels_last, folded, graph_of, hooked
+from attrib.models.folding import cast, channels_last, folded, graph_of, has_hooks
 from attrib.models.split import CannotSplitError, GraphSplit, Split, run_of
 from attrib.models.ways_back import gradient, near
 
@@ -83,7 +83,7 @@ class Fast:
         return same or self._not("it depends on torch.autocast, which torch.fx does not see")
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-        if hooked(self._slow):
+        if has_hooks(self._slow):
             return self._slow
         if (self._made and self._fast is None) or not all(map(_suits, inputs)):
             return self._run

@@ -112,7 +112,7 @@ def _hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in _HOOKS)
 
 
-def hooked(net: nn.Module) -> bool:
+def has_hooks(net: nn.Module) -> bool:
     """Whether anybody watches a module of ``net``, or changes what it gives."""
     of_all = (getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
     return any(of_all) or any(map(_hooks, net.modules()))

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from attrib.models.calls import OF_SHAPE, REPLACED, attribute, call, constant, operation
 from attrib.models.capture import as_written, captured
 from attrib.models.device_memory import is_lost, is_out_of_memory
+from attrib.models.instead import GRADIENT, gradient_alone
 from attrib.models.ways_back import gradient, near, with_contiguous_norms
 from attrib.types import UserError
 
@@ -238,8 +239,7 @@ class Graphs:
             name, why = type(self.net).__name__, (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"the graph of {name} that this method works on is not good for all inputs: {name} makes tensors whose "
-                f"sizes depend on values, as where it looks for a token ({why}). Take a method that needs the gradient "
-                "alone, such as integrated_gradients"
+                f"sizes depend on values, as where it looks for a token ({why}). {gradient_alone(self.net, rows)}"
             ) from error
 
     def check_gradient(self, graph: Graph, x: Tensor) -> None:
@@ -255,8 +255,7 @@ class Graphs:
         if not near(gradient(graph, leaf), gradient(self.net, leaf)):
             raise UserError(
                 f"{type(self.net).__name__} stops gradients (detach, torch.no_grad) or has a way back of its own "
-                "(torch.autograd.Function), which a method with rules for the way back cannot follow. Take a method "
-                "that needs the gradient alone, such as integrated_gradients"
+                f"(torch.autograd.Function), which a method with rules for the way back cannot follow. {GRADIENT}"
             )
         self._same_gradients.add(shape)
 
@@ -273,6 +272,5 @@ def check_same(net: nn.Module, got: Tensor, logits: Tensor) -> None:
         worst = f" by {(got - logits).abs().max().item():.2g}" if got.shape == logits.shape else ""
         raise UserError(
             f"the graph of {name} that this method works on gives other logits than {name} itself{worst}: what the net "
-            "computes depends on more than the values of its input. Take a method that needs the gradient alone, "
-            "such as integrated_gradients"
+            f"computes depends on more than the values of its input. {GRADIENT}"
         )

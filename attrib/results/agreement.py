@@ -39,7 +39,7 @@ def agreement(frame: pd.DataFrame, confidence: float = 0.95, *, seed: int = 0) -
         signed = block["value"].where(block["direction"] == "higher", -block["value"])
         block = block.assign(value=signed, sample=block["uid"].astype(str) + "\0" + block["fingerprint"].astype(str))
         several = block.groupby("column")["metric"].transform("nunique") > 1
-        block["title"] = block["column"].where(~several, block["column"] + " · " + block["metric"])
+        block["title"] = block["column"].where(~several, block["column"] + formats.BETWEEN + block["metric"])
         names = [list(dict.fromkeys(block[name])) for name in ("title", "contender", "sample")]
         places = [pd.Categorical(block[n], v).codes for n, v in zip(("title", "contender", "sample"), names)]
         values = np.full([len(some) for some in names], np.nan)

@@ -89,6 +89,7 @@ def memory_text(size: float) -> str:
 
 
 # Abbreviations in the names of metrics and columns: a note below each table that has them.
+BETWEEN = " · "  # a method and its map, a column and its metric
 SPELT_OUT = {
     "ehr": "ehr: effective heat ratio (InputIBA), how much of a map's heat lies within the region of interest.",
 }
@@ -113,7 +114,8 @@ def spelt_out(titles: Iterable[str]) -> tuple[str, ...]:
 
 
 def title(*parts: str) -> str:
-    return " · ".join(filter(None, parts))
+    """What belongs together, as a method and one of its maps, in one name; what is empty is left out."""
+    return BETWEEN.join(filter(None, parts))
 
 
 def column_title(column: str, metric: str, alone: bool | None = None) -> str:
@@ -122,7 +124,7 @@ def column_title(column: str, metric: str, alone: bool | None = None) -> str:
     >>> column_title("insertion", "insertion_deletion"), column_title("ehr", "ehr")
     ('insertion · insertion_deletion', 'ehr')
     """
-    return column if (column == metric if alone is None else alone) else f"{column} · {metric}"
+    return column if (column == metric if alone is None else alone) else title(column, metric)
 
 
 def percent(share: float) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from attrib.errors import UNREADABLE, UserError, printable
-from attrib.results import stats
+from attrib.results import formats, stats
 from attrib.results.labels import AXES, Labelled, ScoreFolder, labelled, lost, metrics
 from attrib.store.cell import UNASKED
 from attrib.store.ledger import Ledger
@@ -111,7 +111,7 @@ def _rows(root: Path | str, broken: list[str]) -> pd.DataFrame:
         raise UserError(f"the cells in {root} hold no scores, maps or failures yet{unread}")
     several = frame["map"].where(frame["map"] != "").groupby(frame["method"]).transform("nunique") > 1
     named = several & (frame["map"] != "")
-    frame["contender"] = frame["method"].where(~named, frame["method"] + " · " + frame["map"])
+    frame["contender"] = frame["method"].where(~named, frame["method"] + formats.BETWEEN + frame["map"])
     frame["device"] = frame["device"].fillna("")
     for column in (*_GROUP, "state", "stage", "device"):  # few values, many rows
         codes, names = pd.factorize(frame[column].astype(str))

@@ -16,7 +16,7 @@ import pandas as pd
 
 from attrib import keys
 from attrib.models.variant import ROOT
-from attrib.results import stats, tables
+from attrib.results import formats, stats, tables
 from attrib.results.labels import Labelled, labelled
 from attrib.sanity.measures import MEASURES, Agreement
 from attrib.store.cell import Cell
@@ -139,7 +139,7 @@ def summary(cells: Sequence[Labelled], frame: pd.DataFrame, confidence: float = 
                     "model": pair.original.model,
                     **{name: pair.about[name] for name in ("mode", "seed", "place", "total")},
                     "layer": pair.layer,
-                    "contender": f"{pair.original.method} · {map}" if several else pair.original.method,
+                    "contender": formats.title(pair.original.method, map if several else ""),
                     "column": str(column) + str(metric)[len(NAME) :],
                     "n": mean.n,
                     "failed": int(states.get("failed", 0)),

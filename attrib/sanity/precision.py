@@ -95,7 +95,7 @@ def table(names: Sequence[str], precision: Mapping[str, str], found: Sequence[Ch
     body = []
     for change in found:
         mean, lo, hi, n = change.difference.mean, change.difference.lo, change.difference.hi, change.difference.n
-        what = f"{change.map} · {change.what}" if several and change.map else change.what
+        what = title(change.map if several else "", change.what)
         means = ["" if math.isnan(value) else f"{value:.4g}" for value in (change.fine, change.coarse)]
         interval = "" if math.isnan(lo) else f"[{rounded(lo, lo, hi)}, {rounded(hi, lo, hi)}]"
         body.append([what, str(n), *means, "" if math.isnan(mean) else rounded(mean, lo, hi), interval])
