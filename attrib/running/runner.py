@@ -46,7 +46,9 @@ class AttributionRunner(Runner):
             custom_hooks=[*hooks, *options.hooks],
             visualizer={"type": "Visualizer", "vis_backends": list(options.vis_backends), "save_dir": str(folder)},
             env_cfg={"cudnn_benchmark": False},
-            randomness={"seed": seed},
+            # It seeds Python, numpy and torch for the whole process, which is the run's: for what a user's parts draw
+            # from them. numpy takes 32 bits.
+            randomness={"seed": seed % 2**32},
             # Two runners of one second share their logger and visualizer, unless their names differ.
             experiment_name=f"{name}.{folder.name}",
             cfg=Config(),
