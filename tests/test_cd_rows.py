@@ -11,6 +11,7 @@ from nets import small_cnn, small_cnn_images
 from torch import Tensor, nn
 
 from attrib.decomposition import Decomposer, decompose, table
+from attrib.decomposition.chunks import _distinct
 from attrib.models import Classifier
 from attrib.types import SampleError, UserError
 
@@ -251,3 +252,11 @@ def test_the_last_bias_can_be_left_out() -> None:
     share = decompose(model, x, masks).relevant - found.relevant
     part, other = found.relevant.abs(), found.irrelevant.abs()
     assert torch.allclose(share, net.fc.bias * part / (part + other))
+
+
+def test_the_samples_of_a_piece_are_those_that_unique_finds():
+    for seed in range(5):
+        values = torch.randint(0, 6, (11,), generator=torch.Generator().manual_seed(seed))
+        expected = values.unique(return_inverse=True)
+        for got, wanted in zip(_distinct(values, len(expected[0])), expected, strict=True):
+            assert torch.equal(got, wanted)

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attrib.decomposition.graph import Decomposer
@@ -75,7 +76,7 @@ def decompose(
 
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
             index = chosen[rows]
-            used, own = (places.to(x.device) for places in known[rows].unique(return_inverse=True))
+            used, own = _distinct(samples[index], len(known[rows].unique()))
             return decomposer.rows(x[used], masks[index.to(masks.device)].to(x.device), own, both)
 
         return model.chunked(piece, len(chosen))
@@ -105,6 +106,16 @@ def decompose(
     if shape is not None:
         relevant, irrelevant = relevant.unflatten(0, shape), irrelevant.unflatten(0, shape)
     return Decomposition(relevant, irrelevant, logits, error)
+
+
+def _distinct(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(R,), with ``count`` different values -> these, in ascending order, and for each row which one it has.
+
+    ``unique`` on the CPU would have to be copied to the device, and on a device it is waited for.
+    """
+    ascending, order = values.sort(stable=True)
+    number = F.pad(ascending.diff() != 0, (1, 0)).cumsum(0)
+    return ascending.new_empty(count).scatter_(0, number, ascending), torch.empty_like(order).scatter_(0, order, number)
 
 
 def _nearest_half(masks: Tensor, samples: Tensor, n: int) -> Tensor:
