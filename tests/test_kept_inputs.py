@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import numpy as np
@@ -14,7 +13,6 @@ from attrib.experiment.cell import Experiment
 from attrib.methods.baselines import Random
 from attrib.models import Classifier
 from attrib.process.signals import Stop
-from attrib.process.turns import SHORT, short_turns
 from attrib.running import kept_inputs
 from attrib.running.kept_inputs import KeptInputs
 from attrib.running.options import Options
@@ -123,10 +121,3 @@ def test_whoever_is_told_to_stop_does_not_wait_for_an_image_that_never_comes(pla
     assert inputs._writing is not None
     never.set()
     inputs._writing.result(10)
-
-
-def test_pythons_lock_is_handed_over_soon_while_a_run_goes_on():
-    before = sys.getswitchinterval()
-    with short_turns():
-        assert sys.getswitchinterval() == pytest.approx(SHORT)
-    assert sys.getswitchinterval() == pytest.approx(before)

@@ -24,7 +24,6 @@ from attrib.experiment.targets import check_labels
 from attrib.fit import Progress, State
 from attrib.process.repeatable import repeatable
 from attrib.process.signals import Interrupted, Stop, watching
-from attrib.process.turns import short_turns
 from attrib.running.hooks import FitBar, Heartbeat, ProgressHook, standard_hooks
 from attrib.running.loop import Loop
 from attrib.running.options import Options
@@ -54,7 +53,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
     """
     start = time.monotonic()  # the clock may be set while we run
     writer = writer_name(options.shard)
-    with watching(options.grace) as stop, repeatable(options.deterministic), short_turns():
+    with watching(options.grace) as stop, repeatable(options.deterministic):
         with stop.immediately():
             try:
                 plan = make_plan(experiment, options, writer, stop)
