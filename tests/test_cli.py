@@ -96,7 +96,7 @@ def test_tools_that_look_do_without_torch():
 
 
 def test_a_run_starts_without_what_it_may_not_need(tmp_path):
-    """Each of these takes more than a second, and a grid starts many processes."""
+    """Each of these takes a quarter of a second or more, and a grid starts many processes."""
     few = ["dataset=tiny", f"dataset.root={pictures(tmp_path, 1)}", "model=small_cnn", "method=random", "metric=[]"]
     given = ["run", "--config-dir", f"{ROOT}/tests/configs", *few, f"run.root={tmp_path}", "run.progress=false"]
     code = f"import sys\nfrom attrib.cli.main import dispatch\nassert not dispatch({given!r})\nprint([*sys.modules])"
@@ -105,6 +105,15 @@ def test_a_run_starts_without_what_it_may_not_need(tmp_path):
     modules = set(found.replace("[", "").split(", "))
     assert "'mmengine.runner'" in modules
     assert not {"'transformers'", "'scipy.stats'", "'quantus'", "'torch._dynamo'", "'torchvision'"} & modules
+    assert not {"'captum'", "'scipy.sparse'", "'scipy.ndimage'"} & modules
+
+
+def test_pythons_garbage_collector_works_again_after_the_imports_and_leaves_them_alone():
+    code = (
+        "import gc, sys\nfrom attrib.cli.main import dispatch\nassert dispatch(['table', '/nowhere']) == 2\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 50_000"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
 
 
 def test_what_the_options_offer_is_what_there_is():

@@ -217,6 +217,11 @@ def test_a_few_chunks_tell_how_long_a_sample_takes(tmp_path, monkeypatch):
     assert 8 <= len(opened) <= 10
     assert {r.info["seconds"] for r in found} <= set(range(40))
     assert max(r.info["seconds"] for r in found) - min(r.info["seconds"] for r in found) > 30
+    known = Arrays(tmp_path)
+    known.index()
+    opened.clear()
+    assert [r.info for r in known.sampled(8)] == [r.info for r in found]
+    assert not opened
 
 
 def test_the_folder_is_listed_when_it_can_have_changed(tmp_path, monkeypatch):

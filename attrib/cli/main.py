@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attrib.cli.parsers import PARSERS
 from attrib.errors import did_you_mean
+from attrib.process.garbage import kept_for_good
 
 GROUPS = {
     "compute": {
@@ -69,7 +70,9 @@ def dispatch(arguments: Sequence[str]) -> int:
         PARSERS[name]().parse(["--help"])
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # _target_: my_module.MyMethod, from a file beside you
-    return int(importlib.import_module(f"attrib.cli.{name.replace('-', '_')}").main(rest))
+    with kept_for_good():
+        subcommand = importlib.import_module(f"attrib.cli.{name.replace('-', '_')}")
+    return int(subcommand.main(rest))
 
 
 def main(*before: str) -> None:

@@ -17,6 +17,7 @@ from attrib.config.objects import build, experiment, options_of
 from attrib.experiment.cell import Experiment
 from attrib.papers import presets
 from attrib.process import exit_status
+from attrib.process.garbage import uncollected
 from attrib.process.imports import without
 from attrib.process.signals import LEFT, Interrupted, Stop, watching
 from attrib.running.options import Options
@@ -72,7 +73,7 @@ def computed(made: Experiment, settings: Options) -> Outcome:
     if settings.dry:
         print(exit_status.lines(str(make_plan(made, settings))))
         return Outcome(0, None, "dry")
-    with without("transformers"):  # which mmengine loads for the sake of one optimiser
+    with uncollected(), without("transformers"):  # which mmengine loads for the sake of one optimiser
         from attrib.running.run import run  # brings mmengine, which takes as long to import as all the rest
 
     summary = run(made, settings)

@@ -23,7 +23,6 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from captum import attr
 from torch import Tensor
 
 from attrib.checks import require
@@ -94,6 +93,8 @@ class Gradient(Method):
         require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        from captum import attr  # takes half a second to import
+
         inputs = Inputs.of(model, batch)
         method = attr.Saliency(inputs.score())
 
@@ -126,6 +127,8 @@ class InputXGradient(Method):
         require(self, "reduce", one_of=get_args(Reduce))
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        from captum import attr  # takes half a second to import
+
         inputs = Inputs.of(model, batch)
         method = attr.InputXGradient(inputs.score())
 
@@ -395,6 +398,8 @@ class Occlusion(Method):
             raise UserError(f"Occlusion.stride is {self.stride}, must not be larger than window, {self.window}")
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
+        from captum import attr  # takes half a second to import
+
         inputs = Inputs.of(model, batch)
         method = attr.Occlusion(inputs.score())
         window, step = self._window(inputs)

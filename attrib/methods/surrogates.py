@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
-from captum import attr
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -104,6 +103,7 @@ class _Surrogate:
 
 def _fit(keep: Tensor, scores: Tensor, weight: Tensor, solve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """captum's LIME on masks whose scores are known: what it takes for inputs are the numbers of the masks."""
+    from captum import attr  # takes half a second to import
 
     def numbers(_: Tensor, **kwargs: Any) -> Iterator[Tensor]:
         yield from torch.arange(len(keep)).split(1)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -175,6 +173,9 @@ class Imputer:
 
     def __call__(self, x: np.ndarray, gone: np.ndarray) -> np.ndarray:
         """(C, H, W) float64 and which pixels are gone, (H, W) bool, not all -> (C, H, W), a copy."""
+        from scipy import sparse  # takes a quarter of a second to import
+        from scipy.sparse import linalg
+
         height, width = gone.shape
         pixels = self._order[gone.ravel()[self._order]]
         n = len(pixels)
@@ -196,10 +197,8 @@ class Imputer:
             entries.append((np.full(len(unknown), -weight), unknown, other[unknown]))
         entries.append((diagonal, np.arange(n), np.arange(n)))
         data, rows, columns = (np.concatenate(part) for part in zip(*entries, strict=True))
-        system = scipy.sparse.csc_matrix((data, (rows, columns)), shape=(n, n))
-        factors = scipy.sparse.linalg.splu(
-            system, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-        )
+        system = sparse.csc_matrix((data, (rows, columns)), shape=(n, n))
+        factors = linalg.splu(system, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
         made = x.reshape(len(x), -1).copy()
         made[:, pixels] = factors.solve(right).T
         return made.reshape(x.shape)

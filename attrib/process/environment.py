@@ -44,7 +44,8 @@ def packages() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for one in importlib.metadata.distributions():
         try:
-            name, version = one.metadata["Name"], one.version
+            about = one.metadata  # read and parsed each time
+            name, version = about["Name"], about["Version"]
         except Exception:  # a file that is cut off, or no text: a record of a run must not end it
             continue
         if name:

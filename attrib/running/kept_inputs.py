@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,92 @@ from torch import Tensor
 from attrib.classes import joined
 from attrib.datasets import holds_images, holds_sounds, holds_texts
 from attrib.experiment.cell import Experiment
+from attrib.experiment.reading import PATIENCE
 from attrib.experiment.samples import Samples
 from attrib.models import probabilities
+from attrib.process.signals import Stop
 from attrib.running.plan import Plan
-from attrib.store.cell import Arrays
+from attrib.store.cell import Arrays, Key
 from attrib.types import Batch, UserError
 
 MOST = 100
 
 
-def keep_inputs(plan: Plan, samples: Samples, root: Path) -> None:
-    """Those of ``plan`` that are not there yet; one that cannot be read is left out."""
-    kept = Arrays(root / "state" / f"pictures.{plan.experiment.pictures_key}", plan.cell.writer)
-    present, mine = kept.index(), set(plan.uids)
-    missing = [uid for uid in plan.selected[:MOST] if uid in mine and plan.key(uid) not in present]
-    for batch, _ in samples.load(samples.chunks(missing)):
-        if batch is not None:
-            plan.refresh_fingerprints(batch.uids)
-            _keep(kept, plan, samples, batch)
-    kept.flush()
+Told = tuple[Key, dict[str, np.ndarray], dict[str, Any]]  # a sample, arrays, and what is not an array
 
 
-def _keep(kept: Arrays, plan: Plan, samples: Samples, batch: Batch) -> None:
-    """The samples of a batch, without those of which something cannot be had: the ledger will say so in time."""
-    try:
-        found = [
-            (*shown_input(samples, uid), more)
-            for uid, more in zip(batch.uids, said(plan.experiment, samples, batch), strict=True)
-        ]
-    except UserError:
-        raise
-    except Exception:
-        if len(batch) > 1:
-            for i in range(len(batch)):
-                _keep(kept, plan, samples, batch[[i]])
-        return
-    for i, (uid, (arrays, info, more)) in enumerate(zip(batch.uids, found, strict=True)):
-        if batch.roi is not None and batch.roi[i].any():
-            arrays["roi"] = batch.roi[i].cpu().numpy()
-        target = plain(batch.target[i])
-        info = {**info, **more, "name": target_name(plan.experiment, target), "target": target}
-        kept.add(*plan.key(uid), arrays, **info)
+class KeptInputs:
+    """Those of ``plan`` that are not there yet, without those of which something cannot be had: the ledger will say so.
+
+    What the net says of them is asked for by ``begin``, as only one thread may use the net. Another thread gets images
+    and sounds, and writes everything, while maps are computed.
+    """
+
+    def __init__(self, plan: Plan, samples: Samples, root: Path, stop: Stop) -> None:
+        self._plan, self._samples, self._stop = plan, samples, stop
+        self._kept = Arrays(root / "state" / f"pictures.{plan.experiment.pictures_key}", plan.cell.writer)
+        self._writing: Future[None] | None = None
+
+    def begin(self) -> None:
+        """Returns when the net is no longer needed. Raises UserError."""
+        plan, present, mine = self._plan, self._kept.index(), set(self._plan.uids)
+        missing = [uid for uid in plan.selected[:MOST] if uid in mine and plan.key(uid) not in present]
+        told: list[Told] = []
+        for batch, _ in self._samples.load(self._samples.chunks(missing)):
+            if batch is not None:
+                plan.refresh_fingerprints(batch.uids)
+                told += self._told(batch)
+        if told:
+            pool = ThreadPoolExecutor(1, "attrib-inputs")
+            self._writing = pool.submit(self._write, told)
+            pool.shutdown(wait=False)
+
+    def _told(self, batch: Batch) -> list[Told]:
+        """What is kept of the samples of a batch, as far as the net is needed for it."""
+        experiment, samples = self._plan.experiment, self._samples
+        try:
+            shown = [shown_input(samples, uid) if holds_texts(samples.dataset) else ({}, {}) for uid in batch.uids]
+            more = said(experiment, samples, batch)
+        except UserError:
+            raise
+        except Exception:
+            return [one for i in range(len(batch)) for one in self._told(batch[[i]])] if len(batch) > 1 else []
+        found: list[Told] = []
+        for i, uid in enumerate(batch.uids):
+            arrays, info = shown[i]
+            if batch.roi is not None and batch.roi[i].any():
+                arrays["roi"] = batch.roi[i].cpu().numpy()
+            target = plain(batch.target[i])
+            info = {**info, **more[i], "name": target_name(experiment, target), "target": target}
+            found.append((self._plan.key(uid), arrays, info))
+        return found
+
+    def _write(self, told: list[Told]) -> None:
+        for key, arrays, info in told:
+            if self._stop():
+                break  # the next run goes on
+            if not holds_texts(self._samples.dataset):
+                try:
+                    shown, more = shown_input(self._samples, key[0])
+                except UserError:
+                    raise
+                except Exception:
+                    continue
+                arrays, info = arrays | shown, info | more
+            self._kept.add(*key, arrays, **info)
+        self._kept.flush()
+
+    def check(self) -> None:
+        """Raises OSError if they could not be written."""
+        if self._writing is not None and self._writing.done():
+            written, self._writing = self._writing, None
+            written.result()
+
+    def finish(self) -> None:
+        """Wait until they are written, but not for a file server that is dead if told to stop. Raises as ``check``."""
+        while self._writing is not None and wait([self._writing], PATIENCE).not_done and not self._stop():
+            pass
+        self.check()
 
 
 def said(experiment: Experiment, samples: Samples, batch: Batch) -> list[dict[str, Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from attrib.experiment.regions import check_regions
 from attrib.models import Classifier
 from attrib.models.structure import own_code
 from attrib.models.variant import Variant
+from attrib.process.garbage import uncollected
 from attrib.process.git import git_commit
 from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
@@ -42,10 +44,21 @@ class Plan:
     original: str | None  # key of the cell of the net whose randomised copy is explained here
     fitted: bool = True  # whether the method's state is stored
     fits: int = 0  # samples that it is fitted on
-    seconds: float | None = None  # per missing map, from what is recorded
     present: set[str] = field(default_factory=set)
     scored: dict[str, set[str]] = field(default_factory=dict)
-    score_seconds: dict[str, float] = field(default_factory=dict)
+    alike: Sequence[Cell] = ()  # in which it is recorded how long a sample takes, the nearest first
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Per map, from what is recorded."""
+        return _mean_seconds(cell.maps for cell in self.alike)
+
+    @cached_property
+    def score_seconds(self) -> dict[str, float]:
+        """Per score of each metric, from what is recorded."""
+        folders = {name: metric_folder(self.experiment, name) for name in self.scored}
+        means = {name: _mean_seconds(cell.curves(folder) for cell in self.alike) for name, folder in folders.items()}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def key(self, uid: str) -> Key:
         return uid, self.fingerprints[uid]
@@ -75,8 +88,9 @@ class Plan:
             what, of = type(self.experiment.method.fit).__name__, f"{self.fits} samples"
             lines.append(f"  {what}: fitted on {of}" if self.fitted else f"  {what}: to be fitted first, on {of}")
         for name, done in self.scored.items():
-            due, each = len(self.uids) - len(done), self.score_seconds.get(name)
-            time = f", about {each * due:.0f} s" if due and each is not None else ""
+            due = len(self.uids) - len(done)
+            each = self.score_seconds.get(name) if due else None
+            time = f", about {each * due:.0f} s" if each is not None else ""
             lines.append(f"  {name}: {len(done)} present, {due} to compute{time}")
         if missing and self.seconds is not None:
             total = self.seconds * missing
@@ -106,21 +120,23 @@ def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: 
     cell = Cell(folder, writer, flush_seconds=options.flush)
     fingerprints = prints.of(experiment.dataset, uids)
     prints.save()
-    alike = _alike(cell, root)
-    original, seconds = experiment.original_key(fitted_on), _mean_seconds(c.maps for c in alike)
+    original = experiment.original_key(fitted_on)
     fitted = state_key is None or state_path(root, state_key).exists()
     fits = 0 if fitted_on is None else len(fitted_on.uids)
-    found = Plan(experiment, cell, selected, asked, uids, fingerprints, state_key, original, fitted, fits, seconds)
-    index = cell.maps.index()
-    found.present = {u for u in uids if found.key(u) in index}
-    for name in experiment.metrics:
-        scores = metric_folder(experiment, name)
-        scored = whole_scores(cell, scores, experiment.metrics[name].CURVES)
-        found.scored[name] = {u for u in uids if found.key(u) in scored}
-        seconds = _mean_seconds(c.curves(scores) for c in alike)
-        if seconds is not None:
-            found.score_seconds[name] = seconds
+    found = Plan(experiment, cell, selected, asked, uids, fingerprints, state_key, original, fitted, fits)
+    found.alike = _alike(cell, root)
+    _look(found)
     return found
+
+
+@uncollected()
+def _look(plan: Plan) -> None:
+    """What of a plan is stored."""
+    index = plan.cell.maps.index()
+    plan.present = {uid for uid in plan.uids if plan.key(uid) in index}
+    for name, metric in plan.experiment.metrics.items():
+        scored = whole_scores(plan.cell, metric_folder(plan.experiment, name), metric.CURVES)
+        plan.scored[name] = {uid for uid in plan.uids if plan.key(uid) in scored}
 
 
 def whole_scores(cell: Cell, folder: str, curves: Collection[str]) -> Set[Key]:

@@ -23,7 +23,7 @@ from attrib.models.device_memory import is_lost, is_out_of_memory, release_memor
 from attrib.process.signals import Stop
 from attrib.running.batch_size import Budget
 from attrib.running.costs import Meter
-from attrib.running.kept_inputs import keep_inputs, plain
+from attrib.running.kept_inputs import KeptInputs, plain
 from attrib.running.options import Options
 from attrib.running.plan import Plan, metric_folder
 from attrib.running.returned import checked
@@ -189,13 +189,22 @@ class Maps(Stage):
         self._store, self._root = plan.cell.maps, Path(shared.options.root)
         self.buffers = (self._store,)
         self._samples = plan.experiment.samples(plan.uids, shared.options.read, shared.kept)
+        self._inputs = KeptInputs(plan, self._samples, self._root, shared.stop)
         self._meter = Meter(plan.experiment.model)
         self._lost: dict[Key, Mapping[str, Any]] = {}  # maps that were damaged -> what was noted beside them
         shared.summary.maps_present = len(self.done)
 
     def begin(self, todo: Sequence[str]) -> Samples:
-        keep_inputs(self.plan, self._samples, self._root)
+        self._inputs.begin()
         return self._samples
+
+    def flush_if_due(self) -> None:
+        super().flush_if_due()
+        self._inputs.check()
+
+    def flush(self) -> None:
+        super().flush()
+        self._inputs.finish()
 
     def compute(self, batch: Batch) -> Result:
         experiment, fingerprints = self.plan.experiment, self.plan.fingerprints

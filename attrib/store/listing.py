@@ -141,25 +141,29 @@ class Folder:
 
     def recall(self) -> Memory:
         """What is remembered of chunks that are as they were."""
-        nothing = Memory({}, [], self.schema.empty_table())
+        memory = self._recalled()
+        return Memory({}, [], self.schema.empty_table()) if memory is None else memory
+
+    def _recalled(self) -> Memory | None:
+        """None if nothing can be used. No array is made of Python's objects: for the first, pyarrow imports pandas."""
         try:
             chunks, table = unpack(content(self.memory, LISTING), (_CHUNKS, self.schema))
         except FileNotFoundError:
-            return nothing
+            return None
         except (OSError, ValueError, pa.ArrowException) as error:
             log.info("%s is not used: %s", self.memory, error)
-            return nothing
+            return None
         if any(column.null_count for part in (chunks, table) for column in part.columns):
-            return nothing
-        names, counts = chunks["name"].to_pylist(), chunks["rows"].to_numpy()
+            return None
+        names, counts = chunks["name"].to_pylist(), np.array(chunks["rows"].to_pylist(), dtype=int)
         if (counts < 0).any():
-            return nothing
+            return None
         stamps = zip(*(chunks[field].to_pylist() for field in ("size", "mtime", "ctime")), strict=True)
         known, now = dict(zip(names, stamps, strict=True)), self.stamps()
         self.remembered = len(known)
         same = np.array([now.get(name) == stamp for name, stamp in known.items()], dtype=bool)
         if len(known) != len(names) or counts.sum() != len(table):
-            return nothing
+            return None
         if not same.all():
             table = table.filter(pa.array(np.repeat(same, counts)))
         kept = {name: stamp for (name, stamp), good in zip(known.items(), same, strict=True) if good}

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import os
 import platform
 import pstats
@@ -308,6 +309,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the work directory of --stored")
     arguments = parser.parse_args()
     keep_freed_memory()
+    gc.freeze()  # as the command line does after its imports
     print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
     everything = not (arguments.overhead or arguments.stored or arguments.memory)
     if arguments.memory or everything:  # first: the others leave memory behind

@@ -11,7 +11,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 from attrib.models import Classifier
@@ -245,6 +244,8 @@ def _resize_matrix(size: int, new: int) -> np.ndarray:
 
     What shrinks is smoothed first. As resizing is linear, resizing the identity gives the matrix.
     """
+    from scipy import ndimage  # takes a while to import
+
     unit = np.eye(size)
     if new < size:
         unit = ndimage.gaussian_filter1d(unit, (size / new - 1) / 2, axis=0, mode="mirror")
