@@ -260,3 +260,26 @@ def test_equal_parts_of_an_image_join_in_one_place_of_the_order():
         found[dtype, size] = torch.cat(maps)
     for other in found.values():
         torch.testing.assert_close(other, found[torch.float64, 4], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["occlusion", "build_up"])
+def test_logarithms_near_zero_have_the_rounding_of_their_logits(score):
+    """The net is so sure that log p is small; yet it is the difference of two large numbers in float32."""
+    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
+    net = seeded(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+    half = torch.tensor(np.random.RandomState(0).rand(3, 1, 16, 8))
+    x = torch.cat((half, half.flip(3)), 3)  # tiles on the left count about as much as those on the right
+    net[-1].weight.data *= 60
+    target = net.double()(x)[:1].argmax(1).expand(3)
+    net[-1].bias.data[target[0]] += 6
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model, uids = Classifier(net, dtype=dtype), ("a", "b", "c")
+        for q in (80.0, 95.0):
+            method = ACD(score=score, output="log_probability", units=Partition(side=4), percentile=q, shows="order")
+            found.append(method.attribute(model, Batch(uids, x.to(dtype), target), {}, Noise(uids)))
+    for one, other in zip(found[:2], found[2:]):
+        assert [[n["id"] for n in t["nodes"]] for t in one["tree"]] == [
+            [n["id"] for n in t["nodes"]] for t in other["tree"]
+        ]
+        torch.testing.assert_close(one["map"].double(), other["map"], rtol=1e-6, atol=1e-6)

@@ -138,7 +138,10 @@ class ACD(Method):
                 raise SampleError(f"{batch.uids[some[walk[bad.argmax()]]]}: the net's scores are NaN or infinite")
             return found
 
-        scales = [float(np.abs(own) @ np.abs(asked[i][0])) for i, own in enumerate(scores.whole.double().cpu().numpy())]
+        sizes = np.abs(scores.whole.double().cpu().numpy())
+        if self.output == "log_probability":  # a logit less what normalises it: small where both are large
+            sizes = np.maximum(sizes, np.abs(logits).max(1, keepdims=True))
+        scales = [float(size @ np.abs(asked[i][0])) for i, size in enumerate(sizes)]
         walks = drive([agglomerate(shapes[i], asked[i][0], rules, scales[i]) for i in some], answer)
         trees = {i: self._tree(shapes[i], *asked[i], logits[i], walk) for i, walk in zip(some, walks, strict=True)}
         values = torch.zeros(len(batch), units.most, dtype=model.dtype)
