@@ -42,6 +42,7 @@ CHEAP: dict[str, Any] = {
     "side": 3, "segments": 4, "tiles": 3, "dataset_size": 2, "sub_dataset_size": 1, "correct": False, "rank": 2,
     "passes": 1, "relu": False, "readouts": ["bottleneck", "cam"], "critic_iter": 1,
     "search": {"layers": 12, "candidates": 1},
+    "sigma": 1.0,  # the masks of extremal perturbation are made for larger images than these
 }  # fmt: skip
 FITTED_ON = 6
 TOLERANCE = 1e-6  # of a batch against its samples, relative to the largest number

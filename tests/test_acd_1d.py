@@ -115,6 +115,8 @@ def test_scores_that_only_add_up_are_taken_in_their_order():
 def test_ties_are_taken_together_also_where_rounding_breaks_them():
     own = np.array([1.0, 0.0, 1.0 + 1e-12, 0.0, 1.0 - 1e-12, 0.0, 0.5, 0.0])
     assert threshold(own, Rules(99.5)).tolist() == (own > 0.9).tolist()
+    # Differences of logits around 50 have their rounding, however small they are.
+    assert threshold(1e-3 * own + 3e-6 * (own > 1), Rules(99.5), 50.0).tolist() == (own > 0.9).tolist()
 
 
 def test_one_word_and_all_words_at_once():

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from agglomerated import of_units, sets_of, slowly, tangled
+from contracts import seeded
 from nets import golden
+from torch import nn
 
 from attrib.agglomeration import Agglomeration, Rules, agglomerate, drive, follow, smoothed, threshold
 from attrib.agglomeration.trees import Tree, grow, node_id, runs
@@ -206,3 +208,78 @@ def test_all_tiles_chosen():
         found = walked((4, 5), tangled((4, 5), 2), Rules(q), np.array([1.0, 0.0, 0.0]))
         assert (found.levels[-1][0] == 1).all()
         assert found.chosen[-1].all()
+
+
+@pytest.mark.parametrize("shape", [(30,), (5, 6)])
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_chooses_nothing(shape, removed, seed):
+    """Units of equal scores, beside logits of 1,000 that a net in float32 gives with other last digits each time."""
+    r = np.random.RandomState(seed)
+    own, rules = r.randint(0, 4, 30) / 10, Rules(80.0, 4)
+
+    def found(rounding: np.random.RandomState | None) -> Agglomeration:
+        def logits(values: np.ndarray) -> np.ndarray:
+            if rounding is None:
+                return 1000 + values
+            return (1000 + values + 6e-5 * rounding.randn(*values.shape)).astype(np.float32).astype(float)
+
+        def answer(_: np.ndarray, sets: np.ndarray) -> np.ndarray:
+            inside, outside = (logits((part @ own)[:, None]) for part in (sets, ~sets))
+            return logits(np.full_like(outside, own.sum())) - outside if removed else inside
+
+        (walk,) = drive([agglomerate(shape, np.ones(1), rules, 1000.0)], answer)
+        return walk
+
+    exact = found(None)
+    for noise in range(3):
+        rounded = found(np.random.RandomState(noise))
+        for one, other in ((rounded.chosen, exact.chosen), (rounded.levels, exact.levels)):
+            assert len(one) == len(other)
+        assert all((one == other).all() for one, other in zip(rounded.chosen, exact.chosen))
+        assert all((one[0] == other[0]).all() for one, other in zip(rounded.levels, exact.levels))
+        np.testing.assert_array_equal(rounded.order(), exact.order())
+    places = exact.order().ravel()
+    assert len(np.unique(places)) < 20  # units that count alike stand alike
+
+
+def test_equal_parts_of_an_image_join_in_one_place_of_the_order():
+    """In float32 the same numbers in another batch have other last digits, which gave equal tiles other ranks."""
+    net = seeded(nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(),
+                               nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))  # fmt: skip
+    x = torch.zeros(4, 1, 16, 16)
+    x[:, :, 4:8, 4:8] = torch.tensor(np.random.RandomState(0).rand(4, 1, 4, 4)).float() + 0.5
+    x[:, :, 8:12, 8:12] = x[:, :, 4:8, 4:8]
+    method = ACD(units=Partition(side=4), percentile=80.0, steps=None, shows="order")
+    found = {}
+    for dtype, size in ((torch.float64, 4), (torch.float32, 4), (torch.float32, 1)):
+        model = Classifier(net, dtype=dtype)
+        parts = x.to(dtype).split(size)
+        batches = [Batch(tuple(f"{i}" for i in range(len(p))), p, torch.ones(len(p)).long()) for p in parts]
+        maps = [method.attribute(model, b, {}, Noise(b.uids))["map"].double() for b in batches]
+        found[dtype, size] = torch.cat(maps)
+    for other in found.values():
+        torch.testing.assert_close(other, found[torch.float64, 4], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", ["occlusion", "build_up"])
+def test_logarithms_near_zero_have_the_rounding_of_their_logits(score):
+    """The net is so sure that log p is small; yet it is the difference of two large numbers in float32."""
+    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU()]
+    net = seeded(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+    half = torch.tensor(np.random.RandomState(0).rand(3, 1, 16, 8))
+    x = torch.cat((half, half.flip(3)), 3)  # tiles on the left count about as much as those on the right
+    net[-1].weight.data *= 60
+    target = net.double()(x)[:1].argmax(1).expand(3)
+    net[-1].bias.data[target[0]] += 6
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model, uids = Classifier(net, dtype=dtype), ("a", "b", "c")
+        for q in (80.0, 95.0):
+            method = ACD(score=score, output="log_probability", units=Partition(side=4), percentile=q, shows="order")
+            found.append(method.attribute(model, Batch(uids, x.to(dtype), target), {}, Noise(uids)))
+    for one, other in zip(found[:2], found[2:]):
+        assert [[n["id"] for n in t["nodes"]] for t in one["tree"]] == [
+            [n["id"] for n in t["nodes"]] for t in other["tree"]
+        ]
+        torch.testing.assert_close(one["map"].double(), other["map"], rtol=1e-6, atol=1e-6)

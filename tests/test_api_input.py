@@ -122,6 +122,10 @@ def test_an_explanation_is_scored_as_what_it_is_of(images):
     net = small_cnn()
     found = attrib.explain(net, images, method="gradient")
     pd.testing.assert_frame_equal(attrib.evaluate(net, images, found), attrib.evaluate(None, None, found))
+    for target in ([1, 2, 0], np.array([1, 2, 0]), torch.eye(3, 10).long()):  # labels are no part of what x is
+        of_labels = attrib.explain(net, images, target, method="gradient")
+        scores = [attrib.evaluate(net, x, of_labels, ["ehr"], torch.ones(3, 32, 32).bool()) for x in (images, None)]
+        pd.testing.assert_frame_equal(*scores)
     for arguments, words in [
         ((small_cnn(), None, found), "net is not the one"),
         ((net, images + 1, found), "x is not what was explained"),

@@ -133,7 +133,7 @@ def test_a_word_that_is_unknown_is_refused(path):
 def test_what_is_an_ablation_or_a_paper_choice_is_allowed():
     method = InputIBA()
     dataclasses.replace(method.gan, epochs=0)
-    dataclasses.replace(method.feature, beta=0.0, sigma=0.0, min_std=0.0, active_neurons_threshold=0.0)
+    dataclasses.replace(method.feature, beta=0.0, sigma=0.0, active_neurons_threshold=0.0)
     dataclasses.replace(method.feature, sigma=None, initial_alpha=-2.0)
 
 

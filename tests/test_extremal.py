@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def reference(net: nn.Module, x: Tensor, target: int, area: float, method: Extre
 def test_equals_the_formulas(game, optimizer, initial):
     fields = dict(initial=initial, game=game, optimizer=optimizer, areas=(9 / (H * W), 63 / (H * W)), steps=3, lr=0.06)
     method = ExtremalPerturbation(
-        **fields, area_weight=20.0, area_growth=1.3, stride=4, sigma=3.0, max_blur=4.0, levels=3, temperature=0.1
+        **fields, area_weight=20.0, area_growth=1.3, stride=4, sigma=1.5, max_blur=4.0, levels=3, temperature=0.1
     )
     batch, classifier = pictures(2), model(rows=3)
     found = method.attribute(classifier, batch, {}, Noise(batch.uids))
@@ -386,7 +387,7 @@ def test_smoothing_the_map():
 def test_several_labels():
     batch = pictures(2)
     labels = Batch(batch.uids, batch.x, torch.tensor([[1, 0, 1], [0, 1, 0]]))
-    method = ExtremalPerturbation(steps=3, areas=(0.2,), stride=4)
+    method = ExtremalPerturbation(steps=3, areas=(0.2,), stride=4, sigma=1.0)
     found = method.attribute(model(), labels, {}, Noise(batch.uids))
     one = method.attribute(model(), Batch(batch.uids, batch.x, torch.tensor([0, 1])), {}, Noise(batch.uids))
     torch.testing.assert_close(found["map"][1], one["map"][1])
@@ -401,7 +402,7 @@ def test_areas_do_not_see_each_other():
 @pytest.mark.parametrize("fields", [{}, {"optimizer": "adam", "lr": 0.05}, {"game": "delete", "initial": 0.9}], ids=str)
 def test_many_steps_of_a_batch_equal_single_ones(fields):
     """Also where masks are flat at 0 or 1 and many pixels are tied."""
-    batch, method = pictures(3), ExtremalPerturbation(steps=50, stride=3, sigma=2.0, areas=(0.1, 0.3), **fields)
+    batch, method = pictures(3), ExtremalPerturbation(steps=50, stride=3, sigma=1.0, areas=(0.1, 0.3), **fields)
     whole = method.attribute(model(), batch, {}, Noise(batch.uids))
     for i in range(3):
         one = method.attribute(model(), batch[[i]], {}, Noise(batch.uids[i : i + 1]))
@@ -422,8 +423,46 @@ def test_bad_fields(field, value):
         ExtremalPerturbation(**{field: value})
 
 
+def test_masks_are_regions_of_their_areas_or_refused():
+    """At 224 x 224 a place shows 2.3 % of the image. On small or narrow images the default lengths left masks of 0 or
+    of everything; what the refusal says instead gives each mask its area, where the class looks."""
+    size, k = ExtremalPerturbation().lattice((224, 224))
+    assert size == (32, 32)
+    assert k.shape == (13, 13)
+    for height, width in ((28, 28), (32, 32), (40, 7), (12, 1), (64, 64)):
+        look = torch.zeros(2, height, width, dtype=torch.float64)  # class 0 looks at one end, class 1 at the other
+        ends = look if height > width else look.mT
+        ends[0, : max(height, width) // 3], ends[1, -(max(height, width) // 3) :] = 1, 1
+
+        class Ends(nn.Module):
+            def __init__(self, look: Tensor) -> None:
+                super().__init__()
+                self.register_buffer("look", 10 * look / look.sum((1, 2), keepdim=True))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return (x.abs() * self.look).sum((2, 3))
+
+        classifier = Classifier(Ends(look), dtype=torch.float64)
+        i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        batch = Batch(("a", "b"), ((i + j) % 2 * 2 - 1).double().expand(2, 1, height, width), torch.arange(2))
+        with pytest.raises(
+            UserError, match=rf"sigma is 7 and .* of images of {height} x {width}, more than"
+        ) as refused:
+            ExtremalPerturbation().attribute(classifier, batch, {}, Noise(batch.uids))
+        advice = dict(re.findall(r"(stride|sigma|max_blur)=([0-9.]+)", str(refused.value)))
+        method = ExtremalPerturbation(
+            stride=int(advice["stride"]), sigma=float(advice["sigma"]), max_blur=float(advice["max_blur"]),
+            optimizer="adam", lr=0.05, steps=80, area_growth=1.0355,
+        )  # fmt: skip
+        found = method.attribute(classifier, batch, {}, Noise(batch.uids))
+        wanted = torch.tensor(method.areas).double().expand(2, 4)
+        torch.testing.assert_close(found["area"], wanted, rtol=0.25, atol=1 / (height * width))
+        for one, there in zip(found["map"], look.bool(), strict=True):
+            assert one[there].mean() > 5 * one[~there].mean()
+
+
 def test_a_stride_that_leaves_one_place():
-    with pytest.raises(UserError, match=r"ExtremalPerturbation\.stride is 18, .* single place of images of 14 x 18"):
+    with pytest.raises(UserError, match=r"stride 18, with which the smallest mask covers 100% of images of 14 x 18"):
         ExtremalPerturbation(stride=18).attribute(model(), pictures(1), {}, Noise(["a"]))
 
 

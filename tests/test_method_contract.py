@@ -39,7 +39,7 @@ H, W, K = 12, 10, 5
 # What makes a method cheap, wherever it has such a field. Nothing else is taken from the YAML but its own values.
 CHEAP = {
     "steps": 3, "samples": 3, "batch": 2, "draws": 2, "epochs": 2, "train_batch": 4, "window": 4, "stride": 3,
-    "side": 4, "dataset_size": 6, "sub_dataset_size": 4, "correct": False,
+    "sigma": 0.5, "side": 4, "dataset_size": 6, "sub_dataset_size": 4, "correct": False,
     "low": -1e6, "high": 1e6,
 }  # fmt: skip
 

@@ -302,7 +302,7 @@ def test_preset_composes_and_reads_what_it_computes(name, tmp_path):
 
 
 CHEAP = {
-    "steps": 2, "samples": 2, "epochs": 1, "batch": 2, "window": 16, "stride": 16, "dataset_size": 4,
+    "steps": 2, "samples": 2, "epochs": 1, "batch": 2, "window": 16, "stride": 4, "dataset_size": 4,
     "sub_dataset_size": 2, "segments": 4, "draws": 2, "correct": "false", "candidates": 2,
     "z": -99.0, "points": 2,
 }  # fmt: skip
@@ -310,7 +310,10 @@ CHEAP = {
 
 def cheap(node, at):
     """Overrides that make a method or metric quick."""
-    found = [f"{at}.{k}={CHEAP[k]}" for k, v in node.items() if k in CHEAP and isinstance(v, int | float | None)]
+    less = [k for k, v in node.items() if k in CHEAP and isinstance(v, int | float | None)]
+    if node.get("step") is not None:  # a metric has the one or the other
+        less = [k for k in less if k != "steps"]
+    found = [f"{at}.{k}={CHEAP[k]}" for k in less]
     parts = {k: v for k, v in node.items() if isinstance(v, dict)}
     return [*found, *(o for k, v in parts.items() for o in cheap(v, f"{at}.{k}"))]
 
@@ -389,3 +392,12 @@ def test_another_net_for_the_layers():
     assert list(dict.fromkeys(e.row for e in preset.entries))[1] == "InputIBA at layer3"
     assert presets.configuration(preset, preset.jobs[0]).values["model"]["name"] == "resnet50"
     assert [e.map for e in preset.entries[::6]] == ["input", "feature"]
+
+
+def test_a_row_of_its_own_in_the_tiny_size():
+    """What an image of 224 pixels wants, one of 28 does not."""
+    for size, there in (("tiny", True), ("full", False)):
+        preset = presets.load("input_iba_table1", [f"paper.size={size}"])
+        for entry in preset.entries:
+            its = entry.row == "Extremal Perturbation"
+            assert ("method.sigma=1" in entry.overrides) == (there and its)

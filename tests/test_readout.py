@@ -21,7 +21,8 @@ from torchvision import models
 
 from attrib.config.objects import build
 from attrib.methods import readout
-from attrib.methods.iba import restrict
+from attrib.methods.iba import capacity, restrict
+from attrib.methods.parts.statistics import Moments
 from attrib.methods.readout import IBAReadout, ReadoutFit
 from attrib.models import Classifier
 from attrib.noise import Noise
@@ -278,6 +279,29 @@ def test_units_that_never_vary_do_no_harm():
         state[f"{role}.std"].view(-1)[:3] = 0
     assert method().attribute(model, batch, state, Noise(batch.uids))["map"].isfinite().all()
     assert method().restricted(model, batch, state, Noise(batch.uids, dtype=torch.float64)).loss.isfinite().all()
+
+
+@pytest.mark.parametrize("count", [4, 7, 33])
+def test_a_unit_is_constant_whatever_rounding_makes_of_its_mean(count):
+    """0.7 + 0.7 + ... is not quite n times 0.7: that is no standard deviation to measure information by."""
+    moments, varying = Moments(), torch.linspace(0, 1, count, dtype=torch.float64)
+    for rows in torch.stack((torch.full_like(varying, 0.7), 100.1 + 0 * varying, varying), 1).split(4):
+        moments.add(rows)
+    rounded = Moments()  # a layer in float32 gives other last digits in batches of other sizes
+    rounded.add(torch.tensor([0.7, np.nextafter(np.float32(0.7), np.float32(1))] * count)[:, None])
+    assert rounded.state()["std"] == 0
+    assert moments.state()["std"][:2].tolist() == [0, 0]
+    torch.testing.assert_close(moments.state()["std"][2], varying.std().float())
+
+    # Three of the bottleneck's channels give a bias, and no information, wherever the others' ends.
+    model, batch = classifier(), images(3).to("cpu", torch.float64)
+    conv = model.module.features[5]
+    conv.weight.data[:3] = 0
+    conv.bias.data[:3] = torch.tensor([0.7, 1.3, 100.1], dtype=torch.float64)
+    state, _ = train(method(lr=1e-4).fit, model, data=Data(model, count=count))
+    predicted, _ = method().predict(model, batch, state)
+    nats = capacity(torch.zeros(()), predicted.lam, torch.zeros(()), torch.ones(()))  # where r is the mean
+    torch.testing.assert_close(predicted.capacity[:, :3], nats[:, :3], rtol=0, atol=1e-6)
 
 
 # ---- the contract of a method -----------------------------------------------------------------

@@ -146,7 +146,8 @@ METHODS: list[Method] = [
     *(Gradient(), InputXGradient(), IntegratedGradients(steps=4), SmoothGrad(samples=3), GuidedBackprop()),
     *(DeepLiftShap(), Occlusion(window=8, stride=8), GradCAM(), GradCAMPlusPlus(), LayerCAM(), XGradCAM(), HiResCAM()),
     *(ScoreCAM(), AblationCAM(), GradientShap(samples=3), Rise(samples=20, output="logit"), Lime(samples=30)),
-    *(KernelShap(samples=30), ExtremalPerturbation(steps=3), CD(), CD(score="occlusion"), Captum("Saliency")),
+    *(KernelShap(samples=30), ExtremalPerturbation(steps=3, stride=1, sigma=1.0), Captum("Saliency")),
+    *(CD(), CD(score="occlusion")),
     FunctionalInformation(activation="none", samples=4),
 ]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+from scipy.stats import rankdata
 
-# Scores that differ by less than this fraction of the largest count as equal; otherwise rounding would choose.
+# Numbers that differ by less than this fraction of the largest count as equal; otherwise rounding would choose.
 _NEAR = 1e-6
 # The percentile for the last units of a line, by how many are left; it chooses about two of them.
 _LAST = {5: 59.0, 4: 49.0, 3: 59.0, 2: 49.0, 1: 0.0}
@@ -31,16 +32,28 @@ class Rules:
     smooth: bool = True
 
 
-def near(scores: np.ndarray) -> float:
-    """The difference below which two scores count as equal."""
+def near(scores: np.ndarray, scale: float = 0.0) -> float:
+    """The difference below which two scores count as equal.
+
+    scale   the size of the numbers that the scores are differences of, and whose rounding they have: those of units may
+            be small beside the logits
+    """
     finite = np.abs(scores[np.isfinite(scores)])
-    return _NEAR * float(finite.max()) if finite.size else 0.0
+    return _NEAR * max(scale, float(finite.max(initial=0.0)))
 
 
-def threshold(scores: np.ndarray, rules: Rules) -> np.ndarray:
+def ranks(scores: np.ndarray, equal: float) -> np.ndarray:
+    """(n,) -> (n,) ranks from 1 on; scores that differ by no more than ``equal`` from the next share their mean."""
+    order = np.argsort(scores, kind="stable")
+    found = np.empty(len(scores))
+    found[order] = rankdata(np.cumsum(np.diff(scores[order], prepend=scores[order[:1]]) > equal))
+    return found
+
+
+def threshold(scores: np.ndarray, rules: Rules, scale: float = 0.0) -> np.ndarray:
     """(*shape) scores, NaN where a unit is chosen already -> (*shape) bool: the units that are chosen now.
 
-    At least one, if any is left.
+    At least one, if any is left. ``scale``: see ``near``.
     """
     if rules.absolute:
         scores = np.abs(scores)
@@ -51,7 +64,7 @@ def threshold(scores: np.ndarray, rules: Rules) -> np.ndarray:
         percentile = _LAST.get(left, percentile)
     elif scores.size - left > scores.size / 3:
         percentile = max(0.0, percentile - 15)
-    return scores >= np.nanpercentile(scores, percentile) - near(scores)
+    return scores >= np.nanpercentile(scores, percentile) - near(scores, scale)
 
 
 def smoothed(old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
-from scipy.stats import rankdata
 
-from attrib.agglomeration.rules import Rules, components, follow, near, smoothed, threshold
+from attrib.agglomeration.rules import Rules, components, follow, near, ranks, smoothed, threshold
 
 Ask = Generator[np.ndarray, np.ndarray, np.ndarray]
 Walk = Generator[np.ndarray, np.ndarray, "Agglomeration"]  # yields (m, n) bool sets of units, is sent scores (m, K)
@@ -28,10 +27,12 @@ class Agglomeration:
     levels         for each step, then for each final merger: (*shape) the number of a unit's component, 0 for none,
                    and the (K,) scores of each component by its number
     combined       for each step, (K,) scores of all chosen units together
+    scale          see ``near``
     """
 
     units: np.ndarray
     whole: np.ndarray
+    scale: float = 0.0
     scores: list[np.ndarray] = field(default_factory=list)
     chosen: list[np.ndarray] = field(default_factory=list)
     levels: list[tuple[np.ndarray, dict[int, np.ndarray]]] = field(default_factory=list)
@@ -41,7 +42,7 @@ class Agglomeration:
         """(*shape) when each unit joined, the first ones highest: whole numbers are steps, 0 for those that never did.
 
         The fraction is the rank of the unit's score, or with ``absolute`` of its magnitude, among those of its step:
-        above 0 for the smallest, below 1 for the largest.
+        above 0 for the smallest, below 1 for the largest; scores that count as equal share it.
         """
         steps = len(self.combined)
         found = np.zeros(self.scores[0].shape)
@@ -50,7 +51,7 @@ class Agglomeration:
         for number in np.unique(found):
             at = found == number
             scores = self.scores[int(steps - number)][at]
-            place = rankdata(np.abs(scores) if absolute else scores)
+            place = ranks(np.abs(scores) if absolute else scores, near(scores, self.scale))
             found[at] += (place - 0.5) / at.sum()
         return found
 
@@ -71,10 +72,11 @@ class _Known:
         return np.stack([self._found[name] for name in names])
 
 
-def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules) -> Walk:
+def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules, scale: float = 0.0) -> Walk:
     """Agglomerate units in a line, shape (n,), or in a grid, (rows, columns).
 
     weights  (K,) the agglomeration goes by scores @ weights, for example one class less another
+    scale    see ``near``
 
     Each step finds the connected components of the chosen units, scores every unit beside a component by what it would
     add to it (of several components, to the one with the largest number), and chooses the units above the percentile.
@@ -84,9 +86,9 @@ def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules) -> Wa
     n, grid, known = int(np.prod(shape)), len(shape) == 2, _Known()
     beside = ndimage.generate_binary_structure(len(shape), 1)
     alone = yield from known(np.concatenate((np.eye(n, dtype=bool), np.ones((1, n), dtype=bool))))
-    found = Agglomeration(alone[:-1], alone[-1])
+    found = Agglomeration(alone[:-1], alone[-1], scale)
     scores = (found.units @ weights).reshape(shape)
-    chosen = threshold(scores, rules)
+    chosen = threshold(scores, rules, scale)
     found.scores.append(scores.copy())
     found.chosen.append(chosen)
     for step in itertools.count():
@@ -106,7 +108,7 @@ def agglomerate(shape: tuple[int, ...], weights: np.ndarray, rules: Rules) -> Wa
         gains = (answers[len(numbers) + 1 :] - parts[which]) @ weights
         scores[tuple(place)] = gains  # numpy keeps the last of several: that of the component with the largest number
         scores[chosen] = np.nan
-        new = threshold(scores, rules)
+        new = threshold(scores, rules, scale)
         done = bool(chosen.all()) or step + 1 == rules.steps
         chosen = smoothed(chosen, new) if grid and rules.smooth else chosen | new
         found.scores.append(scores.copy())
@@ -127,7 +129,7 @@ def _merge(found: Agglomeration, known: _Known, weights: np.ndarray) -> Generato
         answers = yield from known(unions)
         better = np.array([max(parts[a] @ weights, parts[b] @ weights) for a, b in pairs])
         gains = answers @ weights - better
-        best = int(np.argmax(gains >= gains.max() - near(answers @ weights)))
+        best = int(np.argmax(gains >= gains.max() - near(answers @ weights, found.scale)))
         a, b = pairs[best]
         labels = np.where(labels == b, a, labels)
         parts = {number: part for number, part in parts.items() if number != b} | {a: answers[best]}

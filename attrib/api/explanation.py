@@ -145,7 +145,7 @@ class Explanation:
         if x is None or x is self.cell.dataset:
             return
         net_input, pad = self.origin.net.input, self.origin.net.pad
-        found, data = given(x, net_input, self.asked, pad=pad), self.cell.dataset
+        found, data = given(x, net_input, self.asked, self.origin.labels, pad=pad), self.cell.dataset
         if any(found.dataset.fingerprint(uid) != data.fingerprint(uid) for uid in self.asked):
             raise UserError("x is not what was explained; to have maps scored on other samples, give .maps")
 

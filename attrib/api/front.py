@@ -29,7 +29,7 @@ from attrib.api.maps import as_computed, maps_of, with_roi
 from attrib.api.modes import undisturbed
 from attrib.api.names import Given
 from attrib.api.nets import net_of
-from attrib.api.parts import Explainer, explainer, measures, samples
+from attrib.api.parts import Explainer, explainer, labels_of, measures, samples
 from attrib.api.scoring import check_metrics, scores
 from attrib.api.speech import to_callers
 from attrib.experiment.cell import Experiment
@@ -113,7 +113,7 @@ def explain(
     found, rule = samples(x, door, uids, target)
     cell = cell_of(door, found, rule, chosen, {}, seed, fit, overrides)
     state = state_of(cell, found.uids, door.options.read, root)
-    made = _explanation(cell, found, state, Origin(door, chosen, _name(fit), tuple(overrides)))
+    made = _explanation(cell, found, state, Origin(door, chosen, _name(fit), tuple(overrides), labels_of(target)))
     _warn({chosen.name: made.failures})
     return made
 
@@ -258,7 +258,7 @@ def compare(
         check_metrics(cell, found.uids)
         try:
             state = state_of(cell, found.uids, door.options.read, root, states)
-            made = _explanation(cell, found, state, Origin(door, one, _name(fit), tuple(overrides)))
+            made = _explanation(cell, found, state, Origin(door, one, _name(fit), tuple(overrides), labels_of(target)))
             explanations[name] = made
             scored[name] = made.evaluate()
         except Exception as error:  # a method may raise anything

@@ -33,12 +33,17 @@ IN_MEMORY = (Pictures, Sentences, Waves, Tensors)
 
 @dataclass(frozen=True)
 class Origin:
-    """What an explanation was asked for with. ``fit`` is the name of a dataset, or None."""
+    """What an explanation was asked for with.
+
+    fit     the name of a dataset, or None
+    labels  what was explained of each sample, where that was said beside the samples (``parts.labels_of``)
+    """
 
     net: Net
     explainer: Explainer
     fit: str | None
     overrides: tuple[str, ...] = ()
+    labels: Any = None
 
 
 def command_of(origin: Origin, cell: Experiment, dataset: str | None = None) -> str:

@@ -209,6 +209,12 @@ def samples(x: Any, net: Net, uids: Sequence[str] | None, target: Any) -> tuple[
     """
     if hasattr(target, "__array__") and np.ndim(target) == 0:  # a number of numpy, or a tensor without axes
         target = int(target)
-    several = isinstance(target, list | tuple) or hasattr(target, "__array__")
-    found = given(x, net.input, uids, target if several else None, pad=net.pad)
-    return found, "label" if several else "predicted" if target is None else target
+    labels = labels_of(target)
+    found = given(x, net.input, uids, labels, pad=net.pad)
+    return found, "label" if labels is not None else "predicted" if target is None else target
+
+
+def labels_of(target: Any) -> Any:
+    """What ``target`` says of each sample by itself, such as (N,) classes; None if it says one thing of all."""
+    each = isinstance(target, list | tuple) or (hasattr(target, "__array__") and np.ndim(target) > 0)
+    return target if each else None

@@ -56,7 +56,7 @@ class ACD(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.acd.ACD"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.agglomeration.trees"}
@@ -138,7 +138,11 @@ class ACD(Method):
                 raise SampleError(f"{batch.uids[some[walk[bad.argmax()]]]}: the net's scores are NaN or infinite")
             return found
 
-        walks = drive([agglomerate(shapes[i], asked[i][0], rules) for i in some], answer)
+        sizes = np.abs(scores.whole.double().cpu().numpy())
+        if self.output == "log_probability":  # a logit less what normalises it: small where both are large
+            sizes = np.maximum(sizes, np.abs(logits).max(1, keepdims=True))
+        scales = [float(size @ np.abs(asked[i][0])) for i, size in enumerate(sizes)]
+        walks = drive([agglomerate(shapes[i], asked[i][0], rules, scales[i]) for i in some], answer)
         trees = {i: self._tree(shapes[i], *asked[i], logits[i], walk) for i, walk in zip(some, walks, strict=True)}
         values = torch.zeros(len(batch), units.most, dtype=model.dtype)
         for (i, tree), walk in zip(trees.items(), walks, strict=True):

@@ -171,10 +171,11 @@ class ExtremalPerturbation(Method):
     smooth         standard deviation of a Gaussian blur of the finished map, as a share of the image's shorter
                    side; 0 for none. The paper takes 0.09 for the pointing game
 
-    Lengths in pixels are for images of 224 x 224. The score is the logit. With initial=1, where the whole input is
-    visible at first, the masks keep clearly more of the score than with 0.5, where the image is blurred and the
-    gradient says little. With zero or mean take an area_weight of about 30: with more, the area determines the masks
-    before the score does.
+    The defaults of lengths in pixels are for images of 224 x 224, of which a single place shows 2.3 %, less than any
+    of the areas. Images so small that a place shows more than the largest area are refused. The score is the logit.
+    With initial=1, where the whole input is visible at first, the masks keep clearly more of the score than with 0.5,
+    where the image is blurred and the gradient says little. With zero or mean take an area_weight of about 30: with
+    more, the area determines the masks before the score does.
 
     Four areas and 800 steps are 3,200 forward and backward passes per image. A tenth is enough with optimizer=adam,
     lr=0.05, steps=80, area_growth=1.0355 (lambda then ends at the same value); areas come out up to a fifth too large.
@@ -182,7 +183,7 @@ class ExtremalPerturbation(Method):
 
     >>> import attrib, torch
     >>> net, x = attrib.models.LeNet(), torch.rand(1, 1, 32, 32)
-    >>> attrib.explain(net, x, method=ExtremalPerturbation(steps=2)).map.shape
+    >>> attrib.explain(net, x, method=ExtremalPerturbation(steps=2, stride=1, sigma=1.0)).map.shape
     torch.Size([1, 32, 32])
     """
 
@@ -241,16 +242,28 @@ class ExtremalPerturbation(Method):
         end = torch.zeros_like(x) if self.perturbation == "zero" else x.mean((-2, -1), keepdim=True).expand_as(x)
         return torch.stack((x, end), dim=1)
 
-    def lattice(self, image: tuple[int, int]) -> tuple[int, int]:
-        """How many places the parameter mask has from top to bottom, and from left to right."""
+    def lattice(self, image: tuple[int, int]) -> tuple[tuple[int, int], Tensor]:
+        """How many places the parameter mask has from top to bottom and from left to right, and the kernel.
+
+        Raises UserError if a mask that shows one place in the middle, and so the kernel around it, is larger than all
+        areas: then none of the masks could be a region of its area, and at the default lr they jump between nothing and
+        the whole image.
+        """
         height, width = image
         size = (-(-height // self.stride), -(-width // self.stride))
-        if max(size) == 1:
+        k = kernel((height / size[0], width / size[1]), self.sigma, size)
+        one = torch.zeros(1, *size, dtype=k.dtype)
+        one[0, size[0] // 2, size[1] // 2] = 1
+        share = float(resizing(size, image, one)(smooth_max(one, k, self.temperature)).mean())
+        if share > max(self.areas):
+            part = math.sqrt(height * width) / 224
             raise UserError(
-                f"ExtremalPerturbation.stride is {self.stride}, which leaves a single place of images of "
-                f"{height} x {width}; take a smaller one"
+                f"ExtremalPerturbation.sigma is {self.sigma:g} and stride {self.stride}, with which the smallest mask "
+                f"covers {share:.0%} of images of {height} x {width}, more than the largest of the areas, "
+                f"{max(self.areas):.0%}. The defaults are for images of 224 x 224; for these, set "
+                f"stride={max(1, round(7 * part))}, sigma={7 * part:.2g}, max_blur={20 * part:.2g}"
             )
-        return size
+        return size, k
 
     def optimise(self, model: Classifier, x: Tensor, target: Tensor) -> OptimisedMasks:
         """The optimised masks. The loss is a sum over samples and areas, so that all are optimised together.
@@ -258,8 +271,8 @@ class ExtremalPerturbation(Method):
         Between two levels the perturbed image is linear in the mask, so its gradient is known without a graph.
         """
         count, image = len(self.areas), image_size(x)
-        size = self.lattice(image)
-        k = kernel((image[0] / size[0], image[1] / size[1]), self.sigma, size).to(x)
+        size, k = self.lattice(image)
+        k = k.to(x)
         initial = 1 - self.initial if self.game == "delete" else self.initial
         parameters = x.new_full((len(x) * count, *size), initial).requires_grad_()
         optimizer: torch.optim.Optimizer

@@ -213,8 +213,8 @@ class IBA(Method):
 
     def __post_init__(self) -> None:
         require(self, "steps", "batch", at_least=1)
-        require(self, "beta", "min_std", at_least=0)
-        require(self, "lr", above=0)
+        require(self, "beta", at_least=0)
+        require(self, "lr", "min_std", above=0)  # of a unit that never varies min_std is the deviation
         require(self, "sigma", at_least=0, or_none=True)
         require(self, "initial_alpha")
         require(self, "active_neurons_threshold", at_least=0, below=1)

@@ -99,8 +99,8 @@ def _check(owner: ReadoutFit | IBAReadout) -> None:
     if not owner.readouts:
         raise UserError(f"{type(owner).__name__}.readouts is empty, must name at least one role")
     require(owner, "train_batch", "draws", at_least=1)
-    require(owner, "epochs", "beta", "min_std", at_least=0)
-    require(owner, "lr", above=0)
+    require(owner, "epochs", "beta", at_least=0)
+    require(owner, "lr", "min_std", above=0)
     require(owner, "sigma", at_least=0, or_none=True)
     require(owner, "active_neurons_threshold", at_least=0, below=1)
     check_layout(type(owner).__name__, owner.layout)
@@ -120,7 +120,7 @@ class ReadoutFit(Fit):
     """
 
     NAME: ClassVar[str] = "attrib.methods.readout.ReadoutFit"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     TARGETS: ClassVar[bool] = True
 
     layer: str

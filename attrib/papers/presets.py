@@ -141,7 +141,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
 
     An override of what rows or columns set chooses those that agree with it; of what a row sweeps over, it takes
     the place of the values; any other override is added to every entry. With ``paper.size=tiny`` the overrides of
-    ``tiny`` take the place of those of rows and columns, and nothing is published.
+    ``tiny`` take the place of those of rows and columns, a row's own ``tiny`` is added to it, and nothing is published.
 
     Raises UserError that names the file and the field.
     """
@@ -157,7 +157,7 @@ def load(name: str, overrides: Sequence[str] = (), folder: Path | None = None) -
         raise UserError(f"{where}: there is no paper.size={node['size']}; {FULL} or, where it is given, {TINY}")
 
     what = {key: o for key, o in given.items() if key.split(".")[0].lstrip("+~") not in HOW}
-    rows = _chosen([_row(where, label, line, node) for label, line in node["rows"].items()], what, where)
+    rows = _chosen([_row(where, label, line, node, tiny) for label, line in node["rows"].items()], what, where)
     columns = _chosen([_column(where, label, line) for label, line in node["columns"].items()], what, where)
     forced: Pairs = {**(parse_overrides(shlex.split(node["tiny"]), f"{where}: tiny") if tiny else {}), **what}
     for column in columns:
@@ -191,15 +191,16 @@ def _node(name: str, overrides: Sequence[str], folder: Path | None) -> dict[str,
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
-def _row(where: str, label: str, line: Any, node: Mapping[str, Any]) -> GridLine:
+def _row(where: str, label: str, line: Any, node: Mapping[str, Any], tiny: bool) -> GridLine:
     at = f"{where}: rows: {label}"
-    known = ("with", "map", "published", "comparison", "also")
+    known = ("with", "map", "published", "comparison", "also", "tiny")
     line = _fields(at, {"with": line} if isinstance(line, str) else line, known)
-    published, beside, also = (_fields(f"{at}: {n}", line.get(n) or {}, tuple(node["columns"])) for n in known[2:])
+    published, beside, also = (_fields(f"{at}: {n}", line.get(n) or {}, tuple(node["columns"])) for n in known[2:5])
     values = {column: _published(f"{at}: {column}", value, node) for column, value in published.items()}
     others = {column: _comparison(f"{at}: {column}", value) for column, value in beside.items()}
     more = {column: parse_overrides(shlex.split(text), f"{at}: also") for column, text in also.items()}
-    overrides = parse_overrides(shlex.split(line.get("with") or ""), at)
+    small = (line.get("tiny") or "") if tiny else ""
+    overrides = parse_overrides(shlex.split(f"{line.get('with') or ''} {small}"), at)
     if any(values.values()) and any(o.is_sweep_override() for o in overrides.values()):
         raise UserError(f"{at}: a row of several values cannot have one published value; write a row for each")
     return GridLine(label, overrides, line.get("map") or "", values, others, more)

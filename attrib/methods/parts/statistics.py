@@ -43,13 +43,17 @@ class Moments:
     def state(self) -> State:
         """mean, std and active (share of rows where the unit is not zero), each (*units), and n, the number of rows.
 
+        The std of a unit that varies by no more than its mean is rounded by, where that is kept as float32, is zero:
+        a distance from the mean, divided by so small a number, would be rounding alone.
         Raises UserError for fewer than two rows.
         """
         if self.n < 2:
             raise UserError(f"feature statistics need at least 2 samples, the estimation set has {self.n}")
+        std = (self._m2 / (self.n - 1)).sqrt()
+        std = std.masked_fill(std <= torch.finfo(torch.float32).eps * self._mean.abs(), 0)
         return {
             "mean": self._mean.float(),
-            "std": (self._m2 / (self.n - 1)).sqrt().float(),
+            "std": std.float(),
             "active": (self._nonzero / self.n).float(),
             "n": torch.tensor(self.n),
         }

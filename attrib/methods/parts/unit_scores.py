@@ -80,6 +80,7 @@ class UnitScores:
     name         the method, for messages
 
     logits  (B, K) of the whole samples
+    whole   (B, K) the same in what ``output`` says
     error   (B,) largest error of completeness of any set so far, relative to the largest logit; "cd" only, else 0
     """
 
@@ -101,12 +102,12 @@ class UnitScores:
         self._both, self._asked = as_released, 0
         self.error = torch.zeros(len(batch), dtype=model.dtype, device=model.device)
         self.logits = model.logits(batch.x)
+        self.whole = scaled(self.logits, output, model.link)
         if how == "cd":
             self._decomposer = Decomposer(model, output_bias=output_bias, rules=_RULES[rules])
         else:
             self._inputs = Inputs.of(model, batch)
             self._removed = removed(model, batch, self._inputs, baseline, name)
-            self._whole = scaled(self.logits, output, model.link)
 
     def __call__(self, owner: Tensor, sets: Tensor) -> Tensor:
         """The R sets ``sets`` (R, n) bool, of the samples ``owner`` (R,) -> scores (R, K)."""
@@ -133,7 +134,7 @@ class UnitScores:
             self.error = torch.maximum(self.error, found.error.to(self.error))
             return found.relevant
         if self._how == "occlusion":
-            return self._whole[owner] - self._forward(owner, ~inside)
+            return self.whole[owner] - self._forward(owner, ~inside)
         return self._forward(owner, inside | (self._units.of[owner] < 0))
 
     @torch.no_grad()
