@@ -84,7 +84,7 @@ def test_all_stages_in_a_row_equal_the_released_code(monkeypatch):
     np.testing.assert_allclose(maps["loss_generator"][0], data["im0_gan_losses"][:, 1], rtol=0, atol=1e-4)
 
 
-def released_critics(noise: object, places: Layout, like: Tensor) -> ConvCritics:
+def released_critics(noise: object, places: Layout, like: Tensor, compute: object) -> ConvCritics:
     return ConvCritics(released_critic(2100, 32, (16, 16)), places)
 
 

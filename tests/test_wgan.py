@@ -27,6 +27,7 @@ from attrib.methods.parts.wgan import (
     critic_shapes,
 )
 from attrib.models import Classifier
+from attrib.models.precision import computed
 from attrib.noise import Noise
 from attrib.types import UserError
 
@@ -478,3 +479,22 @@ def test_the_size_of_vgg16s_critic():
 def test_nothing_can_be_trained_on_nothing(field):
     with pytest.raises(UserError, match=rf"WGAN\.{field} is 0, must be at least 1"):
         WGAN(**{field: 0})
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_critics_in_half_the_bits(name):
+    """Scores and gradients are float32, as large as in float32, and nearly the same."""
+    places, noise = Layout.of(torch.ones(2, 4, 8, 8), (16, 16), "channels_first"), Noise(["a", "b"])
+    like, z = noise.normal(4, 8, 8), noise.normal(5, 4, 8, 8).requires_grad_()
+    found = []
+    for compute in (None, partial(computed, name, torch.device("cpu"), torch.float32)):
+        of = {} if compute is None else {"compute": compute}
+        critics = ConvCritics.initial(Noise(["a", "b"]), places, like, **of)
+        parameters = [value.requires_grad_() for value in critics.parameters.values()]
+        scores = critics(z)
+        found.append([scores, *torch.autograd.grad((scores * torch.arange(1.0, 6)).sum(), [z, *parameters])])
+    assert not torch.equal(found[0][0], found[1][0])
+    for what, fine, coarse in zip(["scores", "z", *critics.parameters], *found, strict=True):
+        assert coarse.dtype == torch.float32
+        if not (what.startswith("conv") and what.endswith("bias")):  # behind which a norm takes the mean away
+            assert (coarse - fine).norm() <= 0.2 * fine.norm(), what

@@ -25,6 +25,7 @@ from attrib.methods.parts.statistics import FeatureStatistics
 from attrib.methods.parts.wgan import WGAN, ConvCritics, Critics, Push, Trained, critic_parameters
 from attrib.methods.parts.wgan_text import LSTMCritics
 from attrib.models import Classifier, Front
+from attrib.models.precision import computed, multiplied
 from attrib.noise import Noise
 from attrib.types import Batch, SampleError
 
@@ -120,7 +121,8 @@ class InputIBA(Method):
     As in the authors' code, the capacity in nats serves as the mask of the features although it may exceed 1;
     the generator's mask starts as sigmoid(bits per pixel), for texts sigmoid(nats per token), so it is at
     least a half; and the map ``input`` is sigmoid(alpha) after the last step, without smoothing. Critics of
-    images read the layer as a grid (``Layout.to_grid``), where a vector has one place.
+    images read the layer as a grid (``Layout.to_grid``), where a vector has one place. They are computed in
+    ``precision.explain``, as the net is; their weights, RMSprop's numbers and the generators stay float32.
 
     The input of a text is its embedded tokens, the output of the layer with role "embedding", and the
     critics are LSTMs over the tokens. (The authors' code averages the text masks over the wrong axis,
@@ -211,7 +213,8 @@ class InputIBA(Method):
         if self.gan.epochs:
             features, streams = second.until(role, batch.x).z, noise.child("gan")
             push, critics = _push_and_critics(second, role, batch, places, features, streams.child("critic"))
-            gan = self.gan.train(push, inputs.x, features, feature.capacity, begin, critics, streams, text)
+            with multiplied(second.precision):
+                gan = self.gan.train(push, inputs.x, features, feature.capacity, begin, critics, streams, text)
             del critics, features
         else:  # critics are large, and not needed
             gan = Trained.untrained(inputs.x, begin)
@@ -247,7 +250,8 @@ def _push_and_critics(
         start = (EMBEDDING, batch.x)
         return partial(model.vjp, role, start=start), LSTMCritics.initial(noise, places, features)
     assert isinstance(places, Layout)  # sounds are not among the modalities
-    return partial(model.vjp, role), ConvCritics.initial(noise, places, features)
+    compute = partial(computed, model.precision, model.device, model.dtype)
+    return partial(model.vjp, role), ConvCritics.initial(noise, places, features, compute)
 
 
 def _named(stage: str, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

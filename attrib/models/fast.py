@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attrib.models.activated import LARGE, activated, harmless
 from attrib.models.compiled import Compiled
 from attrib.models.device_memory import is_lost
 from attrib.models.exam import tolerance
 from attrib.models.float32 import all_bits
 from attrib.models.folding import cast, channels_last, folded, graph_of, has_hooks
+from attrib.models.fused import LARGE, fused, harmless
 from attrib.models.split import CannotSplitError, GraphSplit, Split, run_of
 from attrib.models.ways_back import gradient, near
 
@@ -140,8 +140,7 @@ class Fast:
         if self._compile:
             way.compile(self._name, [torch.cat((x, x))[:2] for x in inputs])
         elif last:
-            with torch.no_grad():
-                way.activate(inputs)
+            way.fuse(inputs)
         return way
 
     def _same(self, way: _Way, inputs: list[Tensor]) -> bool:
@@ -156,7 +155,7 @@ class _Way:
 
     def __init__(self, graph: fx.GraphModule, last: bool, folds: bool) -> None:
         self.graph, self.last, self._folds = graph, last, folds
-        self._activated: fx.GraphModule | None = None  # for where no gradient is asked for
+        self._fused: fx.GraphModule | None = None
         self._compiled: Compiled | None = None
         self._within: dict[torch.dtype, _Way] = {}
 
@@ -164,22 +163,29 @@ class _Way:
     def described(self) -> str:
         compiled = self._compiled is not None and self._compiled.works
         how = ["norms folded"] * self._folds + ["compiled"] * compiled
-        how += ["activations fused"] * (self._activated is not None)
+        how += ["convolutions fused"] * (self._fused is not None)
         return ", ".join([*how, f"{'channels_last' if self.last else 'contiguous'} memory"])
 
-    def activate(self, inputs: list[Tensor]) -> None:
+    def fuse(self, inputs: list[Tensor]) -> None:
         """From now on activations are computed by the layers in front of them, if that gives the same for inputs."""
-        new = activated(self.graph)
+        new = fused(self.graph)
         if new is None:
             return
-        expected, self._activated = _tensors(self(*_copies(inputs))), new
+
+        def tried() -> tuple[list[Tensor], Tensor | None]:
+            with torch.no_grad():
+                found = _tensors(self(*_copies(inputs)))
+            return found, _gradient(self, inputs)
+
+        (expected, back), self._fused = tried(), new
         try:
-            same = all(map(_close, _tensors(self(*_copies(inputs))), expected))
+            got, new_back = tried()
+            same = all(map(_close, got, expected)) and _mostly_same(new_back, back)
         except (RuntimeError, AttributeError) as error:  # such as of a torch without these operations
             if is_lost(error):
                 raise
             same = False
-        self._activated = new if same else None
+        self._fused = new if same else None
 
     def compile(self, name: str, two: list[Tensor]) -> None:
         """From now on it is compiled, if gradients of two rows of inputs are the same but for rounding.
@@ -196,15 +202,15 @@ class _Way:
         if dtype not in self._within:
             with torch.inference_mode(False):
                 way = self._within[dtype] = _Way(cast(self.graph, dtype), self.last, self._folds)
-                way._activated = None if self._activated is None else activated(way.graph)
+                way._fused = None if self._fused is None else fused(way.graph)
                 if self._compiled is not None and self._compiled.works:
                     way._compiled = Compiled(way.graph, f"{self._compiled.name} in {dtype}")
         return self._within[dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:
         run = self._compiled or run_of(self.graph)
-        if self._activated is not None and harmless(*inputs):
-            run = run_of(self._activated)
+        if self._fused is not None and harmless(*inputs):
+            run = run_of(self._fused)
         if not self.last:
             return run(*inputs)
         found = run(*(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))

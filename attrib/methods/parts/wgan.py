@@ -25,6 +25,13 @@ SLOPE = 0.2  # of the leaky ReLUs
 _LEAST = 4  # the smallest side of a grid that the convolutions can read, in places
 
 
+Compute = Callable[..., Tensor]  # of a function and its arguments
+
+
+def _as_it_is(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    return function(*inputs)
+
+
 class Push(Protocol):
     """The net from its input to the layer; see ``Classifier.vjp``."""
 
@@ -73,13 +80,15 @@ class ConvCritics:
     A grid smaller than 4 x 4 places is padded with zeros.
 
     parameters   see ``critic_shapes``, each with B in front
+    compute      calls a function of tensors, in another arithmetic than float32 if the net is computed in one: the
+                 critics of a large layer take longer than the net
     """
 
-    def __init__(self, parameters: dict[str, Tensor], places: Layout) -> None:
-        self.parameters, self.places = parameters, places
+    def __init__(self, parameters: dict[str, Tensor], places: Layout, compute: Compute = _as_it_is) -> None:
+        self.parameters, self.places, self._compute = parameters, places, compute
 
     @classmethod
-    def initial(cls, noise: Noise, places: Layout, like: Tensor) -> ConvCritics:
+    def initial(cls, noise: Noise, places: Layout, like: Tensor, compute: Compute = _as_it_is) -> ConvCritics:
         """Drawn as torch.nn's layers do, uniform within 1 / sqrt(fan in); normalisation starts as the identity.
 
         ``like`` (B, *layer) gives B, the device and the dtype.
@@ -94,20 +103,24 @@ class ConvCritics:
             else:
                 bound = 1 / math.sqrt(math.prod(shapes[f"{layer}.weight"][1:]))
                 parameters[name] = uniform(noise, shape, like).mul_(2 * bound).sub_(bound)
-        return cls(parameters, places)
+        return cls(parameters, places, compute)
 
     def __call__(self, z: Tensor) -> Tensor:
+        return self._compute(self._judged, z, *self.parameters.values())
+
+    def _judged(self, z: Tensor, *values: Tensor) -> Tensor:
+        parameters = dict(zip(self.parameters, values, strict=True))
         samples, n = z.shape[:2]
         grid = self.places.to_grid(z.flatten(0, 1))
         grid = F.pad(grid, (0, max(0, _LEAST - grid.shape[3]), 0, max(0, _LEAST - grid.shape[2])))
         grid = grid.unflatten(0, (samples, n))
         # One grouped convolution for all samples is fast on a GPU; on a CPU one sample after another is faster.
         size = 1 if z.device.type == "cpu" else samples
-        names = [name for name in self.parameters if not name.startswith("linear")]
-        cut = zip(*(self.parameters[name].split(size) for name in names), strict=True)
+        names = [name for name in parameters if not name.startswith("linear")]
+        cut = zip(*(parameters[name].split(size) for name in names), strict=True)
         x = torch.cat([_convolved(g, dict(zip(names, p, strict=True))) for g, p in zip(grid.split(size), cut)])
         for i in (1, 2, 3):
-            weight, bias = self.parameters[f"linear{i}.weight"], self.parameters[f"linear{i}.bias"]
+            weight, bias = parameters[f"linear{i}.weight"], parameters[f"linear{i}.bias"]
             x = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
             x = F.leaky_relu(x, SLOPE) if i < 3 else x
         return x.squeeze(2)

@@ -1,25 +1,24 @@
-"""Convolutions of a CPU that compute the activation behind them as well, while their numbers are in its caches.
+"""A graph whose 2-d convolutions are ``FrozenConv``s: what follows them is computed while it is in the CPU's caches.
 
-oneDNN does both in one call, with the same numbers, and of a residual block the sum between the two, too. It knows no
-gradients, so this is for passes that ask for none. And it makes 0 of NaN, so it is only where there can be none: behind
-operations that make none of finite numbers (``_finite``), and for inputs that are finite and not large (``harmless``).
+oneDNN makes 0 of NaN in an activation. So activations are joined only where there can be none: behind operations that
+make none of finite numbers (``_finite``), and for inputs that are finite and not large (``harmless``).
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from attrib.models.folding import has_hooks, with_modules
+from attrib.models.frozen_conv import EXACT, FrozenConv
 
 LARGE = 1e6  # inputs of a net are smaller: none that is normalised leads up to where float32 ends
 
@@ -27,8 +26,6 @@ _NAMES: dict[Any, str] = {
     nn.ReLU: "relu", nn.ReLU6: "hardtanh", nn.SiLU: "swish", nn.Hardswish: "hardswish",
     F.relu: "relu", torch.relu: "relu", F.relu6: "hardtanh", F.silu: "swish", F.hardswish: "hardswish",
 }  # fmt: skip
-_NUMBERS = {"hardtanh": [0.0, 6.0]}
-_EXACT = ("relu", "hardtanh")  # of half the bits: the others are rounded once where torch rounds twice
 
 # What makes no NaN of finite numbers, as a division (0 / 0) or a root does.
 _FINITE_MODULES = (
@@ -53,73 +50,47 @@ _FINITE_METHODS = {
 
 
 def harmless(*inputs: Tensor) -> bool:
-    """Whether nobody asks for gradients of these, and all numbers are finite, and not large."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    """Whether all numbers are finite, and not large, and none has a derivative of its own (torch's forward mode)."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         return False
     numbers = (x for x in inputs if x.is_floating_point() and x.numel())
     return all(bool(torch.stack(x.aminmax()).abs().max() < LARGE) for x in numbers)
 
 
-def activated(graph: fx.GraphModule) -> fx.GraphModule | None:
-    """The same function with the activations behind 2-d convolutions in these; None where there are none.
+def fused(graph: fx.GraphModule) -> fx.GraphModule | None:
+    """The same function with its 2-d convolutions, and the activations behind them, as these; None without any.
 
     Weights are shared with the given graph, which is left alone.
     """
     modules = dict(graph.named_modules())
     new = copy.deepcopy(graph.graph)
     root: dict[str, nn.Module] = {}
+
+    def put(module: nn.Module) -> str:
+        root[target := f"fused_{len(root)}"] = module
+        return target
+
+    finite = True
     for node in list(new.nodes):
-        if not _finite(node, modules):
-            break  # what follows may be computed from it
+        finite = finite and _finite(node, modules)  # what follows may be computed from it
         name, conv = _name(node, modules), _module(node.args[0], modules) if node.args else None
-        if name is not None and _suits(conv, name) and len(node.args[0].users) == 1:
-            node.args[0].target = target = f"activated_{len(root)}"
-            root[target] = _Activated(conv, name)
+        if finite and name is not None and _suits(conv, name) and len(node.args[0].users) == 1:
+            node.args[0].target = put(FrozenConv(conv, name))
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
-        elif name == "relu" and (found := _summed(node, modules)) is not None:
+        elif finite and name == "relu" and (found := _summed(node, modules)) is not None:
             layer, conv, other = found
-            target = f"activated_{len(root)}"
-            root[target] = _Activated(conv, name)
             with new.inserting_before(node):
+                target = put(FrozenConv(conv, name))
                 node.replace_all_uses_with(new.call_module(target, (*layer.args, other)))
             for gone in (node, node.args[0], layer):
                 new.erase_node(gone)
-        elif (inner := _module(node, modules)) is not None and (within := _within(inner)) is not None:
-            node.target = f"activated_{len(root)}"
-            root[node.target] = within
+        elif (inner := _module(node, modules)) is not None and (within := _within(inner, finite)) is not None:
+            node.target = put(within)
+    for node in new.nodes:
+        if _suits(conv := _module(node, modules), "none"):
+            node.target = put(FrozenConv(conv))
     return fx.GraphModule(with_modules(graph, new, root), new) if root else None
-
-
-class _Activated(nn.Module):
-    """A convolution and an activation, and between the two a sum with something of the same shape."""
-
-    def __init__(self, conv: nn.Conv2d, name: str) -> None:
-        super().__init__()
-        self.conv = conv
-        assert not isinstance(conv.padding, str)  # see _suits
-        self._layer = conv.padding, conv.stride, conv.dilation, conv.groups
-        self._then = name, _NUMBERS.get(name, []), ""
-
-    def forward(self, x: Tensor, *other: Tensor) -> Tensor:
-        weights = self.conv.weight, self.conv.bias
-        x = x.to(weights[0].dtype)  # as torch.autocast does, which does not know these operations
-        found: Tensor
-        if not other:
-            found = torch.ops.mkldnn._convolution_pointwise(x, *weights, *self._layer, *self._then)
-        elif other[0].dtype == x.dtype and other[0].shape == self._shape(x):
-            found = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, *other, *weights, *self._layer, "add", 1.0, *self._then
-            )
-        else:  # a sum that broadcasts, of whose larger part oneDNN may read a piece, and does not say so
-            found = F.relu(self.conv(x) + other[0])
-        return found
-
-    def _shape(self, x: Tensor) -> tuple[int, ...]:
-        """Of what the convolution gives for images (N, C, H, W)."""
-        padding, stride, dilation, _ = self._layer
-        sides = zip(x.shape[2:], self.conv.kernel_size, padding, stride, dilation)
-        return len(x), self.conv.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in sides)
 
 
 def _finite(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -144,14 +115,14 @@ def _is_finite(module: nn.Module) -> bool:
     return known and isinstance(module, _FINITE_MODULES) and not has_hooks(module) and not divides
 
 
-def _within(module: nn.Module) -> nn.Module | None:
+def _within(module: nn.Module, finite: bool) -> nn.Module | None:
     """What is in the place of a module of several: a part of a net, or a layer and what was in the norm behind it."""
     if isinstance(module, fx.GraphModule):
-        return activated(module)
+        return fused(module) if finite else None
     if type(module) is nn.Sequential and len(module) > 1 and isinstance(module[0], nn.Conv2d) and not has_hooks(module):
         conv, *rest = (each for each in module if type(each) is not nn.Identity)
-        if len(rest) == 1 and (name := _NAMES.get(type(rest[0]))) is not None and _suits(conv, name):
-            return _Activated(conv, name)
+        if finite and len(rest) == 1 and (name := _NAMES.get(type(rest[0]))) is not None and _suits(conv, name):
+            return FrozenConv(conv, name)
     return None
 
 
@@ -213,13 +184,5 @@ def _name(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
 
 
 def _suits(conv: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
-    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward or isinstance(conv.padding, str):
-        return False
-    if conv.padding_mode != "zeros" or is_parametrized(conv) or has_hooks(conv):
-        return False
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if conv.weight.dtype == torch.bfloat16:
-        supported: Callable[[], bool] = torch.ops.mkldnn._is_mkldnn_bf16_supported
-        return name in _EXACT and bool(supported())
-    return conv.weight.dtype == torch.float32
+    """Whether oneDNN computes the same with an activation of this name, or a "sum", behind it."""
+    return FrozenConv.can_be(conv) and (name in EXACT or conv.weight.dtype == torch.float32)
