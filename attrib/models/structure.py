@@ -9,6 +9,7 @@ import ast
 import inspect
 import json
 import re
+import sysconfig
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def structure(net: nn.Module) -> dict[str, Any]:
 
 
 def own_code(*classes: type) -> str | None:
-    """A digest of the code of those classes that are part of no installed package; None if all are."""
+    """A digest of the code of those classes that are part of no installed package, nor of Python; None if all are."""
     own = {keys.stable_name(kind): _code(kind) for one in classes for kind in _written(one) if not _installed(kind)}
     return keys.digest(own) if own else None
 
@@ -68,10 +69,11 @@ def _installed(kind: type) -> bool:
     if kind.__module__.partition(".")[0] in ("attrib", "torch"):
         return True
     try:
-        parts = Path(inspect.getfile(kind)).parts
+        parts = Path(inspect.getfile(kind)).resolve().parts
     except (OSError, TypeError):  # typed into a shell, or made by a program
         return False
-    return not {"site-packages", "dist-packages"}.isdisjoint(parts)
+    python = Path(sysconfig.get_path("stdlib")).resolve().parts
+    return parts[: len(python)] == python or not {"site-packages", "dist-packages"}.isdisjoint(parts)
 
 
 def _said(value: Any, depth: int = 3) -> Any:
