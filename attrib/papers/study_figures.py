@@ -6,7 +6,9 @@ import io
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from attrib.drawing import pictures
 
@@ -58,6 +60,7 @@ def costs(found: pd.DataFrame, column: str) -> bytes:
     known = found[found["mean"].notna() & found["seconds"].notna()]
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
+    named: list[tuple[str, float, float, str]] = []
     for row in known.to_dict("records"):
         colour = RED if row["front"] else BLUE
         ends = [[max(0.0, row["mean"] - row["lo"])], [max(0.0, row["hi"] - row["mean"])]]
@@ -65,15 +68,7 @@ def costs(found: pd.DataFrame, column: str) -> bytes:
         axes.errorbar(
             x, row["mean"], yerr=np.nan_to_num(ends), fmt="o", color=colour, markersize=4, capsize=1.5, linewidth=0.7
         )
-        axes.annotate(
-            pictures.plain(row["contender"]),
-            (x, row["mean"]),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=6,
-            color=colour,
-            parse_math=False,
-        )
+        named.append((pictures.plain(row["contender"]), x, row["mean"], colour))
     best = known[known["front"]].sort_values("seconds")
     axes.step(best["seconds"].clip(lower=1e-5), best["mean"], where="post", color=RED, linewidth=0.8)
     axes.set_xscale("log")
@@ -81,7 +76,28 @@ def costs(found: pd.DataFrame, column: str) -> bytes:
     axes.set_ylabel(pictures.plain(column), fontsize=8, parse_math=False)
     axes.tick_params(labelsize=7)
     axes.grid(linewidth=0.3)
+    figure.draw_without_rendering()  # else places are not known yet
+    _label(axes, named)
     return _png(figure)
+
+
+def _label(axes: Axes, points: list[tuple[str, float, float, str]]) -> None:
+    """Names beside points (name, x, y, colour), where there is still room: of places near by the first that is free."""
+    taken, inside = list[Bbox](), axes.get_window_extent()
+    places = [(side, above) for above in (3, -9, 11, -17, 19, -25) for side in ("left", "right")]
+    for name, x, y, colour in points:
+        text = axes.annotate(
+            name, (x, y), textcoords="offset points", fontsize=6, color=colour, parse_math=False, xytext=(4, 3)
+        )
+        text.set_in_layout(False)
+        for side, above in places:
+            text.set(horizontalalignment=side, position=(4 if side == "left" else -4, above))
+            box = text.get_window_extent()
+            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not any(map(box.overlaps, taken)):
+                break
+        else:  # as crowded as this it cannot be read anyway
+            text.set(horizontalalignment="left", position=(4, 3))
+        taken.append(text.get_window_extent())
 
 
 def reach(part: pd.DataFrame) -> str:
