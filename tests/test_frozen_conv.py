@@ -31,6 +31,7 @@ LAYERS = {
     "stride": nn.Conv2d(8, 4, 3, stride=2, padding=1),
     "stride of one side": nn.Conv2d(8, 4, 3, stride=(1, 2)),
     "stride beyond the kernel": nn.Conv2d(8, 4, 1, stride=3),
+    "groups, stride": nn.Conv2d(8, 12, 3, stride=2, groups=2),
     "depthwise stride": nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
     "padded beyond the kernel": nn.Conv2d(8, 4, 3, padding=4),
     "as TensorFlow pads": Conv2dSame(8, 8, 3, stride=2, groups=8),
@@ -139,6 +140,12 @@ def test_no_rows():
         found, grad = forwards_and_back(FrozenConv(layer, "relu"), images()[:0])
         assert found.shape == layer(images()[:0]).shape
         assert grad.shape == (0, 8, 11, 10)
+
+
+@pytest.mark.parametrize("then", FUNCTIONS)
+def test_numbers_of_another_precision_are_refused_as_torch_does(then):
+    with pytest.raises(RuntimeError):
+        FrozenConv(layer_of("3x3"), then)(images(dtype=torch.float64))
 
 
 def test_what_is_something_else_is_refused():

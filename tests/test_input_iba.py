@@ -19,7 +19,7 @@ from attrib.config.objects import build
 from attrib.fit import State
 from attrib.methods import iba
 from attrib.methods.iba import IBA
-from attrib.methods.input_iba import InputBottleneck, InputIBA, capacity
+from attrib.methods.input_iba import InputBottleneck, InputIBA, _push_and_critics, capacity
 from attrib.methods.parts.inputs import Inputs
 from attrib.methods.parts.layout import Layout
 from attrib.methods.parts.statistics import Moments
@@ -303,6 +303,20 @@ def test_without_training_there_are_no_critics(monkeypatch):
     method = dataclasses.replace(METHOD, gan=dataclasses.replace(METHOD.gan, epochs=0))
     found = method.stages(model, batch, state, Noise(batch.uids, dtype=torch.float64))
     assert torch.equal(found.gan.mask, found.map.unsqueeze(1).expand_as(batch.x).sigmoid())
+
+
+def test_critics_are_computed_as_the_net_is_but_in_float16_on_a_cpu():
+    """There torch takes hundreds of times as long for the gradients at their weights."""
+    (model, _), batch = released_model(), released_batch(0)
+    features = model.until("bottleneck", batch.x).z
+    places = Layout.of(features, (32, 32), "channels_first")
+    scores = {}
+    for precision in ("float32", "bfloat16", "float16"):
+        net = model.with_precision(precision)
+        critics = _push_and_critics(net, "bottleneck", batch, places, features, Noise(batch.uids))[1]
+        scores[precision] = critics(features.unsqueeze(1))
+    assert torch.equal(scores["float16"], scores["float32"])
+    assert not torch.equal(scores["bfloat16"], scores["float32"])
 
 
 def test_the_stages_have_streams_of_their_own():

@@ -122,7 +122,8 @@ class InputIBA(Method):
     the generator's mask starts as sigmoid(bits per pixel), for texts sigmoid(nats per token), so it is at
     least a half; and the map ``input`` is sigmoid(alpha) after the last step, without smoothing. Critics of
     images read the layer as a grid (``Layout.to_grid``), where a vector has one place. They are computed in
-    ``precision.explain``, as the net is; their weights, RMSprop's numbers and the generators stay float32.
+    ``precision.explain``, as the net is (on a CPU not in float16 but in float32); their weights, RMSprop's numbers
+    and the generators stay float32.
 
     The input of a text is its embedded tokens, the output of the layer with role "embedding", and the
     critics are LSTMs over the tokens. (The authors' code averages the text masks over the wrong axis,
@@ -250,7 +251,9 @@ def _push_and_critics(
         start = (EMBEDDING, batch.x)
         return partial(model.vjp, role, start=start), LSTMCritics.initial(noise, places, features)
     assert isinstance(places, Layout)  # sounds are not among the modalities
-    compute = partial(computed, model.precision, model.device, model.dtype)
+    # A CPU takes hundreds of times as long for gradients at a convolution's weights in float16, which nets do not need.
+    slow = model.precision == "float16" and model.device.type == "cpu"
+    compute = partial(computed, "float32" if slow else model.precision, model.device, model.dtype)
     return partial(model.vjp, role), ConvCritics.initial(noise, places, features, compute)
 
 

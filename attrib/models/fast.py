@@ -167,7 +167,7 @@ class _Way:
         return ", ".join([*how, f"{'channels_last' if self.last else 'contiguous'} memory"])
 
     def fuse(self, inputs: list[Tensor]) -> None:
-        """From now on activations are computed by the layers in front of them, if that gives the same for inputs."""
+        """From now on its convolutions are fused, if numbers and gradients of inputs are the same but for rounding."""
         new = fused(self.graph)
         if new is None:
             return
