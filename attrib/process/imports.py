@@ -9,8 +9,8 @@ from typing import Any
 
 
 @contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Meanwhile packages and modules that are not loaded yet count as not installed.
+def without(name: str) -> Iterator[None]:
+    """Meanwhile a package that is not loaded yet counts as not installed.
 
     >>> with without("turtledemo"):
     ...     import turtledemo
@@ -18,10 +18,11 @@ def without(*names: str) -> Iterator[None]:
     ModuleNotFoundError: import of turtledemo halted; None in sys.modules
     """
     modules: dict[str, Any] = sys.modules
-    left_out = [name for name in names if name not in modules]
-    modules.update(dict.fromkeys(left_out))
+    if name in modules:
+        yield
+        return
+    modules[name] = None
     try:
         yield
     finally:
-        for name in left_out:
-            modules.pop(name, None)
+        modules.pop(name, None)

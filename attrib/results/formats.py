@@ -88,8 +88,8 @@ def memory_text(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-# Abbreviations in the names of metrics and columns: a note below each table that has them.
 BETWEEN = " · "  # a method and its map, a column and its metric
+# Abbreviations in the names of metrics and columns: a note below each table that has them.
 SPELT_OUT = {
     "ehr": "ehr: effective heat ratio (InputIBA), how much of a map's heat lies within the region of interest.",
 }
