@@ -94,7 +94,7 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
             setattr(new.get_submodule(parent), last, unwrapped(child))
     new.requires_grad_(False)  # before a recurrent layer, in ``to``, keeps weights that are computed from parameters
     try:
-        new = new.to(device, dtype).eval()
+        new = new.to(device)._apply(lambda t: in_dtype(t, dtype)).eval()
     except NotImplementedError as error:  # what torch.export gave, in some versions
         raise UserError(f"{name} cannot be put into eval mode ({error}); give the net that it was made from") from error
     _with_plain_weights(new)
@@ -102,6 +102,17 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         if isinstance(module, nn.RNNBase):
             module.forward = MethodType(_recurrent, module)
     return new
+
+
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the precision of ``dtype``: complex numbers stay complex, of which ``t.to(dtype)`` keeps half.
+
+    >>> in_dtype(torch.tensor(1j), torch.float64)
+    tensor(0.+1.j, dtype=torch.complex128)
+    """
+    if t.is_complex():
+        return t.to(dtype.to_complex())
+    return t.to(dtype) if t.is_floating_point() else t
 
 
 def copied(net: nn.Module) -> nn.Module:
