@@ -33,6 +33,7 @@ from attrib.sanity.measures import spearman
 from attrib.types import Batch, SampleError, UserError
 
 LOW, HIGH = -6.0, 6.0
+EYE = torch.eye(6)
 COMPOSITES = {
     "epsilon_plus": zennit_composites.EpsilonPlus,
     "epsilon_plus_flat": zennit_composites.EpsilonPlusFlat,
@@ -597,6 +598,7 @@ def test_a_pixel_outside_of_the_box_is_refused():
         (lambda z: z.std(1, keepdim=True).expand(-1, 6, -1, -1), "std"),
         (lambda z: z.cumprod(1), "cumprod"),
         (lambda z: torch.fft.rfft(z).abs(), "_fft_r2c"),
+        (lambda z: torch.einsum("bchw,cd->bdhw", *(t.to(z.dtype.to_complex()) for t in (z, EYE))).abs(), "reshape"),
     ],
 )
 def test_what_has_no_rule_is_refused_by_name(function, name):

@@ -179,6 +179,11 @@ class Plan:
 
     def _step(self, node: fx.Node) -> Step:
         name, sources = operation(node), self._sources(node)
+        if getattr(node.meta.get("dtype"), "is_complex", False):
+            raise UserError(
+                f"LRP has no rule for {name} in {self.graph.where(node)}: it gives complex numbers, without sign. "
+                "Take method=integrated_gradients or method=gradient_shap, which need the gradient alone"
+            )
         if at := self._layer(node):
             first = sources[0] not in self._weighted
             return Step("layer", sources, at, first, self._merged.get(node, ()))
