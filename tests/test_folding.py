@@ -262,6 +262,94 @@ def test_a_net_that_cannot_be_folded_stays_and_the_log_says_why(always, caplog, 
         assert reason in record.message
 
 
+class ClampedNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(max=4)
+
+
+class ClampedConv(nn.Conv2d):
+    """Torch's own forward, and what it calls is another."""
+
+    def _conv_forward(self, *args: Any) -> Tensor:
+        return super()._conv_forward(*args).clamp(-4, 4)
+
+
+class WithClampedNorm(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ClampedNorm(4)
+
+
+class WithClampedConv(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = ClampedConv(3, 4, 3, padding=1)
+
+
+class WithClampedCall(Block):
+    """The layer's forward is replaced in the layer alone."""
+
+    def features(self, x: Tensor) -> Tensor:
+        if "forward" not in vars(self.conv):
+            forward = self.conv.forward
+            self.conv.forward = lambda x: forward(x).clamp(-4, 4)
+        return super().features(x)
+
+
+@pytest.mark.parametrize("kind", [WithClampedNorm, WithClampedConv, WithClampedCall])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_bends_large_numbers_alone_is_not_folded(always, kind, dtype):
+    """The first inputs, on which the folds are tried, are too small to show it."""
+    net, x = drawn(kind).to(dtype), images().to(dtype)
+    fast = fast_net(net)
+    fast(x / 100)
+    for got, expected in zip(way(fast, 50 * x), way(net, 50 * x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+class Gate(nn.Module):
+    """A layer in which gradients stop half-way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.norm(self.conv(x)).sigmoid()
+        return gate * self.norm(self.conv(x))
+
+
+def test_gradients_stop_inside_the_layer_at_which_a_net_is_cut(always):
+    def net() -> nn.Module:
+        return nn.Sequential(Gate(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+
+    found = []
+    for fold in (True, False):
+        model = Classifier(drawn(net), {"cam": "0"}, dtype=torch.float64, fold=fold)
+        z, back = model.vjp("cam", images())
+        found.append(back(torch.ones_like(z)))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+class HandsOverAMask(Block):
+    """Behind the layer ``norm`` a mask is read that was made in front of it."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        positive = x > 0
+        return torch.where(positive, self.norm(x), 0 * x)
+
+
+def test_a_mask_that_is_handed_over_at_a_cut_is_compared_as_one(always, caplog):
+    caplog.set_level(logging.INFO, "attrib.models.fast")
+    model = Classifier(drawn(HandsOverAMask).float(), {"cam": "norm"})
+    x = images().float()
+    z, rest = model.until("cam", x)
+    torch.testing.assert_close(model.after("cam", z, rest), model.module(x), rtol=1e-5, atol=1e-5)
+    assert not [record for record in caplog.records if "as it is written" in record.message]
+
+
 class InFloat(Block):
     def features(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -316,6 +404,33 @@ def test_a_first_call_without_gradients_makes_nothing_without_them(always):
     assert fast._fast is not None
     for got, expected in zip(way(fast, x), way(net, x), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["in place", "loaded", "data", "another"])
+def test_a_weight_that_is_another_later_is_noticed(always, how):
+    model, x = Classifier(drawn(Block), {"cam": "norm"}, dtype=torch.float64), images()
+    conv = model.module.conv
+
+    def found() -> list[Tensor]:
+        z, rest = model.until("cam", x)
+        return [model.logits(x), model.after("cam", z, rest), model.gradient(x, lambda out, _: out[:, 1])[1]]
+
+    before, new = found(), -2 * conv.weight.detach()
+    if how == "in place":
+        with torch.no_grad():
+            conv.weight.copy_(new)
+    elif how == "loaded":
+        model.module.load_state_dict({**model.module.state_dict(), "conv.weight": new})
+    elif how == "data":
+        conv.weight.data = new
+    else:
+        conv.weight = nn.Parameter(new, requires_grad=False)
+    leaf = x.clone().requires_grad_()
+    logits = model.module(leaf.clone())
+    expected = [logits.detach(), logits.detach(), torch.autograd.grad(logits[:, 1].sum(), leaf)[0]]
+    for got, wanted, old in zip(found(), expected, before, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(got, old)
 
 
 def test_weights_that_are_changed_later_are_noticed(always):
@@ -471,6 +586,25 @@ def test_an_error_of_the_net_is_not_the_compilers(monkeypatch, caplog):
     with pytest.raises(RuntimeError, match=r"size|shape|channels"):
         Compiled(graph_of(drawn(Block)), "Block")(images()[:, :2])
     assert not caplog.records
+
+
+def test_a_net_that_is_too_small_to_be_compiled_says_so_once(caplog):
+    model = Classifier(drawn(Block), dtype=torch.float64, compile=True)
+    for side in (8, 10):
+        model.logits(images(2, side))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "Block is not compiled, but computed as it is: it is too small" in record.message
+
+
+def test_a_net_with_hooks_of_the_users_own_says_that_it_is_not_compiled(always, caplog):
+    net = drawn(Block)
+    net.act.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    model, x = Classifier(net, dtype=torch.float64, compile=True), images()
+    assert torch.equal(model.logits(x), net(x))
+    model.logits(x)
+    (record,) = caplog.records
+    assert "Block is not compiled, but computed as it is: somebody has hooks" in record.message
 
 
 def test_what_is_not_folded_is_not_compiled_either(always, caplog):

@@ -168,10 +168,25 @@ def test_what_is_something_else_is_refused():
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
+    class Inside(nn.Conv2d):
+        def _conv_forward(self, *args: Tensor) -> Tensor:
+            return 2 * super()._conv_forward(*args)
+
+    replaced = nn.Conv2d(3, 3, 3)
+    replaced.forward = lambda x: x
     hooked = nn.Conv2d(3, 3, 3)
     hooked.register_forward_hook(lambda *_: None)
     shared = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))
-    others = [Other(3, 3, 3), hooked, shared, nn.Conv2d(3, 3, 3, padding="same"), nn.Conv1d(3, 3, 3), None]
+    others = [
+        Other(3, 3, 3),
+        Inside(3, 3, 3),
+        replaced,
+        hooked,
+        shared,
+        nn.Conv2d(3, 3, 3, padding="same"),
+        nn.Conv1d(3, 3, 3),
+        None,
+    ]
     others += [nn.Conv2d(3, 3, 3, padding_mode="circular"), nn.Conv2d(3, 3, 3).double(), nn.Conv2d(3, 3, 3).half()]
     assert not any(map(FrozenConv.can_be, others))
     assert all(map(FrozenConv.can_be, LAYERS.values()))

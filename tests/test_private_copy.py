@@ -144,6 +144,49 @@ def test_the_pruned_net_is_the_one_of_pruned_weights():
 # ---- nets that change while they run ---------------------------------------------------------------------
 
 
+class Complex(nn.Module):
+    """Layers, a weight and a buffer of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4, dtype=torch.complex64)
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+        self.register_buffer("phase", torch.randn(4, dtype=torch.complex64))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.conv(x).mean((2, 3)).to(self.weight.dtype) @ self.weight
+        return self.head((self.linear(z) * self.phase).abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_numbers_stay_complex(dtype):
+    torch.manual_seed(0)
+    net = Complex().eval()
+    model = Classifier(net, input_shape=(3, 8, 8), dtype=dtype)
+    assert model.module.weight.dtype == dtype.to_complex()
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(X.to(dtype)).float(), net(X), rtol=1e-5, atol=1e-6)
+
+
+def test_complex_weights_are_not_rounded_with_the_others(monkeypatch):
+    monkeypatch.setattr("attrib.models.fast.LEAST", 0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), Real()).eval()
+    coarse = Classifier(net, input_shape=(3, 8, 8)).with_precision("bfloat16")
+    with torch.no_grad():
+        torch.testing.assert_close(coarse.logits(X), net(X), rtol=0.03, atol=0.03)
+
+
+class Real(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(144, 3, dtype=torch.complex64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.to(torch.complex64)).imag
+
+
 class Counts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -203,3 +246,10 @@ class Harmless(nn.Module):
 def test_a_net_that_changes_is_told_what_changes(net, words):
     with pytest.raises(UserError, match=f"{net.__name__} .*{words}"):
         Classifier(net().eval(), input_shape=X.shape[1:])
+
+
+def test_inference_mode_is_named_where_it_leaves_no_gradients():
+    model = Classifier(plain().eval(), input_shape=(3, 8, 8))
+    with torch.inference_mode(), pytest.raises(UserError, match=r"within torch\.inference_mode there are no gradients"):
+        model.gradient(X.clone(), lambda out, _: out[:, 0])
+    model.gradient(X, lambda out, _: out[:, 0])

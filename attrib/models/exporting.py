@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-_TURN = threading.RLock()
+TURN = threading.RLock()  # of whoever exchanges something of the whole process, as torch.fx does, too
 
 
 class _Others:
@@ -35,7 +35,7 @@ class _Others:
 @contextmanager
 def unprinted() -> Iterator[None]:
     """torch prints the graph so far when it meets what it cannot export; the error says enough."""
-    with _TURN:
+    with TURN:
         before = sys.stderr
         if before is None:  # a process without a console
             yield
@@ -64,7 +64,7 @@ def symbolic_len() -> Iterator[None]:
                 return of.shape[0]
         return usual(of)
 
-    with _TURN:
+    with TURN:
         usual = builtins.len
         builtins.len = length
         try:

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,7 +39,8 @@ class Fast:
     rounding alone turns some ReLUs on or off, and a single one in a deep layer can change a gradient by a percent.
     Where something is not the same, where torch.fx cannot trace the function, or while somebody has hooks on its
     modules, it is computed as it was. What the function does beside computing its result (counting, keeping an
-    activation) does not happen. Weights that were changed since are noticed, and how is found out anew.
+    activation) does not happen. Weights that were changed since are noticed, and how is found out anew; not what was
+    written into ``weight.data``, which torch does not count.
 
     slow      the function as it was: a net, or a part of one
     name      for the log
@@ -48,12 +49,12 @@ class Fast:
 
     def __init__(self, slow: nn.Module, name: str, compile: bool = False) -> None:
         self._slow, self._name, self._compile = slow, name, compile
-        self._run = run_of(slow)
+        self._run, self._said = run_of(slow), False
         self._begin()
 
     def _begin(self) -> None:
         """Nothing is known of the function, of which these are the weights."""
-        self._weights = _versions(self._slow)
+        self._weights = _weights(self._slow)
         self._made = False
         self._fast: _Way | None = None  # once it was made, if there is one
         self._graph = self._slow  # as it was traced
@@ -84,10 +85,11 @@ class Fast:
 
     def _way(self, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
         if has_hooks(self._slow):
+            self._not_compiled("somebody has hooks on its modules")
             return self._slow
         if (self._made and self._fast is None) or not all(map(_suits, inputs)):
             return self._run
-        if self._weights != _versions(self._slow):
+        if not _same_weights(self._weights, _weights(self._slow)):
             self._begin()
         shapes = tuple(x.shape[1:] for x in inputs)
         if shapes not in self._known:
@@ -98,6 +100,7 @@ class Fast:
     def _try(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether there is a fast way for inputs of these shapes."""
         if not self._made and _products(self._slow, inputs[0]) < LEAST:
+            self._not_compiled("it is too small to gain anything")
             return False
         dtype = next((p.dtype for p in self._slow.parameters() if p.is_floating_point()), torch.float32)
         two = [_tame(x[:2].detach().to(dtype)) for x in inputs]
@@ -124,6 +127,12 @@ class Fast:
             what, level = ("compiled", logging.WARNING) if self._compile else ("with its norms folded", logging.INFO)
             log.log(level, "%s is computed as it is written, not %s: %s", self._name, what, reason)
         return False
+
+    def _not_compiled(self, reason: str) -> None:
+        """Says once that, and why, what was to be compiled is not."""
+        if self._compile and not self._said:
+            self._said = True
+            log.warning("run.compile: %s is not compiled, but computed as it is: %s", self._name, reason)
 
     def _make(self, inputs: list[Tensor]) -> _Way | None:
         """A way that may be faster. Raises CannotSplitError for a net whose graph is another function."""
@@ -239,10 +248,26 @@ def fast_split(cut: Split, net: nn.Module, path: str, compile: bool = False) -> 
     return cut.computed_by(Fast(front, f"{name} before {path}"), Fast(rear, f"{name} behind {path}", compile))
 
 
-def _versions(net: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors its weights are, and how often each was written to."""
+class _Weight(NamedTuple):
+    """A weight, how often it was written to, and where it lies, which ``weight.data = new`` alone changes."""
+
+    tensor: Tensor
+    version: int
+    place: int
+
+
+def _weights(net: nn.Module) -> list[_Weight]:
     tensors = itertools.chain(net.parameters(), net.buffers())
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+    return [_Weight(t, 0 if t.is_inference() else t._version, _place(t)) for t in tensors]
+
+
+def _place(t: Tensor) -> int:
+    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(t) else t.data_ptr()
+
+
+def _same_weights(one: list[_Weight], other: list[_Weight]) -> bool:
+    """Tensors are kept and compared themselves: the ``id`` of one that is gone may be given to another."""
+    return len(one) == len(other) and all(a.tensor is b.tensor and a[1:] == b[1:] for a, b in zip(one, other))
 
 
 def _suits(x: Tensor) -> bool:
@@ -277,6 +302,8 @@ def _tensors(found: Any) -> list[Tensor]:
 
 def _close(got: Tensor, expected: Tensor) -> bool:
     """Whether numbers are equal up to rounding; what an input makes infinite or NaN must be so in both."""
+    if not expected.is_floating_point():
+        return _identical(got, expected)  # a mask or indices, say, that the rear of a net needs
     size = expected.abs().nan_to_num(0.0, 0.0).max().clamp(min=torch.finfo(torch.float32).tiny).item()
     bound = tolerance(expected) * size
     return got.shape == expected.shape and torch.allclose(got, expected, rtol=0, atol=bound, equal_nan=True)

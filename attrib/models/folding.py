@@ -21,12 +21,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from attrib.models.device_memory import of_the_device
 from attrib.models.split import CannotSplitError, trace
-from attrib.models.ways_back import gradient
+from attrib.models.ways_back import gradient, near
 
 _Convert = Callable[[Tensor], Tensor]
 
 # Of the largest number that a norm gives: rounding, of which deep sums make some hundred times the precision.
 NOISE = {torch.float32: 1e-4, torch.float64: 1e-12}
+
+# Of the sizes of numbers on which layers of others' classes are tried: a clamp, say, is seen beyond its bounds alone.
+FAR = (1.0, -1.0, 1e3, -1e3, 1e-3)
 
 
 def graph_of(net: nn.Module) -> fx.GraphModule:
@@ -79,7 +82,9 @@ def channels_last(graph: fx.GraphModule) -> fx.GraphModule:
 
 def cast(graph: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     """The same function within torch.autocast to ``dtype``, which casts the weights of these layers in every pass."""
-    return _converted(graph, (nn.modules.conv._ConvNd, nn.Linear), lambda p: p.to(dtype))
+    return _converted(
+        graph, (nn.modules.conv._ConvNd, nn.Linear), lambda p: p.to(dtype) if p.is_floating_point() else p
+    )
 
 
 def _converted(graph: fx.GraphModule, kinds: tuple[type[nn.Module], ...], to: _Convert) -> fx.GraphModule:
@@ -103,6 +108,18 @@ def _converted_module(module: nn.Module, kinds: tuple[type[nn.Module], ...], to:
         name: None if p is None else nn.Parameter(to(p), requires_grad=False) for name, p in module._parameters.items()
     }
     return new
+
+
+_AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_torchs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module computes as one of these classes does: neither its own class nor itself has another forward."""
+    return "forward" not in vars(module) and any(
+        isinstance(module, kind)
+        and all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+        for kind in kinds
+    )
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -164,11 +181,11 @@ class _Trial(fx.Interpreter):
             self.multiplied += products
             self.convolved += products if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) else 0
         for fused, x, value in self._tried.pop(node, []):
-            if _near(value, found) and _same_way_back(fused, self._called(node), self._called(node.args[0]), x):
+            if _near(value, found) and _same_everywhere(fused, self._called(node), self._called(node.args[0]), x):
                 self.replaced[node.args[0]] = fused  # type: ignore[index]
                 self.gone.add(node)
                 break
-        if inside is not None and _near(inside(given.clone()), found):
+        if inside is not None and _near(inside(given.clone()), found) and _near_way_back(inside, module, given):
             self.replaced[node] = inside
         return found
 
@@ -201,17 +218,36 @@ def _tried(layer: nn.Module, norm: _BatchNorm, x: Tensor) -> list[tuple[nn.Modul
         return []
 
 
-def _same_way_back(fused: nn.Module, norm: Any, layer: Any, x: Tensor) -> bool:
-    """Whether gradients flow as they did: a norm of another class than torch's may stop them, or bend them.
+def _same_everywhere(fused: nn.Module, norm: Any, layer: Any, x: Tensor) -> bool:
+    """Whether ``fused`` does what layer and norm do for other numbers than x, too, and on the way back.
 
-    At the kink of an activation rounding decides; that is one number in a million, and the whole gradient counts.
+    Torch's own classes are affine. Others may bend what is large, or stop gradients. At the kink of an activation
+    rounding decides; that is one number in a million, and the whole gradient counts.
     """
-    if type(norm).forward is _BatchNorm.forward:
+    if is_torchs(norm, _BatchNorm) and is_torchs(layer, *_AFFINE):
         return True
-    one, other = (gradient(way, x.clone().requires_grad_()) for way in (fused, lambda x: norm(layer(x))))
-    if one is None or other is None:
-        return one is other
-    return bool((one - other).norm() <= 1e-2 * other.norm())
+    for size in FAR:
+        far = size * x
+        try:
+            value, expected = fused(far.clone()), norm(layer(far.clone()))
+        except Exception as error:  # of a class that anybody wrote
+            if of_the_device(error):
+                raise
+            return False
+        one, other = (gradient(way, far.clone().requires_grad_()) for way in (fused, lambda given: norm(layer(given))))
+        if not _near(value, expected) or (one is None) != (other is None):
+            return False
+        if one is not None and other is not None and not (one - other).norm() <= 1e-2 * other.norm():
+            return False
+    return True
+
+
+def _near_way_back(graph: nn.Module, module: Any, x: Tensor) -> bool:
+    """Whether gradients flow through a graph as through the module of which it was traced.
+
+    torch.fx does not see where that stops them (``torch.no_grad``).
+    """
+    return near(*(gradient(way, x.clone().requires_grad_()) for way in (graph, module)))
 
 
 def _near(one: Any, other: Any) -> bool:

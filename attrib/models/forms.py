@@ -92,9 +92,9 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         if path and _compiled(child):
             parent, _, last = path.replace(f".{COMPILED}", "").rpartition(".")
             setattr(new.get_submodule(parent), last, unwrapped(child))
-    new.requires_grad_(False)  # before a recurrent layer, in ``to``, keeps weights that are computed from parameters
+    new.requires_grad_(False)  # before a recurrent layer, in ``_apply``, keeps weights that are computed
     try:
-        new = new.to(device, dtype).eval()
+        new = new._apply(lambda t: t.to(device, _precise(t, dtype))).eval()
     except NotImplementedError as error:  # what torch.export gave, in some versions
         raise UserError(f"{name} cannot be put into eval mode ({error}); give the net that it was made from") from error
     _with_plain_weights(new)
@@ -102,6 +102,14 @@ def private_copy(net: nn.Module, device: torch.device, dtype: torch.dtype) -> nn
         if isinstance(module, nn.RNNBase):
             module.forward = MethodType(_recurrent, module)
     return new
+
+
+def _precise(t: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor's kind in the precision of ``dtype``: of complex numbers a complex one.
+
+    ``net.to(dtype)`` keeps the real parts alone.
+    """
+    return dtype.to_complex() if t.is_complex() else dtype if t.is_floating_point() else t.dtype
 
 
 def copied(net: nn.Module) -> nn.Module:

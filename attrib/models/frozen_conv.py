@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from attrib.models.folding import has_hooks
+from attrib.models.folding import has_hooks, is_torchs
 
 # oneDNN's names -> torch's functions, and those on the way back that need only what the activation gave
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,7 +60,7 @@ class FrozenConv(nn.Module):
     @staticmethod
     def can_be(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
         """Whether a module computes this: nothing more, nothing else, and of float32 or bfloat16."""
-        if not isinstance(conv, nn.Conv2d) or not (type(conv).forward is nn.Conv2d.forward or _pads_like_tf(conv)):
+        if not isinstance(conv, nn.Conv2d) or not (is_torchs(conv, nn.Conv2d) or _pads_like_tf(conv)):
             return False
         if isinstance(conv.padding, str) or conv.padding_mode != "zeros" or is_parametrized(conv) or has_hooks(conv):
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,13 @@ def first_tensor(output: Any, path: str) -> Tensor:
 
 @contextmanager
 def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    """A forward hook that is gone afterwards, also after an error."""
-    handle = module.register_forward_hook(hook)
+    """A forward hook that is gone afterwards, also after an error; other threads run the module as if it had none."""
+    thread = threading.get_ident()
+
+    def here(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == thread else None
+
+    handle = module.register_forward_hook(here)
     try:
         yield
     finally:

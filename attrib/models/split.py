@@ -12,6 +12,7 @@ import copy
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from attrib.models.device_memory import of_the_device
+from attrib.models.exporting import TURN
 from attrib.models.layers import check_layer, check_order, first_tensor, hooked, probe_of
 from attrib.models.ways_back import gradient, near
 from attrib.types import UserError
@@ -56,12 +58,22 @@ class _Tracer(fx.Tracer):
         layers = sys.modules.get("timm.layers")
         functions = tuple(layers.get_notrace_functions()) if layers else ()
         super().__init__(autowrap_functions=functions)
+        self._thread = threading.get_ident()
         self._leaf, self._opaque = leaf, (*leaves, *(layers.get_notrace_modules() if layers else ()))
 
     def is_leaf_module(self, module: nn.Module, path: str) -> bool:
         if module is self._leaf or isinstance(module, (nn.RNNBase, *self._opaque)):  # also subclasses
             return True
         return super().is_leaf_module(module, path)
+
+    # While torch.fx traces, the calls and attributes of all modules of the process come here, of other threads, too.
+
+    def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        own = threading.get_ident() == self._thread
+        return super().call_module(module, forward, args, kwargs) if own else forward(*args, **kwargs)
+
+    def getattr(self, name: str, value: Any, proxies: Any) -> Any:
+        return super().getattr(name, value, proxies) if threading.get_ident() == self._thread else value
 
 
 def trace(module: nn.Module, leaf: nn.Module | None = None, leaves: tuple[type[nn.Module], ...] = ()) -> fx.Graph:
@@ -73,7 +85,8 @@ def trace(module: nn.Module, leaf: nn.Module | None = None, leaves: tuple[type[n
     try:
         _, *others = inspect.signature(module.forward).parameters.values()
         defaults = {p.name: p.default for p in others if p.default is not p.empty}
-        return _Tracer(leaf, leaves).trace(module, defaults or None)
+        with TURN:
+            return _Tracer(leaf, leaves).trace(module, defaults or None)
     except Exception as error:  # tracing runs arbitrary user code on proxies
         if of_the_device(error):
             raise

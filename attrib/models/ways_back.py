@@ -30,6 +30,10 @@ def check_way_back(net: nn.Module, x: Tensor | None, error: Exception) -> None:
 
     x  images or sounds, with which that is tried; None for others, such as texts, whose ids have no gradient anyway
     """
+    if _of_autograd(error) and torch.is_inference_mode_enabled():
+        raise UserError(
+            "within torch.inference_mode there are no gradients, whoever asks; leave it (torch.no_grad may stay)"
+        ) from error
     if not _of_autograd(error) or (x is not None and gradient(net, x.clone().requires_grad_()) is not None):
         return
     name, reason = type(net).__name__, (str(error) or type(error).__name__).splitlines()[0]
