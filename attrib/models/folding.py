@@ -122,6 +122,14 @@ def is_torchs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     )
 
 
+def of_a_library(module: nn.Module) -> bool:
+    """Whether it and what is within it compute as their classes do, which are torch's, timm's or torchvision's."""
+    return all(
+        type(each).__module__.partition(".")[0] in ("torch", "timm", "torchvision") and "forward" not in vars(each)
+        for each in module.modules()
+    )
+
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -226,7 +234,7 @@ def _same_everywhere(fused: nn.Module, norm: Any, layer: Any, x: Tensor) -> bool
     """
     if is_torchs(norm, _BatchNorm) and is_torchs(layer, *_AFFINE):
         return True
-    for size in FAR:
+    for size in FAR[:1] if of_a_library(norm) and of_a_library(layer) else FAR:
         far = size * x
         try:
             value, expected = fused(far.clone()), norm(layer(far.clone()))
