@@ -321,6 +321,25 @@ def test_what_bends_large_numbers_alone_is_not_folded(always, kind, dtype):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
+class NormAndReLU6(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU6()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def test_a_clamp_that_stays_behind_the_fold_is_no_hindrance(always):
+    """What was large in front of it has the rounding of large numbers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1024, 1024, 1), NormAndReLU6(1024)).eval().requires_grad_(False)
+    net[1].running_mean.normal_()
+    net[1].weight.uniform_(10, 30)
+    new, _ = folded(graph_of(net), torch.randn(1, 1024, 8, 8))
+    assert norms(new) == 0
+
+
 class Gate(nn.Module):
     """A layer in which gradients stop half-way."""
 
