@@ -224,3 +224,93 @@ def test_the_net_is_not_examined_on_what_it_is_told_instead():
     batch = Batch(("a",), torch.tensor([[4, 5, 6, 7]]), torch.tensor([1]), None, torch.tensor([4]), words)
     assert check_every_word(model, "embedding", batch)
     assert model.exam is None
+
+
+class Placed(Net):
+    """Reads vectors by the places of their words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.vectors(x)
+        return self.head((torch.tanh(z) * torch.arange(1, z.shape[1] + 1).cos().view(1, -1, 1)).sum(1))
+
+
+class Reversed(Placed):
+    """As an LSTM that reads backwards may have it."""
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x.flip(1))
+
+
+class Shifted(Placed):
+    """As a decoder has it: the token that begins a text stands in front of its words."""
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(torch.cat((torch.full_like(x[:, :1], 2), x[:, :-1]), 1))
+
+
+class TokensFirst(Placed):
+    """As recurrent layers of torch want it, whose texts come second."""
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x.t()).transpose(0, 1)
+
+
+class WithoutTheFirst(Placed):
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x[:, 1:])
+
+
+SQUARE = torch.tensor([[5, 3, 9], [7, 4, 8], [11, 5, 6]])  # as many texts as tokens
+
+
+@pytest.mark.parametrize("method", ["occlusion", "lrp_epsilon", "cd", "iba"])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Reversed, "Reversed gives embedding the words in another order: .* place 0 .* place 2, not its own"),
+        (Shifted, "Shifted gives embedding the words in another order: .* place 0 .* place 1, not its own"),
+        (TokensFirst, r"gives \(3, 1, 6\) for tokens \(1, 3\); the tokens come first there"),
+        (WithoutTheFirst, r"gives \(1, 2, 6\) for tokens \(1, 3\); it must be the layer that gives one vector per"),
+    ],
+)
+def test_a_table_that_has_the_words_elsewhere_is_refused(kind, why, method):
+    layers = {"bottleneck": "embedding"} if method == "iba" else HERE
+    fit = SQUARE if method == "iba" else None
+    if method == "iba" and kind in (TokensFirst, WithoutTheFirst):  # it is refused while it is fitted
+        why = "not one row per sample|has no place for each of the 3 tokens"
+    with pytest.raises(UserError, match=why):
+        attrib.explain(kind(), SQUARE, 1, method, fit=fit, layers=layers)
+    if method == "occlusion":
+        maps = torch.rand(3, 3)
+        with pytest.raises(UserError, match=why):
+            attrib.evaluate(kind(), SQUARE, maps, Eraser(words="zero"), target=1, layers=HERE)
+
+
+class Coded(Net):
+    """Its one table is not the only way of its words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.other
+        self.register_buffer("codes", torch.arange(24.0)[:, None].mul(torch.arange(1, 7)).cos())
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x) + self.codes[x]
+
+
+@pytest.mark.parametrize("layers", [None, HERE])
+def test_a_metric_that_finds_the_table_itself_heeds_the_other_way(layers):
+    with pytest.raises(UserError, match="Coded reads the words not by embedding alone"):
+        attrib.evaluate(Coded(), IDS, torch.rand(2, 5), Eraser(words="zero"), target=1, layers=layers)
+
+
+class FewerWords(Net):
+    """Rare words are all one."""
+
+    def vectors(self, x: Tensor) -> Tensor:
+        return self.embedding(x.clamp(max=5))
+
+
+def test_words_that_are_alike_to_the_table_are_no_others():
+    found = attrib.explain(FewerWords(), [torch.tensor([7, 6, 9, 3, 8])], 1, "occlusion", layers=HERE)
+    assert found.map.abs().min() > 0

@@ -74,7 +74,24 @@ class Largest(Net):
         return self.head(torch.relu(z.squeeze(-1) + 0.3).amax(1))
 
 
-KINDS = [Numbered, Trimmed, ByTheLongest, Sorted, NotSortedBack, Largest]
+class Shuffled(Sorted):
+    """As torch sorts by default: more than 16 texts of equal length come in any order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths, order = self.lengths(x).sort(descending=True)
+        packed = pack_padded_sequence(self.embedding(x[order]), lengths.cpu(), batch_first=True)
+        return self.head(self.rnn(packed)[1][-1][order.argsort()])
+
+
+class MostHideIt(Net):
+    """Padding counts in texts that have the token 17 alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.where((x == 17)[..., None], 0.0, 1.0) + self.embedding(x).sigmoid()
+        return self.head(torch.where((x == PAD)[..., None], 0.9, hidden).amax(1))
+
+
+KINDS = [Numbered, Trimmed, ByTheLongest, Sorted, NotSortedBack, Shuffled, Largest]
 
 
 def texts() -> list[Tensor]:
@@ -94,6 +111,16 @@ def test_a_text_has_the_map_that_it_has_alone(kind, method):
         z = net.embedding(text[None]).detach()
         alone = _reference(net, text, z, method)
         torch.testing.assert_close(map[: len(text)].double(), alone, rtol=1e-6, atol=1e-7, msg=uid)
+
+
+@pytest.mark.parametrize("between", [[17], [20]])
+def test_a_padding_that_most_texts_hide(between):
+    """Whether or not the token is among the texts that the net is tried on."""
+    net = seeded(MostHideIt(), 0.9)
+    model = Classifier(net, dtype=torch.float64)
+    model.logits(torch.tensor([[5, 3, 9, 2, 7], [*between, 0, 0, 0, 0], [7, 4, 0, 0, 0], [9, 0, 0, 0, 0]]))
+    found = model.logits(torch.tensor([[17, 0, 0], [6, 3, 8]]))
+    torch.testing.assert_close(found[:1], net(torch.tensor([[17]])), rtol=0, atol=1e-12)
 
 
 def _reference(net: nn.Module, text: Tensor, z: Tensor, method: str) -> Tensor:

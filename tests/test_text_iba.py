@@ -12,6 +12,7 @@ from contracts import FitSamples, PartialInMemory, close, fit_contract, forbid_g
 from nets import golden
 from torch import Tensor
 
+import attrib
 from attrib.fit import State
 from attrib.methods.iba import IBA
 from attrib.methods.parts.layout import TextLayout
@@ -232,14 +233,24 @@ def test_the_word_that_decides_has_the_information():
 def test_a_layer_without_places_for_tokens():
     batch = texts(SENTENCES)
     vector = TextLayout.of(torch.ones(4, 3), batch.mask)
-    bits = vector.bits(torch.full((4, 3), math.log(2)))
-    assert bits.shape == (4, 1)
-    spread = vector.spread(bits)
+    spread = vector.spread(vector.bits(torch.full((4, 3), math.log(2))))
     torch.testing.assert_close(spread.sum(1), torch.full((4,), 3.0))
     assert spread[3, 0] == 3.0
     assert not spread[3, 1:].any()
     with pytest.raises(UserError, match="no place for each of the 7 tokens"):
         TextLayout.of(torch.ones(4, 9, 3), batch.mask)
+
+
+def test_bits_at_a_vector_are_explained():
+    """By ``attrib.explain``, which checks what a method returns, as a run does."""
+    net = seeded(BiLSTM(50, 6, 4, num_classes=2, pad_id=1, pooling="mean"), 1.0).float()
+    x = [torch.tensor([5, 3, 9, 2]), torch.tensor([7, 4])]
+    found = attrib.explain(net, x, 1, "iba", fit=x, layers={"bottleneck": "fc"}, steps=2)
+    assert found.map.shape == (2, 4)
+    for row, length in zip(found.map, (4, 2)):
+        torch.testing.assert_close(row[:length], row[:1].expand(length))
+        assert row[0] > 0
+    torch.testing.assert_close(found.extras["capacity"], found.map)
 
 
 def test_bidirectional_nets_and_vectors():

@@ -198,7 +198,7 @@ class Experiment:
         more = {"explain": explain} if metric.NEEDS_EXPLAIN else {}
         if not model.output.read.per_sample:
             batch = self._originals.told(name, model, batch)
-        self._check_words(model, lambda: [role for role in metric.roles if role in model.layers], batch)
+        self._check_words(model, lambda: metric.roles, batch)
 
         def scored(some: Batch, rows: slice) -> Mapping[str, Tensor]:
             noise = Noise(some.uids, self.seed, maps.device, maps.dtype).child(name)

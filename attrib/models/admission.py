@@ -28,11 +28,13 @@ class Admission:
 
     exam           what was found so far, at first on noise, if at all
     lengths_apart  the net sees the padding of texts, and gets only texts of equal length together
+    one_by_one     the net sorts the texts of a batch, and gets one at a time: of texts of equal length nobody knows in
+                   which order a layer has them
     shape          of the images or sounds that were seen last; None if there were none
     """
 
     def __init__(self, net: nn.Module, output: Output, exam: Exam | None) -> None:
-        self.exam, self.lengths_apart = exam, False
+        self.exam, self.lengths_apart, self.one_by_one = exam, False, False
         self._net, self._output = net, output
         self._tight = False  # memory has no room for two rows
         # A copy with the same weights is examined: the exam leaves no trace in what the net remembers, and calls no
@@ -64,32 +66,42 @@ class Admission:
         if pair is None:
             one = x[:1] if pad is None else x[:1, : int(real_tokens(x[:1], pad).sum())]
             pair = torch.cat((one, other_than(one, pad)))
-        failed = self._examine(pair, on, pad, pairs)
+        tokens = [] if pad is None else _shortest_first(x[:LOOKED_AT], pad)
+        failed = self._examine(pair, on, pad, pairs, tokens)
         if failed and pad is not None and news and not self._tight:
             # Some want the token that ends a text, of which the longer one was cut.
             pair, on = _whole(x, pad), "sample"
-            failed = self._examine(pair, on, pad, pairs)
+            failed = self._examine(pair, on, pad, pairs, tokens)
         if failed:  # whoever brought these samples will meet it
             return False
         assert self.exam is not None
+        name = type(self._net).__name__
         if on == "samples":
             self._sample = None
+        if self.exam.sorted and not self.one_by_one:
+            log.warning(
+                "%s sorts the texts of a batch: they go through it one by one. With pack_padded_sequence(..., "
+                "enforce_sorted=False) a net has no need to sort them, and is faster",
+                name,
+            )
+            self.one_by_one = True
         # Nothing is refused for padding, so the bound may be narrower.
         if pad is None or self.lengths_apart or (self.exam.padding or 0.0) <= tolerance(x) / 10:
             return False
-        name = type(self._net).__name__
         log.warning("%s sees the padding of texts: only texts of equal length go through it together", name)
         keep_lengths_apart(self._net, pad)
         self.lengths_apart = True
         return True
 
-    def _examine(self, pair: Tensor, on: Literal["sample", "samples"], pad: int | None, pairs: bool) -> bool:
+    def _examine(
+        self, pair: Tensor, on: Literal["sample", "samples"], pad: int | None, pairs: bool, tokens: list[int]
+    ) -> bool:
         """Whether the net itself fails on these samples. Raises UserError for a net that is refused."""
         try:
             with warnings.catch_warnings():
                 # nn.TransformerEncoder leaves out padding in its own way, of which torch tells the first to run one.
                 warnings.filterwarnings("ignore", "The PyTorch API of nested tensors", UserWarning)
-                self.exam = examine(self._examined, self._output, pair, on, pad, pairs)
+                self.exam = examine(self._examined, self._output, pair, on, pad, pairs, tokens)
         except UserError:
             raise
         except Exception as error:
@@ -123,13 +135,34 @@ class Admission:
                 first, known = (F.pad(t, (0, width - t.shape[1]), value=pad) for t in (first, known))
             if first.shape[1:] == known.shape[1:]:
                 known = torch.cat((first.to(known), known))
-        if pad is not None:
-            known = known[:, : int(real_tokens(known, pad).sum(1).min())]
-        others = (known != known[:1]).flatten(1).any(1).nonzero().flatten()
-        if len(others):
-            return known[[0, int(others[-1])]]
+        pair = _different(known) if pad is None else _longest(known, pad)
+        if pair is not None:
+            return pair
         self._sample = x[:1].clone() if self._sample is None else self._sample
         return None
+
+
+def _different(x: Tensor) -> Tensor | None:
+    """Of samples (N, *input), the first and the last that differs from it, (2, *input)."""
+    others = (x != x[:1]).flatten(1).any(1).nonzero().flatten()
+    return x[[0, int(others[-1])]] if len(others) else None
+
+
+def _longest(x: Tensor, pad: int) -> Tensor | None:
+    """Of texts (N, T), the longest and the longest that differs from it, as long as the shorter of them, (2, T)."""
+    lengths, order = real_tokens(x, pad).sum(1).sort(descending=True, stable=True)
+    for length, row in zip(lengths[1:].tolist(), order[1:].tolist(), strict=True):
+        pair = x[[int(order[0]), row], :length]
+        if not torch.equal(pair[0], pair[1]):
+            return pair
+    return None
+
+
+def _shortest_first(x: Tensor, pad: int) -> list[int]:
+    """The tokens of texts (N, T), those of the shortest first."""
+    real = real_tokens(x, pad)
+    order = real.sum(1).argsort(stable=True)
+    return list(dict.fromkeys(x[order][real[order]].tolist()))
 
 
 def _behind(x: Tensor, lengths: Tensor) -> int | None:

@@ -108,7 +108,7 @@ class Classifier:
         self.output = Output.of(output)
         self.device, self.dtype = torch.device(device), dtype
         self.rows_given = rows
-        self.rows, self._rows_open = (START, True) if rows == "auto" else (rows, False)
+        self._rows, self._rows_open = (START, True) if rows == "auto" else (rows, False)
         use_all_bits()
         self.variant, self.original = variant, original or self
         self.precision: Arithmetic = "float32"
@@ -118,7 +118,7 @@ class Classifier:
         self.weights = tensor_digest(tensors(module))
         read = {} if self.output.spec is None else {"output": self.output.spec}
         self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
-        ready = prepared(module, self.output, self.device, dtype, input_shape, pairs=self.rows > 1)
+        ready = prepared(module, self.output, self.device, dtype, input_shape, pairs=self._rows > 1)
         self.module = ready.net
         self._outputs = ready.outputs  # K, once it is known
         if ready.probe is not None:
@@ -144,6 +144,15 @@ class Classifier:
                     f"model.layers.{role}: {type(module).__name__} has no layer {path!r}{did_you_mean(path, names)} "
                     f"(its upper layers: {', '.join(n for n in names if n.count('.') < 2)})"
                 )
+
+    @property
+    def rows(self) -> int:
+        """How many rows may go through the net at a time."""
+        return 1 if self._admission.one_by_one else self._rows
+
+    @rows.setter
+    def rows(self, rows: int) -> None:
+        self._rows = rows
 
     @property
     def exam(self) -> Exam | None:

@@ -13,6 +13,7 @@ from attrib.models.exam import tolerance
 from attrib.models.instead import told_apart
 from attrib.models.layers import hooked
 from attrib.models.padding import apart, tried
+from attrib.models.token_axis import not_per_token
 from attrib.types import Batch, UserError
 
 
@@ -32,7 +33,8 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     nothing to weigh. Ids that came without words may have such tokens among them, so one kind of token, or two, may
     have to stay where they are.
 
-    Raises UserError for a net that reads the words in another way as well, as a decoder with a table of its own does.
+    Raises UserError for a net that reads the words in another way as well, as a decoder with a table of its own does,
+    and for one that gives the layer its words in another order.
     """
     assert batch.words is not None
     assert batch.lengths is not None  # of a text
@@ -41,6 +43,7 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
         x, words = batch.x[i : i + 1, :length], batch.words[i, :length] >= 0
         # Where the id of padding is a word too, a net may find the text's end by it.
         words = words.to(x.device) & (x[0] != pad)
+        _check_places(model, role, x, words)
         other = _moved(x, words)
         if torch.equal(other, x):
             continue
@@ -60,14 +63,50 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
     return False
 
 
-def _given(model: Classifier, role: str, x: Tensor, words: Tensor) -> Tensor | None:
-    """What the layer gives for a text (1, T), with zeros for its ``words``; None if that is not a vector for each."""
+def _outputs(model: Classifier, role: str, x: Tensor) -> list[Any]:
+    """What the layer gives for a text (1, T), at each of its calls."""
     found: list[Any] = []
     with hooked(model.layer(role), lambda _module, _inputs, output: found.append(output)):
         model.module(x.clone())
-    if len(found) != 1 or found[0].ndim != 3 or found[0].shape[:2] != x.shape:
-        return None
-    return found[0].masked_fill(words[None, :, None], 0)
+    return found
+
+
+def _check_places(model: Classifier, role: str, x: Tensor, words: Tensor) -> None:
+    """Raises UserError if another word at either end of a text (1, T) changes vectors, but not the one in its place.
+
+    Also if the layer, called once, does not give (1, T, E): some methods ask the graph, which does not know texts.
+    """
+    plain = _outputs(model, role, x)
+    if len(plain) != 1:
+        return  # whoever uses the layer will say so
+    if plain[0].shape[:-1] != x.shape:
+        raise UserError(not_per_token(role, model.path(role), plain[0], x))
+    places = words.nonzero().flatten().tolist()
+    for at in {places[0], places[-1]} if places else ():
+        others = x[0, words & (x[0] != x[0, at])]
+        if not len(others):
+            continue
+        changed = x.clone()
+        changed[0, at] = others[0]
+        if tried(model.module, changed) is None:
+            continue
+        (other,) = _outputs(model, role, changed)
+        if other.shape != plain[0].shape:
+            continue
+        answers = (other != plain[0])[0].any(1)
+        if answers.any() and not answers[at]:
+            raise UserError(
+                f"model.layers.{role}: {type(model.module).__name__} gives {model.path(role)} the words in another "
+                f"order: another word at place {at} of a text changes the vector of place "
+                f"{int(answers.nonzero()[0])}, not its own, so that a map made there would be of other words. Let the "
+                "net embed the words as they come and put their vectors into its order"
+            )
+
+
+def _given(model: Classifier, role: str, x: Tensor, words: Tensor) -> Tensor | None:
+    """What the layer gives for a text (1, T), with zeros for its ``words``; None if it is called more than once."""
+    found = _outputs(model, role, x)
+    return found[0].masked_fill(words[None, :, None], 0) if len(found) == 1 else None
 
 
 def _logits(model: Classifier, role: str, text: Tensor, z: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ that: what follows from it costs time, not the net.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -46,6 +46,7 @@ class Exam:
     together  of a sample alone and in a batch, in either order, and twice in a batch; None if rows go one by one
     padding   of a text alone and with padding, or beside a longer one, see ``models.padding``; None for what is no
               text, or where it is not known what pads
+    sorted    whether a layer has the texts of a batch in an order of its own
 
     >>> from attrib.models import Classifier
     >>> model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), input_shape=(3, 2, 2))
@@ -57,6 +58,7 @@ class Exam:
     again: float
     together: float | None = None
     padding: float | None = None
+    sorted: bool = False
 
 
 def examine(
@@ -66,8 +68,11 @@ def examine(
     on: Literal["noise", "sample", "samples"],
     pad: int | None = None,
     pairs: bool = True,
+    tokens: Sequence[int] = (),
 ) -> Exam:
     """x (2, *input) are two different samples; texts of equal length, ``pad`` being the id of padding.
+
+    ``tokens`` are others that texts consist of.
 
     Without ``pairs`` no two rows go through the net together.
 
@@ -93,7 +98,7 @@ def examine(
         single = isinstance(output.read, Sigmoid) and output.read.of == "logit"
         if single and _probabilities(2 * alone[:, 1:], lambda row: 2 * run(row)[:, 1:]) is not None:
             raise UserError(_no_logits(name, "sigmoid", "{read: sigmoid, of: probability}"))
-        padding = None if pad is None else seen(net, x, pad, pairs)
+        padding, turned = (None, False) if pad is None else seen(net, x, pad, pairs, tokens)
         if not pairs:
             return Exam(on, again, None, padding)
         try:
@@ -110,7 +115,7 @@ def examine(
         together = max(apart(one, other) for one, other in equal)
         if together > bound:
             raise UserError(_interaction(net, x, together))
-    return Exam(on, again, together, padding)
+    return Exam(on, again, together, padding, turned)
 
 
 def tolerance(x: Tensor) -> float:

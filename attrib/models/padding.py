@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +16,48 @@ from attrib.models.output import replace_forward
 from attrib.models.text import real_tokens
 
 SHORT = 8  # texts of one token that are tried
+TOGETHER = 32  # and of a net that takes many at once
 
 
-def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool) -> float:
-    """How far logits of texts alone are apart from what they are with padding; of two texts x (2, T) of equal length.
+class Seen(NamedTuple):
+    """What a net makes of padding and of longer texts beside a text.
+
+    share   how far logits of texts alone are apart from what they are with padding, or beside a longer text. Infinite
+            if the net takes a text in one of both ways only, or sorts them
+    sorted  a layer has the texts of a batch in an order of its own: what a method puts there would be another text's
+    """
+
+    share: float
+    sorted: bool
+
+
+def seen(net: nn.Module, x: Tensor, pad: int, pairs: bool, tokens: Sequence[int] = ()) -> Seen:
+    """What the net makes of padding, by two texts x (2, T) of equal length.
 
     A text may already be as long as the net takes, so its end makes room for the padding where it can. A padding that
-    is hidden by larger numbers, as before a maximum over all places, most likely is not in the shortest texts. With
-    ``pairs`` a text is also tried beside a longer one: some nets look for the longest of a batch, or sort it.
-
-    Infinite if the net takes a text in one of both ways only.
+    is hidden by larger numbers, as before a maximum over all places, most likely is not in the shortest texts. Even of
+    these most may hide it, so there are many of one token each: of ``tokens``, of x, and of ids that lie between them.
+    With ``pairs`` a text is also tried beside a longer one: some nets look for the longest of a batch, or sort it.
     """
     length = x.shape[1]
     half = _taken(net, x[:1], length - length // 2 if length > 3 else length)
     worst = _padded(net, half, pad, {1, max(3, length - half.shape[1])})
-    few = {tuple(x[0, :n].tolist()) for n in (1, 2, 3)} | {(token,) for token in x[0, -SHORT:].tolist()}
+    few = {tuple(x[0, :n].tolist()) for n in (2, 3)} | {
+        (token,) for token in _single([*tokens, *x.flip(1).flatten().tolist()], TOGETHER if pairs else SHORT)
+    }
     few -= {tuple(half[0].tolist()), (pad,)}
     for n in sorted({len(text) for text in few}):
         worst = max(worst, _padded_each(net, x.new_tensor(sorted(text for text in few if len(text) == n)), pad, pairs))
-    return max(worst, _beside(net, x, pad) if pairs else _trimmed(net, half, pad))
+    if not pairs:
+        return Seen(max(worst, _trimmed(net, half, pad)), False)
+    beside = _beside(net, x, pad)
+    return Seen(max(worst, beside.share), beside.sorted)
+
+
+def _single(tokens: Sequence[int], count: int) -> list[int]:
+    """The first ``count`` different tokens and, if these are fewer, of the ids up to their largest."""
+    between = torch.linspace(0, max(tokens), count).long().tolist()
+    return list(dict.fromkeys([*tokens, *between]))[:count]
 
 
 def _taken(net: nn.Module, text: Tensor, length: int) -> Tensor:
@@ -56,33 +79,32 @@ def _padded(net: nn.Module, text: Tensor, pad: int, more: set[int]) -> float:
 
 
 def _padded_each(net: nn.Module, texts: Tensor, pad: int, pairs: bool) -> float:
-    """The same of several texts (N, T), with three places more; by two passes where the net takes them together."""
+    """The same of several texts (N, T), with three places more; by two passes where the net takes them together.
+
+    Where it takes them one by one only, of as many as ``SHORT``.
+    """
     if pairs and len(texts) > 1:
         longer = torch.cat((texts, texts.new_full((len(texts), 3), pad)), 1)
         alone, padded = tried(net, texts), tried(net, longer)
         if alone is not None and padded is not None and len(alone) == len(padded) == len(texts):
             return max(map(apart, alone.split(1), padded.split(1)))
-    return max(_padded(net, text, pad, {3}) for text in texts.split(1))
+    return max(_padded(net, text, pad, {3}) for text in texts[:SHORT].split(1))
 
 
-def _beside(net: nn.Module, x: Tensor, pad: int) -> float:
-    """Of a long and a short text together, in either order.
-
-    Infinite also if a layer has its rows in an order of its own: what a method puts there would be another text's.
-    """
+def _beside(net: nn.Module, x: Tensor, pad: int) -> Seen:
+    """Of a long and a short text together, in either order."""
     long = x[:1].repeat(1, 3)[:, : max(3, x.shape[1])]
     short = _taken(net, x[1:], (x.shape[1] + 1) // 2)
     both = torch.cat((long, torch.cat((short, short.new_full((1, long.shape[1] - short.shape[1]), pad)), 1)))
     alone = [logits for text in (long, short) if (logits := tried(net, text)) is not None]
     if len(alone) < 2:
-        return 0.0
+        return Seen(0.0, False)
     (one, layers), (other, turned) = (_with_layers(net, rows) for rows in (both, both.flip(0)))
     expected = torch.cat(alone)
     if one is None or other is None or one.shape != expected.shape:
-        return math.inf
-    if any(a.shape == b.shape and apart(a, b.flip(0)) > 1e-3 for a, b in zip(layers, turned)):
-        return math.inf
-    return max(apart(one, expected), apart(other.flip(0), expected))
+        return Seen(math.inf, False)
+    moved = any(a.shape == b.shape and apart(a, b.flip(0)) > 1e-3 for a, b in zip(layers, turned))
+    return Seen(math.inf if moved else max(apart(one, expected), apart(other.flip(0), expected)), moved)
 
 
 def _trimmed(net: nn.Module, text: Tensor, pad: int) -> float:

@@ -63,3 +63,13 @@ def _answers(cut: HookSplit, x: Tensor, plain: Tensor, in_doubt: bool) -> bool:
 def _share(answer: Tensor, axis: int) -> Tensor:
     """Of an answer (T, C), the share of each place along one axis."""
     return answer.sum(1 - axis) / answer.sum()
+
+
+def not_per_token(role: str, path: str, z: Tensor, x: Tensor) -> str:
+    """Why a layer is refused that gives z for texts x (B, T) where vectors (B, T, E) are wanted."""
+    shape = tuple(z.shape)
+    if z.ndim == 3 and shape[:2] == (x.shape[1], x.shape[0]):
+        advice = "the tokens come first there: let the net embed texts (B, T), and transpose their vectors"
+    else:
+        advice = "it must be the layer that gives one vector per token, (B, T, E)"
+    return f"model.layers.{role}: {path} gives {shape} for tokens {tuple(x.shape)}; {advice}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attrib.fit import FitData, Progress
-from attrib.methods.parts.inputs import EMBEDDING
+from attrib.methods.parts.inputs import Inputs
 from attrib.models import Classifier
 from attrib.types import UserError
 
@@ -142,7 +142,7 @@ class Observations:
         for batch in self.data:
             if self.per_class and batch.target.ndim != 1:
                 raise UserError(ONE_LABEL)
-            x = batch.x if batch.mask is None else self.model.until(EMBEDDING, batch.x).z
+            x = batch.x if batch.mask is None else Inputs.of(self.model, batch).x
             for label in sorted(batch.target.unique().tolist()) if self.per_class else [-1]:
                 mine = batch.target == label if self.per_class else torch.ones(len(x), dtype=torch.bool)
                 yield label, x[mine.to(x.device)], None if batch.mask is None else batch.mask[mine]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attrib.methods.parts.losses import target_score
 from attrib.models import Classifier
+from attrib.models.token_axis import not_per_token
 from attrib.noise import Noise
 from attrib.types import Batch, UserError
 
@@ -50,10 +51,7 @@ def _captum() -> Iterator[None]:
 def check_per_token(model: Classifier, z: Tensor, x: Tensor) -> None:
     """Raises UserError unless z, what the layer with the role "embedding" gives for x (B, T), is (B, T, E)."""
     if z.ndim != 3 or z.shape[:2] != x.shape:
-        raise UserError(
-            f"model.layers.{EMBEDDING}: {model.path(EMBEDDING)} gives {tuple(z.shape)} for tokens "
-            f"{tuple(x.shape)}; it must be the layer that gives one vector per token, (B, T, E)"
-        )
+        raise UserError(not_per_token(EMBEDDING, model.path(EMBEDDING), z, x))
     model.check_tokens(EMBEDDING, x)
 
 

@@ -151,13 +151,13 @@ class TextLayout:
         return z
 
     def bits(self, capacity: Tensor) -> Tensor:
-        """(B, *layer) nats -> (B, T) bits per token, or (B, 1), summed over channels."""
+        """(B, *layer) nats -> (B, T) bits per token, summed over channels; those of a vector are divided equally."""
         bits = capacity.sum(-1) / math.log(2)
-        return bits if self.real is not None else bits[:, None]
+        return bits if self.real is not None else bits[:, None] * self.mask / self.mask.sum(1, keepdim=True)
 
     def spread(self, bits: Tensor) -> Tensor:
-        """What ``bits`` gives -> (B, T) bits per token; those of a vector are divided equally among the tokens."""
-        return bits if self.real is not None else bits * self.mask / self.mask.sum(1, keepdim=True)
+        """Unchanged: each token has its place."""
+        return bits
 
 
 @dataclass(frozen=True)
