@@ -120,13 +120,13 @@ class Classifier:
         self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
         ready = prepared(module, self.output, self.device, dtype, input_shape, pairs=self._rows > 1)
         self.module = ready.net
+        self._admission = Admission(self.module, self.output, ready.exam)
         self._outputs = ready.outputs  # K, once it is known
         if ready.probe is not None:
             self._fit_rows(ready.probe)
         self._given_classes = classes if classes is None or isinstance(classes, ClassNames) else _named(classes)
         if self._outputs is not None:
             self.check_classes(self._outputs)
-        self._admission = Admission(self.module, self.output, ready.exam)
         self.fold = fold and not self.output.read.per_sample  # a graph would keep the region of the first sample
         self.compile = compile and self.fold
         if compile and not self.compile:
