@@ -228,7 +228,7 @@ def _marks(model: Classifier) -> list[Any]:
         for path, m in model.module.named_modules()
     ]
     parameters = [(name, id(p), p.requires_grad, p.grad) for name, p in model.module.named_parameters()]
-    return [modules, parameters, model.rows, dict(model.layers), torch.is_grad_enabled()]
+    return [modules, parameters, model.rows, dict(model.roles.named), torch.is_grad_enabled()]
 
 
 @contextmanager

@@ -297,10 +297,10 @@ def test_layers_that_see_no_tokens_have_no_map_of_a_text():
         ("net.classifier", "net.classifier does not read a vector of each token"),
         ("net.bert.embeddings", "no convolution or linear layer produces the output of net.bert.embeddings"),
     ):
-        model.layers["bottleneck"] = path
+        model.roles.named["bottleneck"] = path
         with pytest.raises(UserError, match=message):
             CausalPaths().attribute(model, batch, state, Noise(batch.uids))
-    model.layers["embedding"] = "net.bert.embeddings.word_embeddings"
+    model.roles.named["embedding"] = "net.bert.embeddings.word_embeddings"
     with pytest.raises(UserError, match=r"channels of each place cancel.* Set method.multiply=true, or take"):
         CausalGradient(multiply=False).attribute(model, batch, state, Noise(batch.uids))
     assert from_state(structure, state)[1].samples == len(x)

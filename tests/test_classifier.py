@@ -204,7 +204,7 @@ def test_an_unknown_role():
         ):
             call("middle")
     with pytest.raises(UserError, match=r"\(only: none\)"):
-        Classifier(SmallCNN()).path("middle")
+        Classifier(SmallCNN()).roles.path("middle")
     assert made.path("bottleneck") == "features.5"
     assert made.layer("bottleneck") is made.module.features[5]
 

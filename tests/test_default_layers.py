@@ -46,11 +46,11 @@ def test_the_layers_are_those_of_the_presets(name):
     build, shape, cam, bottleneck = PRESETS[name]
     model = Classifier(seeded(build, 1), {"cam": None}, input_shape=shape)
     before, state = model.passed, torch.random.get_rng_state()
-    assert (model.path("cam"), model.path("bottleneck")) == (cam, bottleneck)
+    assert (model.roles.path("cam"), model.roles.path("bottleneck")) == (cam, bottleneck)
     assert model.passed == before
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any(module._forward_hooks for module in model.module.modules())
-    assert model.layers == {}  # what was named
+    assert model.roles.named == {}  # what was named
 
 
 TRANSFORMERS = {
@@ -74,10 +74,12 @@ def test_grad_cam_of_transformers_without_a_named_layer(library, name):
     x = torch.randn(2, *entry.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = Batch(("a", "b"), x, torch.tensor([1, 3]))
     found = GradCAM(relu=False).attribute(model, batch, {}, Noise(batch.uids))["map"]
-    path = model.path("cam").replace("vit.encoder.layer.", "vit.layers.")  # its name before transformers 5.9 or so
-    assert (path, str(model.reading("cam", entry.shape))) == TRANSFORMERS[library, name]
+    path = model.roles.path("cam").replace(
+        "vit.encoder.layer.", "vit.layers."
+    )  # its name before transformers 5.9 or so
+    assert (path, str(model.roles.reading("cam", entry.shape))) == TRANSFORMERS[library, name]
     assert found.std((1, 2)).min() > 0
-    named = Classifier(entry.net(), {"cam": model.path("cam")}, dtype=torch.float64, output=entry.output)
+    named = Classifier(entry.net(), {"cam": model.roles.path("cam")}, dtype=torch.float64, output=entry.output)
     assert torch.equal(GradCAM(relu=False).attribute(named, batch, {}, Noise(batch.uids))["map"], found)
 
 
@@ -205,38 +207,38 @@ REFUSED = [
 def test_no_layer_to_choose(build, message, role):
     model = Classifier(seeded(build), input_shape=(3, 16, 16))
     with pytest.raises(UserError, match=message):
-        model.path(role)
+        model.roles.path(role)
     with pytest.raises(UserError, match=message):
-        model.path(role)  # and again
+        model.roles.path(role)  # and again
 
 
 def test_other_roles_and_texts_have_no_default():
     model = Classifier(seeded(lambda: LeNet(num_classes=4)), input_shape=(1, 32, 32))
     with pytest.raises(UserError, match="no layer for the role 'readout_1'"):
-        model.path("readout_1")
+        model.roles.path("readout_1")
     with pytest.raises(ValueError, match="only cam and bottleneck"):
         default_layer(model.module, "readout_1", (1, 32, 32), torch.empty(0), lambda path: None)
     text = Classifier(text_net("mean"), {"embedding": "embedding"}, dtype=torch.float64)
     text.logits(torch.tensor([[2, 3, 4]]))
     with pytest.raises(UserError, match="no layer for the role 'bottleneck'"):
-        text.path("bottleneck")
+        text.roles.path("bottleneck")
 
 
 def test_layers_of_a_net_that_has_seen_an_input():
     """Python users give no shape; the first samples have one."""
     model = Classifier(seeded(lambda: LeNet(num_classes=4)))
     with pytest.raises(UserError, match="no layer for the role 'cam'"):
-        model.path("cam")
+        model.roles.path("cam")
     model.logits(torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)))
-    assert model.path("cam") == "relu2"
+    assert model.roles.path("cam") == "relu2"
 
 
 def test_a_randomised_copy_has_the_layers_of_its_original():
     original = Classifier(seeded(lambda: LeNet(num_classes=4)), input_shape=(1, 32, 32))
     copied = Classifier(seeded(lambda: LeNet(num_classes=4), 7), input_shape=(1, 32, 32), original=original)
-    assert copied.path("bottleneck") == "conv2"
-    assert copied.defaults == {}
-    assert original.defaults["bottleneck"].path == "conv2"
+    assert copied.roles.path("bottleneck") == "conv2"
+    assert copied.roles.found == {}
+    assert original.roles.found["bottleneck"].path == "conv2"
 
 
 def test_a_run_without_named_layers(tmp_path, capfd, caplog):

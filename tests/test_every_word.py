@@ -216,7 +216,7 @@ def test_characters_that_are_hashed_have_no_table_of_words():
     config = transformers.CanineConfig(**TOWER, num_hash_buckets=16, max_position_embeddings=40, num_labels=3)
     net = HuggingFaceClassifier(random_weights(transformers.CanineForSequenceClassification(config)).eval(), 0, 2)
     with pytest.raises(UserError, match=r"no layer for the role 'embedding'.*HashBucketCodepointEmbedder_0"):
-        Classifier(net, net.default_layers).path("embedding")
+        Classifier(net, net.default_layers).roles.path("embedding")
 
 
 def test_the_net_is_not_examined_on_what_it_is_told_instead():

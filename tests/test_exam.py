@@ -512,7 +512,7 @@ def test_a_net_in_a_wrapping_is_the_net(wrapped, path):
     batch, right = pictures(), Classifier(plain(), {"cam": "1"}, input_shape=SHAPE, dtype=torch.float64)
     for where in ("1", path):
         model = Classifier(wrapped(), {"cam": where}, input_shape=SHAPE, dtype=torch.float64)
-        assert (model.key, model.layers, model.weights) == (right.key, right.layers, right.weights)
+        assert (model.key, model.roles.named, model.weights) == (right.key, right.roles.named, right.weights)
         found, wanted = (GradCAM().attribute(m, batch, {}, Noise(batch.uids))["map"] for m in (model, right))
         assert torch.equal(found, wanted)
 
@@ -521,7 +521,7 @@ def test_a_compiled_part_is_part_of_the_net():
     net = plain()
     net[1] = torch.compile(nn.Sequential(nn.ReLU()), backend="eager")
     model = Classifier(net, {"cam": "1._orig_mod.0"}, input_shape=SHAPE, dtype=torch.float64)
-    assert model.layers == {"cam": "1.0"}
+    assert model.roles.named == {"cam": "1.0"}
     assert torch.equal(model.until("cam", pictures().x).z, net[0].double()(pictures().x).relu())
 
 

@@ -155,8 +155,8 @@ class Causal(nn.Module):
 def test_causal_nets_are_read_at_their_last_layer(blocks, length):
     torch.manual_seed(0)
     model = Classifier(Causal(blocks).eval(), {}, input_shape=(1, length))
-    assert model.path("cam") == f"acts.{blocks - 1}"
-    assert model.reading("cam", (1, length)).grid == (1, length)
+    assert model.roles.path("cam") == f"acts.{blocks - 1}"
+    assert model.roles.reading("cam", (1, length)).grid == (1, length)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -166,7 +166,7 @@ def test_small_nets_of_sounds_are_not_refused_by_chance(seed):
     stride = 1 + seed % 4
     layers = nn.Conv1d(1, 4, 9, stride, 4), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(4, 4, 5, padding=2), nn.ReLU()
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
-    assert Classifier(net, {"cam": "4"}, input_shape=(1, 100)).reading("cam", (1, 100)).name == "channels_first"
+    assert Classifier(net, {"cam": "4"}, input_shape=(1, 100)).roles.reading("cam", (1, 100)).name == "channels_first"
 
 
 ORDINARY = {

@@ -101,7 +101,7 @@ def test_the_slow_reference_with_a_covariance_of_each_place(kind):
 
 def test_the_slow_reference_on_a_transformer():
     model = Classifier(seeded(bert(vocab_size=12)), {"embedding": "net.bert.embeddings.word_embeddings"}, rows=7)
-    model = Classifier(model.module, model.layers, rows=7, dtype=torch.float64)
+    model = Classifier(model.module, model.roles.named, rows=7, dtype=torch.float64)
     batch = texts(4)
     batch = Batch(batch.uids, batch.x.where(batch.mask, 0), batch.target % 3, lengths=batch.lengths, words=batch.words)
     check_slowly(model, batch, 16)

@@ -402,7 +402,7 @@ def test_hooks_see_the_net_as_it_is_written(always):
     model = Classifier(drawn(Block), {"norm": "norm"}, dtype=torch.float64, fold=True)
     x, seen = images(), []
     model.logits(x)
-    handle = model.layer("norm").register_forward_hook(lambda module, inputs, output: seen.append(output))
+    handle = model.roles.layer("norm").register_forward_hook(lambda module, inputs, output: seen.append(output))
     model.logits(x)
     handle.remove()
     assert len(seen) == 1

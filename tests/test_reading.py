@@ -92,7 +92,7 @@ def test_the_reading_of_a_layer(build, path, size, expected):
     net = build()
     model = Classifier(net, {"layer": path})
     before, state = model.passed, torch.random.get_rng_state()
-    found = model.reading("layer", (3, *size))
+    found = model.roles.reading("layer", (3, *size))
     assert str(found) == expected
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.passed == before
@@ -101,13 +101,13 @@ def test_the_reading_of_a_layer(build, path, size, expected):
 
 def test_a_reading_is_found_once_and_holds_for_copies_with_other_weights():
     model = Classifier(swin(), {"layer": "features.1"})
-    found = [model.reading("layer", (3, H, W)) for _ in range(2)]
+    found = [model.roles.reading("layer", (3, H, W)) for _ in range(2)]
     assert found[0] is found[1]
     broken = swin()
     for value in broken.parameters():
         value.data.zero_()
     copied = Classifier(broken, {"layer": "features.1"}, original=model)
-    assert copied.reading("layer", (3, H, W)) is found[0]
+    assert copied.roles.reading("layer", (3, H, W)) is found[0]
 
 
 class Turned(nn.Module):

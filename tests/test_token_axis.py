@@ -144,7 +144,7 @@ def test_it_is_asked_once_and_costs_the_samples_nothing(monkeypatch):
     model = model_of(Filters(), bottleneck="back")
     model.until("bottleneck", batch.x)
     before = model.passed
-    model.check_tokens("bottleneck", batch.x)
+    model.roles.check_tokens("bottleneck", batch.x)
     assert model.passed == before
     fitted(model, batch)
     Gradient().attribute(model, batch, {}, Noise(batch.uids, dtype=torch.float64))

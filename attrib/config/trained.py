@@ -105,7 +105,7 @@ def check_encoder(encoder: Encoder | None, model: Classifier, checkpoint: Any, w
     if encoder is None:
         return
     try:
-        embedding = model.layer("embedding")
+        embedding = model.roles.layer("embedding")
     except UserError:  # whatever needs it will say so
         return
     pad = getattr(model.module, "pad_id", encoder.pad)

@@ -210,7 +210,7 @@ class Experiment:
         """Raises UserError for a text net that reads its words not only by the layer where they are explained."""
         if batch.words is None:
             return
-        for path, role in {model.path(role): role for role in roles() if embeds(model, role)}.items():
+        for path, role in {model.roles.path(role): role for role in roles() if embeds(model, role)}.items():
             if path not in self._words_tried and check_every_word(model, role, batch):
                 self._words_tried.add(path)
 
@@ -304,8 +304,8 @@ class Experiment:
 
     def _path(self, role: str) -> str:
         """One that nobody named may have to be found out, for inputs of this shape."""
-        named = role in self.model.layers or self.dataset.modality == "text"
-        return self.model.path(role, None if named else self.model.input_shape or self._shape)
+        named = role in self.model.roles.named or self.dataset.modality == "text"
+        return self.model.roles.path(role, None if named else self.model.input_shape or self._shape)
 
     @cached_property
     def readings(self) -> dict[str, str]:
@@ -320,7 +320,7 @@ class Experiment:
         if not asked or self.dataset.modality == "text":
             return {}
         shape = self.model.input_shape or self._shape
-        found = {role: self.model.reading(role, shape, said) for role, said in asked.items()}
+        found = {role: self.model.roles.reading(role, shape, said) for role, said in asked.items()}
         image = (shape[-2], shape[-1])
         return {role: str(reading) for role, reading in found.items() if not taken_before(reading, image)}
 
@@ -365,7 +365,7 @@ class Experiment:
 
     def metric_key(self, name: str) -> str:
         metric = self.metrics[name]
-        read = self._layers([role for role in metric.roles if role in self.model.layers])
+        read = self._layers([role for role in metric.roles if role in self.model.roles.named])
         more: list[Any] = [read] if read else []
         if self.score_precision != "float32":
             more.append({"precision": self.score_precision})

@@ -103,8 +103,8 @@ def _check_rows(model: Classifier, x: Tensor) -> None:
 def _on_image(model: Classifier, x: Tensor, found: Tensor) -> Tensor:
     """(N, T) -> (N, H, W): the tokens of the grid, upsampled."""
 
-    def front(model: Classifier, rows: Tensor) -> Tensor:
-        return Attentions(model.graph(rows))(rows, grad=False).values
+    def front(rows: Tensor) -> Tensor:
+        return Attentions(model.original.graph(rows))(rows, grad=False).values
 
-    reading = model.read("attention", front, tuple(x.shape[1:]), ("tokens",))
+    reading = model.roles.read("attention", front, tuple(x.shape[1:]), ("tokens",))
     return resize(found[:, reading.prefix :].unflatten(1, reading.grid), image_size(x))

@@ -61,7 +61,7 @@ class Activations:
         """Raises SampleError, with the uid, for the first sample of which ``found`` (B,) bool is true."""
         for uid, so in zip(self.batch.uids, found.tolist(), strict=True):
             if so:
-                raise SampleError(f"{uid}: {self.model.path(self.role)}: {why}")
+                raise SampleError(f"{uid}: {self.model.roles.path(self.role)}: {why}")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class _CAM(Method):
         places = on_image(model, self.layer, batch.x, z, self.layout)
         if places.name == "vector":
             raise UserError(
-                f"{type(self).__name__} needs a layer with places; {model.path(self.layer)} gives (B, {z.shape[1]}), "
-                f"one vector for the whole image (set model.layers.{self.layer})"
+                f"{type(self).__name__} needs a layer with places; {model.roles.path(self.layer)} gives "
+                f"(B, {z.shape[1]}), one vector for the whole image (set model.layers.{self.layer})"
             )
         cam = self.cam(Activations(model, self.layer, batch, z, rest, places))
         cam = cam.relu() if self.relu else cam

@@ -233,7 +233,7 @@ class Captum(Method):
             inputs = dataclasses.replace(inputs, net=net)
         score = _Score(inputs.net, model)
         takes = signature(self._kind.attribute).keys() | signature(self._inner.attribute).keys()
-        layer = None if net is None or not self._reads else net.get_submodule(model.path(self.layer))
+        layer = None if net is None or not self._reads else net.get_submodule(model.roles.path(self.layer))
 
         def piece(_: slice) -> tuple[Tensor, Tensor]:
             method = self._made(self._inner, score, layer)
@@ -331,7 +331,7 @@ class Captum(Method):
     # ---- what is found out --------------------------------------------------------------------
 
     def _check_places(self, model: Classifier, places: Layout) -> None:
-        path = model.path(self.layer)
+        path = model.roles.path(self.layer)
         if self._at_layer and places.name == "vector":
             raise UserError(
                 f"{path} gives one vector for the whole image, which is no map; set model.layers.{self.layer}"

@@ -86,8 +86,8 @@ class _Reading:
         if flat and x.ndim in (3, 4):
             # Found out, as a layer over the columns of a map, (N, C, H, W), reads neither channels nor tokens.
             among: tuple[Name, ...] = ("tokens",) if x.ndim == 3 else ("channels_last",)
-            front, shape = (lambda model, rows: _read(model, path, rows)), tuple(batch.x.shape[1:])
-            reading = model.read(f"input of {path}", front, shape, among)
+            original, shape = model.original, tuple(batch.x.shape[1:])
+            reading = model.roles.read(f"input of {path}", lambda rows: _read(original, path, rows), shape, among)
             if x.ndim == 4:
                 return list(x.movedim(-1, 1))
             return list(x[:, reading.prefix :].mT.unflatten(2, reading.grid))
@@ -222,7 +222,7 @@ class CausalPaths(Method):
 
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         structure = Structure.of(model, batch.x)
-        path = structure.at(model.path(self.layer))
+        path = structure.at(model.roles.path(self.layer))
         graphs = graphs_of(batch, structure, state)
         call, layer = structure.call(path), structure.layer(path)
         reading = _Reading(call, layer, self.as_released)
@@ -327,7 +327,7 @@ class CausalGradient(Method):
     def attribute(self, model: Classifier, batch: Batch, state: State, noise: Noise) -> Mapping[str, Tensor]:
         structure = Structure.of(model, batch.x)
         net, text = structure.graph, batch.mask is not None
-        start = output_of(net, model.path(EMBEDDING)) if text else net.input
+        start = output_of(net, model.roles.path(EMBEDDING)) if text else net.input
         maps = torch.zeros(len(batch), *batch.x.shape[1 if text else 2 :], dtype=model.dtype, device=batch.x.device)
         for target, graph in {graph.target: graph for graph in graphs_of(batch, structure, state)}.items():
             mine = (batch.target == target).nonzero()[:, 0]

@@ -124,7 +124,7 @@ class LRP(Method):
         whole = model.graph(batch.x)
 
         def propagation(graph: Graph) -> Propagation:
-            start = graph.input if batch.mask is None else output_of(graph, model.path(EMBEDDING))
+            start = graph.input if batch.mask is None else output_of(graph, model.roles.path(EMBEDDING))
             return Propagation(Plan(graph, start), composite, self.epsilon)
 
         for_all = propagation(whole)

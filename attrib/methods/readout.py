@@ -210,7 +210,7 @@ class ReadoutFit(Fit):
             for step in range(len(curve) % steps, steps):
                 chosen = order[step * self.train_batch : (step + 1) * self.train_batch]
                 losses = self._step(model, data.batch([uids[i] for i in chosen]), epoch, state, net, optimizer)
-                where = f"readout of {model.path(self.layer)}: epoch {epoch + 1} of {self.epochs}"
+                where = f"readout of {model.roles.path(self.layer)}: epoch {epoch + 1} of {self.epochs}"
                 if not math.isfinite(losses[0]):
                     raise UserError(
                         f"{where}, step {step + 1} of {steps}: the loss is {losses[0]}; lower method.lr, or raise "
@@ -230,7 +230,7 @@ class ReadoutFit(Fit):
                     so_far = curve[-step - 1 :]
                     total, cross_entropy, info, closed = (sum(column) / len(so_far) for column in zip(*so_far))
                     parts = f"cross-entropy {cross_entropy:.4g}, {info:.4g} nats, {closed:.1%} of units closed"
-                    what = f"readout of {model.path(self.layer)}"
+                    what = f"readout of {model.roles.path(self.layer)}"
                     more = f", epoch {epoch + 1}: loss {total:.4g} ({parts})"
                     report(Progress(what, len(curve), steps * self.epochs, "steps", more))
         return {name: value.float() if name.startswith("net.") else value for name, value in now().items()}

@@ -135,10 +135,10 @@ def _zero(model: Classifier, batch: Batch, sample: Tensor, removed: Callable[[sl
     front = model.until("embedding", batch.x)
     if front.z.ndim != 3 or front.z.shape[:2] != batch.x.shape:
         raise UserError(
-            f"model.layers.embedding: {model.path('embedding')} gives {tuple(front.z.shape)} for texts "
+            f"model.layers.embedding: {model.roles.path('embedding')} gives {tuple(front.z.shape)} for texts "
             f"{tuple(batch.x.shape)}; it must give one vector per token"
         )
-    model.check_tokens("embedding", batch.x)
+    model.roles.check_tokens("embedding", batch.x)
     rear = model.rear("embedding")
 
     def logits(rows: slice) -> Tensor:

@@ -30,12 +30,13 @@ class Admission:
     lengths_apart  the net sees the padding of texts, and gets only texts of equal length together
     one_by_one     the net sorts the texts of a batch, and gets one at a time: of texts of equal length nobody knows in
                    which order a layer has them
-    shape          of the images or sounds that were seen last; None if there were none
+    shape          of an input: that which was given, else of the images or sounds seen last; None if there were none
     """
 
-    def __init__(self, net: nn.Module, output: Output, exam: Exam | None) -> None:
+    def __init__(self, net: nn.Module, output: Output, exam: Exam | None, shape: tuple[int, ...] | None = None) -> None:
         self.exam, self.lengths_apart, self.one_by_one = exam, False, False
-        self._net, self._output = net, output
+        self._net, self._output, self._shape_given = net, output, shape
+        self.shape = shape
         self._tight = False  # memory has no room for two rows
         # A copy with the same weights is examined: the exam leaves no trace in what the net remembers, and calls no
         # hooks that are put on it.
@@ -43,7 +44,6 @@ class Admission:
         own = getattr(net, "pad_id", None)
         self._pad = own if isinstance(own, int) else None
         self._sample: Tensor | None = None  # the first one, until there is a different one
-        self.shape: tuple[int, ...] | None = None
 
     def see(self, x: Tensor, lengths: Tensor | None, rows: int) -> bool:
         """Samples (N, *input), of texts with their lengths (N,), of which ``rows`` may go through the net at a time.
@@ -51,7 +51,7 @@ class Admission:
         True if the net was changed because of what it did. Raises UserError for a net that is refused.
         """
         is_text = x.ndim == 2 and not x.is_floating_point()
-        if x.ndim in (3, 4) and x.is_floating_point():
+        if self._shape_given is None and x.ndim in (3, 4) and x.is_floating_point():
             self.shape = tuple(x.shape[1:])
         if is_text and self._pad is None and lengths is not None:
             self._pad = _behind(x, lengths)

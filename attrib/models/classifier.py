@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from attrib.classes import ClassNames
 from attrib.keys import digest, tensor_digest
 from attrib.models.admission import Admission
-from attrib.models.default_layers import ROLES, DefaultLayer, default_layer, only_embedding
 from attrib.models.device_memory import is_lost, is_out_of_memory, release_memory
 from attrib.models.exam import Exam
-from attrib.models.extent import PartialImageError
 from attrib.models.fast import fast_net, fast_split
 from attrib.models.float32 import use_all_bits
 from attrib.models.forms import own_path, tensors, unwrapped
@@ -28,14 +26,13 @@ from attrib.models.output import Output, Take
 from attrib.models.output_kind import Link
 from attrib.models.precision import Arithmetic, check, computed, multiplied
 from attrib.models.preparation import prepared
-from attrib.models.reading import Name, Reading, described, find
+from attrib.models.roles import Roles
 from attrib.models.sizes import START, fitting_rows
-from attrib.models.split import Front, HookSplit, Split, between, split
-from attrib.models.token_axis import tokens_are_second
+from attrib.models.split import Front, Split, between, split
 from attrib.models.variant import Variant
 from attrib.models.ways_back import check_way_back, with_contiguous_norms
 from attrib.process.memory import Heap
-from attrib.types import SampleError, UserError, did_you_mean
+from attrib.types import SampleError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +75,7 @@ class Classifier:
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 2))
     >>> model = Classifier(net, {"cam": "1"}, input_shape=(3, 4, 4), classes=("cat", "dog"))
-    >>> model.logits(torch.rand(5, 3, 4, 4)).shape, model.path("cam")
+    >>> model.logits(torch.rand(5, 3, 4, 4)).shape, model.roles.path("cam")
     (torch.Size([5, 2]), '1')
     """
 
@@ -104,7 +101,6 @@ class Classifier:
         if compile and not fold:
             raise UserError("run.compile=true compiles nets as run.fold=true prepares them; set that as well")
         given, module = module, unwrapped(module)
-        self.layers = {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None}
         self.output = Output.of(output)
         self.device, self.dtype = torch.device(device), dtype
         self.rows_given = rows
@@ -120,7 +116,7 @@ class Classifier:
         self.key = digest(type(module).__qualname__, {**(spec or {}), **read}, self.weights)
         ready = prepared(module, self.output, self.device, dtype, input_shape, pairs=self._rows > 1)
         self.module = ready.net
-        self._admission = Admission(self.module, self.output, ready.exam)
+        self._admission = Admission(self.module, self.output, ready.exam, input_shape)
         self._outputs = ready.outputs  # K, once it is known
         if ready.probe is not None:
             self._fit_rows(ready.probe)
@@ -133,17 +129,15 @@ class Classifier:
             log.warning("run.compile: %s is not compiled: its scores depend on the sample", type(module).__name__)
         self._net: Callable[[Tensor], Tensor] = fast_net(self.module, compile) if self.fold else self.module
         self._splits: dict[str, Split] = {}
-        self._readings: dict[tuple[str, tuple[int, ...], tuple[Name, ...]], Reading] = {}
-        self._token_axes: dict[str, bool] = {}
         self._graphs = Graphs(self.module)
-        self.defaults: dict[str, DefaultLayer] = {}  # role -> what was found out, where no layer was named
-        names = [name for name, _ in self.module.named_modules(remove_duplicate=False) if name]
-        for role, path in self.layers.items():
-            if path not in names:
-                raise UserError(
-                    f"model.layers.{role}: {type(module).__name__} has no layer {path!r}{did_you_mean(path, names)} "
-                    f"(its upper layers: {', '.join(n for n in names if n.count('.') < 2)})"
-                )
+        self.roles: Roles = Roles(
+            {role: own_path(path, given) for role, path in (layers or {}).items() if path is not None},
+            self.module,
+            self._admission,
+            self._uncounted,
+            torch.empty(0, device=self.device, dtype=self.dtype),
+            None if original is None else original.roles,
+        )
 
     @property
     def rows(self) -> int:
@@ -334,7 +328,7 @@ class Classifier:
                     pieces.append(function(slice(start, start + size)))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
-                    shape = self.input_shape or self._admission.shape
+                    shape = self._admission.shape
                     x = None if shape is None else torch.zeros(1, *shape, dtype=self.dtype, device=self.device)
                     check_way_back(self.module, x, error)
                     raise
@@ -356,6 +350,14 @@ class Classifier:
             return tuple(torch.cat(part) for part in zip(*pieces, strict=True))
         return torch.cat(pieces)
 
+    def _uncounted(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function`` of x (N, ...) in pieces. What it finds is of the net, so its rows are no sample's cost."""
+        passed = self.passed
+        try:
+            return self.chunked(lambda rows: function(x[rows]), len(x))
+        finally:
+            self.passed = passed
+
     # ---- forward ----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -364,125 +366,6 @@ class Classifier:
         self.examine(x)
         # Here and below a copy goes in, because a net may change what it is given in place.
         return self.chunked(lambda rows: self(x[rows].clone()), len(x))
-
-    def path(self, role: str, shape: tuple[int, ...] | None = None) -> str:
-        """The module path of a role.
-
-        Where none is named, that of ``cam`` and ``bottleneck`` is found out for images or sounds of ``shape``, by
-        default those that the net has been tried on, and that of ``embedding`` where there is only one. A randomised
-        copy has the layers of its original.
-
-        Raises UserError for a role that has no layer.
-        """
-        if role in self.layers:
-            return self.layers[role]
-        if role in self.defaults:
-            return self.defaults[role].path
-        if self.original is not self:
-            return self.original.path(role, shape)
-        shape = shape or self.input_shape or self._admission.shape
-        if role == "embedding":
-            self.defaults[role] = only_embedding(self.module)
-            return self.defaults[role].path
-        if role not in ROLES or shape is None:
-            known = ", ".join(sorted(self.layers)) or "none"
-            raise UserError(f"the model has no layer for the role {role!r} (only: {known}); set model.layers.{role}")
-
-        partial: list[PartialImageError] = []
-
-        def look(path: str) -> Reading | None:
-            try:
-                return self._reading(path, shape, "auto", f"{type(self.module).__name__}'s layer {path}")
-            except PartialImageError as error:
-                partial.append(error)
-            except UserError:
-                pass
-            return None
-
-        like, passed = torch.empty(0, device=self.device, dtype=self.dtype), self.passed
-        try:
-            found = self.defaults[role] = default_layer(self.module, role, shape, like, look)
-        except UserError as error:
-            if partial:
-                raise partial[0] from error
-            raise
-        finally:
-            self.passed = passed
-        log.info("model.layers.%s=%s, which nobody named: %s", role, found.path, found.why)
-        return found.path
-
-    def layer(self, role: str) -> nn.Module:
-        return self.module.get_submodule(self.path(role))
-
-    def reading(self, role: str, shape: tuple[int, ...], said: str = "auto") -> Reading:
-        """Which axes of the layer's output are space, for images (C, H, W) or sounds (C, L); found out once.
-
-        With ``said="tokens"`` only which tokens are. It is the same for every batch, and a randomised copy is read as
-        its original is. Raises UserError if it cannot be found out.
-        """
-        if self.original is not self:
-            return self.original.reading(role, shape, said)
-        path = self.path(role, shape)
-        return self._reading(
-            path, shape, said, f"model.layers.{role}: the layer {path} of {type(self.module).__name__}"
-        )
-
-    def check_tokens(self, role: str, x: Tensor) -> None:
-        """Raises UserError unless a layer that gives (B, T, C) for texts x (B, T) gives a vector for each token.
-
-        Found out once: C channels of T places have the same shape where there are as many of them as tokens.
-        """
-        path, original = self.path(role), self.original
-        if path not in original._token_axes:
-            original._token_axes[path] = tokens_are_second(original.module, path, x[:1])
-        if not original._token_axes[path]:
-            raise UserError(
-                f"model.layers.{role}: {path} gives its channels where the tokens would be, as many as these texts "
-                "have tokens, (B, C, T); take a layer that gives a vector for each token, (B, T, C)"
-            )
-
-    def _reading(self, path: str, shape: tuple[int, ...], said: str, what: str) -> Reading:
-        among: tuple[Name, ...] = ("channels_first", "channels_last", "tokens", "vector")
-        among = ("tokens",) if said == "tokens" else among if len(shape) == 3 else (*among[:2], "vector")
-        if (path, shape, among) not in self._readings:
-            front, passed = HookSplit(self.module, path).front, self.passed
-            try:
-                self._readings[path, shape, among] = find(
-                    lambda rows: self.chunked(lambda at: front(rows[at].clone()).z, len(rows)),
-                    shape,
-                    torch.empty(0, device=self.device, dtype=self.dtype),
-                    among,
-                    what,
-                    lambda layer: described(self.module, path, layer, (shape[-2], shape[-1])),
-                )
-            finally:
-                self.passed = passed  # it is of the net, not of the samples that happen to be explained first
-            log.info("layer %s is read as %s", path, self._readings[path, shape, among])
-        return self._readings[path, shape, among]
-
-    def read(
-        self,
-        name: str,
-        front: Callable[[Classifier, Tensor], Tensor],
-        shape: tuple[int, ...],
-        among: tuple[Name, ...],
-    ) -> Reading:
-        """``reading`` for what is no layer: ``front(model, x)`` gives it, (N, *layer); ``name`` is for messages."""
-        if self.original is not self:
-            return self.original.read(name, front, shape, among)
-        if (name, shape, among) not in self._readings:
-            passed = self.passed
-            try:
-                self._readings[name, shape, among] = find(
-                    lambda rows: self.chunked(lambda at: front(self, rows[at]), len(rows)),
-                    shape,
-                    torch.empty(0, device=self.device, dtype=self.dtype),
-                    among,
-                    f"the {name} of {type(self.module).__name__}",
-                )
-            finally:
-                self.passed = passed
-        return self._readings[name, shape, among]
 
     def graph(self, x: Tensor) -> Graph:
         """The net as a graph of ATen calls, for inputs of x's shape (N, *input) and any number of rows.
@@ -505,8 +388,8 @@ class Classifier:
         if role not in self._splits:
             if x is None:
                 raise RuntimeError(f"call until({role!r}, x) before after({role!r}, ...)")
-            cut = split(self.module, self.path(role), x, pairs=self.rows > 1)
-            self._splits[role] = fast_split(cut, self.module, self.path(role), self.compile) if self.fold else cut
+            cut = split(self.module, self.roles.path(role), x, pairs=self.rows > 1)
+            self._splits[role] = fast_split(cut, self.module, self.roles.path(role), self.compile) if self.fold else cut
         return self._splits[role]
 
     @torch.no_grad()
@@ -559,14 +442,14 @@ class Classifier:
 
             def layer(rows: slice, value: Tensor) -> Tensor:
                 index = torch.arange(rows.start, rows.stop, device=x.device) // (len(x) // len(inputs))
-                return between(self.module, self.path(first), self.path(role), inputs[index], value)
+                return between(self.module, self.roles.path(first), self.roles.path(role), inputs[index], value)
 
         def front(rows: slice, graph: bool) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(graph):
                 leaf = x[rows].detach().requires_grad_(graph)
                 z = self._computed(lambda value: layer(rows, value), leaf.clone())
             if graph and not z.requires_grad:  # parameters are frozen: it can only come from the input
-                raise UserError(f"no gradient flows from {self.path(role)} to the input; take another layer")
+                raise UserError(f"no gradient flows from {self.roles.path(role)} to the input; take another layer")
             return leaf, z
 
         def forward(rows: slice) -> Tensor:
@@ -609,19 +492,19 @@ class Classifier:
             def catch(role: str) -> Callable[[nn.Module, Any, Any], None]:
                 def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                     # A copy: what comes next may write into it.
-                    layer = first_tensor(output, self.path(role))
+                    layer = first_tensor(output, self.roles.path(role))
                     found[role].append(layer.to(self.dtype if layer.is_floating_point() else None, copy=True))
 
                 return hook
 
             with ExitStack() as stack:
                 for role in found:
-                    stack.enter_context(hooked(self.layer(role), catch(role)))
+                    stack.enter_context(hooked(self.roles.layer(role), catch(role)))
                 self._computed(self.module, x[rows].clone())
             for role, outputs in found.items():
                 if len(outputs) != 1:
                     raise UserError(
-                        f"layer {self.path(role)} runs {len(outputs)} times in a forward pass; "
+                        f"layer {self.roles.path(role)} runs {len(outputs)} times in a forward pass; "
                         f"set model.layers.{role} to one that runs exactly once"
                     )
             return tuple(outputs[0] for outputs in found.values())

@@ -19,7 +19,7 @@ from attrib.types import Batch, UserError
 
 def embeds(model: Classifier, role: str) -> bool:
     """Whether the role's layer is a table of vectors, which is where the words of a text go in."""
-    return isinstance(model.layer(role), nn.Embedding)
+    return isinstance(model.roles.layer(role), nn.Embedding)
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def check_every_word(model: Classifier, role: str, batch: Batch) -> bool:
 def _outputs(model: Classifier, role: str, x: Tensor) -> list[Any]:
     """What the layer gives for a text (1, T), at each of its calls."""
     found: list[Any] = []
-    with hooked(model.layer(role), lambda _module, _inputs, output: found.append(output)):
+    with hooked(model.roles.layer(role), lambda _module, _inputs, output: found.append(output)):
         model.module(x.clone())
     return found
 
@@ -80,7 +80,7 @@ def _check_places(model: Classifier, role: str, x: Tensor, words: Tensor) -> Non
     if len(plain) != 1:
         return  # whoever uses the layer will say so
     if plain[0].shape[:-1] != x.shape:
-        raise UserError(not_per_token(role, model.path(role), plain[0], x))
+        raise UserError(not_per_token(role, model.roles.path(role), plain[0], x))
     places = words.nonzero().flatten().tolist()
     for at in {places[0], places[-1]} if places else ():
         others = x[0, words & (x[0] != x[0, at])]
@@ -96,8 +96,8 @@ def _check_places(model: Classifier, role: str, x: Tensor, words: Tensor) -> Non
         answers = (other != plain[0])[0].any(1)
         if answers.any() and not answers[at]:
             raise UserError(
-                f"model.layers.{role}: {type(model.module).__name__} gives {model.path(role)} the words in another "
-                f"order: another word at place {at} of a text changes the vector of place "
+                f"model.layers.{role}: {type(model.module).__name__} gives {model.roles.path(role)} the words in "
+                f"another order: another word at place {at} of a text changes the vector of place "
                 f"{int(answers.nonzero()[0])}, not its own, so that a map made there would be of other words. Let the "
                 "net embed the words as they come and put their vectors into its order"
             )
@@ -114,7 +114,7 @@ def _logits(model: Classifier, role: str, text: Tensor, z: Tensor) -> Tensor | N
 
     Not by the cut net, which would be tried on these texts, and they are made up.
     """
-    with hooked(model.layer(role), lambda _module, _inputs, _output: z.clone()):
+    with hooked(model.roles.layer(role), lambda _module, _inputs, _output: z.clone()):
         return tried(model.module, text)
 
 
@@ -146,7 +146,7 @@ def _moved(x: Tensor, places: Tensor) -> Tensor:
 
 
 def _not_alone(model: Classifier, role: str, x: Tensor, other: Tensor, share: float) -> str:
-    path, name = model.path(role), type(model.module).__name__
+    path, name = model.roles.path(role), type(model.module).__name__
     tables = [table for table in told_apart(model.module, x, other) if table != path]
     way = f"by {' and '.join(tables)}" if tables else "in a way that is no nn.Embedding"
     return (

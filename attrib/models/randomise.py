@@ -317,7 +317,7 @@ def randomised(original: Classifier, net: nn.Module, how: Randomise, x: Tensor) 
     modules = sorted(path for layer in chosen for path in layer.modules)
     return type(original)(
         new,
-        original.layers,
+        original.roles.named,
         rows=original.rows,
         device=original.device,
         dtype=original.dtype,

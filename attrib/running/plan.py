@@ -225,7 +225,7 @@ def _output(model: Classifier) -> dict[str, Any]:
 
 def _defaults(experiment: Experiment) -> dict[str, Any]:
     """Why those layers were chosen that nobody named."""
-    found = experiment.model.original.defaults
+    found = experiment.model.original.roles.found
     why = {role: found[role].why for role in experiment.layers if role in found}
     return {"default_layers": why} if why else {}
 

@@ -51,8 +51,8 @@ def _captum() -> Iterator[None]:
 def check_per_token(model: Classifier, z: Tensor, x: Tensor) -> None:
     """Raises UserError unless z, what the layer with the role "embedding" gives for x (B, T), is (B, T, E)."""
     if z.ndim != 3 or z.shape[:2] != x.shape:
-        raise UserError(not_per_token(EMBEDDING, model.path(EMBEDDING), z, x))
-    model.check_tokens(EMBEDDING, x)
+        raise UserError(not_per_token(EMBEDDING, model.roles.path(EMBEDDING), z, x))
+    model.roles.check_tokens(EMBEDDING, x)
 
 
 @dataclass(frozen=True)

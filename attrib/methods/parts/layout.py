@@ -143,7 +143,7 @@ class TextLayout:
         assert batch.mask is not None  # they are texts
         found = cls.of(z, batch.mask)
         if found.real is not None:
-            model.check_tokens(role, batch.x)
+            model.roles.check_tokens(role, batch.x)
         return found
 
     def smooth(self, z: Tensor, sigma: float | None) -> Tensor:
@@ -218,7 +218,7 @@ def on_image(model: Classifier, role: str, x: Tensor, z: Tensor, said: str = "au
     image = image_size(x)
     if said not in ("auto", "tokens") or only(z.shape[1:]) is not None:
         return Layout.of(z, image, said)
-    return Layout.of(z, image, model.reading(role, tuple(x.shape[1:]), said))
+    return Layout.of(z, image, model.roles.reading(role, tuple(x.shape[1:]), said))
 
 
 def places(model: Classifier, role: str, batch: Batch, z: Tensor, said: str = "auto") -> Places:
@@ -228,7 +228,7 @@ def places(model: Classifier, role: str, batch: Batch, z: Tensor, said: str = "a
     if batch.x.ndim == 4:
         return on_image(model, role, batch.x, z, said)
     if said == "auto" and z.ndim == 3:
-        said = model.reading(role, tuple(batch.x.shape[1:])).name
+        said = model.roles.reading(role, tuple(batch.x.shape[1:])).name
     return SoundLayout.of(z, batch.x.shape[2], said)
 
 

@@ -84,5 +84,5 @@ class FeatureStatistics(Fit):
             per_token = batch.mask is not None and TextLayout.found(model, self.layer, batch, z).real is not None
             moments.add(z[batch.mask] if per_token else z)
             seen += len(batch)
-            report(Progress(f"feature statistics of {model.path(self.layer)}", seen, len(data.uids), "samples"))
+            report(Progress(f"feature statistics of {model.roles.path(self.layer)}", seen, len(data.uids), "samples"))
         return moments.state()
