@@ -315,7 +315,7 @@ class DeepLiftShap(Method):
 
     The baselines are ``samples`` noise images N(0, sigma^2) in normalised units, from each sample's
     own stream; with samples=1 and sigma=0 this is DeepLIFT with the mean colour as baseline.
-    The rules are in ``attrib.methods.parts.rescale``. A net with a call that none of them covers is refused.
+    The rules are in ``attrib.methods.parts.rescale_rules``. A net with a call that none of them covers is refused.
     Every rule is complete, so the map sums to the change of the logit; ``delta`` is by how much it does not, and a
     sample for which that is more than rounding fails. Images only.
 
