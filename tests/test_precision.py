@@ -75,12 +75,35 @@ def test_maps_are_those_of_float32_but_for_rounding(method, name):
 
 
 def test_small_gradients_do_not_vanish_in_float16():
-    """A gradient of about 1e-7 is 0 among float16's numbers; it is computed 1,024 times as large."""
+    """A gradient of about 1e-7 is 0 among float16's numbers; it is computed larger."""
     fine, batch = model(scale=1e-5), samples()
     expected = Gradient().attribute(fine, batch, {}, Noise(batch.uids))["map"]
     assert 0 < expected.abs().max() < 1e-5
     found = Gradient().attribute(fine.with_precision("float16"), batch, {}, Noise(batch.uids))["map"]
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e5, 1e30])
+def test_how_large_a_gradient_is_behind_the_net_does_not_matter_in_float16(size):
+    """Gradients of probabilities are tiny where the net is sure; rows of one batch may differ by any factor."""
+    fine, x = model(), samples().x
+    factor = torch.full((len(x),), size)
+    factor[0] = 0
+
+    def objective(logits, rows):
+        return logits[:, 0] * factor[rows]
+
+    _, expected = fine.gradient(x, objective)
+    _, found = fine.with_precision("float16").gradient(x, objective)
+    assert not found[0].any()
+    torch.testing.assert_close(found / size, expected / size, rtol=0, atol=0.05 * float(expected.abs().max() / size))
+    torch.testing.assert_close(
+        found / size, fine.with_precision("float16").gradient(x, _first)[1] * (factor / size).view(-1, 1, 1, 1)
+    )
+
+
+def _first(logits, _rows):
+    return logits[:, 0]
 
 
 def test_the_key_says_it_and_decisions_are_those_of_float32():

@@ -16,7 +16,9 @@ from attrib.types import UserError, did_you_mean
 
 Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
-GROWTH = 1024.0  # of gradients in float16, lest they vanish; they are divided by it again
+GROWN = (
+    10  # the gradients of a row begin at a size of 2 ** 10 in float16, lest they vanish or overflow; see ``_Growth``
+)
 _HALF: Mapping[Arithmetic, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 _COARSER: Mapping[Arithmetic, float] = {"tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # the last bit
@@ -34,7 +36,7 @@ class Precision:
     float32    24 bits of significand; on a GPU, too, TF32 is off
     tf32       11 bits in convolutions and matrix products; of NVIDIA's GPUs from Ampere on
     bfloat16   8 bits, the range of float32
-    float16    11 bits, numbers up to 65,504; see ``GROWTH``
+    float16    11 bits, numbers up to 65,504; see ``GROWN``
 
     >>> Precision.of("bfloat16")
     Precision(explain='bfloat16', score='bfloat16')
@@ -90,10 +92,10 @@ def computed(
     half = _HALF.get(arithmetic)
     if half is None:
         return function(*inputs)
-    grown = _Grown.apply if arithmetic == "float16" else lambda x, _: x
+    growth = _Growth() if arithmetic == "float16" else None
     try:
         with torch.autocast(device.type, half):
-            found = function(*(grown(x, 1 / GROWTH) if x.is_floating_point() else x for x in inputs))
+            found = function(*(_Shrunk.apply(x, growth) if growth and x.is_floating_point() else x for x in inputs))
     except RuntimeError as error:
         if of_the_device(error):
             raise
@@ -103,20 +105,52 @@ def computed(
         raise UserError(
             f"the net cannot be computed in {arithmetic} on {device.type}: {why}. Set precision=float32"
         ) from error
-    return grown(found.to(dtype), GROWTH) if found.is_floating_point() else found
+    if not found.is_floating_point():
+        return found
+    return found.to(dtype) if growth is None else _Grown.apply(found.to(dtype), growth)
+
+
+class _Growth:
+    """By how much the gradients of each row were multiplied, in the pass back that is under way: powers of two, (N,).
+
+    How small a gradient is at the end of the net says nothing of the net: that of a probability is tiny where the net
+    is sure. So each row starts with the same size, and is divided by as much in front of the net.
+    """
+
+    factor: Tensor
 
 
 class _Grown(torch.autograd.Function):
-    """The same tensor, whose gradient is multiplied by a number."""
+    """The same tensor (N, ...), whose gradients are multiplied to a size of about 2 ** ``GROWN``, row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(ctx: Any, x: Tensor, growth: _Growth) -> Tensor:
+        ctx.growth = growth
+        return x.clone()  # a caller may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _, exponent = torch.frexp(grad.detach().abs().reshape(len(grad), -1).amax(1))
+        # Within what float32 can hold, also where a gradient is zero.
+        ctx.growth.factor = 2.0 ** (GROWN - exponent).clamp(-100, 100).to(grad.dtype)
+        return grad * _beside(ctx.growth.factor, grad), None
+
+
+class _Shrunk(torch.autograd.Function):
+    """The same tensor (N, ...), whose gradients are divided by what those of the row were multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, growth: _Growth) -> Tensor:
+        ctx.growth = growth
         return x.clone()  # a net may change its input in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
+        return grad / _beside(ctx.growth.factor, grad), None
+
+
+def _beside(factor: Tensor, grad: Tensor) -> Tensor:
+    return factor.view(-1, *[1] * (grad.ndim - 1))
 
 
 def rounding(dtype: torch.dtype, arithmetic: Arithmetic = "float32") -> float:
