@@ -197,7 +197,7 @@ def test_a_wrong_layer_lists_near_names():
 
 def test_an_unknown_role():
     made = model()
-    for call in (made.path, made.layer, lambda role: made.until(role, images(1))):
+    for call in (made.roles.path, made.roles.layer, lambda role: made.until(role, images(1))):
         with pytest.raises(
             UserError,
             match=r"no layer for the role 'middle' \(only: bottleneck, embedding\); set model\.layers\.middle",
@@ -205,8 +205,8 @@ def test_an_unknown_role():
             call("middle")
     with pytest.raises(UserError, match=r"\(only: none\)"):
         Classifier(SmallCNN()).roles.path("middle")
-    assert made.path("bottleneck") == "features.5"
-    assert made.layer("bottleneck") is made.module.features[5]
+    assert made.roles.path("bottleneck") == "features.5"
+    assert made.roles.layer("bottleneck") is made.module.features[5]
 
 
 def test_rows_must_be_positive():
@@ -269,7 +269,7 @@ def test_the_way_back_through_the_front(net, rows, keep, front_rows):
     path = "features.5" if isinstance(net, SmallCNN) else "layer"
     made, x, seen = Classifier(net, {"layer": path}, rows=rows, dtype=torch.float64), images(7), []
     z = made.until("layer", x).z
-    made.layer("layer").register_forward_hook(lambda _m, _i, out: seen.append(len(out)))
+    made.roles.layer("layer").register_forward_hook(lambda _m, _i, out: seen.append(len(out)))
     made.passed = 0
     found, back = made.vjp("layer", x, keep)
     torch.testing.assert_close(found, z, rtol=0, atol=1e-12)

@@ -137,7 +137,7 @@ def test_roles(kind, folders):
     x = sentences(net.pad_id)
     expected = made.logits(x)
     real = torch.arange(x.shape[1]) < torch.tensor([max(n, 1) for n in LENGTHS])[:, None]
-    for role in made.layers:
+    for role in made.roles.named:
         z, rest = made.until(role, x)
         close(made.after(role, z, rest), expected)
         other = z.clone()

@@ -113,7 +113,11 @@ def test_model(name, tmp_path):
     size = node["input"]["size"]
     x = torch.zeros(1, len(node["input"]["mean"]), *((size, size) if isinstance(size, int) else size))
     assert model.logits(x).shape == (1, FOLDERS[name][2] if name in FOLDERS else node.get("num_classes", 1000))
-    assert model.layers.keys() >= {"bottleneck"} if name in FOLDERS else {"bottleneck", "cam"} <= model.layers.keys()
+    assert (
+        model.roles.named.keys() >= {"bottleneck"}
+        if name in FOLDERS
+        else {"bottleneck", "cam"} <= model.roles.named.keys()
+    )
     z, rest = model.until("bottleneck", x)
     torch.testing.assert_close(model.after("bottleneck", z, rest), model.logits(x), rtol=1e-3, atol=1e-4)
 
@@ -134,8 +138,8 @@ def test_text_model(name, tmp_path):
     x = torch.tensor([ids, [*ids[:2], *[encoder.pad] * (len(ids) - 2)]])
     logits = model.logits(x)
     assert logits.shape == (2, FOLDERS[name][2] if name in FOLDERS else node.get("num_classes") or node["num_labels"])
-    assert {"bottleneck", "embedding"} <= model.layers.keys()
-    for role in model.layers:
+    assert {"bottleneck", "embedding"} <= model.roles.named.keys()
+    for role in model.roles.named:
         z, rest = model.until(role, x)
         assert z.shape[:2] == x.shape
         torch.testing.assert_close(model.after(role, z, rest), logits, rtol=1e-3, atol=1e-5)
@@ -151,8 +155,8 @@ def test_audio_model(name):
     x = torch.linspace(-1, 1, 2 * transform.length).view(2, 1, -1).sin()
     logits = model.logits(x)
     assert logits.shape == (2, node["num_classes"])
-    assert {"bottleneck", "cam"} <= model.layers.keys()
-    for role in model.layers:
+    assert {"bottleneck", "cam"} <= model.roles.named.keys()
+    for role in model.roles.named:
         z, rest = model.until(role, x)
         assert z.ndim == 3
         assert not rest

@@ -144,7 +144,7 @@ def test_a_padded_batch_equals_single_sentences(name):
 def test_padding_has_no_gradient_and_no_say(name):
     made, x = classifier(name), sentences()
     front = made.until("embed" if name == "acd" else "embedding", x)
-    role = next(iter(made.layers))
+    role = next(iter(made.roles.named))
     real = torch.arange(x.shape[1]) < torch.tensor([max(n, 1) for n in LENGTHS])[:, None]
     other = front.z.clone()
     other[~real] = 7.0
@@ -209,7 +209,7 @@ def test_gradients_are_right(options):
 def test_every_role_is_cut_by_graph_and_reaches_the_logits(name):
     made, x = classifier(name, rows=4), sentences()
     expected = net(name)(x).detach()
-    for role in made.layers:
+    for role in made.roles.named:
         z, rest = made.until(role, x)
         assert isinstance(made._splits[role], GraphSplit)
         assert z.shape[:2] == x.shape
@@ -254,7 +254,7 @@ def test_a_net_from_outside_is_cut_at_its_lstm():
 
     x = torch.tensor([[1, 2, 3], [4, 5, 6]])
     made = Classifier(Own(), {"words": "words", "rnn": "rnn"}, dtype=torch.float64)
-    for role in made.layers:
+    for role in made.roles.named:
         z, rest = made.until(role, x)
         assert isinstance(made._splits[role], GraphSplit)
         close(made.after(role, z, rest), made.logits(x))

@@ -112,7 +112,7 @@ def test_tokens_are_tokens(net):
     found = IBA(steps=2).attribute(model, batch, fitted(model, batch), noise)
     assert found["map"].shape == batch.x.shape
     assert Gradient().attribute(model, batch, {}, noise)["map"].shape == batch.x.shape
-    assert model._token_axes == {layer: True, "embedding": True}
+    assert model.roles._token_axes == {layer: True, "embedding": True}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -137,10 +137,10 @@ def test_a_single_token_and_texts_of_one_word():
 
 def test_it_is_asked_once_and_costs_the_samples_nothing(monkeypatch):
     batch, asked = texts(), []
-    from attrib.models import classifier
+    from attrib.models import roles
 
-    real = classifier.tokens_are_second
-    monkeypatch.setattr(classifier, "tokens_are_second", lambda *args: asked.append(args[1]) or real(*args))
+    real = roles.tokens_are_second
+    monkeypatch.setattr(roles, "tokens_are_second", lambda *args: asked.append(args[1]) or real(*args))
     model = model_of(Filters(), bottleneck="back")
     model.until("bottleneck", batch.x)
     before = model.passed
