@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from nets import small_cnn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
@@ -386,6 +387,44 @@ def test_what_is_written_through_a_view_is_not_lost(way: str) -> None:
         front = model.until("layer", x)
         torch.testing.assert_close(front.z, net.layer(x1), rtol=0, atol=1e-12)
     torch.testing.assert_close(model.after("layer", front.z, front.rest), expected, rtol=0, atol=1e-12)
+
+
+class Checkpointed(nn.Module):
+    """What timm's and torchvision's nets do with ``set_grad_checkpointing`` and ``memory_efficient``."""
+
+    def __init__(self, again: bool = True, by_value: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Tanh())
+        self.head, self.again, self.by_value = nn.Linear(4, 2), again, by_value
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_value and x.max() > 1e9:  # torch.fx cannot trace this
+            x = x * 2
+        z = checkpoint(self.body, x, use_reentrant=False) if self.again else self.body(x)
+        return self.head(z.mean((2, 3)))
+
+
+def test_a_net_that_runs_parts_again_on_the_way_back_is_cut_by_graph():
+    torch.manual_seed(0)
+    net, x = Checkpointed().double(), images(2, 3, 9, 9).double()
+    plain = Checkpointed(again=False).double()
+    plain.load_state_dict(net.state_dict())
+    found, expected = (Classifier(n, {"layer": "body.1"}, dtype=torch.float64) for n in (net, plain))
+    for model in (found, expected):
+        model.until("layer", x)
+    z = found.until("layer", x).z
+    for role, at in ((None, x), ("layer", z)):
+        got = found.gradient(at, lambda logits, _: logits[:, 0], role)
+        torch.testing.assert_close(got, expected.gradient(at, lambda logits, _: logits[:, 0], role), rtol=0, atol=1e-12)
+
+
+def test_where_no_graph_helps_it_is_refused_at_a_layer():
+    x = images(2, 3, 9, 9).double()
+    model = Classifier(Checkpointed(by_value=True).double(), {"layer": "body.1"}, dtype=torch.float64)
+    z, rest = model.until("layer", x)
+    torch.testing.assert_close(model.after("layer", z, rest), model.logits(x), rtol=0, atol=1e-12)
+    with pytest.raises(UserError, match=r"Checkpointed runs parts of itself again .*set_grad_checkpointing\(False\)"):
+        model.gradient(z, lambda logits, _: logits[:, 0], "layer", rest)
 
 
 def test_constants_and_parameters_on_both_sides():

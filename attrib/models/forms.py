@@ -71,6 +71,11 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
                 f"{path or name} ({owner}) keeps {key.removeprefix(path + '.')} as {_kind(value)}, not as a tensor of "
                 "numbers, as quantised nets do: no gradient flows through it. Give the net that it was made from"
             )
+        if value.is_meta:
+            raise UserError(
+                f"{key} of {name} is on the device meta, where tensors have a shape and no numbers; make the net on a "
+                "real device, and load its weights"
+            )
         found[".".join(part for part in key.split(".") if part != COMPILED)] = value
     return found
 

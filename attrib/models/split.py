@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointError
 
 from attrib.models.device_memory import of_the_device
 from attrib.models.exporting import TURN
@@ -263,7 +264,7 @@ def split(module: nn.Module, path: str, x: Tensor, pairs: bool = True) -> Split:
         check_order(module, path, probe)
     try:
         cut = _checked(GraphSplit(module, path), module, probe)
-        if _same_gradients(cut, HookSplit(module, path), probe):
+        if _same_gradients(cut, module, path, probe):
             return cut
         log.info(
             "%s stops gradients or has a way back of its own, which torch.fx does not see; using hooks at %s instead, "
@@ -281,14 +282,18 @@ def split(module: nn.Module, path: str, x: Tensor, pairs: bool = True) -> Split:
         ) from reason
 
 
-def _same_gradients(cut: Split, other: Split, x: Tensor) -> bool:
-    """Whether gradients flow through a cut net as through another: in its rear, and in its front if x has numbers."""
+def _same_gradients(cut: Split, module: nn.Module, path: str, x: Tensor) -> bool:
+    """Whether gradients flow through a cut net as through the net: in its rear, and in its front if x has numbers."""
     found: list[list[Tensor | None]] = []
-    for way in (cut, other):
-        leaf = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
-        z, rest = way.front(x.clone())
-        at = z.detach().requires_grad_()
-        found.append([gradient(partial(_front, way), leaf), gradient(partial(_rear, way, rest), at)])
+    leaf = x.clone().requires_grad_() if x.is_floating_point() else x.clone()
+    try:
+        for way in (cut, HookSplit(module, path)):
+            z, rest = way.front(x.clone())
+            at = z.detach().requires_grad_()
+            found.append([gradient(partial(_front, way), leaf), gradient(partial(_rear, way, rest), at)])
+    except CheckpointError:  # with hooks there is no way back, but there may be one through the whole
+        whole = gradient(module, leaf)
+        return whole is not None and near(gradient(lambda v: cut.rear(*cut.front(v)), leaf), whole)
     return all(near(one, two) for one, two in zip(*found, strict=True))
 
 

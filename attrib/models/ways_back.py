@@ -8,18 +8,22 @@ from traceback import walk_tb
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointError
 
 from attrib.types import UserError
 
 
 def gradient(function: Callable[[Tensor], Tensor], leaf: Tensor) -> Tensor | None:
-    """Of a sum of what ``function`` gives, with different weights; None where autograd finds no way, or no way back."""
+    """Of a sum of what ``function`` gives, with different weights; None where autograd finds no way, or no way back.
+
+    Raises CheckpointError where a part that ``function`` changed by hooks is run again, without them, on the way back.
+    """
     try:
         with torch.enable_grad():
             result = with_contiguous_norms(function(leaf.clone()), len(leaf))
             weights = torch.linspace(1, 2, result[0].numel(), dtype=result.dtype, device=result.device)
             return torch.autograd.grad((result.flatten(1) * weights).sum(), leaf)[0] if result.requires_grad else None
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, CheckpointError):
         raise
     except RuntimeError:
         return None
@@ -33,6 +37,12 @@ def check_way_back(net: nn.Module, x: Tensor | None, error: Exception) -> None:
     if _of_autograd(error) and torch.is_inference_mode_enabled():
         raise UserError(
             "within torch.inference_mode there are no gradients, whoever asks; leave it (torch.no_grad may stay)"
+        ) from error
+    if isinstance(error, CheckpointError):
+        raise UserError(
+            f"{type(net).__name__} runs parts of itself again on the way back, to save memory (torch.utils.checkpoint); "
+            "a layer that is read or replaced is there as it was. Switch that off: set_grad_checkpointing(False) in "
+            "timm, gradient_checkpointing_disable() in transformers, memory_efficient=False in torchvision"
         ) from error
     if not _of_autograd(error) or (x is not None and gradient(net, x.clone().requires_grad_()) is not None):
         return
