@@ -40,7 +40,7 @@ def check_way_back(net: nn.Module, x: Tensor | None, error: Exception) -> None:
         ) from error
     if isinstance(error, CheckpointError):
         raise UserError(
-            f"{type(net).__name__} runs parts of itself again on the way back, to save memory (torch.utils.checkpoint); "
+            f"{type(net).__name__} runs parts of itself again on the way back, as torch.utils.checkpoint does; "
             "a layer that is read or replaced is there as it was. Switch that off: set_grad_checkpointing(False) in "
             "timm, gradient_checkpointing_disable() in transformers, memory_efficient=False in torchvision"
         ) from error
