@@ -186,6 +186,37 @@ def test_a_root_that_cannot_be_written_promises_nothing(job):
     assert len(result.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("place", ["", "maps", "scores"])
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_a_file_in_the_place_of_a_folder_is_named(job, place, dry):
+    assert job("run.limit=1").status == 0
+    folder = only_cell(job.root).folder / place
+    shutil.rmtree(folder)
+    folder.write_text("")
+    result = job(f"run.dry={dry}")
+    assert result.status == 2
+    assert str(folder) in result.err
+    assert "move that away" in result.err
+    assert folder.read_text() == ""
+
+
+@pytest.mark.parametrize("seconds", [None, float("nan"), float("inf"), 1e300, -1.0])
+def test_seconds_that_no_sample_took_are_no_estimate(job, seconds):
+    assert job("run.limit=1").status == 0
+    cell = only_cell(job.root)
+    (path,) = cell.maps.folder.glob("*.safetensors")
+    ((key, record),) = cell.maps.index().items()
+    noted, arrays = record.info, cell.maps.read(key)
+    path.unlink()
+    again = Cell(cell.folder, "again").maps
+    again.add(*key, arrays, **{**noted, "seconds": seconds})
+    again.flush()
+    result = job("run.dry=true")
+    assert result.status == 0, result.err
+    assert "5 to compute\n" in result.out
+    assert "no time recorded yet for this method" in result.out
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_score_file(job, damage):
     """Its samples are scored again, from the maps."""
