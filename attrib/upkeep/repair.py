@@ -178,7 +178,12 @@ def _object(path: Path) -> Damage | None:
 
 
 def _spec(path: Path) -> Damage | None:
-    return _document(path, Spec)
+    try:
+        if (damage := _document(path, Spec)) is None:
+            Cell(path.parent).spec  # noqa: B018 - whether it is this cell's
+        return damage
+    except OSError as error:
+        return Damage(path, str(error).removeprefix(f"{path}: "))
 
 
 def _metric(path: Path) -> Damage | None:
