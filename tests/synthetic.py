@@ -41,7 +41,8 @@ def spec(dataset="photos", model="net", method="iba", **fields):
 
 def cell(root, folder, **fields):
     made = store.Cell(Path(root) / folder, "w0")
-    made.write_spec(spec(**fields))
+    key = folder.rpartition(".")[2]
+    made.write_spec(spec(**fields) | ({"key": key * 8} if store.KEY8.fullmatch(key) else {}))
     return made
 
 

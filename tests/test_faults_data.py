@@ -22,6 +22,8 @@ from tiny import only_cell, write_image
 from attrib.metrics import EHR
 from attrib.results import tables
 from attrib.store.cell import Cell
+from attrib.types import UserError
+from attrib.upkeep.repair import checks
 
 __all__ = ["during", "job", "undisturbed"]  # fixtures
 
@@ -184,6 +186,53 @@ def test_a_root_that_cannot_be_written_promises_nothing(job):
     assert "take another run.root" in result.err
     assert "safe" not in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["", "maps", "scores"])
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_a_file_in_the_place_of_a_folder_is_named(job, place, dry):
+    assert job("run.limit=1").status == 0
+    folder = only_cell(job.root).folder / place
+    shutil.rmtree(folder)
+    folder.write_text("")
+    result = job(f"run.dry={dry}")
+    assert result.status == 2
+    assert str(folder) in result.err
+    assert "move that away" in result.err
+    assert folder.read_text() == ""
+
+
+def test_another_cells_description_gives_no_numbers_its_name(job):
+    """Two spec.json that changed places: the table had the scores of each method under the other's name."""
+    assert job("metric=[ehr]").status == 0
+    assert job("metric=[ehr]", "method=random").status == 0
+    first, second = sorted(job.root.glob("*/spec.json"))
+    there = first.read_text()
+    first.write_text(second.read_text())
+    second.write_text(there)
+    with pytest.raises(UserError, match="describes the cell with the key"):
+        tables.rows(job.root)
+    assert {damage.path for path, check in checks(job.root) if (damage := check(path))} == {first, second}
+    result = job("metric=[ehr]", "method=random")
+    assert result.status == 2
+    assert "attrib cache repair" in result.err
+
+
+@pytest.mark.parametrize("seconds", [None, float("nan"), float("inf"), 1e300, -1.0])
+def test_seconds_that_no_sample_took_are_no_estimate(job, seconds):
+    assert job("run.limit=1").status == 0
+    cell = only_cell(job.root)
+    (path,) = cell.maps.folder.glob("*.safetensors")
+    ((key, record),) = cell.maps.index().items()
+    noted, arrays = record.info, cell.maps.read(key)
+    path.unlink()
+    again = Cell(cell.folder, "again").maps
+    again.add(*key, arrays, **{**noted, "seconds": seconds})
+    again.flush()
+    result = job("run.dry=true")
+    assert result.status == 0, result.err
+    assert "5 to compute\n" in result.out
+    assert "no time recorded yet for this method" in result.out
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

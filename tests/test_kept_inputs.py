@@ -72,6 +72,19 @@ def test_another_thread_gets_the_images_and_only_this_one_asks_the_net(plan, mon
     assert again._writing is None  # all are there
 
 
+def test_no_more_waits_in_memory_than_of_maps(plan, monkeypatch):
+    """A hundred sounds of a minute would be a gigabyte."""
+    waiting = []
+    monkeypatch.setattr(Arrays, "MOST", 2 * 8 * 8 * 3)
+    add = Arrays.add
+    monkeypatch.setattr(Arrays, "add", lambda self, *a, **k: add(self, *a, **k) or waiting.append(self.unwritten))
+    inputs = keeper(plan)
+    inputs.begin()
+    inputs.finish()
+    assert max(waiting) == 2
+    assert len(stored(plan).index()) == 5
+
+
 def test_an_image_that_cannot_be_had_costs_no_other(plan, monkeypatch):
     picture = type(plan.experiment.dataset).picture
     bad = ValueError("cut off")

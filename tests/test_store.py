@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attrib.store.arrays import to_safetensors
+from attrib.store.arrays import READING, to_safetensors
 from attrib.store.cell import UNASKED, Arrays, Cell, ScoreRows, cells, counts
 from attrib.store.files import Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
@@ -487,23 +489,55 @@ def test_damaged_rows_are_scored_again(tmp_path):
     (path,) = tmp_path.iterdir()
     whole, expected = path.read_bytes(), writer.table()
     values = expected.to_pylist()
-    last = pq.read_metadata(path).row_group(0).column(len(ScoreRows.SCHEMA) - 1)
-    data_end = last.data_page_offset + last.total_compressed_size  # behind it: the footer, which has no checksum
     wrong = 0
-    for at in range(0, len(whole), 3):
+    for flip in (*range(0, 8 * len(whole), 19), 8 * len(whole) - 1):  # every part of the file, its headers too
         data = bytearray(whole)
-        data[at] ^= 1 << at % 8
+        data[flip // 8] ^= 1 << flip % 8
         path.write_bytes(data)
         reader = ScoreRows(tmp_path)
         table = reader.table()
         assert len(reader.broken) == (table.num_rows == 0)
-        wrong += table.num_rows > 0 and table.to_pylist() != values and at < data_end
+        wrong += table.num_rows > 0 and table.to_pylist() != values
     assert wrong == 0
     for size in (0, 3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert reader.present() == set()
         assert len(reader.broken) == 1
         assert str(path) in reader.broken[0]
+
+
+def test_no_damage_of_a_header_takes_rows_away_unseen(tmp_path):
+    writer = ScoreRows(tmp_path, "w")
+    for i in range(12):
+        writer.add(f"val/{i:03d}", f"{i:032x}", {("map", "a"): i / 7, ("map", "b"): 2.0})
+    writer.flush()
+    (path,) = tmp_path.iterdir()
+    whole, expected = path.read_bytes(), writer.table()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    unseen = []  # by the library
+    for flip in range(8 * footer, 8 * len(whole)):
+        data = bytearray(whole)
+        data[flip // 8] ^= 1 << flip % 8
+        with contextlib.suppress(*READING):
+            found = pq.read_table(pa.BufferReader(bytes(data)), use_threads=False, page_checksum_verification=True)
+            if found.schema.equals(expected.schema) and not found.equals(expected):
+                unseen.append(bytes(data))
+    assert unseen
+    for changed in unseen:
+        path.write_bytes(changed)
+        reader = ScoreRows(tmp_path)
+        assert not len(reader.table())
+        assert "checksum" in reader.broken[0]
+
+
+def test_rows_of_earlier_versions_have_no_checksum(tmp_path):
+    writer = ScoreRows(tmp_path, "w")
+    writer.add("s", "f", {("m", "c"): 1.0})
+    writer.flush()
+    (path,) = tmp_path.iterdir()
+    expected = writer.table()
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    assert ScoreRows(tmp_path).table().equals(expected)
 
 
 def test_a_parquet_file_of_something_else_is_not_read(tmp_path):

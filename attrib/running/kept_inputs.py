@@ -85,6 +85,7 @@ class KeptInputs:
                     continue
                 arrays, info = arrays | shown, info | more
             self._kept.add(*key, arrays, **info)
+            self._kept.flush_if_due()  # a hundred long sounds would be gigabytes
         self._kept.flush()
 
     def check(self) -> None:

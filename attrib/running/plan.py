@@ -25,9 +25,10 @@ from attrib.process.signals import Stop
 from attrib.running.fingerprints import Fingerprints
 from attrib.running.options import Options
 from attrib.running.states import load_confidence, state_path
+from attrib.store.arrays import mean_seconds
 from attrib.store.cell import FORMAT, Arrays, Cell, cells
 from attrib.store.files import Key
-from attrib.types import UNREADABLE
+from attrib.types import UNREADABLE, UserError
 
 
 @dataclass
@@ -105,7 +106,22 @@ def metric_folder(experiment: Experiment, name: str) -> str:
 
 
 def make_plan(experiment: Experiment, options: Options, writer: str = "", stop: Stop | None = None) -> Plan:
-    """Selects the samples, finds the cell and what it already holds. Computes no maps."""
+    """Selects the samples, finds the cell and what it already holds. Computes no maps.
+
+    Raises UserError, also for a work directory that cannot be read.
+    """
+    try:
+        return _planned(experiment, options, writer, stop)
+    except NotADirectoryError as error:
+        raise UserError(
+            f"{error.filename}: a folder belongs there, and it is something else, or lies in what is; move that away, "
+            "or take another run.root"
+        ) from error
+    except OSError as error:
+        raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
+
+
+def _planned(experiment: Experiment, options: Options, writer: str, stop: Stop | None) -> Plan:
     root = Path(options.root)
     prints = Fingerprints(root, writer)
     whole = experiment.samples(experiment.dataset.uids, options.read)
@@ -160,9 +176,8 @@ def _alike(cell: Cell, root: Path) -> list[Cell]:
 def _mean_seconds(stored: Iterable[Arrays]) -> float | None:
     """Mean seconds per sample of the first store that has any; of a few of its chunks."""
     for arrays in stored:
-        seconds = [info["seconds"] for info in (r.info for r in arrays.sampled()) if "seconds" in info]
-        if seconds:
-            return float(np.mean(seconds))
+        if (seconds := mean_seconds(arrays.sampled())) is not None:
+            return seconds
     return None
 
 

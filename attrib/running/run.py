@@ -55,10 +55,7 @@ def run(experiment: Experiment, options: Options) -> Summary:
     writer = writer_name(options.shard)
     with watching(options.grace) as stop, repeatable(options.deterministic):
         with stop.immediately():
-            try:
-                plan = make_plan(experiment, options, writer, stop)
-            except OSError as error:
-                raise UserError(f"run.root={options.root} cannot be read: {error}; take another run.root") from error
+            plan = make_plan(experiment, options, writer, stop)
             check_metrics(plan)
             check_labels(experiment.dataset, plan.selected, experiment.target)
             _tidy(plan, Path(options.root))

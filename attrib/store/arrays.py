@@ -56,6 +56,16 @@ class Record(NamedTuple):
         return _read_note(self.noted)[1]
 
 
+LONGEST = 1e9  # seconds that a sample can have taken
+
+
+def mean_seconds(records: Iterable[Record]) -> float | None:
+    """Mean of the seconds noted beside samples; without those of which none are noted, or nothing that can be."""
+    noted = (record.info.get("seconds") for record in records)
+    seconds = [value for value in noted if value is not None and 0 <= value <= LONGEST]
+    return sum(seconds) / len(seconds) if seconds else None
+
+
 _Noted = tuple[Key, str]  # a sample, and what is noted beside it
 
 

@@ -17,6 +17,7 @@ target, boxes), so data that changed on disk is computed anew.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ __all__ = [
 
 UNASKED = ""  # in the place of the fingerprint of a sample that no run was asked for (``limit``)
 FORMAT = 1  # of a cell's folder, see docs/work-directory.md; a cell that does not say has this one, too
+KEY8 = re.compile(r"[0-9a-f]{8}")  # the end of a folder's name, unless somebody has renamed it
 
 
 class Cell:
@@ -78,13 +80,16 @@ class Cell:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Raises UnreadableError, also for a cell of a later format, or FileNotFoundError."""
+        """Raises UnreadableError, also for a cell of a later format, or another cell's; FileNotFoundError."""
         path = self.folder / "spec.json"
         spec = document(path, dict[str, Any])
         if isinstance(found := spec.get("format", FORMAT), int) and found > FORMAT:
             raise UnreadableError(
                 f"{path}: format {found}, but this version of attrib reads {FORMAT}; take a newer one"
             )
+        key, of = spec.get("key"), self.folder.name.rpartition(".")[2]
+        if isinstance(key, str) and KEY8.fullmatch(of) and not key.startswith(of):
+            raise UnreadableError(f"{path}: describes the cell with the key {key[:8]}, not this one")
         return spec
 
     def write_spec(self, spec: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from attrib.store.files import Buffered, Key
 from attrib.store.listing import Folder, Memory, Stamp
 from attrib.store.reading import UnreadableError, line, regular
 
+CHECKSUM = b"crc"  # of the rows, among the metadata of a file; earlier versions wrote none
 MOST_ROWS = 10_000_000  # of one file: a writer puts four thousand samples in it
 
 
@@ -59,10 +61,8 @@ class ScoreRows(Buffered):
         )
 
     def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
-        rows = [row for sample in samples.values() for row in sample]
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=self.SCHEMA), sink, write_page_checksum=True)
-        return sink.getvalue().to_pybytes()
+        table = pa.Table.from_pylist([row for sample in samples.values() for row in sample], schema=self.SCHEMA)
+        return packed(table)
 
     def table(self) -> pa.Table:
         """All rows, also those of other writers; damaged files are left out and named in ``broken``."""
@@ -137,4 +137,32 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     # Not left to read_table(schema=...), which fills a column it does not find with nulls.
     if not (columns or table.schema.equals(ScoreRows.SCHEMA)):
         raise pa.ArrowInvalid("not the columns of a score file")
-    return table
+    about = table.schema.metadata or {}
+    if not columns and CHECKSUM in about and about[CHECKSUM] != str(_checksum(table)).encode():
+        raise pa.ArrowInvalid("wrong checksum of its rows")
+    return table.replace_schema_metadata(None)
+
+
+def packed(rows: pa.Table) -> bytes:
+    """Score rows as the content of a file that :func:`read_rows` takes."""
+    sink = pa.BufferOutputStream()
+    about = {CHECKSUM: str(_checksum(rows))}
+    pq.write_table(rows.replace_schema_metadata(about), sink, write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def _checksum(table: pa.Table) -> int:
+    """CRC-32 of all values. Parquet's own are of its pages: a bit that flips in a header still changes what is read."""
+    crc = zlib.crc32(str(len(table)).encode())
+    for column in table.columns:
+        for values in _plain(column):
+            crc = zlib.crc32(values, crc)
+    return crc
+
+
+def _plain(column: pa.ChunkedArray) -> list[bytes]:
+    """The values of a column, however it is cut into chunks; of texts, their lengths and the texts."""
+    if not pa.types.is_string(column.type):
+        return [column.to_numpy().tobytes()]
+    texts = [text.encode() for text in pc.fill_null(column, "").to_pylist()]
+    return [np.array([len(text) for text in texts], dtype="<i4").tobytes(), *texts]

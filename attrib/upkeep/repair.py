@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from safetensors import safe_open
 
@@ -28,6 +27,7 @@ from attrib.store.damaged import put_aside as move_aside
 from attrib.store.files import Key, write_atomic, writer_name
 from attrib.store.ledger import Ledger, read_ledger
 from attrib.store.reading import DOCUMENT, LISTING, content, document, parsed, regular
+from attrib.store.rows import packed
 from attrib.store.schemas import (
     GRAPH_TABLES,
     CausalGraph,
@@ -178,7 +178,12 @@ def _object(path: Path) -> Damage | None:
 
 
 def _spec(path: Path) -> Damage | None:
-    return _document(path, Spec)
+    try:
+        if (damage := _document(path, Spec)) is None:
+            Cell(path.parent).spec  # noqa: B018 - whether it is this cell's
+        return damage
+    except OSError as error:
+        return Damage(path, str(error).removeprefix(f"{path}: "))
 
 
 def _metric(path: Path) -> Damage | None:
@@ -306,9 +311,7 @@ def _forget(folder: Path, damages: Sequence[Damage]) -> None:
         if all(keep):
             continue
         if any(keep):
-            sink = pa.BufferOutputStream()
-            pq.write_table(table.filter(pa.array(keep)), sink, write_page_checksum=True)
-            write_atomic(folder / f"{writer_name()}-00001.parquet", sink.getvalue().to_pybytes())
+            write_atomic(folder / f"{writer_name()}-00001.parquet", packed(table.filter(pa.array(keep))))
         path.unlink()
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from attrib.errors import UNREADABLE, UserError, printable
 from attrib.process.exit_status import DAMAGED
 from attrib.process.signals import LEFT
+from attrib.store.arrays import mean_seconds
 from attrib.store.cell import UNASKED, Cell, Record, ScoreRows, cells, counts
 from attrib.store.files import Key
 from attrib.store.ledger import Ledger
@@ -243,7 +244,7 @@ class Observer:
         running = [worker for worker in runs if worker.state == RUNNING]
         lost = {uid: failure for uid, failure in _merged(failures).items() if uid in due and uid not in mapped}
         unseen = 0 if said is None else sum(f is None and u not in mapped and u not in lost for u, f in said.items())
-        recorded = _recorded(record.info for record in list(index.values())[-RECENT:])
+        recorded = mean_seconds(list(index.values())[-RECENT:])
         rate, measured = _speed(running, "maps")
         todo = len(due) - len(mapped) - len(lost)
         stages = [StageStatus("maps", len(mapped), todo, len(lost), unseen, True, rate, measured or recorded)]
@@ -307,7 +308,7 @@ def _score_seconds(cell: Cell, name: str) -> float | None:
     """Mean seconds per sample that the metric recorded beside its curves."""
     curves = cell.curves(name)
     unread: list[Record] = []
-    return _recorded(record.info for record in _tried(curves.sampled, unread, [], curves.folder))
+    return mean_seconds(_tried(curves.sampled, unread, [], curves.folder))
 
 
 def matches(name: str, filters: Sequence[str]) -> bool:
@@ -382,11 +383,6 @@ def _merged(failures: Mapping[str, Mapping[str, Failure]]) -> dict[str, Failure]
         if one.uid not in found or one.time >= found[one.uid].time:
             found[one.uid] = one
     return found
-
-
-def _recorded(infos: Iterable[Mapping[str, Any]]) -> float | None:
-    seconds = [s for info in infos if (s := info.get("seconds")) is not None]
-    return sum(seconds) / len(seconds) if seconds else None
 
 
 def _speed(running: Sequence[Worker], stage: str) -> tuple[float | None, float | None]:
