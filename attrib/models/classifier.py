@@ -23,7 +23,7 @@ from attrib.models.fast import fast_net, fast_split
 from attrib.models.float32 import use_all_bits
 from attrib.models.forms import own_path, tensors, unwrapped
 from attrib.models.graph import Graph, Graphs
-from attrib.models.layers import first_tensor, hooked
+from attrib.models.layers import check_rows, first_tensor, hooked
 from attrib.models.output import Output, Take
 from attrib.models.output_kind import Link
 from attrib.models.precision import Arithmetic, check, computed, multiplied
@@ -231,7 +231,12 @@ class Classifier:
 
         For what is cut into pieces elsewhere, see ``chunked``; else ``logits`` and ``gradient`` are the way.
         """
-        return self._computed(self._net, x)
+        return self._scores(self._net, x)
+
+    def _scores(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """In the classifier's dtype: some nets end in ``.float()`` or ``.double()``, whatever they are given."""
+        found = self._computed(function, *inputs)
+        return found.to(self.dtype) if found.is_floating_point() else found
 
     def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         found = computed(self.precision, self.device, self.dtype, function, *inputs)
@@ -445,10 +450,16 @@ class Classifier:
         among: tuple[Name, ...] = ("channels_first", "channels_last", "tokens", "vector")
         among = ("tokens",) if said == "tokens" else among if len(shape) == 3 else (*among[:2], "vector")
         if (path, shape, among) not in self._readings:
-            front, passed = HookSplit(self.module, path).front, self.passed
+            cut, passed = HookSplit(self.module, path), self.passed
+
+            def front(x: Tensor) -> Tensor:
+                z = cut.front(x.clone()).z
+                check_rows(f"layer {path} of {type(self.module).__name__}", z, len(x))
+                return z
+
             try:
                 self._readings[path, shape, among] = find(
-                    lambda rows: self.chunked(lambda at: front(rows[at].clone()).z, len(rows)),
+                    lambda rows: self.chunked(lambda at: front(rows[at]), len(rows)),
                     shape,
                     torch.empty(0, device=self.device, dtype=self.dtype),
                     among,
@@ -635,7 +646,7 @@ class Classifier:
         pieces. Call ``until`` first.
         """
         cut = self._split(role)
-        return lambda *z_and_rest: self._computed(lambda z, *rest: cut.rear(z, rest), *z_and_rest)
+        return lambda *z_and_rest: self._scores(lambda z, *rest: cut.rear(z, rest), *z_and_rest)
 
     def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
         cut = self._split(role)
@@ -645,7 +656,7 @@ class Classifier:
                 raise ValueError(f"{n} rows cannot be shared out evenly among {len(rest[0])} samples")
             index = torch.arange(rows.start, rows.stop, device=z.device) // repeats
             rest = tuple(t[index] for t in rest)
-        return self._computed(lambda z, *rest: cut.rear(z, rest), z, *rest)
+        return self._scores(lambda z, *rest: cut.rear(z, rest), z, *rest)
 
     @torch.no_grad()
     def after(self, role: str, z: Tensor, rest: tuple[Tensor, ...] = ()) -> Tensor:
