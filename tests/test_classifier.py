@@ -13,10 +13,13 @@ from nets import SmallCNN, small_cnn
 from torch import Tensor, nn
 
 from attrib.methods.baselines import Gradient
-from attrib.methods.cam import GradCAM
+from attrib.methods.cam import GradCAM, ScoreCAM
+from attrib.methods.cd import CD
 from attrib.models import Classifier
 from attrib.models.layers import hooked
+from attrib.noise import Noise
 from attrib.types import Batch, SampleError, UserError
+from attrib.units import Partition
 
 LAYERS = {"bottleneck": "features.5", "embedding": "pool"}
 
@@ -478,6 +481,77 @@ def test_key():
     keys = [same[0], key(changed), key(other), key(spec={"arch": "x"}), key(spec={"arch": "y"}), key(net.double())]
     assert len(set(keys)) == len(keys)
     assert key(spec={"a": 1, "b": [2]}) == key(spec={"b": [2], "a": 1})
+
+
+class Ends(nn.Module):
+    """A net whose scores have a dtype of their own."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.conv, self.fc, self.dtype = nn.Conv2d(3, 4, 3), nn.Linear(4, 3), dtype
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3))).to(self.dtype)
+
+
+@pytest.mark.parametrize(("dtype", "ends"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_scores_are_in_the_dtype_of_the_classifier(dtype, ends):
+    torch.manual_seed(0)
+    net, x = Ends(ends), torch.rand(2, 3, 6, 6, dtype=dtype)
+    model, plain = (Classifier(n, {"cam": "conv"}, dtype=dtype) for n in (net, copy.deepcopy(net)))
+    plain.module.dtype = dtype
+    front = model.until("cam", x)
+    assert model.logits(x).dtype == model.after("cam", front.z, front.rest).dtype == dtype
+    batch = Batch(("a", "b"), x, torch.tensor([0, 1]))
+    for method in (ScoreCAM(), CD(units=Partition(side=2))):
+        noise = Noise(batch.uids, 0, dtype=dtype)
+        found, expected = (method.attribute(m, batch, {}, noise)["map"] for m in (model, plain))
+        assert expected.abs().max() > 0
+        assert torch.allclose(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+class InPlaceOnParts(nn.Module):
+    """Autograd refuses the ReLU when it is called, not on the way back."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = self.conv(x)
+        torch.relu_(z.chunk(2, 1)[1])
+        return self.fc(z.mean((2, 3)))
+
+
+@pytest.mark.parametrize("layers", [{}, {"cam": "conv"}])
+def test_where_autograd_refuses_the_way_forward_gradients_are_refused(layers):
+    x = torch.rand(2, 3, 6, 6)
+    model, batch = Classifier(InPlaceOnParts(), layers), Batch(("a", "b"), x, torch.tensor([0, 1]))
+    model.logits(x)
+    for method in (Gradient(), GradCAM()):
+        with pytest.raises(UserError, match=r"no gradient comes from the scores of InPlaceOnParts .*modified inplace"):
+            method.attribute(model, batch, {}, None)
+
+
+class OneByOne(nn.Module):
+    """Runs a layer for each row of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.conv(row[None]).relu().mean((2, 3)) for row in x]))
+
+
+def test_a_layer_that_runs_for_each_row_is_refused():
+    x = torch.rand(2, 3, 8, 8)
+    model = Classifier(OneByOne(), {"cam": "conv"})
+    model.examine(x)
+    with pytest.raises(UserError, match=r"conv of OneByOne gives \(1, 4, 8, 8\) for \d+ samples, which is not one row"):
+        model.roles.reading("cam", (3, 8, 8))
+    with pytest.raises(UserError, match="no layer that could be taken by default"):
+        Classifier(OneByOne(), input_shape=(3, 8, 8)).roles.path("cam")
 
 
 class _NoWayBack(torch.autograd.Function):

@@ -253,3 +253,26 @@ def test_inference_mode_is_named_where_it_leaves_no_gradients():
     with torch.inference_mode(), pytest.raises(UserError, match=r"within torch\.inference_mode there are no gradients"):
         model.gradient(X.clone(), lambda out, _: out[:, 0])
     model.gradient(X, lambda out, _: out[:, 0])
+
+
+def test_a_net_without_numbers_is_refused():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    with pytest.raises(UserError, match=r'1 \(Linear\) has the shapes .* but no numbers: it is on the device "meta"'):
+        Classifier(net, input_shape=X.shape[1:])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_part_that_is_torchscript_is_copied_but_not_read():
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    net = nn.Sequential(torch.jit.script(part), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    same = nn.Sequential(part, *net[1:])
+    target = torch.tensor([0, 1])
+    found, expected = (attrib.explain(one, X, target, "gradient").map for one in (net, same))
+    assert abs(found).max() > 0
+    assert torch.allclose(torch.as_tensor(found), torch.as_tensor(expected))
+    assert all(value.requires_grad for value in net.parameters())
+    for layers in ({"cam": "0"}, None):
+        with pytest.raises(UserError, match=r"TorchScript, whose layers cannot be read|no layer that could be taken"):
+            attrib.explain(net, X, target, "grad_cam", layers=layers)

@@ -77,7 +77,8 @@ def decompose(
         def piece(rows: slice) -> tuple[Tensor, Tensor]:
             index = chosen[rows]
             used, own = _distinct(samples[index], len(known[rows].unique()))
-            return decomposer.rows(x[used], masks[index.to(masks.device)].to(x.device), own, both)
+            found = decomposer.rows(x[used], masks[index.to(masks.device)].to(x.device), own, both)
+            return found[0].to(model.dtype), found[1].to(model.dtype)  # as the logits are, whatever the net ends in
 
         return model.chunked(piece, len(chosen))
 

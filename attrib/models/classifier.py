@@ -225,7 +225,12 @@ class Classifier:
 
         For what is cut into pieces elsewhere, see ``chunked``; else ``logits`` and ``gradient`` are the way.
         """
-        return self._computed(self._net, x)
+        return self._scores(self._net, x)
+
+    def _scores(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """In the classifier's dtype: some nets end in ``.float()`` or ``.double()``, whatever they are given."""
+        found = self._computed(function, *inputs)
+        return found.to(self.dtype) if found.is_floating_point() else found
 
     def _computed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         found = computed(self.precision, self.device, self.dtype, function, *inputs)
@@ -518,7 +523,7 @@ class Classifier:
         pieces. Call ``until`` first.
         """
         cut = self._split(role)
-        return lambda *z_and_rest: self._computed(lambda z, *rest: cut.rear(z, rest), *z_and_rest)
+        return lambda *z_and_rest: self._scores(lambda z, *rest: cut.rear(z, rest), *z_and_rest)
 
     def _rear(self, role: str, z: Tensor, rest: tuple[Tensor, ...], rows: slice, n: int) -> Tensor:
         cut = self._split(role)
@@ -528,7 +533,7 @@ class Classifier:
                 raise ValueError(f"{n} rows cannot be shared out evenly among {len(rest[0])} samples")
             index = torch.arange(rows.start, rows.stop, device=z.device) // repeats
             rest = tuple(t[index] for t in rest)
-        return self._computed(lambda z, *rest: cut.rear(z, rest), z, *rest)
+        return self._scores(lambda z, *rest: cut.rear(z, rest), z, *rest)
 
     @torch.no_grad()
     def after(self, role: str, z: Tensor, rest: tuple[Tensor, ...] = ()) -> Tensor:

@@ -12,7 +12,7 @@ logits: behind the last block of a vision transformer, only the class token is r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -167,9 +167,10 @@ def cuts(net: nn.Module, input_shape: Sequence[int], like: Tensor) -> tuple[list
 
     with ExitStack() as stack:
         for path, module in net.named_modules():
-            if path:
+            if path and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 stack.callback(module.register_forward_hook(record(path)).remove)
-        logits = net(x.clone())
+        with _refused_without_gradients(net, x):
+            logits = net(x.clone())
     if logits.grad_fn is None:
         raise UserError(
             f"no gradient flows from the logits of {type(net).__name__} to its input, so no layer of it can be chosen "
@@ -199,7 +200,8 @@ def cuts(net: nn.Module, input_shape: Sequence[int], like: Tensor) -> tuple[list
         for made in by_tensor:
             stack.callback(made[0].register_prehook(keep(made)).remove)
         mixture = Noise(["logits"], device=like.device, dtype=like.dtype).normal(logits.shape[1])
-        (slope,) = _back(net, logits, x, mixture)
+        with _refused_without_gradients(net, x):
+            (slope,) = torch.autograd.grad(logits, x, mixture)
     if not slope.any():
         raise UserError(
             f"the logits of {type(net).__name__} do not change with its input (their gradient is zero, as behind a "
@@ -208,10 +210,11 @@ def cuts(net: nn.Module, input_shape: Sequence[int], like: Tensor) -> tuple[list
     return [Cut(path, at, kept[made]) for made, (path, at) in by_tensor.items() if made in kept], depth
 
 
-def _back(net: nn.Module, logits: Tensor, x: Tensor, mixture: Tensor) -> tuple[Tensor, ...]:
-    """The gradient of a mixture of the logits. Raises UserError for a net that autograd cannot go back through."""
+@contextmanager
+def _refused_without_gradients(net: nn.Module, x: Tensor) -> Iterator[None]:
+    """Raises UserError for a net that autograd cannot follow, or not go back through."""
     try:
-        return torch.autograd.grad(logits, x, mixture)
+        yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             try:

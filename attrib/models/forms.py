@@ -50,10 +50,16 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
     """
     name = type(net).__name__
     for path, module in net.named_modules():
-        if any(map(is_lazy, (*module.parameters(recurse=False), *module.buffers(recurse=False)))):
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(map(is_lazy, own)):
             raise UserError(
                 f"{path or name} ({type(module).__name__}) has no weights yet, because no input has been seen; run the "
                 "net once on one, and load its weights"
+            )
+        if any(one.is_meta for one in own):
+            raise UserError(
+                f"{path or name} ({type(module).__name__}) has the shapes of its weights, but no numbers: it is on the "
+                'device "meta". Put the net on another (net.to_empty(device="cpu")), and load its weights'
             )
     if isinstance(net, torch.jit.ScriptModule):
         raise UserError(
@@ -70,11 +76,6 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
             raise UserError(
                 f"{path or name} ({owner}) keeps {key.removeprefix(path + '.')} as {_kind(value)}, not as a tensor of "
                 "numbers, as quantised nets do: no gradient flows through it. Give the net that it was made from"
-            )
-        if value.is_meta:
-            raise UserError(
-                f"{key} of {name} is on the device meta, where tensors have a shape and no numbers; make the net on a "
-                "real device, and load its weights"
             )
         found[".".join(part for part in key.split(".") if part != COMPILED)] = value
     return found
@@ -122,7 +123,8 @@ def copied(net: nn.Module) -> nn.Module:
 
     Nets may keep activations, and hooks keep the weights that they computed.
     """
-    return copy.deepcopy(net, _results_on(net))
+    with torch.no_grad():  # else the weights of a part that is TorchScript hang on the given net's
+        return copy.deepcopy(net, _results_on(net))
 
 
 def _results_on(net: nn.Module) -> dict[int, Any]:

@@ -36,7 +36,15 @@ def first_tensor(output: Any, path: str) -> Tensor:
 
 @contextmanager
 def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    """A forward hook that is gone afterwards, also after an error; other threads run the module as if it had none."""
+    """A forward hook that is gone afterwards, also after an error; other threads run the module as if it had none.
+
+    Raises UserError for a part that is TorchScript.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UserError(
+            f"{module.original_name} is TorchScript, whose layers cannot be read; take a layer outside of it (set "
+            "model.layers.<role>), or make the net with the torch.nn.Module that it was made from"
+        )
     thread = threading.get_ident()
 
     def here(*args: Any) -> Any:
@@ -98,11 +106,7 @@ def check_layer(module: nn.Module, path: str, x: Tensor) -> None:
             "(set model.layers.<role>)"
         )
     z = first_tensor(outputs[0], path)
-    if z.shape[:1] != x.shape[:1]:
-        raise UserError(
-            f"{where} gives {tuple(z.shape)} for {len(x)} samples, which is not one row per sample; take another layer "
-            "(set model.layers.<role>)"
-        )
+    check_rows(where, z, len(x))
     if not isinstance(outputs[0], (tuple, list)) or len(outputs[0]) == 1:
         return
     with hooked(module.get_submodule(path), lambda _module, _inputs, output: (output[0], *map(_spoilt, output[1:]))):
@@ -111,6 +115,15 @@ def check_layer(module: nn.Module, path: str, x: Tensor) -> None:
         raise UserError(
             f"{where} gives {len(outputs[0])} things, and the net reads others than the first; take a layer inside or "
             "behind it that gives one tensor (set model.layers.<role>)"
+        )
+
+
+def check_rows(layer: str, z: Tensor, samples: int) -> None:
+    """Raises UserError unless a layer gives a row per sample; a net that loops over its samples runs it for each."""
+    if z.shape[:1] != (samples,):
+        raise UserError(
+            f"{layer} gives {tuple(z.shape)} for {samples} samples, which is not one row per sample; take another "
+            "layer (set model.layers.<role>)"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attrib.models.admission import Admission
 from attrib.models.default_layers import ROLES, DefaultLayer, default_layer, only_embedding
 from attrib.models.extent import PartialImageError
+from attrib.models.layers import check_rows
 from attrib.models.reading import Name, Reading, described, find
 from attrib.models.split import HookSplit
 from attrib.models.token_axis import tokens_are_second
@@ -126,9 +127,15 @@ class Roles:
         among = ("tokens",) if said == "tokens" else among if len(shape) == 3 else (*among[:2], "vector")
         key = path, shape, among
         if key not in self._readings:
-            front = HookSplit(self._net, path).front
+            cut = HookSplit(self._net, path)
+
+            def front(x: Tensor) -> Tensor:
+                z = cut.front(x.clone()).z
+                check_rows(f"layer {path} of {type(self._net).__name__}", z, len(x))
+                return z
+
             self._readings[key] = self._find(
-                lambda rows: front(rows.clone()).z,
+                front,
                 shape,
                 among,
                 what,

@@ -44,7 +44,9 @@ def check_way_back(net: nn.Module, x: Tensor | None, error: Exception) -> None:
             "a layer that is read or replaced is there as it was. Switch that off: set_grad_checkpointing(False) in "
             "timm, gradient_checkpointing_disable() in transformers, memory_efficient=False in torchvision"
         ) from error
-    if not _of_autograd(error) or (x is not None and gradient(net, x.clone().requires_grad_()) is not None):
+    there = x is not None and _fails_with_gradients_alone(net, x, error)
+    back = _of_autograd(error) and (x is None or gradient(net, x.clone().requires_grad_()) is None)
+    if not there and not back:
         return
     name, reason = type(net).__name__, (str(error) or type(error).__name__).splitlines()[0]
     start, instead = ("its input (of a text: its embedding)", "lime") if x is None else ("its input", "rise")
@@ -53,6 +55,26 @@ def check_way_back(net: nn.Module, x: Tensor | None, error: Exception) -> None:
         "or computes something that autograd cannot go back through. Take a method that needs no gradient, such as "
         f"occlusion or {instead}"
     ) from error
+
+
+def _fails_with_gradients_alone(net: nn.Module, x: Tensor, error: Exception) -> bool:
+    """Whether an error is the net's own on its way forward, where autograd follows and nowhere else.
+
+    Autograd refuses some operations in place, such as those on the results of ``chunk``, when they are called.
+    """
+    if _of_autograd(error) or isinstance(error, UserError):
+        return False
+    try:
+        with torch.no_grad():
+            net(x.clone())
+    except RuntimeError:
+        return False
+    try:
+        with torch.enable_grad():
+            net(x.clone().requires_grad_().clone())
+    except RuntimeError as same:
+        return str(same) == str(error)
+    return False
 
 
 def _of_autograd(error: Exception) -> bool:
