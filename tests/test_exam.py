@@ -570,3 +570,79 @@ def test_a_text_net_is_tried_on_two_texts_at_once(texts, monkeypatch):
     assert len(found) == len(texts)
     assert tried[-1] == ("samples" if len(texts) > 1 else "sample")
     assert len(tried) == (2 if len(texts) == 3 else 1)  # where the first two are equal, there is nothing but to go on
+
+
+# ---- decisions for a whole batch ------------------------------------------------------------------
+
+
+class Decides(nn.Module):
+    """Two samples of the exam may well lie on one side of what it asks."""
+
+    def __init__(self, how, limit=0.3):
+        super().__init__()
+        self.how, self.limit = how, limit
+        self.conv, self.head = nn.Conv2d(SHAPE[0], 4, 3), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        z = self.conv(x)
+        if self.how == "branch" and x.mean() > self.limit:
+            z = 2 * z
+        elif self.how == "float":
+            z = z * (1 + float((z > 1e3).any()))
+        elif self.how == "buffer":
+            large = torch.zeros_like(z)
+            large[z > 1e3] = 1
+            z = z + sum(large.flatten().tolist())
+        elif self.how == "weight":
+            z = z * float(self.scale)
+        elif self.how == "size" and len(x) > 100:
+            z = 2 * z
+        return self.head(z.mean((2, 3)))
+
+
+@pytest.mark.parametrize("shape", [None, SHAPE])
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("how", ["branch", "float", "buffer"])
+def test_a_net_that_may_decide_for_a_whole_batch_gets_one_sample_at_a_time(how, alike, shape, caplog):
+    torch.manual_seed(0)
+    model = Classifier(Decides(how).double(), input_shape=shape, dtype=torch.float64, rows=8)
+    sizes = torch.tensor([1, 1, 0.1, 0.1, 1, 1 if alike else 0.1])  # the exam tries the first and the last
+    x = torch.rand(6, *SHAPE, dtype=torch.float64) * sizes[:, None, None, None]
+    alone = torch.cat([model.module(one[None]) for one in x])
+    assert torch.equal(model.logits(x), alone)
+    values, _ = model.gradient(x, lambda logits, _: logits[:, 0])
+    assert torch.equal(values, alone[:, 0])
+    assert model.rows == 1
+    assert caplog.text.count("Decides reads numbers of its samples") == 1
+
+
+@pytest.mark.parametrize("how", ["weight", "size", "nothing"])
+def test_what_is_known_without_the_samples_decides_nothing(how, caplog):
+    model = Classifier(Decides(how).double(), input_shape=SHAPE, dtype=torch.float64, rows=8)
+    model.logits(torch.rand(6, *SHAPE, dtype=torch.float64))
+    assert model.rows == 8
+    assert not caplog.text
+
+
+class DecidesForTexts(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.embedding, self.head = how, nn.Embedding(30, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        mask, z = ids != 1, self.embedding(ids)
+        if self.how == "mask" and not mask.all():  # as many of transformers' nets do
+            z = z * mask[..., None]
+        elif self.how == "length":
+            z = z[:, : int(mask.sum(1).max())]
+        elif self.how == "numbers" and z.mean() > 100:
+            z = 2 * z
+        return self.head((z * mask[: len(z), : z.shape[1], None]).sum(1))
+
+
+@pytest.mark.parametrize(("how", "rows"), [("mask", 8), ("length", 8), ("numbers", 1)])
+def test_of_texts_places_may_be_read_and_numbers_not(how, rows):
+    model = Classifier(DecidesForTexts(how).double(), dtype=torch.float64, rows=8)
+    model.logits(torch.tensor([[4, 5, 6], [7, 8, 9], [10, 11, 12]]))
+    assert model.rows == rows

@@ -28,14 +28,15 @@ class Admission:
 
     exam           what was found so far, at first on noise, if at all
     lengths_apart  the net sees the padding of texts, and gets only texts of equal length together
-    one_by_one     the net sorts the texts of a batch, and gets one at a time: of texts of equal length nobody knows in
-                   which order a layer has them
+    one_by_one     the net gets one row at a time: it sorts the texts of a batch, of which nobody knows in which order a
+                   layer has those of equal length, or it reads numbers of its samples
     shape          of an input: that which was given, else of the images or sounds seen last; None if there were none
     """
 
     def __init__(self, net: nn.Module, output: Output, exam: Exam | None, shape: tuple[int, ...] | None = None) -> None:
         self.exam, self.lengths_apart, self.one_by_one = exam, False, False
         self._net, self._output, self._shape_given = net, output, shape
+        self._part_rows()
         self.shape = shape
         self._tight = False  # memory has no room for two rows
         # A copy with the same weights is examined: the exam leaves no trace in what the net remembers, and calls no
@@ -78,13 +79,7 @@ class Admission:
         name = type(self._net).__name__
         if on == "samples":
             self._sample = None
-        if self.exam.sorted and not self.one_by_one:
-            log.warning(
-                "%s sorts the texts of a batch: they go through it one by one. With pack_padded_sequence(..., "
-                "enforce_sorted=False) a net has no need to sort them, and is faster",
-                name,
-            )
-            self.one_by_one = True
+        self._part_rows()
         # Nothing is refused for padding, so the bound may be narrower.
         if pad is None or self.lengths_apart or (self.exam.padding or 0.0) <= tolerance(x) / 10:
             return False
@@ -92,6 +87,20 @@ class Admission:
         keep_lengths_apart(self._net, pad)
         self.lengths_apart = True
         return True
+
+    def _part_rows(self) -> None:
+        """From now on one row at a time goes through a net that needs it."""
+        if self.exam is None or self.one_by_one or not (self.exam.sorted or self.exam.decides):
+            return
+        why = (
+            "sorts the texts of a batch: they go through it one by one. With pack_padded_sequence(..., "
+            "enforce_sorted=False) a net has no need to sort them, and is faster"
+            if self.exam.sorted
+            else "reads numbers of its samples (if x.max() > 1, float(z.norm()), ...), and may decide by them for a "
+            "whole batch: they go through it one by one. With torch.where, or such a check outside of it, it is faster"
+        )
+        log.warning("%s %s", type(self._net).__name__, why)
+        self.one_by_one = True
 
     def _examine(
         self, pair: Tensor, on: Literal["sample", "samples"], pad: int | None, pairs: bool, tokens: list[int]

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from attrib.models.calls import EachCall
+from attrib.models.decisions import Decisions
 from attrib.models.device_memory import of_the_device
 from attrib.models.draws import drawing, generators
 from attrib.models.output import Output
@@ -47,6 +48,7 @@ class Exam:
     padding   of a text alone and with padding, or beside a longer one, see ``models.padding``; None for what is no
               text, or where it is not known what pads
     sorted    whether a layer has the texts of a batch in an order of its own
+    decides   whether the net reads numbers of its samples, and so may decide by them for the whole batch
 
     >>> from attrib.models import Classifier
     >>> model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), input_shape=(3, 2, 2))
@@ -59,6 +61,7 @@ class Exam:
     together: float | None = None
     padding: float | None = None
     sorted: bool = False
+    decides: bool = False
 
 
 def examine(
@@ -82,10 +85,13 @@ def examine(
     name, bound = type(net).__name__, tolerance(x)
     with torch.no_grad(), global_states(0, x.device), output.alone(net):
 
-        def run(*rows: int) -> Tensor:
-            logits = net(x[list(rows)].clone())
+        def scores(rows: Tensor) -> Tensor:
+            logits = net(rows)
             output.check(name, logits, len(rows))
             return logits
+
+        def run(*rows: int) -> Tensor:
+            return scores(x[list(rows)].clone())
 
         before = generators(x.device)
         alone = run(0)
@@ -102,7 +108,10 @@ def examine(
         if not pairs:
             return Exam(on, again, None, padding)
         try:
-            ab, ba, aa = run(0, 1), run(1, 0), run(0, 0)
+            both = x.clone()
+            with Decisions(both) as decisions:
+                ab = scores(both)
+            ba, aa = run(1, 0), run(0, 0)
         except Exception as error:  # a user's net may raise anything
             if isinstance(error, UserError) or of_the_device(error):
                 raise
@@ -113,9 +122,9 @@ def examine(
             ) from error
         equal = ((alone, ab[:1]), (alone, ba[1:]), (ab[1:], ba[:1]), (alone, aa[:1]), (alone, aa[1:]))
         together = max(apart(one, other) for one, other in equal)
-        if together > bound:
+        if together > bound and not decisions.found:  # else each sample goes alone
             raise UserError(_interaction(net, x, together))
-    return Exam(on, again, together, padding, turned)
+    return Exam(on, again, together, padding, turned, decisions.found)
 
 
 def tolerance(x: Tensor) -> float:
