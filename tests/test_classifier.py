@@ -162,7 +162,7 @@ def test_inputs_are_never_changed():
 
     class Hidden(Writes):
         def forward(self, x):
-            if x.sum() > 1e9:  # cannot be traced
+            if x.shape[0] > 10**9:  # cannot be traced
                 return None
             return super().forward(x)
 
@@ -259,7 +259,7 @@ class Untraceable(nn.Module):
         self.layer, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * 2 if x.sum() > 1e9 else x
+        x = x * 2 if x.shape[0] > 10**9 else x
         return self.head(self.layer(x * x).mean((2, 3)))
 
 

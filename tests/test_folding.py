@@ -237,7 +237,7 @@ def test_small_nets_and_texts_stay_as_they_are():
 
 class Branching(Block):
     def features(self, x: Tensor) -> Tensor:
-        return super().features(x if x.mean() > 100 else -x)
+        return super().features(x if x.shape[0] > 10**9 else -x)
 
 
 class Detached(Block):

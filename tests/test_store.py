@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -687,3 +688,49 @@ def test_damaged_samples_are_named(tmp_path, text):
     (tmp_path / "samples.json").write_text(text)
     with pytest.raises(UserError, match=r"samples\.json does not map samples"):
         Cell(tmp_path).samples()
+
+
+def test_files_of_another_cell_or_metric_are_not_read(tmp_path):
+    """Copied there by hand, the numbers of one method would be taken for another's."""
+    cells = [Cell(tmp_path / f"photos.net.{name}", "w") for name in ("iba.01234567", "lrp.89abcdef", "renamed")]
+    for i, cell in enumerate(cells):
+        cell.maps.add("a", "f", {"map": np.full(2, float(i))})
+    for cell in cells:
+        cell.maps.flush()
+    iba, lrp, renamed = (cell.folder for cell in cells)
+    rows = {}
+    for cell in cells:
+        for metric in ("ehr.00000000", "ehr.11111111"):
+            scores = cell.scores(metric)
+            scores.add("a", "f", {("map", "ehr"): 0.5})
+            scores.flush()
+            (rows[cell.folder, metric],) = (cell.folder / "scores" / metric).glob("*.parquet")
+    (chunk,) = (iba / "maps").glob("*.safetensors")
+
+    def maps_of(folder):
+        maps = Arrays(folder / "maps")
+        return set(maps.index()), maps.broken
+
+    def rows_of(folder, metric):
+        scores = ScoreRows(folder / "scores" / metric)
+        return scores.present(), scores.broken
+
+    def moved(path, folder):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        return shutil.copy(path, folder / path.name)
+
+    assert maps_of(iba) == ({("a", "f")}, [])
+    path = moved(chunk, lrp / "maps")
+    assert maps_of(lrp) == (set(), [f"{path}: was written for 01234567/maps, not for 89abcdef/maps"])
+    moved(chunk, renamed / "maps")  # of a folder that somebody has renamed nobody knows whose it is
+    assert maps_of(renamed) == ({("a", "f")}, [])
+    theirs = rows[iba, "ehr.00000000"]
+    for folder, metric in ((iba, "ehr.11111111"), (lrp, "ehr.00000000")):
+        path = moved(theirs, folder / "scores" / metric)
+        found, broken = rows_of(folder, metric)
+        assert not found
+        assert broken == [f"{path}: was written for 01234567/ehr.00000000, not for {folder.name[-8:]}/{metric}"]
+    assert rows_of(iba, "ehr.00000000") == ({("a", "f")}, [])
+    shutil.copytree(iba, tmp_path / "other" / iba.name)  # work directories may be merged
+    assert maps_of(tmp_path / "other" / iba.name) == ({("a", "f")}, [])

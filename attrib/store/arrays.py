@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
-from attrib.store.files import Buffered, Key
+from attrib.store.files import Buffered, Key, check_owner, owner
 from attrib.store.listing import Folder, Memory, Stamp, stamp_of
 from attrib.store.reading import UnreadableError, line, parsed, regular
 from attrib.store.schemas import SampleNote
@@ -96,7 +96,8 @@ class Arrays(Buffered):
             crc = {name: zlib.crc32(value.data) for name, value in arrays.items()}
             described.append({"uid": uid, "fingerprint": fingerprint, "crc": crc, "info": info})
         text = json.dumps(described)
-        return to_safetensors(tensors, {"samples": text, "crc": str(zlib.crc32(text.encode()))})
+        about = {"samples": text, "crc": str(zlib.crc32(text.encode())), "owner": owner(self.folder)}
+        return to_safetensors(tensors, about)
 
     def index(self, *, patient: bool = False) -> Mapping[Key, Record]:
         """Every stored sample; new files of other writers are seen at each call.
@@ -140,7 +141,7 @@ class Arrays(Buffered):
         try:
             stamp = stamp_of(path)  # before: if it is changed meanwhile, what is remembered will not fit
             with safe_open(path, framework="numpy") as file:
-                samples = described(file)
+                samples = described(file, path)
             return stamp, [((s["uid"], s["fingerprint"]), _note(s["crc"], s["info"])) for s in samples]
         except READING as error:
             if blame and not isinstance(error, FileNotFoundError):
@@ -221,9 +222,13 @@ def to_safetensors(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) 
     return [len(text).to_bytes(8, "little"), text, *parts]
 
 
-def described(chunk: Any) -> list[SampleNote]:
-    """What an open chunk says of its samples, in their order. Raises ValueError or KeyError if damaged."""
+def described(chunk: Any, path: Path) -> list[SampleNote]:
+    """What an open chunk says of its samples, in their order.
+
+    Raises ValueError or KeyError if it is damaged, or another folder's.
+    """
     about = chunk.metadata() or {}
+    check_owner(about.get("owner"), path)
     crc = zlib.crc32(about["samples"].encode())
     if int(about.get("crc", crc)) != crc:  # earlier versions wrote none
         raise ValueError("wrong checksum of what it says of its samples")

@@ -17,14 +17,13 @@ target, boxes), so data that changed on disk is computed anew.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrib.errors import UNREADABLE, GoneError, UserError
 from attrib.store.arrays import READING, Arrays, DamagedError, Record, described
-from attrib.store.files import Key, write_atomic, write_json
+from attrib.store.files import KEY8, Key, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.store.reading import LISTING, UnreadableError, document, reason
 from attrib.store.rows import ScoreRows, read_rows
@@ -50,7 +49,6 @@ __all__ = [
 
 UNASKED = ""  # in the place of the fingerprint of a sample that no run was asked for (``limit``)
 FORMAT = 1  # of a cell's folder, see docs/work-directory.md; a cell that does not say has this one, too
-KEY8 = re.compile(r"[0-9a-f]{8}")  # the end of a folder's name, unless somebody has renamed it
 
 
 class Cell:

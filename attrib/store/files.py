@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,26 @@ def picture_path(folder: Path, uid: str, suffix: str = ".png") -> Path:
 
 def _shortened(part: str) -> str:
     return f"{part[: _LONGEST - 17]}~{hashlib.sha256(part.encode()).hexdigest()[:16]}"
+
+
+KEY8 = re.compile(r"[0-9a-f]{8}")  # the end of the name of a cell's folder, unless somebody has renamed it
+
+
+def owner(folder: Path) -> str:
+    """Whose the files of a folder of a cell are, such as ``9605142c/maps``; "" where the folder's place does not say.
+
+    It stands in the files: one that lies in another cell's folder, or among another metric's scores, is not read.
+    """
+    cell = folder.parent.parent if folder.parent.name == "scores" else folder.parent
+    key = cell.name.rpartition(".")[2]
+    return f"{key}/{folder.name}" if KEY8.fullmatch(key) else ""
+
+
+def check_owner(said: str | None, path: Path) -> None:
+    """Raises ValueError for a file that says it is another folder's; earlier versions wrote nothing."""
+    mine = owner(path.parent)
+    if said and mine and said != mine:
+        raise ValueError(f"was written for {said}, not for {mine}")
 
 
 class Buffered:

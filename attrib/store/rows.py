@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from attrib.store.arrays import READING
-from attrib.store.files import Buffered, Key
+from attrib.store.files import Buffered, Key, check_owner, owner
 from attrib.store.listing import Folder, Memory, Stamp
 from attrib.store.reading import UnreadableError, line, regular
 
 CHECKSUM = b"crc"  # of the rows, among the metadata of a file; earlier versions wrote none
+OWNER = b"owner"  # likewise
 MOST_ROWS = 10_000_000  # of one file: a writer puts four thousand samples in it
 
 
@@ -62,7 +63,7 @@ class ScoreRows(Buffered):
 
     def _encoded(self, samples: Mapping[Key, Any]) -> bytes:
         table = pa.Table.from_pylist([row for sample in samples.values() for row in sample], schema=self.SCHEMA)
-        return packed(table)
+        return packed(table, self.folder)
 
     def table(self) -> pa.Table:
         """All rows, also those of other writers; damaged files are left out and named in ``broken``."""
@@ -138,15 +139,16 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     if not (columns or table.schema.equals(ScoreRows.SCHEMA)):
         raise pa.ArrowInvalid("not the columns of a score file")
     about = table.schema.metadata or {}
+    check_owner(about.get(OWNER, b"").decode(), path)
     if not columns and CHECKSUM in about and about[CHECKSUM] != str(_checksum(table)).encode():
         raise pa.ArrowInvalid("wrong checksum of its rows")
     return table.replace_schema_metadata(None)
 
 
-def packed(rows: pa.Table) -> bytes:
-    """Score rows as the content of a file that :func:`read_rows` takes."""
+def packed(rows: pa.Table, folder: Path) -> bytes:
+    """Score rows as the content of a file in ``folder`` that :func:`read_rows` takes."""
     sink = pa.BufferOutputStream()
-    about = {CHECKSUM: str(_checksum(rows))}
+    about = {CHECKSUM: str(_checksum(rows)), OWNER: owner(folder)}
     pq.write_table(rows.replace_schema_metadata(about), sink, write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 

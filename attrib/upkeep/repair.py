@@ -116,7 +116,7 @@ def chunk(path: Path) -> Damage | None:
     try:
         regular(path)
         with safe_open(path, framework="numpy") as file:
-            samples = described(file)
+            samples = described(file, path)
             bad, problem = [], ""
             for i, sample in enumerate(samples):
                 for name, crc in sample["crc"].items():
@@ -311,7 +311,7 @@ def _forget(folder: Path, damages: Sequence[Damage]) -> None:
         if all(keep):
             continue
         if any(keep):
-            write_atomic(folder / f"{writer_name()}-00001.parquet", packed(table.filter(pa.array(keep))))
+            write_atomic(folder / f"{writer_name()}-00001.parquet", packed(table.filter(pa.array(keep)), folder))
         path.unlink()
 
 
@@ -341,7 +341,7 @@ def drop(root: Path | str, cell: Cell, paths: Iterable[Path]) -> int:
             raise UserError(f"{path} is damaged ({damage.problem}); run `attrib cache repair` first")
         fresh = Arrays(path.parent, writer_name())
         with safe_open(path, framework="numpy") as file:
-            for i, sample in enumerate(described(file)):
+            for i, sample in enumerate(described(file, path)):
                 uid, fingerprint = sample["uid"], sample["fingerprint"]
                 if counts(said, uid, fingerprint):
                     arrays = {name: file.get_tensor(f"{i}/{name}") for name in sample["crc"]}
