@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -575,6 +576,13 @@ def test_a_text_net_is_tried_on_two_texts_at_once(texts, monkeypatch):
 # ---- decisions for a whole batch ------------------------------------------------------------------
 
 
+class DoubledIfLarge(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        if bool(z.max() > 1e3):
+            z = 2 * z
+        return z
+
+
 class Decides(nn.Module):
     """Two samples of the exam may well lie on one side of what it asks."""
 
@@ -583,6 +591,10 @@ class Decides(nn.Module):
         self.how, self.limit = how, limit
         self.conv, self.head = nn.Conv2d(SHAPE[0], 4, 3), nn.Linear(4, 3)
         self.scale = nn.Parameter(torch.tensor(2.0))
+        if how == "script":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.scripted = torch.jit.script(DoubledIfLarge())
 
     def forward(self, x):
         z = self.conv(x)
@@ -594,8 +606,24 @@ class Decides(nn.Module):
             large = torch.zeros_like(z)
             large[z > 1e3] = 1
             z = z + sum(large.flatten().tolist())
+        elif self.how == "part":  # of a tensor that knows nothing of the sample
+            canvas = torch.zeros(len(z), 5, *z.shape[2:], dtype=z.dtype)
+            canvas[:, :4] = z
+            z = z * 2 if canvas.max() > 1e3 else z
+        elif self.how == "script":
+            z = self.scripted(z)
+        elif self.how == "slice":
+            z = z[:, :, : 1 + (z.mean() > 1e3).long()]
+        elif self.how == "index":
+            z = z * (1 + (z > 1e3).long().flatten()[z.sum((1, 2, 3)).argmax()])
+        elif self.how == "in":
+            z = z * (2 if 1e3 in z else 1)
         elif self.how == "weight":
             z = z * float(self.scale)
+        elif self.how == "like":
+            z = z * int(torch.ones_like(z[:1, 0, 0, :1]).sum()) * float(z.new_ones(1))
+        elif self.how == "one_hot":  # torch reads whether there is a class below 0
+            z = z * F.one_hot(z.mean((2, 3)).argmax(1), 4)[:, :, None, None]
         elif self.how == "size" and len(x) > 100:
             z = 2 * z
         return self.head(z.mean((2, 3)))
@@ -603,7 +631,7 @@ class Decides(nn.Module):
 
 @pytest.mark.parametrize("shape", [None, SHAPE])
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("how", ["branch", "float", "buffer"])
+@pytest.mark.parametrize("how", ["branch", "float", "buffer", "part", "script", "slice", "index", "in"])
 def test_a_net_that_may_decide_for_a_whole_batch_gets_one_sample_at_a_time(how, alike, shape, caplog):
     torch.manual_seed(0)
     model = Classifier(Decides(how).double(), input_shape=shape, dtype=torch.float64, rows=8)
@@ -617,7 +645,7 @@ def test_a_net_that_may_decide_for_a_whole_batch_gets_one_sample_at_a_time(how, 
     assert caplog.text.count("Decides reads numbers of its samples") == 1
 
 
-@pytest.mark.parametrize("how", ["weight", "size", "nothing"])
+@pytest.mark.parametrize("how", ["weight", "size", "like", "one_hot", "nothing"])
 def test_what_is_known_without_the_samples_decides_nothing(how, caplog):
     model = Classifier(Decides(how).double(), input_shape=SHAPE, dtype=torch.float64, rows=8)
     model.logits(torch.rand(6, *SHAPE, dtype=torch.float64))
@@ -638,10 +666,13 @@ class DecidesForTexts(nn.Module):
             z = z[:, : int(mask.sum(1).max())]
         elif self.how == "numbers" and z.mean() > 100:
             z = 2 * z
+        elif self.how == "one_hot":
+            z = F.linear(F.one_hot(ids, 30).to(z), self.embedding.weight.t())
+            z = 2 * z if z.mean() > 100 else z
         return self.head((z * mask[: len(z), : z.shape[1], None]).sum(1))
 
 
-@pytest.mark.parametrize(("how", "rows"), [("mask", 8), ("length", 8), ("numbers", 1)])
+@pytest.mark.parametrize(("how", "rows"), [("mask", 8), ("length", 8), ("numbers", 1), ("one_hot", 1)])
 def test_of_texts_places_may_be_read_and_numbers_not(how, rows):
     model = Classifier(DecidesForTexts(how).double(), dtype=torch.float64, rows=8)
     model.logits(torch.tensor([[4, 5, 6], [7, 8, 9], [10, 11, 12]]))

@@ -184,3 +184,14 @@ def test_the_command_computes_both_and_says_what_changes(capfd, tmp_path):
     table = command(capfd, "table")(str(tmp_path / "work"))
     assert "small_cnn (precision=bfloat16)" in table.out
     assert "insertion_deletion (precision=bfloat16)" in table.out
+
+
+def test_gradients_of_gradients_are_refused_in_float16():
+    """They were far too small: divided in front of the net by what multiplies only those of first order behind it."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = Classifier(net, input_shape=(3, 2, 2)).with_precision("float16")
+    leaf = torch.rand(2, 3, 2, 2, requires_grad=True)
+    score = model(leaf)[:, 0].sum()
+    with pytest.raises(UserError, match=r"gradients of gradients .* float16; set precision=float32"):
+        torch.autograd.grad(score, leaf, create_graph=True)
+    assert torch.autograd.grad(score, leaf)[0].isfinite().all()

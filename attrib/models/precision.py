@@ -130,6 +130,11 @@ class _Grown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            # Those of second order begin in the middle of the net, where nothing multiplies them.
+            raise UserError(
+                "gradients of gradients (create_graph=True) cannot be computed in float16; set precision=float32"
+            )
         _, exponent = torch.frexp(grad.detach().abs().reshape(len(grad), -1).amax(1))
         # Within what float32 can hold, also where a gradient is zero.
         ctx.growth.factor = 2.0 ** (GROWN - exponent).clamp(-100, 100).to(grad.dtype)
