@@ -404,6 +404,7 @@ class Checkpointed(nn.Module):
         return self.head(z.mean((2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # in torch 2.4 itself
 def test_a_net_that_runs_parts_again_on_the_way_back_is_cut_by_graph():
     torch.manual_seed(0)
     net, x = Checkpointed().double(), images(2, 3, 9, 9).double()
@@ -418,6 +419,7 @@ def test_a_net_that_runs_parts_again_on_the_way_back_is_cut_by_graph():
         torch.testing.assert_close(got, expected.gradient(at, lambda logits, _: logits[:, 0], role), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # in torch 2.4 itself
 def test_where_no_graph_helps_it_is_refused_at_a_layer():
     x = images(2, 3, 9, 9).double()
     model = Classifier(Checkpointed(by_value=True).double(), {"layer": "body.1"}, dtype=torch.float64)
