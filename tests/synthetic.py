@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attrib.store import cell as store
+from attrib.store.files import key8
 
 METHODS = ("grad_cam", "iba", "ig")
 SCORES = {
@@ -41,8 +42,8 @@ def spec(dataset="photos", model="net", method="iba", **fields):
 
 def cell(root, folder, **fields):
     made = store.Cell(Path(root) / folder, "w0")
-    key = folder.rpartition(".")[2]
-    made.write_spec(spec(**fields) | ({"key": key * 8} if store.KEY8.fullmatch(key) else {}))
+    key = key8(made.folder)
+    made.write_spec(spec(**fields) | ({"key": key * 8} if key else {}))
     return made
 
 

@@ -74,9 +74,8 @@ def test_grad_cam_of_transformers_without_a_named_layer(library, name):
     x = torch.randn(2, *entry.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = Batch(("a", "b"), x, torch.tensor([1, 3]))
     found = GradCAM(relu=False).attribute(model, batch, {}, Noise(batch.uids))["map"]
-    path = model.roles.path("cam").replace(
-        "vit.encoder.layer.", "vit.layers."
-    )  # its name before transformers 5.9 or so
+    path = model.roles.path("cam")
+    path = path.replace("vit.encoder.layer.", "vit.layers.")  # its name before transformers 5.9 or so
     assert (path, str(model.roles.reading("cam", entry.shape))) == TRANSFORMERS[library, name]
     assert found.std((1, 2)).min() > 0
     named = Classifier(entry.net(), {"cam": model.roles.path("cam")}, dtype=torch.float64, output=entry.output)

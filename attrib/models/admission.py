@@ -33,7 +33,7 @@ class Admission:
     shape          of an input: that which was given, else of the images or sounds seen last; None if there were none
     """
 
-    def __init__(self, net: nn.Module, output: Output, exam: Exam | None, shape: tuple[int, ...] | None = None) -> None:
+    def __init__(self, net: nn.Module, output: Output, exam: Exam | None, shape: tuple[int, ...] | None) -> None:
         self.exam, self.lengths_apart, self.one_by_one = exam, False, False
         self._net, self._output, self._shape_given = net, output, shape
         self._part_rows()

@@ -66,8 +66,10 @@ class Decisions(EachCall):
             self.found = True
         if of_numbers or (of_ids and (of_weights or func.overloadpacket is aten.embedding)):
             known = self._numbers
-        elif of_ids or of_weights:
-            known = self._ids if of_ids else self._weights
+        elif of_ids:
+            known = self._ids
+        elif of_weights:
+            known = self._weights
         else:
             return out
         known.update(_memory(one) for one in tree_leaves(out) if isinstance(one, Tensor))

@@ -16,9 +16,8 @@ from attrib.types import UserError, did_you_mean
 
 Arithmetic = Literal["float32", "tf32", "bfloat16", "float16"]
 ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
-GROWN = (
-    10  # the gradients of a row begin at a size of 2 ** 10 in float16, lest they vanish or overflow; see ``_Growth``
-)
+# The size, 2 ** GROWN, at which the gradients of a row enter the net in float16, lest they vanish; see ``_Growth``.
+GROWN = 10
 _HALF: Mapping[Arithmetic, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 _COARSER: Mapping[Arithmetic, float] = {"tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # the last bit

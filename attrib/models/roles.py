@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -134,9 +135,10 @@ class Roles:
                 check_rows(f"layer {path} of {type(self._net).__name__}", z, len(x))
                 return z
 
-            self._readings[key] = self._find(
-                front,
+            self._readings[key] = find(
+                partial(self._in_pieces, front),
                 shape,
+                self._like,
                 among,
                 what,
                 lambda layer: described(self._net, path, layer, (shape[-2], shape[-1])),
@@ -150,18 +152,9 @@ class Roles:
             return self._original.read(name, front, shape, among)
         key = name, shape, among
         if key not in self._readings:
-            self._readings[key] = self._find(front, shape, among, f"the {name} of {type(self._net).__name__}")
+            what = f"the {name} of {type(self._net).__name__}"
+            self._readings[key] = find(partial(self._in_pieces, front), shape, self._like, among, what)
         return self._readings[key]
-
-    def _find(
-        self,
-        front: Front,
-        shape: tuple[int, ...],
-        among: tuple[Name, ...],
-        what: str,
-        known: Callable[[Sequence[int]], Reading | None] = lambda _shape: None,
-    ) -> Reading:
-        return find(lambda x: self._in_pieces(front, x), shape, self._like, among, what, known)
 
     def check_tokens(self, role: str, x: Tensor) -> None:
         """Raises UserError unless a layer that gives (B, T, C) for texts x (B, T) gives a vector for each token.

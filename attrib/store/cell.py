@@ -23,7 +23,7 @@ from typing import Any
 
 from attrib.errors import UNREADABLE, GoneError, UserError
 from attrib.store.arrays import READING, Arrays, DamagedError, Record, described
-from attrib.store.files import KEY8, Key, write_atomic, write_json
+from attrib.store.files import Key, key8, write_atomic, write_json
 from attrib.store.ledger import Ledger
 from attrib.store.reading import LISTING, UnreadableError, document, reason
 from attrib.store.rows import ScoreRows, read_rows
@@ -85,8 +85,8 @@ class Cell:
             raise UnreadableError(
                 f"{path}: format {found}, but this version of attrib reads {FORMAT}; take a newer one"
             )
-        key, of = spec.get("key"), self.folder.name.rpartition(".")[2]
-        if isinstance(key, str) and KEY8.fullmatch(of) and not key.startswith(of):
+        key = spec.get("key")
+        if isinstance(key, str) and not key.startswith(key8(self.folder)):
             raise UnreadableError(f"{path}: describes the cell with the key {key[:8]}, not this one")
         return spec
 

@@ -78,7 +78,13 @@ def _shortened(part: str) -> str:
     return f"{part[: _LONGEST - 17]}~{hashlib.sha256(part.encode()).hexdigest()[:16]}"
 
 
-KEY8 = re.compile(r"[0-9a-f]{8}")  # the end of the name of a cell's folder, unless somebody has renamed it
+KEY8 = re.compile(r"[0-9a-f]{8}")
+
+
+def key8(folder: Path) -> str:
+    """The beginning of a cell's key, with which the name of its folder ends; "" if somebody has renamed it."""
+    end = folder.name.rpartition(".")[2]
+    return end if KEY8.fullmatch(end) else ""
 
 
 def owner(folder: Path) -> str:
@@ -86,9 +92,8 @@ def owner(folder: Path) -> str:
 
     It stands in the files: one that lies in another cell's folder, or among another metric's scores, is not read.
     """
-    cell = folder.parent.parent if folder.parent.name == "scores" else folder.parent
-    key = cell.name.rpartition(".")[2]
-    return f"{key}/{folder.name}" if KEY8.fullmatch(key) else ""
+    key = key8(folder.parent.parent if folder.parent.name == "scores" else folder.parent)
+    return key and f"{key}/{folder.name}"
 
 
 def check_owner(said: str | None, path: Path) -> None:
