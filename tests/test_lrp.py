@@ -409,6 +409,19 @@ WRITTEN = {
         lambda net, z: F.glu(torch.cat((z, net.second(z)), 1), 1),
         lambda net, z: z * net.second(z).sigmoid(),
     ),
+    "gate of channels, by a view": (
+        lambda net, z: z * net.second(z).mean((2, 3), keepdim=True).sigmoid(),
+        lambda net, z: z * net.second(z).mean((2, 3)).sigmoid().view(len(z), 6, 1, 1).expand_as(z),
+    ),
+    "sigmoid": (
+        lambda net, z: net.second(z) * z.sigmoid(),
+        lambda net, z: net.second(z) * (1 / (1 + torch.exp(-z))),
+    ),
+    "softplus": (lambda net, z: net.second(F.softplus(z)), lambda net, z: net.second(torch.log1p(z.exp()))),
+    "GELU of GPT-2": (
+        lambda net, z: net.second(F.gelu(z, approximate="tanh")),
+        lambda net, z: net.second(0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z.pow(3))))),
+    ),
     "maximum with a number": (
         lambda net, z: z.clamp(min=0.3),
         lambda net, z: torch.maximum(z, torch.full_like(z, 0.3)),

@@ -27,10 +27,11 @@ def named(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
 class Call:
     """An operation and its arguments: constants, ``PlainValue`` and ``TensorPair``, also inside lists.
 
-    run     the operation on ordinary arguments
-    args    the arguments by name
-    where   the module that makes the call, for messages
-    biased  False for the layer whose bias belongs to neither part (``Decomposer``, output_bias)
+    run        the operation on ordinary arguments
+    args       the arguments by name
+    where      the module that makes the call, for messages
+    biased     False for the layer whose bias belongs to neither part (``Decomposer``, output_bias)
+    rectifies  whether it is a function of the kind of ReLU
     """
 
     run: Callable[..., Any]
@@ -39,6 +40,7 @@ class Call:
     where: str
     rows: MaskedRows
     biased: bool = True
+    rectifies: bool = False
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from attrib.decomposition.call import Call, evaluated, named
 from attrib.decomposition.plan import Plan
-from attrib.decomposition.table import RULES, Rule
+from attrib.decomposition.table import FUNCTION, RULES, Rule
 from attrib.decomposition.values import LogitParts, MaskedRows, PlainValue, TensorPair, leaves
 from attrib.models import Classifier
 from attrib.models.calls import call, operation
+from attrib.models.functions import Function
 from attrib.models.graph import Graph, check_same
 from attrib.types import UserError
 
@@ -152,8 +154,34 @@ class Decomposer:
 
     def _run(self, graph: Graph, plan: Plan, start: TensorPair | PlainValue, rows: MaskedRows) -> TensorPair:
         unbiased = None if self._output_bias else graph.output
+        left = Counter(function.of for node, function in plan.functions.items() if node in plan.needed)
+        read = {graph.input: start} if graph.input in left else {}  # what functions in several calls still read
 
         def value(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if node not in plan.needed:
+                return None
+            if (function := plan.functions.get(node)) is None:
+                found = one_call(node, args, kwargs)
+            else:
+                found = several_calls(node, function, read[function.of])
+                left[function.of] -= 1
+                if not left[function.of]:
+                    del read[function.of]
+            if node in left:
+                read[node] = found
+            return found
+
+        def several_calls(node: fx.Node, function: Function, of: TensorPair | PlainValue) -> Any:
+            def run(of: Tensor) -> Tensor:
+                return function(of).expand_as(of)
+
+            if node in plan.constant or isinstance(of, PlainValue):
+                return constant(node, run(of.whole))
+            return self._rules[FUNCTION](
+                Call(run, {"of": of}, node, graph.where(node), rows, rectifies=node in plan.rectifiers)
+            )
+
+        def one_call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if node not in graph.fed:  # sizes, and what is made of them
                 return PlainValue(
                     _run(node, args, kwargs, lambda p: p.whole, _whole),
@@ -163,15 +191,23 @@ class Decomposer:
                 return args[0][args[1]]
             embeds = operation(node) == "embedding" and not plan.ids.isdisjoint(node.all_input_nodes)
             if node in plan.constant or not (embeds or leaves((args, kwargs), TensorPair)):
-                whole = _run(node, args, kwargs, lambda p: p.whole, _whole)
-                return PlainValue(whole, lambda: rows.repeat(whole, next(iter(node.meta["rows"]), None)))
+                return constant(node, _run(node, args, kwargs, lambda p: p.whole, _whole))
             rule = self._rules.get(operation(node))
             given = Call(
-                call(node), named(node, args, kwargs), node, graph.where(node), rows, biased=node is not unbiased
+                call(node),
+                named(node, args, kwargs),
+                node,
+                graph.where(node),
+                rows,
+                biased=node is not unbiased,
+                rectifies=node in plan.rectifiers,
             )
             if rule is None:
                 raise given.refuse("yet; add one to attrib/decomposition/table.py, or take another method")
             return rule(given)
+
+        def constant(node: fx.Node, whole: Any) -> PlainValue:
+            return PlainValue(whole, lambda: rows.repeat(whole, next(iter(node.meta["rows"]), None)))
 
         out = graph.propagate(start, value)
         if not isinstance(out, TensorPair):

@@ -4,47 +4,75 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from attrib.decomposition.attention import AttentionWeights
 from attrib.decomposition.call import named
 from attrib.decomposition.table import READ_WHOLE
 from attrib.models.activations import ELEMENTWISE
 from attrib.models.calls import operation
+from attrib.models.functions import Function, functions
 from attrib.models.graph import Graph
-
-# Operations that may stand between attention weights and their product with the values.
-_ON_THE_WAY = frozenset((
-    "_to_copy", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "masked_fill",
-))  # fmt: skip
-_PRODUCTS = frozenset(("matmul", "bmm", "mm", "baddbmm"))
 
 
 @dataclass(frozen=True)
 class Plan:
     """Which nodes are not divided into two parts, and which token ids are embedded.
 
-    constant  the nodes whose value is that of the whole, under every mask; see ``_is_constant``
-    ids       those that are the token ids of the input, perhaps changed one by one
-    apart     whether samples and rows can be matched everywhere: rows are one axis, or the outer part of one
+    constant   the nodes whose value is that of the whole, under every mask; see ``_is_constant``
+    functions  the nodes that several calls compute of one other value, number by number
+    rectifiers the nodes that are functions of the kind of ReLU, of several calls or of one
+    needed     the nodes that are computed: not those within such a function alone
+    ids        those that are the token ids of the input, perhaps changed one by one
+    apart      whether samples and rows can be matched everywhere: rows are one axis, or the outer part of one
     """
 
     constant: frozenset[fx.Node]
+    functions: Mapping[fx.Node, Function]
+    rectifiers: frozenset[fx.Node]
+    needed: frozenset[fx.Node]
     ids: frozenset[fx.Node]
     apart: bool
 
     @classmethod
     def of(cls, graph: Graph) -> Plan:
+        ids = frozenset(_ids(graph))
+        several = functions(graph)
+        weighs = AttentionWeights(graph, _plain(graph, ids))
         constant: set[fx.Node] = set()
+        users: dict[fx.Node, list[fx.Node]] = {graph.output: []}  # of what is needed, those that are
         for node in reversed(graph.nodes):
-            if node in graph.fed and node is not graph.output and _is_constant(node, graph, constant):
+            if node not in users:
+                continue
+            divided = node in graph.fed and node is not graph.output
+            if divided and _is_constant(node, [u for u in users[node] if u in graph.fed], constant, weighs, several):
                 constant.add(node)
-        return cls(frozenset(constant), frozenset(_ids(graph)), all(map(_apart, graph.fed)))
+            for used in [several[node].of] if node in several else node.all_input_nodes:
+                users.setdefault(used, []).append(node)
+        rectifiers = frozenset(
+            node for node in users if (found := several.get(node) or _one_call(graph, node)) and found.rectifies
+        )
+        apart = all(map(_apart, graph.fed))
+        return cls(frozenset(constant), several, rectifiers, frozenset(users), ids, apart)
 
 
-def _is_constant(node: fx.Node, graph: Graph, constant: set[fx.Node]) -> bool:
+def _one_call(graph: Graph, node: fx.Node) -> Function | None:
+    """A call that is an element-wise function of one value."""
+    used = [n for n in node.all_input_nodes if n in graph.fed]
+    one = operation(node) in ELEMENTWISE and len(used) == 1 and not _counts(node) and not _counts(used[0])
+    return Function(node, used[0]) if one else None
+
+
+def _is_constant(
+    node: fx.Node,
+    users: Sequence[fx.Node],
+    constant: set[fx.Node],
+    weighs: AttentionWeights,
+    several: Container[fx.Node],
+) -> bool:
     """Whether a node's value counts as a constant, which is that of the whole.
 
     Comparisons, places and counts: what they choose is chosen by the whole, as the maxima of max-pooling are (Singh
@@ -53,19 +81,18 @@ def _is_constant(node: fx.Node, graph: Graph, constant: set[fx.Node]) -> bool:
     for LRP, and Hsu et al. (see ``rules_transformer``) for CD. Numbers that divide: as the deviation in a norm (Ali et
     al., section 3.3). And all from which nothing else is computed.
     """
-    dtype = node.meta.get("dtype")
-    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+    if _counts(node):
         return True
-    if operation(node) in ("rsqrt", "reciprocal") or (operation(node) == "pow" and _negative(node)):
+    if node not in several and (operation(node) in ("rsqrt", "reciprocal") or _negative(node)):
         return True
-    if operation(node) == "softmax" and _weighs(node, graph):
+    if weighs(node, constant):
         return True
-    return all(user in constant or user not in graph.fed or _reads_whole(user, node) for user in node.users)
+    return all(user in constant or (user not in several and _reads_whole(user, node)) for user in users)
 
 
 def _negative(node: fx.Node) -> bool:
-    exponent = node.args[1]
-    return isinstance(exponent, int | float) and exponent < 0
+    """Whether a node is a power with a negative exponent."""
+    return operation(node) == "pow" and isinstance(node.args[1], int | float) and node.args[1] < 0
 
 
 def _reads_whole(user: fx.Node, node: fx.Node) -> bool:
@@ -74,15 +101,21 @@ def _reads_whole(user: fx.Node, node: fx.Node) -> bool:
     return bool(names) and all(name in names for name, value in given.items() if value is node)
 
 
-def _weighs(node: fx.Node, graph: Graph) -> bool:
-    """Whether a node is read by matrix products alone, with something else that depends on the input."""
+def _plain(graph: Graph, ids: Container[fx.Node]) -> set[fx.Node]:
+    """The nodes that no part of the input reaches but by choices, places and counts."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node in graph.fed:
+            embeds = operation(node) == "embedding" and any(n in ids for n in node.all_input_nodes)
+            of_plain = node is not graph.input and all(n in found for n in node.all_input_nodes if n in graph.fed)
+            if _counts(node) or (of_plain and not embeds):
+                found.add(node)
+    return found
 
-    def reads(user: fx.Node) -> bool:
-        if operation(user) in _PRODUCTS:
-            return any(other in graph.fed for other in user.all_input_nodes if other is not node)
-        return operation(user) in _ON_THE_WAY and _weighs(user, graph)
 
-    return bool(node.users) and all(reads(user) for user in node.users)
+def _counts(node: fx.Node) -> bool:
+    dtype = node.meta.get("dtype")
+    return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
 
 
 def _ids(graph: Graph) -> Iterable[fx.Node]:

@@ -12,18 +12,18 @@ from attrib.decomposition.rules_linear import linear, times
 from attrib.decomposition.values import TensorPair
 
 
+def function(call: Call) -> TensorPair:
+    """An element-wise function, in however many calls it is written: ``activation`` or ``shapley``."""
+    return activation(call) if call.rectifies else shapley(call)
+
+
 def activation(call: Call) -> TensorPair:
     """relevant -> f(relevant), irrelevant -> f(whole) - f(relevant), for f with f(0) = 0.
 
     ReLU: Singh 2019, section 3.1. No paper defines a rule for functions of a similar shape (leaky ReLU, ELU, GELU,
-    SiLU, hardswish, mish ...); the same formula is complete for them.
+    SiLU, hardswish, mish ...; ``attrib.models.functions`` says which are); the same formula is complete for them.
     """
     return call.each()
-
-
-def clipped(call: Call) -> TensorPair:
-    """``hardtanh``, which is also how torch writes ReLU6: an activation if it begins at zero."""
-    return activation(call) if call.args["min_val"] == 0 else shapley(call)
 
 
 def shapley(call: Call) -> TensorPair:
@@ -47,14 +47,17 @@ def first_of_several(call: Call) -> tuple[TensorPair, None]:
 
 
 def power(call: Call) -> TensorPair:
-    """``shapley`` where every number has such a power: the parts may be negative, or zero. Else ``ratio``."""
+    """``function`` where every number has such a power: the parts may be negative, or zero. Else ``ratio``."""
     base, exponent = call.args["self"], call.args["exponent"]
     if not isinstance(exponent, TensorPair):
-        whole_number = isinstance(exponent, int | float) and exponent >= 0 and exponent == int(exponent)
-        return shapley(call) if whole_number else ratio(call)
+        return function(call) if is_whole(exponent) else ratio(call)
     if not isinstance(base, int | float) or base <= 0:
         raise call.refuse("with an exponent that depends on the input, of a base that is not a positive number")
-    return shapley(call)
+    return function(call)
+
+
+def is_whole(exponent: Any) -> bool:
+    return isinstance(exponent, int | float) and exponent >= 0 and exponent == int(exponent)
 
 
 def ratio(call: Call) -> TensorPair:

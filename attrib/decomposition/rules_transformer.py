@@ -10,8 +10,10 @@ BERT's blocks; this belongs to its loops over layers and is not done here.
 
 from __future__ import annotations
 
+from attrib.decomposition import rules_pointwise
 from attrib.decomposition.call import Call
 from attrib.decomposition.rules_norm import normed_layer
+from attrib.decomposition.rules_pointwise import is_whole
 from attrib.decomposition.values import TensorPair, proportion
 
 
@@ -24,6 +26,11 @@ def activation(call: Call) -> TensorPair:
     like = TensorPair(other, call.whole(), call.rows)
     relevant = like.spread(like.whole) - other
     return call.rows.sum(relevant, other) if call.rows.both else call.rows.pair(relevant, like.whole)
+
+
+def power(call: Call) -> TensorPair:
+    """``activation`` where that is defined."""
+    return activation(call) if is_whole(call.args["exponent"]) else rules_pointwise.power(call)
 
 
 def layer_norm(call: Call) -> TensorPair:

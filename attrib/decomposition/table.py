@@ -10,10 +10,9 @@ from attrib.decomposition.call import Call
 from attrib.decomposition.rules_linear import LINEAR_IN, add, add_product, affine, embedding, linear, multiply
 from attrib.decomposition.rules_norm import batch_norm, group_norm, layer_norm, rms_norm
 from attrib.decomposition.rules_pointwise import (
-    activation,
-    clipped,
     divide,
     first_of_several,
+    function,
     gated,
     power,
     ratio,
@@ -25,17 +24,16 @@ from attrib.models.activations import BATCH_NORM, ELEMENTWISE
 
 Rule = Callable[[Call], Any]
 
+FUNCTION = "attrib::function"  # of one value, in several calls: see ``attrib.models.functions``
+
 # Operation -> rule. Of two entries the later one counts.
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, shapley),
+    **dict.fromkeys((*ELEMENTWISE, FUNCTION), function),
     **dict.fromkeys(LINEAR_IN, linear),
     **dict.fromkeys(("log_softmax", "softmax", "logsumexp", "linalg_vector_norm", "var", "std", "prod"), shapley),
     **dict.fromkeys(("cumprod", "logcumsumexp", "_cdist_forward", "_pdist_forward"), shapley),
     **dict.fromkeys(("log_sigmoid_forward", "rrelu_with_noise", "rrelu_with_noise_functional"), first_of_several),
     **dict.fromkeys(("acos", "acosh", "asin", "atanh", "log", "log10", "log1p", "log2", "logit", "sqrt"), ratio),
-    **dict.fromkeys(("relu", "relu6", "leaky_relu", "_prelu_kernel", "elu", "celu", "selu", "gelu"), activation),
-    **dict.fromkeys(("silu", "mish", "hardswish"), activation),
-    "hardtanh": clipped,
     "pow": power,
     "glu": gated,
     **dict.fromkeys(("add", "sub", "rsub"), add),
@@ -62,11 +60,8 @@ RULES: Mapping[str, Rule] = {
 # CD-T: as ``RULES``, but for the functions of one number and layer norm.
 TRANSFORMER_RULES: Mapping[str, Rule] = {
     **RULES,
-    **{
-        name: rules_transformer.activation
-        for name, rule in RULES.items()
-        if name in ELEMENTWISE and rule in (activation, shapley, clipped)
-    },
+    **{name: rules_transformer.activation for name, rule in RULES.items() if rule is function},
+    "pow": rules_transformer.power,
     "layer_norm": rules_transformer.layer_norm,
 }
 

@@ -49,10 +49,14 @@ class Method(Protocol):
     a property of the same name.
     """
 
-    VERSION: ClassVar[int]  # raised whenever the method's numbers change
     MODALITIES: ClassVar[tuple[str, ...]] = ("image",)  # what it explains: "image", "text", "audio"
     TEXT_ROLES: ClassVar[tuple[str, ...]] = ()  # layers that it reads of text nets only, beside ``roles``
     DOCUMENTS: ClassVar[Mapping[str, str]] = {}  # name -> one line; JSON per sample, in ``<cell>/<name>/<uid>.json``
+
+    @property
+    def VERSION(self) -> int:  # noqa: N802
+        """Raised whenever the method's numbers change; where it depends on the fields, other cases keep their maps."""
+        ...
 
     @property
     def MAPS(self) -> Mapping[str, str]:  # noqa: N802

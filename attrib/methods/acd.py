@@ -56,7 +56,6 @@ class ACD(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.acd.ACD"
-    VERSION: ClassVar[int] = 2
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
     DOCUMENTS: ClassVar[Mapping[str, str]] = {"tree": "the hierarchy, see attrib.agglomeration.trees"}
@@ -91,6 +90,10 @@ class ACD(Method):
         if not known and self.against not in (None, "other"):
             raise UserError(f"ACD.against is {self.against!r}, must be the number of a class, other or null")
         check_scores(self)
+
+    @property
+    def VERSION(self) -> int:  # noqa: N802
+        return 3 if self.score == "cd" else 2  # as of ``CD``
 
     @property
     def MAPS(self) -> Mapping[str, str]:  # noqa: N802

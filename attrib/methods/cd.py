@@ -61,7 +61,6 @@ class CD(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.cd.CD"
-    VERSION: ClassVar[int] = 1
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)
@@ -80,6 +79,10 @@ class CD(Method):
         require(self, "score", one_of=get_args(Score))
         require(self, "steps", at_least=2)
         check_scores(self)
+
+    @property
+    def VERSION(self) -> int:  # noqa: N802
+        return 2 if self.score == "cd" else 1  # 1 multiplied parts of attention's weights, unless as torch writes them
 
     @property
     def NEEDS_PROBABILITIES(self) -> bool:  # noqa: N802

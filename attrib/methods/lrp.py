@@ -64,7 +64,7 @@ class LRP(Method):
     """
 
     NAME: ClassVar[str] = "attrib.methods.lrp.LRP"
-    VERSION: ClassVar[int] = 3
+    VERSION: ClassVar[int] = 4  # 3 took a gate whose shape is changed, as in SENet, for one without a constant
     CONTRASTS: ClassVar[bool] = True
     MODALITIES: ClassVar[tuple[str, ...]] = ("image", "text", "audio")
     TEXT_ROLES: ClassVar[tuple[str, ...]] = (EMBEDDING,)

@@ -12,12 +12,11 @@ from torch import Tensor, fx
 
 from attrib.models.calls import call, operation
 from attrib.models.graph import Graph
+from attrib.models.softmax import softmax_axis
 from attrib.relevance.tokens import check_followed
 from attrib.relevance.ways import ELSE, REFUSED, Ways, ancestors, is_float, tokens_of
-from attrib.relevance.written import softmax
 from attrib.types import UserError
 
-_SOFTMAX = ("softmax", "_softmax", "_safe_softmax")
 # What may stand between a softmax and the product with the values: numbers are hidden, scaled, or lie otherwise.
 _BETWEEN = ("masked_fill", "reshape", "expand", "_to_copy", "clone", "contiguous", "where", "unsqueeze", "squeeze",
             "permute", "transpose")  # fmt: skip
@@ -225,12 +224,7 @@ def _sources(graph: Graph, node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _softmax_axis(graph: Graph, node: fx.Node) -> int | None:
-    """The axis of a softmax, also of one that is written out; None if a call is none."""
-    if operation(node) in _SOFTMAX:
-        axis: Any = node.args[1]
-        return int(axis) % len(node.meta["shape"])
-    written = softmax(node, partial(_sources, graph))
-    return None if written is None else written[1]
+    return softmax_axis(node, partial(_sources, graph))
 
 
 def _ends(graph: Graph, node: fx.Node) -> bool:

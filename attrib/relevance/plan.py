@@ -17,9 +17,11 @@ from torch import fx
 
 from attrib.models.activations import BATCH_NORM, BILINEAR, ELEMENTWISE, LINEAR
 from attrib.models.calls import OF_SHAPE, call, operation
+from attrib.models.functions import Function, functions
 from attrib.models.graph import Graph
+from attrib.models.softmax import LOG_SOFTMAX, SOFTMAX, written_softmax
+from attrib.relevance.merged import merged
 from attrib.relevance.recurrent import RECURRENT, given
-from attrib.relevance.written import merged, softmax
 from attrib.types import UserError
 
 Kind = Literal["move", "fill", "share", "layer", "merged", "product", "factors", "pass", "scale", "softmax",
@@ -52,8 +54,6 @@ _FILLS = frozenset((
     "diagonal_scatter", "as_strided_scatter", "scatter", "tril", "triu", "copy", "fill",
 ))  # fmt: skip
 _NORMS = frozenset(("layer_norm", "group_norm"))
-_SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
-_LOG_SOFTMAX = frozenset(("log_softmax", "_log_softmax"))
 # What statistics are made of, and what brings them to the shape of what they were taken of.
 _REDUCTIONS = frozenset(("mean", "sum", "var", "std", "linalg_vector_norm", "norm", "amax", "amin", "var_mean"))
 _OF_STATISTICS = _REDUCTIONS | frozenset((
@@ -72,6 +72,7 @@ class Step:
     first  of a layer: whether there is none with weights between it and the input
     merged of a layer: the calls behind it that are computed with it
     dim    of a softmax: its axis
+    function  what several calls compute of the one source
     """
 
     kind: Kind
@@ -80,6 +81,7 @@ class Step:
     first: bool = False
     merged: tuple[fx.Node, ...] = ()
     dim: int | None = None
+    function: Function | None = None
 
 
 class Plan:
@@ -111,7 +113,7 @@ class Plan:
     def _normaliser(self) -> fx.Node | None:
         at = self.graph.output
         while at is not self.start and sum(not user.meta.get("size") for user in at.users) == 1:
-            if operation(at) in _LOG_SOFTMAX:
+            if operation(at) in LOG_SOFTMAX:
                 return at
             sources = self._sources(at)
             if operation(at) not in _MOVES - _FILLS or len(sources) != 1:
@@ -189,9 +191,11 @@ class Plan:
             return Step("layer", sources, at, first, self._merged.get(node, ()))
         if node in self.merged:
             return Step("merged", sources)
-        if written := softmax(node, self._sources):
+        if written := written_softmax(node, self._sources):
             of, dim = written
             return Step("softmax", (of,), dim=dim)
+        if function := self._function(node):
+            return Step("pass", (function.of,), function=function)
         if not name:  # getitem
             return Step("move", sources)
         if name in BATCH_NORM or name in _NORMS:
@@ -201,10 +205,10 @@ class Plan:
         elif name == "rms_norm":
             if sources == (node.args[0],):
                 return Step("pass", sources)
-        elif name in _SOFTMAX:
+        elif name in SOFTMAX:
             axis: Any = node.args[1]
             return Step("softmax", sources, dim=axis)
-        elif name in _LOG_SOFTMAX:
+        elif name in LOG_SOFTMAX:
             return Step("log_softmax", sources)
         elif name in RECURRENT:
             if set(sources) <= set(given(node)):
@@ -234,6 +238,11 @@ class Plan:
             "choice, a product, a norm, a softmax, a recurrent layer or a function of one value. Take "
             "method=integrated_gradients or method=gradient_shap, which need the gradient alone"
         )
+
+    def _function(self, node: fx.Node) -> Function | None:
+        """What several calls compute of one value that depends on the start, number by number."""
+        found = functions(self.graph).get(node)
+        return found if found and found.of in self._carries else None
 
     @staticmethod
     def _linear_arguments(node: fx.Node, name: str) -> Iterator[fx.Node]:
@@ -269,7 +278,13 @@ class Plan:
         found: dict[fx.Node, float] = {}
         for node in self.graph.nodes:
             sources, name = self._sources(node), operation(node)
-            if len(sources) != 1 or node is self.start or any(n is not sources[0] for n in node.all_input_nodes):
+            if node in self._carries and node is not self.start and (function := self._function(node)):
+                zero = function.zero
+                if zero is not None and zero.numel() == 1 and zero and zero.isfinite():
+                    found[node] = float(zero)
+                continue
+            given = [n for n in node.all_input_nodes if not n.meta.get("size")]  # a view may name sizes of the input
+            if len(sources) != 1 or node is self.start or any(n is not sources[0] for n in given):
                 continue
             before = found.get(sources[0], 0.0)
             if name in _MOVES - _FILLS:

@@ -210,9 +210,12 @@ class Propagation:
             case "norm":
                 back = shared(affine(node, args, kwargs), self._epsilon)
             case "pass":
-                if step.sources[0] in values:
+                if step.function:
+                    compute = partial(_given, function(*args, **kwargs).detach())
+                    back = of_function(step.function, self._epsilon)
+                elif step.sources[0] in values:
                     back = of_function(compute, self._epsilon)
-                else:  # a function of it that several calls make
+                else:  # a function of it that several calls make, of constants that differ from place to place
                     compute, back = partial(_given, function(*args, **kwargs).detach()), passed
             case "scale":
                 (factor,) = (
