@@ -22,15 +22,15 @@ T, D, HEADS = 5, 8, 2
 OF = torch.tensor([0, 0, 1, 1])
 
 
-def parts(net: nn.Module, x: Tensor, **options) -> Tensor:
+def parts(net: nn.Module, x: Tensor, tolerance: float = 1e-9, **options) -> Tensor:
     """The relevant parts of two samples under two masks each; their sums with the rest are the net's logits."""
     masks = torch.rand(4, *x.shape[1:], generator=torch.Generator().manual_seed(3)).round().to(F64)
     relevant, whole = Decomposer(net, **options).rows(x, masks, OF)
     with torch.no_grad():
         torch.testing.assert_close(whole, net(x)[OF], rtol=1e-10, atol=1e-10)
         both = Decomposer(net, **options).rows(x, masks, OF, True)
-    torch.testing.assert_close(both[1], whole, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(both[0], relevant, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(both[1], whole, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(both[0], relevant, rtol=tolerance, atol=tolerance)
     return relevant
 
 
@@ -54,6 +54,14 @@ SLOPES = torch.linspace(-0.3, 0.4, 8, dtype=F64)
 
 def new_gelu(x: Tensor) -> Tensor:  # GPT-2's
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def _of_chunks(a: Tensor, b: Tensor) -> Tensor:
+    return _silu(a) * b
 
 
 FUNCTIONS = {
@@ -100,7 +108,16 @@ FUNCTIONS = {
     "cube": (lambda x: x**3, [lambda x: x * x * x, lambda x: x**2 * x]),
     "swiglu": (
         lambda x: F.silu(x[:, :4]) * x[:, 4:],
-        [lambda x: x[:, :4] * torch.sigmoid(x[:, :4]) * x[:, 4:]],
+        [
+            lambda x: x[:, :4] * torch.sigmoid(x[:, :4]) * x[:, 4:],
+            lambda x: torch.chunk(x, 2, 1)[0] * torch.sigmoid(torch.chunk(x, 2, 1)[0]) * torch.chunk(x, 2, 1)[1],
+            lambda x: _of_chunks(*x.chunk(2, 1)),
+        ],
+    ),
+    "silu twice": (lambda x: F.silu(x) * 2, [lambda x: x * torch.sigmoid(x) + x * torch.sigmoid(x)]),
+    "silu of items": (
+        lambda x: torch.cat((x[:, :4], F.silu(x[:, 4:])), 1),
+        [lambda x: torch.cat((x.chunk(2, 1)[0], _silu(x.chunk(2, 1)[1])), 1)],
     ),
 }
 
@@ -134,6 +151,21 @@ def test_which_functions_are_like_relu(function: Callable[[Tensor], Tensor]) -> 
     while "pad" in node.name:
         node = node.args[0]
     assert Function(node, of).rectifies == (function in RECTIFY)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * x.bool(),
+        lambda x: x * x.relu().bool().to(F64),
+        lambda x: x.float().double() * torch.sigmoid(x),
+        lambda x: (x.float() * torch.sigmoid(x).float()).double(),
+    ],
+)
+def test_casts_are_kept(function: Callable[[Tensor], Tensor]) -> None:
+    """The sum of the parts is what the net gives, rounding and all (``parts`` looks)."""
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)).to(F64)
+    assert parts(seeded(Pointwise(function).to(F64), 0.7).eval(), x, tolerance=1e-6).abs().max() > 0
 
 
 def test_norms_are_no_functions_of_one_value() -> None:

@@ -169,6 +169,10 @@ class Decomposer:
                     del read[function.of]
             if node in left:
                 read[node] = found
+            for item in node.users:  # which the graph takes out of several results by itself
+                if item in left and item.target is operator.getitem and isinstance(found, tuple):
+                    place: Any = item.args[1]
+                    read[item] = found[place]
             return found
 
         def several_calls(node: fx.Node, function: Function, of: TensorPair | PlainValue) -> Any:

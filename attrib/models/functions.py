@@ -96,7 +96,7 @@ def functions(graph: Graph) -> Mapping[fx.Node, Function]:
 def _several(graph: Graph) -> Iterator[tuple[fx.Node, Function]]:
     done: set[fx.Node] = set()
     for node, of, between in walks(graph):
-        if node in done or not (_is_float(node) and _is_float(of)):
+        if node in done or not _is_float(node) or node.meta["dtype"] != of.meta.get("dtype"):
             continue
         function = Function(node, of)
         if len(_sources(graph, node)) > 1 or _twice(node):
@@ -139,6 +139,7 @@ def walks(graph: Graph) -> Iterator[tuple[fx.Node, fx.Node, set[fx.Node]]]:
             continue
         if node in twins:
             before[node] = before[twins[node]]
+            yield from ((node, of, inner) for of, inner in before[node].items() if of is not twins[node])
             continue
         before[node] = {node: set()}
         shape = node.meta.get("shape")
@@ -203,10 +204,10 @@ def _computed(node: fx.Node, of: fx.Node, number: Tensor, known: dict[fx.Node, A
         return number.new_ones(())
     if name == "_to_copy":
         kind = node.meta["dtype"]
-        if not (kind.is_floating_point or kind == torch.bool):
+        if kind not in (of.meta["dtype"], torch.bool):  # a cast that rounds is no function of the number alone
             raise NotOneNumberError
         given = _value(node.args[0], of, number, known)
-        return given.to(number.dtype) if kind.is_floating_point else given
+        return given != 0 if kind == torch.bool else given.to(number.dtype)
     if name in _CONSTANT:
         given = _value(node.args[0], of, number, known)
         if given is number or given.ndim == 0 or name == "clone":  # numbers lie where they lay, one is good everywhere
