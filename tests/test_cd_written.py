@@ -192,8 +192,9 @@ class Attention(nn.Module):
         self.register_buffer("ones", torch.ones(1, HEADS, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        for three in (self.projections[:3], self.projections[3:]):
-            q, k, v = (p(self.norm(x)).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in three)
+        for first in (0, 3):  # torch 2.4 cannot export a slice of a ModuleList
+            three = (self.projections[first + i](self.norm(x)) for i in range(3))
+            q, k, v = (value.unflatten(-1, (HEADS, -1)).transpose(1, 2) for value in three)
             found = self.form(q @ k.transpose(-1, -2) / math.sqrt(D / HEADS), v, self)
             x = x + found.transpose(1, 2).flatten(2)
         return self.head(x.mean(1))
