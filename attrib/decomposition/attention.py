@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from attrib.models.activations import BATCH_NORM, ELEMENTWISE, LINEAR
-from attrib.models.calls import operation
+from attrib.models.calls import arguments, operation
 from attrib.models.graph import Graph
 from attrib.models.softmax import softmax_axis
 
@@ -76,11 +76,11 @@ class AttentionWeights:
     def _is_function(self, node: fx.Node, found: dict[fx.Node, int | None]) -> bool:
         name = operation(node)
         if name in _MIXES:
-            first: Any = node.args[0]
+            first = arguments(node)[0]
             axis = found.get(first)
             size = len(first.meta["shape"])
             return axis is not None and axis % size != _MIXES[name] % size
-        return name in _OF_WEIGHTS or name in ("mul", "div") or not name
+        return name in _OF_WEIGHTS or not name
 
     def _multiplies(self, node: fx.Node, used: list[fx.Node], found: dict[fx.Node, int | None]) -> bool:
         """Whether weights are one factor, and something else the other."""
@@ -94,7 +94,7 @@ def _sums(node: fx.Node, axis: int | None) -> bool:
     """Whether a node sums over an axis, counted from the end."""
     if operation(node) not in ("sum", "mean") or axis is None or len(node.args) < 2:
         return False
-    given: Any = node.args
+    given = arguments(node)
     size = len(given[0].meta["shape"])
     dims = given[1] if isinstance(given[1], list | tuple) else [given[1]]
     return axis % size in [dim % size for dim in dims]
@@ -104,7 +104,7 @@ def _axis(node: fx.Node, before: fx.Node, axis: int | None) -> int | None:
     """Where an axis of ``before``, counted from the end, lies in what is made of it; None where that is not clear."""
     if axis is None or "shape" not in node.meta:
         return None
-    given: Any = node.args
+    given = arguments(node)
     name, old, new = operation(node), tuple(before.meta["shape"]), tuple(node.meta["shape"])
     if name == "permute":
         dims = [dim % len(old) for dim in given[1]]
@@ -116,6 +116,6 @@ def _axis(node: fx.Node, before: fx.Node, axis: int | None) -> int | None:
         return axis - 1 if given[1] % len(new) - len(new) >= axis else axis
     if name == "reshape":
         return axis if old[axis:] == new[axis:] else None
-    if name in ("linear", "layer_norm", "expand", "slice") or name in ELEMENTWISE or name in _MIXES:
+    if name in ("expand", "slice") or name in ELEMENTWISE or name in _MIXES:
         return axis
     return None

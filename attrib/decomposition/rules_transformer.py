@@ -13,7 +13,6 @@ from __future__ import annotations
 from attrib.decomposition import rules_pointwise
 from attrib.decomposition.call import Call
 from attrib.decomposition.rules_norm import normed_layer
-from attrib.decomposition.rules_pointwise import is_whole
 from attrib.decomposition.values import TensorPair, proportion
 
 
@@ -30,7 +29,7 @@ def activation(call: Call) -> TensorPair:
 
 def power(call: Call) -> TensorPair:
     """``activation`` where that is defined."""
-    return activation(call) if is_whole(call.args["exponent"]) else rules_pointwise.power(call)
+    return activation(call) if rules_pointwise.is_whole(call.args["exponent"]) else rules_pointwise.power(call)
 
 
 def layer_norm(call: Call) -> TensorPair:

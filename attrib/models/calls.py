@@ -43,6 +43,17 @@ def operation(node: fx.Node) -> str:
     return "" if schema is None else schema.name.removeprefix("aten::")
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Those that a node gives by their places."""
+    return node.args
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor of real numbers that are no counts."""
+    dtype = node.meta.get("dtype")
+    return dtype is not None and dtype.is_floating_point
+
+
 def call(node: fx.Node) -> Callable[..., Any]:
     """What a node calls."""
     assert callable(node.target)

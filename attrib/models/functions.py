@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from attrib.models.activations import ELEMENTWISE, is_zero
-from attrib.models.calls import OF_SHAPE, attribute, call, operation
+from attrib.models.calls import OF_SHAPE, attribute, call, is_float, operation
 from attrib.models.graph import Graph
 
 _MOST = 12  # calls that one function is written in
@@ -78,7 +78,7 @@ class Function:
         size = one.abs().amax(0)
         odd, even = ((one - sign * other).abs().amax(0) <= 1e-9 * size for sign in (-1, 1))
         line = (one[-2:].abs() <= 2.2 * one[[0, len(TRIED) - 1]].abs() + 1e-9 * size).all()
-        return bool((one[TRIED.tolist().index(0)].abs() <= 1e-9).all() and line and not (odd | even).all())
+        return bool((one[numbers == 0].abs() <= 1e-9).all() and line and not (odd | even).all())
 
 
 def functions(graph: Graph) -> Mapping[fx.Node, Function]:
@@ -96,7 +96,7 @@ def functions(graph: Graph) -> Mapping[fx.Node, Function]:
 def _several(graph: Graph) -> Iterator[tuple[fx.Node, Function]]:
     done: set[fx.Node] = set()
     for node, of, between in walks(graph):
-        if node in done or not _is_float(node) or node.meta["dtype"] != of.meta.get("dtype"):
+        if node in done or not is_float(node) or node.meta["dtype"] != of.meta.get("dtype"):
             continue
         function = Function(node, of)
         if len(_sources(graph, node)) > 1 or _twice(node):
@@ -173,11 +173,6 @@ def _sources(graph: Graph, node: fx.Node) -> list[fx.Node]:
     return [used for used in node.all_input_nodes if used in graph.fed and operation(used) not in OF_SHAPE]
 
 
-def _is_float(node: fx.Node) -> bool:
-    dtype = node.meta.get("dtype")
-    return dtype is not None and dtype.is_floating_point
-
-
 def _value(node: Any, of: fx.Node, number: Tensor, known: dict[fx.Node, Any]) -> Any:
     """What a node gives for numbers in the place of ``of``. Raises NotOneNumberError."""
     if node.graph.owning_module.meta.get("twins", {}).get(node, node) is of:  # ``walks`` looks for twins
@@ -195,7 +190,8 @@ def _computed(node: fx.Node, of: fx.Node, number: Tensor, known: dict[fx.Node, A
         if not isinstance(kept, Tensor) or not kept.numel():
             raise NotOneNumberError
         kept = kept.detach().to(number.device, number.dtype if kept.is_floating_point() else kept.dtype)
-        return kept.flatten()[0] if (kept == kept.flatten()[0]).all() else kept
+        first = kept.flatten()[0]
+        return first if kept.numel() == 1 or (kept == first).all() else kept  # of one number no device is waited for
     if is_zero(node):
         return number.new_zeros(())
     if name in _FULL:

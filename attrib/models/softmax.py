@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from attrib.models.calls import operation
+from attrib.models.calls import arguments, operation
 
 Sources = Callable[[fx.Node], tuple[fx.Node, ...]]
 SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
@@ -15,14 +15,10 @@ LOG_SOFTMAX = frozenset(("log_softmax", "_log_softmax"))
 _HIDES = ("mul", "masked_fill", "where")  # may set some of the numerators to zero
 
 
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
-
-
 def softmax_axis(node: fx.Node, sources: Sources) -> int | None:
     """The axis of a softmax, also of the last call of one that is written out; None if a call is none."""
     if operation(node) in SOFTMAX:
-        return int(_arguments(node)[1]) % len(node.meta["shape"])
+        return int(arguments(node)[1]) % len(node.meta["shape"])
     written = written_softmax(node, sources)
     return None if written is None else written[1] % len(node.meta["shape"])
 
@@ -33,28 +29,28 @@ def written_softmax(node: fx.Node, sources: Sources) -> tuple[fx.Node, int] | No
     sources  the arguments of a call that the relevance may go to
     """
     if operation(node) == "exp":
-        return _of_logarithm(_arguments(node)[0])
+        return _of_logarithm(arguments(node)[0])
     if operation(node) not in ("div", "mul") or node.kwargs or len(sources(node)) != 2:
         return None
-    numerator, under = _arguments(node)
+    numerator, under = arguments(node)
     if operation(node) == "mul":
         if operation(numerator) == "reciprocal":
             numerator, under = under, numerator
         if operation(under) != "reciprocal":
             return None
-        under = _arguments(under)[0]
+        under = arguments(under)[0]
     for total in _back(under, ("add", "clamp_min", "clamp", "unsqueeze"), sources):
         if (
             operation(total) == "sum"
-            and _arguments(total)[0] is numerator
-            and len(_arguments(total)) > 1
-            and len(_arguments(total)[1]) == 1
+            and arguments(total)[0] is numerator
+            and len(arguments(total)) > 1
+            and len(arguments(total)[1]) == 1
         ):
-            axis = _arguments(total)[1][0] % len(numerator.meta["shape"])
+            axis = arguments(total)[1][0] % len(numerator.meta["shape"])
             shape = tuple(1 if i == axis else n for i, n in enumerate(numerator.meta["shape"]))
             of = next((at for at in _back(numerator, _HIDES, sources) if operation(at) == "exp"), None)
             if of is not None and tuple(under.meta["shape"]) == shape:
-                return _unshifted(_arguments(of)[0], axis), axis
+                return _unshifted(arguments(of)[0], axis), axis
     return None
 
 
@@ -70,23 +66,23 @@ def _of_logarithm(given: Any) -> tuple[fx.Node, int] | None:
     if not isinstance(given, fx.Node):
         return None
     if operation(given) in LOG_SOFTMAX:
-        return _arguments(given)[0], _arguments(given)[1]
-    if operation(given) == "sub" and isinstance(_arguments(given)[1], fx.Node) and not given.kwargs:
-        of, total = _arguments(given)
-        if operation(total) == "logsumexp" and _arguments(total)[0] is of and _arguments(total)[2:] == (True,):
-            return (of, _arguments(total)[1][0]) if len(_arguments(total)[1]) == 1 else None
+        return arguments(given)[0], arguments(given)[1]
+    if operation(given) == "sub" and isinstance(arguments(given)[1], fx.Node) and not given.kwargs:
+        of, total = arguments(given)
+        if operation(total) == "logsumexp" and arguments(total)[0] is of and arguments(total)[2:] == (True,):
+            return (of, arguments(total)[1][0]) if len(arguments(total)[1]) == 1 else None
     return None
 
 
 def _unshifted(node: fx.Node, axis: int) -> fx.Node:
     """What was shifted by its own maximum, which changes no softmax."""
-    if operation(node) != "sub" or node.kwargs or not isinstance(_arguments(node)[1], fx.Node):
+    if operation(node) != "sub" or node.kwargs or not isinstance(arguments(node)[1], fx.Node):
         return node
-    of, most = _arguments(node)
-    while operation(most) in ("detach", "alias", "clone", "") and isinstance(_arguments(most)[0], fx.Node):
-        most = _arguments(most)[0]
-    if operation(most) not in ("max", "amax") or _arguments(most)[0] is not of:
+    of, most = arguments(node)
+    while operation(most) in ("detach", "alias", "clone", "") and isinstance(arguments(most)[0], fx.Node):
+        most = arguments(most)[0]
+    if operation(most) not in ("max", "amax") or arguments(most)[0] is not of:
         return node
-    dims: Any = _arguments(most)[1] if len(_arguments(most)) > 1 else []
+    dims: Any = arguments(most)[1] if len(arguments(most)) > 1 else []
     reduced = [dim % len(of.meta["shape"]) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
     return of if not reduced or axis in reduced else node

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attrib.models.calls import call, operation
+from attrib.models.calls import call, is_float, operation
 from attrib.models.graph import Graph
 from attrib.models.softmax import softmax_axis
 from attrib.relevance.tokens import check_followed
-from attrib.relevance.ways import ELSE, REFUSED, Ways, ancestors, is_float, tokens_of
+from attrib.relevance.ways import ELSE, REFUSED, Ways, ancestors, tokens_of
 from attrib.types import UserError
 
 # What may stand between a softmax and the product with the values: numbers are hidden, scaled, or lie otherwise.

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from attrib.models.activations import BATCH_NORM
-from attrib.models.calls import attribute, operation
+from attrib.models.calls import arguments, attribute, operation
 from attrib.models.graph import Graph
-
-
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    return node.args
 
 
 def merged(graph: Graph, layer: fx.Node, axis: int) -> tuple[fx.Node, ...]:
@@ -26,8 +20,8 @@ def merged(graph: Graph, layer: fx.Node, axis: int) -> tuple[fx.Node, ...]:
     at = layer
     while len(at.users) == 1:
         (user,) = at.users
-        if operation(user) in BATCH_NORM and _arguments(user)[0] is at and fixed(user):
-            weights = [given for given in _arguments(user)[1:5] if isinstance(given, fx.Node)]
+        if operation(user) in BATCH_NORM and arguments(user)[0] is at and fixed(user):
+            weights = [given for given in arguments(user)[1:5] if isinstance(given, fx.Node)]
             return (*found, user) if all(_of_net(graph, given) for given in weights) else _adding(found)
         if not _of_channels(graph, user, at, axis):
             break
@@ -44,14 +38,14 @@ def _adding(found: list[fx.Node]) -> tuple[fx.Node, ...]:
 def fixed(norm: fx.Node) -> bool:
     """Whether a batch norm uses the statistics of training."""
     training = BATCH_NORM[operation(norm)]
-    return training is None or not _arguments(norm)[training]
+    return training is None or not arguments(norm)[training]
 
 
 def _of_channels(graph: Graph, node: fx.Node, before: fx.Node, axis: int) -> bool:
     """Whether a call adds to, or multiplies, what was before by one constant for each channel."""
-    if operation(node) not in ("add", "sub", "mul", "div") or len(_arguments(node)) != 2 or node.kwargs:
+    if operation(node) not in ("add", "sub", "mul", "div") or len(arguments(node)) != 2 or node.kwargs:
         return False
-    first, second = _arguments(node)
+    first, second = arguments(node)
     other = second if first is before else first
     if not isinstance(other, fx.Node) or other is before or not _of_net(graph, other):
         return False

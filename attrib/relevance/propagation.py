@@ -210,13 +210,12 @@ class Propagation:
             case "norm":
                 back = shared(affine(node, args, kwargs), self._epsilon)
             case "pass":
-                if step.function:
+                one_call = not step.function and step.sources[0] in values
+                # What cannot be computed of the source alone has constants that differ from place to place.
+                known = compute if one_call else step.function
+                back = of_function(known, self._epsilon) if known else passed
+                if not one_call:
                     compute = partial(_given, function(*args, **kwargs).detach())
-                    back = of_function(step.function, self._epsilon)
-                elif step.sources[0] in values:
-                    back = of_function(compute, self._epsilon)
-                else:  # a function of it that several calls make, of constants that differ from place to place
-                    compute, back = partial(_given, function(*args, **kwargs).detach()), passed
             case "scale":
                 (factor,) = (
                     value for given, value in zip(node.args[:2], args[:2], strict=True) if given is not step.sources[0]

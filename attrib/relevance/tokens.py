@@ -26,10 +26,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx
 
-from attrib.models.calls import call, operation
+from attrib.models.calls import call, is_float, operation
 from attrib.models.graph import Graph
 from attrib.noise import Noise
-from attrib.relevance.ways import ELSE, REFUSED, Ways, ancestors, is_float, tokens_of
+from attrib.relevance.ways import ELSE, REFUSED, Ways, ancestors, tokens_of
 from attrib.types import UserError
 
 BANDS = 4  # of the image, along each axis; of a text, in all

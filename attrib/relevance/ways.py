@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from attrib.models.calls import operation
+from attrib.models.calls import is_float, operation
 from attrib.models.graph import Graph
 
 REFUSED = "this method needs self-attention"
@@ -16,11 +16,6 @@ ELSE = "Take method=lrp_epsilon or method=integrated_gradients"
 def tokens_of(value: Tensor, rows: int) -> Tensor:
     """What is attended to, (N, heads, T, D) or (N * heads, T, D) -> (N, T, heads * D)."""
     return value.reshape(rows, -1, *value.shape[-2:]).transpose(1, 2).flatten(2)
-
-
-def is_float(node: fx.Node) -> bool:
-    dtype = node.meta.get("dtype")
-    return dtype is not None and dtype.is_floating_point
 
 
 class Ways:
